@@ -1,0 +1,42 @@
+# Two commands for a fresh machine with Python 3.11 or newer:
+#   make quickstart   install into .venv, then the whole line on a CPU: recipe to a low-bit model and its report
+#   make test         install into .venv, then the test suite with its coverage floor
+# Installing happens once: .venv/installed is the stamp, renewed when pyproject.toml or constraints.txt changes.
+# PYTHON=... chooses the interpreter, VENV=... the folder, WORKERS=... the test processes, ARGS=... goes to pytest.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+.PHONY: quickstart test lint install clean
+
+quickstart: $(VENV)/installed
+	$(VENV)/bin/lowbit-ft run recipes/quickstart.yaml
+
+# One thread per worker: the machines we test on have as many cores as workers, and a fixed thread count
+# keeps sums in one order.
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) \
+		--cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+install: $(VENV)/installed
+
+# torch goes first and alone, at the tested version, so that no other package can pull a different one.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "lowbit-ft needs Python 3.11 or newer; none of python3.11 ... python3 is. Install one, or: make PYTHON=/path/to/python"; exit 1; }
+	@echo "installing into $(VENV) with $(PYTHON) (torch, transformers, ...: some minutes the first time)"
+	@start=$$(date +%s) && \
+	$(PYTHON) -m venv $(VENV) && \
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 && \
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
+	touch $@ && \
+	echo "installed in $$(( $$(date +%s) - start )) seconds"
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .coverage

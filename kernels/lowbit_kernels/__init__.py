@@ -1,0 +1,32 @@
+"""Packed low-bit linear algebra for PyTorch: P16 packing, matmul from packed codes, gradients on the grid.
+
+Plain tensors, ints and strings only; nothing here knows about models. Every op is a torch.library op (namespace `lowbit`):
+reference implementation for any device, fake for torch.compile, autograd where it has a gradient.
+"""
+
+from .binary import binary_dequantize, binary_gradients, binary_matmul, binary_matmul_dx
+from .codes import UNITS, grid_codes
+from .grid_linear import grid_gradients, grid_linear
+from .layout import group_count, packed_width, superblock
+from .matmul import packed_matmul, packed_matmul_dx
+from .pack import dequantize, pack, quantize_pack, unpack
+
+__all__ = [
+    "UNITS",
+    "binary_dequantize",
+    "binary_gradients",
+    "binary_matmul",
+    "binary_matmul_dx",
+    "dequantize",
+    "grid_codes",
+    "grid_gradients",
+    "grid_linear",
+    "group_count",
+    "pack",
+    "packed_matmul",
+    "packed_matmul_dx",
+    "packed_width",
+    "quantize_pack",
+    "superblock",
+    "unpack",
+]

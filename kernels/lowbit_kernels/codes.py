@@ -1,0 +1,116 @@
+"""grid_codes: where the adapter wants each weight to be, rounded onto the grid. The integers that ship.
+
+In unsigned code units, with c the base code, rho its decoded residual, z0 and s0 the base grid, D = gain * B A (the low-rank
+product, fp32) and (S, z, T) the grid being trained:
+
+    units = "grid"      v = c + rho + D                                    LR-QAT: D counts grid steps
+    units = "weight"    v = c + rho + D / s0                               DL-QAT: D is in weight units, the grid is frozen
+    units = "live"      v = (s0 (c - z0 + rho) + D - T) / S + z            L4Q: the base is re-gridded with the live scale
+
+    code = clip(round_half_even(v), 0, 2^bits - 1)
+
+`round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut (gradients.py).
+D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by layout.CHUNK_ELEMENTS, so training,
+evaluation and merge, which all call this op, agree bit for bit. Clamping happens on the float, before the integer cast.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import (
+    centred,
+    grouped,
+    outside_autocast,
+    pack_rows,
+    packed_width,
+    per_group,
+    row_chunks,
+    ungrouped,
+    unpack_rows,
+)
+from .pack import decode_residual
+
+UNITS = ("grid", "weight", "live")
+
+
+def grid_values(
+    rows: slice,
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """v of some rows, before rounding: fp32 [n, G, g] (padded columns hold nothing of meaning)."""
+    value = unpack_rows(codes[rows], bits, in_features, torch.float32)
+    if residual is not None and residual_bits:
+        value = value + decode_residual(residual[rows], residual_bits, in_features)
+    value = grouped(value, group_size)
+    # The gain multiplies the small factor, so that one product gives D.
+    delta = None if a is None or b is None else grouped((b[rows].float() * gain) @ a.float(), group_size)
+    if units == "live":
+        value = centred(value, zero0, bits, rows).mul_(per_group(scale0, rows))
+        if delta is not None:
+            value.add_(delta)
+        if offset is not None:
+            value.sub_(per_group(offset, rows))
+        value.div_(per_group(scale, rows))
+        return value.add_(float(1 << (bits - 1)) if zero is None else per_group(zero, rows))
+    if delta is None:
+        return value
+    return value.add_(delta if units == "grid" else delta.mul_(per_group(scale0, rows).reciprocal()))
+
+
+@torch.library.custom_op("lowbit::grid_codes", mutates_args=())
+@outside_autocast
+def grid_codes(
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The codes of the adapted weight, packed (see the file's head for the equation).
+
+    codes int16 [N, W], residual int16 [N, W_f] or None, scale0 [G, N], zero0 [G, N] or None: the frozen base.
+    a [r, K], b [N, r] or None (no low-rank part). scale, zero, offset [G, N]: the trained grid; zero None is 2^(bits-1).
+    units is one of UNITS. Returns int16 [N, W].
+    """
+    if units not in UNITS:
+        raise ValueError(f"units={units!r}: allowed are {UNITS}")
+    if units != "live" and (a is None or b is None):
+        return codes.clone()
+    out, top = [], (1 << bits) - 1
+    for rows in row_chunks(codes.shape[0], in_features):
+        value = grid_values(
+            rows, codes, residual, scale0, zero0, a, b, scale, zero, offset,
+            gain, units, bits, residual_bits, in_features, group_size,
+        )  # fmt: skip
+        code = value.round_().clamp_(0, top)
+        out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), bits))
+    return torch.cat(out)
+
+
+@grid_codes.register_fake
+def _(codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, in_features, group_size):
+    return codes.new_empty(codes.shape[0], packed_width(in_features, bits))

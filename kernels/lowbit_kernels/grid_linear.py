@@ -1,0 +1,160 @@
+"""grid_linear: a linear layer whose weight is trained on its integer grid, as one differentiable op.
+
+Forward is two ops and nothing else:   codes = grid_codes(base, A, B, S, z, T);   y = packed_matmul(x, codes, S, z, T)
+so what training multiplies with is what merge() writes. For backward only x and the small tensors are saved: codes are
+recomputed, and dW = dY^T X exists one chunk of rows at a time (`grid_gradients`). Straight-through on round, true gradient
+of clip. With q = code - z, v from codes.py, M = 1 where the clip is inactive (tested on round(v) for round_then_clip, on v
+for clip_then_round), sums over the inputs of a group:
+
+    frozen grid (units "grid", "weight")    dS = sum dW q                       dT = sum dW
+                                            dD = S M dW  (times 1/s0 for "weight")
+    live grid   (units "live")              dS = sum dW (q - M (v - z))         dT = sum dW (1 - M)        LSQ
+                                            dD = M dW
+    dA = gain B^T dD        dB = gain dD A^T        dX = dY W
+
+In the live case z may be a rounded trained value: its gradient is -S dT, which the caller gets by passing T = -S (z - sg(z)).
+The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about 250-fold).
+"""
+
+import torch
+from torch import Tensor
+
+from .codes import grid_codes, grid_values
+from .layout import grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
+from .matmul import packed_matmul, packed_matmul_dx
+
+
+@torch.library.custom_op("lowbit::grid_gradients", mutates_args=())
+@outside_autocast
+def grid_gradients(
+    x: Tensor,
+    dy: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    clip_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N] (equations at the file's head).
+
+    dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of layout.CHUNK_ELEMENTS.
+    """
+    (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
+    trained = units == "live" or a is not None
+    ds = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
+    dt = torch.empty_like(ds)
+    da = torch.zeros(a.shape if a is not None else (0,), dtype=torch.float32, device=x.device)
+    db = torch.empty(b.shape if b is not None else (0,), dtype=torch.float32, device=x.device)
+    for rows in row_chunks(n, k):
+        dw = grouped((dy[:, rows].t() @ x).float(), group_size)
+        z = float(1 << (bits - 1)) if zero is None else per_group(zero, rows)
+        if not trained:
+            q = grouped(unpack_rows(codes[rows], bits, k, torch.float32), group_size) - z
+            ds[:, rows] = (dw * q).sum(-1).t()
+            dt[:, rows] = dw.sum(-1).t()
+            continue
+        value = grid_values(
+            rows, codes, residual, scale0, zero0, a, b, scale, zero, offset,
+            gain, units, bits, residual_bits, k, group_size,
+        )  # fmt: skip
+        rounded = value.round()
+        inside = value if clip_first else rounded
+        mask = (inside >= 0) & (inside <= top)
+        code = rounded.clamp_(0, top)
+        masked = dw * mask
+        if units == "live":
+            # inside: q - (v - z) = code - v;  outside: q = code - z
+            ds[:, rows] = (dw * torch.where(mask, code - value, code - z)).sum(-1).t()
+            dt[:, rows] = (dw - masked).sum(-1).t()
+        else:
+            ds[:, rows] = (dw * (code - z)).sum(-1).t()
+            dt[:, rows] = dw.sum(-1).t()
+            factor = per_group(scale, rows)
+            masked.mul_(factor if units == "grid" else factor / per_group(scale0, rows))
+        if a is not None and b is not None:
+            dd = ungrouped(masked, k)
+            db[rows] = (dd @ a.float().t()) * gain
+            da += (b[rows].float() * gain).t() @ dd
+    return ds, dt, da, db
+
+
+@grid_gradients.register_fake
+def _(x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first):
+    def like(t):
+        return x.new_empty(t.shape if t is not None else (0,), dtype=torch.float32)
+
+    return like(scale), like(scale), like(a), like(b)
+
+
+@torch.library.custom_op("lowbit::grid_linear", mutates_args=())
+@outside_autocast
+def grid_linear(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    clip_first: bool,
+) -> Tensor:
+    """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file head)."""
+    k = x.shape[-1]
+    new = grid_codes(
+        codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
+    )
+    return packed_matmul(x, new, scale, zero, offset, bits, group_size)
+
+
+@grid_linear.register_fake
+def _(x, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10])
+    ctx.static = inputs[10:]
+
+
+def _backward(ctx, dy):
+    x, codes, residual, scale0, zero0, a, b, scale, zero, offset = ctx.saved_tensors
+    gain, units, bits, residual_bits, group_size, clip_first = ctx.static
+    k, need = x.shape[-1], ctx.needs_input_grad
+    dx = ds = dt = da = db = None
+    if need[0]:
+        new = grid_codes(
+            codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
+        )
+        dx = packed_matmul_dx(dy, new, scale, zero, offset, bits, k, group_size)
+    if need[5] or need[6] or need[7] or need[9]:
+        ds, dt, da, db = grid_gradients(
+            x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]), codes, residual, scale0, zero0, a, b, scale, zero, offset,
+            gain, units, bits, residual_bits, group_size, clip_first,
+        )  # fmt: skip
+    grads = [dx, None, None, None, None, da, db, ds, None, dt]
+    for index, tensor in ((5, a), (6, b), (7, scale), (9, offset)):
+        # A custom op must return None, not a tensor, for what was not asked for or not given.
+        grad = grads[index]
+        grads[index] = grad.to(tensor.dtype) if need[index] and grad is not None else None
+    return *grads, None, None, None, None, None, None
+
+
+grid_linear.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,24 @@
+"""Adapters: one method per file, its equation in the docstring. ADAPTERS is the list: method name -> config class.
+
+A new method is a file with a config (`build`, `reject`) and a module (`grid_args`), and one line in this table; the recipe, the
+PEFT integration, the law test and the quality benchmark read the table.
+"""
+
+from .alpha_tuning import AlphaTuningConfig
+from .base import SCALE_PARAMETERS, Adapter, AdapterConfig
+from .dl_qat import DLQATConfig
+from .l4q import L4QConfig
+from .lora import LoraConfig
+from .lr_qat import LRQATConfig
+from .scale import ScaleConfig
+
+ADAPTERS: dict[str, type[AdapterConfig]] = {
+    "lr_qat": LRQATConfig,
+    "dl_qat": DLQATConfig,
+    "l4q": L4QConfig,
+    "scale": ScaleConfig,
+    "alpha_tuning": AlphaTuningConfig,
+    "lora": LoraConfig,
+}
+
+__all__ = ["ADAPTERS", "SCALE_PARAMETERS", "Adapter", "AdapterConfig"]

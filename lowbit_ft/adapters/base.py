@@ -1,0 +1,195 @@
+"""What every adapter is: a config that can refuse a grid, and a module that owns only trainable tensors.
+
+An adapter says what it wants of the base through `grid_args` (integers) or `plane_args` (sign planes). The forward and the
+merge are written once, here, and both hand the same arguments to the same ops: that is why what is trained is what ships.
+
+Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32 whatever the model's dtype.
+"""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
+from ..grid.estimators import cast_scale, scale_gradient
+
+# Parameters of the optimizer's scale group, by the last component of their name (train.scale_learning_rate).
+SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale"})
+
+
+class AdapterConfig(BaseModel):
+    """The `adapter` section of a recipe. Subclasses add their own keys; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    grid_name: ClassVar[str] = "integer"
+    exact_merge: ClassVar[bool] = True
+
+    method: str
+
+    def reject(self, grid: Grid) -> str | None:
+        """Why this method cannot train on this grid, with the way out; None when it can."""
+        if grid.name != self.grid_name:
+            return f"{self.method} trains on {self.grid_name} grids: set quant.grid: {self.grid_name}"
+        return None
+
+    def shipped(self, grid: Grid) -> Grid:
+        """The grid of the merged weight (the residual never ships)."""
+        return IntGrid(**{**_fields(grid), "residual_bits": 0}) if isinstance(grid, IntGrid) else grid
+
+    @property
+    def ships_offset(self) -> bool:
+        """The merged weight carries a float offset, which only the native format can hold."""
+        return False
+
+    def build(self, base: Weight, weight: Tensor | None = None) -> "Adapter":
+        """A fresh adapter for one layer. weight [N, K] is the dense weight, read only when `wants_weight` is true."""
+        raise AssertionError(f"{type(self).__name__} must define build")
+
+    @property
+    def wants_weight(self) -> bool:
+        return False
+
+
+def _fields(grid: IntGrid) -> dict[str, object]:
+    return {k: v for k, v in grid.to_json().items() if k != "grid"}
+
+
+class ScaleOptions(AdapterConfig):
+    """Options of every method that trains group scales."""
+
+    train_scale: bool = Field(True, description="train the group scales (false: only the low-rank part)")
+    lsq_gradient_scaling: bool = Field(
+        False, description="multiply scale gradients by 1/sqrt(g * Qp) (LSQ); Adam makes it nearly inert"
+    )
+
+    def scale_gradient_factor(self, base: Weight) -> float:
+        if not self.lsq_gradient_scaling:
+            return 1.0
+        size = base.shape[1] if base.grid.group_size == -1 else base.grid.group_size
+        return 1.0 / math.sqrt(size * max(1, (1 << (base.grid.bits - 1)) - 1))
+
+
+class LowRankOptions(ScaleOptions):
+    """Options of every method with a low-rank product D = alpha / rank * B A."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0, description="D = alpha / rank * B A")
+    init: Literal["zero", "svd", "loftq"] = Field(
+        "zero",
+        description="zero: A Kaiming, B 0. svd: A from the rounding error's row space, B 0. "
+        "loftq: A and B from the SVD of the rounding error (residual_bits 0 only)",
+    )
+    clip: Literal["round_then_clip", "clip_then_round"] = "round_then_clip"
+
+    @property
+    def gain(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def wants_weight(self) -> bool:
+        return self.init == "loftq"
+
+    def reject(self, grid: Grid) -> str | None:
+        if reason := super().reject(grid):
+            return reason
+        assert isinstance(grid, IntGrid)
+        if self.init == "loftq" and grid.residual_bits:
+            return (
+                "adapter.init: loftq approximates the rounding error, which the residual already holds: "
+                "set quant.residual_bits: 0, or adapter.init: svd"
+            )
+        if self.init == "svd" and not grid.residual_bits:
+            return "adapter.init: svd reads the rounding error from the residual: set quant.residual_bits: 4, or adapter.init: loftq"
+        return None
+
+
+class Adapter(nn.Module):
+    """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
+
+    def grid_args(self, base: PackedWeight) -> GridArgs:
+        raise AssertionError(f"{type(self).__name__} does not train integers")
+
+    def plane_args(self, base: BinaryWeight) -> PlaneArgs:
+        raise AssertionError(f"{type(self).__name__} does not train sign planes")
+
+    def forward(self, x: Tensor, base: Weight) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if isinstance(base, BinaryWeight):
+            return base.linear(x, self.plane_args(base))
+        return base.linear(x, self.grid_args(base))
+
+    @torch.no_grad()
+    def merge(self, base: Weight) -> Weight:
+        """The codes and scales of the forward, as a weight without residual."""
+        if isinstance(base, BinaryWeight):
+            return base.merged(self.plane_args(base))
+        return base.merged(self.grid_args(base))
+
+    def begin_step(self, step: int, base: Weight) -> None:
+        """Called before optimizer step `step` (0-based); only methods with a schedule do something."""
+
+
+class ScaledAdapter(Adapter):
+    """Owns `log_scale` [G, N]: S = s0 * exp(log_scale), rounded to the shipping dtype in the forward.
+
+    The papers train S itself. A relative master makes one learning rate fit every layer (Adam's step is then a share of the
+    scale) and keeps S positive; measured against an absolute master in LOG.md.
+    """
+
+    def __init__(self, config: ScaleOptions, base: Weight):
+        super().__init__()
+        self.config = config
+        self.factor = config.scale_gradient_factor(base)
+        self.log_scale = nn.Parameter(
+            torch.zeros(base.scale.shape, dtype=torch.float32, device=base.scale.device), requires_grad=config.train_scale
+        )
+
+    def scale(self, base: Weight) -> Tensor:
+        log_scale = self.log_scale if self.factor == 1.0 else scale_gradient(self.log_scale, self.factor)
+        return cast_scale(base.scale.float() * torch.exp(log_scale), base.grid.scale_dtype)
+
+
+class LowRank:
+    """A [r, K] and B [N, r] for one layer, by the start the config names."""
+
+    @staticmethod
+    def build(config: LowRankOptions, base: PackedWeight, weight: Tensor | None, unit: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
+        """unit [G, N] turns grid steps into the unit of D (None: D counts grid steps)."""
+        (n, k), device = base.shape, base.codes.device
+        a = torch.empty(config.rank, k, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = torch.zeros(n, config.rank, dtype=torch.float32, device=device)
+        if config.init != "zero":
+            error = rounding_error(base, weight)
+            if unit is not None:
+                error = error * _expand(unit, k, base.grid.group_size)
+            q = min(config.rank, *error.shape)
+            u, s, v = torch.linalg.svd(error, full_matrices=False)
+            a[:q] = v[:q]
+            if config.init == "loftq":
+                a[:q] *= s[:q, None].sqrt()
+                a[q:] = 0
+                b[:, :q] = u[:, :q] * s[:q].sqrt() / config.gain
+        return nn.Parameter(a), nn.Parameter(b)
+
+
+def _expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
+    """[G, N] -> fp32 [N, K]."""
+    size = in_features if group_size == -1 else group_size
+    return values.t().float().repeat_interleave(size, dim=1)[:, :in_features]
+
+
+def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
+    """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when there is none."""
+    from lowbit_kernels.pack import decode_residual
+
+    k, f = base.shape[1], base.grid.residual_bits
+    if base.residual is not None:
+        return decode_residual(base.residual, f, k)
+    assert weight is not None, "config.wants_weight was ignored"
+    scale = _expand(base.scale, k, base.grid.group_size)
+    return ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)

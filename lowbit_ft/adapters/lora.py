@@ -1,0 +1,59 @@
+"""lora: the baseline. A plain side product on the packed base, as QLoRA trains it (arXiv 2305.14314).
+
+    y = x W_base^T + alpha/r * (x A^T) B^T
+
+Its merge is NOT exact, and says so: W_base + alpha/r * B A is rounded again (mse search), which throws away most of what a small
+update changed. `merge` warns with the measured error; the methods next to this file exist because of that number.
+"""
+
+import math
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..grid import PackedWeight, Weight
+from ..grid.calibrate import CALIBRATORS, Stats
+from .base import Adapter, AdapterConfig
+
+
+class LoraConfig(AdapterConfig):
+    exact_merge: ClassVar[bool] = False
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+
+    def build(self, base: Weight, weight: Tensor | None = None) -> "Lora":
+        assert isinstance(base, PackedWeight)
+        return Lora(self, base)
+
+
+class Lora(Adapter):
+    def __init__(self, config: LoraConfig, base: PackedWeight):
+        super().__init__()
+        self.config = config
+        (n, k), device = base.shape, base.codes.device
+        a = torch.empty(config.rank, k, dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(torch.zeros(n, config.rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor, base: Weight) -> Tensor:
+        side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
+        return base.linear(x) + self.config.alpha / self.config.rank * side
+
+    @torch.no_grad()
+    def merge(self, base: Weight) -> Weight:
+        assert isinstance(base, PackedWeight)
+        update = self.config.alpha / self.config.rank * (self.B @ self.A)
+        wanted = base.dequantize() + update
+        merged = CALIBRATORS["mse"].run(wanted, base.without_residual().grid, Stats())
+        lost = (merged.dequantize() - wanted).norm() / update.norm().clamp_min(1e-12)
+        warnings.warn(
+            f"lora: the merge rounds again; the rounding error is {lost:.2f} times the size of the trained update",
+            stacklevel=2,
+        )
+        return merged

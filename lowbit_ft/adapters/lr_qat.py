@@ -1,0 +1,43 @@
+"""LR-QAT: a low-rank correction inside the rounding, in units of the integer grid (arXiv 2406.06385, Eq. 8).
+
+    W^ = S * clip(round(Phi0 + alpha/r * B A))        S = s0 * exp(log_scale)
+
+Phi0 = code + residual is the frozen base in grid units (the paper's fixed-point downcast Q_b.f with f = residual_bits; ours is
+mid-rise, so step 0 is round-to-nearest without ties). D counts grid steps: a weight moves to the next code when |D| crosses
+what its residual leaves. Gradients: dS = sum dW q (not LSQ's: the grid inside the rounding is frozen), dD = S M dW.
+With residual_bits 0 no code moves until |D| > 1/2: then start from `init: loftq`, or raise the learning rate.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..grid import GridArgs, PackedWeight, Weight
+from .base import LowRank, LowRankOptions, ScaledAdapter
+
+
+class LRQATConfig(LowRankOptions):
+    method: Literal["lr_qat"] = "lr_qat"
+
+    def build(self, base: Weight, weight: Tensor | None = None) -> "LRQAT":
+        assert isinstance(base, PackedWeight)
+        return LRQAT(self, base, weight)
+
+
+class LRQAT(ScaledAdapter):
+    config: LRQATConfig
+
+    def __init__(self, config: LRQATConfig, base: PackedWeight, weight: Tensor | None):
+        super().__init__(config, base)
+        self.A, self.B = LowRank.build(config, base, weight, unit=None)
+
+    def grid_args(self, base: PackedWeight) -> GridArgs:
+        return GridArgs(
+            scale=self.scale(base),
+            zero=base.zero,
+            a=self.A,
+            b=self.B,
+            gain=self.config.gain,
+            units="grid",
+            clip_first=self.config.clip == "clip_then_round",
+        )

@@ -1,0 +1,189 @@
+"""The command line: `lowbit-ft run recipe.yaml`, and one command per stage.
+
+Every command is a few lines that call the function of the same name in pipeline.py (imported inside, so that --help is quick). A user
+error (ValueError or FileNotFoundError, whose messages say what to do) is printed without a traceback and exits with 2; ctrl-C exits
+with 130; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lowbit_ft.recipe import Recipe
+
+app = typer.Typer(
+    name="lowbit-ft",
+    help="Fine-tune a low-bit language model whose trained integers are the integers that ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe YAML", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value: keys set over the recipe", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    """Options for every command. `main` looks for --debug itself, because errors pass through there."""
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that was stopped."""
+    from lowbit_ft import pipeline
+
+    pipeline.run(_load(recipe, overrides))
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe and show its layers and memory; nothing is loaded or written."""
+    from lowbit_ft.cli_plan import show_plan
+
+    show_plan(_load(recipe, overrides))
+
+
+@app.command()
+def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Pack the base model into the run folder (base/), which other runs can use again."""
+    from lowbit_ft import pipeline
+
+    pipeline.quantize(_load(recipe, overrides))
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Load, quantize, attach and train; ends with the adapter and the merged weights."""
+    from lowbit_ft import pipeline
+
+    pipeline.train(_load(recipe, overrides))
+
+
+@app.command()
+def merge(run_dir: RunFolder) -> None:
+    """Merge the trained adapter into the packed integers, and compare with the hash that training wrote."""
+    from lowbit_ft import pipeline
+
+    pipeline.merge(_folder(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunFolder,
+    format: Annotated[str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")] = None,
+) -> None:
+    """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
+    from lowbit_ft import pipeline
+
+    pipeline.export(_folder(run_dir), format)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_default=False)]) -> None:
+    """Reload an exported folder through its real reader and compare codes, scales and logits."""
+    from lowbit_ft import pipeline
+
+    pipeline.verify(_folder(folder))
+
+
+@app.command(name="eval")
+def evaluate(run_dir: RunFolder) -> None:
+    """Perplexity and KL of base, quantized, trained, merged and exported model, in one table."""
+    from lowbit_ft import pipeline
+
+    pipeline.evaluate(_folder(run_dir))
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="what to answer; - reads standard input", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")] = 128,
+) -> None:
+    """Answer a prompt."""
+    from lowbit_ft import pipeline
+
+    answer = pipeline.generate(_folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens)
+    if answer is not None:
+        typer.echo(answer)
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write report.html of a run again."""
+    from lowbit_ft import pipeline
+
+    pipeline.report(_folder(run_dir))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe (for editors: it completes and checks YAML)."""
+    from lowbit_ft.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def init(
+    model_path: Annotated[str, typer.Argument(help="checkpoint folder or hub id", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+) -> None:
+    """Write a commented recipe for a model."""
+    from lowbit_ft.recipe_init import write_recipe
+
+    write_recipe(model_path, output, force=force)
+    typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    """The checked recipe; what is worth knowing goes to standard error."""
+    from lowbit_ft.recipe import load_recipe
+    from lowbit_ft.recipe_check import notes
+
+    recipe = load_recipe(path, overrides or [])
+    for note in notes(recipe):
+        typer.echo(f"note: {note}", err=True)
+    return recipe
+
+
+def _folder(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no folder at {path}; give the folder that `lowbit-ft run` wrote")
+    if not path.is_dir():
+        raise ValueError(f"got {path}, a file; give a folder")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `lowbit-ft` command; always leaves through SystemExit (0 fine, 2 user error, 130 ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], prog_name="lowbit-ft", standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return "\n" + text if "\n" in text else text
+
+
+if __name__ == "__main__":
+    main()

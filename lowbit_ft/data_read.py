@@ -1,0 +1,291 @@
+"""From a path to numbered rows.
+
+    path  ->  files (or a hub data set)  ->  Row(file, number, value | problem)
+
+A row that cannot be read is yielded with its `problem`, never raised: the caller decides between error and
+skip. What is wrong with the file as a whole (missing, unreadable, not JSON at all) is raised as a DataError.
+
+Row numbers are those a user finds again in an editor: the line for jsonl, csv and text, the index (from 1)
+for json, parquet and the hub. That is why jsonl and csv are read here and not through `datasets`: its readers
+guess a type per column (the answer "42" becomes a number) and their errors do not name the line. Parquet and
+hub data sets do come through `datasets`, which since version 4 runs no code from a repository.
+
+Text files (.txt, .md) are one document each; from `TEXT_PIECE` characters on they are cut at a line end.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXT_PIECE = 1 << 20  # characters; keeps one tokenizer call in tens of megabytes
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class DataError(ValueError):
+    """A data set cannot be used. `str(error)` opens with `file:row:` where a row is to blame.
+
+    Attributes: file (str | None), row (int | None: line or index from 1), problem (str).
+    """
+
+    def __init__(self, problem: str, file: str | None = None, row: int | None = None):
+        where = "" if file is None else f"{file}: " if row is None else f"{file}:{row}: "
+        super().__init__(where + problem)
+        self.problem, self.file, self.row = problem, file, row
+
+
+class BadRow(ValueError):
+    """A row cannot become an example; the text says which key and why, the caller adds file and row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set: `value` (column -> value), or None and the `problem` that kept it from being
+    read."""
+
+    file: str
+    number: int
+    value: dict[str, Any] | None = None
+    problem: str | None = None
+
+
+def read_rows(source: Any, *, streaming: bool = False) -> Iterator[Row]:
+    """The rows of `source` (a recipe's DataSource: path, split, name, revision, limit), in order, `limit` at
+    most.
+
+    Local files are read lazily, one row at a time (a .json file whole). `streaming` is for the hub: read over
+    the network as needed instead of downloading first. Raises DataError.
+    """
+    files = find_files(source.path)
+    rows = _read_hub(source, streaming) if files is None else _read_files(files)
+    limit = getattr(source, "limit", None)
+    if limit is None:
+        yield from rows
+        return
+    for _, row in zip(range(limit), rows, strict=False):
+        yield row
+
+
+def find_files(path: str) -> list[Path] | None:
+    """The local files `path` (file, folder or glob pattern) means, sorted; None if it can only be a hub id.
+
+    A folder means every file below it with a known suffix. Raises DataError when nothing is found.
+    """
+    local = Path(path).expanduser()
+    try:
+        if local.is_dir():
+            found = sorted(f for f in local.rglob("*") if f.suffix.lower() in READERS and f.is_file())
+            if not found:
+                raise DataError(f"the folder holds no data file; known suffixes: {' '.join(READERS)}", path)
+            return found
+        if local.exists():
+            return [local]
+        if glob.has_magic(path):
+            found = sorted(Path(f) for f in glob.glob(str(local), recursive=True) if Path(f).is_file())
+            if not found:
+                raise DataError("no file matches this pattern", path)
+            return found
+    except OSError as error:
+        raise DataError(f"cannot be opened: {error.strerror or error}", path) from error
+    except ValueError as error:  # a NUL in the path
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"is no path: {error}", repr(path)) from error
+    if local.suffix.lower() in READERS or not _HUB_ID.fullmatch(path):
+        raise DataError(
+            "no such file, folder or hub data set; a relative path starts at the current folder", path
+        )
+    return None
+
+
+def _read_files(files: list[Path]) -> Iterator[Row]:
+    for file in files:
+        reader = READERS.get(file.suffix.lower())
+        if reader is None:
+            raise DataError(f"unknown suffix {file.suffix!r}; known: {' '.join(READERS)}", str(file))
+        try:
+            yield from reader(file)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", str(file)) from error
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield _json_row(str(file), number, line)
+
+
+def _json_row(file: str, number: int, line: bytes) -> Row:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Row(
+            file, number, problem=f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        )
+    except json.JSONDecodeError as error:
+        return Row(file, number, problem=f"invalid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
+        return Row(file, number, problem=f"invalid JSON: {error}")
+    return _as_row(file, number, value)
+
+
+def _as_row(file: str, number: int, value: object) -> Row:
+    if isinstance(value, dict):
+        return Row(file, number, value)
+    return Row(file, number, problem=f"a row is an object with keys; got {kind(value)}")
+
+
+def _read_json(file: Path) -> Iterator[Row]:
+    """A list of objects; an object whose only list holds them ({"data": [...]}); or JSON lines under this
+    suffix."""
+    raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"not UTF-8: byte 0x{raw[error.start]:02x}", str(file), line) from error
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and raw.lstrip().startswith(b"{"):
+            yield from _read_jsonl(file)
+            return
+        raise DataError(
+            f"invalid JSON: {error.msg} at column {error.colno}", str(file), error.lineno
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"invalid JSON: {error}", str(file)) from error
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        # one row alone ({"messages": [...]}) has one list too: its key tells
+        value = lists[0] if len(lists) == 1 and not {"messages", "conversations"} & value.keys() else [value]
+    if not isinstance(value, list):
+        raise DataError(f"expected a list of rows; got {kind(value)}", str(file))
+    for number, item in enumerate(value, 1):
+        yield _as_row(str(file), number, item)
+
+
+def _read_csv(file: Path) -> Iterator[Row]:
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            number = reader.line_num + 1
+            # The field limit (131072 characters) is global to csv: lifted for one call, then put back.
+            limit = csv.field_size_limit(sys.maxsize)
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(str(file), number, problem=f"invalid CSV: {error}")
+                continue
+            finally:
+                csv.field_size_limit(limit)
+            if not fields:
+                continue
+            if header is None:
+                header = fields
+            elif len(fields) != len(header):
+                yield Row(str(file), number, problem=f"{len(fields)} fields; the header has {len(header)}")
+            else:
+                yield Row(str(file), number, dict(zip(header, fields, strict=True)))
+
+
+def _read_text(file: Path) -> Iterator[Row]:
+    piece: list[str] = []
+    size, first = 0, 1
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            piece.append(line)
+            size += len(line)
+            if size >= TEXT_PIECE:
+                yield Row(str(file), first, {"text": "".join(piece)})
+                piece, size, first = [], 0, number + 1
+    if size:
+        yield Row(str(file), first, {"text": "".join(piece)})
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    import datasets  # slow to import, and only this reader and the hub need it
+
+    try:
+        # streaming reads batch by batch; without it `datasets` first writes a copy of the file to its cache
+        table = datasets.load_dataset(
+            "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
+        )
+        for number, value in enumerate(table, 1):
+            yield _as_row(str(file), number, value)
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+        raise DataError(f"not a readable parquet file: {first_line(error)}", str(file)) from error
+
+
+def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
+    import datasets
+
+    name, revision = getattr(source, "name", None), getattr(source, "revision", None)
+    split = getattr(source, "split", None) or "train"
+    place = f"hub:{source.path}[{split}]"
+    try:
+        table = datasets.load_dataset(source.path, name, split=split, revision=revision, streaming=streaming)
+    except (
+        Exception
+    ) as error:  # not found, gated, offline, wrong split or config: each library has its own kind
+        raise DataError(
+            f"no local file or folder, and the hub answered {type(error).__name__}: {first_line(error)}",
+            source.path,
+        ) from error
+    rows = iter(table)
+    number = 0
+    while True:
+        number += 1
+        try:
+            value = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # the network, or a file of the data set that does not fit its schema
+            raise DataError(
+                f"cannot be read: {type(error).__name__}: {first_line(error)}", place, number
+            ) from error
+        yield _as_row(place, number, value)
+
+
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".txt": _read_text,
+    ".md": _read_text,
+}
+
+
+def kind(value: object) -> str:
+    """What JSON calls the type of `value`, for messages."""
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

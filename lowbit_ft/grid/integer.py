@@ -1,0 +1,58 @@
+"""IntGrid: b-bit integers with one scale (and zero point) per group of inputs. A fact about a layer, without tensors.
+
+    weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / g)
+        IntGrid(group_size=128): [4096, 4096] -> scale [32, 4096]
+        IntGrid(group_size=-1):  [4096, 4096] -> scale [1, 4096]        one group per row
+        IntGrid(group_size=64):  [256, 100]   -> scale [2, 256]         the last group has 36 inputs
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128, 256, -1)
+RESIDUAL_BITS = (0, 1, 2, 4)
+SCALE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def require(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """ValueError unless value is allowed (True is not 1: YAML's booleans are refused for numbers)."""
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntGrid:
+    """W = scale * (code - zero), code in 0..2^bits-1; zero is 2^(bits-1) when symmetric.
+
+    residual_bits f keeps f more bits of every weight during training (the fraction that rounding threw away); they never
+    ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16 values are exact in every
+    format we export.
+    """
+
+    name: ClassVar[str] = "integer"
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    residual_bits: int = 4
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        require("bits", self.bits, BITS)
+        require("group_size", self.group_size, GROUP_SIZES)
+        require("symmetric", self.symmetric, (True, False))
+        require("residual_bits", self.residual_bits, RESIDUAL_BITS)
+        require("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2^bits."""
+        return 1 << self.bits
+
+    def to_json(self) -> dict[str, Any]:
+        return {"grid": self.name, **asdict(self)}
+
+    def __str__(self) -> str:
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"

@@ -1,0 +1,235 @@
+"""A weight on its grid, packed: PackedWeight (integers) and BinaryWeight (sign planes). Frozen tensors and arithmetic, no modules.
+
+Both answer the same verbs, so adapters, merge and exporters need to know nothing else about a base:
+
+    linear(x, args)   the layer's output; args (GridArgs / PlaneArgs) is what an adapter wants of the grid, None the base itself
+    merged(args)      a new weight holding exactly the codes and scales that linear(x, args) used
+    dequantize(dtype) the dense weight, bit for bit what linear multiplies x with in that dtype
+    to_tensors / from_tensors   plain named tensors for safetensors files and module buffers
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import lowbit_kernels as kernels
+import torch
+from torch import Tensor
+
+from .binary import BinaryGrid
+from .integer import IntGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridArgs:
+    """What an adapter asks of an integer base. Shapes [G, N] unless said; see lowbit_kernels/codes.py for the equation."""
+
+    scale: Tensor  # S, already rounded to the shipping dtype
+    zero: Tensor | None  # z, integers; None = 2^(bits-1)
+    offset: Tensor | None = None  # T
+    a: Tensor | None = None  # [r, K]
+    b: Tensor | None = None  # [N, r]
+    gain: float = 1.0
+    units: str = "grid"
+    clip_first: bool = False
+    ships_offset: bool = False  # T is a real offset (not only a path for the zero point's gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneArgs:
+    """What an adapter asks of a binary base: scale [q, G, N]."""
+
+    scale: Tensor
+
+
+class _Tensors:
+    """to_tensors, digest, nbytes and the shape check, shared by both kinds of weight."""
+
+    shape: tuple[int, int]
+    grid: IntGrid | BinaryGrid
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore[reportArgumentType]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
+
+    def digest(self) -> str:
+        """sha256 over shape, grid, names, dtypes and bytes: two weights with one digest are the same bit for bit."""
+        sha = hashlib.sha256(f"{tuple(self.shape)} {json.dumps(self.grid.to_json(), sort_keys=True)};".encode())
+        for name, tensor in sorted(self.to_tensors().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            sha.update(flat.view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; this grid needs {wanted} {shape}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight(_Tensors):
+    """Integers on an IntGrid. codes int16 [N, W] and residual int16 [N, W_f] in P16, scale [G, N], zero uint8 [G, N] | None,
+    offset [G, N] | None (only a merged L4Q with a float offset has one), shape (N, K)."""
+
+    codes: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    grid: IntGrid
+    residual: Tensor | None = None
+    zero: Tensor | None = None
+    offset: Tensor | None = None
+
+    @classmethod
+    def quantize(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid) -> "PackedWeight":
+        """Round weight [N, K] onto the grid given by scale and zero [G, N]; the residual is what rounding threw away."""
+        n, k = weight.shape
+        kept = scale.to(getattr(torch, grid.scale_dtype)).contiguous()
+        zeros = None if zero is None else zero.to(torch.uint8).contiguous()
+        codes, residual = kernels.quantize_pack(weight, kept, zeros, grid.bits, grid.group_size, grid.residual_bits)
+        return cls(
+            codes=codes, residual=residual if grid.residual_bits else None, scale=kept, zero=zeros, shape=(n, k), grid=grid
+        )
+
+    @classmethod
+    def specs(cls, shape: tuple[int, int], grid: IntGrid, offset: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of every tensor a weight of this shape and grid has."""
+        n, k = shape
+        groups = (kernels.group_count(k, grid.group_size), n)
+        scale_dtype = getattr(torch, grid.scale_dtype)
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((n, kernels.packed_width(k, grid.bits)), torch.int16),
+            "scale": (groups, scale_dtype),
+        }
+        if grid.residual_bits:
+            out["residual"] = ((n, kernels.packed_width(k, grid.residual_bits)), torch.int16)
+        if not grid.symmetric:
+            out["zero"] = (groups, torch.uint8)
+        if offset:
+            out["offset"] = (groups, scale_dtype)
+        return out
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: IntGrid) -> "PackedWeight":
+        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
+        wanted = cls.specs(shape, grid, offset="offset" in tensors)
+        if set(wanted) != set(tensors):
+            raise ValueError(f"packed weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")
+        for name, (size, dtype) in wanted.items():
+            _expect(name, tensors[name], size, (dtype,))
+        return cls(shape=shape, grid=grid, **tensors)
+
+    def linear(self, x: Tensor, args: GridArgs | None = None) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        g = self.grid
+        if args is None:
+            return kernels.packed_matmul(x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size)
+        return kernels.grid_linear(
+            x, self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
+            args.gain, args.units, g.bits, g.residual_bits, g.group_size, args.clip_first,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def merged(self, args: GridArgs) -> "PackedWeight":
+        """The weight that linear(x, args) multiplied with, as integers: the same op makes the codes."""
+        g = self.grid
+        codes = kernels.grid_codes(
+            self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
+            args.gain, args.units, g.bits, g.residual_bits, self.shape[1], g.group_size,
+        )  # fmt: skip
+        dtype = getattr(torch, g.scale_dtype)
+        scale = args.scale.detach().to(dtype)
+        assert torch.equal(scale.float(), args.scale.detach().float()), "scales must be rounded before the forward"
+        offset = None
+        if args.ships_offset and args.offset is not None:
+            offset = args.offset.detach().to(dtype)
+            assert torch.equal(offset.float(), args.offset.detach().float()), "offsets must be rounded before the forward"
+        zero = None if args.zero is None else args.zero.detach().to(torch.uint8)
+        grid = replace(g, residual_bits=0, symmetric=zero is None)
+        return PackedWeight(codes=codes, scale=scale, zero=zero, offset=offset, shape=self.shape, grid=grid)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * (code - zero) + offset, [N, K]. The residual plays no part: it is not a part of the deployed weight."""
+        g, k = self.grid, self.shape[1]
+        return kernels.dequantize(self.codes, self.scale, self.zero, self.offset, g.bits, k, g.group_size, dtype)
+
+    def unpack_codes(self) -> Tensor:
+        """uint8 [N, K]."""
+        return kernels.unpack(self.codes, self.grid.bits, self.shape[1])
+
+    def without_residual(self) -> "PackedWeight":
+        return replace(self, residual=None, grid=replace(self.grid, residual_bits=0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryWeight(_Tensors):
+    """Sign planes on a BinaryGrid. planes int16 [q, N, W] (P16, 1 bit), scale [q, G, N], shape (N, K)."""
+
+    planes: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    grid: BinaryGrid
+
+    @classmethod
+    def pack(cls, signs: Tensor, scale: Tensor, grid: BinaryGrid) -> "BinaryWeight":
+        """signs uint8 [q, N, K] in {0, 1} (1 is +1), scale [q, G, N]."""
+        planes = torch.stack([kernels.pack(plane, 1) for plane in signs])
+        kept = scale.to(getattr(torch, grid.scale_dtype)).contiguous()
+        return cls(planes=planes, scale=kept, shape=(signs.shape[1], signs.shape[2]), grid=grid)
+
+    @classmethod
+    def specs(cls, shape: tuple[int, int], grid: BinaryGrid, offset: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        n, k = shape
+        return {
+            "planes": ((grid.bits, n, kernels.packed_width(k, 1)), torch.int16),
+            "scale": ((grid.bits, kernels.group_count(k, grid.group_size), n), getattr(torch, grid.scale_dtype)),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: BinaryGrid) -> "BinaryWeight":
+        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
+        wanted = cls.specs(shape, grid)
+        if set(wanted) != set(tensors):
+            raise ValueError(f"binary weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")
+        for name, (size, dtype) in wanted.items():
+            _expect(name, tensors[name], size, (dtype,))
+        return cls(shape=shape, grid=grid, **tensors)
+
+    def linear(self, x: Tensor, args: PlaneArgs | None = None) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return kernels.binary_matmul(x, self.planes, (args or self).scale, None, self.grid.group_size)
+
+    @torch.no_grad()
+    def merged(self, args: PlaneArgs) -> "BinaryWeight":
+        scale = args.scale.detach().to(self.scale.dtype)
+        assert torch.equal(scale.float(), args.scale.detach().float()), "scales must be rounded before the forward"
+        return replace(self, scale=scale)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return kernels.binary_dequantize(self.planes, self.scale, None, self.shape[1], self.grid.group_size, dtype)
+
+    def unpack_codes(self) -> Tensor:
+        """uint8 [q, N, K] in {0, 1}."""
+        return torch.stack([kernels.unpack(plane, 1, self.shape[1]) for plane in self.planes])
+
+    def without_residual(self) -> "BinaryWeight":
+        return self
+
+
+Weight = PackedWeight | BinaryWeight
+WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {"integer": PackedWeight, "binary": BinaryWeight}
+
+
+def empty_weight(shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False) -> Weight:
+    """A weight whose tensors are still to be filled (a checkpoint is about to be read into them)."""
+    kind = WEIGHTS[grid.name]
+    tensors = {n: torch.empty(s, dtype=d, device=device) for n, (s, d) in kind.specs(shape, grid, offset).items()}
+    return kind.from_tensors(tensors, shape, grid)

@@ -1,0 +1,397 @@
+"""Read a Hugging Face checkpoint one tensor at a time.
+
+A `Checkpoint` is a folder plus the headers of its safetensors files: what it is, which tensors it has and
+where each one's bytes lie. Reading is plain file I/O through a small staging buffer that is checked for
+NaN/Inf and copied straight to the wanted device and dtype. Not `safetensors.safe_open`: its tensors are
+views of a memory map, whose pages count as our memory until the last view is gone (peak while reading a
+1.07 GB checkpoint whose largest tensor has 0.13 GB: 0.26 GB that way, 0.18 GB this way, in bf16; the gap is
+wider when converting). So the most that is ever in memory is one tensor, and the full-precision model never
+is.
+
+`empty_model` builds the model with its parameters on the meta device and its buffers for real: buffers that
+no file holds (rotary inv_freq, gemma's embedding scale) are computed by the model's own code, not by a copy
+of it here. `materialize` then fills one module. Key names go through transformers' own conversion table
+(renames, the base-model prefix, per-expert weights fused into one 3-D parameter), so what loads here is
+what `from_pretrained` loads.
+
+Checkpoints are data from a stranger: only safetensors and JSON are read, no code in the folder is run, and
+every file name in the index must lead to a file in the folder itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_ft.hub import contained_file, locate, shards_of
+from lowbit_ft.tensorfile import (
+    DTYPES,
+    CheckpointError,
+    TensorEntry,
+    is_finite,
+    parse_header,
+    pieces,
+    read_header,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "load_model", "load_tokenizer", "materialize", "read_header"]
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint folder, its configuration and its tensor directory; holds no weights.
+
+    Make one with `Checkpoint.open`. Attributes: source (as given), folder (resolved Path), revision (the
+    commit, for a hub id, else None), config (transformers configuration), dtype (torch dtype that weights
+    are read in by default).
+    """
+
+    def __init__(
+        self, source: str, folder: Path, revision: str | None, config: Any, dtype: torch.dtype
+    ) -> None:
+        self.source, self.folder, self.revision = source, folder, revision
+        self.config, self.dtype = config, dtype
+        self._problems: list[str] = []
+        self._entries = self._scan()
+        self._plan: dict[str, _Source] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        check: bool = True,
+    ) -> Checkpoint:
+        """Open a local folder or a hub id (its JSON, tokenizer and safetensors are fetched at `revision`).
+
+        Reads config.json and the safetensors headers. Raises CheckpointError; with check=False problems of
+        the weight files are kept for `check()`.
+        """
+        from transformers import AutoConfig
+
+        folder, commit = locate(str(source), revision)
+        try:
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
+            raise CheckpointError(_config_problem(folder, error)) from error
+        resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        checkpoint = cls(str(source), folder, commit, config, resolved)
+        if check:
+            checkpoint.check()
+        return checkpoint
+
+    def check(self) -> None:
+        """Raise CheckpointError listing every problem that was found in the weight files, if any."""
+        if self._problems:
+            raise CheckpointError("\n".join(self._problems))
+
+    def names(self) -> list[str]:
+        """The tensor names in the files, sorted."""
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor of that name in the files."""
+        return self._entry(name).shape
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor of that name."""
+        return self._entry(name).file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def read(
+        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The tensor called `name` in the files, contiguous, in its own memory, on `device`.
+
+        dtype None keeps the stored one; else floating tensors are converted on the way, 4 MB at a time, so a
+        full-precision copy is never whole in memory. Raises CheckpointError for NaN or Inf, naming tensor and
+        file.
+        """
+        entry = self._entry(name)
+        floating = entry.dtype.is_floating_point
+        out = torch.empty(entry.shape, dtype=dtype if dtype and floating else entry.dtype, device=device)
+        flat, position = out.view(-1), 0
+        for piece in pieces(entry):
+            if floating and not is_finite(piece):
+                bad = position + int((~torch.isfinite(piece.float())).nonzero()[0])
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name!r} of shape {list(entry.shape)} has NaN or Inf "
+                    f"(first at flat index {bad}). This checkpoint is damaged or badly converted: get it "
+                    "again."
+                )
+            target = flat[position : position + piece.numel()].copy_(piece)
+            if out.dtype is torch.float16 and not is_finite(target):
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name!r} has values beyond float16 (65504); "
+                    "set model.dtype: bfloat16"
+                )
+            position += piece.numel()
+        return out
+
+    def empty_model(self, attention: str = "sdpa") -> Any:
+        """The causal language model, in eval mode: parameters on meta (tied ones are one object), real
+        buffers.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self.config),
+                    dtype=self.dtype,
+                    attn_implementation=attention,
+                    trust_remote_code=False,
+                )
+        except (ValueError, ImportError) as error:
+            fix = "this model has no such attention in transformers; set model.attention: eager. " if (
+                attention != "eager" and "attn_implementation" in str(error)
+            ) else ""  # fmt: skip
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: no model can be built with attention={attention!r}: "
+                f"{fix}{error}"
+            ) from error
+        model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
+        # Parts the model's class says must stay float32, as from_pretrained keeps them.
+        for pattern, kept in model._get_dtype_plan(self.dtype).items():
+            for name, parameter in model.named_parameters():
+                if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
+                    parameter.data = parameter.data.to(kept)
+        model.config._name_or_path = self.source
+        if self._plan is None:
+            self._plan = self._make_plan(model)
+        return model.eval()
+
+    def weight_for(
+        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts.
+
+        dtype None means the checkpoint's `dtype`, for floating tensors. Raises CheckpointError if no file has
+        it.
+        """
+        source = self._sources().get(name)
+        if source is None:
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
+            raise CheckpointError(
+                f"{self.folder}: no tensor for the model's parameter {name!r} in its safetensors files"
+                + (f"; nearest names there: {', '.join(near)}" if near else "")
+                + ". The files and config.json do not belong together."
+            )
+        tensors = [self.read(key, device=device, dtype=dtype or self.dtype) for key, _ in source.keys]
+        if source.converter is None:
+            return tensors[0]
+        converter = copy.deepcopy(source.converter)  # it collects tensors in itself
+        for (key, pattern), tensor in zip(source.keys, tensors, strict=True):
+            converter.add_tensor(source.first, key, pattern, tensor)
+        del tensors
+        value = converter.convert(source.first, config=self.config)[name]
+        return value[0] if isinstance(value, list) else value
+
+    def has_weight_for(self, name: str) -> bool:
+        """Whether the files have a value for the model's parameter or buffer `name`."""
+        return name in self._sources()
+
+    def origin(self, name: str) -> str:
+        """Where the value of the model parameter `name` comes from, for messages: "file: tensor"."""
+        key = self._sources()[name].keys[0][0]
+        return f"{self.file(key)}: tensor {key!r}"
+
+    # ---------------------------------------------------------------- the inside
+
+    def _entry(self, name: str) -> TensorEntry:
+        self.check()
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=3, cutoff=0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise CheckpointError(f"{self.folder}: has no tensor {name!r}{hint}")
+        return self._entries[name]
+
+    def _scan(self) -> dict[str, TensorEntry]:
+        """Read every header; problems go to self._problems so that all are reported at once."""
+        folder, problems = self.folder, self._problems
+        if (quantization := getattr(self.config, "quantization_config", None)) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            problems.append(
+                f"{folder / 'config.json'}: this checkpoint is already quantized ({method}); "
+                "start from the full-precision one it was made from"
+            )
+        entries: dict[str, TensorEntry] = {}
+        listed = shards_of(folder, problems)
+        for shard, expected in listed.items():
+            try:
+                path = contained_file(folder, shard)
+                start, header = parse_header(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if missing := sorted(set(expected) - set(header)):
+                problems.append(
+                    f"{path}: lacks {len(missing)} tensors that the index puts here, such as {missing[0]!r}"
+                )
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                entries[name] = TensorEntry(path, dtype, shape, start + begin, end - begin)
+        return entries
+
+    def _sources(self) -> dict[str, _Source]:
+        if self._plan is None:
+            self.empty_model("eager")
+        assert self._plan is not None
+        return self._plan
+
+    def _make_plan(self, model: Any) -> dict[str, _Source]:
+        """{model parameter: where its value comes from}, by transformers' own conversion table."""
+        from transformers import conversion_mapping, core_model_loading
+
+        self.check()
+        state = model.state_dict(keep_vars=True)
+        transforms = conversion_mapping.get_model_conversion_mapping(model)
+        converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+        renames = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+        prefix, by_pattern = model.base_model_prefix, {p: c for c in converters for p in c.source_patterns}
+        plan: dict[str, _Source] = {}
+        for key in sorted(self._entries, key=core_model_loading.dot_natural_key):
+            name, pattern = core_model_loading.rename_source_key(key, renames, converters, prefix, state)
+            if name not in state:  # a rename that should not have fired
+                name, pattern = core_model_loading.rename_source_key(key, [], [], prefix, state)
+            if name not in state:
+                continue  # tensors the model does not use (old rotary buffers, extra heads)
+            converter = by_pattern[pattern] if pattern is not None else None
+            plan.setdefault(name, _Source([], name, converter)).keys.append((key, pattern or key))
+        for name, source in list(plan.items()):  # one file tensor that becomes several parameters
+            first, *others = source.converter.target_patterns if source.converter is not None else [""]
+            plan.update({name.replace(first, other): source for other in others})
+        for names in _tied_groups(model):
+            have = [name for name in names if name in plan]
+            for name in have[1:]:
+                self._require_equal(plan[have[0]].keys[0][0], plan[name].keys[0][0])
+            plan.update({name: plan[have[0]] for name in names if have})
+        return plan
+
+    def _require_equal(self, a: str, b: str) -> None:
+        """Tied in config.json but stored twice: only fine when the two are the same."""
+        first, second = self._entry(a), self._entry(b)
+        alike = first.shape == second.shape and first.dtype == second.dtype
+        if alike and all(torch.equal(x, y) for x, y in zip(pieces(first), pieces(second), strict=True)):
+            return
+        raise CheckpointError(
+            f"{self.folder}: config.json ties {a!r} to {b!r}, but the files hold different values for them; "
+            'set "tie_word_embeddings": false in config.json'
+        )
+
+
+class _Source(NamedTuple):
+    """Where a model parameter's value comes from: [(file tensor, pattern)], and a converter if they must be
+    combined.
+    """
+
+    keys: list[tuple[str, str]]
+    first: str
+    converter: Any | None
+
+
+def materialize(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str = "",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fill the meta parameters of `module`, which is called `prefix` in the model, and move its buffers to
+    `device`.
+
+    One tensor at a time; parameters are filled in place, so a tied pair stays one object and is read once.
+    dtype None means the checkpoint's; parts the model keeps in float32 stay so. Parameters already filled
+    are only moved. Raises CheckpointError for a missing tensor, a wrong shape, NaN or Inf.
+    """
+    for path, owner in module.named_modules():
+        for short, parameter in owner.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+                continue
+            name = ".".join(part for part in (prefix, path, short) if part)
+            wanted = parameter.dtype if parameter.dtype != checkpoint.dtype or dtype is None else dtype
+            value = _checked(checkpoint, name, parameter, device, wanted)
+            filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, filled)
+        for short, buffer in owner.named_buffers(recurse=False):
+            name = ".".join(part for part in (prefix, path, short) if part)
+            if short not in owner._non_persistent_buffers_set and checkpoint.has_weight_for(name):
+                owner._buffers[short] = _checked(checkpoint, name, buffer, device, buffer.dtype)
+            else:
+                assert not buffer.is_meta, f"buffer {name} has no value; use Checkpoint.empty_model"
+                owner._buffers[short] = buffer.to(device)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The whole full-precision model in memory (for evaluation against it, and for small models)."""
+    model: Any = checkpoint.empty_model(attention)
+    materialize(model, checkpoint, "", device, dtype)
+    try:
+        from transformers import GenerationConfig
+
+        folder = str(checkpoint.folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        pass  # no generation_config.json: the model keeps the one made from its configuration
+    return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of the checkpoint. Raises CheckpointError if none loads without running code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(checkpoint.folder), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        raise CheckpointError(
+            f"{checkpoint.folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). "
+            "The folder needs tokenizer.json (or its older files) and tokenizer_config.json."
+        ) from error
+
+
+def _config_problem(folder: Path, error: Exception) -> str:
+    path = folder / "config.json"
+    if not path.is_file():
+        return f"{path}: missing. Give a Hugging Face checkpoint folder (with config.json and *.safetensors)."
+    text = str(error).strip().splitlines()
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return f"{path}: this model needs Python code of its own; code from a checkpoint is never run here"
+    return f"{path}: cannot be used ({type(error).__name__}: {text[0] if text else 'no detail'})"
+
+
+def _checked(checkpoint: Checkpoint, name: str, wanted: Tensor, device: Any, dtype: torch.dtype) -> Tensor:
+    value = checkpoint.weight_for(name, device=device, dtype=dtype)
+    if value.shape != wanted.shape:
+        raise CheckpointError(
+            f"{checkpoint.origin(name)} has shape {list(value.shape)}, but config.json makes the "
+            f"model's {name!r} {list(wanted.shape)}. The files and config.json do not belong together."
+        )
+    return value
+
+
+def _tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one object, two or more each."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

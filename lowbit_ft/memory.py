@@ -1,0 +1,36 @@
+"""Peak memory of a stage, in GB: the GPU's allocator when there is one, the process's resident set otherwise.
+
+Linux keeps a resettable high-water mark (VmHWM, reset by writing 5 to clear_refs), so each stage gets its own peak; elsewhere
+the peak of the whole process is what can be told.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux, or not allowed: peak_gb then reports the whole process
+
+
+def peak_gb(device: torch.device) -> float:
+    """Peak since `reset_peak`, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
