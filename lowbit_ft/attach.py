@@ -6,7 +6,8 @@ run writes is the file `PeftModel.from_pretrained` reads.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ class TrainableTable:
     @property
     def trainable(self) -> int:
         return sum(sum(row.tensors.values()) for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trainable": self.trainable, "total": self.total_parameters, "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
         share = self.trainable / max(1, self.total_parameters)

@@ -1,13 +1,14 @@
 """The command line: `lowbit-ft run recipe.yaml`, and one command per stage.
 
-Every command is a few lines that call the function of the same name in pipeline.py (imported inside, so that --help is quick). A user
-error (ValueError or FileNotFoundError, whose messages say what to do) is printed without a traceback and exits with 2; ctrl-C exits
-with 130; `--debug` shows the traceback.
+Every command is a few lines that call the function of the same name in pipeline.py (imported inside, so
+that --help is quick). A user error (ValueError or FileNotFoundError, whose messages say what to do) is
+printed without a traceback and exits with 2; ctrl-C exits with 130; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,18 +27,24 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe YAML", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value: keys set over the recipe", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="a.b=value: keys set over the recipe", show_default=False)
+]
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
     """Options for every command. `main` looks for --debug itself, because errors pass through there."""
 
 
 @app.command()
 def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that was stopped."""
+    """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
+    was stopped.
+    """
     from lowbit_ft import pipeline
 
     pipeline.run(_load(recipe, overrides))
@@ -78,7 +85,9 @@ def merge(run_dir: RunFolder) -> None:
 @app.command()
 def export(
     run_dir: RunFolder,
-    format: Annotated[str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
+    ] = None,
 ) -> None:
     """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
     from lowbit_ft import pipeline
@@ -106,7 +115,9 @@ def evaluate(run_dir: RunFolder) -> None:
 def generate(
     folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="what to answer; - reads standard input", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")
+    ] = 128,
 ) -> None:
     """Answer a prompt."""
     from lowbit_ft import pipeline
@@ -151,8 +162,9 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
     from lowbit_ft.recipe_check import notes
 
     recipe = load_recipe(path, overrides or [])
-    for note in notes(recipe):
-        typer.echo(f"note: {note}", err=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        for note in notes(recipe):
+            typer.echo(f"note: {note}", err=True)
     return recipe
 
 
@@ -165,7 +177,9 @@ def _folder(path: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `lowbit-ft` command; always leaves through SystemExit (0 fine, 2 user error, 130 ctrl-C)."""
+    """Entry point of the `lowbit-ft` command; always leaves through SystemExit (0 fine, 2 user error, 130
+    ctrl-C).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:

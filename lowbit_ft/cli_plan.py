@@ -15,13 +15,21 @@ def show_plan(recipe: Recipe, console: Console | None = None) -> Plan | None:
     train = recipe.train
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
-    rates = f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
+    rates = (
+        f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
+    )
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
-        ("quant", f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by {recipe.quant.calibrate}"),
+        (
+            "quant",
+            f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by {recipe.quant.calibrate}",
+        ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter)),
-        ("data", f"{recipe.data.train.path} ({recipe.data.train.format}), windows of {recipe.data.sequence_len} tokens"),
+        (
+            "data",
+            f"{recipe.data.train.path} ({recipe.data.train.format}), windows of {recipe.data.sequence_len} tokens",
+        ),
         ("train", f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, {rates}"),
         ("export", recipe.export.format),
         ("output", str(recipe.output)),
@@ -30,12 +38,28 @@ def show_plan(recipe: Recipe, console: Console | None = None) -> Plan | None:
 
     made = plan(recipe)
     if made is None:
-        console.print(f"\n{recipe.model.path} is not on this disk: layers and memory are shown once it is fetched", markup=False)
+        console.print(
+            f"\n{recipe.model.path} is not on this disk: layers and memory are shown once it is fetched",
+            markup=False,
+        )
         return None
-    table = Table("layer", "count", "out x in", "grid", "MB each", "trained", title="linear layers", title_justify="left")
+    table = Table(
+        "layer",
+        "count",
+        "out x in",
+        "grid",
+        "MB each",
+        "trained",
+        title="linear layers",
+        title_justify="left",
+    )
     for kind, count, row in made.kinds():
         size = (row.base_bytes + row.residual_bytes) / 1e6
-        cells = (row.grid, f"{size:.2f}", f"{row.trainable:,}") if row.reason is None else (f"skipped: {row.reason}", "", "")
+        cells = (
+            (row.grid, f"{size:.2f}", f"{row.trainable:,}")
+            if row.reason is None
+            else (f"skipped: {row.reason}", "", "")
+        )
         table.add_row(kind, str(count), f"{row.out_features} x {row.in_features}", *cells)
     console.print()
     console.print(table)
@@ -45,5 +69,8 @@ def show_plan(recipe: Recipe, console: Console | None = None) -> Plan | None:
     memory.add_section()
     memory.add_row("total", f"{made.total / 1e6:,.1f}")
     console.print(memory)
-    console.print(f"{made.trainable:,} trained parameters; the shipped layers take {made.memory['base'] / 1e6:,.1f} MB", highlight=False)
+    console.print(
+        f"{made.trainable:,} trained parameters; the shipped layers take {made.memory['base'] / 1e6:,.1f} MB",
+        highlight=False,
+    )
     return made

@@ -133,8 +133,10 @@ class Batches:
         return -(-len(self.examples) // (self.micro_batch_size * self.world))
 
     def one_epoch(self) -> Iterator[dict[str, Tensor]]:
-        """Every window once, unshuffled, this rank's micro-batches only, the last one possibly short. For
-        evaluation: it leaves the position as it is."""
+        """Every window once, unshuffled, this rank's micro-batches only, the last one possibly short.
+
+        For evaluation: a rank may have one batch less than another, and the position stays as it is.
+        """
         held: list[Example] = []
         index = 0
         for example in self.examples:

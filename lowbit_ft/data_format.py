@@ -91,8 +91,8 @@ class Formatter:
         border, text = len(prompt), prompt + completion
         ids, offsets = self._encode(text, special=True)
         if offsets is None or any(s < border < e and prompt[s:].strip() for s, e in offsets):
-            # A token would hold the end of the prompt and the start of the answer. No server can ask for that: it
-            # tokenizes the prompt alone, so here the two are tokenized alone too.
+            # A token would hold the end of the prompt and the start of the answer. No server can ask for it:
+            # it tokenizes the prompt alone, so here the two are tokenized alone too.
             head, tail = self._encode(prompt, special=True)[0], self._encode(completion, special=False)[0]
             if len(head) > 1 and head[-1] == self.tokenizer.eos_token_id:  # added by the tokenizer
                 head = head[:-1]

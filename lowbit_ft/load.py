@@ -108,6 +108,11 @@ class Checkpoint:
         """Bytes of all tensors in the files."""
         return sum(entry.nbytes for entry in self._entries.values())
 
+    def fingerprint(self) -> list[list[Any]]:
+        """[name, size, modification time] of every weight file and config.json: changes when one is replaced."""
+        files = sorted({entry.file for entry in self._entries.values()} | {self.folder / "config.json"})
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
     def read(
         self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> Tensor:

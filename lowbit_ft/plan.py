@@ -28,7 +28,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One linear layer: weight [N, K]; `reason` says why it is skipped (None: quantized on `grid`); sizes in bytes, parameters."""
+    """One linear layer: weight [N, K]; `reason` says why it is skipped (None: quantized on `grid`); sizes in
+    bytes, parameters.
+    """
 
     layer: str
     out_features: int
@@ -54,7 +56,9 @@ class Plan:
         return sum(self.memory.values())
 
     def kinds(self) -> Iterable[tuple[str, int, PlanRow]]:
-        """Rows alike but for the layer number, once each: (name with * for the number, how many, one of them)."""
+        """Rows alike but for the layer number, once each: (name with * for the number, how many, one of
+        them).
+        """
         groups: dict[tuple[Any, ...], list[PlanRow]] = {}
         for row in self.rows:
             kind = ".".join("*" if part.isdecimal() else part for part in row.layer.split("."))
@@ -91,7 +95,9 @@ def plan(recipe: Recipe) -> Plan | None:
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of optimizer state per trained parameter: one state for sign and plain momentum methods, two for Adam, three for AdEMAMix."""
+    """Bytes of optimizer state per trained parameter: one state for sign and plain momentum methods, two for
+    Adam, three for AdEMAMix.
+    """
     states = 3 if "ademamix" in name else 2 if "adam" in name or "lamb" in name else 1
     return states * (1 if "8bit" in name else 4)
 
@@ -106,7 +112,9 @@ def _row(recipe: Recipe, name: str, out_features: int, in_features: int) -> Plan
     residual = sizes.pop("residual", 0)
     config = recipe.adapter
     if "init" in type(config).model_fields:
-        config = config.model_copy(update={"init": "zero"})  # the start of A and B does not change their shapes
+        config = config.model_copy(
+            update={"init": "zero"}
+        )  # the start of A and B does not change their shapes
     with torch.device("meta"):
         adapter = config.build(base)
     trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
@@ -120,8 +128,14 @@ def _activations(recipe: Recipe, shapes: Shapes, size: int) -> int:
     inner = shapes.number("intermediate_size", "ffn_dim") or 4 * hidden
     vocabulary = shapes.number("vocab_size") or 0
     tokens = recipe.train.micro_batch_size * recipe.data.sequence_len
-    one_layer = tokens * (10 * hidden + 4 * inner) * size  # norms, q k v o, attention, residuals; gate, up, product, activation
-    kept = layers * tokens * hidden * size + one_layer if recipe.train.gradient_checkpointing else layers * one_layer
+    one_layer = (
+        tokens * (10 * hidden + 4 * inner) * size
+    )  # norms, q k v o, attention, residuals; gate, up, product, activation
+    kept = (
+        layers * tokens * hidden * size + one_layer
+        if recipe.train.gradient_checkpointing
+        else layers * one_layer
+    )
     return kept + tokens * vocabulary * (size + 8)
 
 

@@ -1,30 +1,35 @@
-"""Cross checks of a recipe: what one section means for another, for the checkpoint on disk and for this machine.
+"""Cross checks of a recipe: what one section means for another, for the checkpoint on disk and for this
+machine.
 
-Everything here is found before anything is loaded: config.json, safetensors headers and file names are all that is read. A check is a
-function over the sections it names in CHECKS and yields Problems; it runs when those sections are valid in themselves, so one wrong
-key does not hide what is wrong elsewhere.
+Everything here is found before anything is loaded: config.json, safetensors headers and file names are all
+that is read. A check is a function over the sections it names in CHECKS and yields Problems; it runs when
+those sections are valid in themselves, so one wrong key does not hide what is wrong elsewhere.
 """
 
 from __future__ import annotations
 
-import glob
-import importlib.util
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lowbit_ft.recipe_layers import Layer, Shapes, local_folder, read_shapes
+from lowbit_ft.recipe_layers import Layer, Shapes, has_chat_template, local_folder, read_shapes
+from lowbit_ft.recipe_machine import (
+    HUB_ID,
+    Problems,
+    check_data,
+    check_device,
+    check_eval,
+    check_output,
+    check_train,
+    near_names,
+    path_is,
+)
 from lowbit_ft.recipe_yaml import KeyPath, Problem, did_you_mean
 
-RUN_FILES = {"recipe.yaml", "environment.json", "metrics.jsonl", "base", "checkpoints", "adapter", "merged", "report.html"}
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow", ".md")
 GROUP_SIZES = (32, 64, 128, 256)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-Problems = Iterator[Problem]
 
 
 def check(values: dict[str, Any]) -> list[Problem]:
@@ -41,7 +46,9 @@ def check(values: dict[str, Any]) -> list[Problem]:
 
 
 def _grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
-    """(key path, grid) of the recipe's grid and of every override; those that cannot be are left to check_grid."""
+    """(key path, grid) of the recipe's grid and of every override; those that cannot be are left to
+    check_grid.
+    """
     from lowbit_ft.grid import BinaryGrid, IntGrid
 
     for path, bits, group_size in _bits(r.quant):
@@ -50,7 +57,12 @@ def _grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
                 yield path, BinaryGrid(bits=bits, group_size=group_size)
             else:
                 q = r.quant
-                yield path, IntGrid(bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits)
+                yield (
+                    path,
+                    IntGrid(
+                        bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits
+                    ),
+                )
         except ValueError:
             continue
 
@@ -70,13 +82,22 @@ def check_grid(r: Any) -> Problems:
     for path, bits, _ in _bits(quant):
         if bits not in allowed:
             other = "integer" if quant.grid == "binary" else "binary"
-            yield Problem((*path, "bits"), f"got {bits}; allowed on quant.grid {quant.grid}: {_list(allowed)}; or use quant.grid: {other}")
+            yield Problem(
+                (*path, "bits"),
+                f"got {bits}; allowed on quant.grid {quant.grid}: {_list(allowed)}; or use quant.grid: {other}",
+            )
     if quant.grid == "binary" and not quant.symmetric:
-        yield Problem(("quant", "symmetric"), "got false; sign planes have no zero point; remove it, or use quant.grid: integer")
+        yield Problem(
+            ("quant", "symmetric"),
+            "got false; sign planes have no zero point; remove it, or use quant.grid: integer",
+        )
     calibrator = CALIBRATORS.get(quant.calibrate)
     if calibrator is None:
         fits = [name for name, entry in CALIBRATORS.items() if entry.grid == quant.grid]
-        yield Problem(("quant", "calibrate"), f"got {quant.calibrate!r}; allowed: {_list(fits)}{did_you_mean(quant.calibrate, fits)}")
+        yield Problem(
+            ("quant", "calibrate"),
+            f"got {quant.calibrate!r}; allowed: {_list(fits)}{did_you_mean(quant.calibrate, fits)}",
+        )
     else:
         for _, grid in _grids(r):
             reason = calibrator.reject(grid)
@@ -87,7 +108,10 @@ def check_grid(r: Any) -> Problems:
         patterns = getattr(quant, key)
         for i, pattern in enumerate(patterns if isinstance(patterns, list) else []):
             if error := _pattern_error(pattern):
-                yield Problem(("quant", key, i), f"got {pattern!r}, not a name, glob or regex ({error}); escape it with \\")
+                yield Problem(
+                    ("quant", key, i),
+                    f"got {pattern!r}, not a name, glob or regex ({error}); escape it with \\",
+                )
 
 
 def check_method(r: Any) -> Problems:
@@ -95,14 +119,20 @@ def check_method(r: Any) -> Problems:
     config = r.adapter
     if config.grid_name != r.quant.grid:
         message = f"got {config.method!r}, which works on quant.grid: {config.grid_name}; the recipe has {r.quant.grid}"
-        yield Problem(("adapter", "method"), f"{message}; set quant.grid: {config.grid_name} or choose {_list(_methods_on(r.quant.grid))}")
+        yield Problem(
+            ("adapter", "method"),
+            f"{message}; set quant.grid: {config.grid_name} or choose {_list(_methods_on(r.quant.grid))}",
+        )
         return
     for key, value in config:
         if isinstance(value, float) and not math.isfinite(value):
             yield Problem(("adapter", key), f"got {value}; allowed: a finite number")
     steps, limit = getattr(config, "warmup_steps", 0), r.train.max_steps if hasattr(r, "train") else None
     if limit is not None and steps >= limit:
-        yield Problem(("adapter", "warmup_steps"), f"got {steps}, but train.max_steps is {limit}: the grid would never be trained; lower it")
+        yield Problem(
+            ("adapter", "warmup_steps"),
+            f"got {steps}, but train.max_steps is {limit}: the grid would never be trained; lower it",
+        )
     told = set()
     for path, grid in _grids(r):
         reason = config.reject(grid)
@@ -113,12 +143,16 @@ def check_method(r: Any) -> Problems:
 
 
 def check_export(r: Any) -> Problems:
-    """The export format against the grid of every layer, so that training never ends in a model that cannot be written."""
+    """The export format against the grid of every layer, so that training never ends in a model that cannot
+    be written.
+    """
     from lowbit_ft.export import EXPORTERS
 
     name = r.export.format
     if name not in EXPORTERS:
-        yield Problem(("export", "format"), f"got {name!r}; allowed: {_list(EXPORTERS)}{did_you_mean(name, EXPORTERS)}")
+        yield Problem(
+            ("export", "format"), f"got {name!r}; allowed: {_list(EXPORTERS)}{did_you_mean(name, EXPORTERS)}"
+        )
         return
     told = set()
     config = getattr(r, "adapter", None)
@@ -126,8 +160,9 @@ def check_export(r: Any) -> Problems:
         message = f"got {name!r}, which holds no float offset per group; {config.method} with this adapter.offset ships one"
         yield Problem(("export", "format"), f"{message}; set adapter.offset: auto, or export.format: native")
     for path, grid in _grids(r):
-        fits = config is not None and config.grid_name == grid.name
-        reason = EXPORTERS[name].reject(config.shipped(grid) if fits else grid)
+        if config is not None and config.grid_name == grid.name:
+            grid = config.shipped(grid)
+        reason = EXPORTERS[name].reject(grid)
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
@@ -153,14 +188,19 @@ def check_model(r: Any) -> Problems:
     path = r.model.path
     here = ("model", "path")
     folder = Path(path).expanduser()
-    if not _is(folder, "dir"):
-        if _is(folder, "file"):
+    if not path_is(folder, "dir"):
+        if path_is(folder, "file"):
             yield Problem(here, f"got {path!r}, a file; give the folder that holds config.json")
-        elif not HUB_ID.fullmatch(path) or _is(folder.parent, "dir") and len(folder.parts) > 1:
-            yield Problem(here, f"got {path!r}; there is no such folder{_near(folder)}; give a checkpoint folder or a hub id owner/name")
+        elif not HUB_ID.fullmatch(path) or path_is(folder.parent, "dir") and len(folder.parts) > 1:
+            yield Problem(
+                here,
+                f"got {path!r}; there is no such folder{near_names(folder)}; give a checkpoint folder or a hub id owner/name",
+            )
         return
     if r.model.revision is not None:
-        yield Problem(("model", "revision"), f"got {r.model.revision!r}; a local folder has no revisions; remove it")
+        yield Problem(
+            ("model", "revision"), f"got {r.model.revision!r}; a local folder has no revisions; remove it"
+        )
     try:
         shapes = read_shapes(folder)
     except (OSError, ValueError) as error:
@@ -189,7 +229,10 @@ def check_layers(r: Any) -> Problems:
                 yield Problem(("quant", key, i), f"got {pattern!r}, which matches no linear layer{near}")
     targets = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
     if not targets:
-        yield Problem(("quant", "targets"), f"got {quant.targets!r} less exclude: no layer is left; the model has {_kinds_of(names)}")
+        yield Problem(
+            ("quant", "targets"),
+            f"got {quant.targets!r} less exclude: no layer is left; the model has {_kinds_of(names)}",
+        )
     for i, override in enumerate(quant.overrides):
         if not any(matches(override.match, layer.name) for layer in targets):
             message = f"got {override.match!r}, which matches no quantized layer{_nearest_layers(override.match, names)}"
@@ -230,118 +273,45 @@ def check_lengths(r: Any) -> Problems:
         windows.append((("eval", "window"), r.eval.window))
     for path, length in windows:
         if length > limit:
-            yield Problem(path, f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or less")
+            yield Problem(
+                path,
+                f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or less",
+            )
 
 
-# ---------------------------------------------------------------- data, training, machine, output
-
-
-def check_data(r: Any) -> Problems:
-    """Data files that do not exist."""
-    sources: list[tuple[KeyPath, Any]] = []
-    if hasattr(r, "data"):
-        sources += [(("data", "train"), r.data.train), (("data", "valid"), r.data.valid)]
-    if hasattr(r, "eval"):
-        sources.append((("eval", "data"), r.eval.data))
-    if hasattr(r, "quant"):
-        sources.append((("quant", "calibration"), r.quant.calibration))
-    for where, source in sources:
-        path = source.path if source is not None else None
-        if path is None or _is(Path(path).expanduser(), "any") or path.startswith("hf://"):
-            continue
-        if any(character in path for character in "*?["):
-            if not _globs(path):
-                yield Problem((*where, "path"), f"got {path!r}; no file matches{_near(Path(path))}; check the folder and the pattern")
-        elif path.lower().endswith(DATA_SUFFIXES) or not HUB_ID.fullmatch(path) or path.startswith(("http:", "https:")):
-            yield Problem((*where, "path"), f"got {path!r}; there is no such file{_near(Path(path))}; give a file, glob, folder or hub id")
-
-
-def check_train(r: Any) -> Problems:
-    """Training options that need something else: a validation set, a known length, a package."""
-    from lowbit_ft.optim import OPTIMIZERS
-
-    train = r.train
-    if train.optimizer not in OPTIMIZERS:
-        message = f"got {train.optimizer!r}; allowed: {_list(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
-        yield Problem(("train", "optimizer"), message)
-    if r.data.streaming and train.max_steps is None:
-        yield Problem(("train", "epochs"), f"got {train.epochs:g} with data.streaming, whose length is unknown; set train.max_steps")
-    if train.eval_every is not None and r.data.valid is None:
-        yield Problem(("train", "eval_every"), f"got {train.eval_every}, but there is no data.valid; add data.valid or set eval_every: null")
-    if train.keep_best and train.eval_every is None:
-        yield Problem(("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every")
-    if train.scheduler == "wsd" and train.warmup_ratio + train.decay_ratio > 1:
-        total = train.warmup_ratio + train.decay_ratio
-        yield Problem(("train", "decay_ratio"), f"got {train.decay_ratio}; with warmup_ratio the sum is {total:g}; allowed: at most 1")
-    for i, tracker in enumerate(train.trackers):
-        package = "tensorboard" if tracker == "tensorboard" else tracker
-        if importlib.util.find_spec(package) is None:
-            yield Problem(("train", "trackers", i), f"got {tracker!r}, which is not installed; run pip install {package}, or remove it")
-
-
-def check_eval(r: Any) -> Problems:
-    """lm-eval tasks need the package."""
-    if r.eval.tasks and importlib.util.find_spec("lm_eval") is None:
-        yield Problem(("eval", "tasks"), f"got {r.eval.tasks!r}, but lm-eval is not installed; run pip install 'lowbit-ft[eval]'")
-
-
-def check_device(r: Any) -> Problems:
-    """dtype, attention and device against this machine."""
-    import torch
-
-    model = r.model
-    cuda = torch.cuda.is_available()
-    if model.device == "cuda" and not cuda:
-        yield Problem(("model", "device"), "got 'cuda', but PyTorch sees no GPU here; allowed: auto, cpu; check nvidia-smi or set auto")
-        return
-    on_gpu = cuda and model.device != "cpu"
-    mixed = r.train.mixed_precision if hasattr(r, "train") else "no"
-    if on_gpu and "bf16" in (mixed, "bf16" if model.dtype == "bfloat16" else "") and not torch.cuda.is_bf16_supported(False):
-        path = ("train", "mixed_precision") if mixed == "bf16" else ("model", "dtype")
-        name = torch.cuda.get_device_name()
-        yield Problem(path, f"got bf16, which {name} does not have; allowed: float16, float32; set model.dtype: float16")
-    if not on_gpu and (mixed == "fp16" or model.dtype == "float16"):
-        path = ("train", "mixed_precision") if mixed == "fp16" else ("model", "dtype")
-        yield Problem(path, "got fp16 on a CPU, where training in it overflows; allowed: bfloat16, float32; set model.dtype: float32")
-    if model.attention == "flash_attention_2":
-        if not on_gpu or importlib.util.find_spec("flash_attn") is None:
-            why = "there is no GPU" if not on_gpu else "the package flash-attn is not installed"
-            yield Problem(("model", "attention"), f"got 'flash_attention_2', but {why}; allowed here: sdpa, eager; set sdpa")
-
-
-def check_output(r: Any) -> Problems:
-    """That the run folder can be made, and is not a folder of something else."""
-    output = r.output
-    if _is(output, "dir"):
-        try:
-            inside = sorted(path.name for path in output.iterdir() if not path.name.startswith(".") and "tmp" not in path.name)
-        except OSError as error:
-            yield Problem(("output",), f"got {str(output)!r}; it cannot be read ({error.strerror}); choose another folder")
-            return
-        if inside and not RUN_FILES & set(inside):
-            yield Problem(("output",), f"got {str(output)!r}, which holds other files ({inside[0]}, ...); choose a new or empty folder")
-    elif _is(output, "any"):
-        yield Problem(("output",), f"got {str(output)!r}, a file; choose a folder")
-        return
-    parent = output
-    while not _is(parent, "any") and parent != parent.parent:
-        parent = parent.parent
-    if not _is(parent, "dir"):
-        yield Problem(("output",), f"got {str(output)!r}, but {str(parent)!r} is not a folder; choose another one")
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        yield Problem(("output",), f"got {str(output)!r}, but {str(parent.absolute())!r} is not writable; choose another folder")
+def check_chat(r: Any) -> Problems:
+    """format: chat needs the template of the model's tokenizer."""
+    folder = Path(r.model.path).expanduser()
+    if not path_is(folder, "dir") or has_chat_template(folder):
+        return  # a hub id: data.py looks, once the tokenizer is there
+    for key, source in (("train", r.data.train), ("valid", r.data.valid)):
+        if source is not None and source.format == "chat":
+            message = (
+                f"got 'chat', but {r.model.path} has no chat template; allowed: completion, alpaca, text"
+            )
+            yield Problem(("data", key, "format"), f"{message}; or put a chat_template.jinja into its folder")
 
 
 def notes(recipe: Any) -> list[str]:
-    """What is not wrong but worth knowing before a run: an existing run that will be continued, an inexact merge."""
+    """What is not wrong but worth knowing before a run: an existing run that will be continued, an inexact
+    merge.
+    """
     found = []
     if (recipe.output / "recipe.yaml").is_file():
         found.append(f"{recipe.output} holds a run already: it is continued from its newest valid checkpoint")
     if not recipe.adapter.exact_merge:
-        found.append(f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured")
+        found.append(
+            f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured"
+        )
     if local_folder(recipe.model.path, recipe.model.revision) is None:
-        found.append(f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched")
-    if recipe.export.format == "compressed-tensors" and not recipe.quant.symmetric and recipe.quant.bits in (2, 3):
+        found.append(
+            f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
+        )
+    if (
+        recipe.export.format == "compressed-tensors"
+        and not recipe.quant.symmetric
+        and recipe.quant.bits in (2, 3)
+    ):
         found.append("vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all")
     return found
 
@@ -372,34 +342,6 @@ def _pattern_error(pattern: str) -> str:
     return ""
 
 
-def _is(path: Path, kind: str) -> bool:
-    """path.is_dir() and friends, False for text that cannot be a path (too long, a NUL in it)."""
-    try:
-        return {"dir": path.is_dir, "file": path.is_file, "any": path.exists}[kind]()
-    except (OSError, ValueError):
-        return False
-
-
-def _globs(pattern: str) -> bool:
-    try:
-        return any(True for _ in glob.iglob(pattern, recursive=True))
-    except (OSError, ValueError, RecursionError, re.error):
-        return False
-
-
-def _near(path: Path) -> str:
-    """The names in the deepest folder of `path` that exists, nearest first: '; did you mean 'x'?' or what is there."""
-    parent = path.parent
-    if not _is(parent, "dir"):
-        return f" ({str(parent)!r} does not exist)"
-    try:
-        names = sorted(child.name for child in parent.iterdir() if not child.name.startswith("."))[:500]
-    except OSError:
-        return ""
-    hint = did_you_mean(path.name, names)
-    return hint if hint else (f" (in {str(parent)!r} there is {_list(names[:4])})" if names else f" ({str(parent)!r} is empty)")
-
-
 def _kinds_of(names: list[str]) -> str:
     """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
     kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
@@ -420,6 +362,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant", "export"), check_export),
     (("model", "quant"), check_layers),
     (("model", "data"), check_lengths),
+    (("model", "data"), check_chat),
     ((), check_data),
     (("train", "data"), check_train),
     (("eval",), check_eval),

@@ -1,7 +1,8 @@
 """From a pydantic error to one line a person can act on: got X; allowed ...; did you mean '...'?; fix.
 
-Pydantic knows what is wrong; it does not know which keys would have been right, and its places name union members that nobody wrote.
-Both are mended here by walking the values that were given and the model they were meant for side by side.
+Pydantic knows what is wrong; it does not know which keys would have been right, and its places name union
+members that nobody wrote. Both are mended here by walking the values that were given and the model they
+were meant for side by side.
 """
 
 from __future__ import annotations
@@ -27,20 +28,26 @@ def shown(value: Any) -> str:
 
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
-    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter union (chosen by the method that was given)."""
+    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter union (chosen by the
+    method that was given).
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
     if len(models) > 1 and isinstance(given, dict):
-        return ADAPTERS.get(given.get("method")) if isinstance(given.get("method"), str) else None
+        return ADAPTERS.get(str(given.get("method")))
     return models[0] if models else None
 
 
 def written_path(location: tuple[int | str, ...], given: Any) -> KeyPath:
-    """A pydantic location without the union members in it: parts that are not keys of what was written (a missing last key stays)."""
+    """A pydantic location without the union members in it: parts that are not keys of what was written (a
+    missing last key stays).
+    """
     path: list[str | int] = []
     for depth, part in enumerate(location):
-        known = (isinstance(given, dict) and part in given) or (isinstance(given, list | tuple) and isinstance(part, int) and part < len(given))
+        known = (isinstance(given, dict) and part in given) or (
+            isinstance(given, list | tuple) and isinstance(part, int) and part < len(given)
+        )
         if known:
             given = given[part]  # type: ignore[index] - checked just above
             path.append(part)
@@ -51,7 +58,9 @@ def written_path(location: tuple[int | str, ...], given: Any) -> KeyPath:
 
 def to_problems(section: str, annotation: Any, details: list[ErrorDetails], given: Any) -> list[Problem]:
     """The errors of validating `given` as `annotation`, as Problems of the recipe."""
-    told = "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
+    told = (
+        "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
+    )
     return [_to_problem(section, annotation, detail, given) for detail in details if detail["type"] != told]
 
 
@@ -85,12 +94,17 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     if kind == "union_tag_not_found":
         return Problem((*path, "method"), f"missing; add `method: ...`; allowed: {', '.join(ADAPTERS)}")
     if kind == "union_tag_invalid":
-        return Problem((*path, "method"), f"got {shown(method)}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}")
+        return Problem(
+            (*path, "method"),
+            f"got {shown(method)}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}",
+        )
 
     got = f"got {shown(detail['input'])}"
     if kind == "literal_error":
         field = fields.get(str(inside[-1])) if inside else None
-        allowed = [value for value in _literals(field.annotation) if value is not None] if field is not None else []
+        allowed = (
+            [value for value in _literals(field.annotation) if value is not None] if field is not None else []
+        )
         listed = ", ".join(map(str, allowed)) or str(context.get("expected", "")).replace("'", "")
         return Problem(path, f"{got}; allowed: {listed}{did_you_mean(detail['input'], allowed)}")
     if kind == "value_error":

@@ -1,7 +1,8 @@
-"""The linear layers of a checkpoint, from config.json and safetensors headers alone: names and shapes, no tensor is read.
+"""The linear layers of a checkpoint, from config.json and safetensors headers alone: names and shapes, no
+tensor is read.
 
-Used by the recipe checks, `plan` and `init`. What a name means (quantized, skipped and why) is QuantSection.skip_reason, the same rule
-the quantizer follows on the real modules.
+Used by the recipe checks, `plan` and `init`. What a name means (quantized, skipped and why) is
+QuantSection.skip_reason, the same rule the quantizer follows on the real modules.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_NOT_LINEAR = ("embed", "wte", "wpe", "norm", "rotary", "ln_", "layernorm")  # 2-D weights that are looked up, not multiplied
+_NOT_LINEAR = (
+    "embed",
+    "wte",
+    "wpe",
+    "norm",
+    "rotary",
+    "ln_",
+    "layernorm",
+)  # 2-D weights that are looked up, not multiplied
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,9 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def local_folder(path: str, revision: str | None = None) -> Path | None:
-    """The folder a model path means when it is on this disk (a hub id: its snapshot in the hub cache), else None."""
+    """The folder a model path means when it is on this disk (a hub id: its snapshot in the hub cache), else
+    None.
+    """
     folder = Path(path).expanduser()
     try:
         if folder.is_dir():
@@ -70,6 +81,16 @@ def local_folder(path: str, revision: str | None = None) -> Path | None:
     except (OSError, ValueError):  # not a path, or not a hub id either
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a checkpoint folder brings a chat template (of its own file, or in its config)."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def read_shapes(folder: Path) -> Shapes:

@@ -17,7 +17,9 @@ from lowbit_ft.adapters import ADAPTERS
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a layer name is meant by `pattern`: its last part(s) ("q_proj"), a glob ("*.layers.0.*"), or a full regex match."""
+    """Whether a layer name is meant by `pattern`: its last part(s) ("q_proj"), a glob ("*.layers.0.*"), or a
+    full regex match.
+    """
     if name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern):
         return True
     try:
@@ -27,7 +29,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def number(annotation: Any, value: Any) -> Any:
-    """`value` for a field of that annotation: PyYAML reads 1e-4 and 1e3 (no dot) as text, and pydantic takes true for 1."""
+    """`value` for a field of that annotation: PyYAML reads 1e-4 and 1e3 (no dot) as text, and pydantic takes
+    true for 1.
+    """
     kinds = _kinds(annotation)
     if not kinds & {int, float} or bool in kinds:
         return value
@@ -43,7 +47,9 @@ def number(annotation: Any, value: Any) -> Any:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The plain types an annotation is made of: Annotated[int, ...] | None -> {int, NoneType}; literals count as their type."""
+    """The plain types an annotation is made of: Annotated[int, ...] | None -> {int, NoneType}; literals count
+    as their type.
+    """
     found: set[Any] = set()
     for part in get_args(annotation):
         found |= _kinds(part) if get_args(part) or isinstance(part, type) else {type(part)}
@@ -51,7 +57,9 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def for_method(given: Any) -> Any:
-    """The adapter section with its numbers read as the other sections' are (a wrong one stays as it was, for pydantic to refuse)."""
+    """The adapter section with its numbers read as the other sections' are (a wrong one stays as it was, for
+    pydantic to refuse).
+    """
     config = ADAPTERS.get(str(given.get("method"))) if isinstance(given, dict) else None
     if config is None:
         return given
@@ -66,7 +74,9 @@ def for_method(given: Any) -> Any:
 
 
 def found(value: Any, folder: Path) -> Any:
-    """A section whose relative paths that exist only next to the recipe are given from there; everything else as it was."""
+    """A section whose relative paths that exist only next to the recipe are given from there; everything else
+    as it was.
+    """
     if not isinstance(value, BaseModel):
         return value
     changed: dict[str, Any] = {}
@@ -75,7 +85,9 @@ def found(value: Any, folder: Path) -> Any:
             moved = found(child, folder)
             if moved is not child:
                 changed[name] = moved
-        elif name == "path" and isinstance(child, str) and not _exists(child) and _exists(str(folder / child)):
+        elif (
+            name == "path" and isinstance(child, str) and not _exists(child) and _exists(str(folder / child))
+        ):
             changed[name] = str(folder / child)
     return value.model_copy(update=changed) if changed else value
 

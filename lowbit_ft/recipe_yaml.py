@@ -1,8 +1,9 @@
 """YAML that remembers where everything stood.
 
-A recipe error is useful when it names the line, so the file is read as a tree of YAML nodes (PyYAML's safe loader, composing only)
-and turned into plain dicts and lists here, noting the line of every key path on the way. What a recipe never needs is refused: two keys
-of the same name, keys that are not text, tags that build objects, merge keys, aliases that contain themselves or expand without end.
+A recipe error is useful when it names the line, so the file is read as a tree of YAML nodes (PyYAML's safe
+loader, composing only) and turned into plain dicts and lists here, noting the line of every key path on the
+way. What a recipe never needs is refused: two keys of the same name, keys that are not text, tags that
+build objects, merge keys, aliases that contain themselves or expand without end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MAX_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe: the key path it is about, and the message (got; allowed; did you mean; fix)."""
+    """One thing wrong with a recipe: the key path it is about, and the message (got; allowed; did you mean;
+    fix).
+    """
 
     path: KeyPath
     message: str
@@ -34,7 +37,9 @@ class Problem:
 
 
 class RecipeError(ValueError):
-    """Everything wrong with a recipe at once: `str()` has one line per problem, `problems` has the lines as a list."""
+    """Everything wrong with a recipe at once: `str()` has one line per problem, `problems` has the lines as a
+    list.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -43,7 +48,9 @@ class RecipeError(ValueError):
 
 @dataclass
 class Source:
-    """Plain values read from a recipe file, and where each came from (`file:line`, or the override that set it)."""
+    """Plain values read from a recipe file, and where each came from (`file:line`, or the override that set
+    it).
+    """
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +65,9 @@ class Source:
         return f"{self.name}:1"
 
     def lines(self, problems: Iterable[Problem]) -> list[str]:
-        """The lines of a RecipeError (place: key path: message), in the order of the file, overrides last, none twice."""
+        """The lines of a RecipeError (place: key path: message), in the order of the file, overrides last,
+        none twice.
+        """
         lines = self.problems + [f"{self.place(problem.path)}: {problem}" for problem in problems]
         return sorted(dict.fromkeys(lines), key=self._line_number)
 
@@ -80,7 +89,7 @@ def nearest(word: object, allowed: Iterable[object]) -> str:
 
 
 def did_you_mean(word: object, allowed: Iterable[object]) -> str:
-    """"; did you mean 'x'?" or nothing."""
+    """ "; did you mean 'x'?" or nothing."""
     close = nearest(word, allowed)
     return f"; did you mean '{close}'?" if close else ""
 
@@ -100,14 +109,22 @@ def read_source(path: Path) -> Source:
         others = sorted(p.name for p in folder.glob("*.y*ml"))
         raise FileNotFoundError(f"no recipe at {path}{did_you_mean(path.name, others)}") from None
     except OSError as error:
-        raise RecipeError([f"{path}: cannot be read: {error.strerror}; give the path of a recipe YAML"]) from None
+        raise RecipeError(
+            [f"{path}: cannot be read: {error.strerror}; give the path of a recipe YAML"]
+        ) from None
     if len(data) > MAX_BYTES:
-        raise RecipeError([f"{path}: got {len(data)} bytes; a recipe has at most {MAX_BYTES}; is this another kind of file?"])
+        raise RecipeError(
+            [
+                f"{path}: got {len(data)} bytes; a recipe has at most {MAX_BYTES}; is this another kind of file?"
+            ]
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise RecipeError([f"{path}:{line}: got byte {data[error.start]:#04x}, not UTF-8 text; save it as UTF-8"]) from None
+        raise RecipeError(
+            [f"{path}:{line}: got byte {data[error.start]:#04x}, not UTF-8 text; save it as UTF-8"]
+        ) from None
     try:
         node = _compose(text)
         reader = _Reader(source)
@@ -118,13 +135,17 @@ def read_source(path: Path) -> Source:
         raise RecipeError([f"{path}: nested too deep; a recipe has at most {MAX_DEPTH} levels"]) from None
     if not isinstance(value, dict):
         got = f"a {type(value).__name__}"
-        raise RecipeError([f"{path}:1: got {got}; a recipe is a mapping of sections: name, model, quant, adapter, ..."])
+        raise RecipeError(
+            [f"{path}:1: got {got}; a recipe is a mapping of sections: name, model, quant, adapter, ..."]
+        )
     source.values = value
     return source
 
 
 def apply_override(source: Source, text: str) -> None:
-    """Set one `a.b=value` (value is YAML) in `source`, creating the sections it goes through; problems are noted there."""
+    """Set one `a.b=value` (value is YAML) in `source`, creating the sections it goes through; problems are
+    noted there.
+    """
     place = f"override {text!r}"
     key, equals, value_text = text.partition("=")
     parts = key.strip().split(".")
@@ -137,7 +158,9 @@ def apply_override(source: Source, text: str) -> None:
         value = None if node is None else _Reader(inner).plain(node, ())
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "not YAML"
-        source.problems.append(f"{place}: got {value_text!r}, which is not YAML ({problem}); put the value in quotes")
+        source.problems.append(
+            f"{place}: got {value_text!r}, which is not YAML ({problem}); put the value in quotes"
+        )
         return
     except RecursionError:
         source.problems.append(f"{place}: nested too deep; a recipe has at most {MAX_DEPTH} levels")
@@ -149,9 +172,11 @@ def apply_override(source: Source, text: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdecimal() or int(part[:9]) >= len(target):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(target):
                 allowed = f"0..{len(target) - 1}" if target else "nothing, it is empty"
-                source.problems.append(f"{place}: {dotted(path)} is a list: got index {part!r}; allowed {allowed}")
+                source.problems.append(
+                    f"{place}: {dotted(path)} is a list: got index {part!r}; allowed {allowed}"
+                )
                 return
             step: str | int = int(part)
         elif isinstance(target, dict):
@@ -159,13 +184,15 @@ def apply_override(source: Source, text: str) -> None:
             if not last and target.get(part) is None:
                 target[part] = {}
         else:
-            source.problems.append(f"{place}: {dotted(path)} is {target!r}, a value without keys; set {dotted(path)}=...")
+            source.problems.append(
+                f"{place}: {dotted(path)} is {target!r}, a value without keys; set {dotted(path)}=..."
+            )
             return
         path.append(step)
         if last:
-            target[step] = value
+            target[step] = value  # type: ignore[index] - an int for a list, a str for a dict, by the branch above
         else:
-            target = target[step]
+            target = target[step]  # type: ignore[index]
     where = tuple(path)
     for old in [p for p in source.places if p[: len(where)] == where]:
         del source.places[old]
@@ -176,8 +203,14 @@ def _compose(text: str) -> yaml.Node | None:
     loader = yaml.SafeLoader(text)  # composes only: no tag builds anything here
     try:
         return loader.get_single_node()
-    except (ValueError, OverflowError, IndexError) as error:  # PyYAML lets these through, for example for "\UFFFFFFFF"
-        raise yaml.MarkedYAMLError(problem=f"a value that cannot be read ({error})", problem_mark=loader.get_mark()) from None
+    except (
+        ValueError,
+        OverflowError,
+        IndexError,
+    ) as error:  # PyYAML lets these through, for example for "\UFFFFFFFF"
+        raise yaml.MarkedYAMLError(
+            problem=f"a value that cannot be read ({error})", problem_mark=loader.get_mark()
+        ) from None
     finally:
         loader.dispose()
 
@@ -198,7 +231,9 @@ class _Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.nodes = 0
-        self.open: set[int] = set()  # ids of the collections we are inside of: an alias to one of them never ends
+        self.open: set[int] = (
+            set()
+        )  # ids of the collections we are inside of: an alias to one of them never ends
         self.scalars = yaml.SafeLoader("")
 
     def problem(self, node: yaml.Node, path: KeyPath, message: str) -> None:
@@ -209,9 +244,13 @@ class _Reader:
     def plain(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES:
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_NODES} values (aliases included)", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_NODES} values (aliases included)", problem_mark=node.start_mark
+            )
         if len(path) > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=node.start_mark
+            )
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
         if id(node) in self.open:
@@ -235,11 +274,19 @@ class _Reader:
             try:
                 return self.scalars.construct_object(node)
             except (ValueError, KeyError, IndexError, OverflowError, yaml.YAMLError):
-                self.problem(node, path, f"got {node.value[:60]!r}, which is not a readable {kind}; put it in quotes if it is text")
+                self.problem(
+                    node,
+                    path,
+                    f"got {node.value[:60]!r}, which is not a readable {kind}; put it in quotes if it is text",
+                )
                 return None
         if kind in {"timestamp", "value"} and node.tag.startswith("tag:yaml.org,2002:"):
             return node.value  # a run named 2026-11-21 is text to us
-        self.problem(node, path, f"got the tag {node.tag!r}; a recipe holds text, numbers, true/false, null, lists and mappings only")
+        self.problem(
+            node,
+            path,
+            f"got the tag {node.tag!r}; a recipe holds text, numbers, true/false, null, lists and mappings only",
+        )
         return None
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -249,7 +296,9 @@ class _Reader:
                 self.problem(key_node, path, "got a list or mapping as a key; keys are plain words")
                 continue
             if key_node.tag == "tag:yaml.org,2002:merge":
-                self.problem(key_node, path, "got '<<'; merge keys are not allowed in a recipe; write the keys out")
+                self.problem(
+                    key_node, path, "got '<<'; merge keys are not allowed in a recipe; write the keys out"
+                )
                 continue
             key = key_node.value
             here = (*path, key)

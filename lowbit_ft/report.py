@@ -71,7 +71,7 @@ def write_report(run_dir: Path) -> Path:
 def _page(run: RunFiles) -> str:
     recipe = run.recipe()
     name = str(recipe.get("name") or run.folder.resolve().name)
-    state, verdict = _verdict(run)
+    state, verdict = _verdict(run, recipe)
     body = "".join(_section(run, key, title, build) for key, title, build in SECTIONS)
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in SECTIONS)
     return (
@@ -106,8 +106,14 @@ def _subtitle(recipe: dict[str, Any]) -> str:
     return "  ·  ".join(str(part) for part in parts if part)
 
 
-def _verdict(run: RunFiles) -> tuple[str, str]:
-    """("good" all equal | "bad" they differ | "open" not known) and the sentence on top of the page."""
+def _verdict(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
+    """("good" all equal | "bad" they differ | "open" not known) and the sentence on top of the page.
+
+    In the native format nothing is exported: the merged model is what ships.
+    """
+    export = recipe.get("export")
+    native = isinstance(export, dict) and export.get("format") == "native"
+    shipped = [stage for stage in SHIPPED if not (native and stage == "exported")]
     try:
         rows = run.evaluation()
     except NotShown:
@@ -115,17 +121,14 @@ def _verdict(run: RunFiles) -> tuple[str, str]:
             "open",
             "Not shown: the evaluation did not run, so trained, merged and exported are not compared.",
         )
-    found = {stage: rows.get(stage, {}).get("perplexity") for stage in SHIPPED}
+    found = {stage: rows.get(stage, {}).get("perplexity") for stage in shipped}
     printed = {stage: number(value, DIGITS) for stage, value in found.items() if is_number(value)}
     if len(set(printed.values())) > 1:
         listed = ", ".join(f"{stage} {value}" for stage, value in printed.items())
         return "bad", f"What ships is not what was trained: the perplexities differ ({listed})."
-    if missing := [stage for stage in SHIPPED if stage not in printed]:
+    if missing := [stage for stage in shipped if stage not in printed]:
         return "open", f"Not shown: no perplexity of the {' and the '.join(missing)} model to compare with."
-    return (
-        "good",
-        f"What was trained is what ships: trained = merged = exported perplexity = {printed['trained']}.",
-    )
+    return "good", f"What was trained is what ships: {' = '.join(shipped)} perplexity = {printed['trained']}."
 
 
 def _headline(run: RunFiles) -> list[tuple[str, str]]:

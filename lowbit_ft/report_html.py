@@ -77,6 +77,8 @@ def plain(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ", ".join(value)
+    if isinstance(value, dict) and not any(isinstance(part, list | dict) for part in value.values()):
+        return ", ".join(f"{key} {plain(part)}" for key, part in value.items())
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -183,7 +183,7 @@ def _heat(
     known = [v for row in rows for v in row if math.isfinite(v)]
     high = max(known, default=1.0) or 1.0
     low = min((v for v in known if v > 0), default=high)
-    norm = LogNorm(min(low, high / 1.5), high) if logarithmic else Normalize(0.0, high)
+    norm = LogNorm(min(low, high / 4), high) if logarithmic else Normalize(0.0, high)
     image = axis.pcolormesh(rows, cmap="Blues", norm=norm, edgecolors="white", linewidth=0.8)
     axis.set_title(title)
     axis.grid(False)

@@ -67,9 +67,9 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     namespace: dict[str, Any] = {"__name__": "readme"}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
-    merged = tmp_path / "runs" / "from-python" / "merged"
-    assert (merged / "config.json").is_file() and list(merged.glob("*.safetensors"))
-    assert (merged.parent / "report.html").stat().st_size > 10_000
+    folder = tmp_path / "runs" / "from-python"
+    assert namespace["folder"].resolve() == (folder / "exported").resolve()
+    assert (folder / "report.html").stat().st_size > 10_000
     assert namespace["model"].config.quantization_config is not None
 
 

@@ -86,7 +86,10 @@ def files() -> dict[str, Any]:
             {"layer": "lm_head", "action": "skipped", "reason": "excluded by name", "parameters": 1000},
         ],
         "moved.json": {**dict.fromkeys(layers, 0.125), "scale_change": 0.031},
-        "trainable.json": {"share": 0.0123, "rows": [{"group": "low rank", "parameters": 4096}]},
+        "trainable.json": {
+            "share": 0.0123,
+            "rows": [{"layer": "q_proj", "tensors": {"A": 4096, "B": 12}, "bytes": 9000}],
+        },
         "evaluation.json": {
             "rows": [
                 {"stage": s, "perplexity": p, "kl": 0.1, "loss": math.log(p)}
@@ -136,7 +139,7 @@ def test_a_complete_run_fills_every_section(tmp_path: Path):
             "3.10 %",
             "65,536 0.02",
         ],
-        "trainable": ["low rank", "4,096", "0.0123"],
+        "trainable": ["q_proj", "A 4,096, B 12", "9,000", "0.0123"],
         "stages": ["90.5", "91.5", "1.25"],
         "samples": ["def f():", "word word", "Return nothing."],
         "recipe": ["method: lr_qat"],
@@ -174,6 +177,28 @@ def test_the_verdict_compares_the_printed_digits(tmp_path: Path):
     assert state == "verdict bad" and "exported 9.9000" in text and "is not what was trained" in text
     state, text = verdict(9.8765, None, 9.8765)
     assert state == "verdict open" and "no perplexity of the merged model" in text
+
+
+def test_in_the_native_format_the_merged_model_is_what_ships(tmp_path: Path):
+    rows = [{"stage": stage, "perplexity": 9.5} for stage in ("trained", "merged")]
+    head = run(tmp_path, evaluation__json={"rows": rows}).text["head"]
+    assert "no perplexity of the exported model" in head
+    head = run(tmp_path, evaluation__json={"rows": rows}, recipe__yaml="export: {format: native}").text[
+        "head"
+    ]
+    assert "what ships: trained = merged perplexity = 9.5000" in head
+
+
+def test_long_runs_and_odd_values_stay_readable(tmp_path: Path):
+    stages = [{"stage": "train", "seconds": 7384.0}, {"stage": "export"}]
+    facts = {"flag": True, "nested": {"a": [1, 2]}, "list": ["x", "y"], "share": 0.125}
+    page = run(tmp_path, stages__json=stages, environment__json=facts)
+    assert "2 h 03 min" in page.text["head"]
+    for words in ("true", '{"a": [1, 2]}', "x, y", "0.125"):
+        assert words in page.text["environment"], words
+    (tmp_path / "samples.json").write_bytes(b"\xff\xfe\x00")
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text["samples"]
+    assert "samples.json cannot be read" in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from .grid_linear import grid_gradients, grid_linear
 from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
 from .pack import dequantize, pack, quantize_pack, unpack
+from .rounding import exact_exp, round_values
 
 __all__ = [
     "UNITS",
@@ -18,6 +19,7 @@ __all__ = [
     "binary_matmul",
     "binary_matmul_dx",
     "dequantize",
+    "exact_exp",
     "grid_codes",
     "grid_gradients",
     "grid_linear",
@@ -27,6 +29,7 @@ __all__ = [
     "packed_matmul_dx",
     "packed_width",
     "quantize_pack",
+    "round_values",
     "superblock",
     "unpack",
 ]

@@ -10,6 +10,7 @@ quant.calibrate.
 from typing import ClassVar, Literal
 
 import torch
+from lowbit_kernels import exact_exp
 from torch import Tensor, nn
 
 from ..grid import BinaryWeight, PlaneArgs, Weight
@@ -42,5 +43,5 @@ class AlphaTuning(Adapter):
     def plane_args(self, base: BinaryWeight) -> PlaneArgs:
         trained, alpha = self.plane_scale.shape[0], base.scale.float()
         log = self.plane_scale if self.factor == 1.0 else scale_gradient(self.plane_scale, self.factor)
-        live = cast_scale(alpha[:trained] * torch.exp(log), base.grid.scale_dtype)
+        live = cast_scale(alpha[:trained] * exact_exp(log), base.grid.scale_dtype)
         return PlaneArgs(scale=torch.cat([live, alpha[trained:]]))

@@ -10,6 +10,7 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+from lowbit_kernels import exact_exp
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -150,7 +151,7 @@ class ScaledAdapter(Adapter):
 
     def scale(self, base: Weight) -> Tensor:
         log_scale = self.log_scale if self.factor == 1.0 else scale_gradient(self.log_scale, self.factor)
-        return cast_scale(base.scale.float() * torch.exp(log_scale), base.grid.scale_dtype)
+        return cast_scale(base.scale.float() * exact_exp(log_scale), base.grid.scale_dtype)
 
 
 class LowRank:

@@ -10,6 +10,7 @@ With residual_bits 0 no code moves until |D| > 1/2: then start from `init: loftq
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from ..grid import GridArgs, PackedWeight, Weight
@@ -18,6 +19,9 @@ from .base import LowRank, LowRankOptions, ScaledAdapter
 
 class LRQATConfig(LowRankOptions):
     method: Literal["lr_qat"] = "lr_qat"
+    # Twice the rank: D counts grid steps here, and at 2 and 3 bit a learning rate of 2e-3 at gain 1 beat 1e-3 (LOG.md). The gain
+    # carries that factor, so one train.learning_rate suits every method.
+    alpha: float = Field(32.0, gt=0, description="D = alpha / rank * B A, in grid steps")
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "LRQAT":
         assert isinstance(base, PackedWeight)

@@ -5,6 +5,7 @@ learning rate of 1e-5: the step is below half an ulp), the forward sees the valu
 """
 
 import torch
+from lowbit_kernels import round_values
 from torch import Tensor
 
 # The smallest scale whose bfloat16 value is still exact in float16 (formats such as GGUF and GPTQ keep float16 scales).
@@ -28,7 +29,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def cast(value: Tensor, dtype: str) -> Tensor:
     """fp32 -> fp32 rounded to the values of `dtype` ("bfloat16", ...), straight-through."""
-    return straight_through(value, value.detach().to(getattr(torch, dtype)).to(value.dtype))
+    return round_values(value, getattr(torch, dtype))
 
 
 def cast_scale(value: Tensor, dtype: str) -> Tensor:

@@ -1,0 +1,46 @@
+"""Full QAT, the ceiling the adapters are measured against: LSQ fake quantization of every dense weight (arXiv 1902.08153).
+
+    u = clip(w / S + z, 0, 2^b - 1);   W^ = S * (round(u) - z)        trains w [N, K] and S = s0 * exp(log_scale)
+
+Straight-through on round; the scale's gradient is LSQ's by autograd. It keeps a dense fp32 master of every weight and of its two
+Adam moments, which is what the packed base exists to avoid; for small models only.
+"""
+
+import torch
+from lowbit_ft.grid import PackedWeight
+from lowbit_ft.grid.estimators import cast_scale, straight_through
+from lowbit_ft.linear import PackedLinear
+from lowbit_kernels.layout import grouped, ungrouped
+from torch import Tensor, nn
+
+
+class FullQATLinear(nn.Module):
+    """A trained dense weight behind its grid. start [N, K]: where the weight begins (before rounding)."""
+
+    def __init__(self, layer: PackedLinear, start: Tensor):
+        super().__init__()
+        assert isinstance(layer.base, PackedWeight)
+        self.base, self.bias = layer.base, layer.bias
+        self.dense = nn.Parameter(start.float().clone())
+        self.log_scale = nn.Parameter(torch.zeros_like(layer.base.scale, dtype=torch.float32))
+
+    def weight(self) -> Tensor:
+        grid, k = self.base.grid, self.base.shape[1]
+        scale = cast_scale(self.base.scale.float() * self.log_scale.exp(), grid.scale_dtype).t().unsqueeze(-1)
+        zero = float(grid.levels // 2) if self.base.zero is None else self.base.zero.t().unsqueeze(-1).float()
+        u = (grouped(self.dense, grid.group_size) / scale + zero).clamp(0, grid.levels - 1)
+        return ungrouped((straight_through(u, u.detach().round()) - zero) * scale, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+
+
+def unrounded(base: PackedWeight) -> Tensor:
+    """The base's weight with its residual, [N, K] fp32: where a calibrator such as gptq left the weight before rounding."""
+    from lowbit_kernels.pack import decode_residual
+
+    assert base.residual is not None
+    k, g = base.shape[1], base.grid.group_size
+    size = k if g == -1 else g
+    step = base.scale.t().float().repeat_interleave(size, dim=1)[:, :k]
+    return base.dequantize() + step * decode_residual(base.residual, base.grid.residual_bits, k)

@@ -1,0 +1,215 @@
+"""Quality: perplexity of any methods x grids on a checkpoint, at equal tokens, in one table.
+
+    python benchmarks/quality.py --methods gptq lr_qat full_qat --grids 3:128 2:64 --seeds 0 1 2
+
+Windows of plain text for training and validation; every trained method sees the same windows in the same order (one order per
+seed) and the same number of steps. Baselines without training: rtn (absmax or minmax), mse, gptq. `lora` trains a side adapter on
+the rounded base and is measured twice: as trained, and after the requantization its merge needs. `full_qat` trains every dense
+weight behind the same grid (full_qat.py). Defaults are the recipe's defaults, which were found with this script (LOG.md).
+
+Rows are kept in --out as they come (JSON), so a stopped run goes on; the table is printed from that file.
+"""
+
+import argparse
+import copy
+import json
+import math
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+from full_qat import FullQATLinear, unrounded
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.attach import adapted_layers, attach, begin_step, packed_layers
+from lowbit_ft.checkpoint import write_text
+from lowbit_ft.data import Batches, Example, Examples
+from lowbit_ft.evaluate import Reference, evaluate
+from lowbit_ft.grid import PackedWeight
+from lowbit_ft.linear import PackedLinear
+from lowbit_ft.load import Checkpoint, load_tokenizer
+from lowbit_ft.quantize import quantize
+from lowbit_ft.recipe import QuantSection, TrainSection
+from lowbit_ft.rundir import environment
+from lowbit_ft.train import train
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parent / "recipes" / "assets"
+UNTRAINED = ("rtn", "mse", "gptq")
+TRAINED = ("scale", "alpha_tuning", "lr_qat", "dl_qat", "l4q", "lora", "full_qat")
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(ASSETS / "tiny-llama"))
+    p.add_argument("--train", default=str(ASSETS / "text" / "train.jsonl"), help='jsonl of {"text": ...}')
+    p.add_argument("--valid", default=str(ASSETS / "text" / "valid.jsonl"))
+    p.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], choices=[*UNTRAINED, *TRAINED])
+    p.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
+    p.add_argument("--symmetry", nargs="+", default=["sym", "asym"], choices=["sym", "asym"])
+    p.add_argument("--start", default="gptq", help="calibrator that trained methods on integer grids start from")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--steps", type=int, default=120)
+    p.add_argument("--batch", type=int, default=8, help="windows per step")
+    p.add_argument("--window", type=int, default=256)
+    p.add_argument("--valid-windows", type=int, default=160)
+    p.add_argument("--learning-rate", type=float, default=TrainSection.model_fields["learning_rate"].default)
+    p.add_argument("--scale-learning-rate", type=float, default=None)
+    p.add_argument("--full-qat-learning-rate", type=float, default=2e-4)
+    p.add_argument("--set", nargs="*", default=[], help="adapter options, for example rank=32 alpha=32")
+    p.add_argument("--note", default="", help="kept with each row, to tell sweeps apart")
+    p.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    p.add_argument("--threads", type=int, default=2)
+    return p.parse_args()
+
+
+class Bench:
+    """The checkpoint, its windows, and one run of a method on a grid."""
+
+    def __init__(self, o: argparse.Namespace):
+        self.o = o
+        self.checkpoint = Checkpoint.open(o.model, dtype="float32")
+        self.tokenizer = load_tokenizer(self.checkpoint)
+        self.train = self.windows(o.train)
+        valid = self.windows(o.valid)[: o.valid_windows]
+        batches = Batches(Examples(valid), 16, 0, seed=0, shuffle=False)
+        self.valid = [{k: v for k, v in b.items() if k != "position_ids"} for b in batches.one_epoch()]
+        self.bases: dict[str, Any] = {}
+
+    def windows(self, path: str) -> list[Example]:
+        """The whole text joined by the end-of-text token, cut into windows; loss on every token."""
+        texts = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        joined = (self.tokenizer.eos_token or "\n").join(texts)
+        ids = self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+        size = self.o.window
+        return [Example(ids[i : i + size], ids[i : i + size], [size]) for i in range(0, len(ids) - size + 1, size)]
+
+    def calibration(self) -> list[dict[str, torch.Tensor]]:
+        """256 training windows, the same for every method and seed."""
+        batches = Batches(Examples(self.train), 32, 0, seed=0)
+        return [{"input_ids": next(batches)["input_ids"]} for _ in range(8)]
+
+    def base(self, quant: QuantSection) -> Any:
+        """A fresh packed model; each setting is calibrated once."""
+        key = quant.model_dump_json()
+        if key not in self.bases:
+            self.bases[key] = quantize(self.checkpoint, quant, dtype=torch.float32, calibration=self.calibration)[0]
+        return copy.deepcopy(self.bases[key])
+
+    def perplexity(self, model: Any) -> float:
+        return evaluate(model, self.valid, "").perplexity
+
+    def run(self, method: str, bits: int, group: int, symmetric: bool, seed: int) -> dict[str, float]:
+        binary = method == "alpha_tuning"
+        calibrate = {"rtn": "absmax" if symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
+            method, "greedy" if binary else self.o.start
+        )
+        quant = QuantSection(
+            grid="binary" if binary else "integer", bits=bits, group_size=group, symmetric=symmetric, calibrate=calibrate
+        )  # pyright: ignore[reportArgumentType]
+        model = self.base(quant)
+        start = self.perplexity(model)
+        if method in UNTRAINED:
+            return {"perplexity": start}
+        torch.manual_seed(seed)
+        if method == "full_qat":
+            model.requires_grad_(False)
+            for name, layer in list(packed_layers(model)):
+                assert isinstance(layer.base, PackedWeight)
+                model.set_submodule(name, FullQATLinear(layer, unrounded(layer.base)))
+            rate = self.o.full_qat_learning_rate
+        else:
+            chosen = dict(item.split("=", 1) for item in self.o.set)
+            fields = ADAPTERS[method].model_fields
+            attach(model, ADAPTERS[method].model_validate({k: v for k, v in chosen.items() if k in fields} | {"method": method}))
+            rate = self.o.learning_rate
+        section = TrainSection(
+            max_steps=self.o.steps, micro_batch_size=self.o.batch, gradient_accumulation_steps=1, learning_rate=rate,
+            scale_learning_rate=self.o.scale_learning_rate, seed=seed,
+        )  # fmt: skip
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                model, Batches(Examples(self.train), self.o.batch, 0, seed=seed), None, section, folder,
+                on_step=lambda step: begin_step(model, step), console=Console(quiet=True),
+            )  # fmt: skip
+        seconds = time.perf_counter() - began
+        trained = self.perplexity(model)
+        row = {"start": start, "trained": trained, "perplexity": trained, "seconds": seconds}
+        if method == "lora":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the loss it warns of is the number this row is about
+                for name, layer in list(adapted_layers(model)):
+                    assert layer.adapter is not None
+                    model.set_submodule(name, PackedLinear(layer.adapter.merge(layer.base), layer.bias))
+            row["perplexity"] = self.perplexity(model)
+        return row
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("method", "bits", "group_size", "symmetric", "seed", "steps", "note"))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown: methods x grids, mean perplexity over seeds and its spread; lora shows what trained -> what ships."""
+    grids = sorted({(-r["bits"], r["group_size"], not r["symmetric"]) for r in rows})
+    print("| method | " + " | ".join(f"W{-b} g{g} {'asym' if a else 'sym'}" for b, g, a in grids) + " |")
+    print("|---|" + "--:|" * len(grids))
+    for name, note in dict.fromkeys((r["method"], r["note"]) for r in rows):
+        cells = []
+        for b, g, a in grids:
+            mine = [
+                r for r in rows
+                if (r["method"], r["note"], r["bits"], r["group_size"], r["symmetric"]) == (name, note, -b, g, not a)
+            ]  # fmt: skip
+            values = [r["perplexity"] for r in mine]
+            text = "" if not values else f"{mean(values):.3f}" + (f" ±{pstdev(values):.3f}" if len(values) > 1 else "")
+            if values and name == "lora":
+                text = f"{mean(r['trained'] for r in mine):.3f} -> {text}"
+            cells.append(text)
+        print(f"| {name}{f' ({note})' if note else ''} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    o = options()
+    torch.set_num_threads(o.threads)
+    bench = Bench(o)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    stored: dict[str, Any] = json.loads(o.out.read_text()) if o.out.exists() else {}
+    rows: list[dict[str, Any]] = stored.get("rows", [])
+    if "full_precision" not in stored:
+        device, dtype = torch.device("cpu"), torch.float32
+        reference = Reference(bench.checkpoint, bench.valid, attention="sdpa", device=device, dtype=dtype)
+        stored |= {"full_precision": reference.row().perplexity, "environment": environment()}
+    done = {key_of(r) for r in rows}
+    for seed in o.seeds:
+        for grid in o.grids:
+            bits, group = (int(v) for v in grid.split(":"))
+            for symmetric in [s == "sym" for s in o.symmetry]:
+                for method in o.methods:
+                    if method in UNTRAINED and seed != o.seeds[0]:
+                        continue
+                    if method == "alpha_tuning" and not symmetric and "sym" in o.symmetry:
+                        continue  # sign planes have no zero point: one column holds them
+                    fact = {
+                        "method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "seed": seed, "steps": o.steps,
+                        "note": o.note, "learning_rate": o.learning_rate, "scale_learning_rate": o.scale_learning_rate,
+                        "start_calibrator": o.start, "options": o.set,
+                    }  # fmt: skip
+                    if key_of(fact) in done:
+                        continue
+                    row = fact | bench.run(method, bits, group, symmetric, seed)
+                    assert math.isfinite(row["perplexity"])
+                    rows.append(row)
+                    print(f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: {row['perplexity']:.3f}", flush=True)
+                    write_text(o.out, json.dumps(stored | {"rows": rows}, indent=1) + "\n")
+    print(f"\nfull precision {stored['full_precision']:.3f}\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""compressed-tensors `pack-quantized`: the format transformers, vLLM and SGLang read. Integer grids, lossless.
+
+    weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first (3 bit straddles words)
+    weight_scale       fp32  [N, G]                bf16-valued
+    weight_zero_point  int32 [ceil(N b / 32), G]   asymmetric only; the same bit stream, along N
+    weight_shape       int64 [2]                   (N, K)
+
+W = (code - zero) * scale on their side too, so equal codes, zeros and scales are an equal weight. The bit stream is written here
+with no library, so that writing needs none; the tests compare it with the library's own `pack_to_int32`.
+
+Why scales are stored as fp32 although their values are bfloat16: a reader multiplies in the dtype the scale has in the file when
+it dequantizes while loading (transformers, dequantize=True), so a model asked for in fp32 would get weights rounded to bf16
+products. With fp32 scales the product is exact and rounded once, to the dtype of the model; readers that cast scales to the
+model's dtype first (transformers' default mode, vLLM) lose nothing either, because the values are bfloat16. Tried with
+compressed-tensors 0.20 and transformers 5.23, in fp32 and bf16. It costs 16 bits per group (0.125 bit per weight at g128).
+
+What transformers 5.23 does with these files (its default mode is CompressedTensorsConfig(dequantize=False)):
+
+    symmetric,  one grid        exact in both modes
+    symmetric,  several grids   exact in the default mode; dequantize=True decodes every layer with the first group: wrong
+    asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files too
+    asymmetric, several grids   readable in neither mode: refused here
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lowbit_kernels as kernels
+import torch
+from torch import Tensor
+
+from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
+from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
+
+
+class CompressedTensors(Exporter):
+    name = "compressed-tensors"
+    quant_method = "compressed-tensors"
+    checkpoint_names = True
+
+    def reject(self, grid: Grid, offset: bool = False) -> str | None:
+        if isinstance(grid, BinaryGrid):
+            return "compressed-tensors has no sign planes; set export.format: native"
+        if offset:
+            return "compressed-tensors holds no float offset per group; set export.format: native, or train an integer offset"
+        if grid.scale_dtype != "bfloat16":
+            return (
+                f"its readers cast scales to the model's dtype, which changes {grid.scale_dtype} scales; "
+                "use scale_dtype bfloat16, or set export.format: native"
+            )
+        return None
+
+    def reject_width(self, grid: Grid, in_features: int) -> str | None:
+        if grid.group_size != -1 and in_features % grid.group_size:
+            return (
+                f"compressed-tensors needs whole groups, and group size {grid.group_size} does not divide {in_features} inputs; "
+                "choose a group size that does (or -1), or set export.format: native"
+            )
+        return None
+
+    def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
+        problems = super().reject_model(layers)
+        grids = {spec.grid for spec in layers.values()}
+        mixed = [grid for grid in grids if isinstance(grid, IntGrid) and not grid.symmetric]
+        if len(grids) > 1 and mixed:
+            problems.append(
+                f"{len(grids)} different grids, of which {len(mixed)} asymmetric: no mode of transformers reads such a file; "
+                "use one grid for all layers, symmetric grids, or export.format: native"
+            )
+        return problems
+
+    def specs(self, layer: LayerSpec) -> TensorSpecs:
+        assert isinstance(layer.grid, IntGrid)
+        (n, k), b = layer.shape, layer.grid.bits
+        groups = kernels.group_count(k, layer.grid.group_size)
+        out: TensorSpecs = {
+            "weight_packed": ((n, _words(k, b)), torch.int32),
+            "weight_scale": ((n, groups), torch.float32),
+            "weight_shape": ((2,), torch.int64),
+        }
+        if not layer.grid.symmetric:
+            out["weight_zero_point"] = ((_words(n, b), groups), torch.int32)
+        return out
+
+    def pack(self, weight: Weight) -> dict[str, Tensor]:
+        assert isinstance(weight, PackedWeight) and weight.residual is None and weight.offset is None
+        bits = weight.grid.bits
+        out = {
+            "weight_packed": pack_stream(weight.unpack_codes(), bits),
+            "weight_scale": weight.scale.t().to(torch.float32).contiguous(),
+            "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        if weight.zero is not None:
+            out["weight_zero_point"] = pack_stream(weight.zero, bits).t().contiguous()
+        return out
+
+    def unpack(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> Weight:
+        assert isinstance(layer.grid, IntGrid)
+        check_tensors(tensors, self.specs(layer), str(layer))
+        (n, k), grid = layer.shape, layer.grid
+        if tensors["weight_shape"].tolist() != [n, k]:
+            raise ValueError(f"{layer}: weight_shape is {tensors['weight_shape'].tolist()}, not {[n, k]}")
+        scale = tensors["weight_scale"].t().to(getattr(torch, grid.scale_dtype)).contiguous()
+        if not torch.equal(scale.float(), tensors["weight_scale"].t()):
+            raise ValueError(
+                f"{layer}: weight_scale has values that are not {grid.scale_dtype}; not a file of ours"
+            )
+        zero = None
+        if not grid.symmetric:
+            zero = unpack_stream(tensors["weight_zero_point"].t().contiguous(), grid.bits, n).contiguous()
+        codes = kernels.pack(unpack_stream(tensors["weight_packed"], grid.bits, k), grid.bits)
+        weight = PackedWeight(codes=codes, scale=scale, zero=zero, shape=(n, k), grid=grid)
+        check_values(weight)
+        return weight
+
+    def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
+        names: dict[Grid, list[str]] = {}
+        for name, spec in layers.items():
+            names.setdefault(spec.grid, []).append(name)
+        groups = {}
+        for i, (grid, targets) in enumerate(names.items()):
+            assert isinstance(grid, IntGrid)
+            row = grid.group_size == -1
+            groups[f"group_{i}"] = {
+                # One grid: every Linear that `ignore` does not name, which every reader understands. Several: by name.
+                "targets": ["Linear"] if len(names) == 1 else targets,
+                "weights": {
+                    "num_bits": grid.bits,
+                    "type": "int",
+                    "symmetric": grid.symmetric,
+                    "strategy": "channel" if row else "group",
+                    "group_size": None if row else grid.group_size,
+                    "dynamic": False,
+                    "actorder": None,
+                    "observer": "minmax",
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": list(skipped),
+            "config_groups": groups,
+        }
+
+    def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        (n, _), bits = layer.shape, layer.grid.bits
+        half = 1 << (bits - 1)  # the library hands out signed codes
+        shape = torch.Size(tensors["weight_shape"].tolist())
+        scale, zero = tensors["weight_scale"], None
+        codes = unpack_from_int32(tensors["weight_packed"], bits, shape).to(torch.int16) + half
+        if "weight_zero_point" in tensors:
+            size = torch.Size((n, scale.shape[1]))
+            zero = (
+                unpack_from_int32(tensors["weight_zero_point"], bits, size, packed_dim=0).to(torch.int16)
+                + half
+            )
+            zero = zero.t().to(torch.uint8)
+        return ReadBack(codes.to(torch.uint8), scale.t(), zero)
+
+    def load_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Asymmetric files need dequantize=True (see the table at the file's head)."""
+        from transformers import CompressedTensorsConfig
+
+        groups = config.get("config_groups") or {}
+        asymmetric = any(not group["weights"]["symmetric"] for group in groups.values())
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+
+    def serve(self, folder: str) -> str:
+        return f"vllm serve {folder}"
+
+
+def _words(count: int, bits: int) -> int:
+    """32-bit words that hold `count` codes."""
+    return -(-count * bits // 32)
+
+
+def pack_stream(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] codes -> int32 [R, ceil(C bits / 32)], a bit stream along C, lowest bit first.
+
+    32 codes are exactly `bits` words, so each word is a fixed sum of shifted columns of a [R, C/32, 32] view.
+    """
+    rows, columns = codes.shape
+    blocks = torch.nn.functional.pad(codes, (0, -columns % 32)).view(rows, -1, 32)
+    words = torch.zeros(rows, blocks.shape[1], bits, dtype=torch.int32, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        code = blocks[:, :, i].to(torch.int32)
+        words[:, :, word] |= code << shift
+        if shift + bits > 32:
+            words[:, :, word + 1] |= code >> (32 - shift)
+    return words.view(rows, -1)[:, : _words(columns, bits)].contiguous()
+
+
+def unpack_stream(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_stream`: int32 [R, ceil(C bits / 32)] -> uint8 [R, C]."""
+    rows, mask = words.shape[0], (1 << bits) - 1
+    blocks = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(rows, -1, bits)
+    codes = torch.empty(rows, blocks.shape[1], 32, dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        low = 32 - shift  # bits of this word at and above the shift
+        # >> is arithmetic on int32: mask the sign copies away before the rest is put on top.
+        code = (blocks[:, :, word] >> shift) & (mask if low >= bits else (1 << low) - 1)
+        if low < bits:
+            code = code | ((blocks[:, :, word + 1] << low) & mask)
+        codes[:, :, i] = code
+    return codes.view(rows, -1)[:, :columns]

@@ -1,0 +1,205 @@
+"""A model folder of ours: built aside and renamed into place, with a manifest that says what we wrote and what it must hash to.
+
+lowbit_ft.json lists every file with its size and sha256 and, per layer, its name in the files and the sha256 of every tensor of the
+weight. It is why a folder can be replaced safely: only one that is wholly ours is.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "lowbit_ft.json"
+
+# Files of a checkpoint that belong to the model and are not weights. By name, not "*.json": a folder may hold optimizer states,
+# trainer logs and adapters, which are not this model.
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "*.model",
+    "*.tiktoken", "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder that `write_model` wrote. ValueError when there is none or it is damaged."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; not a folder that lowbit_ft wrote") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    whole = isinstance(manifest, dict) and manifest.get("writer") == "lowbit_ft"
+    if not whole or not all(isinstance(manifest.get(key), dict) for key in ("files", "layers")):
+        raise ValueError(f"{path}: not a manifest of lowbit_ft")
+    if not all(
+        isinstance(entry, dict) for entry in (*manifest["files"].values(), *manifest["layers"].values())
+    ):
+        raise ValueError(f"{path}: not a manifest of lowbit_ft")
+    return manifest
+
+
+def check_files(folder: str | Path) -> dict[str, Any]:
+    """Read every file of the folder and compare it with the manifest. ValueError naming what is missing or changed."""
+    manifest, problems = read_manifest(folder), []
+    for name, entry in manifest["files"].items():
+        path = Path(folder) / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            problems.append(f"{name}: missing")
+        elif entry and file_entry(path) != entry:  # an empty entry: see replace_file
+            problems.append(f"{name}: its content is not the one that was written")
+    if problems:
+        raise ValueError(f"{folder}: " + "; ".join(problems))
+    return manifest
+
+
+def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
+    """Replace (or add) an extra file, such as README.md, in a folder of ours, and its entry in the manifest.
+
+    Whenever the process dies, the folder is still wholly ours: the entry is empty, which matches any content, while the file
+    changes. ValueError for a folder that is not ours or a file that `write_model` makes itself.
+    """
+    folder = Path(folder)
+    manifest, (data,) = read_manifest(folder), check_extra({name: content}).values()
+    if any(path.name == name for path in copied_files(folder)):
+        raise ValueError(f"{folder / name}: a file of the model, not an extra one")
+    for entry in ({}, None):
+        if entry is None:
+            _replace(folder / name, data)
+            entry = file_entry(folder / name)
+        manifest["files"][name] = entry
+        _replace(folder / MANIFEST, json_bytes(manifest))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(data)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_bytes(json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The files to copy. A link is followed only inside the folder, or from a hub snapshot to its own blobs: an export must not
+    publish another file of this machine."""
+    root, found = folder.resolve(), []
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        allowed.append(root.parent.parent / "blobs")
+    for path in sorted({path for pattern in COPIED for path in root.glob(pattern)}):
+        real = path.resolve()
+        if not any(real.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{path}: a link that leaves the folder (to {real}); refused. Put the file itself there."
+            )
+        if real.is_file():
+            found.append(path)
+    return found
+
+
+def check_extra(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
+    reserved = {"config.json", MANIFEST, "model.safetensors.index.json"}
+    for name in files:
+        if (
+            Path(name).name != name
+            or name.startswith(".")
+            or name in reserved
+            or name.endswith(".safetensors")
+        ):
+            raise ValueError(
+                f"extra file {name!r}: needs a plain file name that the model folder does not use itself"
+            )
+    return {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
+
+
+def check_space(folder: Path, needed: int) -> None:
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room there"
+        )
+
+
+def check_target(folder: Path) -> None:
+    """ValueError when something is there that this module did not write."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder}: exists and is not a folder; choose another place")
+    if not any(folder.iterdir()):
+        return
+    try:
+        files = read_manifest(folder)["files"]
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: exists and was not written by lowbit_ft ({error}); nothing is overwritten"
+        ) from None
+    for path in folder.iterdir():
+        if path.name == MANIFEST:
+            continue
+        if path.name == f".{MANIFEST}.partial" or path.name[1:].removesuffix(".partial") in files:
+            continue  # a process was killed in replace_file
+        if path.name not in files:
+            raise ValueError(
+                f"{path}: was added to this folder after it was written; nothing is overwritten: move it or the folder"
+            )
+        entry = files[path.name]
+        if not path.is_file() or entry and path.stat().st_size != entry.get("bytes"):
+            raise ValueError(
+                f"{path}: was changed after it was written; nothing is overwritten: move it or the folder"
+            )
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends well, and is removed when it does not."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
+    if old.is_dir() and not folder.exists():  # a process was killed between the two renames below
+        os.rename(old, folder)
+    for leftover in (stage, old):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+    stage.mkdir()
+    try:
+        yield stage
+        for path in stage.iterdir():
+            sync(path)
+        sync(stage)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(stage, folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        if old.is_dir() and not folder.exists():
+            os.rename(old, folder)
+        raise
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,107 @@
+"""native: the tensors as they are in memory (P16 planes), every grid, residual and float offset included.
+
+    <layer>.codes int16 [N, W]   .scale [G, N]   .zero uint8 [G, N]?   .residual int16 [N, W_f]?   .offset [G, N]?
+    <layer>.planes int16 [q, N, W]   .scale [q, G, N]                                              (binary grid)
+
+Packing is the identity. This is the format of a run's `base/` (with the residual, so it can be trained again) and `merged/`;
+after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays packed. config.json lists the
+layers of each grid by name: nothing is matched by pattern, so nothing is quantized or skipped by accident.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
+from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
+
+METHOD = "lowbit_ft"
+VERSION = 1
+
+
+class Native(Exporter):
+    name = "native"
+    quant_method = METHOD
+
+    def reject(self, grid: Grid, offset: bool = False) -> str | None:
+        return None
+
+    def specs(self, layer: LayerSpec) -> TensorSpecs:
+        return WEIGHTS[layer.grid.name].specs(layer.shape, layer.grid, layer.offset)  # pyright: ignore[reportArgumentType]
+
+    def pack(self, weight: Weight) -> dict[str, Tensor]:
+        return weight.to_tensors()
+
+    def unpack(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> Weight:
+        check_tensors(tensors, self.specs(layer), str(layer))
+        weight = WEIGHTS[layer.grid.name].from_tensors(tensors, layer.shape, layer.grid)  # pyright: ignore[reportArgumentType]
+        check_values(weight)
+        return weight
+
+    def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
+        groups: dict[tuple[Grid, bool], dict[str, list[int]]] = {}
+        for name, spec in layers.items():
+            groups.setdefault((spec.grid, spec.offset), {})[name] = list(spec.shape)
+        grids = [
+            {**grid.to_json(), "offset": offset, "layers": names} for (grid, offset), names in groups.items()
+        ]
+        return {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
+
+    def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
+        weight = self.unpack(tensors, layer)  # the format's own reader is this one
+        if isinstance(weight, PackedWeight):
+            return ReadBack(weight.unpack_codes(), weight.scale, weight.zero, weight.offset)
+        return ReadBack(weight.unpack_codes(), weight.scale)
+
+    def serve(self, folder: str) -> str:
+        return f"lowbit-ft generate {folder}"
+
+
+def layers_from_config(config: Any) -> dict[str, LayerSpec]:
+    """The inverse of `model_config`. ValueError naming the entry that is wrong."""
+    if not isinstance(config, dict):
+        raise ValueError(f"quantization_config: got {type(config).__name__}; needs an object")
+    if config.get("quant_method") != METHOD:
+        raise ValueError(
+            f"quantization_config.quant_method: got {config.get('quant_method')!r}; this reads {METHOD!r}"
+        )
+    if config.get("version") != VERSION or isinstance(config["version"], bool):
+        raise ValueError(
+            f"quantization_config.version: got {config.get('version')!r}; this lowbit_ft reads version {VERSION}; "
+            "install the version that wrote the folder"
+        )
+    grids = config.get("grids")
+    if not isinstance(grids, list):
+        raise ValueError(f"quantization_config.grids: got {type(grids).__name__}; needs a list")
+    layers: dict[str, LayerSpec] = {}
+    for i, entry in enumerate(grids):
+        where = f"quantization_config.grids[{i}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("layers"), dict):
+            raise ValueError(
+                f"{where}: needs an object with a grid's fields and `layers`: {{name: [out, in]}}"
+            )
+        fields = {key: value for key, value in entry.items() if key not in ("layers", "offset")}
+        offset = entry.get("offset", False)
+        if not isinstance(offset, bool):
+            raise ValueError(f"{where}.offset: got {offset!r}; allowed are true, false")
+        try:
+            grid = grid_from_json(fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        for name, shape in entry["layers"].items():
+            whole = (
+                isinstance(shape, list)
+                and len(shape) == 2
+                and all(type(v) is int and 0 < v < 1 << 31 for v in shape)
+            )
+            if not whole:
+                raise ValueError(
+                    f"{where}.layers: {name}: got shape {shape!r}; needs [out, in], both positive"
+                )
+            if name in layers:
+                raise ValueError(f"{where}.layers: {name} is listed twice")
+            layers[name] = LayerSpec((shape[0], shape[1]), grid, offset)
+    if not layers:
+        raise ValueError("quantization_config.grids: lists no layer")
+    return layers

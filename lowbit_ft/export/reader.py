@@ -1,0 +1,123 @@
+"""Reading back what writer.py wrote: `read_weights` (layers of a native folder, no model is built) and `load_exported` (a model).
+
+`read_weights` is how `base/` and `merged/` of a run are used again, one layer at a time straight from the files. What is in a
+file is data from a stranger: headers are checked before anything is read, every tensor against the layer's spec, and values for
+what no writer of ours makes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import Weight
+from ..hub import contained_file, shards_of
+from ..tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header, pieces
+from .base import Weights
+from .native import Native, layers_from_config
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder. ValueError when it is missing or not a JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; give a model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: needs a JSON object")
+    return config
+
+
+def read_entries(folder: str | Path) -> dict[str, TensorEntry]:
+    """Where every tensor of a model folder lies. ValueError for a missing, truncated or damaged file."""
+    root, problems = Path(folder), []
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards_of(root, problems):
+        path = contained_file(root, shard)
+        start, header = parse_header(path)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            entries[name] = TensorEntry(
+                path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin
+            )
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    return entries
+
+
+def read_tensor(entry: TensorEntry, device: str | torch.device = "cpu") -> Tensor:
+    """One tensor in its stored dtype, in its own memory."""
+    out = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+    flat, position = out.view(-1), 0
+    for piece in pieces(entry):
+        flat[position : position + piece.numel()].copy_(piece)
+        position += piece.numel()
+    return out
+
+
+def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weights:
+    """The packed layers of a native folder; each access reads that layer's tensors. Headers are checked here and now.
+
+    ValueError naming the folder and layer for anything that does not fit.
+    """
+    root = Path(folder)
+    config = read_config(root).get("quantization_config")
+    exporter = Native()
+    try:
+        specs = layers_from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{root / 'config.json'}: {error}") from None
+    entries = read_entries(root)
+    for name, spec in specs.items():
+        for local, (shape, dtype) in exporter.specs(spec).items():
+            entry = entries.get(f"{name}.{local}")
+            if entry is None:
+                raise ValueError(f"{root}: layer {name} ({spec}) has no tensor {name}.{local} in the files")
+            if entry.shape != shape or entry.dtype != dtype:
+                raise ValueError(
+                    f"{entry.file}: {name}.{local} is {entry.dtype} {entry.shape}; {spec} of shape {spec.shape} needs {dtype} {shape}"
+                )
+
+    def make(name: str) -> Weight:
+        spec = specs[name]
+        tensors = {local: read_tensor(entries[f"{name}.{local}"], device) for local in exporter.specs(spec)}
+        try:
+            return exporter.unpack(tensors, spec)
+        except ValueError as error:
+            raise ValueError(f"{root}: layer {name}: {error}") from None
+
+    return Weights(specs, make)
+
+
+def load_exported(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", attention: str = "sdpa"
+) -> Any:
+    """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval mode.
+
+    dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors ones become dense.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ..integrations import register
+    from . import EXPORTERS
+
+    register()
+    config = read_config(folder).get("quantization_config")
+    options: dict[str, Any] = {}
+    if isinstance(config, dict):
+        exporters = [e for e in EXPORTERS.values() if e.quant_method == config.get("quant_method")]
+        options = exporters[0].load_options(config) if exporters else {}
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype or "auto",
+        device_map=None if device == "cpu" else device,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        **options,
+    ).eval()

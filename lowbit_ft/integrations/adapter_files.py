@@ -1,0 +1,180 @@
+"""The adapter folder, in PEFT's layout, written and read without importing PEFT (its import takes seconds).
+
+    adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
+    adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32
+
+base_digest is the sha256 of the packed base (attach.base_digest). An adapter says which way the integers of
+*one* base move, so `PeftModel.from_pretrained` and whoever calls `read_adapter` refuse any other base.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..adapters import ADAPTERS, AdapterConfig
+from ..attach import adapter_state
+from ..recipe_errors import to_problems
+from ..recipe_values import for_method
+from ..recipe_yaml import did_you_mean
+from ..tensorfile import is_finite, read_header
+
+CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+PEFT_TYPE = "LOWBIT"
+
+
+def adapter_config(method: str, options: Mapping[str, Any]) -> AdapterConfig:
+    """The config of `method` with its own keys in `options`. ValueError: one line per wrong key or value."""
+    kind = ADAPTERS.get(method)
+    if kind is None:
+        raise ValueError(
+            f"adapter.method: got {method!r}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}"
+        )
+    given = for_method({**options, "method": method})
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        problems = to_problems("adapter", kind, error.errors(), given)
+        raise ValueError("\n".join(map(str, problems))) from None
+
+
+def adapter_options(config: AdapterConfig) -> dict[str, Any]:
+    """Every key of the method, defaults too: a later change of a default must not change a saved adapter."""
+    return config.model_dump(mode="json", exclude={"method"})
+
+
+def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
+    """ValueError when the base's digest is not the one the adapter was trained on."""
+    if found != wanted:
+        raise ValueError(
+            f"{adapter}: trained on the packed base {wanted[:12]}..., this model's base is {found[:12]}...: "
+            "their integers differ, and an adapter only means something on its own base. Load the base named in "
+            f"{CONFIG_FILE} (base_model_name_or_path), or train the adapter again on this one"
+        )
+
+
+def write_adapter(
+    folder: str | Path, model: nn.Module, config: AdapterConfig, base_digest: str, base_path: str | Path
+) -> Path:
+    """Write the adapters of an attach()-ed model; `PeftModel.from_pretrained(base, folder)` reads them.
+
+    base_digest: attach.base_digest(model); base_path: where the packed base is, for AutoPeft. A folder that is
+    there is replaced as a whole: a reader never sees new tensors beside an old config. Returns the folder.
+    """
+    folder = Path(folder)
+    state = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter_state(model).items()
+    }
+    if not state:
+        raise ValueError("write_adapter: the model has no adapters; attach one first")
+    facts = {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "method": config.method,
+        "options": adapter_options(config),
+        "base_model_name_or_path": str(base_path),
+        "base_digest": base_digest,
+        "target_modules": None,  # every packed layer
+        "exclude_modules": None,
+        "inference_mode": True,
+        "revision": None,
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    stale = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    for leftover in (fresh, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        save_file(state, fresh / TENSOR_FILE, metadata={"format": "pt"})
+        (fresh / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (fresh / TENSOR_FILE, fresh / CONFIG_FILE, fresh):
+            _sync(path)
+        _swap(fresh, folder, stale)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(stale, ignore_errors=True)
+    return folder
+
+
+def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], str]:
+    """(config, tensors by PEFT key, base_digest) of a folder that write_adapter or PEFT wrote.
+
+    The tensors are for attach.load_adapter_state. ValueError naming the file when one is missing, damaged, of
+    another PEFT method, or holds NaN or Inf.
+    """
+    folder = Path(folder)
+    facts = _read_config(folder / CONFIG_FILE)
+    config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    digest = facts.get("base_digest")
+    if not isinstance(digest, str):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: no base_digest; it cannot be checked which base this adapter belongs to"
+        )
+    refuse_pickle(folder)
+    tensors = folder / TENSOR_FILE
+    read_header(tensors)  # says what is wrong with a missing or truncated file
+    state = load_file(tensors)
+    broken = [name for name, tensor in state.items() if not is_finite(tensor)]
+    if broken:
+        raise ValueError(f"{tensors}: NaN or Inf in {', '.join(broken[:5])}; this adapter cannot be used")
+    return config, state, digest
+
+
+def refuse_pickle(folder: Path) -> None:
+    """ValueError when a folder has its tensors only as a pickle, which may run code when it is read."""
+    if (folder / PICKLE_FILE).exists() and not (folder / TENSOR_FILE).exists():
+        raise ValueError(
+            f"{folder / PICKLE_FILE}: a pickle file, which is never read here; "
+            f"save the adapter as {TENSOR_FILE} (save_pretrained's default)"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); "
+            f"an adapter folder has {CONFIG_FILE} and {TENSOR_FILE}"
+        ) from None
+    except ValueError as error:  # not JSON, not UTF-8
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    found = facts.get("peft_type") if isinstance(facts, dict) else None
+    if found != PEFT_TYPE:
+        raise ValueError(f"{path}: got peft_type {found!r}; a lowbit adapter has {PEFT_TYPE!r}")
+    if not isinstance(facts.get("options") or {}, dict):
+        raise ValueError(f"{path}: options: got {facts['options']!r}; allowed: the method's keys and values")
+    return facts
+
+
+def _swap(fresh: Path, folder: Path, stale: Path) -> None:
+    """Put `fresh` where `folder` is: renaming over a full folder fails, so the old one steps aside first."""
+    had = folder.exists()
+    if had:
+        os.rename(folder, stale)
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        if had:
+            os.rename(stale, folder)
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

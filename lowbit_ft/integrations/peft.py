@@ -1,0 +1,301 @@
+"""LOWBIT, a PEFT method: our adapters behind PEFT's own calls. Importing this module registers it.
+
+    model = get_peft_model(packed_model, LowBitConfig(method="lr_qat", rank=16))   # or options={"rank": 16}
+    model.save_pretrained(folder);  PeftModel.from_pretrained(packed_model, folder)
+    model.load_adapter(folder, "french");  model.set_adapter("french")   # many tasks, one set of integers
+    model.merge_and_unload()                                # packed integers, no adapter, no residual
+
+A LowBitLinear wraps a PackedLinear (`base_layer`) and holds one Adapter per name in `lowbit_adapters`.
+One of them is active at a time: adapters of this kind decide how the weight is *rounded*, and round(a + b)
+is not round(a) + round(b), so two cannot be added. For the same reason unmerging cannot subtract: a merge
+leaves the base alone and is forgotten.
+
+What is extended in PEFT, all in `_register`: the PeftType enum (it has no other way in), its method table,
+and the count of print_trainable_parameters, which sees Parameters only and would leave out the packed
+weights (they are buffers).
+"""
+
+import functools
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import PeftType, register_peft_method
+from torch import Tensor, nn
+
+from ..adapters import AdapterConfig
+from ..attach import PEFT_SLOT, base_digest
+from ..linear import PackedLinear
+from .adapter_files import (
+    PEFT_TYPE,
+    adapter_config,
+    adapter_options,
+    read_adapter,
+    refuse_other_base,
+    refuse_pickle,
+    write_adapter,
+)
+from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
+
+__all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write_adapter"]
+
+
+@dataclass(init=False)
+class LowBitConfig(PeftConfig):
+    """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}.
+
+    target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
+    likewise. base_digest is filled in by get_peft_model and names the packed base; another base is refused
+    when the adapter is loaded. ValueError with one line per key or value that the method does not have.
+    """
+
+    method: str = "lr_qat"
+    options: dict[str, Any] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    base_digest: str | None = None
+
+    def __init__(
+        self,
+        method: str = "lr_qat",
+        options: dict[str, Any] | None = None,
+        target_modules: list[str] | str | None = None,
+        exclude_modules: list[str] | str | None = None,
+        base_digest: str | None = None,
+        **others: Any,
+    ):
+        ours = {f.name for f in fields(PeftConfig)}
+        # Only a saved config names its peft_type: its tensors come from a file.
+        self.restored = "peft_type" in others
+        super().__init__(**{key: value for key, value in others.items() if key in ours})
+        self.peft_type = PeftType[PEFT_TYPE]
+        keys = {key: value for key, value in others.items() if key not in ours}
+        if self.restored and keys:
+            warnings.warn(
+                f"adapter_config.json: unknown keys {sorted(keys)} of a newer version are ignored",
+                stacklevel=2,
+            )
+            keys = {}
+        if twice := sorted(keys.keys() & (options or {}).keys()):
+            raise ValueError(
+                f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"
+            )
+        self.method = method
+        self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}))
+        everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+        self.target_modules = None if everything else _plain(target_modules)
+        self.exclude_modules = _plain(exclude_modules)
+        self.base_digest = base_digest
+        self.matcher: SimpleNamespace | None = (
+            None  # what PEFT's matching of layer names reads, once the model is known
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The method's config, checked."""
+        return adapter_config(self.method, self.options)
+
+    def start(self) -> AdapterConfig:
+        """What tensors are built from. An adapter that is loaded has its SVD and its warm-up behind it."""
+        config = self.adapter
+        passed = {"init": "zero", "warmup_steps": 0} if self.restored else {}
+        return config.model_copy(update={k: v for k, v in passed.items() if k in type(config).model_fields})
+
+
+def _plain(names: Any) -> list[str] | str | None:
+    """Sets come as sorted lists, so that the same config writes the same file."""
+    return names if names is None or isinstance(names, str) else sorted(names)
+
+
+class LowBitModel(BaseTuner):
+    """PEFT's view of a packed model: which layers get adapters, and every check before the first does."""
+
+    prefix = "lowbit_"
+    tuner_layer_cls = LowBitLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: LowBitConfig, model_config: dict) -> LowBitConfig:
+        return peft_config  # target_modules None means every packed layer, and stays None in the file
+
+    def _prepare_model(self, peft_config: LowBitConfig, model: nn.Module) -> None:
+        """Every check, before the first layer is touched. ValueError in the user's terms."""
+        hosts = packed_hosts(model)
+        if not hosts:
+            raise ValueError(
+                "the model has no packed layers: quantize it first; adapters of this kind train on integers"
+            )
+        if any(layer.adapter is not None for layer in hosts.values()):
+            raise ValueError(
+                "the model has adapters from attach(); use write_adapter and load the folder on a fresh base"
+            )
+        self._check_names(hosts)
+        # Hashed once, while no layer is wrapped: the wrapping changes layer names and never a base.
+        if not hasattr(model, "lowbit_base_digest"):
+            model.lowbit_base_digest = base_digest(model)  # pyright: ignore[reportArgumentType]
+        digest = str(model.lowbit_base_digest)
+        if peft_config.base_digest is not None:
+            refuse_other_base(digest, peft_config.base_digest, "adapter")
+        config = peft_config.start()
+        if config.wants_weight:
+            raise ValueError(
+                f"adapter.init: {getattr(config, 'init', '')} reads the dense weights, "
+                "which a packed model no longer has: use init: svd with residual bits, or train with a recipe"
+            )
+        targets = hosts.keys() if peft_config.target_modules is None else peft_config.target_modules
+        peft_config.matcher = SimpleNamespace(
+            target_modules=targets, exclude_modules=peft_config.exclude_modules, target_parameters=None
+        )
+        problems = []
+        for name, module in outside_hosts(model, hosts):
+            if not self._check_target_module_exists(peft_config, name):
+                continue
+            if name not in hosts:
+                problems.append(
+                    f"{name}: a {type(module).__name__}, not a packed layer; "
+                    "quantize it, or leave it out of target_modules"
+                )
+            elif reason := config.reject(hosts[name].grid):
+                problems.append(f"{name}: {reason}")
+        if problems:
+            raise ValueError(
+                f"adapter {config.method} cannot train these layers:\n  " + "\n  ".join(problems)
+            )
+        peft_config.base_digest = digest
+
+    def _check_names(self, hosts: dict[str, PackedLinear]) -> None:
+        """PEFT finds an adapter's tensors by its name between dots: it must occur nowhere else in a key."""
+        taken = {part for name in hosts for part in name.split(".")} | {
+            "base_model",
+            "base_layer",
+            "model",
+            PEFT_SLOT,
+        }
+        taken |= {"A", "B", "log_scale", "magnitude", "offset", "plane_scale"}
+        for name in self.peft_config:
+            if not name or "." in name or name in taken or hasattr(nn.ModuleDict, name):
+                raise ValueError(
+                    f"adapter name {name!r}: it has a dot, or is a part of a layer, tensor or module name; "
+                    "choose another"
+                )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: LowBitConfig, key: str) -> Any:
+        return check_target_module_exists(peft_config.matcher, key)
+
+    def _create_and_replace(
+        self, peft_config: LowBitConfig, adapter_name: str, target: nn.Module, target_name: str,
+        parent: nn.Module, current_key: str, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if not isinstance(target, LowBitLinear):
+            assert isinstance(target, PackedLinear), "_prepare_model lets only packed layers through"
+            wrapped = LowBitLinear(target).train(target.training)
+            self._replace_module(parent, target_name, wrapped, target)
+            target = wrapped
+        target.update_layer(adapter_name, peft_config.start())
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's version reads child.weight, which dequantizes
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        one_name(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them)."""
+        for layer in self.model.modules():
+            if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(layer.active_adapters)):
+                found[1].begin_step(step, layer.base_layer.base)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: rows of one batch share the rounded weights; "
+                "use set_adapter and one batch per adapter"
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)  # masters are fp32, always
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        one_name(self.active_adapters if adapter_names is None else adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        del model.lowbit_base_digest
+        if merge:
+            for name, layer in packed_hosts(model).items():
+                if "residual" in dict(layer.named_buffers()):  # a layer that no adapter was on
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, deployed(layer, None))
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT warns about missing tensors and goes on with untrained ones; here that is an error."""
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        wanted = {
+            k: tuple(v.shape) for k, v in model.state_dict().items() if f".{PEFT_SLOT}.{adapter_name}." in k
+        }
+        problems = [f"missing: {key}" for key in wanted.keys() - state.keys()]
+        problems += [f"unknown: {key}" for key in state.keys() - wanted.keys()]
+        problems += [
+            f"{key}: got shape {tuple(state[key].shape)}, the adapter has {shape}"
+            for key, shape in wanted.items()
+            if key in state and tuple(state[key].shape) != shape
+        ]
+        if problems:
+            raise ValueError(
+                f"adapter {adapter_name!r} does not fit its config:\n  " + "\n  ".join(sorted(problems)[:20])
+            )
+        return state
+
+
+def _register() -> None:
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_ = member._value_ = PEFT_TYPE
+    member._sort_order_ = len(PeftType)  # pyright: ignore[reportAttributeAccessIssue]
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=LowBitConfig, model_cls=LowBitModel)
+
+    plain = PeftModel.get_nb_trainable_parameters
+
+    @functools.wraps(plain)
+    def with_packed(self: PeftModel) -> tuple[int, int]:
+        trainable, total = plain(self)
+        if isinstance(self.base_model, LowBitModel):
+            total += sum(
+                layer.in_features * layer.out_features
+                for layer in packed_hosts(self.base_model.model).values()
+            )
+        return trainable, total
+
+    PeftModel.get_nb_trainable_parameters = with_packed
+
+
+_register()

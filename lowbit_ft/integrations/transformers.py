@@ -1,0 +1,174 @@
+"""transformers: `AutoModelForCausalLM.from_pretrained(native folder)` gives a model of PackedLinears, packed from disk to forward.
+
+Importing this module registers `quant_method: lowbit_ft`; `import lowbit_ft` does so (see __init__.py). Without it transformers
+only warns about an unknown quantization type and initialises the layers at random.
+
+Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong shape or dtype, or a
+truncated file is an error that names the layer and the file. (transformers itself would warn, and fill in random numbers.)
+The layers accept `dtype=` of any kind: packed tensors and scales keep their own, and the forward follows its input.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..attach import adapted_layers, packed_layers
+from ..export.base import LayerSpec, check_values
+from ..export.native import METHOD, VERSION, Native, layers_from_config
+from ..linear import PackedLinear
+from ..tensorfile import DTYPES, parse_header
+
+
+class LowbitConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native folder: the layers of each grid, by name (see export/native.py)."""
+
+    def __init__(self, grids: Any = None, skipped: Any = (), version: Any = VERSION, **kwargs: Any):
+        if unknown := sorted(set(kwargs) - {"quant_method"}):
+            raise ValueError(f"quantization_config of {METHOD}: unknown keys {', '.join(unknown)}")
+        self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (typed as an enum of transformers' own)
+        self.version, self.grids, self.skipped = version, grids, list(skipped)
+        layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LowbitConfig":
+        """The configuration of a model's packed layers."""
+        layers = {name: LayerSpec.of(layer.base) for name, layer in packed_layers(model)}
+        skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        config = Native().model_config(layers, skipped)
+        return cls(**config)
+
+    @property
+    def layers(self) -> dict[str, LayerSpec]:
+        return layers_from_config(self.to_dict())
+
+
+class LowbitQuantizer(HfQuantizer):
+    """Replaces the listed Linears before loading, and checks what was loaded."""
+
+    requires_calibration = True  # reads packed checkpoints; making them is `lowbit-ft quantize`
+
+    quantization_config: LowbitConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        layers = self.quantization_config.layers
+        for name, spec in layers.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(
+                    f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
+                ) from None
+            if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != spec.shape:
+                found = tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else type(linear).__name__
+                raise ValueError(
+                    f"quantization_config: layer {name} is {spec.shape}; this model's is {found}"
+                )
+            bias = linear.bias
+            packed = PackedLinear.empty(
+                spec.shape[1],
+                spec.shape[0],
+                bias is not None,
+                spec.grid,
+                "meta",
+                linear.weight.dtype if bias is None else bias.dtype,
+                spec.offset,
+            )
+            model.set_submodule(name, packed)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_headers(model, layers, [Path(file) for file in files])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, layer in packed_layers(model):
+            if any(tensor.is_meta for tensor in layer.buffers()):
+                continue  # offloaded to disk by a device map
+            try:
+                check_values(layer.base)
+            except ValueError as error:
+                raise ValueError(f"layer {name}: {error}") from None
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Runs at the start of save_pretrained: the layers' grids may have changed since loading (a merge drops residuals)."""
+        if names := [name for name, _ in adapted_layers(model)]:
+            raise ValueError(
+                f"{len(names)} layers have adapters ({names[0]}, ...), which save_pretrained cannot keep: merge them first "
+                "(lowbit_ft.merge writes the merged folder)"
+            )
+        self.quantization_config = model.config.quantization_config = LowbitConfig.of(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train over the packed layers (`lowbit_ft.attach`, PEFT)."""
+        return True
+
+
+def mark_packed(model: Any) -> None:
+    """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its save_pretrained then writes a
+    native folder."""
+    model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+
+
+def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -> None:
+    """Compare the files' headers with the model that is about to be filled. ValueError listing every difference.
+
+    Names go through transformers' own renaming, as they will when it loads.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    state = model.state_dict(keep_vars=True)
+    transforms = conversion_mapping.get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
+    renames = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
+    prefix, by_pattern = model.base_model_prefix, {p: c for c in converters for p in c.source_patterns}
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    fused: set[str] = (
+        set()
+    )  # made of several tensors of the files, or parts of one: their shapes are transformers' business
+    for path in files:
+        for key, entry in parse_header(path)[1].items():
+            name, pattern = core_model_loading.rename_source_key(key, renames, converters, prefix, state)
+            if name not in state:
+                name, pattern = core_model_loading.rename_source_key(key, [], [], prefix, state)
+            if pattern is None:
+                found[name] = (path, entry)
+            else:
+                first, *others = by_pattern[pattern].target_patterns
+                fused |= {name, *(name.replace(first, other) for other in others)}
+    optional = fused | set(model.all_tied_weights_keys)
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    problems = []
+    for name, tensor in state.items():
+        layer, _, local = name.rpartition(".")
+        what = f"layer {layer} ({layers[layer]})" if layer in layers else "the model"
+        if name in found:
+            path, entry = found[name]
+            dtype = DTYPES[entry["dtype"]]
+            if tuple(entry["shape"]) != tuple(tensor.shape):
+                problems.append(
+                    f"{path}: {name} has shape {entry['shape']}; {what} needs {list(tensor.shape)}"
+                )
+            elif layer in layers and local != "bias" and dtype != tensor.dtype:
+                problems.append(f"{path}: {name} has dtype {dtype}; {what} needs {tensor.dtype}")
+        elif name not in optional and not any(pattern.search(name) for pattern in ignored):
+            problems.append(f"{files[0].parent}: no file has {name}, which {what} needs")
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError("these files do not hold this model:\n  " + "\n  ".join(problems[:20]) + more)
+
+
+# Not the register_* functions of transformers as decorators: they refuse a second time, and a module may be imported again
+# (importlib.reload, a notebook); the two dicts are what those functions fill.
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowbitConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = LowbitQuantizer

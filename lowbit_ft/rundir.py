@@ -1,0 +1,131 @@
+"""RunDir: the folder of one run, what lies where in it, and the stage clock.
+
+    recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
+    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   samples.json   stages.json   report.html
+
+One folder holds one run: starting another recipe in it is refused, starting the same one again continues it. Every file is
+written beside its name and renamed, by the main process only.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .checkpoint import write_text
+from .memory import peak_gb, reset_peak
+from .recipe import Recipe, load_recipe
+
+# Keys that may differ between two starts of one run: they change what is measured or kept, not what is trained.
+FREE = {"eval", "export"}
+
+
+class RunDir:
+    """Paths and small files of a run. `main` is false on the other processes of a distributed run: they write nothing."""
+
+    def __init__(self, path: Path, main: bool = True):
+        self.path, self.main = Path(path), main
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @classmethod
+    def start(cls, recipe: Recipe, main: bool = True) -> "RunDir":
+        """Make the folder, or continue the same recipe in it. ValueError when it holds another run."""
+        run = cls(recipe.output, main)
+        stored = run / "recipe.yaml"
+        if stored.exists():
+            before = yaml.safe_load(stored.read_text()) or {}
+            now = yaml.safe_load(recipe.to_yaml())
+            changed = [key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)]
+            changed = sorted(key for key in changed if key.split(".")[0] not in FREE)
+            if changed:
+                raise ValueError(
+                    f"{run.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
+                    "Give this run another `output`, or remove that folder"
+                )
+        elif run.path.exists() and any(run.path.iterdir()):
+            raise ValueError(f"{run.path} is not empty and holds no run; give `output` a new folder")
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_text("recipe.yaml", recipe.to_yaml())
+        run.write_json("environment.json", environment())
+        return run
+
+    def recipe(self) -> Recipe:
+        """The recipe of this run. ValueError when the folder is no run."""
+        stored = self / "recipe.yaml"
+        if not stored.is_file():
+            raise ValueError(f"{self.path} is not the folder of a run (no recipe.yaml in it)")
+        return load_recipe(stored, check=False)
+
+    def write_text(self, name: str, text: str) -> None:
+        if self.main:
+            write_text(self / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def read_json(self, name: str, default: Any = None) -> Any:
+        path = self / name
+        return json.loads(path.read_text()) if path.is_file() else default
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time and peak memory of a stage, into stages.json (a stage run again replaces its line)."""
+        reset_peak(device)
+        began = time.perf_counter()
+        yield
+        row = {"stage": name, "seconds": time.perf_counter() - began, "peak_memory_gb": peak_gb(device)}
+        rows = [r for r in self.read_json("stages.json", []) if r["stage"] != name]
+        self.write_json("stages.json", [*rows, row])
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the report and for whoever wants to repeat the run."""
+    names = ("lowbit_ft", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "compressed-tensors", "datasets")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "gpu": gpu,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """The commit of a source checkout, or "installed package"."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return "installed package"
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

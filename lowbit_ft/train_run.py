@@ -1,0 +1,359 @@
+"""What the training loop (train.py) calls: one run's state, its steps, evaluation, saving and resuming."""
+
+from __future__ import annotations
+
+import math
+import signal
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor, nn
+
+from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
+from lowbit_ft.losses import count_targets, next_token_loss
+from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
+from lowbit_ft.train_log import TrainLog, check_trackers
+
+
+class TrainError(ValueError):
+    """Training cannot start, go on or be resumed; the message says why and what to do."""
+
+
+class TrainBatches(Protocol):
+    """What the loop needs of lowbit_ft.data.Batches."""
+
+    def __next__(self) -> dict[str, Tensor]: ...
+    def __len__(self) -> int: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ValidBatches(Protocol):
+    """What evaluation needs of lowbit_ft.data.Batches: this process's share of one pass."""
+
+    def one_epoch(self) -> Iterator[dict[str, Tensor]]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is: everything of a checkpoint's state.json that the loop itself changes."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    evaluated: int = 0
+    valid_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+
+class Run:
+    """The state of one run and the operations of the loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: TrainBatches,
+        valid: ValidBatches | None,
+        section: Any,
+        run_dir: Path,
+        meta: dict[str, Any],
+        accelerator: Accelerator | None,
+    ) -> None:
+        if section.keep_best and valid is None:
+            raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
+        self.model, self.batches, self.valid, self.section = model, batches, valid, section
+        self.run_dir, self.now = run_dir, Progress()
+        self.total = total_steps(section, batches)
+        self.meta = {"optimizer": section.optimizer, **meta}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.accelerator = accelerator or make_accelerator(section, run_dir, model)
+        self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
+        self.saved_step: int | None = None
+        if section.gradient_checkpointing:
+            _activation_checkpointing(model, True)
+        self.raw_optimizer = build_optimizer(
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
+        )
+        self.had_own_forward = "forward" in vars(model)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.raw_optimizer)
+        model.train()
+
+    def start(self, resume: bool) -> None:
+        """Seed and begin, or read the newest valid checkpoint and go on."""
+        set_seed(
+            self.section.seed, device_specific=True
+        )  # dropout differs between processes, the data order does not
+        if self.main:
+            self.checkpoints.clean()
+        if not resume and self.checkpoints.steps():
+            raise TrainError(
+                f"{self.checkpoints.folder}: has checkpoints of an earlier run (up to step "
+                f"{self.checkpoints.steps()[-1]}); "
+                "resume it, or choose another output folder"
+            )
+        saved = self.checkpoints.newest() if resume and self.main else None
+        self.accelerator.wait_for_everyone()  # the main process has renamed what is damaged
+        if resume and not self.main:
+            saved = self.checkpoints.newest()
+        if saved is not None:
+            self.restore(saved)
+        if self.section.trackers and self.main:
+            config = {k: v for k, v in _plain(self.section).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("lowbit_ft", config)
+
+    def restore(self, saved: Saved) -> None:
+        """Everything as it was after the step of the checkpoint."""
+        state = saved.state
+        differ = sorted(k for k in {*self.meta, *state["meta"]} if self.meta.get(k) != state["meta"].get(k))
+        if differ:
+            what = "; ".join(f"{k} was {state['meta'].get(k)!r} and is {self.meta.get(k)!r}" for k in differ)
+            raise TrainError(
+                f"{saved.path}: cannot resume: {what}. Use what the run began with, or another output."
+            )
+        self.load_weights(saved)
+        rng = {k.removeprefix("rng/"): v for k, v in saved.optimizer.items() if k.startswith("rng/")}
+        tensors = {k: v for k, v in saved.optimizer.items() if not k.startswith("rng/")}
+        load_optimizer_state(self.raw_optimizer, self.names, tensors, state["optimizer"])
+        rank = self.accelerator.process_index
+        if rank < len(rng["cpu"]):  # with more processes than before, the new ones keep their fresh seed
+            set_rng_state({k: v[rank] for k, v in rng.items()}, state["rng"], self.accelerator.device)
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["data"])
+        self.now = Progress(**state["progress"])
+        self.saved_step = self.now.step
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        """Copy the trained tensors of a checkpoint into the model, checked by name and shape."""
+        ours = {name: tuple(p.shape) for p, name in self.names.items()}
+        theirs = {name: tuple(t.shape) for name, t in saved.adapter.items()}
+        if ours != theirs:
+            differ = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+            raise TrainError(
+                f"{saved.path}: cannot resume: it trains other tensors ({len(differ)} differ, such as "
+                f"{differ[0]!r}: "
+                f"{theirs.get(differ[0])} there, {ours.get(differ[0])} here). Use the recipe the run began "
+                "with."
+            )
+        for parameter, name in self.names.items():
+            parameter.copy_(saved.adapter[name])
+
+    # ---------------------------------------------------------------- a step
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sum of the token losses of a micro-batch."""
+        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
+        labels = inputs.pop("labels")
+        return next_token_loss(self.wrapped(**inputs, use_cache=False).logits, labels)
+
+    def clip(self) -> float:
+        """Clip the gradients to max_grad_norm; returns their norm before."""
+        norm = self.accelerator.clip_grad_norm_(list(self.names), self.section.max_grad_norm)
+        assert norm is not None
+        return float(norm)
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value summed over the processes."""
+        tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so: a signal may have reached only one of them."""
+        return self.sum(flag)[0] > 0 if self.accelerator.num_processes > 1 else flag
+
+    def bad(self, loss: float, norm: float, targets: float) -> str | None:
+        """Why the step must not be taken, or None."""
+        if not targets:
+            return "no target tokens in the whole batch"
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        return None if math.isfinite(norm) else f"gradient norm is {norm}"
+
+    def count(self, bad: str | None, loss: float, tokens: int, seconds: float) -> None:
+        now = self.now
+        now.step, now.tokens, now.seconds = now.step + 1, now.tokens + tokens, now.seconds + seconds
+        if bad is None:
+            now.loss, now.bad_in_a_row = loss, 0
+            return
+        now.bad_steps += 1
+        # fp16 finds its loss scale by overflowing: only an overflow at scale 1 or below says that something is wrong
+        searching = self.scaler is not None and math.isfinite(loss) and self.scaler.get_scale() > 1
+        now.bad_in_a_row += not searching
+
+    def give_up_if_bad(self) -> None:
+        """Raise TrainError after max_bad_steps bad steps in a row."""
+        if self.now.bad_in_a_row < self.section.max_bad_steps:
+            return
+        good = self.checkpoints.newest_valid()
+        where = (
+            f"The last good checkpoint is {self.checkpoints.path(good)}"
+            if good is not None
+            else "No checkpoint was written yet (see train.save_every)"
+        )
+        raise TrainError(
+            f"{self.now.bad_in_a_row} steps in a row had a loss or gradient that is NaN or infinite (up to "
+            "step "
+            f"{self.now.step}), so training stopped. {where}. Lower train.learning_rate or "
+            "train.scale_learning_rate, "
+            "or use bf16 instead of fp16."
+        )
+
+    # ---------------------------------------------------------------- between steps
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something done every so many steps, and at the end, is to be done now."""
+        step = self.now.step
+        return step > 0 and (step >= self.total or bool(every and step % every == 0))
+
+    @torch.no_grad()
+    def evaluate(self, log: TrainLog, stop: StopSignal) -> None:
+        """Loss per target over one pass of the validation data. After a signal the resumed run does it."""
+        if self.valid is None:
+            return
+        self.model.eval()
+        total, targets = 0.0, 0
+        for batch in self.valid.one_epoch():
+            if stop.requested and self.accelerator.num_processes == 1:
+                break  # several processes would have to agree on the batch, so they finish instead
+            total += float(self.loss(batch))
+            targets += count_targets(batch["labels"])
+        else:
+            total, targets = self.sum(total, targets)
+            now, loss = self.now, total / max(1, targets)
+            now.evaluated, now.valid_loss = now.step, loss
+            if (
+                self.section.keep_best
+                and math.isfinite(loss)
+                and (now.best_loss is None or loss < now.best_loss)
+            ):
+                now.best_step, now.best_loss = now.step, loss
+            log.line({"step": now.step, "valid_loss": loss if math.isfinite(loss) else None})
+            log.note(f"step {now.step}: validation loss {loss:.4f}")
+            self.track({"step": now.step, "valid_loss": loss})
+        self.model.train()
+
+    def save(self) -> None:
+        """Write a full checkpoint of this moment; once per step."""
+        if self.saved_step == self.now.step:
+            return
+        device, now = self.accelerator.device, self.now
+        rng, numbers = rng_state(device)
+        every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
+        if self.main:
+            adapter = {name: p.detach().to("cpu", copy=True).contiguous() for p, name in self.names.items()}
+            tensors, scalars = optimizer_state(self.raw_optimizer, self.names)
+            state = {
+                "progress": asdict(now), "data": self.batches.state_dict(), "optimizer": scalars, "rng": numbers,
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None, "meta": self.meta,
+                "total_steps": self.total, "processes": self.accelerator.num_processes,
+            }  # fmt: skip
+            tensors |= {f"rng/{key}": value for key, value in every.items()}
+            self.checkpoints.save(now.step, adapter, tensors, state, now.best_step)
+        self.saved_step = now.step
+        self.accelerator.wait_for_everyone()
+
+    def track(self, values: dict[str, Any]) -> None:
+        if self.main and self.section.trackers:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            self.accelerator.log(numbers, step=values["step"])
+
+    def keep_best(self, stopped: bool, log: TrainLog) -> None:
+        """At the end of a run with keep_best, the model gets the weights of the lowest validation loss."""
+        best = self.now.best_step
+        if not stopped and self.section.keep_best and best is not None and best != self.now.step:
+            self.load_weights(self.checkpoints.read(best))
+            log.note(f"kept step {best}: validation loss {self.now.best_loss:.4f}, the lowest")
+
+    def release(self) -> None:
+        """Give the model back as it came: no wrappers, no gradients, in eval mode; close the trackers."""
+        for tracker in self.accelerator.trackers if self.main else []:
+            tracker.finish()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if not self.had_own_forward:
+            vars(self.model).pop("forward", None)
+        if self.section.gradient_checkpointing:
+            _activation_checkpointing(self.model, False)
+        self.optimizer.zero_grad()
+        self.model.eval()
+
+
+class StopSignal:
+    """SIGTERM and ctrl-C set `requested` while the block runs; a second ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not the main thread: signals are somebody else's there
+        return self
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def total_steps(section: Any, batches: TrainBatches) -> int:
+    """Optimizer steps of a run: max_steps, or epochs x micro-batches per epoch and process / accumulation,
+    rounded up.
+    """
+    if section.max_steps is not None:
+        return section.max_steps
+    return max(1, math.ceil(section.epochs * len(batches) / section.gradient_accumulation_steps))
+
+
+def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerator:
+    """An Accelerator for the section, on the kind of device the model is on.
+
+    accelerate keeps its settings in process-wide singletons and refuses to change them; a second run in the
+    same process (two recipes, a notebook, tests) may want others, so they are reset. A process group is
+    left alone.
+    """
+    check_trackers(section.trackers)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not distributed)
+    GradientState._reset_state()
+    return Accelerator(
+        cpu=next(model.parameters()).device.type == "cpu",
+        mixed_precision=section.mixed_precision,
+        log_with=list(section.trackers) or None,
+        project_dir=run_dir / "trackers" if section.trackers else None,
+        # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def _activation_checkpointing(model: Any, on: bool) -> None:
+    """Switch recomputation on or off; transformers renamed the methods in 5.2x and warns about the old names."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable() if on else model.activation_checkpointing_disable()
+    elif on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return section.model_dump() if hasattr(section, "model_dump") else dict(vars(section))

@@ -1,0 +1,189 @@
+"""The law: merge() ships the very codes and scales that the training forward multiplied with. Bit for bit, no tolerance.
+
+For every entry of ADAPTERS on every grid it accepts, with random trained tensors, in fp32 and bf16:
+
+    codes of the forward == codes of merge           caught on their way into the matmul
+    adapter(identity) == merged.dequantize().T       the weight the forward used, seen through the layer's output
+    d adapter(x) / dx  == merged.dequantize()        the weight the backward used
+    a new process reads the saved file and finds the same codes and the same dense weights
+
+A method may be left out only by declaring `exact_merge = False`.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit_ft.adapters import ADAPTERS, AdapterConfig
+from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
+from tests.adapters.common import base_of, trained
+from tests.adapters.law_reader import fingerprint
+
+INEXACT = {"lora"}  # the only one, by name: another entry that opts out must be discussed here
+GROUPS = (32, 64, 128, -1)
+DTYPES = (torch.float32, torch.bfloat16)
+# Options that change what is computed, beyond every method's defaults.
+VARIANTS: dict[str, list[dict[str, object]]] = {
+    "lr_qat": [{"clip": "clip_then_round"}],
+    "dl_qat": [{"clip": "clip_then_round"}],
+    "l4q": [{"offset": "float"}, {"offset": "integer"}, {"offset": "none", "clip": "round_then_clip"}],
+    "alpha_tuning": [{"planes": "first"}],
+}
+
+
+class Case(NamedTuple):
+    config: AdapterConfig
+    grid: Grid
+
+    @property
+    def name(self) -> str:
+        options = self.config.model_dump(exclude={"method", "rank"}, exclude_defaults=True)
+        residual = f" f{self.grid.residual_bits}" if isinstance(self.grid, IntGrid) else ""
+        return "-".join([self.config.method, *map(str, options.values()), f"{self.grid}{residual}"])
+
+
+def grids(kind: str) -> Iterator[Grid]:
+    if kind == "binary":
+        for bits, group_size in itertools.product((1, 2, 3, 4), GROUPS):
+            yield BinaryGrid(bits=bits, group_size=group_size)
+    else:
+        for bits, group_size, symmetric, f in itertools.product((2, 3, 4, 8), GROUPS, (True, False), (4, 0)):
+            yield IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, residual_bits=f)
+
+
+def configs(method: str) -> Iterator[AdapterConfig]:
+    low_rank = {"rank": 4} if "rank" in ADAPTERS[method].model_fields else {}
+    for variant in [{}, *VARIANTS.get(method, [])]:
+        yield ADAPTERS[method](**low_rank, **variant)
+
+
+def cases() -> list[Case]:
+    exact = [method for method, config in ADAPTERS.items() if config.exact_merge]
+    return [
+        Case(config, grid)
+        for method in exact
+        for config in configs(method)
+        for grid in grids(config.grid_name)
+        if config.reject(grid) is None
+    ]
+
+
+CASES = cases()
+
+
+def test_nobody_is_left_out():
+    assert {m for m, config in ADAPTERS.items() if not config.exact_merge} == INEXACT
+    covered = {(c.config.method, c.grid.bits, c.grid.group_size, getattr(c.grid, "symmetric", None)) for c in CASES}
+    wanted = set()
+    for method, config in ADAPTERS.items():
+        if config.exact_merge and config.grid_name == "binary":
+            wanted |= set(itertools.product([method], (1, 2, 3, 4), GROUPS, [None]))
+        elif config.exact_merge:
+            wanted |= set(itertools.product([method], (2, 3, 4, 8), GROUPS, (True, False)))
+    assert wanted and covered == wanted
+    # A residual of 0 may be refused, but only with a reason that names the way out.
+    refused = [(c, g) for m in ADAPTERS for c in configs(m) for g in grids(c.grid_name) if c.reject(g) is not None]
+    assert {c.method for c, _ in refused} <= {"l4q"}
+    assert all("residual_bits: 4" in str(c.reject(g)) for c, g in refused)
+
+
+@pytest.fixture
+def forward_codes(monkeypatch) -> list[torch.Tensor]:
+    """The packed codes that every grid_linear hands to the matmul."""
+    seen: list[torch.Tensor] = []
+    module = sys.modules["lowbit_kernels.grid_linear"]
+    matmul = module.packed_matmul
+
+    def spy(x, codes, *rest):
+        seen.append(codes)
+        return matmul(x, codes, *rest)
+
+    monkeypatch.setattr(module, "packed_matmul", spy)
+    return seen
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_trained_is_what_ships(case: Case, forward_codes: list[torch.Tensor]):
+    base = base_of(case.grid)
+    adapter = trained(case.config, base)
+    merged = adapter.merge(base)
+    n, k = base.shape
+    assert merged.grid == case.config.shipped(base.grid)
+    assert not torch.equal(merged.dequantize(), base.dequantize()), "training moved nothing: the law would be empty"
+    if isinstance(base, PackedWeight) and isinstance(merged, PackedWeight) and hasattr(adapter, "A"):
+        assert not torch.equal(merged.codes, base.codes)
+        assert (merged.offset is not None) == case.config.ships_offset
+    for dtype in DTYPES:
+        weight = merged.dequantize(dtype)
+        x = torch.eye(k, dtype=dtype, requires_grad=True)
+        forward_codes.clear()
+        y = adapter(x, base)
+        if isinstance(merged, PackedWeight):
+            assert len(forward_codes) == 1 and torch.equal(forward_codes[0], merged.codes)
+        assert torch.equal(y, weight.t())
+        # dY = I[:k] picks W's rows as the input gradient of the first min(K, N) inputs.
+        dy = torch.eye(k, n, dtype=dtype)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert torch.equal(dx[:n], weight[: min(n, k)])
+        with torch.no_grad():
+            assert torch.equal(merged.linear(x), y), "the merged layer and the adapted one differ"
+    assert torch.equal(adapter.merge(base).dequantize(), merged.dequantize()), "merging twice differs"
+
+
+@pytest.mark.parametrize("method", [m for m, config in ADAPTERS.items() if config.exact_merge])
+def test_autocast_does_not_change_the_codes(method: str):
+    """Mixed precision trains under autocast and merges without: the low-rank product must not be done in bf16."""
+    config = next(configs(method))
+    base = base_of(next(iter(grids(config.grid_name))), (64, 128))
+    adapter = trained(config, base)
+    merged = adapter.merge(base)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = adapter(torch.eye(128, dtype=torch.bfloat16), base)
+        inside = adapter.merge(base)
+    assert inside.digest() == merged.digest()
+    assert torch.equal(y, merged.dequantize(torch.bfloat16).t())
+
+
+def test_a_new_process_reads_the_same_weights(tmp_path: Path):
+    """One process for the whole table: it recomputes digests and dense weights from the file alone."""
+    assert len(CASES) > 300
+    tensors, facts, wanted = {}, {}, {}
+    for case in CASES:
+        base = base_of(case.grid)
+        merged = trained(case.config, base).merge(base)
+        tensors |= {f"{case.name}/{name}": t.contiguous() for name, t in merged.to_tensors().items()}
+        facts[case.name] = json.dumps({"grid": merged.grid.to_json(), "shape": merged.shape})
+        wanted[case.name] = fingerprint(merged)
+    assert len(wanted) == len(CASES), "two cases share a name"
+    path = tmp_path / "merged.safetensors"
+    save_file(tensors, path, metadata=facts)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.adapters.law_reader", str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def test_the_law_would_notice():
+    """A merge that recomputes with another rounding of the low-rank product breaks the comparison above."""
+    base = base_of(IntGrid(bits=4, group_size=32))
+    assert isinstance(base, PackedWeight) and not isinstance(base, BinaryWeight)
+    adapter = trained(ADAPTERS["lr_qat"](rank=4), base)
+    shipped = adapter.merge(base)
+    with torch.no_grad():
+        adapter.A.copy_(adapter.A.bfloat16())
+    assert not torch.equal(adapter(torch.eye(base.shape[1]), base), shipped.dequantize().t())

@@ -1,0 +1,409 @@
+"""What each method promises beyond its gradient: its start, its identities with other methods, its options, its memory."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import lowbit_kernels as kernels
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from lowbit_ft.adapters import ADAPTERS, SCALE_PARAMETERS, AdapterConfig
+from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
+from lowbit_ft.linear import PackedLinear
+from tests import reference
+from tests.adapters.common import base_of, randomize, trained
+from tests.adapters.test_law import VARIANTS, cases
+
+pytestmark = pytest.mark.usefixtures("poison")
+INTEGER = [m for m, c in ADAPTERS.items() if c.grid_name == "integer"]
+LOW_RANK = ["lr_qat", "dl_qat", "l4q"]
+INT_GRIDS = [
+    IntGrid(bits=b, group_size=g, symmetric=s, residual_bits=f)
+    for b, g, s, f in itertools.product((2, 3, 4, 8), (32, -1), (True, False), (0, 1, 2, 4))
+]
+
+
+def packed(grid: IntGrid, shape: tuple[int, int] = (13, 200), calibrate: str | None = None) -> PackedWeight:
+    base = base_of(grid, shape, calibrate)
+    assert isinstance(base, PackedWeight)
+    return base
+
+
+def starts() -> list[tuple[AdapterConfig, IntGrid | BinaryGrid]]:
+    out: list[tuple[AdapterConfig, IntGrid | BinaryGrid]] = []
+    for method, config in ADAPTERS.items():
+        every = INT_GRIDS if config.grid_name == "integer" else [BinaryGrid(bits=b, group_size=32) for b in (1, 2, 3, 4)]
+        for options, grid in itertools.product([{}, *VARIANTS.get(method, []), {"init": "svd"}], every):
+            if options.get("init") and method not in LOW_RANK:
+                continue
+            made = config(**options)
+            if made.reject(grid) is None:
+                out.append((made, grid))
+    return out
+
+
+@pytest.mark.parametrize(("config", "grid"), starts(), ids=str)
+def test_step_0_is_the_plain_dequantization(config: AdapterConfig, grid: IntGrid | BinaryGrid):
+    """Every method, every residual, symmetric or not: a fresh adapter changes no code and no scale."""
+    base = base_of(grid)
+    adapter = config.build(base)
+    assert torch.equal(adapter(torch.eye(base.shape[1]), base), base.dequantize().t())
+    if config.exact_merge:
+        merged = adapter.merge(base)
+        assert torch.equal(merged.unpack_codes(), base.unpack_codes())
+        assert torch.equal(merged.dequantize(), base.dequantize())
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_scale_parameters_are_named_as_such(method: str):
+    config = ADAPTERS[method]
+    base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(symmetric=False))
+    names = {name.rpartition(".")[2] for name, _ in config().build(base).named_parameters()}
+    assert names - SCALE_PARAMETERS <= {"A", "B"}
+    assert method == "lora" or names & SCALE_PARAMETERS
+
+
+@pytest.mark.parametrize(("symmetric", "f", "group_size"), list(itertools.product((True, False), (0, 4), (32, -1))))
+def test_dl_qat_is_lr_qat_in_units_of_the_weight(symmetric: bool, f: int, group_size: int):
+    """D_grid = D / s0: with one group size per row and a scale that is a power of two the factor moves into B exactly."""
+    base = packed(IntGrid(bits=3, group_size=group_size, symmetric=symmetric, residual_bits=f))
+    row_scale = 2.0 ** torch.randint(-3, 0, (1, base.shape[0])).float()
+    base = replace(base, scale=row_scale.expand_as(base.scale).bfloat16().contiguous())
+    dl = trained(ADAPTERS["dl_qat"](rank=4), base)
+    lr = ADAPTERS["lr_qat"](rank=4).build(base)
+    with torch.no_grad():
+        lr.A.copy_(dl.A)
+        lr.B.copy_(dl.B / row_scale.t())
+        lr.log_scale.copy_(torch.log(dl.magnitude))
+    x, dy = torch.randn(5, base.shape[1]), torch.randn(5, base.shape[0])
+    y_dl, y_lr = dl(x, base), lr(x, base)
+    assert torch.equal(y_dl, y_lr)
+    y_dl.backward(dy)
+    y_lr.backward(dy)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(dl.A.grad, lr.A.grad, **close)
+    torch.testing.assert_close(dl.B.grad, lr.B.grad / row_scale.t(), **close)  # chain rule of B_lr = B_dl / s0
+    torch.testing.assert_close(dl.magnitude.grad * dl.magnitude, lr.log_scale.grad, **close)  # and of t = log m
+
+
+@pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.residual_bits == 0], ids=str)
+def test_scale_is_alpha_tuning_with_tied_planes(grid: IntGrid):
+    """PEQA == alpha_k = S 2^(k-1) over the bits of the code, with the offset tied too: same output, same gradient."""
+    base = packed(grid)
+    adapter = trained(ADAPTERS["scale"](), base)
+    x, dy = torch.randn(5, base.shape[1]), torch.randn(5, base.shape[0])
+    y = adapter(x, base)
+    y.backward(dy)
+
+    b, zero = grid.bits, float(1 << (grid.bits - 1)) if base.zero is None else base.zero.float()
+    planes = torch.stack([kernels.pack((base.unpack_codes() >> k) & 1, 1) for k in range(b)])
+    t = adapter.log_scale.detach().clone().requires_grad_()
+    s = base.scale.float() * torch.exp(t)
+    s = s + (s.bfloat16().float() - s).detach()
+    alpha = torch.stack([s * 2.0 ** (k - 1) for k in range(b)])
+    tied = kernels.binary_matmul(x, planes, alpha, s * ((2**b - 1) / 2 - zero), grid.group_size)
+    tied.backward(dy)
+    torch.testing.assert_close(tied, y, rtol=1e-5, atol=1e-5)
+    assert (t.grad - adapter.log_scale.grad).norm() < 1e-4 * t.grad.norm()
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_zero_b_leaves_only_b_to_move_the_codes(method: str):
+    """With B = 0 the first gradient goes to B (and the scales), none to A: LoRA's start."""
+    base = packed(IntGrid(bits=4, group_size=32))
+    adapter = ADAPTERS[method]().build(base)
+    adapter(torch.randn(5, 200), base).square().sum().backward()
+    assert adapter.B.grad.abs().max() > 0 and not adapter.A.grad.any()
+
+
+@pytest.mark.parametrize("f", [0, 1])
+def test_l4q_refuses_a_base_without_enough_residual(f: int):
+    reason = ADAPTERS["l4q"]().reject(IntGrid(residual_bits=f))
+    assert reason and "gradient is zero" in reason and "residual_bits: 4" in reason
+
+
+def test_why_l4q_refuses_residual_0():
+    """The claim behind the refusal: at f = 0 the scale's gradient is zero at the start, at f = 4 it is not."""
+    grads = {}
+    for f in (0, 4):
+        base = packed(IntGrid(bits=4, group_size=32, residual_bits=f))
+        adapter = ADAPTERS["l4q"]().build(base)
+        adapter(torch.randn(5, 200), base).square().sum().backward()
+        grads[f] = adapter.log_scale.grad.abs().max()
+    assert grads[0] < 1e-3 * grads[4]
+
+
+@pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "lora"])
+def test_methods_refuse_the_other_grid(method: str):
+    config = ADAPTERS[method]()
+    other = IntGrid() if config.grid_name == "binary" else BinaryGrid()
+    assert f"set quant.grid: {config.grid_name}" in str(config.reject(other))
+
+
+@pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "lora"])
+def test_scales_move_under_a_small_learning_rate(method: str):
+    """The bf16 stall: Adam at 1e-5 must move the fp32 master, and after enough steps the bf16 scale that ships."""
+    config = ADAPTERS[method]
+    base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, group_size=32), (16, 64))
+    adapter = config().build(base)
+    scales = [p for n, p in adapter.named_parameters() if n.rpartition(".")[2] in SCALE_PARAMETERS]
+    before, shipped = [p.detach().clone() for p in scales], adapter.merge(base).scale
+    optimizer = torch.optim.AdamW(scales, lr=1e-5, weight_decay=0.0)
+    x, dy = torch.randn(8, 64), torch.randn(8, 16)
+    for _ in range(450):
+        optimizer.zero_grad()
+        adapter(x, base).backward(dy)
+        optimizer.step()
+    for p, was in zip(scales, before, strict=True):
+        assert p.dtype == torch.float32 and ((p - was).abs() > 3e-3).float().mean() > 0.9
+    assert (adapter.merge(base).scale != shipped).float().mean() > 0.5
+
+
+# ---- memory: nothing of size N x K is saved for backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_nothing_of_the_weights_size_is_saved_for_backward(method: str, dtype: torch.dtype):
+    config, (n, k) = ADAPTERS[method], (128, 256)
+    base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (n, k))
+    options = {"rank": 4} if "rank" in config.model_fields else {}
+    layer = PackedLinear(base, torch.randn(n))
+    layer.adapter = config(**options).build(base)
+    randomize(layer.adapter)
+    x = torch.randn(8, k, dtype=dtype, requires_grad=True)
+    held = {t.data_ptr() for t in [x, *layer.buffers(), *layer.parameters()]}
+    saved: list[Tensor] = []
+
+    def pack_hook(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in held:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        y = layer(x)
+    assert all(t.numel() < n * k for t in saved), [tuple(t.shape) for t in saved]
+    # Together they are a small part of the weight too: group tensors and activations of rank size.
+    assert sum(t.numel() * t.element_size() for t in saved) < n * k / 2
+    y.sum().backward()
+    assert all(p.grad is not None for p in layer.adapter.parameters() if p.requires_grad)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_train_scale_false_trains_the_low_rank_part_only(method: str):
+    base = packed(IntGrid(symmetric=False))
+    adapter = ADAPTERS[method](train_scale=False).build(base)
+    assert {n for n, p in adapter.named_parameters() if p.requires_grad} == {"A", "B"}
+    adapter(torch.randn(3, 200), base).sum().backward()
+    assert adapter.B.grad is not None
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_svd_starts_from_the_rounding_errors_row_space(method: str):
+    base = packed(IntGrid(bits=3, group_size=-1, residual_bits=4), (24, 64))
+    adapter = ADAPTERS[method](rank=4, init="svd").build(base)
+    dense = reference.Base.of(base)
+    error = dense.rho if method == "lr_qat" else dense.rho * dense.wide(dense.s0)
+    want = torch.linalg.svd(error).Vh[:4]
+    overlap = torch.linalg.svdvals(adapter.A.detach().double() @ want.t())
+    torch.testing.assert_close(overlap, torch.ones(4).double(), rtol=1e-4, atol=1e-4)
+    assert not adapter.B.any()
+
+
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_loftq_starts_at_the_best_low_rank_fit_of_the_rounding_error(method: str, symmetric: bool):
+    grid = IntGrid(bits=3, group_size=32, symmetric=symmetric, residual_bits=0)
+    weight = torch.randn(24, 64) + 0.3
+    from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+
+    base = CALIBRATORS["absmax" if symmetric else "minmax"].run(weight, grid, Stats())
+    assert isinstance(base, PackedWeight)
+    config = ADAPTERS[method](rank=6, alpha=3.0, init="loftq")
+    assert config.wants_weight
+    adapter = config.build(base, weight)
+    scale = reference.columns(base.scale, 64, 32)
+    error = ((weight.double() - base.dequantize().double()) / scale).clamp(-0.5, 0.5)
+    error = error if method == "lr_qat" else error * scale
+    product = 0.5 * adapter.B.detach().double() @ adapter.A.detach().double()
+    u, s, v = torch.linalg.svd(error, full_matrices=False)
+    torch.testing.assert_close(product, u[:, :6] * s[:6] @ v[:6], rtol=1e-4, atol=1e-4)
+    full = config.model_copy(update={"rank": 64}).build(base, weight)  # rank above both sides: padded with zeros
+    product = 3.0 / 64 * full.B.detach().double() @ full.A.detach().double()
+    torch.testing.assert_close(product, error, rtol=1e-4, atol=1e-4)
+
+
+def test_starts_refuse_a_base_they_cannot_read():
+    for method in ("lr_qat", "dl_qat"):
+        assert "residual_bits: 0" in str(ADAPTERS[method](init="loftq").reject(IntGrid(residual_bits=4)))
+        assert "residual_bits: 4" in str(ADAPTERS[method](init="svd").reject(IntGrid(residual_bits=0)))
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_clip_orders_share_the_codes_and_differ_in_the_gradient(method: str):
+    base = packed(IntGrid(bits=2, group_size=32))
+    grads, codes = [], []
+    for order in ("round_then_clip", "clip_then_round"):
+        torch.manual_seed(5)
+        adapter = trained(ADAPTERS[method](clip=order, rank=4), base)
+        adapter(torch.randn(5, 200), base).square().sum().backward()
+        grads.append(adapter.B.grad)
+        codes.append(adapter.merge(base).unpack_codes())
+    assert torch.equal(*codes)
+    assert not torch.allclose(*grads, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lr_qat", {"rank": 0}), ("lr_qat", {"alpha": 0}), ("lr_qat", {"clip": "never"}), ("lr_qat", {"ranks": 4}),
+        ("l4q", {"warmup_steps": -1}), ("l4q", {"offset": "maybe"}), ("alpha_tuning", {"planes": "second"}),
+        ("scale", {"train_scale": False}), ("scale", {"rank": 4}), ("lora", {"init": "svd"}),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused(method: str, options: dict):
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        ADAPTERS[method](**options)
+
+
+# ---- L4Q: offsets and warm-up
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "offset", "zero", "shift"),
+    [
+        (True, "auto", False, False), (False, "auto", True, False), (True, "integer", True, False),
+        (True, "float", False, True), (False, "float", True, True), (False, "none", True, False),
+    ],
+)  # fmt: skip
+def test_l4q_offset_decides_what_ships(symmetric: bool, offset: str, zero: bool, shift: bool):
+    base = packed(IntGrid(bits=3, group_size=32, symmetric=symmetric))
+    config = ADAPTERS["l4q"](offset=offset)
+    merged = trained(config, base).merge(base)
+    assert isinstance(merged, PackedWeight)
+    assert (merged.zero is not None) == zero and (merged.offset is not None) == shift == config.ships_offset
+    if offset != "none" and zero and not shift:
+        start = torch.full_like(merged.zero, 4) if symmetric else base.zero
+        assert merged.zero.max() <= 7 and not torch.equal(merged.zero, start), "the zero point did not move"
+
+
+def dense_proxy(base: PackedWeight) -> Tensor:
+    """s0 (c - z0 + rho), float64 [N, K]: the weight to b + f bits."""
+    dense = reference.Base.of(base)
+    return dense.wide(dense.s0) * (dense.code - dense.wide(dense.z0) + dense.rho)
+
+
+@pytest.mark.parametrize(("bits", "f", "symmetric"), list(itertools.product((2, 4, 8), (2, 4), (True, False))))
+def test_l4q_warmup_is_plain_lora_on_the_unrounded_proxy(bits: int, f: int, symmetric: bool):
+    base = packed(IntGrid(bits=bits, group_size=64, symmetric=symmetric, residual_bits=f))
+    config = ADAPTERS["l4q"](rank=4, alpha=6.0, warmup_steps=2)
+    adapter = trained(config, base)
+    adapter.begin_step(0, base)
+    x, dy = torch.randn(5, 200), torch.randn(5, 13)
+    y = adapter(x, base)
+    y.backward(dy)
+    a, b = (p.detach().double().requires_grad_() for p in (adapter.A, adapter.B))
+    want = x.double() @ (dense_proxy(base) + 1.5 * b @ a).t()
+    want.backward(dy.double())
+    for got, ref in ((y, want), (adapter.A.grad, a.grad), (adapter.B.grad, b.grad)):
+        assert (got.double() - ref).norm() < 1e-5 * ref.norm()
+    assert adapter.log_scale.grad is None
+
+
+@pytest.mark.parametrize(("symmetric", "offset"), [(True, "auto"), (False, "auto"), (True, "float"), (False, "none")])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_l4q_switch_restarts_the_scale_from_the_warmed_weight(symmetric: bool, offset: str, group_size: int):
+    """L4Qinit: S = max(|min W / Qn|, |max W / Qp|) per group of W = s0 Phi0 + g B A; once, and never again."""
+    base = packed(IntGrid(bits=4, group_size=group_size, symmetric=symmetric), calibrate="mse")
+    config = ADAPTERS["l4q"](rank=4, offset=offset, warmup_steps=3)
+    adapter = config.build(base)
+    with torch.no_grad():
+        adapter.B.normal_(0, 0.3)
+    for step in range(3):
+        adapter.begin_step(step, base)
+        assert adapter.warming and not adapter.log_scale.any()
+    adapter.begin_step(3, base)
+    assert not adapter.warming
+    weight = dense_proxy(base) + config.gain * (adapter.B @ adapter.A).detach().double()
+    size = 200 if group_size == -1 else group_size
+    zero = torch.full(base.scale.shape, 8.0) if symmetric else base.zero.double()
+    want = torch.stack([
+        torch.maximum(part.amax(1) / (15 - z).clamp_min(1), -part.amin(1) / z.clamp_min(1))
+        for part, z in zip(weight.split(size, dim=1), zero, strict=True)
+    ])  # fmt: skip
+    got = base.scale.double() * adapter.log_scale.detach().double().exp()
+    torch.testing.assert_close(got, want.double(), rtol=1e-5, atol=1e-7)
+    # Nothing is clipped by more than what bf16 takes from the scale.
+    dense = adapter.merge(base).dequantize().double()
+    step = reference.columns(got, 200, group_size)
+    assert ((dense - weight).abs() <= step * 0.56).all()
+    with torch.no_grad():
+        adapter.log_scale.add_(0.1)
+    kept = adapter.log_scale.detach().clone()
+    adapter.begin_step(4, base)
+    assert torch.equal(adapter.log_scale, kept)
+
+
+def test_l4q_resumes_on_either_side_of_the_switch():
+    base = packed(IntGrid(bits=4, group_size=32))
+    config = ADAPTERS["l4q"](rank=4, warmup_steps=3)
+    first = trained(config, base)
+    state = {name: t.clone() for name, t in first.state_dict().items()}
+    for step in (3, 4):  # the checkpoint holds the tensors as they were before this step
+        fresh, again = config.build(base), config.build(base)
+        for adapter in (fresh, again):
+            adapter.load_state_dict(state)
+        if step == 3:
+            fresh.begin_step(2, base)  # an uninterrupted run has seen the warm-up
+        fresh.begin_step(step, base)
+        again.begin_step(step, base)
+        assert torch.equal(fresh.log_scale, again.log_scale)
+        assert torch.equal(fresh.log_scale, state["log_scale"]) == (step == 4)
+
+
+def test_a_loaded_l4q_adapter_is_past_its_warmup():
+    """Loaded for evaluation nobody calls begin_step: its forward must be the weight that merge ships."""
+    base = packed(IntGrid(bits=4, group_size=32))
+    adapter = trained(ADAPTERS["l4q"](rank=4, warmup_steps=10), base)
+    assert torch.equal(adapter(torch.eye(200), base), adapter.merge(base).dequantize().t())
+
+
+# ---- lora, and threads
+
+
+def test_lora_merge_says_what_it_lost():
+    base = packed(IntGrid(bits=3, group_size=32))
+    adapter = ADAPTERS["lora"](rank=4).build(base)
+    with torch.no_grad():
+        adapter.B.normal_(0, 0.01)
+    wanted = base.dequantize() + 4 * (adapter.B @ adapter.A).detach()
+    with pytest.warns(UserWarning, match="rounding error is") as record:
+        merged = adapter.merge(base)
+    lost = ((merged.dequantize() - wanted).norm() / (wanted - base.dequantize()).norm()).item()
+    assert math.isclose(float(str(record[0].message).split("error is ")[1].split()[0]), lost, abs_tol=0.01)
+    assert merged.grid == ADAPTERS["lora"]().shipped(base.grid)
+    assert lost > 1, "if the merge lost less than the update, the methods next to it would have no reason"
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_codes_do_not_depend_on_the_number_of_threads(method: str):
+    base = packed(IntGrid(bits=4, group_size=64), (384, 512))
+    adapter = trained(ADAPTERS[method](rank=32), base)
+    threads, digests = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            digests.append(adapter.merge(base).digest())
+    finally:
+        torch.set_num_threads(threads)
+    assert digests[0] == digests[1]
+
+
+def test_the_law_table_is_the_method_table():
+    assert {case.config.method for case in cases()} == {m for m, c in ADAPTERS.items() if c.exact_merge}

@@ -1,0 +1,244 @@
+"""Calibrators: every one on every grid, and the orderings that make them worth having."""
+
+import itertools
+
+import lowbit_kernels as kernels
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.grid.estimators import SMALLEST_SCALE
+from tests import reference
+
+pytestmark = pytest.mark.usefixtures("poison")
+SHAPE = (9, 200)
+INT_GRIDS = [
+    IntGrid(bits=b, group_size=g, symmetric=s)
+    for b, g, s in itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False))
+]
+BINARY_GRIDS = [BinaryGrid(bits=b, group_size=g) for b, g in itertools.product((1, 2, 3, 4), (32, 64, 128, 256, -1))]
+PAIRS = [
+    (name, grid) for name, c in CALIBRATORS.items() for grid in [*INT_GRIDS, *BINARY_GRIDS] if c.reject(grid) is None
+]
+
+
+def weights(shape: tuple[int, int] = SHAPE) -> Tensor:
+    """Heavy-tailed, as rows of a trained linear are, and not centred."""
+    return torch.distributions.StudentT(4.0).sample(shape) * 0.05 + 0.01
+
+
+def correlated_hessian(k: int, tokens: int = 400) -> Tensor:
+    """sum x x^T of inputs that live mostly in a few directions, with a few loud channels."""
+    x = torch.randn(tokens, 24) @ torch.randn(24, k) + 0.1 * torch.randn(tokens, k)
+    x[:, ::17] *= 5
+    return x.t() @ x
+
+
+def run(name: str, weight: Tensor, grid: Grid, **stats):
+    stats.setdefault("hessian", torch.eye(weight.shape[1]) if CALIBRATORS[name].needs_text else None)
+    return CALIBRATORS[name].run(weight, grid, Stats(**stats))
+
+
+def group_error(weight: Tensor, packed, p: float = 2.0) -> Tensor:
+    """sum |w - Q(w)|^p per group, float64 [G, N]."""
+    error = (weight.double() - packed.dequantize().double()).abs() ** p
+    g = weight.shape[1] if packed.grid.group_size == -1 else packed.grid.group_size
+    return torch.stack([part.sum(1) for part in error.split(g, dim=1)])
+
+
+def test_every_calibrator_serves_a_grid():
+    assert {name for name, _ in PAIRS} == set(CALIBRATORS) and len(CALIBRATORS) >= 6
+    for grid in [*INT_GRIDS, *BINARY_GRIDS]:
+        assert any(c.reject(grid) is None for c in CALIBRATORS.values()), f"nothing can start {grid}"
+
+
+@pytest.mark.parametrize(("name", "grid"), PAIRS, ids=str)
+def test_every_calibrator_on_every_grid(name: str, grid: Grid):
+    weight = weights()
+    packed = run(name, weight, grid)
+    groups = kernels.group_count(SHAPE[1], grid.group_size)
+    assert packed.grid == grid and packed.shape == SHAPE
+    assert packed.scale.shape[-2:] == (groups, SHAPE[0]) and packed.scale.dtype == torch.bfloat16
+    assert packed.scale.float().isfinite().all() and (packed.scale.float() >= SMALLEST_SCALE).all()
+    dense = packed.dequantize()
+    assert dense.isfinite().all()
+    # Some structure is kept: less error than throwing the weight away.
+    assert (dense - weight).norm() < weight.norm()
+    if isinstance(packed, PackedWeight):
+        assert (packed.zero is None) == grid.symmetric and packed.residual is not None
+        assert packed.unpack_codes().max().item() < 1 << grid.bits
+    # A round trip through named tensors keeps every bit.
+    again = type(packed).from_tensors(packed.to_tensors(), packed.shape, grid)
+    assert again.digest() == packed.digest()
+
+
+def test_a_calibrator_refuses_the_wrong_grid_and_says_what_fits():
+    assert "greedy, alternating" in str(CALIBRATORS["mse"].reject(BinaryGrid()))
+    assert "mse" in str(CALIBRATORS["greedy"].reject(IntGrid()))
+    assert "symmetric: true" in str(CALIBRATORS["absmax"].reject(IntGrid(symmetric=False)))
+    assert "symmetric: false" in str(CALIBRATORS["minmax"].reject(IntGrid()))
+
+
+@pytest.mark.parametrize("p", [2.0, 2.4, 4.0])
+@pytest.mark.parametrize("grid", INT_GRIDS, ids=str)
+def test_mse_is_never_worse_than_the_full_range(grid: IntGrid, p: float):
+    weight = weights()
+    full = group_error(weight, run("absmax" if grid.symmetric else "minmax", weight, grid), p)
+    searched = group_error(weight, run("mse", weight, grid, p=p), p)
+    assert (searched <= full * (1 + 1e-4)).all()
+    if grid.bits < 8:
+        assert searched.sum() < 0.999 * full.sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_full_range_covers_every_weight(symmetric: bool):
+    """absmax and minmax clip nothing by more than the half step that bf16 scales cost."""
+    weight = weights()
+    packed = run("absmax" if symmetric else "minmax", weight, IntGrid(bits=4, group_size=32, symmetric=symmetric))
+    scale = reference.columns(packed.scale, SHAPE[1], 32)
+    assert ((packed.dequantize() - weight).abs() <= scale * 0.56).all()
+
+
+@pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.group_size in (32, 256, -1)], ids=str)
+def test_gptq_is_better_where_inputs_are_correlated(grid: IntGrid):
+    """The error GPTQ minimises: tr(E H E^T), E = W - Q, the squared output error over the calibration inputs."""
+    weight, hessian = weights(), correlated_hessian(SHAPE[1])
+
+    def output_error(packed) -> float:
+        e = (weight - packed.dequantize()).double()
+        return ((e @ hessian.double()) * e).sum().item()
+
+    assert output_error(run("gptq", weight, grid, hessian=hessian)) < 0.8 * output_error(run("mse", weight, grid, p=2.0))
+
+
+@pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.bits < 8], ids=str)
+def test_gptq_with_uncorrelated_inputs_is_plain_rounding(grid: IntGrid):
+    """H = I: nothing to push to other columns, so codes and scales are those of the p = 2 search."""
+    weight = weights()
+    got, want = run("gptq", weight, grid), run("mse", weight, grid, p=2.0)
+    assert got.digest() == want.digest()
+
+
+def test_gptq_follows_the_column_equations():
+    """Against the textbook loop in float64: q_i = Q(w_i), then w_j -= (w_i - q_i) / U_ii * U_ij for all j > i."""
+    grid = IntGrid(bits=3, group_size=-1)
+    weight, hessian = weights((5, 96)), correlated_hessian(96)
+    packed = run("gptq", weight, grid, hessian=hessian, damping=0.05)
+    h = hessian.double()
+    h += 0.05 * h.diagonal().mean() * torch.eye(96)
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    w, scale = weight.double().clone(), packed.scale[0].double()
+    code = torch.empty(5, 96, dtype=torch.float64)
+    for i in range(96):
+        code[:, i] = (w[:, i] / scale + 4).round().clamp(0, 7)
+        e = (w[:, i] - (code[:, i] - 4) * scale) / u[i, i]
+        w[:, i + 1 :] -= torch.outer(e, u[i, i + 1 :])
+    assert (packed.unpack_codes().double() == code).float().mean() > 0.99  # a tie may fall the other way, then all after it
+
+
+def test_gptq_needs_text():
+    with pytest.raises(ValueError, match="calibration"):
+        CALIBRATORS["gptq"].run(weights(), IntGrid(), Stats())
+
+
+def test_gptq_dead_inputs_are_rounded_alone_and_hurt_nobody():
+    """Inputs that were never active: codes of the others as without them, their own plainly rounded. Activations may be tiny."""
+    grid, k = IntGrid(bits=3, group_size=-1), 64
+    weight = weights((5, 2 * k))
+    live = correlated_hessian(k) * 1e-7
+    hessian = torch.zeros(2 * k, 2 * k)
+    hessian[::2, ::2] = live
+    packed = run("gptq", weight, grid, hessian=hessian)
+    plain = PackedWeight.quantize(weight, packed.scale, None, grid)
+    assert torch.equal(packed.unpack_codes()[:, 1::2], plain.unpack_codes()[:, 1::2])
+
+    def output_error(p) -> float:
+        e = (weight - p.dequantize())[:, ::2].double()
+        return ((e @ live.double()) * e).sum().item()
+
+    assert output_error(packed) < 0.7 * output_error(plain)
+
+
+@pytest.mark.parametrize("kind", ["rank one", "zero", "constant"])
+def test_gptq_survives_a_singular_hessian(kind: str):
+    k = 128
+    x = torch.randn(1, k)
+    hessian = {"rank one": x.t() @ x, "zero": torch.zeros(k, k), "constant": torch.ones(k, k)}[kind]
+    weight = weights((5, k))
+    packed = run("gptq", weight, IntGrid(bits=4, group_size=32), hessian=hessian)
+    assert packed.dequantize().isfinite().all()
+    assert (packed.dequantize() - weight).norm() < weight.norm()
+
+
+def test_gptq_gives_up_on_a_hessian_that_is_none():
+    with pytest.raises(ValueError, match="singular"):
+        run("gptq", weights((3, 32)), IntGrid(), hessian=-torch.eye(32) + 2 * torch.diag(torch.arange(32) % 2.0))
+
+
+@pytest.mark.parametrize(("name", "grid"), [p for p in PAIRS if p[1].group_size in (64, -1)], ids=str)
+def test_constant_and_zero_groups(name: str, grid: Grid):
+    """All-zero rows stay (nearly) zero, constant and single-spike rows keep their value; nothing becomes NaN."""
+    weight = torch.zeros(4, 128)
+    weight[1] = 0.25
+    weight[2] = -0.25
+    weight[3, 5] = 1.0
+    packed = run(name, weight, grid)
+    dense = packed.dequantize()
+    assert dense.isfinite().all()
+    assert dense[0].abs().max() <= 4 * SMALLEST_SCALE
+    step = 0.25 / (2**grid.bits - 1) if isinstance(grid, IntGrid) else 0.01
+    assert ((dense[1:3] - weight[1:3]).abs() <= 1.1 * step).all()
+
+
+@pytest.mark.parametrize("grid", BINARY_GRIDS, ids=str)
+def test_alternating_is_never_worse_than_greedy(grid: BinaryGrid):
+    weight = weights()
+    greedy = group_error(weight, run("greedy", weight, grid))
+    alternating = group_error(weight, run("alternating", weight, grid))
+    assert alternating.sum() <= greedy.sum() * (1 + 1e-4)
+    assert (alternating <= greedy * 1.02).all()  # the ridge and bf16 scales
+    if grid.bits > 1:
+        assert alternating.sum() < 0.98 * greedy.sum()
+
+
+def test_greedy_is_the_recurrence():
+    grid, weight = BinaryGrid(bits=3, group_size=-1), weights((4, 50))
+    packed = run("greedy", weight, grid)
+    assert isinstance(packed, BinaryWeight)
+    rest, signs = weight.double(), packed.unpack_codes().double() * 2 - 1
+    for k in range(3):
+        b = torch.where(rest >= 0, 1.0, -1.0).double()
+        alpha = rest.abs().mean(1, keepdim=True)
+        assert torch.equal(signs[k], b)
+        torch.testing.assert_close(packed.scale[k, 0].double(), alpha[:, 0], rtol=2**-8, atol=0)
+        rest = rest - alpha * b
+
+
+def test_alternating_planes_are_ordered_by_size():
+    scale = run("alternating", weights(), BinaryGrid(bits=3, group_size=64)).scale.float()
+    assert (scale[0] >= scale[1]).float().mean() > 0.95 and (scale > 0).all()
+
+
+@pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.group_size in (64, -1)], ids=str)
+def test_a_uniform_grid_is_a_binary_one(grid: IntGrid):
+    """W = s (c - z) is sum_k alpha_k b_k + T with alpha_k = s 2^(k-1), b_k = 2 bit_k(c) - 1, T = s ((2^b - 1)/2 - z), exactly.
+
+    And back: the planes are the bits of the code."""
+    weight = weights()
+    packed = run("mse", weight, grid)
+    assert isinstance(packed, PackedWeight)
+    code, b = packed.unpack_codes(), grid.bits
+    bit = torch.stack([(code >> k) & 1 for k in range(b)])
+    planes = torch.stack([kernels.pack(plane, 1) for plane in bit])
+    scale = packed.scale.float()
+    zero = float(1 << (b - 1)) if packed.zero is None else packed.zero.float()
+    alpha = torch.stack([scale * 2.0 ** (k - 1) for k in range(b)])
+    offset = scale * ((2**b - 1) / 2 - zero)
+    dense = kernels.binary_dequantize(planes, alpha, offset, SHAPE[1], grid.group_size, torch.float32)
+    assert torch.equal(dense, packed.dequantize())
+    x = torch.randn(3, SHAPE[1])
+    assert torch.equal(kernels.binary_matmul(x, planes, alpha, offset, grid.group_size), packed.linear(x))
+    back = sum(kernels.unpack(plane, 1, SHAPE[1]).long() << k for k, plane in enumerate(planes))
+    assert torch.equal(back, code.long())
