@@ -7,11 +7,12 @@ Adam moments, which is what the packed base exists to avoid; for small models on
 """
 
 import torch
+from lowbit_kernels.layout import grouped, ungrouped
+from torch import Tensor, nn
+
 from lowbit_ft.grid import PackedWeight
 from lowbit_ft.grid.estimators import cast_scale, straight_through
 from lowbit_ft.linear import PackedLinear
-from lowbit_kernels.layout import grouped, ungrouped
-from torch import Tensor, nn
 
 
 class FullQATLinear(nn.Module):

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from full_qat import FullQATLinear, unrounded
+from rich.console import Console
+
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import adapted_layers, attach, begin_step, packed_layers
 from lowbit_ft.checkpoint import write_text
@@ -35,7 +37,6 @@ from lowbit_ft.quantize import quantize
 from lowbit_ft.recipe import QuantSection, TrainSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.train import train
-from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"

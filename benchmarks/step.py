@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import attach
 from lowbit_ft.load import Checkpoint, load_model

@@ -182,6 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for every reload would bury our own lines
     try:
         app([a for a in arguments if a != "--debug"], prog_name="lowbit-ft", standalone_mode=True)
     except KeyboardInterrupt:

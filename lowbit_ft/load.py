@@ -24,12 +24,13 @@ import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit_ft.hub import contained_file, locate, shards_of
+from lowbit_ft.load_names import Source, weight_sources
 from lowbit_ft.tensorfile import (
     DTYPES,
     CheckpointError,
@@ -58,7 +59,7 @@ class Checkpoint:
         self.config, self.dtype = config, dtype
         self._problems: list[str] = []
         self._entries = self._scan()
-        self._plan: dict[str, _Source] | None = None
+        self._plan: dict[str, Source] | None = None
 
     @classmethod
     def open(
@@ -174,7 +175,8 @@ class Checkpoint:
                     parameter.data = parameter.data.to(kept)
         model.config._name_or_path = self.source
         if self._plan is None:
-            self._plan = self._make_plan(model)
+            self.check()
+            self._plan = weight_sources(model, self._entries, self.folder)
         return model.eval()
 
     def weight_for(
@@ -250,61 +252,11 @@ class Checkpoint:
                 entries[name] = TensorEntry(path, dtype, shape, start + begin, end - begin)
         return entries
 
-    def _sources(self) -> dict[str, _Source]:
+    def _sources(self) -> dict[str, Source]:
         if self._plan is None:
             self.empty_model("eager")
         assert self._plan is not None
         return self._plan
-
-    def _make_plan(self, model: Any) -> dict[str, _Source]:
-        """{model parameter: where its value comes from}, by transformers' own conversion table."""
-        from transformers import conversion_mapping, core_model_loading
-
-        self.check()
-        state = model.state_dict(keep_vars=True)
-        transforms = conversion_mapping.get_model_conversion_mapping(model)
-        converters = [t for t in transforms if isinstance(t, core_model_loading.WeightConverter)]
-        renames = [t for t in transforms if isinstance(t, core_model_loading.WeightRenaming)]
-        prefix, by_pattern = model.base_model_prefix, {p: c for c in converters for p in c.source_patterns}
-        plan: dict[str, _Source] = {}
-        for key in sorted(self._entries, key=core_model_loading.dot_natural_key):
-            name, pattern = core_model_loading.rename_source_key(key, renames, converters, prefix, state)
-            if name not in state:  # a rename that should not have fired
-                name, pattern = core_model_loading.rename_source_key(key, [], [], prefix, state)
-            if name not in state:
-                continue  # tensors the model does not use (old rotary buffers, extra heads)
-            converter = by_pattern[pattern] if pattern is not None else None
-            plan.setdefault(name, _Source([], name, converter)).keys.append((key, pattern or key))
-        for name, source in list(plan.items()):  # one file tensor that becomes several parameters
-            first, *others = source.converter.target_patterns if source.converter is not None else [""]
-            plan.update({name.replace(first, other): source for other in others})
-        for names in _tied_groups(model):
-            have = [name for name in names if name in plan]
-            for name in have[1:]:
-                self._require_equal(plan[have[0]].keys[0][0], plan[name].keys[0][0])
-            plan.update({name: plan[have[0]] for name in names if have})
-        return plan
-
-    def _require_equal(self, a: str, b: str) -> None:
-        """Tied in config.json but stored twice: only fine when the two are the same."""
-        first, second = self._entry(a), self._entry(b)
-        alike = first.shape == second.shape and first.dtype == second.dtype
-        if alike and all(torch.equal(x, y) for x, y in zip(pieces(first), pieces(second), strict=True)):
-            return
-        raise CheckpointError(
-            f"{self.folder}: config.json ties {a!r} to {b!r}, but the files hold different values for them; "
-            'set "tie_word_embeddings": false in config.json'
-        )
-
-
-class _Source(NamedTuple):
-    """Where a model parameter's value comes from: [(file tensor, pattern)], and a converter if they must be
-    combined.
-    """
-
-    keys: list[tuple[str, str]]
-    first: str
-    converter: Any | None
 
 
 def materialize(
@@ -392,11 +344,3 @@ def _checked(checkpoint: Checkpoint, name: str, wanted: Tensor, device: Any, dty
             f"model's {name!r} {list(wanted.shape)}. The files and config.json do not belong together."
         )
     return value
-
-
-def _tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of parameters that are one object, two or more each."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]

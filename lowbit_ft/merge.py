@@ -163,20 +163,3 @@ def different_codes(a: Weight, b: Weight) -> int:
 
 def _differences(a: Tensor, b: Tensor) -> int:
     return int((a.cpu() != b.cpu()).sum())
-
-
-@torch.no_grad()
-def moved(model: nn.Module) -> dict[str, float]:
-    """What training changed: layer -> share of its codes that are not the base's, and "scale_change": mean |s / s0 - 1|.
-
-    Sign planes never move, so a binary layer reads 0 and only its scales tell.
-    """
-    shares: dict[str, float] = {}
-    change, count = 0.0, 0
-    for name, layer in packed_layers(model):
-        before, after = layer.base, merged_weight(layer)
-        codes = before.unpack_codes()
-        shares[name] = _differences(codes, after.unpack_codes()) / codes.numel()
-        change += float((after.scale.float() / before.scale.float() - 1).abs().sum())
-        count += before.scale.numel()
-    return {**shares, "scale_change": change / max(1, count)}

@@ -21,8 +21,8 @@ from rich.console import Console
 
 from . import merge as merging
 from . import report as report_page
-from .card import model_card
 from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
+from .card import model_card
 from .data import Batches, Examples, keeps_segments_apart, load_examples
 from .evaluate import EvalRow, Reference, table
 from .evaluate import evaluate as measure

@@ -32,7 +32,8 @@ from torch import nn
 from lowbit_ft.losses import count_targets
 from lowbit_ft.optim import lr_factor, set_learning_rates
 from lowbit_ft.train_log import TrainLog, memory_gb
-from lowbit_ft.train_run import Run, StopSignal, TrainBatches, TrainError, ValidBatches, make_accelerator
+from lowbit_ft.train_run import Run
+from lowbit_ft.train_setup import StopSignal, TrainBatches, TrainError, ValidBatches, make_accelerator
 
 __all__ = ["TrainError", "TrainResult", "make_accelerator", "train"]
 

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import math
-import signal
-import types
-from collections.abc import Iterator
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from lowbit_ft.losses import count_targets, next_token_loss
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
-from lowbit_ft.train_log import TrainLog, check_trackers
-
-
-class TrainError(ValueError):
-    """Training cannot start, go on or be resumed; the message says why and what to do."""
-
-
-class TrainBatches(Protocol):
-    """What the loop needs of lowbit_ft.data.Batches."""
-
-    def __next__(self) -> dict[str, Tensor]: ...
-    def __len__(self) -> int: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class ValidBatches(Protocol):
-    """What evaluation needs of lowbit_ft.data.Batches: this process's share of one pass."""
-
-    def one_epoch(self) -> Iterator[dict[str, Tensor]]: ...
+from lowbit_ft.train_log import TrainLog
+from lowbit_ft.train_setup import (
+    StopSignal,
+    TrainBatches,
+    TrainError,
+    ValidBatches,
+    activation_checkpointing,
+    make_accelerator,
+    total_steps,
+)
 
 
 @dataclass
@@ -81,20 +68,23 @@ class Run:
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
         self.saved_step: int | None = None
-        if section.gradient_checkpointing:
-            _activation_checkpointing(model, True)
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
         self.had_own_forward = "forward" in vars(model)
-        self.wrapped, self.optimizer = self.accelerator.prepare(model, self.raw_optimizer)
+        if section.gradient_checkpointing:
+            activation_checkpointing(model, True)
+        with (
+            warnings.catch_warnings()
+        ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.raw_optimizer)
         model.train()
 
     def start(self, resume: bool) -> None:
         """Seed and begin, or read the newest valid checkpoint and go on."""
-        set_seed(
-            self.section.seed, device_specific=True
-        )  # dropout differs between processes, the data order does not
+        # Dropout differs between processes; the data order does not, it has its own generator.
+        set_seed(self.section.seed, device_specific=True)
         if self.main:
             self.checkpoints.clean()
         if not resume and self.checkpoints.steps():
@@ -133,6 +123,12 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["data"])
         self.now = Progress(**state["progress"])
+        if state["total_steps"] != self.total:
+            warnings.warn(
+                f"the run was planned for {state['total_steps']} steps and now has {self.total}; "
+                "the learning rate follows the new plan from here",
+                stacklevel=2,
+            )
         self.saved_step = self.now.step
 
     @torch.no_grad()
@@ -153,11 +149,12 @@ class Run:
 
     # ---------------------------------------------------------------- a step
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
         """Sum of the token losses of a micro-batch."""
+        model = self.wrapped if model is None else model
         inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
         labels = inputs.pop("labels")
-        return next_token_loss(self.wrapped(**inputs, use_cache=False).logits, labels)
+        return next_token_loss(model(**inputs, use_cache=False).logits, labels)
 
     def clip(self) -> float:
         """Clip the gradients to max_grad_norm; returns their norm before."""
@@ -228,19 +225,23 @@ class Run:
         for batch in self.valid.one_epoch():
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            total += float(self.loss(batch))
+            total += float(
+                self.loss(batch, self.model)
+            )  # not DDP's wrapper: processes may have unequal shares
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)
             now, loss = self.now, total / max(1, targets)
-            now.evaluated, now.valid_loss = now.step, loss
+            if not targets:
+                raise TrainError("the validation data has no target tokens; see data.valid and data.train_on")
+            now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
             if (
                 self.section.keep_best
                 and math.isfinite(loss)
                 and (now.best_loss is None or loss < now.best_loss)
             ):
                 now.best_step, now.best_loss = now.step, loss
-            log.line({"step": now.step, "valid_loss": loss if math.isfinite(loss) else None})
+            log.line({"step": now.step, "valid_loss": now.valid_loss})
             log.note(f"step {now.step}: validation loss {loss:.4f}")
             self.track({"step": now.step, "valid_loss": loss})
         self.model.train()
@@ -285,74 +286,9 @@ class Run:
         if not self.had_own_forward:
             vars(self.model).pop("forward", None)
         if self.section.gradient_checkpointing:
-            _activation_checkpointing(self.model, False)
+            activation_checkpointing(self.model, False)
         self.optimizer.zero_grad()
         self.model.eval()
-
-
-class StopSignal:
-    """SIGTERM and ctrl-C set `requested` while the block runs; a second ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass  # not the main thread: signals are somebody else's there
-        return self
-
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def total_steps(section: Any, batches: TrainBatches) -> int:
-    """Optimizer steps of a run: max_steps, or epochs x micro-batches per epoch and process / accumulation,
-    rounded up.
-    """
-    if section.max_steps is not None:
-        return section.max_steps
-    return max(1, math.ceil(section.epochs * len(batches) / section.gradient_accumulation_steps))
-
-
-def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerator:
-    """An Accelerator for the section, on the kind of device the model is on.
-
-    accelerate keeps its settings in process-wide singletons and refuses to change them; a second run in the
-    same process (two recipes, a notebook, tests) may want others, so they are reset. A process group is
-    left alone.
-    """
-    check_trackers(section.trackers)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=not distributed)
-    GradientState._reset_state()
-    return Accelerator(
-        cpu=next(model.parameters()).device.type == "cpu",
-        mixed_precision=section.mixed_precision,
-        log_with=list(section.trackers) or None,
-        project_dir=run_dir / "trackers" if section.trackers else None,
-        # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-
-
-def _activation_checkpointing(model: Any, on: bool) -> None:
-    """Switch recomputation on or off; transformers renamed the methods in 5.2x and warns about the old names."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable() if on else model.activation_checkpointing_disable()
-    elif on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""What all tests share: a fixed seed, hypothesis without deadlines, and memory that is poisoned where nobody wrote."""
+"""What all tests share: a fixed seed, hypothesis without deadlines, and memory that is poisoned where nobody
+wrote.
+"""
 
 import pytest
 import torch
@@ -16,11 +18,16 @@ def seed() -> None:
 
 @pytest.fixture
 def poison():
-    """torch.empty and its kin give NaN (floats) and the largest value (integers), so that reading what was never written shows.
+    """torch.empty and its kin give NaN (floats) and the largest value (integers), so that reading what was
+    never written shows.
 
-    PyTorch does the filling, below every way to get uninitialized memory (torch.empty, new_empty, empty_like, out=).
+    PyTorch does the filling, below every way to get uninitialized memory (torch.empty, new_empty, empty_like,
+    out=).
     """
-    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    fill, strict = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all() and (torch.empty(3, dtype=torch.int16) == 32767).all()

@@ -1,8 +1,10 @@
-"""The slow reference: the equations of the methods in float64, dense, with torch autograd and an explicit straight-through round.
+"""The slow reference: the equations of the methods in float64, dense, with torch autograd and an explicit
+straight-through round.
 
-Nothing here calls our ops. Codes are read out of the P16 buffers with the index formula of the format's description, and every
-method is written from its paper's equation (see each adapter's docstring for the citation), so an error in the packed code
-cannot hide in its own reference. Slow and N x K everywhere, on purpose.
+Nothing here calls our ops. Codes are read out of the P16 buffers with the index formula of the format's
+description, and every method is written from its paper's equation (see each adapter's docstring for the
+citation), so an error in the packed code cannot hide in its own reference. Slow and N x K everywhere, on
+purpose.
 
     Phi = (c - z0) + rho                  base in grid units, rho = (e + 1/2) / 2^f - 1/2
     lr_qat        W = S clip(round(Phi + g B A))                            S = s0 exp(t)
@@ -22,7 +24,9 @@ HALFWORD = 16
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """P16 by its definition: bit-field p of half-word j of superblock t is channel t * S + 32 p + j. int16 [N, W] -> int64 [N, K]."""
+    """P16 by its definition: bit-field p of half-word j of superblock t is channel t * S + 32 p + j. int16
+    [N, W] -> int64 [N, K].
+    """
     per_word = HALFWORD // bits
     k = torch.arange(columns)
     block, inside = k // (32 * per_word), k % (32 * per_word)
@@ -95,8 +99,12 @@ def quantized(value: Tensor, low: Tensor, high: Tensor, order: str) -> Tensor:
     return ste_round(clamp(value, low, high))
 
 
-def weight_of(base: Base, method: str, p: dict[str, Tensor], *, gain: float, order: str, offset: str) -> Tensor:
-    """W^ [N, K] in float64 from the trained tensors p (float64, requiring grad), for every method on an integer grid."""
+def weight_of(
+    base: Base, method: str, p: dict[str, Tensor], *, gain: float, order: str, offset: str
+) -> Tensor:
+    """W^ [N, K] in float64 from the trained tensors p (float64, requiring grad), for every method on an
+    integer grid.
+    """
     phi = base.code - base.wide(base.z0) + base.rho
     low, high = -base.wide(base.z0), base.top - base.wide(base.z0)
     s0 = base.wide(base.s0)
@@ -117,7 +125,12 @@ def weight_of(base: Base, method: str, p: dict[str, Tensor], *, gain: float, ord
         beta = base.wide(ste_cast(base.s0 * p["offset"], base.scale_dtype))
         return scale * quantized((wanted - beta) / scale, low, high, order) + beta
     zero = base.z0 - p["offset"]  # beta = -S z: the zero point is what is rounded
-    zero = base.wide(ste(clamp(zero, torch.zeros_like(zero), torch.full_like(zero, base.top)), zero.detach().round().clamp(0, base.top)))
+    zero = base.wide(
+        ste(
+            clamp(zero, torch.zeros_like(zero), torch.full_like(zero, base.top)),
+            zero.detach().round().clamp(0, base.top),
+        )
+    )
     code = quantized(wanted / scale + zero, torch.zeros_like(scale), torch.full_like(scale, base.top), order)
     return scale * (code - zero)
 

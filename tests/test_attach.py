@@ -51,9 +51,13 @@ def test_only_adapters_train(method: str):
     assert trainable and all(".adapter." in name for name in trainable)
     assert [row.layer for row in table.rows] == ["1.up", "1.down", "2.up", "2.down"]
     assert table.trainable == sum(p.numel() for p in trainable.values())
-    assert table.total_parameters == 4 * 64 * 96 + sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert table.total_parameters == 4 * 64 * 96 + sum(
+        p.numel() for p in model.parameters() if not p.requires_grad
+    )
     assert f"{table.trainable:,}" in str(table) and "4 layers" in str(table)
-    assert table.rows[0].packed_bytes == model[1].up.base.nbytes and table.rows[0].grid == str(grid_for(method))
+    assert table.rows[0].packed_bytes == model[1].up.base.nbytes and table.rows[0].grid == str(
+        grid_for(method)
+    )
 
     model(torch.randint(0, 10, (2, 5))).sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -140,7 +144,9 @@ def test_begin_step_reaches_every_adapter():
     begin_step(model, 0)
     assert all(layer.adapter.warming for layer in layers)
     begin_step(model, 2)
-    assert not any(layer.adapter.warming for layer in layers) and all(layer.adapter.log_scale.any() for layer in layers)
+    assert not any(layer.adapter.warming for layer in layers) and all(
+        layer.adapter.log_scale.any() for layer in layers
+    )
 
 
 def test_base_digest_is_of_the_base_and_by_name():

@@ -12,7 +12,11 @@ from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
 from lowbit_ft.linear import PackedLinear
 from tests.adapters.common import base_of, randomize, trained
 
-GRIDS = [IntGrid(bits=4, group_size=64), IntGrid(bits=3, group_size=32, symmetric=False, residual_bits=0), BinaryGrid(bits=2)]
+GRIDS = [
+    IntGrid(bits=4, group_size=64),
+    IntGrid(bits=3, group_size=32, symmetric=False, residual_bits=0),
+    BinaryGrid(bits=2),
+]
 
 
 def layer_of(grid, method: str | None = None, bias: bool = True) -> PackedLinear:
@@ -46,7 +50,11 @@ def test_state_dict_names(grid):
     layer = layer_of(grid)
     assert set(layer.state_dict()) == {*layer.base.to_tensors(), "bias"}
     layer.adapter = ADAPTERS["alpha_tuning" if isinstance(grid, BinaryGrid) else "lr_qat"]().build(layer.base)
-    extra = {"adapter.plane_scale"} if isinstance(grid, BinaryGrid) else {"adapter.A", "adapter.B", "adapter.log_scale"}
+    extra = (
+        {"adapter.plane_scale"}
+        if isinstance(grid, BinaryGrid)
+        else {"adapter.A", "adapter.B", "adapter.log_scale"}
+    )
     assert set(layer.state_dict()) == {*layer.base.to_tensors(), "bias"} | extra
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == extra
 
@@ -81,7 +89,10 @@ def test_to_dtype_keeps_the_packed_buffers_and_the_masters(grid, cast):
         model = nn.Sequential(nn.Linear(2, 2), layer) if wrap else layer
         cast(model)
         assert layer.base.digest() == digest
-        assert all(torch.equal(t, masters[n]) and t.dtype == torch.float32 for n, t in layer.adapter.state_dict().items())
+        assert all(
+            torch.equal(t, masters[n]) and t.dtype == torch.float32
+            for n, t in layer.adapter.state_dict().items()
+        )
         assert layer.bias.dtype == cast(torch.zeros(1)).dtype
         assert not wrap or model[0].weight.dtype == layer.bias.dtype
 
@@ -101,8 +112,9 @@ def test_optimizer_keeps_its_parameters_over_to_dtype():
     assert all(a is b for a, b in zip(before, layer.adapter.parameters(), strict=True))
 
 
-# bits + residual + 1 per weight: the promise of the README. At 3 bit a row of 1024 is 7 superblocks of 160 (3.5 bits stored);
-# with the scales and zeros of groups of 32 (0.75) that is a quarter bit too much: the one exception.
+# bits + residual + 1 per weight: the promise of the README. At 3 bit a row of 1024 is 7 superblocks of 160
+# (3.5 bits stored); with the scales and zeros of groups of 32 (0.75) that is a quarter bit too much: the one
+# exception.
 @pytest.mark.parametrize(
     ("bits", "f", "group_size", "symmetric"),
     list(itertools.product((2, 3, 4, 8), (0, 1, 2, 4), (32, 64, 128, 256, -1), (True, False))),
@@ -119,7 +131,9 @@ def test_memory_held_per_weight(bits: int, f: int, group_size: int, symmetric: b
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_memory_held_by_binary_planes(bits: int, group_size: int):
-    layer = PackedLinear.empty(1024, 1024, False, BinaryGrid(bits=bits, group_size=group_size), "cpu", torch.bfloat16)
+    layer = PackedLinear.empty(
+        1024, 1024, False, BinaryGrid(bits=bits, group_size=group_size), "cpu", torch.bfloat16
+    )
     groups = 1 if group_size == -1 else 1024 // group_size
     assert layer.base.nbytes * 8 == bits * (1024**2 + 16 * 1024 * groups)
 
@@ -133,7 +147,11 @@ def test_autocast_takes_fp32_activations(method: str):
         y = layer(x)
     assert y.dtype == torch.bfloat16 and torch.equal(y, layer(x.bfloat16()))
     y.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.adapter.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32
+        for p in layer.adapter.parameters()
+        if p.requires_grad
+    )
 
 
 def test_gradient_checkpointing_changes_nothing():

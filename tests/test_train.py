@@ -24,7 +24,7 @@ from rich.console import Console
 from lowbit_ft.data import Batches, Example, Examples
 from lowbit_ft.losses import count_targets, next_token_loss
 from lowbit_ft.train import TrainError, TrainResult, make_accelerator, train
-from lowbit_ft.train_run import total_steps
+from lowbit_ft.train_setup import total_steps
 from tests.toy import VOCABULARY, Toy, batches, equal, quiet, section, state
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,8 @@ def test_on_step_comes_first_with_the_zero_based_step(tmp_path: Path) -> None:
     go(tmp_path / "a", on_step=seen.append, max_steps=3)
     assert seen == [0, 1, 2]
     go(tmp_path / "b", on_step=seen.append, max_steps=2, save_every=1)
-    go(tmp_path / "b", on_step=seen.append, max_steps=4, resume=True)
+    with pytest.warns(UserWarning, match="planned for 2 steps and now has 4"):
+        go(tmp_path / "b", on_step=seen.append, max_steps=4, resume=True)
     assert seen[3:] == [0, 1, 2, 3]
 
 
@@ -136,6 +137,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
         go(tmp_path / str(on), model, max_steps=3, gradient_checkpointing=on)
         assert calls == 6 * (1 + on)  # 3 steps x 2 micro-batches, each again in the backward
         assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        assert not model.model.embed_tokens._forward_hooks
         curves.append(losses(tmp_path / str(on)))
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
 
@@ -325,6 +327,19 @@ def test_keep_best_needs_validation_and_something_must_train(tmp_path: Path) -> 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_validation_without_targets_is_refused(tmp_path: Path) -> None:
+    blank = Batches(Examples([Example([1, 2, 3], [-100] * 3, [3])]), 1, 0)
+    with pytest.raises(TrainError, match="validation data has no target tokens"):
+        go(tmp_path, valid=blank)
+
+
+def test_steps_without_targets_are_skipped(tmp_path: Path) -> None:
+    blank = Batches(Examples([Example([1, 2, 3], [-100] * 3, [3])]), 1, 0)
+    with pytest.raises(TrainError, match="5 steps in a row"):
+        go(tmp_path, data=blank)
+    assert "no target tokens" in lines(tmp_path, "skipped")[0]["skipped"]
+
+
 def test_missing_tracker_is_named_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit_ft.train_log.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="train.trackers: wandb cannot be imported; pip install wandb"):
@@ -375,6 +390,26 @@ def test_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path:
         go(tmp_path / "b", Poisoned(set(range(1, 99))), max_bad_steps=3)
     good, _ = go(tmp_path / "c", max_bad_steps=3)  # a signal handler or a hook left behind would show here
     assert all(torch.isfinite(p).all() for p in good.parameters())
+
+
+def test_loss_scaler_searches_its_scale_and_is_resumed(tmp_path: Path) -> None:
+    """fp16 needs a GPU, its scaler does not: a scale that overflows is not counted as a bad run, and it is saved."""
+
+    def scaled() -> Accelerator:
+        accelerator = make_accelerator(section(), tmp_path, Toy())
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+        return accelerator
+
+    setting: dict[str, Any] = {"max_bad_steps": 1, "max_steps": 12}
+    straight, result = go(tmp_path / "a", accelerator=scaled(), **setting)
+    assert 0 < result.bad_steps < 8 and not equal(state(straight), state(Toy()))
+    assert all("gradient norm" in row["skipped"] for row in lines(tmp_path / "a", "skipped"))
+    go(tmp_path / "b", accelerator=scaled(), on_step=stop_at(6), **setting)
+    resumed, _ = go(tmp_path / "b", Toy(start=9), accelerator=scaled(), resume=True, **setting)
+    assert equal(state(straight), state(resumed)) and losses(tmp_path / "a") == losses(tmp_path / "b")
+    with pytest.raises(TrainError, match="fp16 needs a GPU"):
+        go(tmp_path / "c", mixed_precision="fp16")
 
 
 # ---------------------------------------------------------------- best, trackers, terminal

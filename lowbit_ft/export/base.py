@@ -90,6 +90,8 @@ class Exporter(ABC):
     # Whether packed tensors are named as the checkpoint names its layers (for readers that know the checkpoint) or as the model
     # does. The two differ only for checkpoints that were saved without the model's prefix or under older names.
     checkpoint_names: ClassVar[bool] = False
+    # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture) beside packed layers.
+    dense_experts: ClassVar[bool] = True
 
     @abstractmethod
     def reject(self, grid: Grid, offset: bool = False) -> str | None:

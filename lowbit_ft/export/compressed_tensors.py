@@ -20,6 +20,7 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     symmetric,  several grids   exact in the default mode; dequantize=True decodes every layer with the first group: wrong
     asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files too
     asymmetric, several grids   readable in neither mode: refused here
+    experts that stay dense     it looks for packed ones and fails: refused here
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
     checkpoint_names = True
+    dense_experts = False
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         if isinstance(grid, BinaryGrid):

@@ -155,7 +155,7 @@ def check_target(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name == MANIFEST:
             continue
-        if path.name == f".{MANIFEST}.partial" or path.name[1:].removesuffix(".partial") in files:
+        if path.name in {f".{name}.partial" for name in (MANIFEST, *files)}:
             continue  # a process was killed in replace_file
         if path.name not in files:
             raise ValueError(

@@ -6,6 +6,7 @@ what no writer of ours makes.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,16 @@ def load_exported(
     if isinstance(config, dict):
         exporters = [e for e in EXPORTERS.values() if e.quant_method == config.get("quant_method")]
         options = exporters[0].load_options(config) if exporters else {}
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=dtype or "auto",
-        device_map=None if device == "cpu" else device,
-        attn_implementation=attention,
-        local_files_only=True,
-        trust_remote_code=False,
-        **options,
-    ).eval()
+    with warnings.catch_warnings():
+        # It tells that our options win over the folder's, which is why they are given.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype or "auto",
+            device_map=None if device == "cpu" else device,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+    return model.eval()

@@ -86,6 +86,8 @@ def write_model(
     layout = _Layout(checkpoint, stream.specs, exporter)
     shards = _shards(layout.slots, max_shard_bytes)
     copied = copied_files(checkpoint.folder)
+    if clash := sorted({path.name for path in copied} & set(extra)):
+        raise ValueError(f"extra file {clash[0]!r}: the checkpoint has a file of this name, which is part of the model")
     size = sum(slot.nbytes + 200 for slot in layout.slots) + sum(len(c) for c in extra.values())
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
@@ -131,6 +133,12 @@ class _Layout:
         for name in model.state_dict():
             for key in _keys_for(checkpoint, name):
                 users.setdefault(key, set()).add(name)
+        fused = sorted(name for name, source in checkpoint._sources().items() if source.converter is not None)
+        if fused and not exporter.dense_experts:
+            raise ValueError(
+                f"{exporter.name} cannot hold this model: transformers does not read dense experts ({fused[0]}, ...) "
+                "beside packed layers of that format; set export.format: native"
+            )
         replaced, self.slots = set(), []
         for name, spec in layers.items():
             own, expected = f"{name}.weight", _shape_of(model, name)

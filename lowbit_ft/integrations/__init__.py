@@ -15,10 +15,9 @@ from types import ModuleType
 
 
 def register() -> None:
-    """Make AutoModelForCausalLM.from_pretrained read our native format. Idempotent."""
-    after_import(
-        "transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers")
-    )
+    """Make AutoModelForCausalLM.from_pretrained and PeftModel.from_pretrained read our folders. Idempotent."""
+    after_import("transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers"))
+    after_import("peft", lambda: importlib.import_module("lowbit_ft.integrations.peft"))
 
 
 def after_import(name: str, callback: Callable[[], object]) -> None:

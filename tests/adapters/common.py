@@ -1,7 +1,7 @@
 """Bases and trained adapters for the tests of this folder: small, ragged, and with weights of size about 1.
 
-With W ~ N(0, 1) a grid step is a few tenths, so one size of random trained tensors moves codes by some steps whether the method
-counts in grid steps or in weight units.
+With W ~ N(0, 1) a grid step is a few tenths, so one size of random trained tensors moves codes by some steps
+whether the method counts in grid steps or in weight units.
 """
 
 import torch
@@ -14,16 +14,24 @@ from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 N, K = 13, 200  # odd, and divisible neither by a group of 32, 64, 128 nor by a superblock
 
 
-def base_of(grid: IntGrid | BinaryGrid, shape: tuple[int, int] = (N, K), calibrate: str | None = None) -> Weight:
-    """A random weight, not centred (so that asymmetric zero points differ from the middle), calibrated on the grid."""
+def base_of(
+    grid: IntGrid | BinaryGrid, shape: tuple[int, int] = (N, K), calibrate: str | None = None
+) -> Weight:
+    """A random weight, not centred (so that asymmetric zero points differ from the middle), calibrated on the
+    grid.
+    """
     weight = torch.randn(shape) + 0.3
-    name = calibrate or ("greedy" if isinstance(grid, BinaryGrid) else "absmax" if grid.symmetric else "minmax")
+    name = calibrate or (
+        "greedy" if isinstance(grid, BinaryGrid) else "absmax" if grid.symmetric else "minmax"
+    )
     return CALIBRATORS[name].run(weight, grid, Stats())
 
 
 @torch.no_grad()
 def randomize(adapter: nn.Module, size: float = 1.0) -> None:
-    """Trained tensors `size` away from their start. At 1 codes move by several steps and some leave the range."""
+    """Trained tensors `size` away from their start. At 1 codes move by several steps and some leave the
+    range.
+    """
     for name, parameter in adapter.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf == "B":
@@ -34,7 +42,9 @@ def randomize(adapter: nn.Module, size: float = 1.0) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1 * size)
 
 
-def trained(config: AdapterConfig, base: Weight, weight: Tensor | None = None, *, size: float = 1.0) -> Adapter:
+def trained(
+    config: AdapterConfig, base: Weight, weight: Tensor | None = None, *, size: float = 1.0
+) -> Adapter:
     adapter = config.build(base, weight)
     randomize(adapter, size)
     return adapter

@@ -1,4 +1,6 @@
-"""The other process of the law: reads merged weights from a file and reports their digests. Run as `python -m`, not a test."""
+"""The other process of the law: reads merged weights from a file and reports their digests. Run as `python
+-m`, not a test.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,9 @@ from lowbit_ft.grid import WEIGHTS, Weight, grid_from_json
 
 def fingerprint(weight: Weight) -> list[str]:
     """The digest of the packed tensors, and the sha256 of the dense weight in fp32 and in bf16."""
-    dense = [weight.dequantize(dtype).contiguous().view(torch.uint8) for dtype in (torch.float32, torch.bfloat16)]
+    dense = [
+        weight.dequantize(dtype).contiguous().view(torch.uint8) for dtype in (torch.float32, torch.bfloat16)
+    ]
     return [weight.digest(), *(hashlib.sha256(d.numpy().data).hexdigest() for d in dense)]
 
 
@@ -27,7 +31,9 @@ def read(path: str) -> dict[str, list[str]]:
         for case, facts in file.metadata().items():
             facts = json.loads(facts)
             grid = grid_from_json(facts["grid"])
-            out[case] = fingerprint(WEIGHTS[grid.name].from_tensors(tensors[case], tuple(facts["shape"]), grid))
+            out[case] = fingerprint(
+                WEIGHTS[grid.name].from_tensors(tensors[case], tuple(facts["shape"]), grid)
+            )
     return out
 
 

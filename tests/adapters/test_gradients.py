@@ -1,4 +1,6 @@
-"""Every gradient of every method against float64 autograd of the paper's equation: relative error below 1e-5, one tolerance."""
+"""Every gradient of every method against float64 autograd of the paper's equation: relative error below 1e-5,
+one tolerance.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -61,7 +63,9 @@ def gradients(adapter, base, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"x": x.grad, **grads}
 
 
-def reference_gradients(adapter, base: PackedWeight, x: Tensor, dy: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def reference_gradients(
+    adapter, base: PackedWeight, x: Tensor, dy: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
     """Gradients and the weight [N, K], all float64."""
     config, dense = adapter.config, reference.Base.of(base)
     x = x.double().requires_grad_()
@@ -82,7 +86,8 @@ def reference_gradients(adapter, base: PackedWeight, x: Tensor, dy: Tensor) -> t
         y = x @ weight.t()
     y.backward(dy.double())
     grads = {"x": x.grad, **{name: t.grad for name, t in p.items()}}
-    # What cancels exactly on paper leaves 1e-15 here: L4Q's offset feels clipped weights only, and early there may be none.
+    # What cancels exactly on paper leaves 1e-15 here: L4Q's offset feels clipped weights only, and early
+    # there may be none.
     grads = {name: torch.zeros_like(t) if t.abs().max() < 1e-12 else t for name, t in grads.items()}
     return grads, weight.detach()
 
@@ -90,8 +95,9 @@ def reference_gradients(adapter, base: PackedWeight, x: Tensor, dy: Tensor) -> t
 def draw(config: AdapterConfig, grid: IntGrid, size: float):
     """Base, adapter, x, dy, reference gradients, such that fp32 and float64 round every weight alike.
 
-    A value within fp32 error of a rounding tie (some 1e-5 grid steps at 8 bit: one weight in a hundred thousand) may go either
-    way; both ways are right and their gradients differ. Such draws are drawn again, after showing that it was only that.
+    A value within fp32 error of a rounding tie (some 1e-5 grid steps at 8 bit: one weight in a hundred
+    thousand) may go either way; both ways are right and their gradients differ. Such draws are drawn again,
+    after showing that it was only that.
     """
     for seed in range(8):
         torch.manual_seed(seed)
@@ -109,7 +115,8 @@ def draw(config: AdapterConfig, grid: IntGrid, size: float):
     raise AssertionError("eight draws with a tie: this is no coincidence")
 
 
-# Early in training nothing is clipped and LSQ's q - v is a small difference of large numbers; late, clips dominate.
+# Early in training nothing is clipped and LSQ's q - v is a small difference of large numbers; late, clips
+# dominate.
 @pytest.mark.parametrize("size", [0.02, 1.0], ids=["early", "late"])
 @pytest.mark.parametrize(("config", "grid"), list(cases()), ids=label)
 def test_gradients_of_integer_methods(config: AdapterConfig, grid: IntGrid, size: float):

@@ -1,11 +1,12 @@
-"""The law: merge() ships the very codes and scales that the training forward multiplied with. Bit for bit, no tolerance.
+"""The law: merge() ships the very codes and scales that the training forward multiplied with. Bit for bit, no
+tolerance.
 
 For every entry of ADAPTERS on every grid it accepts, with random trained tensors, in fp32 and bf16:
 
     codes of the forward == codes of merge           caught on their way into the matmul
-    adapter(identity) == merged.dequantize().T       the weight the forward used, seen through the layer's output
+    adapter(identity) == merged.dequantize().T       the weight the forward used, seen through its output
     d adapter(x) / dx  == merged.dequantize()        the weight the backward used
-    a new process reads the saved file and finds the same codes and the same dense weights
+    a new process finds the same codes and dense weights in the saved file
 
 A method may be left out only by declaring `exact_merge = False`.
 """
@@ -13,6 +14,7 @@ A method may be left out only by declaring `exact_merge = False`.
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from safetensors.torch import save_file
+from torch._dynamo.backends.common import aot_autograd
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
@@ -82,7 +86,9 @@ CASES = cases()
 
 def test_nobody_is_left_out():
     assert {m for m, config in ADAPTERS.items() if not config.exact_merge} == INEXACT
-    covered = {(c.config.method, c.grid.bits, c.grid.group_size, getattr(c.grid, "symmetric", None)) for c in CASES}
+    covered = {
+        (c.config.method, c.grid.bits, c.grid.group_size, getattr(c.grid, "symmetric", None)) for c in CASES
+    }
     wanted = set()
     for method, config in ADAPTERS.items():
         if config.exact_merge and config.grid_name == "binary":
@@ -91,7 +97,9 @@ def test_nobody_is_left_out():
             wanted |= set(itertools.product([method], (2, 3, 4, 8), GROUPS, (True, False)))
     assert wanted and covered == wanted
     # A residual of 0 may be refused, but only with a reason that names the way out.
-    refused = [(c, g) for m in ADAPTERS for c in configs(m) for g in grids(c.grid_name) if c.reject(g) is not None]
+    refused = [
+        (c, g) for m in ADAPTERS for c in configs(m) for g in grids(c.grid_name) if c.reject(g) is not None
+    ]
     assert {c.method for c, _ in refused} <= {"l4q"}
     assert all("residual_bits: 4" in str(c.reject(g)) for c, g in refused)
 
@@ -119,7 +127,9 @@ def test_what_is_trained_is_what_ships(case: Case, forward_codes: list[torch.Ten
     merged = adapter.merge(base)
     n, k = base.shape
     assert merged.grid == case.config.shipped(base.grid)
-    assert not torch.equal(merged.dequantize(), base.dequantize()), "training moved nothing: the law would be empty"
+    assert not torch.equal(merged.dequantize(), base.dequantize()), (
+        "training moved nothing: the law would be empty"
+    )
     if isinstance(base, PackedWeight) and isinstance(merged, PackedWeight) and hasattr(adapter, "A"):
         assert not torch.equal(merged.codes, base.codes)
         assert (merged.offset is not None) == case.config.ships_offset
@@ -142,7 +152,9 @@ def test_what_is_trained_is_what_ships(case: Case, forward_codes: list[torch.Ten
 
 @pytest.mark.parametrize("method", [m for m, config in ADAPTERS.items() if config.exact_merge])
 def test_autocast_does_not_change_the_codes(method: str):
-    """Mixed precision trains under autocast and merges without: the low-rank product must not be done in bf16."""
+    """Mixed precision trains under autocast and merges without: the low-rank product must not be done in
+    bf16.
+    """
     config = next(configs(method))
     base = base_of(next(iter(grids(config.grid_name))), (64, 128))
     adapter = trained(config, base)
@@ -152,6 +164,62 @@ def test_autocast_does_not_change_the_codes(method: str):
         inside = adapter.merge(base)
     assert inside.digest() == merged.digest()
     assert torch.equal(y, merged.dequantize(torch.bfloat16).t())
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("method", [m for m, config in ADAPTERS.items() if config.exact_merge])
+def test_other_scale_dtypes(method: str, scale_dtype: str):
+    kind = BinaryGrid if ADAPTERS[method].grid_name == "binary" else IntGrid
+    base = base_of(kind(group_size=32, scale_dtype=scale_dtype))
+    adapter = trained(next(configs(method)), base)
+    merged = adapter.merge(base)
+    assert merged.scale.dtype == getattr(torch, scale_dtype)
+    for dtype in DTYPES:
+        assert torch.equal(adapter(torch.eye(base.shape[1], dtype=dtype), base), merged.dequantize(dtype).t())
+
+
+class Traced(torch.nn.Module):
+    def __init__(self, config: AdapterConfig, base):
+        super().__init__()
+        self.adapter, self.base = trained(config, base), base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapter(x, self.base)
+
+
+@pytest.mark.parametrize("method", [m for m, config in ADAPTERS.items() if config.exact_merge])
+def test_a_compiler_sees_no_rounding_it_could_drop(method: str):
+    """TorchInductor computes elementwise chains in fp32 and drops a cast to bf16 inside them, so none may be
+    visible to it.
+    """
+    config = next(configs(method))
+    module = Traced(config, base_of(next(iter(grids(config.grid_name)))))
+    seen: list[str] = []
+
+    def look(graph, _inputs):
+        seen.extend(f"{n.target} {n.args} {n.kwargs}" for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    torch.compile(module, fullgraph=True, backend=backend)(torch.randn(2, 200)).sum().backward()
+    assert any("lowbit.round_values" in call for call in seen)
+    # The base's bf16 scale is widened to fp32, which is exact; nothing is narrowed and no exp is left to be
+    # approximated.
+    visible = [call for call in seen if not call.startswith("lowbit.")]
+    assert not [call for call in visible if "aten.exp" in call or "torch.bfloat16" in call]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("method", ["lr_qat", "alpha_tuning"])
+def test_the_law_holds_when_compiled(method: str):
+    config = next(configs(method))
+    base = base_of(next(iter(grids(config.grid_name))))
+    module = Traced(config, base)
+    torch._dynamo.reset()
+    y = torch.compile(module, fullgraph=True)(torch.eye(base.shape[1]))
+    assert torch.equal(y, module.adapter.merge(base).dequantize().t())
 
 
 def test_a_new_process_reads_the_same_weights(tmp_path: Path):

@@ -1,4 +1,6 @@
-"""What each method promises beyond its gradient: its start, its identities with other methods, its options, its memory."""
+"""What each method promises beyond its gradient: its start, its identities with other methods, its options,
+its memory.
+"""
 
 import itertools
 import math
@@ -35,7 +37,11 @@ def packed(grid: IntGrid, shape: tuple[int, int] = (13, 200), calibrate: str | N
 def starts() -> list[tuple[AdapterConfig, IntGrid | BinaryGrid]]:
     out: list[tuple[AdapterConfig, IntGrid | BinaryGrid]] = []
     for method, config in ADAPTERS.items():
-        every = INT_GRIDS if config.grid_name == "integer" else [BinaryGrid(bits=b, group_size=32) for b in (1, 2, 3, 4)]
+        every = (
+            INT_GRIDS
+            if config.grid_name == "integer"
+            else [BinaryGrid(bits=b, group_size=32) for b in (1, 2, 3, 4)]
+        )
         for options, grid in itertools.product([{}, *VARIANTS.get(method, []), {"init": "svd"}], every):
             if options.get("init") and method not in LOW_RANK:
                 continue
@@ -66,14 +72,18 @@ def test_scale_parameters_are_named_as_such(method: str):
     assert method == "lora" or names & SCALE_PARAMETERS
 
 
-@pytest.mark.parametrize(("symmetric", "f", "group_size"), list(itertools.product((True, False), (0, 4), (32, -1))))
+@pytest.mark.parametrize(
+    ("symmetric", "f", "group_size"), list(itertools.product((True, False), (0, 4), (32, -1)))
+)
 def test_dl_qat_is_lr_qat_in_units_of_the_weight(symmetric: bool, f: int, group_size: int):
-    """D_grid = D / s0: with one group size per row and a scale that is a power of two the factor moves into B exactly."""
+    """D_grid = D / s0: with one group size per row and a scale that is a power of two the factor moves into B
+    exactly.
+    """
     base = packed(IntGrid(bits=3, group_size=group_size, symmetric=symmetric, residual_bits=f))
     row_scale = 2.0 ** torch.randint(-3, 0, (1, base.shape[0])).float()
     base = replace(base, scale=row_scale.expand_as(base.scale).bfloat16().contiguous())
-    dl = trained(ADAPTERS["dl_qat"](rank=4), base)
-    lr = ADAPTERS["lr_qat"](rank=4).build(base)
+    dl = trained(ADAPTERS["dl_qat"](rank=4, alpha=8.0), base)
+    lr = ADAPTERS["lr_qat"](rank=4, alpha=8.0).build(base)
     with torch.no_grad():
         lr.A.copy_(dl.A)
         lr.B.copy_(dl.B / row_scale.t())
@@ -85,13 +95,19 @@ def test_dl_qat_is_lr_qat_in_units_of_the_weight(symmetric: bool, f: int, group_
     y_lr.backward(dy)
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(dl.A.grad, lr.A.grad, **close)
-    torch.testing.assert_close(dl.B.grad, lr.B.grad / row_scale.t(), **close)  # chain rule of B_lr = B_dl / s0
-    torch.testing.assert_close(dl.magnitude.grad * dl.magnitude, lr.log_scale.grad, **close)  # and of t = log m
+    torch.testing.assert_close(
+        dl.B.grad, lr.B.grad / row_scale.t(), **close
+    )  # chain rule of B_lr = B_dl / s0
+    torch.testing.assert_close(
+        dl.magnitude.grad * dl.magnitude, lr.log_scale.grad, **close
+    )  # and of t = log m
 
 
 @pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.residual_bits == 0], ids=str)
 def test_scale_is_alpha_tuning_with_tied_planes(grid: IntGrid):
-    """PEQA == alpha_k = S 2^(k-1) over the bits of the code, with the offset tied too: same output, same gradient."""
+    """PEQA == alpha_k = S 2^(k-1) over the bits of the code, with the offset tied too: same output, same
+    gradient.
+    """
     base = packed(grid)
     adapter = trained(ADAPTERS["scale"](), base)
     x, dy = torch.randn(5, base.shape[1]), torch.randn(5, base.shape[0])
@@ -126,7 +142,7 @@ def test_l4q_refuses_a_base_without_enough_residual(f: int):
 
 
 def test_why_l4q_refuses_residual_0():
-    """The claim behind the refusal: at f = 0 the scale's gradient is zero at the start, at f = 4 it is not."""
+    """Why: at f = 0 the gradient of the scale is zero at the start, at f = 4 it is not."""
     grads = {}
     for f in (0, 4):
         base = packed(IntGrid(bits=4, group_size=32, residual_bits=f))
@@ -145,7 +161,9 @@ def test_methods_refuse_the_other_grid(method: str):
 
 @pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "lora"])
 def test_scales_move_under_a_small_learning_rate(method: str):
-    """The bf16 stall: Adam at 1e-5 must move the fp32 master, and after enough steps the bf16 scale that ships."""
+    """The bf16 stall: Adam at 1e-5 must move the fp32 master, and after enough steps the bf16 scale that
+    ships.
+    """
     config = ADAPTERS[method]
     base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, group_size=32), (16, 64))
     adapter = config().build(base)
@@ -234,7 +252,9 @@ def test_loftq_starts_at_the_best_low_rank_fit_of_the_rounding_error(method: str
     product = 0.5 * adapter.B.detach().double() @ adapter.A.detach().double()
     u, s, v = torch.linalg.svd(error, full_matrices=False)
     torch.testing.assert_close(product, u[:, :6] * s[:6] @ v[:6], rtol=1e-4, atol=1e-4)
-    full = config.model_copy(update={"rank": 64}).build(base, weight)  # rank above both sides: padded with zeros
+    full = config.model_copy(update={"rank": 64}).build(
+        base, weight
+    )  # rank above both sides: padded with zeros
     product = 3.0 / 64 * full.B.detach().double() @ full.A.detach().double()
     torch.testing.assert_close(product, error, rtol=1e-4, atol=1e-4)
 
@@ -262,11 +282,18 @@ def test_clip_orders_share_the_codes_and_differ_in_the_gradient(method: str):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("lr_qat", {"rank": 0}), ("lr_qat", {"alpha": 0}), ("lr_qat", {"clip": "never"}), ("lr_qat", {"ranks": 4}),
-        ("l4q", {"warmup_steps": -1}), ("l4q", {"offset": "maybe"}), ("alpha_tuning", {"planes": "second"}),
-        ("scale", {"train_scale": False}), ("scale", {"rank": 4}), ("lora", {"init": "svd"}),
+        ("lr_qat", {"rank": 0}),
+        ("lr_qat", {"alpha": 0}),
+        ("lr_qat", {"clip": "never"}),
+        ("lr_qat", {"ranks": 4}),
+        ("l4q", {"warmup_steps": -1}),
+        ("l4q", {"offset": "maybe"}),
+        ("alpha_tuning", {"planes": "second"}),
+        ("scale", {"train_scale": False}),
+        ("scale", {"rank": 4}),
+        ("lora", {"init": "svd"}),
     ],
-)  # fmt: skip
+)
 def test_bad_options_are_refused(method: str, options: dict):
     with pytest.raises(ValidationError, match=next(iter(options))):
         ADAPTERS[method](**options)
@@ -278,10 +305,14 @@ def test_bad_options_are_refused(method: str, options: dict):
 @pytest.mark.parametrize(
     ("symmetric", "offset", "zero", "shift"),
     [
-        (True, "auto", False, False), (False, "auto", True, False), (True, "integer", True, False),
-        (True, "float", False, True), (False, "float", True, True), (False, "none", True, False),
+        (True, "auto", False, False),
+        (False, "auto", True, False),
+        (True, "integer", True, False),
+        (True, "float", False, True),
+        (False, "float", True, True),
+        (False, "none", True, False),
     ],
-)  # fmt: skip
+)
 def test_l4q_offset_decides_what_ships(symmetric: bool, offset: str, zero: bool, shift: bool):
     base = packed(IntGrid(bits=3, group_size=32, symmetric=symmetric))
     config = ADAPTERS["l4q"](offset=offset)
@@ -299,7 +330,9 @@ def dense_proxy(base: PackedWeight) -> Tensor:
     return dense.wide(dense.s0) * (dense.code - dense.wide(dense.z0) + dense.rho)
 
 
-@pytest.mark.parametrize(("bits", "f", "symmetric"), list(itertools.product((2, 4, 8), (2, 4), (True, False))))
+@pytest.mark.parametrize(
+    ("bits", "f", "symmetric"), list(itertools.product((2, 4, 8), (2, 4), (True, False)))
+)
 def test_l4q_warmup_is_plain_lora_on_the_unrounded_proxy(bits: int, f: int, symmetric: bool):
     base = packed(IntGrid(bits=bits, group_size=64, symmetric=symmetric, residual_bits=f))
     config = ADAPTERS["l4q"](rank=4, alpha=6.0, warmup_steps=2)
@@ -316,10 +349,12 @@ def test_l4q_warmup_is_plain_lora_on_the_unrounded_proxy(bits: int, f: int, symm
     assert adapter.log_scale.grad is None
 
 
-@pytest.mark.parametrize(("symmetric", "offset"), [(True, "auto"), (False, "auto"), (True, "float"), (False, "none")])
+@pytest.mark.parametrize(
+    ("symmetric", "offset"), [(True, "auto"), (False, "auto"), (True, "float"), (False, "none")]
+)
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_l4q_switch_restarts_the_scale_from_the_warmed_weight(symmetric: bool, offset: str, group_size: int):
-    """L4Qinit: S = max(|min W / Qn|, |max W / Qp|) per group of W = s0 Phi0 + g B A; once, and never again."""
+    """L4Qinit: S = max(|min W / Qn|, |max W / Qp|) per group of W = s0 Phi0 + g B A; only once."""
     base = packed(IntGrid(bits=4, group_size=group_size, symmetric=symmetric), calibrate="mse")
     config = ADAPTERS["l4q"](rank=4, offset=offset, warmup_steps=3)
     adapter = config.build(base)
@@ -333,10 +368,12 @@ def test_l4q_switch_restarts_the_scale_from_the_warmed_weight(symmetric: bool, o
     weight = dense_proxy(base) + config.gain * (adapter.B @ adapter.A).detach().double()
     size = 200 if group_size == -1 else group_size
     zero = torch.full(base.scale.shape, 8.0) if symmetric else base.zero.double()
-    want = torch.stack([
-        torch.maximum(part.amax(1) / (15 - z).clamp_min(1), -part.amin(1) / z.clamp_min(1))
-        for part, z in zip(weight.split(size, dim=1), zero, strict=True)
-    ])  # fmt: skip
+    want = torch.stack(
+        [
+            torch.maximum(part.amax(1) / (15 - z).clamp_min(1), -part.amin(1) / z.clamp_min(1))
+            for part, z in zip(weight.split(size, dim=1), zero, strict=True)
+        ]
+    )
     got = base.scale.double() * adapter.log_scale.detach().double().exp()
     torch.testing.assert_close(got, want.double(), rtol=1e-5, atol=1e-7)
     # Nothing is clipped by more than what bf16 takes from the scale.

@@ -18,9 +18,14 @@ INT_GRIDS = [
     IntGrid(bits=b, group_size=g, symmetric=s)
     for b, g, s in itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False))
 ]
-BINARY_GRIDS = [BinaryGrid(bits=b, group_size=g) for b, g in itertools.product((1, 2, 3, 4), (32, 64, 128, 256, -1))]
+BINARY_GRIDS = [
+    BinaryGrid(bits=b, group_size=g) for b, g in itertools.product((1, 2, 3, 4), (32, 64, 128, 256, -1))
+]
 PAIRS = [
-    (name, grid) for name, c in CALIBRATORS.items() for grid in [*INT_GRIDS, *BINARY_GRIDS] if c.reject(grid) is None
+    (name, grid)
+    for name, c in CALIBRATORS.items()
+    for grid in [*INT_GRIDS, *BINARY_GRIDS]
+    if c.reject(grid) is None
 ]
 
 
@@ -96,21 +101,25 @@ def test_mse_is_never_worse_than_the_full_range(grid: IntGrid, p: float):
 def test_full_range_covers_every_weight(symmetric: bool):
     """absmax and minmax clip nothing by more than the half step that bf16 scales cost."""
     weight = weights()
-    packed = run("absmax" if symmetric else "minmax", weight, IntGrid(bits=4, group_size=32, symmetric=symmetric))
+    packed = run(
+        "absmax" if symmetric else "minmax", weight, IntGrid(bits=4, group_size=32, symmetric=symmetric)
+    )
     scale = reference.columns(packed.scale, SHAPE[1], 32)
     assert ((packed.dequantize() - weight).abs() <= scale * 0.56).all()
 
 
 @pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.group_size in (32, 256, -1)], ids=str)
 def test_gptq_is_better_where_inputs_are_correlated(grid: IntGrid):
-    """The error GPTQ minimises: tr(E H E^T), E = W - Q, the squared output error over the calibration inputs."""
+    """tr(E H E^T) with E = W - Q, the squared output error over the calibration inputs, is what falls."""
     weight, hessian = weights(), correlated_hessian(SHAPE[1])
 
     def output_error(packed) -> float:
         e = (weight - packed.dequantize()).double()
         return ((e @ hessian.double()) * e).sum().item()
 
-    assert output_error(run("gptq", weight, grid, hessian=hessian)) < 0.8 * output_error(run("mse", weight, grid, p=2.0))
+    assert output_error(run("gptq", weight, grid, hessian=hessian)) < 0.8 * output_error(
+        run("mse", weight, grid, p=2.0)
+    )
 
 
 @pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.bits < 8], ids=str)
@@ -121,21 +130,32 @@ def test_gptq_with_uncorrelated_inputs_is_plain_rounding(grid: IntGrid):
     assert got.digest() == want.digest()
 
 
-def test_gptq_follows_the_column_equations():
-    """Against the textbook loop in float64: q_i = Q(w_i), then w_j -= (w_i - q_i) / U_ii * U_ij for all j > i."""
-    grid = IntGrid(bits=3, group_size=-1)
-    weight, hessian = weights((5, 96)), correlated_hessian(96)
-    packed = run("gptq", weight, grid, hessian=hessian, damping=0.05)
+@pytest.mark.parametrize(("k", "group_size"), [(96, -1), (300, -1), (300, 256)])
+def test_gptq_follows_the_column_equations(k: int, group_size: int):
+    """Against the textbook loop in float64: q_i = Q(w_i), then w_j -= (w_i - q_i) / U_ii * U_ij for all j >
+    i. Blocks of columns are updated lazily, so rows wider than a block (256) are here too.
+    """
+    weight, hessian = weights((40, k)), correlated_hessian(k)
+    packed = run("gptq", weight, IntGrid(bits=3, group_size=group_size), hessian=hessian, damping=0.05)
     h = hessian.double()
-    h += 0.05 * h.diagonal().mean() * torch.eye(96)
+    h += 0.05 * h.diagonal().mean() * torch.eye(k)
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    w, scale = weight.double().clone(), packed.scale[0].double()
-    code = torch.empty(5, 96, dtype=torch.float64)
-    for i in range(96):
-        code[:, i] = (w[:, i] / scale + 4).round().clamp(0, 7)
-        e = (w[:, i] - (code[:, i] - 4) * scale) / u[i, i]
+    w, scale = weight.double().clone(), reference.columns(packed.scale, k, group_size)
+    code = torch.empty(40, k, dtype=torch.float64)
+    for i in range(k):
+        code[:, i] = (w[:, i] / scale[:, i] + 4).round().clamp(0, 7)
+        e = (w[:, i] - (code[:, i] - 4) * scale[:, i]) / u[i, i]
         w[:, i + 1 :] -= torch.outer(e, u[i, i + 1 :])
-    assert (packed.unpack_codes().double() == code).float().mean() > 0.99  # a tie may fall the other way, then all after it
+    # A near-tie may fall the other way in fp32, and every column after it in that row with it: count whole
+    # rows.
+    assert (packed.unpack_codes().double() == code).all(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+def test_half_precision_weights_are_calibrated_in_fp32(name: str):
+    grid = next(grid for n, grid in PAIRS if n == name)
+    weight = weights().bfloat16()
+    assert run(name, weight, grid).digest() == run(name, weight.float(), grid).digest()
 
 
 def test_gptq_needs_text():
@@ -144,7 +164,9 @@ def test_gptq_needs_text():
 
 
 def test_gptq_dead_inputs_are_rounded_alone_and_hurt_nobody():
-    """Inputs that were never active: codes of the others as without them, their own plainly rounded. Activations may be tiny."""
+    """Inputs that were never active: codes of the others as without them, their own plainly rounded.
+    Activations may be tiny.
+    """
     grid, k = IntGrid(bits=3, group_size=-1), 64
     weight = weights((5, 2 * k))
     live = correlated_hessian(k) * 1e-7
@@ -174,12 +196,17 @@ def test_gptq_survives_a_singular_hessian(kind: str):
 
 def test_gptq_gives_up_on_a_hessian_that_is_none():
     with pytest.raises(ValueError, match="singular"):
-        run("gptq", weights((3, 32)), IntGrid(), hessian=-torch.eye(32) + 2 * torch.diag(torch.arange(32) % 2.0))
+        run(
+            "gptq",
+            weights((3, 32)),
+            IntGrid(),
+            hessian=-torch.eye(32) + 2 * torch.diag(torch.arange(32) % 2.0),
+        )
 
 
 @pytest.mark.parametrize(("name", "grid"), [p for p in PAIRS if p[1].group_size in (64, -1)], ids=str)
 def test_constant_and_zero_groups(name: str, grid: Grid):
-    """All-zero rows stay (nearly) zero, constant and single-spike rows keep their value; nothing becomes NaN."""
+    """All-zero rows stay (nearly) zero, constant rows keep their value; nothing becomes NaN."""
     weight = torch.zeros(4, 128)
     weight[1] = 0.25
     weight[2] = -0.25
@@ -223,7 +250,8 @@ def test_alternating_planes_are_ordered_by_size():
 
 @pytest.mark.parametrize("grid", [g for g in INT_GRIDS if g.group_size in (64, -1)], ids=str)
 def test_a_uniform_grid_is_a_binary_one(grid: IntGrid):
-    """W = s (c - z) is sum_k alpha_k b_k + T with alpha_k = s 2^(k-1), b_k = 2 bit_k(c) - 1, T = s ((2^b - 1)/2 - z), exactly.
+    """W = s (c - z) is sum_k alpha_k b_k + T with alpha_k = s 2^(k-1), b_k = 2 bit_k(c) - 1, T = s ((2^b -
+    1)/2 - z), exactly.
 
     And back: the planes are the bits of the code."""
     weight = weights()

@@ -16,9 +16,17 @@ N, K, R = 13, 200, 3
 
 
 def integer_args(
-    bits: int = 4, group_size: int = 32, f: int = 4, units: str = "grid", *,
-    zero: bool = True, offset: bool = False, low_rank: bool = True, clip_first: bool = False, shape: tuple[int, int] = (N, K),
-) -> dict:  # fmt: skip
+    bits: int = 4,
+    group_size: int = 32,
+    f: int = 4,
+    units: str = "grid",
+    *,
+    zero: bool = True,
+    offset: bool = False,
+    low_rank: bool = True,
+    clip_first: bool = False,
+    shape: tuple[int, int] = (N, K),
+) -> dict:
     """Arguments of grid_linear (x aside), by name, with values that move codes and clip some."""
     n, k = shape
     groups = (kernels.group_count(k, group_size), n)
@@ -32,15 +40,24 @@ def integer_args(
         "scale": torch.rand(groups) + 0.5,
         "zero": torch.randint(0, 1 << bits, groups).float() if zero else None,
         "offset": torch.randn(groups) * 0.3 if offset else None,
-        "gain": 0.7, "units": units, "bits": bits, "residual_bits": f, "group_size": group_size, "clip_first": clip_first,
-    }  # fmt: skip
+        "gain": 0.7,
+        "units": units,
+        "bits": bits,
+        "residual_bits": f,
+        "group_size": group_size,
+        "clip_first": clip_first,
+    }
 
 
 def dense(args: dict, k: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(v, W, leaves): the equations of codes.py and grid_linear.py in float64, straight-through, leaves a, b, scale, offset."""
+    """(v, W, leaves): the equations of codes.py and grid_linear.py in float64, straight-through, leaves a, b,
+    scale, offset.
+    """
     bits, g = args["bits"], args["group_size"]
     half, top = 2.0 ** (bits - 1), 2**bits - 1
-    leaves = {n: args[n].double().requires_grad_() for n in ("a", "b", "scale", "offset") if args[n] is not None}
+    leaves = {
+        n: args[n].double().requires_grad_() for n in ("a", "b", "scale", "offset") if args[n] is not None
+    }
 
     def wide(t):
         return reference.columns(t, k, g)
@@ -101,7 +118,8 @@ def test_grid_codes(bits: int, group_size: int, units: str, zero: bool, f: int):
 @pytest.mark.parametrize("clip_first", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
 def test_grid_linear_and_every_gradient(bits, group_size, units, zero, clip_first, offset):
-    # On a frozen grid an offset is added outside only; the reference adds it to W and the op's value ignores it too.
+    # On a frozen grid an offset is added outside only; the reference adds it to W and the op's value ignores
+    # it too.
     args, _, weight, leaves = untied(
         bits=bits, group_size=group_size, units=units, zero=zero, clip_first=clip_first, offset=offset
     )
@@ -179,7 +197,9 @@ def test_packed_matmul_refuses_to_lose_a_gradient():
             kernels.packed_matmul(torch.randn(2, K), **grid, bits=4, group_size=32)
 
 
-def binary_args(q: int = 3, group_size: int = 32, offset: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+def binary_args(
+    q: int = 3, group_size: int = 32, offset: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     groups = (kernels.group_count(K, group_size), N)
     planes = torch.stack([kernels.pack(torch.randint(0, 2, (N, K), dtype=torch.uint8), 1) for _ in range(q)])
     return planes, torch.rand(q, *groups) + 0.1, torch.randn(groups) if offset else None
@@ -194,7 +214,10 @@ def test_binary_matmul_and_every_gradient(q: int, group_size: int, offset: bool)
     wide = [x.double().requires_grad_(), alpha.double().requires_grad_()]
     wide_shift = shift.double().requires_grad_() if shift is not None else None
     weight = reference.binary_weight(planes, wide[1], wide_shift, K, group_size)
-    assert error(kernels.binary_dequantize(planes, alpha, shift, K, group_size, torch.float32), weight.detach()) < 1e-6
+    assert (
+        error(kernels.binary_dequantize(planes, alpha, shift, K, group_size, torch.float32), weight.detach())
+        < 1e-6
+    )
     want = wide[0] @ weight.t()
     want.backward(dy.double())
 
@@ -242,18 +265,24 @@ def samples() -> dict[str, tuple]:
         "binary_matmul": (x, planes, *leaves, 32),
         "binary_matmul_dx": (dy, planes, alpha, shift, K, 32),
         "binary_gradients": (x.detach(), dy, planes, 32, 2),
+        "round_values": (torch.randn(5, 4).requires_grad_(), torch.bfloat16),
+        "exact_exp": (torch.randn(5, 4).requires_grad_(),),
     }
 
 
 def test_every_op_has_a_sample():
-    registered = {name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowbit::")}
-    assert registered == set(samples())
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowbit::")]
+    assert {name.partition("::")[2].partition(".")[0] for name in names} == set(samples())
 
 
 @pytest.mark.parametrize("name", list(samples()))
 def test_opcheck(name: str):
-    """Schema, fake tensor and autograd registration, and AOT dispatch with dynamic shapes, as PyTorch tests its own ops."""
-    torch.use_deterministic_algorithms(False)  # opcheck runs an op twice and compares; poison is for the tests above
+    """Schema, fake tensor and autograd registration, and AOT dispatch with dynamic shapes, as PyTorch tests
+    its own ops.
+    """
+    torch.use_deterministic_algorithms(
+        False
+    )  # opcheck runs an op twice and compares; poison is for the tests above
     torch.library.opcheck(getattr(torch.ops.lowbit, name), samples()[name])
 
 
@@ -263,8 +292,23 @@ def test_opcheck_without_optional_tensors():
     args = (a["codes"], None, a["scale0"], None, None, None, scale, None, None, 1.0, "grid", 4, 0, 32, False)
     torch.library.opcheck(torch.ops.lowbit.grid_linear, (torch.randn(5, K, requires_grad=True), *args))
     planes, alpha, _ = binary_args()
-    torch.library.opcheck(torch.ops.lowbit.binary_matmul, (torch.randn(5, K), planes, alpha.requires_grad_(), None, 32))
-    torch.library.opcheck(torch.ops.lowbit.quantize_pack, (torch.randn(N, K), a["scale"].detach(), None, 4, 32, 0))
+    torch.library.opcheck(
+        torch.ops.lowbit.binary_matmul, (torch.randn(5, K), planes, alpha.requires_grad_(), None, 32)
+    )
+    torch.library.opcheck(
+        torch.ops.lowbit.quantize_pack, (torch.randn(N, K), a["scale"].detach(), None, 4, 32, 0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_round_values_and_exact_exp(dtype: torch.dtype):
+    value = torch.randn(50, requires_grad=True)
+    rounded, grad = kernels.round_values(value, dtype), torch.randn(50)
+    assert torch.equal(rounded, value.detach().to(dtype).float())
+    assert torch.equal(torch.autograd.grad(rounded, value, grad)[0], grad)
+    power = kernels.exact_exp(value)
+    assert torch.equal(power, value.detach().exp())
+    assert torch.equal(torch.autograd.grad(power, value, grad)[0], grad * power.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -290,11 +334,16 @@ def test_compiles_without_a_graph_break(dtype: torch.dtype):
 
 
 def test_small_chunks_give_the_same_weights(monkeypatch):
-    """N in many chunks: rounding and packing are per weight, so codes without a low-rank part and dense weights are equal bit for
-    bit. With one, D is a matrix product whose shape is the chunk: the BLAS may add in another order, so values may differ in the
-    last bit (and a code at a tie by one); sums over N (dX, dA) differ in the last bits too."""
+    """N in many chunks: rounding and packing are per weight, so codes without a low-rank part and dense
+    weights are equal bit for bit. With one, D is a matrix product whose shape is the chunk: the BLAS may add
+    in another order, so values may differ in the last bit (and a code at a tie by one); sums over N (dX, dA)
+    differ in the last bits too.
+    """
     weight, scale = torch.randn(N, K), torch.full((kernels.group_count(K, 32), N), 0.2)
-    plain, low = integer_args(low_rank=False, units="live", offset=True), integer_args(units="live", offset=True)
+    plain, low = (
+        integer_args(low_rank=False, units="live", offset=True),
+        integer_args(units="live", offset=True),
+    )
     planes, alpha, shift = binary_args()
     x, dy = torch.randn(5, K), torch.randn(5, N)
 
@@ -302,16 +351,23 @@ def test_small_chunks_give_the_same_weights(monkeypatch):
         packed, residual = kernels.quantize_pack(weight, scale, None, 4, 32, 4)
         grid = (packed, scale, None, None, 4)
         exact = [
-            packed, residual, kernels.unpack(packed, 4, K), kernels.pack(kernels.unpack(packed, 4, K), 4), codes_of(plain, K),
+            packed,
+            residual,
+            kernels.unpack(packed, 4, K),
+            kernels.pack(kernels.unpack(packed, 4, K), 4),
+            codes_of(plain, K),
             kernels.dequantize(*grid, K, 32, torch.bfloat16),
             kernels.binary_dequantize(planes, alpha, shift, K, 32, torch.float32),
-        ]  # fmt: skip
+        ]
         close = [
-            kernels.packed_matmul(x, *grid, 32), kernels.packed_matmul_dx(dy, *grid, K, 32),
-            kernels.grid_linear(x, **low), *kernels.grid_gradients(x, dy, **low),
-            kernels.binary_matmul(x, planes, alpha, shift, 32), kernels.binary_matmul_dx(dy, planes, alpha, shift, K, 32),
+            kernels.packed_matmul(x, *grid, 32),
+            kernels.packed_matmul_dx(dy, *grid, K, 32),
+            kernels.grid_linear(x, **low),
+            *kernels.grid_gradients(x, dy, **low),
+            kernels.binary_matmul(x, planes, alpha, shift, 32),
+            kernels.binary_matmul_dx(dy, planes, alpha, shift, K, 32),
             *kernels.binary_gradients(x, dy, planes, 32, 3),
-        ]  # fmt: skip
+        ]
         return exact, close, kernels.unpack(codes_of(low, K), 4, K)
 
     whole = everything()
@@ -322,7 +378,9 @@ def test_small_chunks_give_the_same_weights(monkeypatch):
         assert all(torch.equal(c, w) for c, w in zip(chunked[0], whole[0], strict=True))
         for c, w in zip(chunked[1], whole[1], strict=True):
             assert error(c, w.double()) < 1e-6
-        assert (chunked[2].int() - whole[2].int()).abs().max() <= 1 and (chunked[2] != whole[2]).float().mean() < 1e-3
+        assert (chunked[2].int() - whole[2].int()).abs().max() <= 1 and (
+            chunked[2] != whole[2]
+        ).float().mean() < 1e-3
 
 
 def test_bf16_partial_sums_over_chunks_stay_fp32(monkeypatch):
@@ -335,14 +393,18 @@ def test_bf16_partial_sums_over_chunks_stay_fp32(monkeypatch):
     assert error(kernels.packed_matmul_dx(dy, *grid, K, 32), want) < 1.5 * whole + 1e-3
 
 
-@pytest.mark.parametrize("name", ["grid_linear", "grid_gradients", "grid_codes", "packed_matmul", "binary_matmul"])
+@pytest.mark.parametrize(
+    "name", ["grid_linear", "grid_gradients", "grid_codes", "packed_matmul", "binary_matmul"]
+)
 def test_autocast_leaves_the_inside_of_an_op_alone(name: str):
     args = samples()[name]
     op = getattr(torch.ops.lowbit, name)
     want = op(*args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = op(*args)
-    for g, w in zip(got if isinstance(got, tuple) else [got], want if isinstance(want, tuple) else [want], strict=True):
+    for g, w in zip(
+        got if isinstance(got, tuple) else [got], want if isinstance(want, tuple) else [want], strict=True
+    ):
         assert g.dtype == w.dtype and torch.equal(g, w)
 
 

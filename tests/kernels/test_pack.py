@@ -17,7 +17,9 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 700))
 
 @given(st.sampled_from(BITS), shapes, st.integers(0, 2**31))
 def test_pack_and_unpack_are_inverse(bits: int, shape: tuple[int, int], seed: int):
-    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    codes = torch.randint(
+        0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     packed = pack(codes, bits)
     assert packed.dtype == torch.int16 and packed.shape == (shape[0], packed_width(shape[1], bits))
     assert torch.equal(unpack(packed, bits, shape[1]), codes)
@@ -63,7 +65,9 @@ def grid_of(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tupl
     st.sampled_from((2, 3, 4, 8)), st.sampled_from((0, 1, 2, 4)), st.sampled_from((32, 64, 128, -1)),
     st.booleans(), shapes, st.integers(0, 2**31),
 )  # fmt: skip
-def test_quantize_pack(bits: int, f: int, group_size: int, symmetric: bool, shape: tuple[int, int], seed: int):
+def test_quantize_pack(
+    bits: int, f: int, group_size: int, symmetric: bool, shape: tuple[int, int], seed: int
+):
     torch.manual_seed(seed)
     weight, (n, k), top = torch.randn(shape), shape, (1 << bits) - 1
     scale, zero = grid_of(weight, bits, group_size, symmetric)
@@ -84,7 +88,8 @@ def test_quantize_pack(bits: int, f: int, group_size: int, symmetric: bool, shap
         assert residual.shape == (0,)
         return
     rho = decode_residual(residual, f, k)
-    # Mid-rise: odd multiples of half an LSB, strictly inside half a step, so never a tie; rounding gives the code again.
+    # Mid-rise: odd multiples of half an LSB, strictly inside half a step, so never a tie; rounding gives the
+    # code again.
     assert torch.equal((rho + 0.5) * (1 << f) % 1, torch.full_like(rho, 0.5))
     assert (rho.abs() < 0.5).all()
     assert torch.equal((code + rho).round(), code)
@@ -94,7 +99,9 @@ def test_quantize_pack(bits: int, f: int, group_size: int, symmetric: bool, shap
 
 
 def test_clipped_weights_remember_the_clip_and_no_more():
-    """The stored value is clipped (LR-QAT, Eq. 7): a weight far outside decodes to the edge plus the largest residual."""
+    """The stored value is clipped (LR-QAT, Eq. 7): a weight far outside decodes to the edge plus the largest
+    residual.
+    """
     weight = torch.tensor([[-100.0, 100.0] * 16])
     packed, residual = quantize_pack(weight, torch.ones(1, 1), None, 4, -1, 4)
     rho = decode_residual(residual, 4, 32)
@@ -107,7 +114,9 @@ def test_quantize_pack_takes_any_float(dtype: torch.dtype):
     weight = torch.randn(5, 70).to(dtype)
     scale = torch.full((3, 5), 0.25)
     for got, want in zip(
-        quantize_pack(weight, scale, None, 4, 32, 4), quantize_pack(weight.float(), scale, None, 4, 32, 4), strict=True
+        quantize_pack(weight, scale, None, 4, 32, 4),
+        quantize_pack(weight.float(), scale, None, 4, 32, 4),
+        strict=True,
     ):
         assert torch.equal(got, want)
 

@@ -8,8 +8,6 @@ one line to CALIBRATORS, and the recipe, the tests and the quality benchmark kno
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ..binary import BinaryGrid
 from ..integer import IntGrid
 from ..packed import Weight
@@ -22,7 +20,7 @@ from .ranges import Stats, absmax, minmax, mse
 class Calibrator:
     """run(weight, grid, stats); grid kind it serves; whether it needs the Hessian of calibration text."""
 
-    run: Callable[[Tensor, object, Stats], Weight]
+    run: Callable[..., Weight]  # (weight: Tensor [N, K], grid of the kind below, stats: Stats)
     grid: str
     needs_text: bool = False
     symmetric: bool | None = None  # None: both

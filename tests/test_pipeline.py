@@ -1,0 +1,217 @@
+"""The straight line, end to end on the tiny Llama: every method, resume after a kill, several processes, the files of a run."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lowbit_ft import pipeline
+from lowbit_ft.export.reader import load_exported
+from lowbit_ft.linear import PackedLinear
+from lowbit_ft.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = [
+    "train.max_steps=3",
+    "train.micro_batch_size=2",
+    "train.eval_every=2",
+    "train.save_every=1",
+    "data.train.limit=80",
+    "data.valid.limit=12",
+    "data.sequence_len=128",
+    "eval.windows=4",
+    "eval.window=128",
+    "eval.max_new_tokens=4",
+    "eval.generate=[Say hello.]",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def recipe(output: Path, *overrides: str):
+    return load_recipe("recipes/quickstart.yaml", [*QUICK, f"output={output}", *overrides])
+
+
+LINES = {
+    "lr_qat": [],
+    "dl_qat": ["adapter={method: dl_qat, rank: 4}", "quant.bits=3", "quant.symmetric=false"],
+    "l4q": [
+        "adapter={method: l4q, rank: 4, warmup_steps: 1}",
+        "quant.symmetric=false",
+        "quant.calibrate=gptq",
+        "quant.calibration.samples=4",
+        "quant.calibration.sequence_len=64",
+    ],
+    "scale": ["adapter={method: scale}", "quant.bits=2", "quant.group_size=64", "quant.residual_bits=0"],
+    "alpha_tuning": [
+        "adapter={method: alpha_tuning}",
+        "quant={grid: binary, bits: 3}",
+        "export.format=native",
+    ],
+    "lora": ["adapter={method: lora, rank: 4}", "quant.residual_bits=0"],
+}
+
+
+@pytest.mark.parametrize("method", LINES)
+def test_the_whole_line(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    made = recipe(out, *LINES[method])
+    if method == "lora":
+        with pytest.warns(UserWarning, match="rounds again"):
+            folder = pipeline.run(made)
+    else:
+        folder = pipeline.run(made)
+    rows = {row["stage"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
+    shipped = ["merged"] + (["exported"] if folder.name == "exported" else [])
+    assert {"base", "quantized", "trained", *shipped} == set(rows)
+    for stage in shipped:
+        if made.adapter.exact_merge:
+            assert rows[stage]["loss"] == rows["trained"]["loss"], "what was trained is not what ships"
+            assert rows[stage]["kl"] == rows["trained"]["kl"]
+    if method == "lora":  # declared inexact: requantizing must be seen, not hidden
+        assert rows["merged"]["loss"] != rows["trained"]["loss"]
+        assert rows["exported"]["loss"] == rows["merged"]["loss"]
+    assert rows["base"]["kl"] == 0 and rows["quantized"]["kl"] > 0
+    assert rows["trained"]["loss"] != rows["quantized"]["loss"]
+    printed = capsys.readouterr().out
+    assert "serve it:" in printed and "left alone (excluded by 'lm_head'): lm_head" in printed
+    names = {"recipe.yaml", "environment.json", "metrics.jsonl", "quant.json", "trainable.json", "moved.json", "stages.json"}
+    names |= {"evaluation.json", "samples.json", "report.html"}
+    assert names <= {p.name for p in out.iterdir()}
+    assert [s["stage"] for s in json.loads((out / "stages.json").read_text())] == [
+        "quantize", "train", "merge", "export", "evaluate",
+    ]  # fmt: skip
+    moved = json.loads((out / "moved.json").read_text())
+    assert moved["scale_change"] > 0 or method == "lora"
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"):
+        assert (folder / name).is_file(), name
+    card = (folder / "README.md").read_text()
+    assert "| trained |" in card and f"method: {method}" in card
+    # later stages on their own, from the files
+    assert pipeline.merge(out) == out / "merged"
+    expected = "written ones"
+    assert expected in capsys.readouterr().out
+    if folder.name == "exported":
+        pipeline.verify(folder)
+    assert isinstance(pipeline.generate(out, "def f(x):", 3), str)
+
+
+def test_merge_tells_of_codes_that_are_not_the_written_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "run"
+    pipeline.train(recipe(out))
+    path = out / "adapter" / "adapter_model.safetensors"
+    state = load_file(path)
+    name = next(key for key in state if key.endswith(".B"))
+    state[name] = state[name] + 0.5
+    save_file(state, path, metadata={"format": "pt"})
+    capsys.readouterr()
+    pipeline.merge(out)
+    assert "are not the written ones" in capsys.readouterr().out
+
+
+def test_merged_stays_packed_and_base_is_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    pipeline.quantize(recipe(out))
+    before = hashlib.sha256((out / "base" / "model.safetensors").read_bytes()).hexdigest()
+    pipeline.train(recipe(out))
+    assert "base: reusing" in capsys.readouterr().out
+    assert hashlib.sha256((out / "base" / "model.safetensors").read_bytes()).hexdigest() == before
+    model = load_exported(out / "merged")
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(packed) == 28
+    for layer in packed:
+        held = sum(b.numel() * b.element_size() for b in layer.buffers())
+        assert held * 8 <= (4 + 1) * layer.in_features * layer.out_features
+        assert not list(layer.parameters())
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pipeline.quantize(recipe(out))
+    with pytest.raises(ValueError, match=r"another recipe; these keys differ: adapter.rank, train.max_steps"):
+        pipeline.quantize(recipe(out, "adapter.rank=4", "train.max_steps=7"))
+    pipeline.quantize(recipe(out, "eval.windows=2"))  # measuring differently is the same run
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        pipeline.quantize(load_recipe("recipes/quickstart.yaml", [*QUICK, f"output={tmp_path / 'full'}"], check=False))
+
+
+def test_stages_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        pipeline.export(tmp_path)
+    out = tmp_path / "run"
+    pipeline.quantize(recipe(out))
+    with pytest.raises(ValueError, match="no adapter yet"):
+        pipeline.merge(out)
+    with pytest.raises(ValueError, match="format: got 'onnx'"):
+        pipeline.export(out, "onnx")
+
+
+def adapter_sha(out: Path) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def child(out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    """`lowbit-ft train` in its own process (or two, through torchrun)."""
+    arguments = ["train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
+    launch = ["-m", "lowbit_ft", *arguments]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
+    return subprocess.Popen(
+        [sys.executable, *launch], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_ends_with_the_same_bytes(kill: signal.Signals, tmp_path: Path) -> None:
+    steps = "train.max_steps=8"
+    whole = child(tmp_path / "whole", steps)
+    whole.communicate(timeout=300)
+    assert whole.returncode == 0
+    out = tmp_path / "killed"
+    first = child(out, steps)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (out / "checkpoints" / "step-00000002").exists():
+        time.sleep(0.05)
+    first.send_signal(kill)
+    said = first.communicate(timeout=120)[0]
+    assert not (out / "adapter").exists(), "it was over before it could be killed"
+    if kill == signal.SIGTERM:
+        assert first.returncode == 0 and "everything is saved" in said
+    again = child(out, steps)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert adapter_sha(out) == adapter_sha(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same(tmp_path: Path) -> None:
+    one = child(tmp_path / "one", "train.gradient_accumulation_steps=2")
+    said = one.communicate(timeout=300)[0]
+    assert one.returncode == 0, said
+    two = child(tmp_path / "two", "train.gradient_accumulation_steps=1", processes=2)
+    said = two.communicate(timeout=300)[0]
+    assert two.returncode == 0, said
+
+    def losses(out: Path) -> list[float]:
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(a) == len(b) == 3
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+    assert torch.equal(*[torch.tensor(json.loads((tmp_path / n / "quant.json").read_text())[0]["error"]) for n in ("one", "two")])
