@@ -21,6 +21,7 @@ from rich.console import Console
 
 from . import merge as merging
 from . import report as report_page
+from .adapters.lora import Lora
 from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
 from .card import model_card
 from .data import Batches, Examples, keeps_segments_apart, load_examples
@@ -229,6 +230,10 @@ def merge_stage(session: Session, model: Any) -> None:
     with session.run.stage("merge", session.device):
         merging.merge(model, session.checkpoint, session.run / "merged", extra_files=card(session, "native"))
         session.run.write_json("moved.json", merging.moved(model))
+        losses = [layer.adapter.rounding_loss for _, layer in adapted_layers(model) if isinstance(layer.adapter, Lora)]
+        if losses:
+            mean = sum(loss or 0.0 for loss in losses) / len(losses)
+            session.say(f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of what was trained")
 
 
 def export_stage(session: Session, name: str) -> Path:

@@ -429,6 +429,32 @@ def test_a_damaged_file_is_an_error_of_ours_never_a_crash(native_folder: Path, d
         path.write_bytes(original)
 
 
+def test_read_weights_names_the_layer_of_a_tensor_that_does_not_fit(native_folder: Path, tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.down_proj"
+
+    def damaged(change: Any) -> Any:
+        target = tmp_path / "m"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(native_folder, target)
+        tensors = load_file(target / "model.safetensors")
+        change(tensors)
+        save_file(tensors, target / "model.safetensors")
+        return read_weights(target)
+
+    with pytest.raises(ValueError, match=rf"layer {layer} \(W4 g64 asym\) has no tensor {layer}.zero"):
+        damaged(lambda t: t.pop(f"{layer}.zero"))
+    with pytest.raises(ValueError, match=rf"{layer}.scale is torch.float32"):
+        damaged(lambda t: t.update({f"{layer}.scale": t[f"{layer}.scale"].float()}))
+    with pytest.raises(ValueError, match=rf"{layer}.codes is torch.int16 \(127, 64\)"):
+        damaged(lambda t: t.update({f"{layer}.codes": t[f"{layer}.codes"][:-1].clone()}))
+    for name, match in (("zero", "zero is 99"), ("scale", "NaN or Inf")):
+        value = 99 if name == "zero" else float("nan")
+        stream = damaged(lambda t, n=name, v=value: t[f"{layer}.{n}"].view(-1)[3:4].fill_(v))
+        with pytest.raises(ValueError, match=rf"layer {layer}: {match}"):
+            stream[layer]
+        assert len(stream) == 7 and all(stream[other].nbytes for other in stream if other != layer)
+
+
 BAD_CONFIGS: dict[str, Any] = {
     "needs an object": lambda c: [],
     "quant_method": lambda c: c | {"quant_method": "gptq"},

@@ -398,7 +398,7 @@ def test_loss_scaler_searches_its_scale_and_is_resumed(tmp_path: Path) -> None:
     def scaled() -> Accelerator:
         accelerator = make_accelerator(section(), tmp_path, Toy())
         accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
         return accelerator
 
     setting: dict[str, Any] = {"max_bad_steps": 1, "max_steps": 12}

@@ -24,7 +24,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LANES = 32
 CODES_PER_HALFWORD = {1: 16, 2: 8, 3: 5, 4: 4, 8: 2}

@@ -133,10 +133,10 @@ class L4Q(ScaledAdapter):
                 rows, base.codes, base.residual, base.scale, base.zero, args.a, args.b, args.scale, args.zero, args.offset,
                 args.gain, "live", g.bits, g.residual_bits, base.shape[1], g.group_size,
             )  # fmt: skip
-            zero = z if isinstance(z, float) else z[:, rows].t().unsqueeze(-1)
+            zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
             weight = (value - zero) * args.scale[:, rows].t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group
-            low = zero if isinstance(zero, float) else zero.squeeze(-1)
+            low = zero.squeeze(-1) if isinstance(zero, Tensor) else zero
             high = (g.levels - 1) - low
             fit = torch.maximum(weight.amax(-1) / torch.as_tensor(high).clamp_min(1), -weight.amin(-1) / torch.as_tensor(low).clamp_min(1))
             out[:, rows] = fit.t()

@@ -3,7 +3,8 @@
     y = x W_base^T + alpha/r * (x A^T) B^T
 
 Its merge is NOT exact, and says so: W_base + alpha/r * B A is rounded again (mse search), which throws away most of what a small
-update changed. `merge` warns with the measured error; the methods next to this file exist because of that number.
+update changed. `merge` warns and keeps the measured loss (`rounding_loss`: the size of the rounding error over the size of the
+update, often above 1); the methods next to this file exist because of that number.
 """
 
 import math
@@ -35,6 +36,7 @@ class Lora(Adapter):
     def __init__(self, config: LoraConfig, base: PackedWeight):
         super().__init__()
         self.config = config
+        self.rounding_loss: float | None = None  # of the last merge
         (n, k), device = base.shape, base.codes.device
         a = torch.empty(config.rank, k, dtype=torch.float32, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -51,9 +53,7 @@ class Lora(Adapter):
         update = self.config.alpha / self.config.rank * (self.B @ self.A)
         wanted = base.dequantize() + update
         merged = CALIBRATORS["mse"].run(wanted, base.without_residual().grid, Stats())
-        lost = (merged.dequantize() - wanted).norm() / update.norm().clamp_min(1e-12)
-        warnings.warn(
-            f"lora: the merge rounds again; the rounding error is {lost:.2f} times the size of the trained update",
-            stacklevel=2,
-        )
+        self.rounding_loss = float((merged.dequantize() - wanted).norm() / update.norm().clamp_min(1e-12))
+        # One text for all layers, so that Python shows it once; the numbers are in rounding_loss.
+        warnings.warn("lora: the merge rounds again, so what ships is not what was trained; lr_qat merges exactly", stacklevel=2)
         return merged

@@ -96,7 +96,7 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
 
 
 def load_exported(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", attention: str = "sdpa"
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", attention: str | None = None
 ) -> Any:
     """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval mode.
 
@@ -120,7 +120,7 @@ def load_exported(
             str(folder),
             dtype=dtype or "auto",
             device_map=None if device == "cpu" else device,
-            attn_implementation=attention,
+            attn_implementation=attention,  # None: the best one the model has
             local_files_only=True,
             trust_remote_code=False,
             **options,
