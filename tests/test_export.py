@@ -447,7 +447,7 @@ def test_read_weights_names_the_layer_of_a_tensor_that_does_not_fit(native_folde
         damaged(lambda t: t.update({f"{layer}.scale": t[f"{layer}.scale"].float()}))
     with pytest.raises(ValueError, match=rf"{layer}.codes is torch.int16 \(127, 64\)"):
         damaged(lambda t: t.update({f"{layer}.codes": t[f"{layer}.codes"][:-1].clone()}))
-    for name, match in (("zero", "zero is 99"), ("scale", "NaN or Inf")):
+    for name, match in (("zero", "zero is 99"), ("scale", "scale has NaN or Inf")):
         value = 99 if name == "zero" else float("nan")
         stream = damaged(lambda t, n=name, v=value: t[f"{layer}.{n}"].view(-1)[3:4].fill_(v))
         with pytest.raises(ValueError, match=rf"layer {layer}: {match}"):
