@@ -49,7 +49,8 @@ def write_random_llama(folder: Path, gigabytes: float) -> None:
         vocab_size=vocab, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="200MB")
+    config.dtype = torch.bfloat16
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="200MB")
 
 
 def main() -> None:

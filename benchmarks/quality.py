@@ -109,9 +109,10 @@ class Bench:
         calibrate = {"rtn": "absmax" if symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
             method, "greedy" if binary else self.o.start
         )
-        quant = QuantSection(
-            grid="binary" if binary else "integer", bits=bits, group_size=group, symmetric=symmetric, calibrate=calibrate
-        )  # pyright: ignore[reportArgumentType]
+        quant = QuantSection.model_validate({
+            "grid": "binary" if binary else "integer", "bits": bits, "group_size": group, "symmetric": symmetric,
+            "calibrate": calibrate,
+        })  # fmt: skip
         model = self.base(quant)
         start = self.perplexity(model)
         if method in UNTRAINED:

@@ -109,6 +109,20 @@ class Checkpoint:
         """Bytes of all tensors in the files."""
         return sum(entry.nbytes for entry in self._entries.values())
 
+    def keys_for(self, name: str) -> list[str]:
+        """The file tensors that the model's parameter or buffer `name` is made of; more than one, or one that is changed on the
+        way, when transformers converts it. Empty when the files have none."""
+        source = self._sources().get(name)
+        return [] if source is None else [key for key, _ in source.keys]
+
+    def converted(self) -> list[str]:
+        """Model parameters that are not a file tensor as it is (fused experts and such)."""
+        return sorted(name for name, source in self._sources().items() if source.converter is not None)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """dtype of the tensor of that name in the files."""
+        return self._entry(name).dtype
+
     def fingerprint(self) -> list[list[Any]]:
         """[name, size, modification time] of every weight file and config.json: changes when one is replaced."""
         files = sorted({entry.file for entry in self._entries.values()} | {self.folder / "config.json"})

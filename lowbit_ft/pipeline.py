@@ -347,7 +347,9 @@ def base_key(session: Session) -> str:
 
 def load_packed(folder: Path, session: Session) -> Any:
     """A folder of any of our formats through its reader, on the session's device and in its dtype."""
-    return load_exported(folder, dtype=session.dtype, device=str(session.device))
+    return load_exported(
+        folder, dtype=session.dtype, device=str(session.device), attention=session.recipe.model.attention
+    )
 
 
 def batches(session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, evaluating: bool = False) -> Batches:

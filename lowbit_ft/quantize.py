@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
+from .integrations.transformers import mark_packed
 from .linear import PackedLinear
 from .load import Checkpoint, materialize
+from .memory import release_freed
 from .recipe import QuantSection
 from .walk import Batch, LayerWalk
 
@@ -123,6 +125,8 @@ def quantize(
         bias = None if linear.bias is None else checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
         model.set_submodule(name, PackedLinear(base, bias))
         rows.append(_row(name, weight, base, grid, note))
+        del weight
+        release_freed()
         tell(name)
 
     with torch.no_grad():
@@ -143,6 +147,7 @@ def quantize(
         materialize(model, checkpoint, "", device, dtype)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order.get(row.layer, len(order)))
+    mark_packed(model)  # so that the model's own save_pretrained writes a folder that loads
     return model.eval(), QuantTable(rows)
 
 

@@ -146,7 +146,7 @@ def check_export(r: Any) -> Problems:
     """The export format against the grid of every layer, so that training never ends in a model that cannot
     be written.
     """
-    from lowbit_ft.export import EXPORTERS
+    from lowbit_ft.export import EXPORTERS, LayerSpec
 
     name = r.export.format
     if name not in EXPORTERS:
@@ -167,6 +167,19 @@ def check_export(r: Any) -> Problems:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(("export", "format"), f"got {name!r}{where}: {reason}")
+    shapes = _shapes(r.model) if r.quant.overrides and not told and hasattr(r, "model") else None
+    if shapes is None:
+        return
+    specs = {}
+    for layer in shapes.linears:
+        if r.quant.skip_reason(layer.name) is None:
+            grid = r.quant.grid_for(layer.name)
+            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name else grid
+            specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
+    # Reasons of single layers are told by check_layers; these are about layers together (mixed grids).
+    alone = {f"{n}: {reason}" for n, s in specs.items() if (reason := EXPORTERS[name].reject_width(s.grid, s.shape[1]))}
+    for reason in [reason for reason in EXPORTERS[name].reject_model(specs) if reason not in alone]:
+        yield Problem(("quant", "overrides"), f"export.format {name} cannot hold these layers together: {reason}")
 
 
 # ---------------------------------------------------------------- model and layers

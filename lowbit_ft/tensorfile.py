@@ -110,7 +110,7 @@ def _offset_of(item: tuple[str, Any]) -> tuple[int, int]:
     try:
         begin, end = item[1]["data_offsets"]
         return int(begin), int(end)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):  # 1e400 is infinity to JSON
         return -1, -1  # first, where the caller reports it
 
 

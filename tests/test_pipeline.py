@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.linear import PackedLinear

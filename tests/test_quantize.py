@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
 from lowbit_ft.attach import packed_layers
 from lowbit_ft.evaluate import Reference, evaluate, table
 from lowbit_ft.load import Checkpoint, load_model
 from lowbit_ft.quantize import quantize
 from lowbit_ft.recipe import QuantSection
 from lowbit_ft.walk import LayerWalk
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Qwen2Config
 
 TINY = Path(__file__).resolve().parent.parent / "recipes" / "assets" / "tiny-llama"
 COMMON: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}

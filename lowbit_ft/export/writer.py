@@ -131,9 +131,9 @@ class _Layout:
         self.prefixes: dict[str, str] = {}  # layer -> the name it has in the files
         users: dict[str, set[str]] = {}  # checkpoint tensor -> the model's parameters it feeds
         for name in model.state_dict():
-            for key in _keys_for(checkpoint, name):
+            for key in checkpoint.keys_for(name):
                 users.setdefault(key, set()).add(name)
-        fused = sorted(name for name, source in checkpoint._sources().items() if source.converter is not None)
+        fused = checkpoint.converted()
         if fused and not exporter.dense_experts:
             raise ValueError(
                 f"{exporter.name} cannot hold this model: transformers does not read dense experts ({fused[0]}, ...) "
@@ -146,7 +146,7 @@ class _Layout:
                 raise ValueError(
                     f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {expected}"
                 )
-            keys = _keys_for(checkpoint, own)
+            keys = checkpoint.keys_for(own)
             if len(keys) != 1 or not keys[0].endswith(".weight"):
                 raise ValueError(
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
@@ -167,7 +167,7 @@ class _Layout:
             if key in replaced:
                 continue
             assert key not in taken, key
-            self.slots.append(_Slot(key, checkpoint.shape(key), checkpoint._entry(key).dtype, None, key))
+            self.slots.append(_Slot(key, checkpoint.shape(key), checkpoint.stored_dtype(key), None, key))
 
     def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The checkpoint's config.json, with our quantization_config and the dtype of training."""
@@ -181,12 +181,6 @@ class _Layout:
             config["tie_word_embeddings"] = False
         config["quantization_config"] = self.exporter.model_config(self.layers, self.skipped)
         return config
-
-
-def _keys_for(checkpoint: Checkpoint, parameter: str) -> list[str]:
-    """The checkpoint's tensors that make a parameter of the model; empty when there are none."""
-    source = checkpoint._sources().get(parameter)
-    return [key for key, _ in source.keys] if source else []
 
 
 def _shape_of(model: nn.Module, layer: str) -> tuple[int, ...]:
