@@ -21,7 +21,6 @@ from lowbit_ft.recipe_machine import (
     Problems,
     check_data,
     check_device,
-    check_eval,
     check_output,
     check_train,
     near_names,
@@ -378,6 +377,5 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "data"), check_chat),
     ((), check_data),
     (("train", "data"), check_train),
-    (("eval",), check_eval),
     (("output",), check_output),
 )

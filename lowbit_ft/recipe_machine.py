@@ -98,15 +98,6 @@ def check_train(r: Any) -> Problems:
             )
 
 
-def check_eval(r: Any) -> Problems:
-    """lm-eval tasks need the package."""
-    if r.eval.tasks and importlib.util.find_spec("lm_eval") is None:
-        yield Problem(
-            ("eval", "tasks"),
-            f"got {r.eval.tasks!r}, but lm-eval is not installed; run pip install 'lowbit-ft[eval]'",
-        )
-
-
 def check_device(r: Any) -> Problems:
     """dtype, attention and device against this machine."""
     import torch

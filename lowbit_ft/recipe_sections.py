@@ -289,7 +289,6 @@ class EvalSection(Section):
         default=True,
         description="also the KL divergence to the full-precision model, which is loaded again for it",
     )
-    tasks: list[str] = Field(default=[], description="lm-eval task names (extra: eval)")
     generate: list[str] = Field(default=[], description="prompts answered before and after training")
     max_new_tokens: Count = Field(default=48, description="tokens per answer")
 
