@@ -27,9 +27,9 @@ from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import adapted_layers, attach, begin_step, packed_layers
-from lowbit_ft.checkpoint import write_text
 from lowbit_ft.data import Batches, Example, Examples
 from lowbit_ft.evaluate import Reference, evaluate
+from lowbit_ft.files import write_text
 from lowbit_ft.grid import PackedWeight
 from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint, load_tokenizer
@@ -53,6 +53,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
     p.add_argument("--symmetry", nargs="+", default=["sym", "asym"], choices=["sym", "asym"])
     p.add_argument("--start", default="gptq", help="calibrator that trained methods on integer grids start from")
+    p.add_argument("--plane-start", default="alternating", help="calibrator of the sign planes of alpha_tuning")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8, help="windows per step")
@@ -107,7 +108,7 @@ class Bench:
     def run(self, method: str, bits: int, group: int, symmetric: bool, seed: int) -> dict[str, float]:
         binary = method == "alpha_tuning"
         calibrate = {"rtn": "absmax" if symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
-            method, "greedy" if binary else self.o.start
+            method, self.o.plane_start if binary else self.o.start
         )
         quant = QuantSection.model_validate({
             "grid": "binary" if binary else "integer", "bits": bits, "group_size": group, "symmetric": symmetric,
@@ -135,10 +136,12 @@ class Bench:
         )  # fmt: skip
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            train(
+            result = train(
                 model, Batches(Examples(self.train), self.o.batch, 0, seed=seed), None, section, folder,
                 on_step=lambda step: begin_step(model, step), console=Console(quiet=True),
             )  # fmt: skip
+        if result.stopped:
+            raise SystemExit("stopped by a signal; rows that are done are kept")
         seconds = time.perf_counter() - began
         trained = self.perplexity(model)
         row = {"start": start, "trained": trained, "perplexity": trained, "seconds": seconds}
@@ -200,7 +203,7 @@ def main() -> None:
                     fact = {
                         "method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "seed": seed, "steps": o.steps,
                         "note": o.note, "learning_rate": o.learning_rate, "scale_learning_rate": o.scale_learning_rate,
-                        "start_calibrator": o.start, "options": o.set,
+                        "start_calibrator": o.plane_start if method == "alpha_tuning" else o.start, "options": o.set,
                     }  # fmt: skip
                     if key_of(fact) in done:
                         continue

@@ -30,4 +30,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 register()

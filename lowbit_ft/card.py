@@ -4,14 +4,43 @@ from pathlib import Path
 
 from .evaluate import EvalRow
 from .export import EXPORTERS
+from .grid import IntGrid
 from .recipe import Recipe
+
+
+def serve_line(recipe: Recipe, format: str, folder: Path) -> str:
+    """How to use the folder, for the console. vLLM serves asymmetric grids at 4 and 8 bit only."""
+    grid = recipe.adapter.shipped(recipe.quant.grid_for(""))
+    if format == "compressed-tensors" and isinstance(grid, IntGrid) and not grid.symmetric and grid.bits < 4:
+        return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") (vLLM has no asymmetric {grid.bits} bit yet)'
+    return f"serve it: {EXPORTERS[format].serve(str(folder))}"
+
+
+USE = {
+    "native": """The layers stay packed in memory. `lowbit_ft` must be imported: without it transformers does not know the format and
+would start from random weights.
+
+```python
+import lowbit_ft
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```""",
+    "compressed-tensors": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install compressed-tensors
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```""",
+}
 
 
 def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:
     """Markdown with the hub's front matter. rows: the measured table; empty before it was measured."""
     grid = recipe.adapter.shipped(recipe.quant.grid_for(""))
     base = recipe.model.path
-    front = ["---", "library_name: transformers", "tags: [lowbit_ft, quantized, qat]"]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lowbit_ft, quantized, qat]"]
     if not Path(base).exists():
         front.insert(1, f"base_model: {base}")
     lines = [
@@ -24,10 +53,14 @@ def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:
         if recipe.adapter.exact_merge
         else "The adapter was trained beside the quantizer, so merging it rounded the weights once more.",
         "",
-        f"Format: `{format}`. Serve it:",
+        f"## Use (format `{format}`)",
+        "",
+        USE[format],
+        "",
+        "From a shell, where PATH is this folder or its hub id:",
         "",
         "```",
-        EXPORTERS[format].serve("."),
+        EXPORTERS[format].serve("PATH"),
         "```",
         "",
     ]

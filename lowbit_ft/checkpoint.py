@@ -1,28 +1,23 @@
 """Checkpoints that a killed run can trust.
 
-    checkpoints/step-00000100/ adapter.safetensors     the trained tensors, by parameter name
-    optimizer.safetensors   "<parameter>/<key>" of the optimizer, and the generators' states as bytes
-    ("rng/...") state.json              step, data position, numbers of the optimizer, best validation loss,
-    what it belongs to manifest.json           sha256 and size of each of the above
+    checkpoints/step-00000100/
+        adapter.safetensors     the trained tensors, by parameter name
+        optimizer.safetensors   "<parameter>/<key>" of the optimizer, and the generators' states ("rng/...")
+        state.json              step, data position, best validation loss, what it belongs to
+        manifest.json           sha256 and size of each of the above
 
-Written to a folder whose name starts with ".tmp-", each file and the folder fsynced, then renamed: a
-checkpoint under its own name is complete, whenever the process or the machine died. Removed the same way
-round (renamed, then deleted). Read only after every hash agrees; one that does not is renamed to
-"step-...corrupt", said so, and the one before it is used. Nothing here is a pickle: tensors are
-safetensors, the rest is JSON.
+Written aside and renamed whole (files.py): a checkpoint under its own name is complete, whenever the process
+or the machine died, and an old one that goes is renamed before it is deleted. Read only after every hash
+agrees; one that does not is renamed to "step-...corrupt", said so, and the one before it is used. Nothing
+here is a pickle: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +26,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lowbit_ft.files import file_entry, recover_all, remove_folder, staged_folder
 
 FORMAT = 1
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
@@ -84,24 +81,21 @@ class Checkpoints:
         """Write the checkpoint of `step`, then remove old ones: the newest `keep` and the one of step
         `best` stay.
         """
-        with new_folder(self.path(step)) as temporary:
-            save_file(adapter, temporary / ADAPTER)
-            save_file(optimizer, temporary / OPTIMIZER)
-            (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-            files = {name: _hash(temporary / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+        with staged_folder(self.path(step)) as stage:
+            save_file(adapter, stage / ADAPTER)
+            save_file(optimizer, stage / OPTIMIZER)
+            (stage / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+            files = {name: file_entry(stage / name) for name in (ADAPTER, OPTIMIZER, STATE)}
             manifest = {"format": FORMAT, "step": step, "files": files}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (stage / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for old in self.steps()[: -self.keep]:
             if old != best:
-                _remove(self.path(old))
+                remove_folder(self.path(old))
         return self.path(step)
 
-    def clean(self) -> list[Path]:
-        """Remove temporary folders that a killed run left; returns them."""
-        left = sorted(self.folder.glob(".tmp-*")) if self.folder.is_dir() else []
-        for path in left:
-            shutil.rmtree(path, ignore_errors=True)
-        return left
+    def clean(self) -> None:
+        """Settle what a killed run left half written or half deleted."""
+        recover_all(self.folder)
 
     def problem(self, step: int) -> str | None:
         """Why the checkpoint of `step` cannot be trusted, or None. Reads and hashes all of it."""
@@ -111,7 +105,7 @@ class Checkpoints:
             if manifest["format"] != FORMAT:
                 return f"{path / MANIFEST}: format {manifest['format']!r}; this version reads {FORMAT}"
             for name in (ADAPTER, OPTIMIZER, STATE):
-                expected, found = manifest["files"][name], _hash(path / name)
+                expected, found = manifest["files"][name], file_entry(path / name)
                 if found["bytes"] != expected["bytes"]:
                     return f"{path / name}: expected {expected['bytes']} bytes, has {found['bytes']}"
                 if found["sha256"] != expected["sha256"]:
@@ -148,38 +142,6 @@ class Checkpoints:
         return None
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes `target` when the block ends without an error.
-
-    Files are fsynced, then the folder is renamed over; a `target` that was there is replaced. On an error the
-    temporary folder is removed and `target` is untouched.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _free_name(target.parent / f".tmp-{target.name}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        if target.exists():
-            _remove(target)
-        temporary.rename(target)
-        _fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def write_text(target: Path, text: str) -> None:
-    """Replace the file `target` by `text`, atomically."""
-    temporary = _free_name(target.parent / f".tmp-{target.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    temporary.replace(target)
-    _fsync(target.parent)
-
-
 def rng_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State of this process's generators: ({"cpu": uint8 [n], "cuda": uint8 [n]}, python's and numpy's as
     JSON).
@@ -202,26 +164,6 @@ def set_rng_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: t
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-def _hash(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder; renamed first, so that half of one never stands under a good name."""
-    doomed = _free_name(path.parent / f".tmp-old-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _free_name(path: Path) -> Path:

@@ -60,7 +60,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Pack the base model into the run folder (base/), which other runs can use again."""
+    """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
     from lowbit_ft import pipeline
 
     pipeline.quantize(_load(recipe, overrides))
@@ -118,11 +118,12 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")
     ] = 128,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Answer a prompt."""
     from lowbit_ft import pipeline
 
-    answer = pipeline.generate(_folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens)
+    answer = pipeline.generate(_folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device)
     if answer is not None:
         typer.echo(answer)
 
@@ -132,7 +133,7 @@ def report(run_dir: RunFolder) -> None:
     """Write report.html of a run again."""
     from lowbit_ft import pipeline
 
-    pipeline.report(_folder(run_dir))
+    typer.echo(pipeline.report(_folder(run_dir)))
 
 
 @app.command()
@@ -193,6 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"error: {_message(error)}", err=True)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "RunStopped":  # by name: importing the pipeline here would slow every --help
+            raise
+        typer.echo(str(error), err=True)
+        sys.exit(130)
 
 
 def _message(error: Exception) -> str:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lowbit_ft.tensorfile import CheckpointError
+from lowbit_ft.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
 
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*\.safetensors")
@@ -75,6 +75,28 @@ def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
         hint = f" (there is {', '.join(others[:3])}: an adapter, or a renamed file?)" if others else ""
         problems.append(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}")
     return {}
+
+
+def tensor_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """(where every tensor of a model folder lies, what is wrong with its weight files), from the headers alone."""
+    entries: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for shard, expected in shards_of(folder, problems).items():
+        try:
+            path = contained_file(folder, shard)
+            start, header = parse_header(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if missing := sorted(set(expected) - set(header)):
+            problems.append(
+                f"{path}: lacks {len(missing)} tensors that the index puts here, such as {missing[0]!r}"
+            )
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            entries[name] = TensorEntry(path, dtype, shape, start + begin, end - begin)
+    return entries, problems
 
 
 def locate(source: str, revision: str | None) -> tuple[Path, str | None]:

@@ -29,14 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_ft.hub import contained_file, locate, shards_of
+from lowbit_ft.hub import locate, tensor_entries
 from lowbit_ft.load_names import Source, weight_sources
 from lowbit_ft.tensorfile import (
-    DTYPES,
     CheckpointError,
     TensorEntry,
     is_finite,
-    parse_header,
     pieces,
     read_header,
 )
@@ -247,23 +245,8 @@ class Checkpoint:
                 f"{folder / 'config.json'}: this checkpoint is already quantized ({method}); "
                 "start from the full-precision one it was made from"
             )
-        entries: dict[str, TensorEntry] = {}
-        listed = shards_of(folder, problems)
-        for shard, expected in listed.items():
-            try:
-                path = contained_file(folder, shard)
-                start, header = parse_header(path)
-            except CheckpointError as error:
-                problems.append(str(error))
-                continue
-            if missing := sorted(set(expected) - set(header)):
-                problems.append(
-                    f"{path}: lacks {len(missing)} tensors that the index puts here, such as {missing[0]!r}"
-                )
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-                entries[name] = TensorEntry(path, dtype, shape, start + begin, end - begin)
+        entries, found = tensor_entries(folder)
+        problems += found
         return entries
 
     def _sources(self) -> dict[str, Source]:

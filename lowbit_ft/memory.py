@@ -5,10 +5,9 @@ the peak of the whole process is what can be told.
 """
 
 import ctypes
-import resource
-import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -33,7 +32,12 @@ def peak_gb(device: torch.device) -> float:
                 return int(line.split()[1]) * 1024 / 1e9
     except OSError:
         pass
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, kilobytes elsewhere
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil has the peak
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 1e9
+    unit = 1 if psutil.MACOS else 1024  # ru_maxrss is bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 

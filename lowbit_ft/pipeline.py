@@ -4,77 +4,73 @@
 name. A stage reads what the one before left in the run folder (rundir.py), so a run that was stopped goes on where it was:
 base/ is reused when it is this very base, training resumes from its newest valid checkpoint, later stages are done again.
 
-Under torchrun every process trains; only the main one packs, writes, merges and evaluates.
+Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
+the trained one is measured and let go before merged/ and the export are read back.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from . import merge as merging
 from . import report as report_page
 from .adapters.lora import Lora
 from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
-from .card import model_card
-from .data import Batches, Examples, keeps_segments_apart, load_examples
+from .card import model_card, serve_line
+from .data import Examples, load_examples
 from .evaluate import EvalRow, Reference, table
 from .evaluate import evaluate as measure
 from .export import EXPORTERS
+from .export.folder import check_files, read_manifest
 from .export.reader import load_exported, read_weights
 from .export.verify import verify as verify_export
-from .export.writer import replace_file, write_model
+from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
-from .load import Checkpoint, load_tokenizer
-from .processes import join, main_process_first, rank, world
+from .memory import release_freed
+from .processes import main_process_first
 from .quantize import quantize as quantize_model
-from .recipe import DataSource, Recipe
-from .rundir import RunDir
+from .recipe import Recipe
+from .session import (
+    Session,
+    adapters_off,
+    base_key,
+    batches,
+    calibration_batches,
+    eval_batches,
+    load_packed,
+    reader_device,
+    resume,
+    start,
+    valid_batches,
+)
 from .train import train as train_model
 from .walk import Batch
 
 
-@dataclass
-class Session:
-    """What every stage needs: the recipe, its run folder, the checkpoint and its tokenizer, and where to compute."""
-
-    recipe: Recipe
-    run: RunDir
-    checkpoint: Checkpoint
-    tokenizer: Any
-    device: torch.device
-    console: Console
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.recipe.model.dtype)
-
-    def say(self, text: object) -> None:
-        if self.run.main:
-            self.console.print(str(text), highlight=False, soft_wrap=True, markup=False)
+class RunStopped(Exception):
+    """A signal stopped training; everything is saved and the same command goes on."""
 
 
 def run(recipe: Recipe) -> Path:
-    """The whole line. Returns the folder of the model to serve."""
+    """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
     session = start(recipe)
+    examples = read_data(session)
     model = quantize_stage(session)
-    stopped = train_stage(session, model)
-    if stopped or not session.run.main:
+    train_stage(session, model, examples)
+    if not session.run.main:
         return session.run.path
     merge_stage(session, model)
+    measured = measure_trained(session, model)
+    del model
     folder = export_stage(session, recipe.export.format)
-    evaluate_stage(session, model)
-    page = report_page.write_report(session.run.path)
-    session.say(f"report: {page}")
-    session.say(f"serve it: {EXPORTERS[recipe.export.format].serve(str(folder))}")
+    measure_shipped(session, measured)
+    session.say(f"report: {report_page.write_report(session.run.path)}")
+    session.say(serve_line(recipe, recipe.export.format, folder))
     return folder
 
 
@@ -88,21 +84,33 @@ def quantize(recipe: Recipe) -> Path:
 def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
     session = start(recipe)
+    examples = read_data(session)
     model = quantize_stage(session)
-    if not train_stage(session, model) and session.run.main:
+    train_stage(session, model, examples)
+    if session.run.main:
         merge_stage(session, model)
     return session.run / "merged"
 
 
 def merge(run_dir: Path) -> Path:
-    """Merge base/ and adapter/ again and compare with what training merged: codes that differ are counted and named."""
+    """Merge base/ and adapter/; where merged/ is there already, compare with it instead.
+
+    ValueError when it differs from what training wrote on this kind of device. Another kind may round ties differently: then the
+    codes that differ are counted, and merged/ stays the one that was trained.
+    """
     session = resume(run_dir)
     model = trained_model(session)
-    if (session.run / "merged").is_dir():
-        session.say(merging.verify_merge(model, session.run / "merged"))
-    else:
+    folder = session.run / "merged"
+    if not folder.is_dir():
         merge_stage(session, model)
-    return session.run / "merged"
+        return folder
+    check_files(folder)
+    report = merging.verify_merge(model, folder)
+    trained_on = str(session.run.read_json("environment.json", {}).get("device", session.device))
+    if not report.exact and torch.device(trained_on).type == session.device.type:
+        raise ValueError(f"{folder} is not what base/ and adapter/ merge to:\n{report}")
+    session.say(report)
+    return folder
 
 
 def export(run_dir: Path, format: str | None = None) -> Path:
@@ -111,29 +119,35 @@ def export(run_dir: Path, format: str | None = None) -> Path:
     name = format or session.recipe.export.format
     if name not in EXPORTERS:
         raise ValueError(f"format: got {name!r}; allowed are {', '.join(EXPORTERS)}")
+    if not (session.run / "merged").is_dir():
+        raise ValueError(f"{run_dir} has no merged model yet; run `lowbit-ft train` on its recipe first")
     folder = export_stage(session, name)
-    session.say(f"serve it: {EXPORTERS[name].serve(str(folder))}")
+    session.say(f"{name}: {folder}")
+    session.say(serve_line(session.recipe, name, folder))
     return folder
 
 
 def verify(folder: Path) -> None:
     """Compare an exported folder of a run with the merged weights next to it. ValueError when anything differs."""
-    session = resume(folder.parent)
+    session = resume(folder.resolve().parent)
     check_export(session, folder)
 
 
 def evaluate(run_dir: Path) -> list[EvalRow]:
     """The table of all stages again, and the samples."""
     session = resume(run_dir)
-    return evaluate_stage(session, trained_model(session))
+    measured = measure_trained(session, trained_model(session))
+    return measure_shipped(session, measured)
 
 
-def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
-    """Answer one prompt with an exported model, or with a run's export."""
+def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str = "auto") -> str:
+    """Answer one prompt with an exported model, or with a run's export. device: auto, cpu or cuda."""
     if (folder / "recipe.yaml").is_file():
         exported = folder / "exported"
         folder = exported if exported.is_dir() else folder / "merged"
-    return answer(folder, [prompt], max_new_tokens=max_new_tokens)[0]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return answer(folder, [prompt], max_new_tokens=max_new_tokens, device=device)[0]
 
 
 def report(run_dir: Path) -> Path:
@@ -144,67 +158,52 @@ def report(run_dir: Path) -> Path:
 # ------------------------------------------------------------------------------------------------ the stages
 
 
-def start(recipe: Recipe) -> Session:
-    """Open the checkpoint and the run folder; nothing is loaded yet."""
-    device = pick_device(recipe)
-    main = join(device)
-    checkpoint = Checkpoint.open(recipe.model.path, recipe.model.revision, recipe.model.dtype)
-    run_dir = RunDir.start(recipe, main)
-    session = Session(recipe, run_dir, checkpoint, load_tokenizer(checkpoint), device, Console())
-    session.say(f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, {recipe.model.dtype}")
-    return session
-
-
-def resume(run_dir: Path) -> Session:
-    """The session of a run that is there."""
-    return start(RunDir(run_dir).recipe().model_copy(update={"output": Path(run_dir)}))
-
-
 def quantize_stage(session: Session) -> Any:
     """The packed model: from base/ when it was made from this checkpoint with these settings, else packed now and kept."""
     recipe, run_dir = session.recipe, session.run
-    key = base_key(session)
-    with run_dir.stage("quantize", session.device), main_process_first():
-        if run_dir.read_json("base.json", {}).get("key") == key:
-            session.say(f"base: reusing {run_dir / 'base'}")
-            return load_packed(run_dir / "base", session)
+    key, folder = base_key(session), run_dir / "base"
+    with run_dir.stage("quantize", session.device, resumable=True), main_process_first():
+        stored = run_dir.read_json("base.json", {})
+        if stored.get("key") == key and folder.is_dir():
+            try:
+                check_files(folder)
+                session.say(f"base: reusing {folder}")
+                return load_packed(folder, session)
+            except ValueError as error:
+                session.say(f"base: {error}\nbase: packing it again")
+                shutil.rmtree(folder)
         model, rows = quantize_model(
             session.checkpoint, recipe.quant, device=session.device, dtype=session.dtype,
             attention=recipe.model.attention, calibration=lambda: calibration_batches(session),
         )  # fmt: skip
         session.say(rows)
         run_dir.write_json("quant.json", rows.to_json())
-        write_model(run_dir / "base", session.checkpoint, merging.base_weights(model), EXPORTERS["native"])
+        write_model(folder, session.checkpoint, merging.base_weights(model), EXPORTERS["native"])
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
     return model
 
 
-def calibration_batches(session: Session) -> list[Batch]:
-    """Token windows for gptq: quant.calibration.path, or the training rows."""
-    recipe, wanted = session.recipe, session.recipe.quant.calibration
-    source = recipe.data.train
-    if wanted.path is not None:
-        kind = "text" if Path(wanted.path).suffix == ".txt" else recipe.data.train.format
-        source = DataSource(path=wanted.path, format=kind)
-    section = recipe.data.model_copy(update={"sequence_len": wanted.sequence_len, "train_on": "all", "streaming": False})
-    windows = load_examples(source, section, session.tokenizer, seed=recipe.train.seed)
-    count = min(wanted.samples, len(windows))
-    size = max(1, 4096 // wanted.sequence_len)
-    batches = Batches(windows, size, pad_id(session), recipe.train.seed)
-    return [without_labels(next(batches)) for _ in range(-(-count // size))]
+def read_data(session: Session) -> Examples:
+    """The training windows. Before anything is quantized: a malformed row should not cost the hours that came before it."""
+    recipe = session.recipe
+    examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
+    session.say(f"data: {examples.report}")
+    if recipe.data.valid is not None:
+        load_examples(recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer)
+    return examples
 
 
-def train_stage(session: Session, model: Any) -> bool:
-    """Attach and train; writes adapter/. True when a signal stopped it before the end (start the same command to go on)."""
+def train_stage(session: Session, model: Any, examples: Examples) -> None:
+    """Attach and train; writes adapter/. RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
     rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.weight_for(f"{layer}.weight", dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
-    examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
-    session.say(f"data: {examples.report}")
+    # Before hours of training, not after: can the format hold what this will become?
+    check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
-    with run_dir.stage("train", session.device):
+    with run_dir.stage("train", session.device, resumable=True):
         result = train_model(
             model,
             batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
@@ -214,22 +213,22 @@ def train_stage(session: Session, model: Any) -> bool:
             meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
             resume=True,
             on_step=lambda step: begin_step(model, step),
+            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             console=session.console,
         )
     if result.stopped:
-        session.say(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
-        return True
-    begin_step(model, result.steps)
+        raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
     if run_dir.main:
         write_adapter(run_dir / "adapter", model, recipe.adapter, digest, run_dir / "base")
-    return False
 
 
 def merge_stage(session: Session, model: Any) -> None:
     """merged/: the codes and scales of the last forward, on the device that trained them; and what training moved."""
     with session.run.stage("merge", session.device):
-        merging.merge(model, session.checkpoint, session.run / "merged", extra_files=card(session, "native"))
-        session.run.write_json("moved.json", merging.moved(model))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="lora: the merge rounds again")  # said below, with its size
+            merging.merge(model, session.checkpoint, session.run / "merged", extra_files=card(session, "native"))
+            session.run.write_json("moved.json", merging.moved(model))
         losses = [layer.adapter.rounding_loss for _, layer in adapted_layers(model) if isinstance(layer.adapter, Lora)]
         if losses:
             mean = sum(loss or 0.0 for loss in losses) / len(losses)
@@ -237,7 +236,8 @@ def merge_stage(session: Session, model: Any) -> None:
 
 
 def export_stage(session: Session, name: str) -> Path:
-    """exported/: the merged integers in the format of a server, reloaded through its reader and compared."""
+    """exported/: the merged integers in the format of a server, reloaded through its reader and compared. The native format is
+    merged/ itself."""
     folder = session.run / ("merged" if name == "native" else "exported")
     with session.run.stage("export", session.device):
         if name != "native":
@@ -251,55 +251,71 @@ def export_stage(session: Session, name: str) -> Path:
 def check_export(session: Session, folder: Path) -> None:
     """Compare a folder with merged/, through the format's own reader: files, codes, scales, weights, logits."""
     merged = session.run / "merged"
-    packed = load_packed(merged, session)
+    device = reader_device(folder, session)
     session.say(
-        verify_export(folder, read_weights(merged), model=packed, dtype=session.dtype, device=str(session.device))
+        verify_export(
+            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device
+        )
     )
+    release_freed()
 
 
-def evaluate_stage(session: Session, model: Any) -> list[EvalRow]:
-    """One table for base, quantized, trained, merged and exported; then answers before and after."""
-    recipe, run_dir = session.recipe, session.run
-    rows: list[EvalRow] = []
-    with run_dir.stage("evaluate", session.device):
+@dataclass
+class Measured:
+    """The rows so far, with what the next ones are measured on."""
+
+    rows: list[EvalRow] = field(default_factory=list)
+    data: list[Batch] = field(default_factory=list)
+    reference: Reference | None = None
+
+
+def measure_trained(session: Session, model: Any) -> Measured:
+    """Rows base, quantized and trained, and the recipe's prompts answered before and after."""
+    recipe, done = session.recipe, Measured()
+    with session.run.stage("evaluate", session.device):
         if recipe.eval.perplexity:
-            data = eval_batches(session, model)
-            reference = None
+            done.data = eval_batches(session, model)
             if recipe.eval.kl:
-                reference = Reference(
-                    session.checkpoint, data, attention=recipe.model.attention, device=session.device, dtype=session.dtype
+                done.reference = Reference(
+                    session.checkpoint, done.data, attention=recipe.model.attention, device=session.device, dtype=session.dtype
                 )
-                rows.append(reference.row())
+                done.rows.append(done.reference.row())
             with adapters_off(model):
-                rows.append(measure(model, data, "quantized", reference))
-            rows.append(measure(model, data, "trained", reference))
-            for stage in ("merged", "exported"):
-                if (run_dir / stage).is_dir():
-                    loaded = load_packed(run_dir / stage, session)
-                    rows.append(measure(loaded, data, stage, reference))
-                    del loaded
-            run_dir.write_json("evaluation.json", {
-                "rows": [row.to_json() for row in rows], "windows": sum(len(b["labels"]) for b in data), "window": recipe.eval.window,
-            })  # fmt: skip
-            session.say(table(rows))
-            for stage, format in (("merged", "native"), ("exported", recipe.export.format)):
-                if (run_dir / stage).is_dir():
-                    replace_file(run_dir / stage, "README.md", model_card(recipe, format, rows))
-        if recipe.eval.generate:
-            run_dir.write_json("samples.json", samples(session, model))
-    return rows
+                done.rows.append(measure(model, done.data, "quantized", done.reference))
+            done.rows.append(measure(model, done.data, "trained", done.reference))
+        if prompts := recipe.eval.generate:
+            options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
+            with adapters_off(model):
+                before = answer(model, prompts, **options)
+            after = answer(model, prompts, **options)
+            samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
+            session.run.write_json("samples.json", samples)
+    return done
 
 
-def samples(session: Session, model: Any) -> list[dict[str, str]]:
-    """The recipe's prompts answered by the quantized base and by the trained model."""
-    prompts, tokens = session.recipe.eval.generate, session.recipe.eval.max_new_tokens
-    with adapters_off(model):
-        before = answer(model, prompts, max_new_tokens=tokens, tokenizer=session.tokenizer)
-    after = answer(model, prompts, max_new_tokens=tokens, tokenizer=session.tokenizer)
-    return [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------ small things
+def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
+    """Rows merged and exported, each read back from its folder; the table, into evaluation.json and the model cards."""
+    recipe, run_dir = session.recipe, session.run
+    if not done.data:
+        return []
+    folders = {"merged": "native"}
+    if (run_dir / "exported").is_dir() and recipe.export.format != "native":
+        folders["exported"] = read_manifest(run_dir / "exported")["format"]
+    with run_dir.stage("evaluate", session.device, resumable=True):
+        for stage in folders:
+            folder = run_dir / stage
+            model = load_exported(
+                folder, dtype=session.dtype, device=reader_device(folder, session), attention=recipe.model.attention
+            )
+            done.rows.append(measure(model, done.data, stage, done.reference))
+            del model
+    run_dir.write_json("evaluation.json", {
+        "rows": [row.to_json() for row in done.rows], "windows": sum(len(b["labels"]) for b in done.data), "window": recipe.eval.window,
+    })  # fmt: skip
+    session.say(table(done.rows))
+    for stage, format in folders.items():
+        replace_file(run_dir / stage, "README.md", model_card(recipe, format, done.rows))
+    return done.rows
 
 
 def trained_model(session: Session) -> Any:
@@ -310,91 +326,13 @@ def trained_model(session: Session) -> Any:
     model = load_packed(run_dir / "base", session)
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
-    attach(model, config, lambda layer: session.checkpoint.weight_for(f"{layer}.weight", dtype=torch.float32))
+    # The start does not matter, every tensor is about to be replaced.
+    attach(model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config)
     load_adapter_state(model, state)
-    begin_step(model, 1 << 62)  # past any warm-up
     return model.eval()
 
 
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """The quantized base alone."""
-    held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
-    for layer, _ in held:
-        layer.adapter = None
-    try:
-        yield
-    finally:
-        for layer, adapter in held:
-            layer.adapter = adapter
-
-
 def card(session: Session, format: str) -> dict[str, str]:
-    """README.md as it stands before the measurements."""
-    return {"README.md": model_card(session.recipe, format, [])}
-
-
-def base_key(session: Session) -> str:
-    """What the base is made of: the checkpoint's files and the quant section."""
-    facts = {
-        "quant": session.recipe.quant.model_dump(mode="json"),
-        "files": session.checkpoint.fingerprint(),
-        "calibration": session.recipe.data.train.model_dump(mode="json") if session.recipe.quant.calibrate == "gptq" else None,
-        "seed": session.recipe.train.seed if session.recipe.quant.calibrate == "gptq" else None,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def load_packed(folder: Path, session: Session) -> Any:
-    """A folder of any of our formats through its reader, on the session's device and in its dtype."""
-    return load_exported(
-        folder, dtype=session.dtype, device=str(session.device), attention=session.recipe.model.attention
-    )
-
-
-def batches(session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, evaluating: bool = False) -> Batches:
-    """Micro-batches for this process; with an explicit mask where the model does not keep packed segments apart by itself."""
-    packed_apart = keeps_segments_apart(model, size)
-    return Batches(
-        examples, size, pad_id(session), session.recipe.train.seed, rank=0 if evaluating else rank(), world=1 if evaluating else world(),
-        shuffle=shuffle, mask_dtype=None if packed_apart else session.dtype,
-    )  # fmt: skip
-
-
-def valid_batches(session: Session, model: Any) -> Batches | None:
-    """data.valid for the losses during training; None when the recipe has none."""
-    data = session.recipe.data
-    if data.valid is None:
-        return None
-    examples = load_examples(data.valid, data.model_copy(update={"streaming": False}), session.tokenizer)
-    return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
-
-
-def eval_batches(session: Session, model: Any) -> list[Batch]:
-    """The windows of the table: eval.data, or data.valid, or the training rows; at most eval.windows of eval.window tokens."""
-    recipe = session.recipe
-    source = recipe.eval.data or recipe.data.valid or recipe.data.train
-    section = recipe.data.model_copy(update={"sequence_len": recipe.eval.window, "streaming": False})
-    examples = load_examples(source, section, session.tokenizer)
-    chosen = Examples(examples[: recipe.eval.windows])
-    size = max(1, min(len(chosen), 4096 // recipe.eval.window))
-    return list(batches(session, model, chosen, size, shuffle=False, evaluating=True).one_epoch())
-
-
-def pad_id(session: Session) -> int:
-    """The tokenizer's padding token; pads are never targets, so the end-of-text token or 0 does as well."""
-    return next((i for i in (session.tokenizer.pad_token_id, session.tokenizer.eos_token_id) if i is not None), 0)
-
-
-def without_labels(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """auto is the GPU when there is one; under torchrun each process takes its own."""
-    wanted = recipe.model.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("model.device: cuda, but torch sees no GPU here; set model.device: cpu (or auto)")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" else "cpu")
+    """README.md with the table as far as it has been measured."""
+    rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
+    return {"README.md": model_card(session.recipe, format, rows)}

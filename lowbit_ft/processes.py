@@ -6,6 +6,7 @@ One process is the ordinary case and none of this then does anything. torchrun s
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -24,7 +25,8 @@ def world() -> int:
 def join(device: torch.device) -> bool:
     """Start the process group when there are several; True on the main process, the only one that writes."""
     if world() > 1:
-        PartialState(cpu=device.type == "cpu")
+        # The others wait while the main process quantizes, which takes longer than NCCL's ten minutes on a large model.
+        PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=24))
     return rank() == 0
 
 

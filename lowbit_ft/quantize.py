@@ -109,6 +109,7 @@ def quantize(
     device, dtype = torch.device(device), dtype or checkpoint.dtype
     model = checkpoint.empty_model(attention)
     targets, rows = plan_layers(model, quant)
+    check_shapes(checkpoint, targets)
     calibrator = CALIBRATORS[quant.calibrate]
     stats = Stats(p=quant.mse_p, damping=quant.calibration.damping)
     tell = progress or (lambda name: None)
@@ -151,26 +152,48 @@ def quantize(
     return model.eval(), QuantTable(rows)
 
 
+def check_shapes(checkpoint: Checkpoint, targets: dict[str, nn.Linear]) -> None:
+    """ValueError for every layer whose tensor in the files has not the shape that config.json gives the layer."""
+    problems = []
+    for name, linear in targets.items():
+        for key in checkpoint.keys_for(f"{name}.weight"):
+            found, wanted = checkpoint.shape(key), tuple(linear.weight.shape)
+            if len(checkpoint.keys_for(f"{name}.weight")) == 1 and found != wanted:
+                problems.append(f"{checkpoint.file(key)}: {key} has shape {list(found)}; config.json makes it {list(wanted)}")
+    if problems:
+        raise ValueError("\n".join([*problems, "the files and config.json do not belong together: get this checkpoint again"]))
+
+
 def _hessians(walk: LayerWalk, index: int, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer; those with one input share one sum."""
+    """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer. Linears that are given one and the same
+    tensor (q, k and v; gate and up) share one sum."""
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(linears, 0)
+    owner: dict[str, str] = {}  # linear -> the one whose sum it shares
+    given: dict[str, Tensor] = {}  # inputs of the forward that is running; held, so that none is freed and mistaken for another
     handles = []
     for name, linear in linears.items():
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], _name: str = name) -> None:
+            same = next((other for other, x in given.items() if x is args[0]), _name)
+            if owner.setdefault(_name, same) != same:
+                raise ValueError(f"gptq: {_name} is given its input in changing ways; use calibrate: mse for this model")
+            given[_name] = args[0]
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             tokens[_name] += x.shape[0]
-            sums[_name] = sums[_name].addmm_(x.t(), x) if _name in sums else x.t() @ x
+            if same == _name:
+                sums[_name] = sums[_name].addmm_(x.t(), x) if _name in sums else x.t() @ x
 
         handles.append(linear.register_forward_pre_hook(hook))
-    walk.run(index)
+    walk.run(index, keep=lambda number, out: given.clear())
     for handle in handles:
         handle.remove()
     idle = [name for name in linears if not tokens[name]]
     if idle:
         raise ValueError(f"gptq: no calibration token reached {_some(idle)}; use calibrate: mse, or other calibration text")
-    return {name: total.div_(tokens[name]) for name, total in sums.items()}
+    for name, total in sums.items():
+        total.div_(tokens[name])
+    return {name: sums[owner[name]] for name in linears}
 
 
 def _row(name: str, weight: Tensor, base: Weight, grid: Grid, note: str) -> QuantRow:

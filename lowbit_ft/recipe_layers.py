@@ -99,8 +99,7 @@ def read_shapes(folder: Path) -> Shapes:
     Raises:
         ValueError: no config.json, no safetensors, a damaged header; the message names the file and the fix.
     """
-    from lowbit_ft.hub import contained_file, shards_of
-    from lowbit_ft.tensorfile import read_header
+    from lowbit_ft.hub import tensor_entries
 
     config_file = folder / "config.json"
     try:
@@ -112,15 +111,8 @@ def read_shapes(folder: Path) -> Shapes:
     if not isinstance(config, dict):
         raise ValueError(f"{config_file}: got a JSON {type(config).__name__}; allowed: an object")
 
-    problems: list[str] = []
-    shards = shards_of(folder, problems)
+    entries, problems = tensor_entries(folder)
     if problems:
         raise ValueError(problems[0])
-    tensors: dict[str, tuple[int, ...]] = {}
-    sizes: dict[str, int] = {}
-    for file in shards:
-        for name, entry in read_header(contained_file(folder, file)).items():
-            begin, end = entry["data_offsets"]
-            tensors[name] = tuple(entry["shape"])
-            sizes[name] = end - begin
-    return Shapes(folder, config, tensors, sizes)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()})

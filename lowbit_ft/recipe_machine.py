@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowbit_ft.files import visible_names
 from lowbit_ft.recipe_yaml import KeyPath, Problem, did_you_mean
 
 RUN_FILES = {
@@ -142,11 +143,7 @@ def check_output(r: Any) -> Problems:
     output = r.output
     if path_is(output, "dir"):
         try:
-            inside = sorted(
-                path.name
-                for path in output.iterdir()
-                if not path.name.startswith(".") and "tmp" not in path.name
-            )
+            inside = visible_names(output)
         except OSError as error:
             yield Problem(
                 ("output",),

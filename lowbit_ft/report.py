@@ -19,11 +19,11 @@ be read says so, and the rest of the page stands. Every text from a run is HTML-
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowbit_ft.files import write_text
 from lowbit_ft.report_files import STAGES, NotShown, RunFiles, points, values
 from lowbit_ft.report_html import (
     STYLE,
@@ -55,16 +55,7 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: not a run directory; give the `output` folder of a run")
     target = run_dir / REPORT
-    # Beside the target, flushed, renamed: a reader sees the old page or the new one, never half of it.
-    temporary = target.with_name(f".{REPORT}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(_page(RunFiles(run_dir)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(target, _page(RunFiles(run_dir)))
     return target
 
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import yaml
 
-from .checkpoint import write_text
+from .files import visible_names, write_text
 from .memory import peak_gb, reset_peak
 from .recipe import Recipe, load_recipe
 
-# Keys that may differ between two starts of one run: they change what is measured or kept, not what is trained.
-FREE = {"eval", "export"}
+# Keys that may differ between two starts of one run: they change where it lies and what is measured or kept, not what is trained.
+FREE = ("output", "eval", "export", "model.device", "train.trackers", "train.log_every", "train.save_every", "train.keep_checkpoints")
 
 
 class RunDir:
@@ -46,17 +46,18 @@ class RunDir:
             before = yaml.safe_load(stored.read_text()) or {}
             now = yaml.safe_load(recipe.to_yaml())
             changed = [key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)]
-            changed = sorted(key for key in changed if key.split(".")[0] not in FREE)
-            if changed:
+            changed = sorted(key for key in changed if not (f"{key}.").startswith(tuple(f"{free}." for free in FREE)))
+            # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is still the right one.
+            trained = (run / "adapter").exists() or any((run / "checkpoints").glob("step-*"))
+            if changed and trained:
                 raise ValueError(
                     f"{run.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
                     "Give this run another `output`, or remove that folder"
                 )
-        elif run.path.exists() and any(run.path.iterdir()):
+        elif run.path.exists() and visible_names(run.path) and not stored.exists():  # asked again: another process may make it
             raise ValueError(f"{run.path} is not empty and holds no run; give `output` a new folder")
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_text("recipe.yaml", recipe.to_yaml())
-        run.write_json("environment.json", environment())
         return run
 
     def recipe(self) -> Recipe:
@@ -78,14 +79,19 @@ class RunDir:
         return json.loads(path.read_text()) if path.is_file() else default
 
     @contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Time and peak memory of a stage, into stages.json (a stage run again replaces its line)."""
+    def stage(self, name: str, device: torch.device, resumable: bool = False) -> Iterator[None]:
+        """Time and peak memory of a stage, into stages.json. A stage run again replaces its line; a resumable one, which goes on
+        where it was, adds its time to it."""
         reset_peak(device)
         began = time.perf_counter()
         yield
         row = {"stage": name, "seconds": time.perf_counter() - began, "peak_memory_gb": peak_gb(device)}
-        rows = [r for r in self.read_json("stages.json", []) if r["stage"] != name]
-        self.write_json("stages.json", [*rows, row])
+        rows = self.read_json("stages.json", [])
+        before = next((r for r in rows if r["stage"] == name), None)
+        if before is not None and resumable:
+            row["seconds"] += before["seconds"]
+            row["peak_memory_gb"] = max(row["peak_memory_gb"], before["peak_memory_gb"])
+        self.write_json("stages.json", [*(r for r in rows if r["stage"] != name), row])
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

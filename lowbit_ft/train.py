@@ -12,7 +12,8 @@ rate (a function of the step), generators, data position. A step whose loss or g
 changes nothing but the position.
 
 The model is any module that returns `.logits` for input_ids, position_ids, use_cache=False (and
-attention_mask when the batch has one); what trains is what requires a gradient; only that is saved.
+attention_mask when the batch has one); what trains is what requires a gradient; only the modules that hold
+such a tensor are saved.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from rich.console import Console
 from torch import nn
 
 from lowbit_ft.losses import count_targets
+from lowbit_ft.memory import peak_gb
 from lowbit_ft.optim import lr_factor, set_learning_rates
-from lowbit_ft.train_log import TrainLog, memory_gb
+from lowbit_ft.train_log import TrainLog
 from lowbit_ft.train_run import Run
 from lowbit_ft.train_setup import StopSignal, TrainBatches, TrainError, ValidBatches, make_accelerator
 
@@ -67,17 +69,22 @@ def train(
     resume: bool = False,
     accelerator: Accelerator | None = None,
     on_step: Callable[[int], None] | None = None,
+    choose_after: int = 0,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `model` in place by a TrainSection; checkpoints and metrics.jsonl go to `run_dir`.
 
     meta: what the checkpoint belongs to (JSON-able, such as the base's digest); another one is refused on
     resume. resume: go on from the newest valid checkpoint, if there is one. on_step(step): called with the
-    0-based step before its forward. Raises TrainError, or ValueError from the section's names.
+    0-based step before its forward, and on resume with the last step done before its tensors are read: what
+    on_step keeps beside them is then as it was, what it writes to them is replaced. choose_after: steps of a
+    warm-up that trains another model than the one that ships (l4q's warmup_steps): evaluations up to that
+    step never become the best, the scale group waits until then, and the run must be longer. Raises
+    TrainError, or ValueError from the section's names.
     """
-    run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator)
+    run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after)
     try:
-        run.start(resume)
+        run.start(resume, on_step)
         stopped = _loop(run, batches, section, on_step, console)
         return _result(run, stopped)
     finally:
@@ -127,6 +134,7 @@ def _loop(
                     accelerator.backward(loss * (accelerator.num_processes / max(1, targets)))
                     loss_sum += loss.detach()
             loss = run.sum(loss_sum)[0] / max(1, targets)
+            run.drop_idle_gradients()
             norm = run.clip()
 
             # 4. The step, unless something is not a number.
@@ -141,7 +149,7 @@ def _loop(
             # 5. Tell.
             values = {"step": now.step, "skipped": bad} if bad else {
                 "step": now.step, "loss": loss, **rates, "grad_norm": norm, "tokens": now.tokens,
-                "tokens_per_s": tokens / seconds, "memory_gb": memory_gb(accelerator.device), "seconds": now.seconds,
+                "tokens_per_s": tokens / seconds, "memory_gb": peak_gb(accelerator.device), "seconds": now.seconds,
             }  # fmt: skip
             if bad or now.step % section.log_every == 0 or now.step == total:
                 log.line(values)
@@ -159,7 +167,7 @@ def _result(run: Run, stopped: bool) -> TrainResult:
         valid_loss=now.valid_loss if best is None else now.best_loss,
         best_step=best,
         seconds=now.seconds,
-        peak_memory=memory_gb(run.accelerator.device, peak=True),
+        peak_memory=peak_gb(run.accelerator.device),
         stopped=stopped,
         bad_steps=now.bad_steps,
     )

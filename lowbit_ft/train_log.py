@@ -14,14 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from lowbit_ft.checkpoint import write_text
+from lowbit_ft.files import write_text
 
-GB = 1e9
 _PLAIN_LINES = 20  # about so many lines a run where there is no terminal
 
 
@@ -108,22 +105,6 @@ def cut_metrics(file: Path, step: int, evaluated: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # half a line: the process was killed while it wrote
     write_text(file, "".join(line + "\n" for line in kept))
-
-
-def memory_gb(device: torch.device, peak: bool = False) -> float:
-    """GB: on a GPU the most torch has allocated so far; on a CPU the process's memory now, or at most with
-    `peak`.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GB
-    memory = psutil.Process().memory_info()
-    if not peak:
-        return memory.rss / GB
-    try:
-        import resource  # not on Windows, where psutil has the peak
-    except ImportError:
-        return getattr(memory, "peak_wset", memory.rss) / GB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if psutil.MACOS else 1024) / GB
 
 
 def check_trackers(names: list[str]) -> None:

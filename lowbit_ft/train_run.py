@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,20 @@ class Run:
         run_dir: Path,
         meta: dict[str, Any],
         accelerator: Accelerator | None,
+        choose_after: int = 0,
     ) -> None:
         if section.keep_best and valid is None:
             raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
         self.run_dir, self.now = run_dir, Progress()
-        self.total = total_steps(section, batches)
+        self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
         self.meta = {"optimizer": section.optimizer, **meta}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end sets.
+        homes = {name.rpartition(".")[0] for name in self.names.values()}
+        self.saved_names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
+        }
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -81,7 +88,7 @@ class Run:
             self.wrapped, self.optimizer = self.accelerator.prepare(model, self.raw_optimizer)
         model.train()
 
-    def start(self, resume: bool) -> None:
+    def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:
         """Seed and begin, or read the newest valid checkpoint and go on."""
         # Dropout differs between processes; the data order does not, it has its own generator.
         set_seed(self.section.seed, device_specific=True)
@@ -98,12 +105,12 @@ class Run:
         if resume and not self.main:
             saved = self.checkpoints.newest()
         if saved is not None:
-            self.restore(saved)
+            self.restore(saved, on_step)
         if self.section.trackers and self.main:
             config = {k: v for k, v in _plain(self.section).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("lowbit_ft", config)
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: Saved, on_step: Callable[[int], None] | None = None) -> None:
         """Everything as it was after the step of the checkpoint."""
         state = saved.state
         differ = sorted(k for k in {*self.meta, *state["meta"]} if self.meta.get(k) != state["meta"].get(k))
@@ -112,6 +119,10 @@ class Run:
             raise TrainError(
                 f"{saved.path}: cannot resume: {what}. Use what the run began with, or another output."
             )
+        progress = Progress(**state["progress"])
+        # Before the weights: a step that restarts a tensor has done so already, and training went on from there.
+        if on_step is not None and progress.step > 0:
+            on_step(progress.step - 1)
         self.load_weights(saved)
         rng = {k.removeprefix("rng/"): v for k, v in saved.optimizer.items() if k.startswith("rng/")}
         tensors = {k: v for k, v in saved.optimizer.items() if not k.startswith("rng/")}
@@ -122,7 +133,7 @@ class Run:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["data"])
-        self.now = Progress(**state["progress"])
+        self.now = progress
         if state["total_steps"] != self.total:
             warnings.warn(
                 f"the run was planned for {state['total_steps']} steps and now has {self.total}; "
@@ -133,8 +144,8 @@ class Run:
 
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
-        """Copy the trained tensors of a checkpoint into the model, checked by name and shape."""
-        ours = {name: tuple(p.shape) for p, name in self.names.items()}
+        """Copy the tensors of a checkpoint into the model, checked by name and shape."""
+        ours = {name: tuple(p.shape) for p, name in self.saved_names.items()}
         theirs = {name: tuple(t.shape) for name, t in saved.adapter.items()}
         if ours != theirs:
             differ = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
@@ -144,7 +155,7 @@ class Run:
                 f"{theirs.get(differ[0])} there, {ours.get(differ[0])} here). Use the recipe the run began "
                 "with."
             )
-        for parameter, name in self.names.items():
+        for parameter, name in self.saved_names.items():
             parameter.copy_(saved.adapter[name])
 
     # ---------------------------------------------------------------- a step
@@ -155,6 +166,15 @@ class Run:
         inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
         labels = inputs.pop("labels")
         return next_token_loss(model(**inputs, use_cache=False).logits, labels)
+
+    def drop_idle_gradients(self) -> None:
+        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part, zeros.
+        Zeros would fill Adam's averages: its first real steps would then be several times too long.
+        """
+        if self.now.step < self.choose_after:
+            for group in self.raw_optimizer.param_groups:
+                for parameter in group["params"] if group["name"] == "scale" else ():
+                    parameter.grad = None
 
     def clip(self) -> float:
         """Clip the gradients to max_grad_norm; returns their norm before."""
@@ -237,6 +257,7 @@ class Run:
             now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
             if (
                 self.section.keep_best
+                and now.step > self.choose_after
                 and math.isfinite(loss)
                 and (now.best_loss is None or loss < now.best_loss)
             ):
@@ -254,7 +275,7 @@ class Run:
         rng, numbers = rng_state(device)
         every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
         if self.main:
-            adapter = {name: p.detach().to("cpu", copy=True).contiguous() for p, name in self.names.items()}
+            adapter = {name: p.detach().to("cpu", copy=True).contiguous() for p, name in self.saved_names.items()}
             tensors, scalars = optimizer_state(self.raw_optimizer, self.names)
             state = {
                 "progress": asdict(now), "data": self.batches.state_dict(), "optimizer": scalars, "rng": numbers,

@@ -62,13 +62,19 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def total_steps(section: Any, batches: TrainBatches) -> int:
+def total_steps(section: Any, batches: TrainBatches, choose_after: int = 0) -> int:
     """Optimizer steps of a run: max_steps, or epochs x micro-batches per epoch and process / accumulation,
-    rounded up.
+    rounded up. TrainError when a warm-up of choose_after steps leaves none of them.
     """
-    if section.max_steps is not None:
-        return section.max_steps
-    return max(1, math.ceil(section.epochs * len(batches) / section.gradient_accumulation_steps))
+    total = section.max_steps
+    if total is None:
+        total = max(1, math.ceil(section.epochs * len(batches) / section.gradient_accumulation_steps))
+    if choose_after >= total:
+        raise TrainError(
+            f"adapter.warmup_steps: got {choose_after}, but the run has {total} steps, so the model that ships would "
+            "never be trained; lower it, or raise train.max_steps or train.epochs"
+        )
+    return total
 
 
 def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerator:

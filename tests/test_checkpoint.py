@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit_ft import checkpoint
+from lowbit_ft import checkpoint, files
 from lowbit_ft.checkpoint import (
     ADAPTER,
     MANIFEST,
     OPTIMIZER,
     STATE,
     Checkpoints,
-    new_folder,
     rng_state,
     set_rng_state,
-    write_text,
 )
 
 FILES = [ADAPTER, OPTIMIZER, STATE, MANIFEST]
@@ -61,7 +59,7 @@ def test_old_ones_go_but_never_the_best_nor_the_newest(store: Checkpoints) -> No
     assert store.steps() == [10, 30, 40]
     save(store, 50, best=50)
     assert store.steps() == [40, 50]
-    assert not list(store.folder.glob(".tmp-*"))
+    assert not list(store.folder.glob(".*"))
     one = Checkpoints(store.folder, keep=0)  # at least the newest stays
     save(one, 60)
     assert one.steps() == [60]
@@ -124,8 +122,8 @@ class Killed(BaseException):
 def test_killed_anywhere_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die at every write, sync, rename and delete of a save: the newest valid checkpoint is the old or the
     new one, complete, and the leftovers are cleaned."""
-    points = {"save_file": checkpoint.save_file, "_fsync": checkpoint._fsync, "_hash": checkpoint._hash}
-    rename, rmtree, write = Path.rename, checkpoint.shutil.rmtree, Path.write_text
+    points = [(checkpoint, "save_file"), (checkpoint, "file_entry"), (Path, "write_text")]
+    points += [(files, "sync"), (files.os, "rename"), (files.shutil, "rmtree")]
     outcomes = set()
     for deadline in range(1, 60):
         store = Checkpoints(tmp_path / str(deadline), keep=1)
@@ -146,11 +144,8 @@ def test_killed_anywhere_while_saving(tmp_path: Path, monkeypatch: pytest.Monkey
             return call
 
         with monkeypatch.context() as patch:
-            for name, real in points.items():
-                patch.setattr(checkpoint, name, dying(real))
-            patch.setattr(Path, "rename", dying(rename))
-            patch.setattr(Path, "write_text", dying(write))
-            patch.setattr(checkpoint.shutil, "rmtree", dying(rmtree))
+            for owner, name in points:
+                patch.setattr(owner, name, dying(getattr(owner, name)))
             try:
                 save(store, 2)
                 finished = True
@@ -160,25 +155,13 @@ def test_killed_anywhere_while_saving(tmp_path: Path, monkeypatch: pytest.Monkey
         again.clean()
         saved = again.newest()
         assert saved is not None and saved.state["progress"] in (1, 2)
-        assert not list(store.folder.glob(".tmp-*"))
+        assert not list(store.folder.glob(".*"))
         outcomes.add(saved.state["progress"])
         if finished:
             break
     else:
         pytest.fail("the save never finished")
     assert outcomes == {1, 2} and deadline > 10
-
-
-def test_new_folder_keeps_the_old_one_on_an_error(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with new_folder(target) as folder:
-        (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), new_folder(target) as folder:
-        (folder / "a").write_text("2")
-        raise RuntimeError
-    assert (target / "a").read_text() == "1" and [p.name for p in tmp_path.iterdir()] == ["out"]
-    write_text(target / "a", "3")
-    assert (target / "a").read_text() == "3" and [p.name for p in target.iterdir()] == ["a"]
 
 
 def test_generators_come_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -546,16 +547,14 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
     folder = write_adapter(tmp_path / "adapter", model, config, base_digest(model), "base")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     train(model)
-    import lowbit_ft.integrations.adapter_files as files
-
-    real = files.os.rename
+    real = os.rename
 
     def fail_on_new(source: Path, target: Path) -> None:
-        if ".new-" in str(source):
+        if ".partial" in str(source):
             raise OSError("disk full")
         real(source, target)
 
-    monkeypatch.setattr(files.os, "rename", fail_on_new)
+    monkeypatch.setattr(os, "rename", fail_on_new)
     with pytest.raises(OSError, match="disk full"):
         write_adapter(folder, model, config, base_digest(model), "base")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -20,8 +20,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors.torch import load_file
 
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.attach import adapted_layers, attach, begin_step
 from lowbit_ft.data import Batches, Example, Examples
+from lowbit_ft.grid import IntGrid
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.linear import PackedLinear
 from lowbit_ft.losses import count_targets, next_token_loss
 from lowbit_ft.train import TrainError, TrainResult, make_accelerator, train
 from lowbit_ft.train_setup import total_steps
@@ -34,7 +40,7 @@ def go(
     run_dir: Path, model: Any = None, data: Any = None, valid: Any = None, **changes: Any
 ) -> tuple[Any, TrainResult]:
     """Train a toy; keyword arguments of train() are taken out of the changes to the section."""
-    names = ("meta", "resume", "on_step", "console", "accelerator")
+    names = ("meta", "resume", "on_step", "choose_after", "console", "accelerator")
     options = {name: changes.pop(name) for name in names if name in changes}
     model = model if model is not None else Toy()
     data = data if data is not None else batches()
@@ -108,7 +114,7 @@ def test_on_step_comes_first_with_the_zero_based_step(tmp_path: Path) -> None:
     go(tmp_path / "b", on_step=seen.append, max_steps=2, save_every=1)
     with pytest.warns(UserWarning, match="planned for 2 steps and now has 4"):
         go(tmp_path / "b", on_step=seen.append, max_steps=4, resume=True)
-    assert seen[3:] == [0, 1, 2, 3]
+    assert seen[3:] == [0, 1, 1, 2, 3]  # a resume tells the last step done once more, before it reads the tensors
 
 
 def test_epochs_become_steps() -> None:
@@ -239,11 +245,11 @@ def test_crash_resumes_from_the_last_checkpoint_bit_equal(at: int, tmp_path: Pat
         go(tmp_path / "b", Toy(dropout=0.3), save_every=2, on_step=crash)
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # half a line, as a kill leaves it
-    (tmp_path / "b" / "checkpoints" / ".tmp-step-00000008").mkdir()
+    (tmp_path / "b" / "checkpoints" / ".step-00000008.partial").mkdir()
     resumed, _ = go(tmp_path / "b", Toy(start=9, dropout=0.3), save_every=2, resume=True)
     assert equal(state(straight), state(resumed)) and losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [row["step"] for row in lines(tmp_path / "b")] == list(range(1, 9))
-    assert not list((tmp_path / "b" / "checkpoints").glob(".tmp-*"))
+    assert not list((tmp_path / "b" / "checkpoints").glob(".*"))
 
 
 def test_damaged_checkpoint_is_skipped(tmp_path: Path) -> None:
@@ -444,6 +450,105 @@ def test_keep_best_ships_the_lowest_validation_loss(tmp_path: Path) -> None:
     assert result.best_step == best and equal(state(kept), state(again))
 
 
+# ---------------------------------------------------------------- a warm-up of another model (l4q)
+
+WARMUP = 3
+
+
+class Warming(torch.nn.Module):
+    """The toy with one packed 2-bit layer and l4q on it: unrounded for WARMUP steps, then on the grid."""
+
+    def __init__(self, start: int = 0, **options: Any) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("embedding", torch.randn(VOCABULARY, 32, generator=g))
+        head = torch.randn(VOCABULARY, 32, generator=g) / 4
+        self.head = PackedLinear(CALIBRATORS["minmax"].run(head, IntGrid(bits=2, group_size=32, symmetric=False), Stats()))
+        torch.manual_seed(start)
+        attach(self, ADAPTERS["l4q"](rank=4, warmup_steps=WARMUP, offset="float", **options))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return transformers.utils.ModelOutput(logits=self.head(self.embedding[input_ids]))
+
+
+def warm(run_dir: Path, model: Any, on_step: Any = None, **changes: Any) -> TrainResult:
+    """Train it as the pipeline does; on_step(step) is called after begin_step."""
+
+    def step_of(step: int) -> None:
+        begin_step(model, step)
+        if on_step is not None:
+            on_step(step)
+
+    setting = {"valid": batches(seed=1), "eval_every": 1, "choose_after": WARMUP, "scale_learning_rate": 0.01}
+    return go(run_dir, model, on_step=step_of, **(setting | changes))[1]
+
+
+def all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Also those that do not train: without train_scale only the switch changes log_scale."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_warm_up_step_is_never_the_best(tmp_path: Path) -> None:
+    model = Warming()
+
+    def spoil(step: int) -> None:
+        if step == 6:
+            model.get_parameter("head.adapter.B").data[::2] += 3
+
+    # steps so small that nothing makes up for the rounding
+    result = warm(tmp_path, model, spoil, learning_rate=1e-5, scale_learning_rate=1e-5, keep_best=True)
+    table = {row["step"]: row["valid_loss"] for row in lines(tmp_path, "valid_loss")}
+    assert list(table) == list(range(1, 9))
+    assert min(table, key=lambda s: table[s]) <= WARMUP, "this test needs an unrounded model that is better"
+    best = min((s for s in table if s > WARMUP), key=lambda s: table[s])
+    assert best < 8, "this test needs a best step that is not the last"
+    assert result.best_step == best and result.valid_loss == table[best]
+    (_, layer), *_ = adapted_layers(model)
+    assert layer.adapter is not None and not layer.adapter.warming
+    shipped = layer.adapter.merge(layer.base).dequantize()
+    assert torch.equal(layer(torch.eye(32)), shipped.t())
+
+
+@pytest.mark.parametrize("train_scale", [True, False])
+@pytest.mark.parametrize("at", [WARMUP - 1, WARMUP, WARMUP + 1, 8])
+def test_resume_around_the_end_of_a_warm_up(at: int, train_scale: bool, tmp_path: Path) -> None:
+    """Stopped in the evaluation after `at` steps: the resumed run evaluates the same model, and the scale restarts once."""
+    options = {"train_scale": train_scale}
+    straight = Warming(**options)
+    restarted: list[Any] = []
+    warm(tmp_path / "a", straight, lambda s: restarted.append(all_tensors(straight)["head.adapter.log_scale"]))
+    assert not restarted[WARMUP - 1].any() and restarted[WARMUP].any()
+    passes = 0
+
+    class StopsAt:
+        def one_epoch(self) -> Any:
+            nonlocal passes
+            passes += 1
+            for batch in batches(seed=1).one_epoch():
+                if passes == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    result = warm(tmp_path / "b", Warming(**options), valid=StopsAt())
+    assert result.stopped and result.steps == at and len(lines(tmp_path / "b", "valid_loss")) == at - 1
+    resumed = Warming(start=9, **options)
+    assert warm(tmp_path / "b", resumed, resume=True).steps == 8
+    assert lines(tmp_path / "a", "valid_loss") == lines(tmp_path / "b", "valid_loss")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert equal(all_tensors(straight), all_tensors(resumed))
+    assert digest(tmp_path / "a", 8) == digest(tmp_path / "b", 8)
+
+
+def test_a_run_no_longer_than_its_warm_up_is_refused(tmp_path: Path) -> None:
+    said = r"adapter\.warmup_steps: got 4, but the run has 4 steps.*lower it, or raise train.max_steps or train.epochs"
+    with pytest.raises(TrainError, match=said):  # 7 micro-batches, 4 steps of 2
+        go(tmp_path, epochs=1, choose_after=4)
+    with pytest.raises(TrainError, match=said):
+        go(tmp_path, max_steps=4, choose_after=4)
+    assert not (tmp_path / "checkpoints").exists()
+    assert go(tmp_path, max_steps=4, choose_after=3)[1].steps == 4
+
+
 def test_log_every_and_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     go(tmp_path, log_every=3, trackers=["tensorboard"], valid=batches(seed=1))
@@ -511,6 +616,17 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         tmp_path / "resumed", 8
     )  # stopped by a signal to one process only
     assert [p.name for p in (tmp_path / "two").iterdir()].count("metrics.jsonl") == 1
+    # l4q's warm-up, where DDP gives the idle scales zeros: Adam must not count them
+    warm(tmp_path / "warm-one", Warming(), gradient_accumulation_steps=4)
+    for key in ("loss", "valid_loss"):
+        found, wanted = ([row[key] for row in lines(tmp_path / f"warm-{n}", key)] for n in ("two", "one"))
+        assert found == pytest.approx(wanted, abs=1e-4)
+    files = {n: tmp_path / f"warm-{n}" / "checkpoints" / "step-00000008" / "optimizer.safetensors" for n in ("two", "one")}
+    two, one = (load_file(files[n]) for n in ("two", "one"))
+    counts = {name: int(value) for name, value in one.items() if name.endswith("/step")}
+    assert counts == {name: int(value) for name, value in two.items() if name.endswith("/step")}
+    assert counts["head.adapter.log_scale/step"] == counts["head.adapter.offset/step"] == 8 - WARMUP
+    assert counts["head.adapter.B/step"] == 8
 
 
 def ddp(folder: Path) -> None:
@@ -528,6 +644,7 @@ def ddp(folder: Path) -> None:
     on_step = stop_at(3) if rank == 1 else None
     _, result = go(folder / "resumed", Toy(), data(), data(1), on_step=on_step, **setting)
     _, _ = go(folder / "resumed", Toy(start=7), data(), data(1), resume=True, **setting)
+    warm(folder / "warm-two", Warming(), data=data(), valid=data(1), gradient_accumulation_steps=2)
     if rank == 0:
         (folder / "facts.json").write_text(json.dumps(facts | {"stopped_after": result.steps}))
     torch.distributed.destroy_process_group()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid, GridArgs, IntGrid, PackedWeight, Weight
 from ..grid.estimators import cast, round_clip, scale_gradient
-from .base import LowRank, LowRankOptions, ScaledAdapter, _fields
+from .base import SCALE_PARAMETERS, LowRank, LowRankOptions, ScaledAdapter, _fields
 
 
 class L4QConfig(LowRankOptions):
@@ -112,13 +112,26 @@ class L4Q(ScaledAdapter):
         shift = step * (0.5 - (1 << (f - 1)))
         none = torch.zeros_like(step)
         y = y + packed_matmul(x, base.residual, step, none, shift, f, g.group_size)
-        side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
+        b = self.B
+        # DDP refuses trained tensors that the loss does not use: there these get a gradient of zeros (train drops it again).
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            b = b + 0.0 * sum(p.sum() for name, p in self.named_parameters() if name in SCALE_PARAMETERS)
+        side = (x @ self.A.to(x.dtype).t()) @ b.to(x.dtype).t()
         return y + self.config.gain * side
+
+    def merge(self, base: Weight) -> Weight:
+        if self.warming:
+            raise ValueError(
+                f"l4q: the adapter is still in its warm-up of {self.config.warmup_steps} steps, where nothing is rounded, so what "
+                "it computes cannot be merged: train on, calling begin_step(step) before every optimizer step, or set "
+                "warmup_steps: 0"
+            )
+        return super().merge(base)
 
     @torch.no_grad()
     def begin_step(self, step: int, base: Weight) -> None:
         self.warming = step < self.config.warmup_steps
-        # Only the switch itself restarts the scale; a run resumed after it has the trained scale already.
+        # Only the switch itself restarts the scale: a run resumed after it reads the trained scale.
         if self.config.warmup_steps and step == self.config.warmup_steps:
             assert isinstance(base, PackedWeight)
             self.log_scale.copy_(torch.log(self.range_scale(base) / base.scale.float()))

@@ -1,17 +1,16 @@
-"""A model folder of ours: built aside and renamed into place, with a manifest that says what we wrote and what it must hash to.
+"""A model folder of ours: a manifest that says what we wrote and what it must hash to.
 
 lowbit_ft.json lists every file with its size and sha256 and, per layer, its name in the files and the sha256 of every tensor of the
 weight. It is why a folder can be replaced safely: only one that is wholly ours is.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..files import file_entry, leftover_of, write_bytes
 
 MANIFEST = "lowbit_ft.json"
 
@@ -69,18 +68,10 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
         raise ValueError(f"{folder / name}: a file of the model, not an extra one")
     for entry in ({}, None):
         if entry is None:
-            _replace(folder / name, data)
+            write_bytes(folder / name, data)
             entry = file_entry(folder / name)
         manifest["files"][name] = entry
-        _replace(folder / MANIFEST, json_bytes(manifest))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(data)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+        write_bytes(folder / MANIFEST, json_bytes(manifest))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -89,11 +80,6 @@ def write_json(path: Path, data: Any) -> None:
 
 def json_bytes(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -155,7 +141,7 @@ def check_target(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name == MANIFEST:
             continue
-        if path.name in {f".{name}.partial" for name in (MANIFEST, *files)}:
+        if leftover_of(path.name) in (MANIFEST, *files):
             continue  # a process was killed in replace_file
         if path.name not in files:
             raise ValueError(
@@ -166,40 +152,3 @@ def check_target(folder: Path) -> None:
             raise ValueError(
                 f"{path}: was changed after it was written; nothing is overwritten: move it or the folder"
             )
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well, and is removed when it does not."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
-    if old.is_dir() and not folder.exists():  # a process was killed between the two renames below
-        os.rename(old, folder)
-    for leftover in (stage, old):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-    stage.mkdir()
-    try:
-        yield stage
-        for path in stage.iterdir():
-            sync(path)
-        sync(stage)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(stage, folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        if old.is_dir() and not folder.exists():
-            os.rename(old, folder)
-        raise
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

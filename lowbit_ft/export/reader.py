@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..grid import Weight
-from ..hub import contained_file, shards_of
-from ..tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header, pieces
+from ..hub import tensor_entries
+from ..tensorfile import CheckpointError, TensorEntry, pieces
 from .base import Weights
 from .native import Native, layers_from_config
 
@@ -32,23 +32,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: needs a JSON object")
     return config
-
-
-def read_entries(folder: str | Path) -> dict[str, TensorEntry]:
-    """Where every tensor of a model folder lies. ValueError for a missing, truncated or damaged file."""
-    root, problems = Path(folder), []
-    entries: dict[str, TensorEntry] = {}
-    for shard in shards_of(root, problems):
-        path = contained_file(root, shard)
-        start, header = parse_header(path)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            entries[name] = TensorEntry(
-                path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin
-            )
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    return entries
 
 
 def read_tensor(entry: TensorEntry, device: str | torch.device = "cpu") -> Tensor:
@@ -73,7 +56,9 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
         specs = layers_from_config(config)
     except ValueError as error:
         raise ValueError(f"{root / 'config.json'}: {error}") from None
-    entries = read_entries(root)
+    entries, problems = tensor_entries(root)
+    if problems:
+        raise CheckpointError("\n".join(problems))
     for name, spec in specs.items():
         for local, (shape, dtype) in exporter.specs(spec).items():
             entry = entries.get(f"{name}.{local}")

@@ -10,7 +10,7 @@ layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make t
 on a GPU with kernels of its own, sums may be added in another order; logits may then differ by LOGIT_TOLERANCE of the largest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -96,7 +96,7 @@ def verify(
     folder: str | Path,
     reference: Mapping[str, Weight],
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
     input_ids: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -104,7 +104,8 @@ def verify(
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as its reader holds it.
 
     reference: layer name -> the weight that ships (`merged_weights(model)`). model: the packed model (with its adapters, or
-    merged), on any device and in `dtype`; without it logits are not compared. input_ids [B, L]; default 32 tokens of the
+    merged), on any device and in `dtype`, or a function that loads it (then it is gone again before the folder is read, which for a
+    dense format is the larger of the two); without it logits are not compared. input_ids [B, L]; default 32 tokens of the
     vocabulary. dtype None: that of the folder's config.json. Raises ValueError, listing layers, for any difference.
     """
     folder, weights = Path(folder), Weights.of(reference)
@@ -118,9 +119,14 @@ def verify(
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
     kind: torch.dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    expected, where = None, {torch.device(device).type}
+    if model is not None:
+        packed: Any = model if isinstance(model, nn.Module) else model()
+        where.add(next(packed.parameters()).device.type)
+        expected = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
+        del packed
     loaded = load_exported(folder, dtype=kind, device=device)
-    vocabulary = loaded.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
+    ids = _tokens(loaded) if input_ids is None else input_ids
     logits = (
         loaded(ids.to(device)).logits.float().cpu()
     )  # before looking at weights: some readers unpack at the first forward
@@ -140,10 +146,8 @@ def verify(
         dense = layer.base.dequantize(kind) if isinstance(layer, PackedLinear) else layer.weight
         rows.append(LayerCheck(name, codes, scales, _differences(dense, weight.dequantize(kind))))
     difference, bound = None, 0.0
-    if model is not None:
-        expected = _logits(model, ids)
+    if expected is not None:
         difference = float((logits - expected).abs().max())
-        where = {next(m.parameters()).device.type for m in (model, loaded)}
         if where != {"cpu"} or any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values()):
             bound = LOGIT_TOLERANCE[kind] * float(expected.abs().max())
     elements = sum(spec.elements for spec in weights.specs.values())
@@ -156,6 +160,11 @@ def verify(
     if not report.ok:
         raise ValueError(str(report))
     return report
+
+
+def _tokens(model: Any) -> Tensor:
+    """The first 32 tokens of the vocabulary, [1, 32]."""
+    return torch.arange(min(32, model.get_input_embeddings().weight.shape[0]))[None]
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import file_entry, staged_folder
 from ..grid import Weight
 from ..load import Checkpoint
 from ..tensorfile import DTYPES
@@ -30,10 +31,8 @@ from .folder import (
     check_space,
     check_target,
     copied_files,
-    file_entry,
     read_manifest,
     replace_file,
-    staged,
     write_json,
 )
 
@@ -79,11 +78,7 @@ def write_model(
     folder, stream = Path(folder), Weights.of(weights)
     check_target(folder)
     extra = check_extra(extra_files or {})
-    if not stream.specs:
-        raise ValueError(f"{folder}: there is no packed layer to write")
-    if problems := exporter.reject_model(stream.specs):
-        raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
-    layout = _Layout(checkpoint, stream.specs, exporter)
+    layout = check_model(checkpoint, stream.specs, exporter)
     shards = _shards(layout.slots, max_shard_bytes)
     copied = copied_files(checkpoint.folder)
     if clash := sorted({path.name for path in copied} & set(extra)):
@@ -92,7 +87,7 @@ def write_model(
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
-    with staged(folder) as stage:
+    with staged_folder(folder) as stage:
         digests = _write_shards(stage, shards, checkpoint, stream, exporter)
         _write_index(stage, shards)
         write_json(stage / "config.json", layout.config(checkpoint))
@@ -118,6 +113,16 @@ def write_model(
 def layer_digests(weight: Weight) -> dict[str, str]:
     """sha256 of the bytes of every tensor of the weight, by name."""
     return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
+
+
+def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> "_Layout":
+    """Where everything will lie in the files. ValueError when the format cannot hold these layers of this checkpoint: worth asking
+    before they are trained."""
+    if not layers:
+        raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
+    if problems := exporter.reject_model(layers):
+        raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
+    return _Layout(checkpoint, layers, exporter)
 
 
 class _Layout:

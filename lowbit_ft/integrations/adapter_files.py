@@ -8,8 +8,6 @@ base_digest is the sha256 of the packed base (attach.base_digest). An adapter sa
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..attach import adapter_state
+from ..files import staged_folder
 from ..recipe_errors import to_problems
 from ..recipe_values import for_method
 from ..recipe_yaml import did_you_mean
@@ -89,22 +88,9 @@ def write_adapter(
         "inference_mode": True,
         "revision": None,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    stale = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        save_file(state, fresh / TENSOR_FILE, metadata={"format": "pt"})
-        (fresh / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in (fresh / TENSOR_FILE, fresh / CONFIG_FILE, fresh):
-            _sync(path)
-        _swap(fresh, folder, stale)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(stale, ignore_errors=True)
+    with staged_folder(folder) as stage:
+        save_file(state, stage / TENSOR_FILE, metadata={"format": "pt"})
+        (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
 
@@ -157,24 +143,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(facts.get("options") or {}, dict):
         raise ValueError(f"{path}: options: got {facts['options']!r}; allowed: the method's keys and values")
     return facts
-
-
-def _swap(fresh: Path, folder: Path, stale: Path) -> None:
-    """Put `fresh` where `folder` is: renaming over a full folder fails, so the old one steps aside first."""
-    had = folder.exists()
-    if had:
-        os.rename(folder, stale)
-    try:
-        os.rename(fresh, folder)
-    except OSError:
-        if had:
-            os.rename(stale, folder)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

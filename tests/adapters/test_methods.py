@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit_ft.adapters import ADAPTERS, SCALE_PARAMETERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
 from lowbit_ft.linear import PackedLinear
+from lowbit_ft.merge import merged_weight
 from tests import reference
 from tests.adapters.common import base_of, randomize, trained
 from tests.adapters.test_law import VARIANTS, cases
@@ -409,6 +410,18 @@ def test_a_loaded_l4q_adapter_is_past_its_warmup():
     base = packed(IntGrid(bits=4, group_size=32))
     adapter = trained(ADAPTERS["l4q"](rank=4, warmup_steps=10), base)
     assert torch.equal(adapter(torch.eye(200), base), adapter.merge(base).dequantize().t())
+
+
+def test_an_l4q_adapter_in_its_warmup_is_not_merged():
+    base = packed(IntGrid(bits=4, group_size=32))
+    layer = PackedLinear(base)
+    layer.adapter = trained(ADAPTERS["l4q"](rank=4, warmup_steps=2), base)
+    for step in range(2):
+        layer.adapter.begin_step(step, base)
+        with pytest.raises(ValueError, match="still in its warm-up of 2 steps.*begin_step.*warmup_steps: 0"):
+            merged_weight(layer)
+    layer.adapter.begin_step(2, base)
+    assert torch.equal(layer(torch.eye(200)), merged_weight(layer).dequantize().t())
 
 
 # ---- lora, and threads

@@ -18,14 +18,22 @@ from .ranges import Stats, search
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is positive definite."""
+    """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is positive definite.
+
+    fp64, at most three K x K matrices at a time (K = 14336: 4.9 GB).
+    """
     h = hessian.to(torch.float64)
     mean = h.diagonal().mean().clamp_min(1e-12)
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    added = torch.zeros_like(mean)
     for attempt in range(8):
-        factor, info = torch.linalg.cholesky_ex(h + eye * (mean * damping * 10**attempt))
+        wanted = mean * damping * 10**attempt
+        h.diagonal().add_(wanted - added)
+        added = wanted
+        factor, info = torch.linalg.cholesky_ex(h)
         if info.item() == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if info.item() == 0:
                 return upper.float()
     raise ValueError(f"gptq: the Hessian stays singular with damping {damping * 10**7:g}; give more calibration text")
@@ -38,7 +46,7 @@ def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     n, k = weight.shape
     w = weight.to(torch.float32).clone()
     diagonal = stats.hessian.diagonal().float()
-    hessian = stats.hessian.clone()
+    hessian = stats.hessian.clone()  # several linears may share it
     # Inputs that were never active: their weights are rounded alone. Their diagonal is the mean of the others, not 1: damping
     # is relative to the mean diagonal, and activations may be small.
     dead = diagonal == 0
