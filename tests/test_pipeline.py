@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import load_exported
@@ -164,7 +163,7 @@ def test_a_run_folder_may_be_moved_and_a_damaged_base_is_packed_again(
 def test_bf16_ships_what_it_trained(tmp_path: Path) -> None:
     """Enough of a learning rate that codes move, in the dtype a GPU trains in."""
     out = tmp_path / "run"
-    pipeline.run(recipe(out, "model.dtype=bfloat16", "train.learning_rate=0.02", "eval.generate=[]"))
+    pipeline.run(recipe(out, "model.dtype=bfloat16", "train.learning_rate=0.5", "eval.generate=[]"))
     rows = {row["stage"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
     assert rows["trained"]["loss"] == rows["merged"]["loss"] == rows["exported"]["loss"] != rows["quantized"]["loss"]
     moved = json.loads((out / "moved.json").read_text())
@@ -275,4 +274,5 @@ def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == len(b) == 3
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
-    assert torch.equal(*[torch.tensor(json.loads((tmp_path / n / "quant.json").read_text())[0]["error"]) for n in ("one", "two")])
+    one_base, two_base = (json.loads((tmp_path / name / "quant.json").read_text()) for name in ("one", "two"))
+    assert one_base == two_base and any(row["error"] for row in one_base)

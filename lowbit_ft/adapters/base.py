@@ -170,8 +170,13 @@ class LowRank:
             if unit is not None:
                 error = error * _expand(unit, k, base.grid.group_size)
             q = min(config.rank, *error.shape)
-            # Randomized (Halko et al., arXiv 0909.4061): only the top of the spectrum is wanted, at a fraction of the time.
-            u, s, v = torch.svd_lowrank(error, q=min(q + 8, *error.shape), niter=4)
+            if 4 * (q + 8) < min(error.shape):
+                # Randomized (Halko et al., arXiv 0909.4061): only the top of a long spectrum is wanted, at a fraction of the time
+                # (1024 x 4096, rank 16, two cores: 0.1 s against 2.5 s).
+                u, s, v = torch.svd_lowrank(error, q=q + 8, niter=4)
+            else:
+                u, s, vh = torch.linalg.svd(error, full_matrices=False)
+                v = vh.t()
             a[:q] = v.t()[:q]
             if config.init == "loftq":
                 a[:q] *= s[:q, None].sqrt()
