@@ -33,9 +33,20 @@ Overrides = Annotated[
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from lowbit_ft import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Options for every command. `main` looks for --debug itself, because errors pass through there."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lowbit_ft.plan import Plan, plan
 from lowbit_ft.recipe import Recipe
@@ -44,7 +44,7 @@ def show_plan(recipe: Recipe, console: Console | None = None) -> Plan | None:
         )
         return None
     table = Table(
-        "layer",
+        Column("layer", overflow="fold"),
         "count",
         "out x in",
         "grid",

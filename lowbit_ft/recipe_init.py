@@ -45,7 +45,7 @@ quant:
 adapter:
   method: lr_qat                     # lr_qat, dl_qat, l4q, scale, alpha_tuning, lora
   rank: 16                           # more moves more weights, and costs memory
-  alpha: 16                          # the low-rank product is scaled by alpha / rank
+  alpha: 32                          # the low-rank product is scaled by alpha / rank
 
 data:
   train: {{path: data/train.jsonl, format: {format}}}   # {format_why}
@@ -59,7 +59,7 @@ train:
   max_steps: 1000                    # or epochs: 1
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
-  learning_rate: 1e-3                # of the low-rank matrices
+  learning_rate: 2e-3                # of the low-rank matrices
   scale_learning_rate: null          # of scales; null: learning_rate
   optimizer: adamw                   # paged_adamw8bit saves memory on a GPU
   scheduler: cosine                  # linear, wsd, constant
