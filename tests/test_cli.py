@@ -67,7 +67,7 @@ def test_folder_commands(calls, tmp_path):
 
 def test_generate_prints_the_answer(calls, tmp_path, capsys):
     assert call("generate", str(tmp_path), "hello", "-n", "7") == 0
-    assert calls == [("generate", tmp_path, "hello", 7)] and capsys.readouterr().out == "an answer\n"
+    assert calls == [("generate", tmp_path, "hello", 7, "auto")] and capsys.readouterr().out == "an answer\n"
 
 
 def test_user_errors_are_one_message_on_stderr(calls, tmp_path, capsys):
