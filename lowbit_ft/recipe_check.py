@@ -291,11 +291,17 @@ def check_lengths(r: Any) -> Problems:
             )
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
 def check_chat(r: Any) -> Problems:
     """format: chat needs the template of the model's tokenizer."""
     folder = Path(r.model.path).expanduser()
     if not path_is(folder, "dir") or has_chat_template(folder):
         return  # a hub id: data.py looks, once the tokenizer is there
+    if not any(path_is(folder / name, "file") for name in TOKENIZER_FILES):
+        yield Problem(("model", "path"), f"got {r.model.path!r}, which has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it there")
+        return
     for key, source in (("train", r.data.train), ("valid", r.data.valid)):
         if source is not None and source.format == "chat":
             message = (

@@ -118,7 +118,9 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
         return Problem(path, f"{got}; allowed: a list; write [a, b]")
     if kind == "path_type":
         return Problem(path, f"{got}; allowed: the path of a folder")
-    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    # pydantic: "Input should be a valid integer, unable to parse string as an integer"
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable")[0]
+    message = message.replace("a valid ", "a ").replace("a integer", "an integer")
     return Problem(path, f"{got}; allowed: {message}")
 
 

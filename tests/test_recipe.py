@@ -202,9 +202,9 @@ BAD = [
     ("unknown method", ("lr_qat", "lr_qta"), (), "r.yaml:10: adapter.method: got 'lr_qta'; allowed: lr_qat, dl_qat"),
     ("key of another method", ("rank: 8", "planes: all"), (), "r.yaml:11: adapter.planes: unknown key"),
     ("literal", ("device: cpu", "device: gpu"), (), "r.yaml:5: model.device: got 'gpu'; allowed: auto, cpu, cuda; did you mean 'cpu'?"),
-    ("number", ("learning_rate: 1e-4", "learning_rate: fast"), (), "r.yaml:19: train.learning_rate: got 'fast'; allowed: a valid number"),
+    ("number", ("learning_rate: 1e-4", "learning_rate: fast"), (), "r.yaml:19: train.learning_rate: got 'fast'; allowed: a number"),
     ("bool for number", ("max_steps: 10", "max_steps: true"), (), "r.yaml:18: train.max_steps: got True; allowed: a number"),
-    ("bool for adapter number", ("rank: 8", "rank: true"), (), "r.yaml:11: adapter.rank: got 'true'; allowed: a valid integer"),
+    ("bool for adapter number", ("rank: 8", "rank: true"), (), "r.yaml:11: adapter.rank: got 'true'; allowed: an integer"),
     ("range", ("rank: 8", "rank: 0"), (), "r.yaml:11: adapter.rank: got 0; allowed: greater than or equal to 1"),
     ("infinite", ("rank: 8", "alpha: .inf"), (), "r.yaml:11: adapter.alpha: got inf; allowed: a finite number"),
     ("missing", ("    format: chat\n", ""), (), "r.yaml:13: data.train.format: missing; add `format: ...`"),
@@ -600,3 +600,12 @@ def test_shapes_of_the_tiny_model():
     assert len(layers) == 28 and layers["model.layers.3.mlp.down_proj"] == (256, 768)
     assert not any("embed" in name for name in layers)
     assert shapes.number("max_position_embeddings") == 1024 and shapes.number("absent") is None
+
+
+def test_chat_needs_a_tokenizer(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    (problem,) = refused(GOOD.replace(str(TINY), str(folder)))
+    assert problem.startswith("r.yaml:3: model.path: got ") and "which has no tokenizer (tokenizer.json" in problem
