@@ -59,7 +59,7 @@ train:
   max_steps: 1000                    # or epochs: 1
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
-  learning_rate: 2e-3                # of the low-rank matrices
+  learning_rate: 1e-3                # of the low-rank matrices
   scale_learning_rate: null          # of scales; null: learning_rate
   optimizer: adamw                   # paged_adamw8bit saves memory on a GPU
   scheduler: cosine                  # linear, wsd, constant

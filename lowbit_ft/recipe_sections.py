@@ -215,7 +215,7 @@ class TrainSection(Section):
     )
     micro_batch_size: Count = Field(default=1, description="windows per forward; raise while memory lasts")
     gradient_accumulation_steps: Count = Field(default=8, description="forwards per optimizer step")
-    learning_rate: Positive = Field(default=2e-3, description="of the low-rank matrices A and B")
+    learning_rate: Positive = Field(default=1e-3, description="of the low-rank matrices A and B")
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
     )
