@@ -23,14 +23,17 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit_ft.experts import StandIn
 from lowbit_ft.hub import locate, tensor_entries
-from lowbit_ft.load_names import Source, weight_sources
+from lowbit_ft.load_names import Part, Source, expert_keys, file_parts, weight_sources
+from lowbit_ft.matrices import Matrix, find_matrices
 from lowbit_ft.tensorfile import (
     CheckpointError,
     TensorEntry,
@@ -39,7 +42,9 @@ from lowbit_ft.tensorfile import (
     read_header,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "load_model", "load_tokenizer", "materialize", "read_header"]
+__all__ = [
+    "Checkpoint", "CheckpointError", "load_model", "load_tokenizer", "materialize", "model_class", "read_header",
+]  # fmt: skip
 
 
 class Checkpoint:
@@ -58,6 +63,8 @@ class Checkpoint:
         self._problems: list[str] = []
         self._entries = self._scan()
         self._plan: dict[str, Source] | None = None
+        self._matrices: dict[str, Matrix] = {}
+        self._experts: Counter[str] = Counter()  # 3-D parameter -> its number of experts
 
     @classmethod
     def open(
@@ -127,15 +134,23 @@ class Checkpoint:
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     def read(
-        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        row: int | None = None,
     ) -> Tensor:
-        """The tensor called `name` in the files, contiguous, in its own memory, on `device`.
+        """The tensor called `name` in the files, contiguous, in its own memory, on `device`; with `row`, only tensor[row].
 
         dtype None keeps the stored one; else floating tensors are converted on the way, 4 MB at a time, so a
         full-precision copy is never whole in memory. Raises CheckpointError for NaN or Inf, naming tensor and
         file.
         """
         entry = self._entry(name)
+        if row is not None:
+            size = entry.nbytes // entry.shape[0]
+            entry = entry._replace(shape=entry.shape[1:], start=entry.start + row * size, nbytes=size)
         floating = entry.dtype.is_floating_point
         out = torch.empty(entry.shape, dtype=dtype if dtype and floating else entry.dtype, device=device)
         flat, position = out.view(-1), 0
@@ -161,11 +176,10 @@ class Checkpoint:
         buffers.
         """
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
         try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
+                model = model_class(self.config).from_config(
                     copy.deepcopy(self.config),
                     dtype=self.dtype,
                     attn_implementation=attention,
@@ -189,6 +203,8 @@ class Checkpoint:
         if self._plan is None:
             self.check()
             self._plan = weight_sources(model, self._entries, self.folder)
+            self._matrices = find_matrices(model)
+            self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
         return model.eval()
 
     def weight_for(
@@ -216,6 +232,59 @@ class Checkpoint:
         del tensors
         value = converter.convert(source.first, config=self.config)[name]
         return value[0] if isinstance(value, list) else value
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Every matrix of the model that can be packed, by the name of its linear."""
+        self._sources()
+        return self._matrices
+
+    def matrix(
+        self, layer: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The matrix [N, K] of a linear, however the files and the model keep it (turned, one expert of a stack). Of a stack of
+        experts only the one that is asked for is read."""
+        matrix = self.matrices[layer]
+        if matrix.expert is None:
+            value = self.weight_for(matrix.parameter, device=device, dtype=dtype)
+        else:
+            value = self._expert(matrix, device, dtype or self.dtype)
+        return value.t().contiguous() if matrix.transposed else value
+
+    def parts(self, layer: str) -> list[Part] | None:
+        """The file tensors that, one below the other, are the matrix [N, K] of a linear; None when the files keep it in another way."""
+        matrix = self.matrices[layer]
+        source = self._sources().get(matrix.parameter)
+        return None if source is None else file_parts(matrix, source, self._entries)
+
+    def _expert(self, matrix: Matrix, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+        source, expert = self._sources().get(matrix.parameter), matrix.expert
+        assert expert is not None
+        count = self._experts[matrix.parameter]
+        keys = expert_keys(source, expert, count) if source is not None else None
+        if source is None or source.converter is not None and keys is None:
+            stack = self.weight_for(matrix.parameter, device=device, dtype=dtype)
+            self._same_count(matrix, stack.shape[0], count)
+            return stack[expert].clone()
+        if source.converter is None:
+            key = source.keys[0][0]
+            self._same_count(matrix, self.shape(key)[0], count)
+            return self.read(key, device=device, dtype=dtype, row=expert)
+        converter = copy.deepcopy(source.converter)
+        for key, pattern in keys or []:
+            tensor = self.read(key, device=device, dtype=dtype)
+            converter.add_tensor(source.first, key, pattern, tensor)
+        value = converter.convert(source.first, config=self.config)[matrix.parameter]
+        value = value[0] if isinstance(value, list) else value
+        self._same_count(matrix, value.shape[0], 1)
+        return value[0]
+
+    def _same_count(self, matrix: Matrix, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise CheckpointError(
+                f"{self.folder}: the files have {found} experts for {matrix.parameter!r}, config.json says {wanted}. "
+                "The files and config.json do not belong together."
+            )
 
     def has_weight_for(self, name: str) -> bool:
         """Whether the files have a value for the model's parameter or buffer `name`."""
@@ -277,7 +346,10 @@ def materialize(
                 continue
             name = ".".join(part for part in (prefix, path, short) if part)
             wanted = parameter.dtype if parameter.dtype != checkpoint.dtype or dtype is None else dtype
-            value = _checked(checkpoint, name, parameter, device, wanted)
+            if isinstance(owner, StandIn) and short == "weight":
+                value = checkpoint.matrix(name.removesuffix(".weight"), device=device, dtype=wanted)
+            else:
+                value = _checked(checkpoint, name, parameter, device, wanted)
             filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, filled)
         for short, buffer in owner.named_buffers(recurse=False):
@@ -306,6 +378,17 @@ def load_model(
     except OSError:
         pass  # no generation_config.json: the model keeps the one made from its configuration
     return model
+
+
+def model_class(config: Any) -> Any:
+    """The auto class that builds and loads the model of a configuration: a causal language model, or, for checkpoints with other
+    towers beside the text (images), the class that has them all."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    return AutoModelForCausalLM  # whose own message lists the kinds of configuration it knows
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lowbit_ft.matrices import Matrix
 from lowbit_ft.tensorfile import CheckpointError, TensorEntry, pieces
 
 
@@ -24,6 +25,49 @@ class Source(NamedTuple):
     keys: list[tuple[str, str]]
     first: str
     converter: Any | None
+
+
+class Part(NamedTuple):
+    """Rows [first, last) of a matrix, and the file tensor that holds them."""
+
+    key: str
+    first: int
+    last: int
+
+
+def expert_keys(source: Source, expert: int, count: int) -> list[tuple[str, str]] | None:
+    """The (file tensor, pattern) pairs of one expert of `count`; None when the files do not keep one tensor per expert."""
+    by_pattern: dict[str, list[str]] = {}
+    for key, pattern in source.keys:  # in the order of the expert's number
+        by_pattern.setdefault(pattern, []).append(key)
+    if source.converter is None or any(len(keys) != count or "*" not in p for p, keys in by_pattern.items()):
+        return None
+    order = [pattern for pattern in source.converter.source_patterns if pattern in by_pattern]
+    return [(by_pattern[pattern][expert], pattern) for pattern in order]
+
+
+def file_parts(matrix: Matrix, source: Source, entries: dict[str, TensorEntry]) -> list[Part] | None:
+    """The file tensors that, one below the other, are the matrix; None when it is kept in another way."""
+    if matrix.transposed:
+        return None
+    keys = [key for key, _ in source.keys] if source.converter is None else None
+    if source.converter is not None and matrix.expert is not None:
+        plain = len(source.converter.operations) <= 2 and all(
+            type(operation).__name__ == kind and operation.dim == dim
+            for operation, (kind, dim) in zip(
+                source.converter.operations, (("MergeModulelist", 0), ("Concatenate", 1)), strict=False
+            )
+        )
+        numbers = len(source.keys) // len({pattern for _, pattern in source.keys})
+        pairs = expert_keys(source, matrix.expert, numbers)
+        keys = [key for key, _ in pairs] if plain and pairs else None
+    if keys is None or any(len(entries[key].shape) != 2 or not key.endswith(".weight") for key in keys):
+        return None
+    parts, row = [], 0
+    for key in keys:
+        parts.append(Part(key, row, row + entries[key].shape[0]))
+        row = parts[-1].last
+    return parts if row == matrix.shape[0] else None
 
 
 def weight_sources(model: Any, entries: dict[str, TensorEntry], folder: Path) -> dict[str, Source]:

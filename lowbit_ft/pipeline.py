@@ -197,7 +197,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
     """Attach and train; writes adapter/. RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
-    rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.weight_for(f"{layer}.weight", dtype=torch.float32))
+    rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
     # Before hours of training, not after: can the format hold what this will become?

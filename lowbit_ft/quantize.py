@@ -7,7 +7,7 @@ packed in place, and the text goes on through the packed layer, so later layers 
 Every linear layer of the model gets a row in the table: quantized, or skipped and why. Nothing is skipped in silence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from .grid.calibrate import CALIBRATORS, Stats
 from .integrations.transformers import mark_packed
 from .linear import PackedLinear
 from .load import Checkpoint, materialize
+from .matrices import Matrix, find_matrices, stand_in, unpackable
 from .memory import release_freed
 from .recipe import QuantSection
-from .walk import Batch, LayerWalk
+from .recipe_sections import is_head
+from .walk import Batch, LayerWalk, text_tower
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,60 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, nn.Linear], list[QuantRow]]:
-    """The linears to quantize by name, and a row for everything that looks like a weight matrix and is left alone."""
-    targets: dict[str, nn.Linear] = {}
+def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix], list[QuantRow]]:
+    """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight matrix and is left
+    alone. ValueError naming every module that should be packed and cannot be."""
+    matrices = find_matrices(model)
+    targets: dict[str, Matrix] = {}
     skipped: list[QuantRow] = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.Linear):
-            reason = quant.skip_reason(name)
-            if reason is None:
-                targets[name] = module
-                continue
-            skipped.append(QuantRow(name, "skipped", reason, parameters=module.weight.numel()))
-        elif isinstance(module, nn.Embedding):
-            skipped.append(QuantRow(name, "skipped", "embedding", parameters=module.weight.numel()))
+    refused: list[str] = []
+    stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
+    text = text_tower(model)
+
+    def skip(name: str, reason: str, parameters: int) -> None:
+        skipped.append(QuantRow(name, "skipped", reason, parameters=parameters))
+
+    for name, matrix in matrices.items():
+        reason = quant.skip_reason(name, embedding=matrix.embedding)
+        if reason is None and quant.targets == "all-linear" and not name.startswith(text) and not is_head(name):
+            reason = "not part of the language model"
+        if matrix.expert is not None:
+            stacks.setdefault(name.rsplit(".", 2)[0], {})[name] = reason
+        if reason is None:
+            targets[name] = matrix
         else:
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() >= 2:
-                    what = "fused experts" if parameter.dim() == 3 else kind
-                    reason = f"{what}: only nn.Linear is packed, stays in {str(parameter.dtype).removeprefix('torch.')}"
-                    skipped.append(QuantRow(f"{name}.{key}", "skipped", reason, parameters=parameter.numel()))
+            skip(name, reason, matrix.shape[0] * matrix.shape[1])
+    for stack, linears in stacks.items():
+        left = [name for name, reason in linears.items() if reason is not None]
+        if left and len(left) < len(linears):
+            refused.append(
+                f"{stack}: {len(left)} of its {len(linears)} expert matrices would stay in full precision ({left[0]}: "
+                f"{linears[left[0]]}); experts of one layer are packed together or not at all: exclude '{stack}.*', or none of it"
+            )
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if name in matrices or any(f"{name}.{e}" in matrices for e in [f"0.{key}" for key in own]):
+            continue
+        problem, matrix_like = unpackable(module), [p for p in own.values() if p.dim() >= 2]
+        reason = quant.skip_reason(name) or (None if name.startswith(text) else "not part of the language model")
+        if isinstance(module, nn.Embedding):
+            skip(name, "embedding", module.weight.numel())
+        elif problem is not None and reason is None:
+            refused.append(f"{name}: {problem}; to leave it in full precision: quant.exclude: ['{name}']")
+        elif isinstance(module, nn.Linear):
+            skip(name, reason or "", module.weight.numel())
+        elif matrix_like:
+            dtype = str(matrix_like[0].dtype).removeprefix("torch.")
+            reason = reason or f"{type(module).__name__}: no linear layer, stays in {dtype}"
+            skipped += [
+                QuantRow(f"{name}.{key}", "skipped", reason, parameters=p.numel()) for key, p in own.items() if p.dim() >= 2
+            ]
+    if refused:
+        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(refused))
     if not targets:
         raise ValueError(
             f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and exclude: {quant.exclude}; "
-            f"its linears are {_some([n for n, m in model.named_modules() if isinstance(m, nn.Linear)], 8) or 'none'}"
+            f"its linears are {_some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
         )
     return targets, skipped
 
@@ -109,6 +141,7 @@ def quantize(
     device, dtype = torch.device(device), dtype or checkpoint.dtype
     model = checkpoint.empty_model(attention)
     targets, rows = plan_layers(model, quant)
+    stand_in(model, targets)
     check_shapes(checkpoint, targets)
     calibrator = CALIBRATORS[quant.calibrate]
     stats = Stats(p=quant.mse_p, damping=quant.calibration.damping)
@@ -116,14 +149,18 @@ def quantize(
 
     def pack(name: str, hessian: Tensor | None = None) -> None:
         grid = quant.grid_for(name)
-        linear = targets[name]
+        layer = model.get_submodule(name)
         # fp32 whatever the checkpoint's dtype: scales are searched on the weights as they are stored.
-        weight = checkpoint.weight_for(f"{name}.weight", device=device, dtype=torch.float32)
+        weight = checkpoint.matrix(name, device=device, dtype=torch.float32)
         run, note = calibrator, ""
         if calibrator.needs_text and hessian is None:
             run, note = CALIBRATORS["mse"], "outside the decoder layers: calibrated by mse"
+            if targets[name].expert is not None:
+                note = "no calibration token reached this expert: calibrated by mse"
         base = run.run(weight, grid, Stats(hessian=hessian, p=stats.p, damping=stats.damping))
-        bias = None if linear.bias is None else checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            bias = checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
         model.set_submodule(name, PackedLinear(base, bias))
         rows.append(_row(name, weight, base, grid, note))
         del weight
@@ -136,10 +173,11 @@ def quantize(
                 raise ValueError(f"calibrate: {quant.calibrate} needs calibration text (quant.calibration)")
             walk = LayerWalk(model, checkpoint, calibration(), device, dtype)
             for index, layer_name, layer in walk:
-                inside = {n: m for n, m in targets.items() if n.startswith(layer_name + ".")}
-                hessians = _hessians(walk, index, inside)
+                inside = {n: model.get_submodule(n) for n in targets if n.startswith(layer_name + ".")}
+                experts = {name for name in inside if targets[name].expert is not None}
+                hessians = _hessians(walk, index, inside, experts)
                 for name in inside:
-                    pack(name, hessians.pop(name))
+                    pack(name, hessians.pop(name, None))
                 layer.eval()
                 walk.advance(index)
         for name in targets:
@@ -152,21 +190,23 @@ def quantize(
     return model.eval(), QuantTable(rows)
 
 
-def check_shapes(checkpoint: Checkpoint, targets: dict[str, nn.Linear]) -> None:
+def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
     """ValueError for every layer whose tensor in the files has not the shape that config.json gives the layer."""
     problems = []
-    for name, linear in targets.items():
-        for key in checkpoint.keys_for(f"{name}.weight"):
-            found, wanted = checkpoint.shape(key), tuple(linear.weight.shape)
-            if len(checkpoint.keys_for(f"{name}.weight")) == 1 and found != wanted:
-                problems.append(f"{checkpoint.file(key)}: {key} has shape {list(found)}; config.json makes it {list(wanted)}")
+    for name, matrix in targets.items():
+        keys = checkpoint.keys_for(matrix.parameter)
+        if len(keys) != 1 or matrix.expert is not None:
+            continue  # put together from several tensors, or a stack: Checkpoint.matrix looks at those
+        found, wanted = checkpoint.shape(keys[0]), matrix.shape[::-1] if matrix.transposed else matrix.shape
+        if found != wanted:
+            problems.append(f"{checkpoint.file(keys[0])}: {keys[0]} of {name} has shape {list(found)}; config.json makes it {list(wanted)}")
     if problems:
         raise ValueError("\n".join([*problems, "the files and config.json do not belong together: get this checkpoint again"]))
 
 
-def _hessians(walk: LayerWalk, index: int, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+def _hessians(walk: LayerWalk, index: int, linears: dict[str, nn.Module], experts: Collection[str] = ()) -> dict[str, Tensor]:
     """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer. Linears that are given one and the same
-    tensor (q, k and v; gate and up) share one sum."""
+    tensor (q, k and v; gate and up) share one sum. Of `experts`, those that no token reached have none."""
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(linears, 0)
     owner: dict[str, str] = {}  # linear -> the one whose sum it shares
@@ -188,12 +228,11 @@ def _hessians(walk: LayerWalk, index: int, linears: dict[str, nn.Linear]) -> dic
     walk.run(index, keep=lambda number, out: given.clear())
     for handle in handles:
         handle.remove()
-    idle = [name for name in linears if not tokens[name]]
-    if idle:
+    if idle := [name for name in linears if not tokens[name] and name not in experts]:
         raise ValueError(f"gptq: no calibration token reached {_some(idle)}; use calibrate: mse, or other calibration text")
     for name, total in sums.items():
         total.div_(tokens[name])
-    return {name: sums[owner[name]] for name in linears}
+    return {name: sums[owner[name]] for name in linears if tokens[name]}
 
 
 def _row(name: str, weight: Tensor, base: Weight, grid: Grid, note: str) -> QuantRow:

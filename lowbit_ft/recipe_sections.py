@@ -22,6 +22,22 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+# Names that the output head and the token embedding have in transformers' models.
+HEADS = frozenset({"lm_head", "embed_out"})
+OTHER_TOWERS = ("vision", "visual", "audio", "image")  # how parts of a multimodal model are called that read no text
+TOKEN_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings"})
+
+
+def is_head(layer_name: str) -> bool:
+    """Whether a layer of this name makes the logits."""
+    return layer_name.rpartition(".")[2] in HEADS
+
+
+def is_token_embedding(layer_name: str) -> bool:
+    """Whether an embedding of this name is the one of the tokens (not of positions, or of other towers)."""
+    return layer_name.rpartition(".")[2] in TOKEN_EMBEDDINGS
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no infinities, numbers from text such as '1e-4',
     true/false not a number.
@@ -117,6 +133,19 @@ class QuantSection(Section):
     overrides: list[OverrideSection] = Field(
         default=[], description="other bits or group sizes for some layers; the last match wins"
     )
+    lm_head: Literal[4, 8] | None = Field(
+        default=None, description="bits of the output head, packed and trained too (whatever exclude says); null: full precision"
+    )
+    embeddings: Literal[4, 8] | None = Field(
+        default=None, description="bits of the token embedding, packed and frozen; null: full precision"
+    )
+
+    @model_validator(mode="after")
+    def _integers_only(self) -> QuantSection:
+        for key in ("lm_head", "embeddings"):
+            if self.grid != "integer" and getattr(self, key) is not None:
+                raise ValueError(f"{key} {getattr(self, key)} needs quant.grid: integer; the recipe has {self.grid}")
+        return self
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -130,8 +159,15 @@ class QuantSection(Section):
             f"{shown(value)}; allowed: all-linear, or a list of layer names, globs or regexes{hint}"
         )
 
-    def skip_reason(self, layer_name: str) -> str | None:
-        """Why a linear layer stays in full precision, judged by its name; None: it is quantized."""
+    def skip_reason(self, layer_name: str, embedding: bool = False) -> str | None:
+        """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is quantized."""
+        if embedding:
+            if self.embeddings is None or not is_token_embedding(layer_name):
+                return "embedding"
+            outside = any(part.startswith(OTHER_TOWERS) for part in layer_name.split("."))
+            return "not part of the language model" if outside else None
+        if self.lm_head is not None and is_head(layer_name):
+            return None
         for pattern in self.exclude:
             if matches(pattern, layer_name):
                 return f"excluded by '{pattern}'"
@@ -146,7 +182,7 @@ class QuantSection(Section):
             return "not in a decoder layer"
         if parts[-1] in ("gate", "router") or "router" in parts:
             return "a router: its few weights choose the experts"
-        if any(part.startswith(("vision", "visual", "audio", "image")) for part in parts):
+        if any(part.startswith(OTHER_TOWERS) for part in parts):
             return "not part of the language model"
         return None
 
@@ -164,6 +200,11 @@ class QuantSection(Section):
                 group_size = override.group_size if override.group_size is not None else group_size
         if self.grid == "binary":
             return BinaryGrid(bits=bits, group_size=group_size)
+        if self.embeddings is not None and is_token_embedding(layer_name):
+            # It is not trained, so no rounding error is kept.
+            return IntGrid(bits=self.embeddings, group_size=self.group_size, symmetric=self.symmetric, residual_bits=0)
+        if self.lm_head is not None and is_head(layer_name):
+            bits = self.lm_head
         return IntGrid(
             bits=bits, group_size=group_size, symmetric=self.symmetric, residual_bits=self.residual_bits
         )

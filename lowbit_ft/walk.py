@@ -20,9 +20,19 @@ from .load import Checkpoint, materialize
 Batch = dict[str, Tensor]
 
 
+def text_tower(model: Any) -> str:
+    """The prefix of the names of everything in the decoder that reads text ("" when that is the whole model): a multimodal model has
+    other towers beside it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds the decoder layers: the longest one that is not inside another, and its name."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    """The ModuleList that holds the decoder layers: the longest one of the text tower that is not inside another, and its name."""
+    text = text_tower(model)
+    lists = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and name.startswith(text)
+    ]
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
         raise ValueError(f"{type(model).__name__}: no list of decoder layers found; this model cannot be walked layer by layer")

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, PackedWeight, Weight
+from ..load_names import Part
+from ..matrices import Matrix
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
 
@@ -109,6 +111,27 @@ class Exporter(ABC):
             if reason:
                 problems.append(f"{name}: {reason}")
         return problems
+
+    def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
+        """Why this format cannot hold a matrix that is no plain nn.Linear (experts of a mixture, Conv1D, an embedding), with the way
+        out; None when it can. parts: the file tensors that make it, None when the files keep it in another way."""
+        if matrix.plain and not matrix.embedding:
+            return None
+        what = "an embedding" if matrix.embedding else "the experts of a mixture" if matrix.expert is not None else "a Conv1D"
+        return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
+
+    def reject_mixture(self, layers: Mapping[str, LayerSpec]) -> str | None:
+        """Why this format cannot hold these layers together, packed experts among them, with the way out; None when it can."""
+        return None
+
+    def reader_config(self, config: dict[str, Any], model_type: str, experts: bool) -> dict[str, Any]:
+        """`model_config` for a model of this type, perhaps with packed experts: what its reader must be told besides."""
+        return config
+
+    def stored_dtype(self, local: str, dtype: torch.dtype, expert: bool, trained: torch.dtype) -> torch.dtype:
+        """dtype in the file of a tensor that `pack` makes in `dtype`, for a model that was trained in `trained`. The values are the
+        same: a dtype that cannot hold them is not allowed."""
+        return dtype
 
     @abstractmethod
     def specs(self, layer: LayerSpec) -> TensorSpecs:

@@ -20,6 +20,7 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     symmetric,  several grids   exact in the default mode; dequantize=True decodes every layer with the first group: wrong
     asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files too
     asymmetric, several grids   readable in neither mode: refused here
+    experts, symmetric          exact with dequantize=True, which the folder's config.json asks for (reader_config)
     experts that stay dense     it looks for packed ones and fails: refused here
 """
 
@@ -31,7 +32,13 @@ import torch
 from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
+from ..load_names import Part
+from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
+
+
+# Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
+_INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode"})
 
 
 class CompressedTensors(Exporter):
@@ -60,6 +67,18 @@ class CompressedTensors(Exporter):
             )
         return None
 
+    def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
+        native = "set export.format: native"
+        if matrix.embedding:
+            return f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out quant.embeddings"
+        if matrix.transposed and matrix.expert is None:
+            return f"a Conv1D keeps its weight turned, and compressed-tensors groups along the other side; {native}"
+        if matrix.expert is not None and parts is None:
+            return f"its readers know packed experts only where a checkpoint has one tensor per expert, as this one has not; {native}"
+        if matrix.expert is not None and isinstance(grid, IntGrid) and not grid.symmetric:
+            return f"transformers reads packed experts without their zero points; use quant.symmetric: true, or {native}"
+        return None
+
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
         problems = super().reject_model(layers)
         grids = {spec.grid for spec in layers.values()}
@@ -70,6 +89,20 @@ class CompressedTensors(Exporter):
                 "use one grid for all layers, symmetric grids, or export.format: native"
             )
         return problems
+
+    def reject_mixture(self, layers: Mapping[str, LayerSpec]) -> str | None:
+        if len({spec.grid for spec in layers.values()}) == 1:
+            return None
+        return "transformers reads packed experts only where all layers have one grid; drop quant.overrides, or set export.format: native"
+
+    def reader_config(self, config: dict[str, Any], model_type: str, experts: bool) -> dict[str, Any]:
+        # This key makes a plain from_pretrained decode while loading. vLLM and SGLang take named keys only.
+        return config | {"dequantize": True} if experts or model_type in _INIT_READS_WEIGHTS else config
+
+    def stored_dtype(self, local: str, dtype: torch.dtype, expert: bool, trained: torch.dtype) -> torch.dtype:
+        # transformers gives decoded experts the dtype of their scales, not of the model: fp32 experts in a bf16 model. The product
+        # of a bf16 scale and a code of at most 8 bits is rounded once in either dtype.
+        return trained if expert and local == "weight_scale" else dtype
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:
         assert isinstance(layer.grid, IntGrid)

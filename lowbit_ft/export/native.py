@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
+from ..load_names import Part
+from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 METHOD = "lowbit_ft"
@@ -25,6 +27,9 @@ class Native(Exporter):
     quant_method = METHOD
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
+        return None
+
+    def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
         return None
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:

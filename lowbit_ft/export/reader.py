@@ -87,9 +87,10 @@ def load_exported(
 
     dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors ones become dense.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ..integrations import register
+    from ..load import model_class
     from . import EXPORTERS
 
     register()
@@ -101,7 +102,8 @@ def load_exported(
     with warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        model = AutoModelForCausalLM.from_pretrained(
+        kind = model_class(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        model = kind.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
             device_map=None if device == "cpu" else device,

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
-from ..linear import PackedLinear
+from ..matrices import Matrix, find_matrices
 from . import EXPORTERS
-from .base import LayerSpec, Weights
+from .base import Exporter, LayerSpec, ReadBack, Weights
 from .reader import load_exported, read_config
 from .writer import check_files
 
@@ -133,17 +133,16 @@ def verify(
     stored = _StoredTensors(
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
-    rows = []
+    rows, matrices = [], find_matrices(loaded)  # those that their reader made dense
     for name, weight in weights.items():
-        read = exporter.read_back(stored[name], LayerSpec.of(weight))
+        read = _read_back(exporter, stored[name], LayerSpec.of(weight))
         codes = _differences(read.codes, weight.unpack_codes())
         scales = _differences(read.scale.float(), weight.scale.float())
         for key in ("zero", "offset"):
             scales += _differences(
                 getattr(read, key), getattr(weight, key, None) if isinstance(weight, PackedWeight) else None
             )
-        layer = loaded.get_submodule(name)
-        dense = layer.base.dequantize(kind) if isinstance(layer, PackedLinear) else layer.weight
+        dense = _dense(loaded, matrices[name], kind) if name in matrices else loaded.get_submodule(name).base.dequantize(kind)
         rows.append(LayerCheck(name, codes, scales, _differences(dense, weight.dequantize(kind))))
     difference, bound = None, 0.0
     if expected is not None:
@@ -185,8 +184,30 @@ def _differences(a: Tensor | None, b: Tensor | None) -> int:
     return int((a.cpu() != b.cpu()).sum())
 
 
+def _read_back(exporter: Exporter, parts: list[dict[str, Tensor]], spec: LayerSpec) -> ReadBack:
+    """Each part of a layer through its format's library, one below the other."""
+    found = [exporter.read_back(tensors, spec) for tensors in parts]
+    if len(found) == 1:
+        return found[0]
+
+    def stack(key: str, dim: int) -> Tensor | None:
+        values = [getattr(read, key) for read in found]
+        return None if any(value is None for value in values) else torch.cat(values, dim)
+
+    codes, scale = stack("codes", -2), stack("scale", -1)
+    assert codes is not None and scale is not None
+    return ReadBack(codes, scale, stack("zero", -1), stack("offset", -1))
+
+
+def _dense(model: nn.Module, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """A matrix [N, K] as a dense model holds it."""
+    value = model.get_parameter(matrix.parameter)
+    value = value if matrix.expert is None else value[matrix.expert]
+    return (value.t() if matrix.transposed else value).to(dtype)
+
+
 class _StoredTensors:
-    """Layer -> its tensors by local name, through the safetensors library."""
+    """Layer -> the tensors of each of its parts by local name, through the safetensors library."""
 
     def __init__(self, folder: Path, prefixes: Mapping[str, str]):
         self.prefixes = prefixes
@@ -197,8 +218,11 @@ class _StoredTensors:
                     prefix, _, local = key.rpartition(".")
                     self.keys.setdefault(prefix, []).append((local, path))
 
-    def __getitem__(self, layer: str) -> dict[str, Tensor]:
-        prefix, tensors = self.prefixes[layer], {}
+    def __getitem__(self, layer: str) -> list[dict[str, Tensor]]:
+        return [self._part(prefix) for prefix in self.prefixes[layer].split("+")]
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        tensors = {}
         for local, path in self.keys.get(prefix, []):
             with safe_open(path, framework="pt") as file:
                 tensors[local] = file.get_tensor(f"{prefix}.{local}")

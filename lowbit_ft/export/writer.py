@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..files import file_entry, staged_folder
 from ..grid import Weight
 from ..load import Checkpoint
+from ..load_names import Part
 from ..tensorfile import DTYPES
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
@@ -54,6 +55,7 @@ class _Slot:
     dtype: torch.dtype
     layer: str | None
     source: str
+    part: Part | None = None
 
     @property
     def nbytes(self) -> int:
@@ -138,41 +140,66 @@ class _Layout:
         for name in model.state_dict():
             for key in checkpoint.keys_for(name):
                 users.setdefault(key, set()).add(name)
-        fused = checkpoint.converted()
+        matrices, refused = checkpoint.matrices, {}  # refused: reason -> layers
+        packed = {matrices[name].parameter for name in layers if name in matrices}
+        self.experts = any(matrices[name].expert is not None for name in layers if name in matrices)
+        fused = sorted(set(checkpoint.converted()) - packed)
         if fused and not exporter.dense_experts:
             raise ValueError(
                 f"{exporter.name} cannot hold this model: transformers does not read dense experts ({fused[0]}, ...) "
                 "beside packed layers of that format; set export.format: native"
             )
         replaced, self.slots = set(), []
+        self.parts: dict[str, list[Part]] = {}  # layer -> its tensors in the files: name of each, rows of the matrix in it
         for name, spec in layers.items():
-            own, expected = f"{name}.weight", _shape_of(model, name)
-            if expected != spec.shape:
+            matrix = matrices.get(name)
+            if matrix is None:
+                raise ValueError(f"{name}: the checkpoint's model has no such layer")
+            if matrix.shape != spec.shape:
                 raise ValueError(
-                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {expected}"
+                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {matrix.shape}"
                 )
-            keys = checkpoint.keys_for(own)
-            if len(keys) != 1 or not keys[0].endswith(".weight"):
+            parts, keys = checkpoint.parts(name), checkpoint.keys_for(matrix.parameter)
+            if reason := exporter.reject_matrix(matrix, spec.grid, parts):
+                refused.setdefault(reason, []).append(name)
+                continue
+            if (parts is None or not users[keys[0]] <= packed) and matrix.plain and len(keys) != 1:
                 raise ValueError(
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
                 )
-            prefix = keys[0].removesuffix(".weight") if exporter.checkpoint_names else name
-            if users[keys[0]] == {own}:
-                replaced.add(keys[0])
+            own = users[keys[0]] <= packed
+            if own:
+                replaced.update(keys)
             else:  # tied to a layer that stays dense (the embedding): from here on they are two tensors
-                prefix, self.untied = name, True
-            self.prefixes[name] = prefix
-            self.slots += [
-                _Slot(f"{prefix}.{local}", shape, dtype, name, local)
-                for local, (shape, dtype) in exporter.specs(spec).items()
-            ]
+                self.untied = True
+            self.untied |= len(users[keys[0]]) > 1
+            if parts is None or not exporter.checkpoint_names or len(users[keys[0]]) > 1:
+                self.parts[name] = [Part(name, 0, spec.shape[0])]
+            else:
+                self.parts[name] = [Part(key.removesuffix(".weight"), *rows) for key, *rows in parts]
+            self.prefixes[name] = "+".join(part.key for part in self.parts[name])
+            expert, stored = matrix.expert is not None, exporter.stored_dtype
+            for part in self.parts[name]:
+                own_spec = replace(spec, shape=(part.last - part.first, spec.shape[1]))
+                self.slots += [
+                    _Slot(f"{part.key}.{local}", shape, stored(local, dtype, expert, checkpoint.dtype), name, local, part)
+                    for local, (shape, dtype) in exporter.specs(own_spec).items()
+                ]
+        if self.experts and (reason := exporter.reject_mixture(layers)):
+            refused[reason] = ["these layers together"]
+        if refused:
+            lines = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {why}" for why, names in refused.items()]
+            raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(lines))
         taken = {slot.key for slot in self.slots}
         for key in checkpoint.names():
             if key in replaced:
                 continue
             assert key not in taken, key
-            self.slots.append(_Slot(key, checkpoint.shape(key), checkpoint.stored_dtype(key), None, key))
+            # A tied pair of which one is packed: what is left of it goes by the name of the other.
+            left = users.get(key, set()) - packed
+            new = next(iter(left)) if len(users.get(key, ())) > len(left) == 1 else key
+            self.slots.append(_Slot(new, checkpoint.shape(key), checkpoint.stored_dtype(key), None, key))
 
     def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The checkpoint's config.json, with our quantization_config and the dtype of training."""
@@ -184,15 +211,9 @@ class _Layout:
         )
         if self.untied:
             config["tie_word_embeddings"] = False
-        config["quantization_config"] = self.exporter.model_config(self.layers, self.skipped)
+        entry = self.exporter.model_config(self.layers, self.skipped)
+        config["quantization_config"] = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
         return config
-
-
-def _shape_of(model: nn.Module, layer: str) -> tuple[int, ...]:
-    try:
-        return tuple(model.get_parameter(f"{layer}.weight").shape)
-    except AttributeError:
-        raise ValueError(f"{layer}: the checkpoint's model has no such layer") from None
 
 
 def _dense_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> list[str]:
@@ -274,9 +295,16 @@ def _write_shards(
 
     digests = {}
     for name, weight in weights.items():
-        tensors = exporter.pack(weight)
+        tensors: dict[Part | None, dict[str, Tensor]] = {}
         for slot in by_layer[name]:
-            put(slot, tensors[slot.source])
+            if slot.part not in tensors:
+                first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
+                whole = last - first == weight.shape[0]
+                tensors = {slot.part: exporter.pack(weight if whole else weight.rows(first, last))}
+            made = tensors[slot.part][slot.source]
+            kept = made.to(slot.dtype)
+            assert kept is made or torch.equal(kept.to(made.dtype), made), f"{slot.key}: {slot.dtype} cannot hold its values"
+            put(slot, kept)
         digests[name] = layer_digests(weight)
     for slot in by_layer.get(None, []):
         put(slot, checkpoint.read(slot.source))

@@ -165,6 +165,12 @@ class PackedWeight(_Tensors):
         """uint8 [N, K]."""
         return kernels.unpack(self.codes, self.grid.bits, self.shape[1])
 
+    def rows(self, first: int, last: int) -> "PackedWeight":
+        """Rows [first, last) of the matrix, as a weight of their own: groups lie along K, so nothing is rounded anew."""
+        by_row = {name: t[first:last].contiguous() for name, t in self.to_tensors().items() if name in ("codes", "residual")}
+        by_group = {name: t[:, first:last].contiguous() for name, t in self.to_tensors().items() if name not in by_row}
+        return PackedWeight(shape=(last - first, self.shape[1]), grid=self.grid, **by_row, **by_group)
+
     def without_residual(self) -> "PackedWeight":
         return replace(self, residual=None, grid=replace(self.grid, residual_bits=0))
 
@@ -219,6 +225,11 @@ class BinaryWeight(_Tensors):
     def unpack_codes(self) -> Tensor:
         """uint8 [q, N, K] in {0, 1}."""
         return torch.stack([kernels.unpack(plane, 1, self.shape[1]) for plane in self.planes])
+
+    def rows(self, first: int, last: int) -> "BinaryWeight":
+        """Rows [first, last) of the matrix, as a weight of their own."""
+        planes, scale = self.planes[:, first:last].contiguous(), self.scale[:, :, first:last].contiguous()
+        return BinaryWeight(planes=planes, scale=scale, shape=(last - first, self.shape[1]), grid=self.grid)
 
     def without_residual(self) -> "BinaryWeight":
         return self

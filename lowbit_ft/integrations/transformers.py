@@ -21,6 +21,7 @@ from ..attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, VERSION, Native, layers_from_config
 from ..linear import PackedLinear
+from ..matrices import stand_in
 from ..tensorfile import DTYPES, parse_header
 
 
@@ -56,6 +57,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = self.quantization_config.layers
+        stand_in(model, layers)
         for name, spec in layers.items():
             try:
                 linear = model.get_submodule(name)
