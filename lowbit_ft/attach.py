@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterConfig
-from .linear import PackedLinear
+from .linear import PackedEmbedding, PackedLinear
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
 
@@ -67,7 +67,8 @@ def attach(
 ) -> TrainableTable:
     """Give every PackedLinear a fresh adapter and freeze the rest. dense_weight(layer) -> [N, K] is asked only when the
     config's start needs it (`init: loftq`), one layer at a time. ValueError naming every layer whose grid the method refuses."""
-    layers = list(packed_layers(model))
+    # An embedding looks its rows up; there is no product for an adapter to be in.
+    layers = [(name, layer) for name, layer in packed_layers(model) if not isinstance(layer, PackedEmbedding)]
     if not layers:
         raise ValueError("attach: the model has no packed layers; quantize it first")
     refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]

@@ -68,3 +68,45 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, grid={self.grid}"
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first rounding.
+
+    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds models without values. The dtype of the output is that of the model, which `.to(dtype)`
+    changes; `like` is an empty buffer that follows it.
+    """
+
+    def __init__(self, base: Weight, dtype: torch.dtype, factor: float | None = None):
+        super().__init__(base)
+        self.factor = factor
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=base.to_tensors()["scale"].device), persistent=False)
+
+    @classmethod
+    def in_place_of(cls, embedding: nn.Embedding, base: Weight, dtype: torch.dtype) -> "PackedEmbedding":
+        """What takes the place of a model's own embedding."""
+        return cls(base, dtype, embedding_factor(embedding))
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., H]."""
+        rows = self.base.chosen(ids.reshape(-1)).dequantize(self.like.dtype).view(*ids.shape, self.in_features)
+        return rows if self.factor is None else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._buffers["like"] = fn(self.like)
+        return self
+
+
+def embedding_factor(embedding: nn.Embedding) -> float | None:
+    """What a scaled embedding multiplies its rows with; None for a plain one."""
+    value = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return None if value is None else float(value)

@@ -82,7 +82,8 @@ def linear_problem(linear: nn.Linear) -> str | None:
 def embedding_problem(embedding: nn.Embedding) -> str | None:
     """Why an embedding cannot be packed; None when it can."""
     kind = type(embedding)
-    if kind.forward is nn.Embedding.forward or hasattr(embedding, "embed_scale"):
+    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    if kind.forward is nn.Embedding.forward or isinstance(scale, float | int):
         return None if embedding.max_norm is None else "it renormalizes its rows (max_norm)"
     return f"{kind.__name__} is an nn.Embedding with a forward of its own"
 

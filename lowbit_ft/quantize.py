@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
 from .integrations.transformers import mark_packed
-from .linear import PackedLinear
+from .linear import PackedEmbedding, PackedLinear
 from .load import Checkpoint, materialize
 from .matrices import Matrix, find_matrices, stand_in, unpackable
 from .memory import release_freed
@@ -161,7 +161,13 @@ def quantize(
         bias = getattr(layer, "bias", None)
         if bias is not None:
             bias = checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
-        model.set_submodule(name, PackedLinear(base, bias))
+        if isinstance(layer, nn.Embedding):
+            packed = PackedEmbedding.in_place_of(layer, base, dtype)
+        else:
+            packed = PackedLinear(base, bias)
+        model.set_submodule(name, packed)
+        if is_head(name) or isinstance(packed, PackedEmbedding):
+            model.config.tie_word_embeddings = False  # a packed matrix is nobody's parameter
         rows.append(_row(name, weight, base, grid, note))
         del weight
         release_freed()

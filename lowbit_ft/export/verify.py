@@ -7,7 +7,8 @@
 
 Weights are compared bit for bit, whatever their size. Logits must be equal bit for bit on a CPU where the packed matmul does a
 layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make the same call. Where it works in chunks of rows, or
-on a GPU with kernels of its own, sums may be added in another order; logits may then differ by LOGIT_TOLERANCE of the largest.
+on a GPU with kernels of its own, or where a reader makes a layer with a bias dense (whose sums then begin with the bias), sums may
+be added in another order; logits may then differ by LOGIT_TOLERANCE of the largest.
 """
 
 from collections.abc import Callable, Mapping
@@ -147,7 +148,10 @@ def verify(
     difference, bound = None, 0.0
     if expected is not None:
         difference = float((logits - expected).abs().max())
-        if where != {"cpu"} or any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values()):
+        biased = any(
+            getattr(loaded.get_submodule(name), "bias", None) is not None for name, m in matrices.items() if name in weights and m.plain
+        )
+        if where != {"cpu"} or biased or any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values()):
             bound = LOGIT_TOLERANCE[kind] * float(expected.abs().max())
     elements = sum(spec.elements for spec in weights.specs.values())
     reader = f"transformers {version('transformers')}"

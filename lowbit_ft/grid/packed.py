@@ -167,9 +167,13 @@ class PackedWeight(_Tensors):
 
     def rows(self, first: int, last: int) -> "PackedWeight":
         """Rows [first, last) of the matrix, as a weight of their own: groups lie along K, so nothing is rounded anew."""
-        by_row = {name: t[first:last].contiguous() for name, t in self.to_tensors().items() if name in ("codes", "residual")}
-        by_group = {name: t[:, first:last].contiguous() for name, t in self.to_tensors().items() if name not in by_row}
-        return PackedWeight(shape=(last - first, self.shape[1]), grid=self.grid, **by_row, **by_group)
+        return self.chosen(torch.arange(first, last, device=self.codes.device))
+
+    def chosen(self, rows: Tensor) -> "PackedWeight":
+        """These rows [R] of the matrix, in this order, as a weight of their own."""
+        by_row = ("codes", "residual")
+        tensors = {name: t.index_select(0 if name in by_row else 1, rows) for name, t in self.to_tensors().items()}
+        return PackedWeight(shape=(len(rows), self.shape[1]), grid=self.grid, **tensors)
 
     def without_residual(self) -> "PackedWeight":
         return replace(self, residual=None, grid=replace(self.grid, residual_bits=0))
@@ -228,8 +232,12 @@ class BinaryWeight(_Tensors):
 
     def rows(self, first: int, last: int) -> "BinaryWeight":
         """Rows [first, last) of the matrix, as a weight of their own."""
-        planes, scale = self.planes[:, first:last].contiguous(), self.scale[:, :, first:last].contiguous()
-        return BinaryWeight(planes=planes, scale=scale, shape=(last - first, self.shape[1]), grid=self.grid)
+        return self.chosen(torch.arange(first, last, device=self.planes.device))
+
+    def chosen(self, rows: Tensor) -> "BinaryWeight":
+        """These rows [R] of the matrix, in this order, as a weight of their own."""
+        planes, scale = self.planes.index_select(1, rows), self.scale.index_select(2, rows)
+        return BinaryWeight(planes=planes, scale=scale, shape=(len(rows), self.shape[1]), grid=self.grid)
 
     def without_residual(self) -> "BinaryWeight":
         return self

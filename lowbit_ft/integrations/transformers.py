@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, VERSION, Native, layers_from_config
-from ..linear import PackedLinear
+from ..grid import empty_weight
+from ..linear import PackedEmbedding, PackedLinear
 from ..matrices import stand_in
 from ..tensorfile import DTYPES, parse_header
 
@@ -65,21 +66,25 @@ class LowbitQuantizer(HfQuantizer):
                 raise ValueError(
                     f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
                 ) from None
-            if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != spec.shape:
-                found = tuple(linear.weight.shape) if isinstance(linear, nn.Linear) else type(linear).__name__
+            found = tuple(linear.weight.shape) if isinstance(linear, nn.Linear | nn.Embedding) else type(linear).__name__
+            if found != spec.shape:
                 raise ValueError(
                     f"quantization_config: layer {name} is {spec.shape}; this model's is {found}"
                 )
-            bias = linear.bias
-            packed = PackedLinear.empty(
-                spec.shape[1],
-                spec.shape[0],
-                bias is not None,
-                spec.grid,
-                "meta",
-                linear.weight.dtype if bias is None else bias.dtype,
-                spec.offset,
-            )
+            if isinstance(linear, nn.Embedding):
+                base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
+                packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
+            else:
+                bias = linear.bias
+                packed = PackedLinear.empty(
+                    spec.shape[1],
+                    spec.shape[0],
+                    bias is not None,
+                    spec.grid,
+                    "meta",
+                    linear.weight.dtype if bias is None else bias.dtype,
+                    spec.offset,
+                )
             model.set_submodule(name, packed)
         files = kwargs.get("checkpoint_files")
         if files:
