@@ -92,12 +92,17 @@ def unpackable(module: nn.Module) -> str | None:
     """Why the matrices of this module (its own, not its children's) can be packed in no way; None when it has none, or they can."""
     if isinstance(module, nn.Linear):
         return linear_problem(module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | Experts) or is_experts(module):
-        return None  # convolutions are not linears: they stay, and are listed
-    stacks = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() >= 3]
-    if not stacks:
+    if isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | Experts) or is_experts(module) or is_conv1d(module):
+        return None  # lookups and convolutions are not linears: they stay, and are listed
+    held = [name for name, parameter in module.named_parameters(recurse=False) if _is_large(parameter)]
+    if not held:
         return None
-    return f"{type(module).__name__} keeps its weights as stacks ({', '.join(stacks)}) that nothing here knows the use of"
+    return f"{type(module).__name__} multiplies with weights of its own ({', '.join(held)}) in a way that is not known here"
+
+
+def _is_large(parameter: nn.Parameter) -> bool:
+    """Two dimensions of a group or more: a matrix, or a stack of them; not a table of a few numbers per channel."""
+    return sum(size >= 32 for size in parameter.shape) >= 2
 
 
 def stand_in(model: nn.Module, names: Collection[str]) -> None:

@@ -18,6 +18,7 @@ from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
 from .integrations.transformers import mark_packed
 from .linear import PackedEmbedding, PackedLinear
+from .experts import is_experts
 from .load import Checkpoint, materialize
 from .matrices import Matrix, find_matrices, stand_in, unpackable
 from .memory import release_freed
@@ -66,13 +67,18 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def _kind(name: str) -> str:
+    """A name with its numbers left out, which is a glob for all modules of that kind."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
 def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix], list[QuantRow]]:
     """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight matrix and is left
     alone. ValueError naming every module that should be packed and cannot be."""
     matrices = find_matrices(model)
     targets: dict[str, Matrix] = {}
     skipped: list[QuantRow] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}  # kind of module (its name without numbers) -> why
     stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
     text = text_tower(model)
 
@@ -92,20 +98,20 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
     for stack, linears in stacks.items():
         left = [name for name, reason in linears.items() if reason is not None]
         if left and len(left) < len(linears):
-            refused.append(
-                f"{stack}: {len(left)} of its {len(linears)} expert matrices would stay in full precision ({left[0]}: "
-                f"{linears[left[0]]}); experts of one layer are packed together or not at all: exclude '{stack}.*', or none of it"
+            refused[_kind(stack)] = (
+                f"{len(left)} of its {len(linears)} expert matrices would stay in full precision ({left[0]}: {linears[left[0]]}); "
+                "the experts of a layer are packed together or not at all"
             )
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if name in matrices or any(f"{name}.{e}" in matrices for e in [f"0.{key}" for key in own]):
+        if name in matrices or is_experts(module):
             continue
         problem, matrix_like = unpackable(module), [p for p in own.values() if p.dim() >= 2]
         reason = quant.skip_reason(name) or (None if name.startswith(text) else "not part of the language model")
         if isinstance(module, nn.Embedding):
             skip(name, "embedding", module.weight.numel())
         elif problem is not None and reason is None:
-            refused.append(f"{name}: {problem}; to leave it in full precision: quant.exclude: ['{name}']")
+            refused[_kind(name)] = problem
         elif isinstance(module, nn.Linear):
             skip(name, reason or "", module.weight.numel())
         elif matrix_like:
@@ -114,8 +120,12 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
             skipped += [
                 QuantRow(f"{name}.{key}", "skipped", reason, parameters=p.numel()) for key, p in own.items() if p.dim() >= 2
             ]
-    if refused:
-        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(refused))
+    lines = [f"{kind}: {why}; to leave it in full precision: quant.exclude: ['{kind}*']" for kind, why in refused.items()]
+    for key, found in (("lm_head", any(map(is_head, targets))), ("embeddings", any(m.embedding for m in targets.values()))):
+        if getattr(quant, key) is not None and not found:
+            lines.append(f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set quant.{key}: null")
+    if lines:
+        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
     if not targets:
         raise ValueError(
             f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and exclude: {quant.exclude}; "

@@ -1,6 +1,7 @@
 """quantize and the layer walk: what is packed, what is left alone and said, and that the dense model is never needed whole."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
+    JetMoeConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -19,7 +20,7 @@ from transformers import (
 from lowbit_ft.attach import packed_layers
 from lowbit_ft.evaluate import Reference, evaluate, table
 from lowbit_ft.load import Checkpoint, load_model
-from lowbit_ft.quantize import quantize
+from lowbit_ft.quantize import plan_layers, quantize
 from lowbit_ft.recipe import QuantSection
 from lowbit_ft.walk import LayerWalk
 
@@ -132,16 +133,98 @@ def test_overrides_targets_and_what_is_said(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
-    gpt2 = checkpoint_of(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=128), tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="GPT2LMHeadModel: no layer to quantize"):
-        quantize(gpt2, QuantSection(group_size=32))
-    mixtral = checkpoint_of(
-        MixtralConfig(**COMMON, intermediate_size=96, num_key_value_heads=2, num_local_experts=2), tmp_path / "mixtral"
-    )
-    _, rows = quantize(mixtral, QuantSection(group_size=32))
-    experts = [row for row in rows.rows if "fused experts" in row.reason]
-    assert len(experts) == 6 and all(row.action == "skipped" for row in experts)  # two 3-D parameters in each of three layers
-    assert "fused experts" in str(rows)
+    config = JetMoeConfig(**COMMON, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, kv_channels=16, num_key_value_heads=2)
+    checkpoint = checkpoint_of(config, tmp_path / "jetmoe")
+    with pytest.raises(ValueError, match="JetMoeForCausalLM cannot be packed as asked") as caught:
+        quantize(checkpoint, QuantSection(group_size=32))
+    fixes = re.findall(r"quant.exclude: \['(.*?)'\]", str(caught.value))
+    assert "model.layers.*.mlp.input_linear*" in fixes
+    # the way out that is named is one
+    _, rows = quantize(checkpoint, QuantSection(group_size=32, exclude=["lm_head", *fixes]))
+    assert rows.quantized and sum("excluded by 'model.layers.*.mlp.input_linear*'" in row.reason for row in rows.rows) == 3
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        quantize(checkpoint, QuantSection(group_size=32, targets=["nothing"]))
+
+
+def mixtral(folder: Path) -> Checkpoint:
+    config = MixtralConfig(**COMMON, intermediate_size=96, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    return checkpoint_of(config, folder)
+
+
+def test_experts_are_packed_one_by_one(tmp_path: Path) -> None:
+    checkpoint = mixtral(tmp_path)
+    model, rows = quantize(checkpoint, QuantSection(bits=8, group_size=32))
+    dense = load_model(checkpoint)
+    experts = [row for row in rows.quantized if ".experts." in row.layer]
+    assert len(experts) == 3 * 4 * 2
+    for row in experts:
+        stack, expert, key = row.layer.rsplit(".", 2)
+        assert torch.equal(checkpoint.matrix(row.layer), dense.get_parameter(f"{stack}.{key}")[int(expert)])
+    with torch.no_grad():
+        batch = tokens(1)[0]
+        gap = (model(**batch).logits - dense(**batch).logits).norm() / dense(**batch).logits.norm()
+    assert gap < 0.02
+
+
+def test_the_experts_of_a_layer_are_packed_together_or_not_at_all(tmp_path: Path) -> None:
+    checkpoint = mixtral(tmp_path)
+    with pytest.raises(ValueError, match="packed together or not at all"):
+        quantize(checkpoint, QuantSection(group_size=32, exclude=["lm_head", "*.down_proj"]))
+    model, rows = quantize(checkpoint, QuantSection(group_size=32, exclude=["lm_head", "*.experts.*"]))
+    assert sum("excluded by '*.experts.*'" in row.reason for row in rows.rows) == 24
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dim() == 3
+
+
+def test_an_expert_that_no_calibration_token_reached_is_said(tmp_path: Path) -> None:
+    checkpoint = mixtral(tmp_path)
+    few = [{"input_ids": torch.tensor([[5]])}]  # one token has two experts of four
+    model, rows = quantize(checkpoint, QuantSection(group_size=32, calibrate="gptq"), calibration=lambda: few)
+    idle = [row.layer for row in rows.quantized if "no calibration token reached this expert" in row.reason]
+    assert len(idle) == 3 * 2 * 2 and all(".experts." in name for name in idle)
+    assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
+
+
+def test_missing_experts_are_an_error(tmp_path: Path) -> None:
+    checkpoint = mixtral(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_local_experts": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="4 experts .* config.json says 5"):
+        quantize(Checkpoint.open(tmp_path, dtype="float32"), QuantSection(group_size=32))
+    assert len(checkpoint.parts("model.layers.0.mlp.experts.3.gate_up_proj") or []) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_and_embedding_at_their_own_bits(tied: bool, tmp_path: Path) -> None:
+    config = CONFIGS["gemma3"]()
+    config.tie_word_embeddings = tied
+    checkpoint = checkpoint_of(config, tmp_path)
+    model, rows = quantize(checkpoint, QuantSection(bits=3, group_size=32, lm_head=8, embeddings=4))
+    bits = {row.layer: row.bits for row in rows.quantized}
+    assert bits["lm_head"] == 8 and bits["model.embed_tokens"] == 4 and bits["model.layers.0.mlp.up_proj"] == 3
+    dense = load_model(checkpoint)
+    ids = tokens(1)[0]["input_ids"]
+    embedding = model.model.embed_tokens
+    with torch.no_grad():
+        dense.model.embed_tokens.weight.data = embedding.weight  # gemma multiplies what it looks up
+        assert torch.equal(embedding(ids), dense.model.embed_tokens(ids))
+    assert model.config.tie_word_embeddings is False
+    assert embedding.to(torch.bfloat16)(ids).dtype == torch.bfloat16 and embedding.num_embeddings == 128
+
+
+def test_a_head_or_embedding_that_cannot_be_packed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lm_head 8 needs quant.grid: integer"):
+        QuantSection(grid="binary", bits=3, lm_head=8)
+    checkpoint = checkpoint_of(CONFIGS["llama"](), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    model = checkpoint.empty_model()
+
+    class Own(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) + 1
+
+    model.model.embed_tokens = Own(config["vocab_size"], 64)
+    with pytest.raises(ValueError, match="quant.embeddings: 8: this model has none that can be packed"):
+        plan_layers(model, QuantSection(group_size=32, embeddings=8))
 
 
 def test_gptq_says_what_it_lacks(tmp_path: Path) -> None:
