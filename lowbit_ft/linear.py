@@ -77,6 +77,8 @@ class PackedEmbedding(PackedLinear):
     changes; `like` is an empty buffer that follows it.
     """
 
+    like: Tensor
+
     def __init__(self, base: Weight, dtype: torch.dtype, factor: float | None = None):
         super().__init__(base)
         self.factor = factor

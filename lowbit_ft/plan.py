@@ -78,8 +78,14 @@ def plan(recipe: Recipe) -> Plan | None:
         return None
     shapes = read_shapes(folder)
     size = DTYPE_BYTES[recipe.model.dtype]
-    rows = [_row(recipe, layer.name, layer.out_features, layer.in_features) for layer in shapes.linears]
-    quantized = {f"{row.layer}.weight" for row in rows if row.reason is None}
+    layers = shapes.linears
+    if recipe.quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
+        layers.append(head)
+    rows = [_row(recipe, layer.name, layer.out_features, layer.in_features) for layer in layers]
+    quantized = {name for layer, row in zip(layers, rows, strict=True) if row.reason is None for name in layer.tensors}
+    if recipe.quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
+        rows.append(_row(recipe, embedding.name, embedding.out_features, embedding.in_features, trained=False))
+        quantized.update(embedding.tensors)
     rest = sum(_count(shape) for name, shape in shapes.tensors.items() if name not in quantized)
     trainable = sum(row.trainable for row in rows)
     memory = {
@@ -102,14 +108,16 @@ def optimizer_bytes(name: str) -> int:
     return states * (1 if "8bit" in name else 4)
 
 
-def _row(recipe: Recipe, name: str, out_features: int, in_features: int) -> PlanRow:
-    reason = recipe.quant.skip_reason(name)
+def _row(recipe: Recipe, name: str, out_features: int, in_features: int, trained: bool = True) -> PlanRow:
+    reason = recipe.quant.skip_reason(name, embedding=not trained)
     if reason is not None:
         return PlanRow(name, out_features, in_features, reason=reason)
     grid = recipe.quant.grid_for(name)
     base = empty_weight((out_features, in_features), grid, "meta")
     sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in base.to_tensors().items()}
     residual = sizes.pop("residual", 0)
+    if not trained:
+        return PlanRow(name, out_features, in_features, str(grid), None, sum(sizes.values()), residual)
     config = recipe.adapter
     if "init" in type(config).model_fields:
         config = config.model_copy(
@@ -117,8 +125,8 @@ def _row(recipe: Recipe, name: str, out_features: int, in_features: int) -> Plan
         )  # the start of A and B does not change their shapes
     with torch.device("meta"):
         adapter = config.build(base)
-    trained = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
-    return PlanRow(name, out_features, in_features, str(grid), None, sum(sizes.values()), residual, trained)
+    count = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+    return PlanRow(name, out_features, in_features, str(grid), None, sum(sizes.values()), residual, count)
 
 
 def _activations(recipe: Recipe, shapes: Shapes, size: int) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .experts import is_experts
 from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
 from .integrations.transformers import mark_packed
 from .linear import PackedEmbedding, PackedLinear
-from .experts import is_experts
 from .load import Checkpoint, materialize
 from .matrices import Matrix, find_matrices, stand_in, unpackable
 from .memory import release_freed

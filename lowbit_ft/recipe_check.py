@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,8 +167,11 @@ def check_export(r: Any) -> Problems:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(("export", "format"), f"got {name!r}{where}: {reason}")
-    shapes = _shapes(r.model) if r.quant.overrides and not told and hasattr(r, "model") else None
+    shapes = _shapes(r.model) if not told and hasattr(r, "model") else None
     if shapes is None:
+        return
+    yield from _check_kinds(r, shapes)
+    if not r.quant.overrides:
         return
     specs = {}
     for layer in shapes.linears:
@@ -179,6 +183,23 @@ def check_export(r: Any) -> Problems:
     alone = {f"{n}: {reason}" for n, s in specs.items() if (reason := EXPORTERS[name].reject_width(s.grid, s.shape[1]))}
     for reason in [reason for reason in EXPORTERS[name].reject_model(specs) if reason not in alone]:
         yield Problem(("quant", "overrides"), f"export.format {name} cannot hold these layers together: {reason}")
+
+
+def _check_kinds(r: Any, shapes: Shapes) -> Problems:
+    """Layers that are no plain linears (experts, Conv1D, an embedding) against the format."""
+    from lowbit_ft.export import EXPORTERS
+
+    exporter, reasons = EXPORTERS[r.export.format], {}
+    for layer in shapes.linears:
+        if r.quant.skip_reason(layer.name) is None:
+            reason = exporter.reject_matrix(layer.matrix, r.quant.grid_for(layer.name), layer.parts)
+            reasons.setdefault(reason, layer.name)
+    if r.quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
+        matrix = replace(embedding.matrix, embedding=True)
+        reasons.setdefault(exporter.reject_matrix(matrix, r.quant.grid_for(embedding.name), embedding.parts), embedding.name)
+    for reason, name in reasons.items():
+        if reason is not None:
+            yield Problem(("export", "format"), f"got {r.export.format!r} (for {name} and its like): {reason}")
 
 
 # ---------------------------------------------------------------- model and layers
@@ -232,6 +253,9 @@ def check_layers(r: Any) -> Problems:
     if shapes is None or not shapes.linears:
         return
     quant, names = r.quant, [layer.name for layer in shapes.linears]
+    for key, layer in (("lm_head", shapes.head), ("embeddings", shapes.token_embedding)):
+        if getattr(quant, key) is not None and layer is None:
+            yield Problem(("quant", key), f"got {getattr(quant, key)}, but this model's files have no such tensor; set it to null")
     head = "lm_head"  # tied to the embedding it has no weight of its own in the file, but it is a layer all the same
     for key in ("targets", "exclude"):
         patterns = getattr(quant, key)

@@ -3,14 +3,24 @@ tensor is read.
 
 Used by the recipe checks, `plan` and `init`. What a name means (quantized, skipped and why) is
 QuantSection.skip_reason, the same rule the quantizer follows on the real modules.
+
+Layers are named as the model names them where files and model differ in kind: the experts of a mixture are `<experts>.3.gate_up_proj`
+and `<experts>.3.down_proj` whether a file keeps one tensor per expert (gate and up apart) or one stack for all, and GPT-2's Conv1D
+weights, which lie in files as [K, N], have their sides exchanged.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lowbit_ft.load_names import Part
+from lowbit_ft.matrices import Matrix
+from lowbit_ft.recipe_sections import HEADS, is_token_embedding
 
 _NOT_LINEAR = (
     "embed",
@@ -23,13 +33,34 @@ _NOT_LINEAR = (
 )  # 2-D weights that are looked up, not multiplied
 
 
+_CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}  # model_type -> its layers that are transformers' Conv1D
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>w[123]|gate_proj|up_proj|down_proj)\.weight")
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<key>gate_up_proj|up_proj|down_proj)")
+_GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight": "down_proj"}
+
+
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the checkpoint: weight [N, K] (N out features, K in features)."""
+    """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in the files of what it is
+    made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each of its tensors is its own alone."""
 
     name: str
     out_features: int
     in_features: int
+    tensors: tuple[str, ...] = ()
+    expert: int | None = None
+    turned: bool = False
+    whole: bool = True
+
+    @property
+    def matrix(self) -> Matrix:
+        """What the exporters ask about a layer."""
+        return Matrix(self.name, self.name, (self.out_features, self.in_features), self.expert, self.turned)
+
+    @property
+    def parts(self) -> list[Part] | None:
+        """The file tensors that make it, for exporters that write one for each; their rows are not known here."""
+        return [Part(name, 0, 0) for name in self.tensors] if self.whole and not self.turned else None
 
 
 @dataclass(frozen=True)
@@ -43,14 +74,70 @@ class Shapes:
 
     @property
     def linears(self) -> list[Layer]:
-        """Every 2-D `*.weight` that is multiplied with (not embeddings), in the order of the model."""
-        found = []
+        """Every matrix that is multiplied with (not embeddings), in the order of the model."""
+        found = [*self._plain(), *self._experts_apart(), *self._experts_stacked()]
+        return sorted(found, key=lambda found_layer: natural(found_layer.name))
+
+    @property
+    def token_embedding(self) -> Layer | None:
+        """The token embedding as a matrix [V, H]."""
         for name, shape in self.tensors.items():
             layer = name.removesuffix(".weight")
-            last = layer.rpartition(".")[2].lower()
-            if layer != name and len(shape) == 2 and not any(word in last for word in _NOT_LINEAR):
-                found.append(Layer(layer, *shape))
-        return sorted(found, key=lambda found_layer: natural(found_layer.name))
+            if layer != name and len(shape) == 2 and is_token_embedding(layer) and not _EXPERT.fullmatch(name):
+                return Layer(layer, *shape, tensors=(name,))
+        return None
+
+    @property
+    def head(self) -> Layer | None:
+        """The output head; tied to the embedding it has no tensor of its own."""
+        for layer in self.linears:
+            if layer.name.rpartition(".")[2] in HEADS:
+                return layer
+        embedding = self.token_embedding
+        return None if embedding is None else Layer("lm_head", embedding.out_features, embedding.in_features)
+
+    def _plain(self) -> Iterator[Layer]:
+        turned = _CONV1D.get(self.config.get("model_type", ""), ())
+        for name, shape in self.tensors.items():
+            layer = name.removesuffix(".weight")
+            last = layer.rpartition(".")[2]
+            if layer == name or len(shape) != 2 or any(word in last.lower() for word in _NOT_LINEAR) or _EXPERT.fullmatch(name):
+                continue
+            yield Layer(layer, *(shape[::-1] if last in turned else shape), tensors=(name,), turned=last in turned)
+
+    def _experts_apart(self) -> Iterator[Layer]:
+        """One tensor per expert; gate and up are one matrix in the model."""
+        experts: dict[tuple[str, int], dict[str, str]] = {}
+        for name, shape in self.tensors.items():
+            if (found := _EXPERT.fullmatch(name)) and len(shape) == 2:
+                part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(found["part"], found["part"])
+                experts.setdefault((found["experts"], int(found["number"])), {})[part] = name
+        for (prefix, number), parts in experts.items():
+            first = "gate_up_proj" if "gate_proj" in parts else "up_proj"
+            for key, names in ((first, ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                tensors = tuple(parts[name] for name in names if name in parts)
+                if tensors:
+                    n, k = sum(self.tensors[name][0] for name in tensors), self.tensors[tensors[0]][1]
+                    model_name = prefix.replace(".block_sparse_moe.", ".mlp.")  # as transformers renames it
+                    yield Layer(f"{model_name}.{number}.{key}", n, k, tensors, number)
+
+    def _experts_stacked(self) -> Iterator[Layer]:
+        """All experts of a layer in one tensor [E, N, K], or [E, K, N]."""
+        hidden = self.number("hidden_size")
+        for name, shape in self.tensors.items():
+            found = _STACK.fullmatch(name)
+            prefix, key = (found["experts"], found["key"]) if found else (None, None)
+            if not found and name.partition("block_sparse_moe.")[2] in _GRANITE_STACK:
+                head, _, tail = name.partition("block_sparse_moe.")
+                prefix, key = f"{head}block_sparse_moe.experts", _GRANITE_STACK[tail]
+            if prefix is None or len(shape) != 3:
+                continue
+            turned = self.config.get("model_type") == "gpt_oss" or hidden == shape[1 if key != "down_proj" else 2] != shape[
+                2 if key != "down_proj" else 1
+            ]
+            n, k = shape[:0:-1] if turned else shape[1:]
+            for number in range(shape[0]):
+                yield Layer(f"{prefix}.{number}.{key}", n, k, (name,), number, turned, whole=False)
 
     def number(self, *keys: str) -> int | None:
         """The first of these integers that config.json has (looked up in text_config too)."""
