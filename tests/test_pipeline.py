@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.linear import PackedLinear
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft.recipe import RecipeError, load_recipe
 from lowbit_ft.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,3 +278,39 @@ def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
     one_base, two_base = (json.loads((tmp_path / name / "quant.json").read_text()) for name in ("one", "two"))
     assert one_base == two_base and any(row["error"] for row in one_base)
+
+
+def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed experts to a server's format, and with a packed head and embedding to our own; the trained loss ships in both."""
+    torch.manual_seed(0)
+    tokens = ROOT / "recipes" / "assets" / "tiny-llama"
+    config = json.loads((tokens / "config.json").read_text())
+    folder = tmp_path / "mixtral"
+    AutoModelForCausalLM.from_config(MixtralConfig(
+        vocab_size=config["vocab_size"], hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        bos_token_id=config["bos_token_id"], eos_token_id=config["eos_token_id"],
+    )).save_pretrained(folder)  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tokens / name).is_file():
+            (folder / name).write_bytes((tokens / name).read_bytes())
+    served = ["export.format=compressed-tensors", "train.gradient_checkpointing=true"]
+    ours = [
+        "export.format=native", "quant.lm_head=8", "quant.embeddings=4", "quant.calibrate=gptq", "quant.calibration.samples=4",
+        "quant.calibration.sequence_len=64", "adapter={method: l4q, rank: 2, warmup_steps: 1}",
+    ]  # fmt: skip
+    for name, own in (("served", served), ("ours", ours)):
+        out = tmp_path / name
+        made = recipe(out, f"model.path={folder}", "quant.group_size=32", "train.learning_rate=0.3", *own)
+        pipeline.run(made)
+        rows = {row["stage"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
+        assert rows["merged"]["loss"] == rows["trained"]["loss"] != rows["quantized"]["loss"]
+        if name == "served":
+            assert rows["exported"]["loss"] == rows["trained"]["loss"]
+        moved = json.loads((out / "moved.json").read_text())
+        assert sum(share > 0 for layer, share in moved.items() if ".experts." in layer) > 8
+        assert f"quantized {2 * (4 + 8) + (2 if name == 'ours' else 0)} layers" in capsys.readouterr().out
+        again = pipeline.merge(out)  # the adapter of every expert is in adapter/, and merges to the same bytes
+        assert again == out / "merged"
+    with pytest.raises(RecipeError, match="embeddings in full precision only"):
+        recipe(tmp_path / "x", f"model.path={folder}", "quant.group_size=32", "quant.embeddings=8")
