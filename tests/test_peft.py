@@ -314,7 +314,7 @@ def test_targets_and_excludes(tmp_path: Path) -> None:
         packed_model(), LowBitConfig(rank=4, target_modules="all-linear", exclude_modules=["o_proj"])
     )
     assert sum(isinstance(m, LowBitLinear) for m in everything.modules()) == LAYERS - 2
-    with pytest.raises(ValueError, match=r"lm_head: a Linear, not a packed layer"):
+    with pytest.raises(ValueError, match=r"lm_head: a Linear, not a packed linear layer"):
         get_peft_model(packed_model(), LowBitConfig(rank=4, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="not found in the base model"):
         get_peft_model(packed_model(), LowBitConfig(rank=4, target_modules=["qproj"]))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
 from ..attach import PEFT_SLOT, base_digest
-from ..linear import PackedLinear
+from ..linear import PackedEmbedding, PackedLinear
 from .adapter_files import (
     PEFT_TYPE,
     adapter_config,
@@ -153,6 +153,8 @@ class LowBitModel(BaseTuner):
                 f"adapter.init: {getattr(config, 'init', '')} reads the dense weights, "
                 "which a packed model no longer has: use init: svd with residual bits, or train with a recipe"
             )
+        # An embedding is looked up; there is no product for an adapter to be in.
+        hosts = {name: layer for name, layer in hosts.items() if not isinstance(layer, PackedEmbedding)}
         targets = hosts.keys() if peft_config.target_modules is None else peft_config.target_modules
         peft_config.matcher = SimpleNamespace(
             target_modules=targets, exclude_modules=peft_config.exclude_modules, target_parameters=None
@@ -163,7 +165,7 @@ class LowBitModel(BaseTuner):
                 continue
             if name not in hosts:
                 problems.append(
-                    f"{name}: a {type(module).__name__}, not a packed layer; "
+                    f"{name}: a {type(module).__name__}, not a packed linear layer; "
                     "quantize it, or leave it out of target_modules"
                 )
             elif reason := config.reject(hosts[name].grid):
