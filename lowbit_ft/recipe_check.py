@@ -190,13 +190,15 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     from lowbit_ft.export import EXPORTERS
 
     exporter, reasons = EXPORTERS[r.export.format], {}
-    for layer in shapes.linears:
-        if r.quant.skip_reason(layer.name) is None:
-            reason = exporter.reject_matrix(layer.matrix, r.quant.grid_for(layer.name), layer.parts)
-            reasons.setdefault(reason, layer.name)
+    layers = [(x, x.matrix) for x in shapes.linears if r.quant.skip_reason(x.name) is None]
     if r.quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
-        matrix = replace(embedding.matrix, embedding=True)
-        reasons.setdefault(exporter.reject_matrix(matrix, r.quant.grid_for(embedding.name), embedding.parts), embedding.name)
+        layers.append((embedding, replace(embedding.matrix, embedding=True)))
+    for layer, matrix in layers:
+        try:
+            grid = r.quant.grid_for(layer.name)
+        except ValueError:
+            continue  # bits the grid does not have: check_grid told
+        reasons.setdefault(exporter.reject_matrix(matrix, grid, layer.parts), layer.name)
     for reason, name in reasons.items():
         if reason is not None:
             yield Problem(("export", "format"), f"got {r.export.format!r} (for {name} and its like): {reason}")
