@@ -1,6 +1,7 @@
 """Experts and Conv1D as separate linears: the same numbers as the model's own, read one at a time, written and read back."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,9 @@ def test_experts_are_exported_one_by_one(name: str, tmp_path: Path) -> None:
     assert f"{gate}.weight" in dense and f"{up}.weight" in dense
     scale = torch.cat([files[f"{gate}.weight_scale"], files[f"{up}.weight_scale"]])
     assert torch.equal(scale, weights[layer].scale.t().float())
+    ignored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["ignore"]
+    routers = {key.removesuffix(".weight") for key in dense if key.endswith("gate.weight")}
+    assert routers | {"lm_head"} <= set(ignored) and not any("experts" in name for name in ignored)
     assert not any(n.endswith("experts.gate_up_proj") for n, _ in load_exported(tmp_path / "native").named_parameters())
 
 

@@ -23,6 +23,7 @@ from ..files import file_entry, staged_folder
 from ..grid import Weight
 from ..load import Checkpoint
 from ..load_names import Part
+from ..matrices import Matrix
 from ..tensorfile import DTYPES
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
@@ -131,75 +132,94 @@ class _Layout:
     """Which tensors the output has, under which names, and what config.json says about them."""
 
     def __init__(self, checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter):
-        model = checkpoint.empty_model("eager")
-        self.layers, self.exporter = layers, exporter
-        self.skipped = _dense_layers(model, layers)
+        self.checkpoint, self.layers, self.exporter = checkpoint, layers, exporter
         self.untied = False
-        self.prefixes: dict[str, str] = {}  # layer -> the name it has in the files
-        users: dict[str, set[str]] = {}  # checkpoint tensor -> the model's parameters it feeds
+        self.matrices = self._matrices()
+        self.packed = {matrix.parameter for matrix in self.matrices.values()}  # the dense parameters that are no more
+        self.experts = any(matrix.expert is not None for matrix in self.matrices.values())
+        model = checkpoint.empty_model("eager")
+        self.users: dict[str, set[str]] = {}  # checkpoint tensor -> the model's parameters it feeds
         for name in model.state_dict():
             for key in checkpoint.keys_for(name):
-                users.setdefault(key, set()).add(name)
-        matrices, refused = checkpoint.matrices, {}  # refused: reason -> layers
-        packed = {matrices[name].parameter for name in layers if name in matrices}
-        self.experts = any(matrices[name].expert is not None for name in layers if name in matrices)
-        fused = sorted(set(checkpoint.converted()) - packed)
-        if fused and not exporter.dense_experts:
+                self.users.setdefault(key, set()).add(name)
+        self._refuse()
+        self.skipped = _dense_layers(model, self.packed)
+        if exporter.checkpoint_names:  # readers that know the checkpoint call them as it does
+            renamed = [keys[0].removesuffix(".weight") for n in self.skipped if len(keys := checkpoint.keys_for(f"{n}.weight")) == 1]
+            self.skipped += [name for name in renamed if name not in self.skipped]
+        self.parts = {name: self._parts_of(name) for name in layers}
+        self.prefixes = {name: "+".join(part.key for part in parts) for name, parts in self.parts.items()}
+        self.slots = [slot for name in layers for slot in self._packed_slots(name)] + self._dense_slots()
+        keys = [slot.key for slot in self.slots]
+        assert len(keys) == len(set(keys)), "two tensors of one name"
+
+    def _matrices(self) -> dict[str, Matrix]:
+        """What every layer is in the dense model."""
+        known = self.checkpoint.matrices
+        for name, spec in self.layers.items():
+            if name not in known or not self.checkpoint.keys_for(known[name].parameter):
+                raise ValueError(f"{name}: the checkpoint's model has no such layer")
+            if known[name].shape != spec.shape:
+                raise ValueError(
+                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {known[name].shape}"
+                )
+        return {name: known[name] for name in self.layers}
+
+    def _refuse(self) -> None:
+        """ValueError for what the format cannot hold beyond grids: kinds of layers, and layers together."""
+        checkpoint, exporter = self.checkpoint, self.exporter
+        dense = sorted(set(checkpoint.converted()) - self.packed)
+        if dense and not exporter.dense_experts:
             raise ValueError(
-                f"{exporter.name} cannot hold this model: transformers does not read dense experts ({fused[0]}, ...) "
+                f"{exporter.name} cannot hold this model: transformers does not read dense experts ({dense[0]}, ...) "
                 "beside packed layers of that format; set export.format: native"
             )
-        replaced, self.slots = set(), []
-        self.parts: dict[str, list[Part]] = {}  # layer -> its tensors in the files: name of each, rows of the matrix in it
-        for name, spec in layers.items():
-            matrix = matrices.get(name)
-            if matrix is None:
-                raise ValueError(f"{name}: the checkpoint's model has no such layer")
-            if matrix.shape != spec.shape:
-                raise ValueError(
-                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {matrix.shape}"
-                )
+        refused: dict[str, list[str]] = {}  # reason -> layers
+        for name, matrix in self.matrices.items():
             parts, keys = checkpoint.parts(name), checkpoint.keys_for(matrix.parameter)
-            if reason := exporter.reject_matrix(matrix, spec.grid, parts):
+            if reason := exporter.reject_matrix(matrix, self.layers[name].grid, parts):
                 refused.setdefault(reason, []).append(name)
-                continue
-            if (parts is None or not users[keys[0]] <= packed) and matrix.plain and len(keys) != 1:
+            elif matrix.plain and parts is None and (exporter.checkpoint_names or not self.users[keys[0]] <= self.packed):
                 raise ValueError(
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
                 )
-            own = users[keys[0]] <= packed
-            if own:
-                replaced.update(keys)
-            else:  # tied to a layer that stays dense (the embedding): from here on they are two tensors
-                self.untied = True
-            self.untied |= len(users[keys[0]]) > 1
-            if parts is None or not exporter.checkpoint_names or len(users[keys[0]]) > 1:
-                self.parts[name] = [Part(name, 0, spec.shape[0])]
-            else:
-                self.parts[name] = [Part(key.removesuffix(".weight"), *rows) for key, *rows in parts]
-            self.prefixes[name] = "+".join(part.key for part in self.parts[name])
-            expert, stored = matrix.expert is not None, exporter.stored_dtype
-            for part in self.parts[name]:
-                own_spec = replace(spec, shape=(part.last - part.first, spec.shape[1]))
-                self.slots += [
-                    _Slot(f"{part.key}.{local}", shape, stored(local, dtype, expert, checkpoint.dtype), name, local, part)
-                    for local, (shape, dtype) in exporter.specs(own_spec).items()
-                ]
-        if self.experts and (reason := exporter.reject_mixture(layers)):
+        if self.experts and (reason := exporter.reject_mixture(self.layers)):
             refused[reason] = ["these layers together"]
         if refused:
             lines = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {why}" for why, names in refused.items()]
             raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(lines))
-        taken = {slot.key for slot in self.slots}
+
+    def _parts_of(self, name: str) -> list[Part]:
+        """Names of the layer in the files, and the rows of its matrix under each."""
+        parts, users = self.checkpoint.parts(name), self.users[self.checkpoint.keys_for(self.matrices[name].parameter)[0]]
+        tied = self.matrices[name].expert is None and len(users) > 1
+        self.untied |= tied  # one of the two is packed, or each on its own: from here on they are two
+        if parts is None or tied or not self.exporter.checkpoint_names:
+            return [Part(name, 0, self.layers[name].shape[0])]
+        return [Part(key.removesuffix(".weight"), *rows) for key, *rows in parts]
+
+    def _packed_slots(self, name: str) -> list[_Slot]:
+        spec, expert, trained = self.layers[name], self.matrices[name].expert is not None, self.checkpoint.dtype
+        slots = []
+        for part in self.parts[name]:
+            own = replace(spec, shape=(part.last - part.first, spec.shape[1]))
+            for local, (shape, dtype) in self.exporter.specs(own).items():
+                dtype = self.exporter.stored_dtype(local, dtype, expert, trained)
+                slots.append(_Slot(f"{part.key}.{local}", shape, dtype, name, local, part))
+        return slots
+
+    def _dense_slots(self) -> list[_Slot]:
+        """Everything that is not packed, copied. Of a tied pair of which one is packed, the rest goes by the name of the other."""
+        checkpoint, slots = self.checkpoint, []
         for key in checkpoint.names():
-            if key in replaced:
+            users = self.users.get(key, set())
+            left = users - self.packed
+            if users and not left:
                 continue
-            assert key not in taken, key
-            # A tied pair of which one is packed: what is left of it goes by the name of the other.
-            left = users.get(key, set()) - packed
-            new = next(iter(left)) if len(users.get(key, ())) > len(left) == 1 else key
-            self.slots.append(_Slot(new, checkpoint.shape(key), checkpoint.stored_dtype(key), None, key))
+            name = next(iter(left)) if len(users) > len(left) == 1 else key
+            slots.append(_Slot(name, checkpoint.shape(key), checkpoint.stored_dtype(key), None, key))
+        return slots
 
     def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The checkpoint's config.json, with our quantization_config and the dtype of training."""
@@ -216,14 +236,14 @@ class _Layout:
         return config
 
 
-def _dense_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> list[str]:
+def _dense_layers(model: nn.Module, packed: set[str]) -> list[str]:
     """Modules with a matrix that stays dense: what a reader must not expect to be packed. Stacks of experts, whose members other
     readers see as layers of their own, are named by a pattern too."""
     skipped = []
     for name, module in model.named_modules():
-        if name in layers or isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):
             continue
-        ranks = {p.dim() for p in module.parameters(recurse=False)}
+        ranks = {p.dim() for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in packed and not key.endswith("bias")}
         if ranks & {2, 3}:
             skipped.append(name)
         if 3 in ranks:
