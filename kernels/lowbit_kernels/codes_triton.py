@@ -13,6 +13,11 @@ Train, evaluation and merge must give the same bits, so every float operation is
 The helpers here (bit_field, float_of, low_rank, grid_value, code_bits) are what gradients_triton.py and pack_triton.py use too.
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from typing import Any, overload
 
 import torch
@@ -101,12 +106,11 @@ def dot_split(left, right, total):
 
 
 @triton.jit
-def rank_rows(b, gain, rn, N, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, AGAIN: tl.constexpr = False):
-    """gain * B of some rows and one block of the rank, fp32 [BLOCK_N, BLOCK_R]. The gain is on the small factor, as in the reference.
-    AGAIN reads the tile where it is used (from L1) instead of keeping it in registers around a loop."""
+def rank_rows(b, gain, rn, N, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """gain * B of some rows and one block of the rank, fp32 [BLOCK_N, BLOCK_R]. The gain is on the small factor, as in the reference."""
     rr = r0 + tl.arange(0, BLOCK_R)
     at = b + rn.to(tl.int64)[:, None] * R + rr[None, :]
-    return tl.load(at, mask=(rn < N)[:, None] & (rr < R)[None, :], other=0.0, volatile=AGAIN).to(tl.float32) * gain
+    return tl.load(at, mask=(rn < N)[:, None] & (rr < R)[None, :], other=0.0).to(tl.float32) * gain
 
 
 @triton.jit
@@ -120,12 +124,12 @@ def rank_columns(a, kk, K, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.conste
 @triton.jit
 def low_rank(
     a, b, gain, rn, kk, N, K,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr = False,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """D = gain * B A of a tile, fp32 [BLOCK_N, WIDTH], in the one order of the file's head."""
     product = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     for r0 in tl.static_range(0, R, BLOCK_R):
-        left = rank_rows(b, gain, rn, N, r0, R, BLOCK_R, AGAIN)
+        left = rank_rows(b, gain, rn, N, r0, R, BLOCK_R)
         right = rank_columns(a, kk, K, r0, R, BLOCK_R)
         product = dot_split(left, right, product)
     return product

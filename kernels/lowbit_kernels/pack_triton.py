@@ -8,6 +8,11 @@ of 1280 and more channels; there the two outputs are made by two launches.
 Operations and their order are the reference's (pack.py), with IEEE division and no contraction, so the bits are the reference's.
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 import math
 
 import torch
