@@ -16,6 +16,11 @@ tile of dW never leaves the chip and its epilogue sums it (fused; groups of 32, 
 atomics: the same bits in every run.
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 import math
 
 import torch
@@ -32,6 +37,7 @@ from .triton_common import (
     compute_dtype,
     counters,
     fma16,
+    launch_options,
     mul16,
     plane_group,
     rows_of,
@@ -562,77 +568,53 @@ def binary_gradients(
 # ------------------------------------------------------------------------------------------------ what we ship
 
 
-def _decode_case(dtype: str, q: int, group: int, rows: int, stages: int):
-    signature = {
-        "x": "*" + dtype, "planes": "*i16", "alpha": "*bf16", "offset": "*bf16", "xsum": "*fp32", "y": "*" + dtype,
-        "work": "*fp32", "arrived": "*i32", "M": "i32", "N": "i32", "K": "i32", "stride_x": "i32", "stride_w": "i32",
-        "groups": "i32", "per_part": "i32",
-    }  # fmt: skip
+_SIZES = dict.fromkeys(("M", "N", "K", "stride_x", "stride_w", "groups"), "i32")
+_VALUES = {"planes": "*i16", "alpha": "*bf16", "offset": "*bf16"}
+_GATED = (80, 86, 89, 90, 120)
+
+
+def _matmul_case(dtype: str, q: int, group: int, m: int, arch: int) -> tuple:
+    """decode_kernel or fused_kernel, whichever the table has for this M."""
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+    config = dispatch.packaged("binary_matmul", q, torch_dtype, m, 4096, 4096, arch)
+    regime, rows, columns = config["regime"], config["BLOCK_M"], config["BLOCK_N"]
+    signature = {"x": "*" + dtype, **_VALUES, "y": "*" + dtype, **_SIZES}
     constants = {
-        "Q": q, "GROUP": group, "OFFSET": False, "EVEN_K": True, "CT": tl.bfloat16 if dtype == "bf16" else tl.float16,
-        "ASM": True, "BLOCK_M": rows, "BLOCK_N": 128, "PARTS": 4,
+        "Q": q, "GROUP": group, "OFFSET": regime == "fused", "EVEN_K": True, "CT": tl.bfloat16 if dtype == "bf16" else tl.float16,
+        "ASM": True, "BLOCK_M": rows, "BLOCK_N": columns,
     }  # fmt: skip
-    options = {"num_warps": 4, "num_stages": stages}
-    return (
-        f"binary-decode-q{q}-g{group}-m{rows}-{dtype}",
-        decode_kernel,
-        signature,
-        constants,
-        options,
-        128 * superblock(1),
-    )
+    if regime == "decode":
+        signature |= {"xsum": "*fp32", "work": "*fp32", "arrived": "*i32", "per_part": "i32"}
+        constants["PARTS"] = 4
+    name = f"binary-{regime}-q{q}-g{group}-m{rows}-n{columns}-{dtype}"
+    kernel = decode_kernel if regime == "decode" else fused_kernel
+    return name, kernel, signature, constants, launch_options(config), columns * superblock(1), (arch,)
 
 
-def _fused_case(q: int, rows: int, warps: int, stages: int, offset: bool):
-    signature = {
-        "x": "*bf16", "planes": "*i16", "alpha": "*bf16", "offset": "*bf16", "y": "*bf16", "M": "i32", "N": "i32", "K": "i32",
-        "stride_x": "i32", "stride_w": "i32", "groups": "i32",
-    }  # fmt: skip
-    constants = {
-        "Q": q, "GROUP": 128, "OFFSET": offset, "EVEN_K": True, "CT": tl.bfloat16, "ASM": True, "BLOCK_M": rows, "BLOCK_N": 64,
-    }  # fmt: skip
-    options = {"num_warps": warps, "num_stages": stages}
-    return f"binary-fused-q{q}-m{rows}-bf16", fused_kernel, signature, constants, options, 64 * superblock(1)
+def _gradient_case(q: int, arch: int) -> tuple:
+    config = dispatch.packaged("binary_gradients", q, torch.bfloat16, 4096, 4096, 4096, arch)
+    signature = {"x": "*bf16", "dy": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", **_SIZES, "stride_y": "i32"}
+    tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants = {"Q": q, "GROUP": 128, "CT": tl.bfloat16, **tile}
+    name = f"binary-gradients-q{q}-m{tile['BLOCK_M']}-bf16"
+    return name, gradients_kernel, signature, constants, launch_options(config), None, (arch,)
 
 
-def _gradient_case(q: int, block_n: int, warps: int, stages: int):
-    signature = {
-        "x": "*bf16", "dy": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", "M": "i32", "N": "i32", "K": "i32",
-        "stride_x": "i32", "stride_y": "i32", "stride_w": "i32", "groups": "i32",
-    }  # fmt: skip
-    constants = {
-        "Q": q, "GROUP": 128, "CT": tl.bfloat16, "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 128,
-    }  # fmt: skip
-    return (
-        f"binary-gradients-q{q}-bf16",
-        gradients_kernel,
-        signature,
-        constants,
-        {"num_warps": warps, "num_stages": stages},
-        None,
-    )
+def _chunk_cases() -> list[tuple]:
+    config = dispatch.packaged("binary_dequantize", 1, torch.bfloat16, 4096, 4096, 4096, 80)
+    rows = {"first_row": "i32", "stop_row": "i32", "N": "i32", "K": "i32", "stride_w": "i32", "groups": "i32"}
+    written = {**_VALUES, "out": "*bf16", "first_block": "i32", "stride_out": "i32", **rows}
+    summed = {"dw": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", "stride_dw": "i32", "per_group": "i32", **rows}
+    tile, options = {"Q": 3, "BLOCK_N": config["BLOCK_N"]}, launch_options(config)
+    return [
+        ("binary-dequantize-q3-bf16", dequantize_kernel, written, {**tile, "GROUP": 128, "OFFSET": True}, options, None),
+        ("binary-group-sums-q3-bf16", group_sums_kernel, summed, tile, options, None),
+    ]
 
 
-_DEQUANTIZE_SIGNATURE = {
-    "planes": "*i16", "alpha": "*bf16", "offset": "*bf16", "out": "*bf16", "first_row": "i32", "stop_row": "i32",
-    "first_block": "i32", "N": "i32", "K": "i32", "stride_w": "i32", "stride_out": "i32", "groups": "i32",
-}  # fmt: skip
-_SUMS_SIGNATURE = {
-    "dw": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", "first_row": "i32", "stop_row": "i32", "N": "i32",
-    "K": "i32", "stride_dw": "i32", "stride_w": "i32", "groups": "i32", "per_group": "i32",
-}  # fmt: skip
-_SMALL = {"num_warps": 4, "num_stages": 2}
-AOT_CASES = [
-    *(_decode_case("bf16", q, 128, 8, 2 if q == 1 else 3) for q in (1, 2, 3, 4)),
-    _decode_case("bf16", 3, 128, 16, 3),
-    _decode_case("bf16", 3, 0, 8, 3),
-    _decode_case("fp16", 3, 128, 8, 3),
-    _fused_case(3, 64, 4, 2, True),
-    _fused_case(4, 64, 4, 2, True),
-    _gradient_case(3, 128, 8, 3),
-    (
-        "binary-dequantize-q3-bf16", dequantize_kernel, _DEQUANTIZE_SIGNATURE,
-        {"Q": 3, "GROUP": 128, "OFFSET": True, "BLOCK_N": 32}, _SMALL, None,
-    ),
-    ("binary-group-sums-q3-bf16", group_sums_kernel, _SUMS_SIGNATURE, {"Q": 3, "BLOCK_N": 32}, _SMALL, None),
-]  # fmt: skip
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles: the table's entries for each number of planes, once per architecture."""
+    cases = [_matmul_case("bf16", q, 128, m, arch) for arch in _GATED for q in (1, 2, 3, 4) for m in (1, 16, 64)]
+    cases += [_matmul_case("bf16", 3, 0, 1, arch) for arch in _GATED] + [_matmul_case("fp16", 3, 128, 1, arch) for arch in _GATED]
+    cases += [_gradient_case(3, arch) for arch in _GATED if arch != 90]  # there the table takes the chunked form
+    return cases + _chunk_cases()

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import dispatch
 from .codes import UNITS
 from .layout import packed_width, superblock
-from .triton_common import LANE, plane_group
+from .triton_common import LANE, launch_options, plane_group
 
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
@@ -282,7 +282,7 @@ def grid_codes(
         UNITS_LIVE=live, UNITS_WEIGHT=units == "weight", BITS=bits,
         RESIDUAL_BITS=residual_bits if fraction is not None else 0,
         GROUP=span, R=rank, BLOCK_R=rank_block(rank), BLOCK_N=config["BLOCK_N"],
-        EVEN_K=in_features % superblock(bits) == 0, num_warps=config["num_warps"], num_stages=config["num_stages"], **FP_OPTIONS,
+        EVEN_K=in_features % superblock(bits) == 0, **launch_options(config), **FP_OPTIONS,
     )  # fmt: skip
     return out
 
@@ -290,7 +290,8 @@ def grid_codes(
 # ---------------------------------------------------------------------------------------------------- what we ship
 
 
-def _case(bits: int, residual_bits: int, rank: int, units: str, block_n: int, warps: int) -> tuple:
+def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
+    config = dispatch.packaged("grid_codes", bits, torch.float32, M=rank, N=1, K=1, arch=80)
     live, asymmetric = units == "live", units == "live"
     pointers = {"codes": "*i16", "scale0": "*bf16", "a": "*fp32", "b": "*fp32", "scale": "*fp32", "out": "*i16"}
     if residual_bits:
@@ -301,20 +302,21 @@ def _case(bits: int, residual_bits: int, rank: int, units: str, block_n: int, wa
     absent = {name: None for name in ("residual", "zero0", "zero", "offset") if name not in pointers}
     constants = absent | {
         "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "BITS": bits, "RESIDUAL_BITS": residual_bits, "GROUP": 128,
-        "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_N": block_n, "EVEN_K": True,
+        "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_N": config["BLOCK_N"], "EVEN_K": True,
     }  # fmt: skip
-    options = {"num_warps": warps, "num_stages": 1, **FP_OPTIONS}
+    options = {**launch_options(config), **FP_OPTIONS}
     name = f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}"
-    return name, grid_codes_kernel, pointers | sizes | {"gain": "fp32"}, constants, options, block_n * 32
+    return name, grid_codes_kernel, pointers | sizes | {"gain": "fp32"}, constants, options, config["BLOCK_N"] * 32
 
 
-# (name, kernel, signature, constants, options, weights of a program per iteration of its hot loop: one plane)
-AOT_CASES: list[tuple] = [
-    _case(4, 4, 64, "grid", 64, 4),
-    _case(4, 4, 16, "grid", 64, 4),
-    _case(4, 4, 64, "weight", 64, 4),
-    _case(4, 4, 64, "live", 64, 4),
-    _case(3, 4, 64, "grid", 64, 4),
-    _case(2, 4, 32, "grid", 64, 4),
-    _case(8, 0, 64, "grid", 64, 4),
-]
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles. The hot loop handles one plane."""
+    return [
+        _case(4, 4, 64, "grid"),
+        _case(4, 4, 16, "grid"),
+        _case(4, 4, 64, "weight"),
+        _case(4, 4, 64, "live"),
+        _case(3, 4, 64, "grid"),
+        _case(2, 4, 32, "grid"),
+        _case(8, 0, 64, "grid"),
+    ]

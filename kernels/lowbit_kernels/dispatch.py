@@ -7,12 +7,13 @@ the reference runs instead, after one warning.
 
 Tile sizes come from a table, never from a search at run time: the first call costs a compile and nothing else. An entry of
 the table says for which architecture, bits, dtype and range of M, N, K it was made; a missing field means any. `config`
-returns the nearest entry. The packaged table is configs.json; `bench.py tune` measures on a machine at hand and writes the
+returns, of those that fit, the one made for the nearest case. The packaged table is configs.json; `bench.py tune` measures on a machine at hand and writes the
 same format to the user's cache, which is read after it and wins ties.
 
     {"packed_matmul": [{"arch": 90, "bits": 4, "dtype": "bf16", "m": [1, 16], "config": {"BLOCK_N": 128, ...}}, ...], ...}
 
-Architecture 0 is the Triton interpreter on a CPU: small tiles, because it is slow. It is never a neighbour of a real one.
+Architecture 0 is the Triton interpreter on a CPU: small tiles, because it is slow. It takes no entry that is open
+to every architecture.
 """
 
 import contextlib
@@ -135,9 +136,14 @@ def read_table(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.cache
+def _packaged() -> dict[str, list[dict[str, Any]]]:
+    return read_table(PACKAGED)
+
+
+@functools.cache
 def _tables() -> dict[str, list[dict[str, Any]]]:
     """Packaged entries followed by the user's; the later of two equals wins."""
-    table = {op: list(entries) for op, entries in read_table(PACKAGED).items()}
+    table = {op: list(entries) for op, entries in _packaged().items()}
     mine = user_cache()
     if mine.is_file():
         try:
@@ -154,55 +160,55 @@ def _tables() -> dict[str, list[dict[str, Any]]]:
 def reload() -> None:
     """Forget the tables read so far (after the tuner wrote new ones)."""
     _tables.cache_clear()
-    _nearest.cache_clear()
+    _remembered.cache_clear()
 
 
-def _span_distance(span: list[int] | None, value: int) -> float:
+# What an entry pays for each field it leaves open, in octaves of N or K: one made for the case at hand wins. The dtype pays
+# most, so that fp32 inputs, for which the BLAS is right everywhere, need one entry and not one per architecture.
+_OPEN = {"dtype": 16.0, "arch": 8.0, "bits": 2.0, "n": 4.0, "k": 4.0}
+
+
+def _distance(entry: dict[str, Any], call: dict[str, Any]) -> float:
+    """How far an entry is from a call, in octaves of N and K; infinite where another field is not the call's."""
+    if call["arch"] == INTERPRETER and "arch" not in entry:
+        return math.inf
+    cost = 0.0
+    for name in ("arch", "bits", "dtype"):
+        if entry.get(name, call[name]) != call[name]:
+            return math.inf
+        cost += 0.0 if name in entry else _OPEN[name]
+    if "m" in entry and not entry["m"][0] <= call["m"] <= entry["m"][1]:
+        return math.inf  # M decides the regime
+    for axis in ("n", "k"):
+        cost += _octaves(entry[axis], call[axis]) if axis in entry else _OPEN[axis]
+    return cost
+
+
+def _octaves(span: list[int], value: int) -> float:
     """Octaves from `value` to the range; 0 inside it."""
-    if span is None or span[0] <= value <= span[1]:
+    if span[0] <= value <= span[1]:
         return 0.0
     return abs(math.log2(value / (span[0] if value < span[0] else span[1])))
 
 
-def _distance(entry: dict[str, Any], arch: int, bits: int, dtype: str, m: int, n: int, k: int) -> float:
-    """How far an entry is from a call. M decides the regime and weighs most; an entry of another architecture is worse than
-    a general one unless it was made for the very shape; fp32 and 16-bit inputs never stand in for each other."""
-    cost = 0.0
-    made_for = entry.get("arch")
-    if made_for is None:
-        cost += math.inf if arch == INTERPRETER else 40
-    elif made_for != arch:
-        if INTERPRETER in (made_for, arch):
-            return math.inf
-        cost += (45 if made_for // 10 == arch // 10 else 60) + abs(made_for - arch) / 10
-    if "bits" in entry and entry["bits"] != bits:
-        cost += 25 + abs(entry["bits"] - bits)
-    other = entry.get("dtype", dtype)
-    if other != dtype:
-        if "fp32" in (other, dtype):
-            return math.inf
-        cost += 5
-    cost += 30 * _span_distance(entry.get("m"), m)
-    return cost + 3 * (_span_distance(entry.get("n"), n) + _span_distance(entry.get("k"), k))
-
-
-@functools.lru_cache(maxsize=4096)
-def _nearest(op: str, arch: int, bits: int, dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
+def _nearest(table: dict[str, list[dict[str, Any]]], op: str, call: dict[str, Any]) -> dict[str, Any]:
     best, least = None, math.inf
-    for entry in _tables().get(op, ()):
-        cost = _distance(entry, arch, bits, dtype, m, n, k)
+    for entry in table.get(op, ()):
+        cost = _distance(entry, call)
         if cost < math.inf and cost <= least:
             best, least = entry, cost
     if best is None:
-        raise ValueError(
-            f"no configuration of {op} for architecture {arch}, {bits} bits, {dtype}, M={m} in {PACKAGED.name}"
-        )
+        case = ", ".join(f"{name} {value}" for name, value in call.items())
+        raise ValueError(f"no configuration of {op} for {case} in {PACKAGED.name}")
     return best["config"]
 
 
-def config(
-    op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch: int | None = None
-) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4096)
+def _remembered(op: str, arch: int, bits: int, dtype: str, m: int, n: int, k: int) -> dict[str, Any]:
+    return _nearest(_tables(), op, {"arch": arch, "bits": bits, "dtype": dtype, "m": m, "n": n, "k": k})
+
+
+def config(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch: int | None = None) -> dict[str, Any]:
     """Tile sizes and launch options of `op` for a problem: a fresh dict of what the nearest entry holds.
 
     Raises ValueError where the table has nothing at all for the op on this architecture.
@@ -210,7 +216,13 @@ def config(
     if (replaced := (_override.get() or {}).get(op)) is not None:
         return dict(replaced)
     arch = architecture() if arch is None else arch
-    return dict(_nearest(op, arch, bits, _DTYPES[dtype], max(1, M), max(1, N), max(1, K)))
+    return dict(_remembered(op, arch, bits, _DTYPES[dtype], max(1, M), max(1, N), max(1, K)))
+
+
+def packaged(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch: int) -> dict[str, Any]:
+    """`config` of the packaged table alone: what we ship, whatever this machine's user has tuned."""
+    call = {"arch": arch, "bits": bits, "dtype": _DTYPES[dtype], "m": M, "n": N, "k": K}
+    return dict(_nearest(_packaged(), op, call))
 
 
 @contextlib.contextmanager

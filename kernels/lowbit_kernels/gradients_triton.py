@@ -47,12 +47,11 @@ from .codes_triton import (
     row_dense,
 )
 from .matmul import packed_matmul
-from .triton_common import COMPUTE, INTERPRETED, LANE, compute_dtype, plane_group, round_even
+from .triton_common import COMPUTE, INTERPRETED, LANE, compute_dtype, launch_options, plane_group, round_even
 
 # Columns of dB summed together in registers, twice: a wider operand would not fit beside them. Larger ranks write dB strip by strip.
 PROJECTION_BLOCK = 32
-# Left alone, ptxas aims at three programs per multiprocessor on sm_120 and spills for it.
-_REGISTERS = {"maxnreg": 255} if torch.version.hip is None else {}
+EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
 
 
 @triton.jit
@@ -305,14 +304,13 @@ def grid_gradients(
     low, live = a is not None and b is not None, units == "live"
     span = plane_group(group_size, k)
     config = dispatch.config("grid_gradients", bits, x.dtype, M=m, N=n, K=k)
-    if not low and not live and span == 0 and config["form"] == "fused":
+    if not low and not live and span == 0:
         ds, dt = _row_scale_gradients(x, dy, codes, zero, bits)
         return ds, dt, *_empty(a, b, x.device)
     rank = a.shape[0] if a is not None and low else 0
     exact = x.dtype == torch.float32
     if exact:
-        # Split products need twice the operands, which fit for half the rows only.
-        config["BLOCK_N"] = min(config["BLOCK_N"], 32)
+        config["BLOCK_N"] = min(config["BLOCK_N"], EXACT_ROWS)
     base = row_dense(codes)
     fraction = row_dense(residual) if residual is not None and residual_bits and (low or live) else None
     state = (
@@ -323,9 +321,7 @@ def grid_gradients(
     static: dict[str, Any] = {
         "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": clip_first, "BITS": bits,
         "RESIDUAL_BITS": residual_bits if fraction is not None else 0, "GROUP": span, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
-        "BLOCK_N": config["BLOCK_N"],
-        "EXACT": exact,
-        "num_warps": config["num_warps"], "num_stages": config["num_stages"], **FP_OPTIONS,
+        "BLOCK_N": config["BLOCK_N"], "EXACT": exact, **launch_options(config), **FP_OPTIONS,
     }  # fmt: skip
     strips = triton.cdiv(k, 32)
     sums = torch.empty(2, strips, n, dtype=torch.float32, device=x.device)
@@ -383,7 +379,7 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
         dw = torch.mm(dy[:, start : start + count].t(), x, out=scratch[:count])
         blocks = triton.cdiv(count, block)
         chunked_kernel[(spans, blocks)](
-            dw, start, count, *state, sums[0], sums[1], part_a, part_b, n, k, *strides, SPAN=span, **static, **_REGISTERS
+            dw, start, count, *state, sums[0], sums[1], part_a, part_b, n, k, *strides, SPAN=span, **static
         )
         if rank:
             da += part_a[:blocks].sum(0)
@@ -393,10 +389,7 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
 # ---------------------------------------------------------------------------------------------------- what we ship
 
 
-def _case(
-    form: str, rank: int, units: str, block_n: int, warps: int, stages: int,
-    exact: bool = False, only: tuple[int, ...] | None = None,
-) -> tuple:  # fmt: skip
+def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, only: tuple[int, ...] = ()) -> tuple:
     live = units == "live"
     fraction = 4 if rank or live else 0
     pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32"} | dict.fromkeys(("sum_s", "sum_t", "part_a", "part_b"), "*fp32")
@@ -408,8 +401,8 @@ def _case(
     absent = {name: None for name in ("residual", "zero0", "a", "b", "zero", "offset") if name not in pointers}
     constants = absent | {
         "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": live, "BITS": 4, "RESIDUAL_BITS": fraction,
-        "GROUP": 128, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank), "BLOCK_N": block_n,
-        "EXACT": exact,
+        "GROUP": 128, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
+        "BLOCK_N": min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"], "EXACT": exact,
     }  # fmt: skip
     if form == "fused":
         pointers |= {"x": "*bf16", "dy": "*bf16"}
@@ -419,25 +412,26 @@ def _case(
         pointers["dw"] = "*fp32" if exact else "*bf16"
         sizes |= dict.fromkeys(("start", "rows"), "i32")
         constants["SPAN"] = 32 if rank <= 2 * PROJECTION_BLOCK else 1
-    options = {"num_warps": warps, "num_stages": stages, **FP_OPTIONS, **(_REGISTERS if form == "chunked" else {})}
+    options = {**launch_options(config), **FP_OPTIONS}
     kernel = fused_kernel if form == "fused" else chunked_kernel
     # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per weight.
-    weights = None if form == "fused" else block_n * 32
+    weights = None if form == "fused" else constants["BLOCK_N"] * 32
     case = (f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}", kernel, pointers | sizes | {"gain": "fp32"}, constants, options, weights)
-    return case if only is None else (*case, only)
+    return (*case, only) if only else case
 
 
-AOT_CASES: list[tuple] = [
-    _case("chunked", 0, "grid", 64, 4, 1),
-    _case("chunked", 0, "live", 64, 4, 1),
-    _case("chunked", 16, "grid", 64, 4, 1),
-    _case("chunked", 32, "weight", 64, 4, 1),
-    _case("chunked", 64, "grid", 64, 4, 1),
-    _case("chunked", 64, "live", 64, 4, 1),
-    _case("chunked", 128, "grid", 64, 4, 1),
-    _case("chunked", 64, "grid", 32, 4, 1, exact=True),
-    # The fused form of the table's tile for each architecture; on sm_8x rank 64 fits only with half the rows.
-    _case("fused", 0, "grid", 128, 8, 3, only=(80, 90)),
-    _case("fused", 64, "grid", 128, 8, 3, only=(90,)),
-    _case("fused", 64, "live", 64, 4, 3, only=(80,)),
-]
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles: the chunked form as the table has it, and the fused form at the tiles a tuner starts from."""
+    table = dispatch.packaged("grid_gradients", 4, torch.bfloat16, 4096, 4096, 4096, 90)
+    assert table["form"] == "chunked"
+    wide = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    return [
+        *(_case("chunked", rank, "grid", table) for rank in (0, 16, 64, 128)),
+        *(_case("chunked", rank, "live", table) for rank in (0, 64)),
+        _case("chunked", 32, "weight", table),
+        _case("chunked", 64, "grid", table, exact=True),
+        _case("fused", 0, "grid", wide, only=(80, 90)),
+        _case("fused", 64, "grid", wide, only=(90,)),
+        # on sm_8x rank 64 fits only with half the rows
+        _case("fused", 64, "live", {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, only=(80,)),
+    ]

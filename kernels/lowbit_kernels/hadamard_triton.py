@@ -11,6 +11,11 @@ sum is not, therefore it is cut into PARTS bf16 numbers (8 bits each) whose prod
     14336        64     28 * 8       H_28 (x) H_8, rows padded from 224 to 256
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 import functools
 
 import torch
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from . import dispatch
 from .hadamard import factors, matrix, resolved
-from .triton_common import COMPUTE, INTERPRETED
+from .triton_common import COMPUTE, INTERPRETED, launch_options
 
 
 @triton.jit
@@ -124,27 +129,21 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     return y
 
 
-def _case(name: str, dtype: str, block: int, rows: int, step: int, warps: int):
-    d1, d2, tile, padded = plan(block, rows)
-    it = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.bfloat16}[dtype]
-    pointers = {
-        "x": "*" + dtype,
-        "y": "*" + dtype,
-        "left": "*bf16",
-        "right": "*fp16" if dtype == "fp16" else "*bf16",
-    }
-    signature = {**pointers, "rows": "i32", "factor": "fp32"}
+def _case(dtype: str, block: int) -> tuple:
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    settings = dispatch.packaged("hadamard", 16, torch_dtype, 4096, block, block, 80)
+    d1, d2, tile, padded = plan(block, settings["ROWS"])
+    it = tl.float16 if dtype == "fp16" else tl.bfloat16
+    pointers = {"x": "*" + dtype, "y": "*" + dtype, "left": "*bf16", "right": "*fp16" if dtype == "fp16" else "*bf16"}
     constants = {
-        "D2": d2, "WIDTH": max(16, d2), "TILE": tile, "ROWS": padded, "STEP": min(padded, step) if d1 > 1 else padded,
+        "D2": d2, "WIDTH": max(16, d2), "TILE": tile, "ROWS": padded, "STEP": min(padded, settings["STEP"]) if d1 > 1 else padded,
         "LEFT": d1 > 1, "IN_PARTS": 3 if dtype == "fp32" else 1, "PARTS": 3 if dtype == "fp32" else 2,
         "IT": it, "PT": tl.bfloat16,
     }  # fmt: skip
-    return name, hadamard_kernel, signature, constants, {"num_warps": warps, "num_stages": 1}, None
+    signature = {**pointers, "rows": "i32", "factor": "fp32"}
+    return f"hadamard-{block}-{dtype}", hadamard_kernel, signature, constants, launch_options(settings), None
 
 
-AOT_CASES = [
-    _case("hadamard-4096-bf16", "bf16", 4096, 64, 64, 4),
-    _case("hadamard-14336-bf16", "bf16", 14336, 64, 64, 8),
-    _case("hadamard-64-fp16", "fp16", 64, 64, 64, 4),
-    _case("hadamard-128-fp32", "fp32", 128, 64, 64, 4),
-]
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles: no left matrix, one of m = 1, one of m = 28, and the split of fp32."""
+    return [_case("bf16", 4096), _case("bf16", 14336), _case("fp16", 64), _case("fp32", 128)]

@@ -15,6 +15,12 @@ A zero that is not an integer tensor, or an offset, makes the weight affine: sca
 t = offset - scale * (zero - 2^(bits-1)). Where the scale is on the accumulator t meets the sums of x over each group.
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
+import itertools
 import math
 
 import torch
@@ -36,6 +42,7 @@ from .triton_common import (
     counters,
     fields,
     fma16,
+    launch_options,
     mul16,
     plane_group,
     rows_of,
@@ -514,7 +521,7 @@ class _Weight:
 def _launch(config: dict, fusion: bool = False) -> dict:
     """The launch options of a table entry. Without fusion a multiplication and an addition stay two roundings, so that the
     weight has the reference's bits; the decode regime, whose weight is an integer, may contract them."""
-    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": fusion}
+    return {**launch_options(config), "enable_fp_fusion": fusion}
 
 
 def _parts(wanted: int, tiles: int, steps: int, unroll: int = 1) -> tuple[int, int]:
@@ -561,23 +568,32 @@ def packed_matmul(
 
 def _forward(x: Tensor, weight: _Weight, config: dict, group_size: int) -> Tensor:
     (m, k), n = x.shape, weight.n
-    on_acc = config["regime"] == "decode"
-    block_m, block_n, unroll = config["BLOCK_M"], config["BLOCK_N"], config.get("UNROLL", 1)
-    if on_acc and m <= 8 and not INTERPRETED:
-        block_m = min(block_m, 8)
-    block = superblock(weight.bits)
-    tiles = -(-m // block_m) * -(-n // block_n)
-    parts, per_part = _parts(config.get("SPLIT_K", 1), tiles, -(-k // block), unroll)
+    tile, block = _forward_tile(config, m), superblock(weight.bits)
+    on_acc = tile["ON_ACC"]
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    parts, per_part = _parts(config.get("SPLIT_K", 1), tiles, triton.cdiv(k, block), tile["UNROLL"])
     y = x.new_empty(m, n)
     work, arrived = _workspace(parts, tiles, m * n, x.device)
     sums = group_sums(x, group_size) if on_acc and weight.affine else x
     forward_kernel[(tiles, parts)](
         x, *weight.tensors, sums, y, y if work is None else work, y if arrived is None else arrived,
         m, n, k, x.stride(0), weight.codes.stride(0), weight.groups, per_part,
-        **weight.constants, ON_ACC=on_acc, EVEN_K=k % block == 0, CT=COMPUTE[x.dtype], ASM=use_asm(x.dtype),
-        BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=config.get("GROUP_M", 8), PARTS=parts, UNROLL=unroll, **_launch(config, on_acc),
+        **weight.constants, **tile, EVEN_K=k % block == 0, CT=COMPUTE[x.dtype], ASM=use_asm(x.dtype), PARTS=parts,
+        **_launch(config, on_acc),
     )  # fmt: skip
     return y
+
+
+def _forward_tile(config: dict, m: int) -> dict:
+    """The constants of forward_kernel that a table entry decides."""
+    decode = config["regime"] == "decode"
+    rows = config["BLOCK_M"]
+    if decode and m <= 8 and not INTERPRETED:
+        rows = min(rows, 8)  # tensor cores take 8 columns of the second operand; the interpreter's dot does not
+    return {
+        "ON_ACC": decode, "BLOCK_M": rows, "BLOCK_N": config["BLOCK_N"], "GROUP_M": config.get("GROUP_M", 8),
+        "UNROLL": config.get("UNROLL", 1),
+    }  # fmt: skip
 
 
 def _dequantize_into(out: Tensor, weight: _Weight, first_row: int, first_block: int, blocks: int, config: dict) -> None:
@@ -641,25 +657,33 @@ def packed_matmul_dx(
 
 
 def _dx(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
-    (m, n), k, planes = dy.shape, weight.k, fields(weight.bits)
-    # wgmma and its successor want one wide product; mma.sync wants the weight in registers. 5 planes are no power of two.
-    join = config.get("JOIN", dispatch.architecture() // 10 in (9, 10)) and planes != 5
-    count = min(config.get("PLANES", 4), planes) if planes != 5 else 5
-    tiles = -(-m // config["BLOCK_M"]) * -(-k // superblock(weight.bits)) * (planes // count)
-    parts, per_part = _parts(config.get("SPLIT_N", 1), tiles, -(-n // config["BLOCK_N"]))
+    (m, n), k = dy.shape, weight.k
+    tile = _dx_tile(config, weight.bits, dispatch.architecture())
+    count = tile["COUNT"]
+    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, superblock(weight.bits)) * (fields(weight.bits) // count)
+    parts, per_part = _parts(config.get("SPLIT_N", 1), tiles, triton.cdiv(n, tile["BLOCK_N"]))
     dx = dy.new_empty(m, k)
-    work, arrived = _workspace(parts, tiles * (1 if join else count), m * k, dy.device)
+    work, arrived = _workspace(parts, tiles * (1 if tile["JOIN"] else count), m * k, dy.device)
     dx_kernel[(tiles, parts)](
         dy, *weight.tensors, dx, dx if work is None else work, dx if arrived is None else arrived,
         m, n, k, dy.stride(0), weight.codes.stride(0), weight.groups, per_part,
-        **weight.constants, COUNT=count, EVEN_N=n % config["BLOCK_N"] == 0, CT=COMPUTE[dy.dtype], ASM=use_asm(dy.dtype),
-        JOIN=join, BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"], PARTS=parts, **_launch(config),
+        **weight.constants, **tile, EVEN_N=n % tile["BLOCK_N"] == 0, CT=COMPUTE[dy.dtype], ASM=use_asm(dy.dtype),
+        PARTS=parts, **_launch(config),
     )  # fmt: skip
     return dx
 
 
-# Narrower products than this cost cuBLAS more than the scratch gains from staying in L2.
-_COLUMNS = 512
+def _dx_tile(config: dict, bits: int, arch: int) -> dict:
+    """The constants of dx_kernel that a table entry decides."""
+    planes = fields(bits)
+    # wgmma and its successor want one wide product; mma.sync wants the weight in registers. 5 planes are no power of two.
+    join = config.get("JOIN", arch // 10 in (9, 10)) and planes != 5
+    count = 5 if planes == 5 else min(config.get("PLANES", 4), planes)
+    return {"COUNT": count, "JOIN": join, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
+
+
+# The narrowest chunk of channels that is worth a product of its own, even where the scratch then outgrows its share of L2.
+_COLUMNS = 256
 
 
 def _dx_two_stage(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
@@ -698,8 +722,10 @@ def dequantize(
 # ------------------------------------------------------------------------------------------------ what the AOT gate compiles
 
 
-def _case(kind: str, bits: int, dtype: str, scale: str, zero: str, group: int, options: dict, only: tuple = (), **tile) -> tuple:
-    """One entry of AOT_CASES: a kernel as `kind` would launch it, with K and N that fill their blocks except for 3 bits."""
+def _case(
+    kind: str, bits: int, dtype: str, scale: str, zero: str, group: int, config: dict, tile: dict, only: tuple = ()
+) -> tuple:
+    """One entry of aot_cases: a kernel as its launcher would start it, with K and N that fill their blocks except for 3 bits."""
     planes, compute = fields(bits), {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
     constants = {
         "BITS": bits, "PLANES": planes, "GROUP": group, "ZERO": {"": SYMMETRIC, "uint8": INTEGER, "float": FLOAT}[zero],
@@ -712,60 +738,54 @@ def _case(kind: str, bits: int, dtype: str, scale: str, zero: str, group: int, o
     if kind in ("decode", "fused"):
         function, weights = forward_kernel, weights * planes * tile["UNROLL"]
         signature = {"x": f"*{dtype}", **values, "xsum": "*fp32", "y": f"*{dtype}", **split, "stride_x": "i32", **rest}
-        constants |= {"ON_ACC": kind == "decode", "EVEN_K": bits != 3, "GROUP_M": 8, "PARTS": 4 if kind == "decode" else 1}
+        constants |= {"EVEN_K": bits != 3, "PARTS": 4 if kind == "decode" else 1}
     elif kind == "dx":
         function, weights = dx_kernel, weights * tile["COUNT"]
         signature = {"dy": f"*{dtype}", **values, "dx": f"*{dtype}", **split, "stride_y": "i32", **rest}
-        constants |= {"EVEN_N": True}
+        constants |= {"EVEN_N": True, "PARTS": 4 if config["regime"] == "decode" else 1}
     else:
         function, weights = dequantize_kernel, None
         sizes = ("N", "K", "stride_w", "stride_o", "blocks", "first_block", "groups")
         signature = {**values, "out": f"*{dtype}", **dict.fromkeys(sizes, "i32")}
         constants |= {"SCALE_ROWS": 4096}
-    shape = " ".join(f"{key.removeprefix('BLOCK_')}{int(value)}" for key, value in tile.items())
-    name = f"{kind} {bits}-bit {dtype} scale {scale}{' zero ' + zero if zero else ''} g{group} {shape}"
-    warps, stages = options["num_warps"], options["num_stages"]
-    name += f" w{warps} s{stages}"
-    return (name, function, signature, constants, {**options, "enable_fp_fusion": kind == "decode"}, weights, *([only] if only else []))
+    options = _launch(config, kind == "decode")
+    name = f"{kind} {bits}-bit {dtype} scale {scale}{' zero ' + zero if zero else ''} g{group}"
+    name += "".join(f" {key}{int(tile[key])}" for key in ("BLOCK_M", "BLOCK_N", "UNROLL", "JOIN") if key in tile)
+    name += f" w{options['num_warps']} s{options['num_stages']}".replace("BLOCK_", "")
+    return (name.replace("BLOCK_", ""), function, signature, constants, options, weights, *([only] if only else []))
 
 
-def _aot_cases() -> list[tuple]:
-    mma, wgmma = (80, 86, 89, 120), (90,)
-    warps = {(w, s): {"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)}
-    decode = {"BLOCK_M": 8, "BLOCK_N": 128, "UNROLL": 1}
-    three = {"BLOCK_M": 8, "BLOCK_N": 64, "UNROLL": 4}
-    cases = [
-        _case("decode", 4, "bf16", "bf16", "", 128, warps[4, 4], **decode),
-        _case("decode", 4, "bf16", "bf16", "uint8", 128, warps[4, 4], **decode),
-        _case("decode", 4, "bf16", "fp32", "float", 128, warps[4, 4], **decode),
-        _case("decode", 4, "fp16", "bf16", "", 128, warps[4, 4], **decode),
-        # Two warps cannot form a warpgroup: with 16 rows wgmma would take over on sm_90, at 2.7 instructions per weight.
-        _case("decode", 4, "bf16", "bf16", "", 128, {"num_warps": 2, "num_stages": 4}, **{**decode, "BLOCK_M": 16, "BLOCK_N": 64}),
-        _case("decode", 2, "bf16", "bf16", "", 128, warps[4, 4], **decode),
-        _case("decode", 3, "bf16", "bf16", "", 128, warps[4, 3], **three),
-        _case("decode", 8, "bf16", "bf16", "", 128, warps[4, 4], **decode),
+_GATED = (80, 86, 89, 90, 120)
+
+
+def _table_cases() -> list[tuple]:
+    """Every entry of the packaged table that names a kernel, as bf16 layers of each number of bits would be given it."""
+    found: dict[tuple, list[int]] = {}
+    for op, bits, m, arch in itertools.product(("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED):
+        config = dispatch.packaged(op, bits, torch.bfloat16, m, 4096, 4096, arch)
+        if config["regime"] != "two_stage":
+            tile = _forward_tile(config, m) if op == "packed_matmul" else _dx_tile(config, bits, arch)
+            kind = "dx" if op == "packed_matmul_dx" else config["regime"]
+            case = (kind, bits, tuple(config.items()), tuple(tile.items()))
+            found.setdefault(case, []).append(arch) if arch not in found.get(case, ()) else None
+    return [
+        _case(kind, bits, "bf16", "bf16", "", 128, dict(config), dict(tile), tuple(archs))
+        for (kind, bits, config, tile), archs in found.items()
     ]
-    for m, w in ((32, 4), (64, 4), (128, 8)):
-        cases.append(_case("fused", 4, "bf16", "bf16", "", 128, warps[w, 3], BLOCK_M=m, BLOCK_N=128, UNROLL=1))
-    cases += [
-        _case("fused", 4, "bf16", "bf16", "", 128, warps[8, 3], wgmma, BLOCK_M=256, BLOCK_N=128, UNROLL=1),
-        _case("fused", 4, "bf16", "fp32", "float", 128, warps[8, 3], BLOCK_M=128, BLOCK_N=128, UNROLL=1),
-        _case("fused", 2, "fp16", "bf16", "uint8", 64, warps[4, 3], BLOCK_M=64, BLOCK_N=128, UNROLL=1),
-        _case("fused", 3, "bf16", "bf16", "", 128, warps[4, 3], BLOCK_M=64, BLOCK_N=128, UNROLL=1),
-        _case("fused", 8, "bf16", "bf16", "", 128, warps[4, 3], BLOCK_M=64, BLOCK_N=128, UNROLL=1),
-    ]
-    for bits, count in ((4, 4), (2, 4), (8, 2)):
-        tile = {"BLOCK_M": 128, "BLOCK_N": 32, "COUNT": count, "PARTS": 1}
-        cases.append(_case("dx", bits, "bf16", "bf16", "", 128, warps[4, 3], mma, **tile, JOIN=False))
-        cases.append(_case("dx", bits, "bf16", "bf16", "", 128, warps[4, 3], wgmma, **tile, JOIN=True))
-    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "COUNT": 5, "PARTS": 1, "JOIN": False}
-    cases.append(_case("dx", 3, "bf16", "bf16", "", 128, warps[4, 3], **tile))
-    cases.append(_case("dx", 4, "bf16", "fp32", "float", 128, warps[4, 3], BLOCK_M=16, BLOCK_N=32, COUNT=4, PARTS=4, JOIN=False))
-    cases += [
-        _case("dequantize", 4, "bf16", "bf16", "", 128, warps[4, 2], BLOCK_N=64),
-        _case("dequantize", 3, "fp32", "fp32", "float", 128, warps[4, 2], BLOCK_N=64),
-    ]
+
+
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles: the table's, and the other dtypes, zeros and groups that make another kernel of an entry."""
+    cases = _table_cases()
+    for m, dtype, scale, zero, group in (
+        (1, "bf16", "bf16", "uint8", 128), (1, "bf16", "fp32", "float", 128), (1, "fp16", "bf16", "", 128),
+        (128, "bf16", "fp32", "float", 128), (64, "fp16", "bf16", "uint8", 64), (64, "bf16", "bf16", "", 0),
+    ):  # fmt: skip
+        config = dispatch.packaged("packed_matmul", 4, torch.bfloat16, m, 4096, 4096, 80)
+        cases.append(_case(config["regime"], 4, dtype, scale, zero, group, config, _forward_tile(config, m)))
+    config = dispatch.packaged("packed_matmul_dx", 4, torch.bfloat16, 16, 4096, 4096, 80)
+    cases.append(_case("dx", 4, "bf16", "fp32", "float", 128, config, _dx_tile(config, 4, 80)))
+    for bits, dtype, scale, zero in ((4, "bf16", "bf16", ""), (3, "fp32", "fp32", "float")):
+        config = dispatch.packaged("dequantize", bits, torch.bfloat16, 4096, 4096, 4096, 80)
+        cases.append(_case("dequantize", bits, dtype, scale, zero, 128, config, {"BLOCK_N": config["BLOCK_N"]}))
     return cases
-
-
-AOT_CASES = _aot_cases()

@@ -14,6 +14,7 @@ Operations and their order are the reference's (pack.py), with IEEE division and
 # pyright: reportGeneralTypeIssues=false
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from .codes_triton import (
     row_dense,
 )
 from .layout import packed_width, superblock
-from .triton_common import LANE, plane_group
+from .triton_common import LANE, launch_options, plane_group
 
 # Planes one program may unroll; above it quantize_pack makes codes and residual in two launches.
 _MOST_PLANES = 24
@@ -121,7 +122,7 @@ def unpack_kernel(packed, out, N, K, packed_row, BITS: tl.constexpr, BLOCK_N: tl
 
 
 def _options(config: dict) -> dict:
-    return {"BLOCK_N": config["BLOCK_N"], "num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return {"BLOCK_N": config["BLOCK_N"], **launch_options(config)}
 
 
 def quantize_pack(
@@ -175,7 +176,6 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- what we ship
 
 _PACK_SIZES = dict.fromkeys(("N", "K"), "i32")
-_PACK_OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 def _case(bits: int, residual_bits: int, asymmetric: bool) -> tuple:
@@ -186,26 +186,29 @@ def _case(bits: int, residual_bits: int, asymmetric: bool) -> tuple:
     if asymmetric:
         pointers["zero"] = "*u8"
     absent = {name: None for name in ("residual", "zero") if name not in pointers}
+    config = dispatch.packaged("quantize_pack", bits, torch.bfloat16, 1, 4096, 4096, 80)
     constants = absent | {
-        "PLANES": planes, "BITS": bits, "RESIDUAL_BITS": residual_bits, "GROUP": 128, "BLOCK_N": 32,
+        "PLANES": planes, "BITS": bits, "RESIDUAL_BITS": residual_bits, "GROUP": 128, "BLOCK_N": config["BLOCK_N"],
     }  # fmt: skip
     sizes = _PACK_SIZES | dict.fromkeys(("weight_row", "W", "WF"), "i32")
     name = f"quantize-pack-{bits}bit-f{residual_bits}{'-zero' if asymmetric else ''}"
-    return name, quantize_pack_kernel, pointers | sizes, constants, _PACK_OPTIONS | FP_OPTIONS, None
+    return name, quantize_pack_kernel, pointers | sizes, constants, launch_options(config) | FP_OPTIONS, None
 
 
-AOT_CASES: list[tuple] = [
-    _case(4, 4, False),
-    _case(4, 4, True),
-    _case(4, 0, False),
-    _case(3, 4, False),
-    _case(2, 1, True),
-    (
-        "pack-4bit", pack_kernel, {"codes": "*u8", "out": "*i16", "codes_row": "i32", "W": "i32"} | _PACK_SIZES,
-        {"BITS": 4, "BLOCK_N": 32}, _PACK_OPTIONS, None,
-    ),
-    (
-        "unpack-4bit", unpack_kernel, {"packed": "*i16", "out": "*u8", "packed_row": "i32"} | _PACK_SIZES,
-        {"BITS": 4, "BLOCK_N": 32}, _PACK_OPTIONS, None,
-    ),
-]  # fmt: skip
+def _plain_case(op: str, kernel: Any, pointers: dict) -> tuple:
+    config = dispatch.packaged(op, 4, torch.float32, 1, 4096, 4096, 80)
+    constants = {"BITS": 4, "BLOCK_N": config["BLOCK_N"]}
+    return f"{op}-4bit", kernel, pointers | _PACK_SIZES, constants, launch_options(config), None
+
+
+def aot_cases() -> list[tuple]:
+    """What the AOT gate compiles."""
+    return [
+        _case(4, 4, False),
+        _case(4, 4, True),
+        _case(4, 0, False),
+        _case(3, 4, False),
+        _case(2, 1, True),
+        _plain_case("pack", pack_kernel, {"codes": "*u8", "out": "*i16", "codes_row": "i32", "W": "i32"}),
+        _plain_case("unpack", unpack_kernel, {"packed": "*i16", "out": "*u8", "packed_row": "i32"}),
+    ]

@@ -10,6 +10,11 @@ Every such helper has a plain twin, chosen by the constexpr ASM: for fp32 comput
 inline assembly nor bfloat16 arithmetic) and for targets that are not NVIDIA's.
 """
 
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
+# constexpr in a signature.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +40,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def use_asm(dtype: torch.dtype) -> bool:
     """Whether kernels computing in `dtype` may use PTX: 16-bit floats on NVIDIA, compiled."""
     return not INTERPRETED and dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None
+
+
+def launch_options(config: dict) -> dict:
+    """What of a table entry is for the compiler. maxnreg: left alone, ptxas aims at more programs per multiprocessor on some
+    architectures and spills for it."""
+    return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
 
 
 def fields(bits: int) -> int:

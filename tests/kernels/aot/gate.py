@@ -7,7 +7,7 @@ cuobjdump that comes with Triton) we take what decides speed and what a source r
     shared memory        compilation does not fail above the limit of an architecture; the launch would
     hot loop             the innermost loop with the most tensor-core instructions, in instructions per weight and thread
 
-A module lists what it ships as AOT_CASES: (name, jit function, signature, constexprs, options, weights that one program
+A module gives what it ships as aot_cases(): (name, jit function, signature, constexprs, options, weights that one program
 handles per iteration of its hot loop, or None). Pointers and sizes are declared divisible by 16, as in a real launch: without
 that the loads are scalar and the SASS is not what will run.
 
@@ -69,11 +69,11 @@ class Compiled:
 
 
 def cases() -> list[Case]:
-    """Every AOT_CASES of the package. The tuples may have a seventh field: the architectures a case is for."""
+    """Every aot_cases() of the package. The tuples may have a seventh field: the architectures a case is for."""
     found = []
     for name in MODULES:
         module = importlib.import_module(f"lowbit_kernels.{name}")
-        for case, function, signature, constants, options, weights, *only in module.AOT_CASES:
+        for case, function, signature, constants, options, weights, *only in module.aot_cases():
             extra = {"architectures": tuple(only[0])} if only else {}
             found.append(
                 Case(
@@ -81,10 +81,8 @@ def cases() -> list[Case]:
                     weights=weights, **extra,
                 )
             )  # fmt: skip
-    names = [case.name for case in found]
-    assert len(names) == len(set(names)), (
-        f"two cases of one name: {sorted(n for n in names if names.count(n) > 1)}"
-    )
+    names = [(case.name, arch) for case in found for arch in case.architectures]
+    assert len(names) == len(set(names)), f"two cases of one name: {sorted(n for n in names if names.count(n) > 1)}"
     return found
 
 

@@ -271,7 +271,9 @@ def run_ptx(text: str, bf16: bool, *inputs: np.ndarray) -> np.ndarray:
         elif operation.startswith("fma.rn.") or operation.startswith("mul.rn."):
             assert operation.endswith("bf16x2" if bf16 else ".f16x2"), operation
             terms = [halves(name) for name in sources]
-            low, high = (t[0][i] * t[1][i] + (t[2][i] if len(t) > 2 else 0) for i, t in ((0, terms), (1, terms)))
+            low, high = (
+                terms[0][i] * terms[1][i] + terms[2][i] if len(terms) > 2 else terms[0][i] * terms[1][i] for i in (0, 1)
+            )
             result = _to_bits(low, bf16) | _to_bits(high, bf16) << np.uint32(16)
         else:
             raise AssertionError(f"unknown instruction {line!r}")
