@@ -14,10 +14,13 @@ graph, as they do when serving; the figure is the median over rounds. An op whos
 
 import argparse
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,29 +28,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lowbit_kernels
 import torch
 from bench_cases import Built, Call, Case, build, everything, targets, tiny
 from bench_report import write_report
 from lowbit_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
-L2_COPIES_BYTES = (
-    256 << 20
-)  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
+L2_COPIES_BYTES = 256 << 20  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
 # What a coordinate of a configuration may become while tuning.
 AXES: dict[str, list[int]] = {
     "BLOCK_M": [8, 16, 32, 64, 128, 256], "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128], "SPLIT_K": [0, 1, 2, 4, 8, 16],
     "SPLIT_N": [0, 1, 2, 4, 8], "UNROLL": [1, 2, 4], "CHUNK_MB": [8, 16, 24, 48, 96], "ROWS": [32, 64, 128],
     "num_warps": [2, 4, 8], "num_stages": [1, 2, 3, 4, 5],
 }  # fmt: skip
+# Whose configurations a case tunes.
 TUNED = {
-    "packed_matmul",
-    "packed_matmul_dx",
-    "binary_matmul",
-    "grid_gradients",
-    "grid_codes",
-    "quantize_pack",
-    "hadamard",
+    "packed_matmul": "packed_matmul", "packed_matmul_dx": "packed_matmul_dx", "binary_matmul": "binary_matmul",
+    "grid_step": "grid_gradients", "quantize_pack": "quantize_pack", "hadamard": "hadamard",
+}  # fmt: skip
+# Starts of the tuner beyond the packaged table, which has the form that is right without a measurement.
+STARTS: dict[str, list[dict]] = {
+    "grid_gradients": [
+        {"form": "fused", "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+        {"form": "fused", "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+    ],
 }
 
 
@@ -157,8 +162,36 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if cuda else "cpu", "arch": dispatch.architecture() if cuda else 0,
         "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda, "python": platform.python_version(),
+        "peers": {name: _version(name) for name in ("bitsandbytes", "gemlite")}, "commit": _commit(), "sources": _sources(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with "+" where it is changed; None in a copy without its history."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _sources() -> str:
+    """A hash of the kernels and their table, which says what was measured where there is no commit."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(lowbit_kernels.__file__).parent.glob("*.[pj]*")):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -259,8 +292,7 @@ def _entry(case: Case, config: dict, arch: int) -> dict:
 
 def _starts(op: str, case: Case, arch: int) -> list[dict]:
     """The table's choice first, then what it holds for the other regimes of this architecture."""
-    first = dispatch.config(op, case.bits, case.dtype, case.m, case.n, case.k, arch)
-    out = [first]
+    out = [dispatch.config(op, case.bits, case.dtype, case.m, case.n, case.k, arch)]
     for entry in dispatch.read_table(dispatch.PACKAGED).get(op, ()):
         if (
             entry.get("arch") in (None, arch)
@@ -268,7 +300,7 @@ def _starts(op: str, case: Case, arch: int) -> list[dict]:
             and entry["config"] not in out
         ):
             out.append(entry["config"])
-    return out
+    return out + STARTS.get(op, [])
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -280,20 +312,20 @@ def tune(options: argparse.Namespace) -> int:
     for case in chosen("targets", options.dry_run):
         if case.op not in TUNED or time.monotonic() > deadline:
             continue
-        made = build(case, device, copies_of(case, options.dry_run))
+        op, made = TUNED[case.op], build(case, device, copies_of(case, options.dry_run))
         alone = Built(calls={"ours": made.calls["ours"]})
         best, least, first, tried = None, float("inf"), float("inf"), []
 
-        def trial(config: dict, case: Case = case, made: Built = made, alone: Built = alone) -> float:
+        def trial(config: dict, op: str = op, case: Case = case, made: Built = made, alone: Built = alone) -> float:
             """Microseconds, or infinity where it does not compile, does not fit or is wrong."""
             try:
-                with dispatch.override(case.op, config):
+                with dispatch.override(op, config):
                     checked(made, case)
                     return measure(alone, case, device, 1 if options.dry_run else 7)["ours"]
             except Exception:  # a compiler may raise anything for tile sizes it does not like
                 return float("inf")
 
-        queue = _starts(case.op, case, arch)
+        queue = _starts(op, case, arch)
         while queue and time.monotonic() < deadline:
             config = queue.pop(0)
             if config in tried:
@@ -317,8 +349,8 @@ def tune(options: argparse.Namespace) -> int:
         print(f"{case.name}: {first:.1f} -> {least:.1f} us after {len(tried)} trials: {best}", flush=True)
         if not options.dry_run:
             entry = _entry(case, best, arch)
-            kept = [e for e in table.get(case.op, []) if {**e, "config": None} != {**entry, "config": None}]
-            table[case.op] = [*kept, entry]
+            kept = [e for e in table.get(op, []) if {**e, "config": None} != {**entry, "config": None}]
+            table[op] = [*kept, entry]
             write(path, table)
     return failures
 

@@ -7,13 +7,14 @@ gives closures over them. A peer that cannot be built on this machine is left ou
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import lowbit_kernels as lk
 import torch
 from lowbit_kernels import dispatch
 from torch import Tensor
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 SHAPES = {  # N x K of the linears the targets are about
     "llama3-8b": [(4096, 4096), (14336, 4096), (4096, 14336)],
     "qwen-32b": [(5120, 5120), (27648, 5120), (5120, 27648)],
@@ -174,7 +175,7 @@ def _forward(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> Non
         )
         return relative(made.calls["ours"][0](), exact), _allowed(
             made.calls["cublas"][0](), exact, case.dtype
-        )  # type: ignore[arg-type]
+        )
 
     made.check = check
 
@@ -203,7 +204,7 @@ def _dx(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
         )
         return relative(made.calls["ours"][0](), exact), _allowed(
             made.calls["cublas"][0](), exact, case.dtype
-        )  # type: ignore[arg-type]
+        )
 
     made.check = check
 
@@ -302,7 +303,7 @@ def _binary(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None
         )
         return relative(made.calls["ours"][0](), exact), _allowed(
             made.calls["cublas"][0](), exact, case.dtype
-        )  # type: ignore[arg-type]
+        )
 
     made.check = check
 

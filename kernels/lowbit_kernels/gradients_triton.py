@@ -391,6 +391,7 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
 
 def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, only: tuple[int, ...] = ()) -> tuple:
     live = units == "live"
+    rows = min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"]
     fraction = 4 if rank or live else 0
     pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32"} | dict.fromkeys(("sum_s", "sum_t", "part_a", "part_b"), "*fp32")
     if fraction:
@@ -402,7 +403,7 @@ def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, o
     constants = absent | {
         "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": live, "BITS": 4, "RESIDUAL_BITS": fraction,
         "GROUP": 128, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
-        "BLOCK_N": min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"], "EXACT": exact,
+        "BLOCK_N": rows, "EXACT": exact,
     }  # fmt: skip
     if form == "fused":
         pointers |= {"x": "*bf16", "dy": "*bf16"}
@@ -415,7 +416,7 @@ def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, o
     options = {**launch_options(config), **FP_OPTIONS}
     kernel = fused_kernel if form == "fused" else chunked_kernel
     # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per weight.
-    weights = None if form == "fused" else constants["BLOCK_N"] * 32
+    weights = None if form == "fused" else rows * 32
     case = (f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}", kernel, pointers | sizes | {"gain": "fp32"}, constants, options, weights)
     return (*case, only) if only else case
 

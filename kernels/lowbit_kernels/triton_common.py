@@ -23,7 +23,7 @@ from torch import Tensor
 from .layout import CODES_PER_HALFWORD, LANES
 
 # Whether this process interprets kernels on the CPU. Triton decides it when a kernel is decorated, so it is read once.
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 LANE = tl.constexpr(LANES)  # half-words per superblock of one row = input channels per plane
 COMPUTE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -19,10 +19,10 @@ BUDGETS = {
     "decode 4-bit fp16 scale bf16 g128": 2.3,
     "decode 2-bit bf16 scale bf16 g128": 2.2,
     "decode 3-bit bf16 scale bf16 g128": 2.8,
-    "binary-decode-q1": 1.9,
-    "binary-decode-q2": 3.2,
-    "binary-decode-q3": 4.9,
-    "binary-decode-q4": 5.9,
+    "binary-decode-q1-g128-m8": 1.9,
+    "binary-decode-q2-g128-m8": 3.2,
+    "binary-decode-q3-g128-m8": 4.9,
+    "binary-decode-q4-g128-m8": 6.2,
 }
 SM90_BUDGETS = {"fused 4-bit bf16 scale bf16 g128": 4.2}
 

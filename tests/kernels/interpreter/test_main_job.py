@@ -20,18 +20,45 @@ from lowbit_ft.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
 QUICK = [
-    "quant.group_size=32", "train.max_steps=3", "train.micro_batch_size=1", "train.eval_every=3", "train.save_every=3",
+    "quant.group_size=32", "train.max_steps=2", "train.micro_batch_size=1", "train.eval_every=2", "train.save_every=2",
     "data.train.limit=6", "data.valid.limit=2", "data.sequence_len=40", "data.train_on=all", "eval.windows=1", "eval.window=40", "eval.kl=false",
-    "eval.max_new_tokens=2", "eval.generate=[Say hello.]", "export.format=native",
+    "eval.max_new_tokens=1", "eval.generate=[Say hello.]", "export.format=native", "export.verify=false",
 ]  # fmt: skip
 METHODS = {
     "lr_qat": ["adapter={method: lr_qat, rank: 4, alpha: 4}"],
-    "alpha_tuning": ["adapter={method: alpha_tuning}", "quant={grid: binary, bits: 2, group_size: 32}"],
+    "alpha_tuning": ["adapter={method: alpha_tuning}", "quant={grid: binary, bits: 1, group_size: 32}"],
 }
 USED = {
     "lr_qat": {"quantize_pack", "grid_codes", "grid_gradients", "packed_matmul", "packed_matmul_dx"},
     "alpha_tuning": {"binary_matmul", "binary_matmul_dx", "binary_gradients"},
 }
+
+
+# The interpreter's time goes by programs, not by their size, so the job runs with tiles that hold a whole layer. Splits of all
+# kinds are the other files' business.
+ONE_TILE = {
+    "packed_matmul": {"regime": "fused", "BLOCK_M": 64, "BLOCK_N": 128},
+    "packed_matmul_dx": {"regime": "fused", "BLOCK_M": 64, "BLOCK_N": 128},
+    "binary_matmul": {"regime": "fused", "BLOCK_M": 64, "BLOCK_N": 128},
+    "grid_codes": {"BLOCK_N": 128},
+    "grid_gradients": {"form": "chunked", "BLOCK_N": 128, "CHUNK_MB": 1},
+    "quantize_pack": {"BLOCK_N": 128},
+    "binary_gradients": {"form": "chunked", "BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "CHUNK_MB": 1},
+    "binary_dequantize": {"BLOCK_N": 128},
+    "unpack": {"BLOCK_N": 128},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_tile(own_table, monkeypatch, tmp_path):
+    """A user's table of ONE_TILE."""
+    path = tmp_path / "configs.json"
+    entries = {op: [{"arch": dispatch.INTERPRETER, "m": [1, 1 << 20], "n": [1, 1 << 20], "k": [1, 1 << 20], "config": c | {"num_warps": 1, "num_stages": 1}}] for op, c in ONE_TILE.items()}  # fmt: skip
+    path.write_text(json.dumps(entries))
+    monkeypatch.setenv("LOWBIT_KERNELS_CACHE", str(path))
+    dispatch.reload()
+    yield
+    dispatch.reload()
 
 
 @pytest.fixture(scope="module")
