@@ -15,6 +15,8 @@ import torch
 from lowbit_kernels import dispatch, matmul_triton, triton_common
 from torch import Tensor
 
+from tests.kernels.test_ops import error
+
 LAUNCH = {"num_warps": 1, "num_stages": 1}
 FORWARD = {
     "decode": {"regime": "decode", "BLOCK_M": 8, "BLOCK_N": 16, "SPLIT_K": 1},
@@ -51,12 +53,6 @@ def weight(bits: int, n: int, k: int, group: int, zero: str, offset: bool) -> tu
     if t is not None:
         dense = dense + t.double()[of]
     return [kernels.pack(q, bits), scale, z, t], dense.t()
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative error; infinite where anything is not finite."""
-    value = ((got.double() - want).norm() / want.norm()).item()
-    return value if np.isfinite(value) else float("inf")
 
 
 def forward(name: str, x: Tensor, args: list, bits: int, group: int) -> Tensor:
