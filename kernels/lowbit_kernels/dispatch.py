@@ -240,8 +240,12 @@ def override(op: str, values: dict[str, Any]) -> Iterator[None]:
 
 @functools.cache
 def launcher(op: str) -> Callable[..., Any] | None:
-    """The Triton launcher of an op, imported now; None, after one warning for all ops, where Triton cannot be imported."""
-    if not _has_triton():
+    """The Triton launcher of an op, imported now. None where $LOWBIT_KERNELS says reference (to tell a kernel's mistake from
+    another), and, after one warning for all ops, where Triton cannot be imported."""
+    wanted = os.environ.get("LOWBIT_KERNELS", "triton")
+    if wanted not in ("triton", "reference"):
+        raise ValueError(f"LOWBIT_KERNELS={wanted!r}: allowed are triton (the default) and reference")
+    if wanted == "reference" or not _has_triton():
         return None
     return getattr(importlib.import_module(f".{KERNELS[op][1]}", __package__), op)
 

@@ -137,6 +137,19 @@ def test_without_triton_the_reference_runs_after_one_warning(monkeypatch: pytest
         dispatch.launcher.cache_clear()
 
 
+def test_the_reference_can_be_asked_for(monkeypatch: pytest.MonkeyPatch):
+    try:
+        monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+        dispatch.launcher.cache_clear()
+        assert dispatch.launcher("pack") is None
+        monkeypatch.setenv("LOWBIT_KERNELS", "fast")
+        dispatch.launcher.cache_clear()
+        with pytest.raises(ValueError, match="triton .* and reference"):
+            dispatch.launcher("pack")
+    finally:
+        dispatch.launcher.cache_clear()
+
+
 def test_what_the_kernels_do_not_take_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch):
     asked: list[tuple] = []
 

@@ -11,7 +11,7 @@ A module gives what it ships as aot_cases(): (name, jit function, signature, con
 handles per iteration of its hot loop, or None). Pointers and sizes are declared divisible by 16, as in a real launch: without
 that the loads are scalar and the SASS is not what will run.
 
-Results are cached by a hash of everything they depend on: the package's sources, the case, the architecture, the versions.
+Results are cached by a hash of everything they depend on: the kernels' sources, the case, the architecture, the versions.
 
     python -m tests.kernels.aot.gate            the table of every case and architecture, as Markdown
 """
@@ -88,11 +88,12 @@ def cases() -> list[Case]:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of the package's sources and of what compiles them."""
+    """A hash of the files that hold kernels and what they are made of, and of what compiles them. Tiles are in the case itself."""
     import triton
 
     digest = hashlib.sha256(f"{triton.__version__} {sys.version_info[:2]}".encode())
-    for path in sorted(Path(lowbit_kernels.__file__).parent.glob("*.py")):
+    folder = Path(lowbit_kernels.__file__).parent
+    for path in [*sorted(folder.glob("*_triton.py")), folder / "triton_common.py", folder / "layout.py"]:
         digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()
