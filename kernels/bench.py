@@ -324,6 +324,10 @@ def tune(options: argparse.Namespace) -> int:
                     return measure(alone, case, device, 1 if options.dry_run else 7)["ours"]
             except Exception:  # a compiler may raise anything for tile sizes it does not like
                 return float("inf")
+            finally:
+                if device.type == "cuda":  # the trial's graph is gone, its counters may be used again
+                    torch.cuda.synchronize()
+                    importlib.import_module("lowbit_kernels.triton_common").drop_counters()
 
         queue = _starts(op, case, arch)
         while queue and time.monotonic() < deadline:

@@ -324,8 +324,9 @@ def _quantize(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> No
 
 
 def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
-    made.calls["ours"] = [lambda: lk.hadamard(x, -1)]
-    made.calls["clone"] = [lambda: x.clone()]
+    copies_of_x = [x.clone() for _ in range(copies)]
+    made.calls["ours"] = [lambda v=v: lk.hadamard(v, -1) for v in copies_of_x]
+    made.calls["clone"] = [lambda v=v: v.clone() for v in copies_of_x]
 
     def check() -> tuple[float, float]:
         reference = dispatch.definition("hadamard")._init_fn

@@ -66,11 +66,13 @@ if [ -n "$dry" ]; then
 else
     stage "1 smoke" 60 "$PYTHON" kernels/bench.py check
     stage "2 targets" 120 "$PYTHON" kernels/bench.py run --set targets --out "$OUT"
-    stage "3 gpu tests" 150 "$PYTHON" -m pytest -q -m gpu -x -p no:cacheprovider tests/kernels/test_gpu.py
-    stage "4 tune" 90 "$PYTHON" kernels/bench.py tune --seconds 80
+    stage "3 gpu tests" 120 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels/test_gpu.py -k "not matmul_and_dx"
+    stage "4 tune" 80 "$PYTHON" kernels/bench.py tune --seconds 70
     stage "5 targets, tuned" 60 "$PYTHON" kernels/bench.py run --set targets --out "$OUT"
-    stage "6 all shapes" 200 "$PYTHON" kernels/bench.py run --set all --out "$OUT"
-    stage "7 table" 30 "$PYTHON" kernels/bench.py table --out "$OUT"
+    stage "6 table" 20 "$PYTHON" kernels/bench.py table --out "$OUT"
+    stage "7 gpu tests, every grid and shape" 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels/test_gpu.py -k matmul_and_dx
+    stage "8 all shapes" 200 "$PYTHON" kernels/bench.py run --set all --out "$OUT"
+    stage "9 table" 20 "$PYTHON" kernels/bench.py table --out "$OUT"
 fi
 echo "=== done in $(($(date +%s) - start)) s, results in $OUT"
 exit $failed

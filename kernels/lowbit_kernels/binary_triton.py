@@ -63,7 +63,7 @@ def _words(planes, rows, block, N, stride, Q: tl.constexpr):
     words = ()
     for k in tl.static_range(Q):
         words = words + (
-            tl.load(planes + (rows + k * N.to(tl.int64))[:, None] * stride + block * LANE + lane[None, :]),
+            tl.load(planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride + block * LANE + lane[None, :]),
         )
     return words
 
@@ -73,7 +73,7 @@ def _alphas(alpha, group, rows, N, groups, Q: tl.constexpr):
     """alpha_k of one group, fp32 [rows], one vector per plane."""
     values = ()
     for k in tl.static_range(Q):
-        at = (k * groups + group).to(tl.int64) * N + rows
+        at = tl.cast(k * groups + group, tl.int64) * N + rows
         values = values + (tl.load(alpha + at).to(tl.float32),)
     return values
 
@@ -154,7 +154,7 @@ def _decode_block(
     return accs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "per_part"])
 def decode_kernel(
     x, planes, alpha, offset, xsum, y, work, arrived,
     M, N, K, stride_x, stride_w, groups, per_part,
@@ -205,7 +205,7 @@ def decode_kernel(
     if PARTS == 1:
         tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
     else:
-        total, last = add_in_order(acc, out, mask, work, arrived, tile, M.to(tl.int64) * N, PARTS, part)
+        total, last = add_in_order(acc, out, mask, work, arrived, tile, tl.cast(M, tl.int64) * N, PARTS, part)
         tl.store(y + out, total.to(y.dtype.element_ty), mask=mask & last)
 
 
@@ -357,12 +357,12 @@ def group_sums_kernel(
         word_at = (lane + plane // FIELDS * LANE)[None, :]
         sums = ()
         for k in tl.static_range(Q):
-            word = tl.load(planes + (rows + k * N.to(tl.int64))[:, None] * stride_w + word_at).to(tl.int32)
+            word = tl.load(planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride_w + word_at).to(tl.int32)
             bit = (word >> (plane % FIELDS)) & 1
             sums = sums + (accs[k] + tl.where(bit == 1, value, -value),)
         accs = sums
     for k in tl.static_range(Q):
-        tl.store(da + (k * groups + group).to(tl.int64) * N + first_row + rn, tl.sum(accs[k], 1), mask=in_n)
+        tl.store(da + tl.cast(k * groups + group, tl.int64) * N + first_row + rn, tl.sum(accs[k], 1), mask=in_n)
     tl.store(dt + group.to(tl.int64) * N + first_row + rn, tl.sum(total, 1), mask=in_n)
 
 
@@ -395,7 +395,7 @@ def gradients_kernel(
     shift = rk % BLOCK // LANE
     for k in tl.static_range(Q):
         word = tl.load(
-            planes + (rows + k * N.to(tl.int64))[:, None] * stride_w + word_at[None, :],
+            planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride_w + word_at[None, :],
             mask=in_k[None, :],
             other=0,
         )
@@ -519,6 +519,8 @@ def binary_matmul_dx(
     flat = rows_of(dy)
     planes, alpha, offset = _contiguous(planes, alpha, offset)
     m, n = flat.shape
+    if m == 0 or n == 0:
+        return dy.new_zeros(*dy.shape[:-1], in_features)
     dx = dy.new_empty(m, in_features)
     settings, block = (
         dispatch.config("binary_matmul_dx", planes.shape[0], dy.dtype, m, n, in_features),

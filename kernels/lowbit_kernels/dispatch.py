@@ -17,7 +17,6 @@ to every architecture.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import inspect
@@ -39,9 +38,8 @@ INTERPRETER = 0
 # Streaming multiprocessors of the usual board of an architecture, for split-K where no device can be asked.
 _PROCESSORS = {INTERPRETER: 4, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_override: contextvars.ContextVar[dict[str, dict[str, Any]] | None] = contextvars.ContextVar(
-    "lowbit_config", default=None
-)
+# What `override` puts in front of the tables. For all threads: a backward pass on a GPU runs on a thread of its own.
+_override: dict[str, dict[str, Any]] = {}
 
 # op name -> (module of the reference, module of the launcher). The launcher has the op's name and its arguments.
 KERNELS = {
@@ -213,8 +211,8 @@ def config(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch:
 
     Raises ValueError where the table has nothing at all for the op on this architecture.
     """
-    if (replaced := (_override.get() or {}).get(op)) is not None:
-        return dict(replaced)
+    if op in _override:
+        return dict(_override[op])
     arch = architecture() if arch is None else arch
     return dict(_remembered(op, arch, bits, _DTYPES[dtype], max(1, M), max(1, N), max(1, K)))
 
@@ -227,12 +225,14 @@ def packaged(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arc
 
 @contextlib.contextmanager
 def override(op: str, values: dict[str, Any]) -> Iterator[None]:
-    """Inside the block `config(op, ...)` returns `values`: for the tuner and for tests of one configuration."""
-    token = _override.set({**(_override.get() or {}), op: values})
+    """Inside the block `config(op, ...)` returns `values`, on every thread: for the tuner and for tests of one configuration."""
+    before = dict(_override)
+    _override[op] = values
     try:
         yield
     finally:
-        _override.reset(token)
+        _override.clear()
+        _override.update(before)
 
 
 # ------------------------------------------------------------------------------------------------ implementations

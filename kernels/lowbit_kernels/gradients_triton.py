@@ -287,9 +287,10 @@ def _by_group(strips: Tensor, per_group: int) -> Tensor:
 
 def _row_scale_gradients(x: Tensor, dy: Tensor, codes: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """dS and dT [1, N] of a frozen grid with one group per row (the identity at the file's head)."""
-    one = torch.ones(1, codes.shape[0], device=x.device)
-    product = packed_matmul(x, codes, one, zero, None, bits, -1)
-    ds = torch.linalg.vecdot(dy.t().float(), product.t().float())
+    # A power of two brings the product, whose codes are integers, into the range of fp16 and is taken back exactly.
+    unit = torch.full((1, codes.shape[0]), 0.5**bits, device=x.device)
+    product = packed_matmul(x, codes, unit, zero, None, bits, -1)
+    ds = torch.linalg.vecdot(dy.t().float(), product.t().float()).mul_(2.0**bits)
     dt = dy.t().float() @ x.float().sum(1)
     return ds.unsqueeze(0), dt.unsqueeze(0)
 

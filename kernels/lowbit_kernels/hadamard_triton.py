@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import dispatch
 from .hadamard import factors, matrix, resolved
-from .triton_common import COMPUTE, INTERPRETED, launch_options
+from .triton_common import COMPUTE, INTERPRETED, launch_options, persistent
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def _matrices(
     width = max(16, d2)
     right = torch.zeros(width, width)
     right[:d2, :d2] = matrix(d2).float()
-    return left.to(device, part), right.to(device, dtype)
+    return persistent(lambda: (left.to(device, part), right.to(device, dtype)), device)
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

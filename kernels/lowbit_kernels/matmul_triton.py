@@ -758,8 +758,8 @@ def _case(
 _GATED = (80, 86, 89, 90, 120)
 
 
-def _table_cases() -> list[tuple]:
-    """Every entry of the packaged table that names a kernel, as bf16 layers of each number of bits would be given it."""
+def _table_kernels() -> dict[tuple, list[int]]:
+    """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers can be given."""
     found: dict[tuple, list[int]] = {}
     for op, bits, m, arch in itertools.product(("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED):
         config = dispatch.packaged(op, bits, torch.bfloat16, m, 4096, 4096, arch)
@@ -767,22 +767,27 @@ def _table_cases() -> list[tuple]:
             tile = _forward_tile(config, m) if op == "packed_matmul" else _dx_tile(config, bits, arch)
             kind = "dx" if op == "packed_matmul_dx" else config["regime"]
             case = (kind, bits, tuple(config.items()), tuple(tile.items()))
-            found.setdefault(case, []).append(arch) if arch not in found.get(case, ()) else None
-    return [
-        _case(kind, bits, "bf16", "bf16", "", 128, dict(config), dict(tile), tuple(archs))
-        for (kind, bits, config, tile), archs in found.items()
-    ]
+            if arch not in found.setdefault(case, []):
+                found[case].append(arch)
+    return found
 
 
 def aot_cases() -> list[tuple]:
     """What the AOT gate compiles: the table's, and the other dtypes, zeros and groups that make another kernel of an entry."""
-    cases = _table_cases()
+    cases = [
+        _case(kind, bits, "bf16", "bf16", "", 128, dict(config), dict(tile), tuple(archs))
+        for (kind, bits, config, tile), archs in _table_kernels().items()
+    ]
     for m, dtype, scale, zero, group in (
         (1, "bf16", "bf16", "uint8", 128), (1, "bf16", "fp32", "float", 128), (1, "fp16", "bf16", "", 128),
         (128, "bf16", "fp32", "float", 128), (64, "fp16", "bf16", "uint8", 64), (64, "bf16", "bf16", "", 0),
     ):  # fmt: skip
         config = dispatch.packaged("packed_matmul", 4, torch.bfloat16, m, 4096, 4096, 80)
         cases.append(_case(config["regime"], 4, dtype, scale, zero, group, config, _forward_tile(config, m)))
+    # Group values of 4 bytes for every plane take the most shared memory: what a training layer of small groups asks for.
+    for (kind, bits, config, tile), archs in _table_kernels().items():
+        if kind == "fused":
+            cases.append(_case(kind, bits, "bf16", "fp32", "float", 32, dict(config), dict(tile), tuple(archs)))
     config = dispatch.packaged("packed_matmul_dx", 4, torch.bfloat16, 16, 4096, 4096, 80)
     cases.append(_case("dx", 4, "bf16", "fp32", "float", 128, config, _dx_tile(config, 4, 80)))
     for bits, dtype, scale, zero in ((4, "bf16", "bf16", ""), (3, "fp32", "fp32", "float")):

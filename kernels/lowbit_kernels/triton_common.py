@@ -15,6 +15,10 @@ inline assembly nor bfloat16 arithmetic) and for targets that are not NVIDIA's.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -77,7 +81,25 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-# Counters for `last_arriver`: 4 MB of zeros per device. Every kernel leaves its counters at zero again.
+def persistent(make: Callable[[], Any], device: torch.device) -> Any:
+    """What outlives the call that needs it first: made on a thread and a stream of its own, and finished. So it lands in no memory
+    pool that a CUDA graph or torch.compile is filling on this thread, and whoever reads it on another stream finds it written."""
+    if device.type != "cuda":
+        return make()
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph is being captured: call the op once with these sizes before the capture")
+
+    def run() -> Any:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+# Counters for `add_in_order`: 4 MB of zeros per device. Every kernel leaves its counters at zero again.
 _COUNTERS = 1 << 20
 
 
@@ -85,7 +107,7 @@ class _Counters:
     """One pool of zeros, given out front to back: a slice per stream, and one per kernel captured in a graph."""
 
     def __init__(self, device: torch.device):
-        self.pool = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+        self.pool: Tensor = persistent(lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device), device)
         self.used = 0
         self.by_stream: dict[int, Tensor] = {}
 
@@ -107,6 +129,11 @@ class _Counters:
 
 # Workspace that outlives a call, one per device in use; `counters` is its only reader and writer.
 _POOLS: dict[torch.device, _Counters] = {}
+
+
+def drop_counters() -> None:
+    """Forget every pool. For a process that captures graphs without end (the tuner), when none of them will run again."""
+    _POOLS.clear()
 
 
 def counters(count: int, device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@
 Errors are judged against float64 and allowed 1.5 times the error of the same computation in torch with equally rounded inputs.
 """
 
+import importlib
+
 import lowbit_kernels as lk
 import pytest
 import torch
@@ -17,6 +19,7 @@ pytestmark = [
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 7, 16, 17, 100, 600, 2049]
+GRIDS = [(4, 128, "symmetric"), (4, 32, "float"), (3, 64, "integer"), (2, 32, "float"), (8, -1, "integer"), (2, 256, "float")]
 
 
 def reference(op: str, *args):
@@ -45,9 +48,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def good(got: Tensor, torch_got: Tensor, exact: Tensor) -> None:
+def good(got: Tensor, torch_got: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
     assert got.shape == exact.shape
-    allowed = 1.5 * error(torch_got, exact) + 1e-6
+    allowed = 1.5 * error(torch_got, exact) + floor
     assert error(got, exact) <= allowed, (error(got, exact), allowed)
 
 
@@ -60,22 +63,6 @@ def full_precision():
 def test_the_kernels_are_used():
     assert dispatch.launcher("packed_matmul") is not None, (
         "Triton is missing: these tests would test the reference"
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize(("bits", "g", "kind"), [(4, 128, "symmetric"), (4, 32, "float"), (3, 64, "integer"), (2, 128, "symmetric"), (8, -1, "integer"), (2, 256, "float")])  # fmt: skip
-@pytest.mark.parametrize(("n", "k"), [(1024, 4096), (577, 1100)])
-def test_matmul_and_dx(dtype, m, bits, g, kind, n, k):
-    w = weights(bits, n, k, g, kind)
-    x, dy = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
-    dense = reference("dequantize", *w, bits, k, g, torch.float32).double()
-    good(lk.packed_matmul(x, *w, bits, g), reference("packed_matmul", x, *w, bits, g), x.double() @ dense.t())
-    good(
-        lk.packed_matmul_dx(dy, *w, bits, k, g),
-        reference("packed_matmul_dx", dy, *w, bits, k, g),
-        dy.double() @ dense,
     )
 
 
@@ -172,7 +159,8 @@ def test_quantize_and_pack(bits, residual_bits):
 def test_hadamard(dtype, channels, block):
     x = torch.randn(100, channels, device="cuda").to(dtype)
     exact = reference("hadamard", x.float(), block).double()
-    good(lk.hadamard(x, block), exact.to(dtype), exact)
+    # Tensor cores cut their sums off instead of rounding them: about 1.3e-6 over 11008 channels.
+    good(lk.hadamard(x, block), exact.to(dtype), exact, 4e-6)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 1500])
@@ -199,9 +187,9 @@ def test_inside_a_cuda_graph(m):
 
 
 def test_two_streams_at_once():
-    """Split sums share counters: two streams must not share the same ones."""
+    """Split sums share counters: two streams must not share the same ones, and none may start before they are zero."""
+    importlib.import_module("lowbit_kernels.triton_common").drop_counters()
     w, x = weights(4, 4096, 4096, 128), torch.randn(1, 4096, device="cuda").bfloat16()
-    want = lk.packed_matmul(x, *w, 4, 128)
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()
     results: list[Tensor] = []
@@ -209,6 +197,7 @@ def test_two_streams_at_once():
         with torch.cuda.stream(streams[i % 4]):
             results.append(lk.packed_matmul(x, *w, 4, 128))
     torch.cuda.synchronize()
+    want = lk.packed_matmul(x, *w, 4, 128)
     assert all(torch.equal(want, got) for got in results)
 
 
@@ -227,17 +216,52 @@ def test_compiled_whole():
     torch.testing.assert_close(step(x), lk.hadamard(lk.packed_matmul(x, *w, 4, 128), -1) * 2)
 
 
-def test_more_weights_than_an_int32_counts():
-    """N * K = 2^31 + 2^22: the last rows lie beyond every 32-bit offset of a 16-bit copy of the weight."""
-    bits, k = 4, 1 << 14
-    n = (1 << 17) + 256
+def test_more_half_words_than_an_int32_counts():
+    """N * W = 2^31 + 2^22 half-words, N * K twice that: the last rows lie beyond every 32-bit offset."""
+    bits, k, last = 8, 1 << 15, 256
+    n = (1 << 17) + last
+    free = torch.cuda.mem_get_info()[0]
+    if free < 16 << 30:
+        pytest.skip(f"needs 16 GB of GPU memory, {free / 2**30:.1f} GB are free")
     codes = torch.zeros(n, lk.packed_width(k, bits), dtype=torch.int16, device="cuda")
-    tail = torch.randint(0, 16, (256, k), dtype=torch.uint8, device="cuda")
-    codes[-256:] = lk.pack(tail, bits)
+    tail = torch.randint(0, 256, (last, k), dtype=torch.uint8, device="cuda")
+    codes[-last:] = lk.pack(tail, bits)
     scale = torch.full((1, n), 0.01, device="cuda").bfloat16()
-    for m in (1, 64, 4):
+    part = (codes[-last:].contiguous(), scale[:, -last:].contiguous(), None, None)
+    dense = reference("dequantize", *part, bits, k, -1, torch.float32).double()
+    for m in (1, 64, 700):
         x = torch.randn(m, k, device="cuda").bfloat16()
-        got = lk.packed_matmul(x, codes, scale, None, None, bits, -1)[:, -256:]
-        part = (codes[-256:].contiguous(), scale[:, -256:].contiguous(), None, None)
-        dense = reference("dequantize", *part, bits, k, -1, torch.float32).double()
+        got = lk.packed_matmul(x, codes, scale, None, None, bits, -1)[:, -last:]
         good(got, reference("packed_matmul", x, *part, bits, -1), x.double() @ dense.t())
+        dy = torch.zeros(m, n, device="cuda", dtype=torch.bfloat16)
+        dy[:, -last:] = torch.randn(m, last, device="cuda")
+        got = lk.packed_matmul_dx(dy, codes, scale, None, None, bits, k, -1)
+        few = dy[:, -last:].contiguous()
+        good(got, reference("packed_matmul_dx", few, *part, bits, k, -1), few.double() @ dense)
+    assert torch.equal(lk.unpack(codes, bits, k)[-last:], tail)
+    weight = lk.dequantize(codes, scale, None, None, bits, k, -1, torch.bfloat16)
+    assert torch.equal(weight[-last:], dense.to(torch.bfloat16))
+
+
+# The most kernels, hence the longest to compile: last, so that a run that is cut off has seen everything else.
+@pytest.mark.parametrize(
+    ("n", "k", "bits", "g", "kind", "dtype", "rows"),
+    [
+        *((1024, 4096, *grid, torch.bfloat16, ROWS) for grid in GRIDS),
+        *((577, 1100, *grid, torch.bfloat16, [1, 16, 100, 600]) for grid in GRIDS),
+        *((577, 1100, *grid, torch.float16, [1, 100]) for grid in GRIDS[:3]),
+        *((577, 1100, *grid, torch.float32, [7]) for grid in GRIDS[:3]),
+        (1, 1100, 4, 128, "integer", torch.bfloat16, [1, 100]),
+    ],
+)
+def test_matmul_and_dx(n, k, bits, g, kind, dtype, rows):
+    w = weights(bits, n, k, g, kind)
+    dense = reference("dequantize", *w, bits, k, g, torch.float32).double()
+    for m in rows:
+        x, dy = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
+        good(lk.packed_matmul(x, *w, bits, g), reference("packed_matmul", x, *w, bits, g), x.double() @ dense.t())
+        good(
+            lk.packed_matmul_dx(dy, *w, bits, k, g),
+            reference("packed_matmul_dx", dy, *w, bits, k, g),
+            dy.double() @ dense,
+        )

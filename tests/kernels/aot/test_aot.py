@@ -5,6 +5,7 @@ what a change of a kernel must pass).
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,27 @@ def test_compiles_within_budget(case: Case, arch: int):
             "no hot loop found, or the case does not say how many weights it handles"
         )
         assert got.per_weight <= limit, f"{got.per_weight:.2f} instructions per weight, budget {limit}"
+
+
+def ones() -> list[Case]:
+    """One case per kernel, with every size the launcher may find to be 1 as the constant that Triton's just-in-time compiler then makes
+    of it: a single row of x, a single output, one group per row. The declared integers of the other cases never are."""
+    found = {}
+    for case in cases():
+        free = {p.name for p in case.function.params if not p.do_not_specialize}
+        sizes = [name for name in ("M", "N", "groups", "rows", "count") if case.signature.get(name) == "i32" and name in free]
+        whole_row = case.constants.get("GROUP") == 0
+        key = (case.function.__name__, whole_row)
+        if sizes and key not in found:
+            signature = {name: kind for name, kind in case.signature.items() if name not in sizes}
+            found[key] = replace(case, signature=signature, constants=case.constants | dict.fromkeys(sizes, 1), name=f"{case.name} ones")
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in ones()])
+def test_compiles_where_sizes_are_one(case: Case):
+    assert compile_case(case, case.architectures[-1]).total > 0
 
 
 def test_every_budget_has_a_case():
