@@ -1,12 +1,15 @@
 """Packed low-bit linear algebra for PyTorch: P16 packing, matmul from packed codes, gradients on the grid.
 
 Plain tensors, ints and strings only; nothing here knows about models. Every op is a torch.library op (namespace `lowbit`):
-reference implementation for any device, fake for torch.compile, autograd where it has a gradient.
+reference implementation for any device, fake for torch.compile, autograd where it has a gradient, and a Triton kernel for CUDA
+tensors that is imported at the first call (dispatch.py).
 """
 
+from . import dispatch
 from .binary import binary_dequantize, binary_gradients, binary_matmul, binary_matmul_dx
 from .codes import UNITS, grid_codes
 from .grid_linear import grid_gradients, grid_linear
+from .hadamard import hadamard
 from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
 from .pack import dequantize, pack, quantize_pack, unpack
@@ -24,6 +27,7 @@ __all__ = [
     "grid_gradients",
     "grid_linear",
     "group_count",
+    "hadamard",
     "pack",
     "packed_matmul",
     "packed_matmul_dx",
@@ -33,3 +37,5 @@ __all__ = [
     "superblock",
     "unpack",
 ]
+
+dispatch.register()

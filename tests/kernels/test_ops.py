@@ -1,6 +1,7 @@
 """The ops against float64, through torch.library's own checks, torch.compile, small chunks and autocast."""
 
 import itertools
+import math
 
 import lowbit_kernels as kernels
 import pytest
@@ -94,7 +95,9 @@ def untied(**kwargs) -> tuple[dict, Tensor, Tensor, dict[str, Tensor]]:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+    """Relative error; infinite where anything is not finite, because max() of several errors would pass over a NaN."""
+    value = ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+    return value if math.isfinite(value) else math.inf
 
 
 def codes_of(args: dict, k: int) -> Tensor:
@@ -267,6 +270,7 @@ def samples() -> dict[str, tuple]:
         "binary_gradients": (x.detach(), dy, planes, 32, 2),
         "round_values": (torch.randn(5, 4).requires_grad_(), torch.bfloat16),
         "exact_exp": (torch.randn(5, 4).requires_grad_(),),
+        "hadamard": (torch.randn(5, 24, requires_grad=True), 12),
     }
 
 
@@ -284,6 +288,21 @@ def test_opcheck(name: str):
         False
     )  # opcheck runs an op twice and compares; poison is for the tests above
     torch.library.opcheck(getattr(torch.ops.lowbit, name), samples()[name])
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_compiles_whole_and_knows_its_shapes(name: str):
+    """torch.compile without a graph break gives the eager values; on meta tensors the op gives their shapes and dtypes."""
+    op, args = getattr(torch.ops.lowbit, name), samples()[name]
+    eager = op(*args)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*args)
+    meta = op(*(a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+    if isinstance(eager, torch.Tensor):
+        eager, compiled, meta = (eager,), (compiled,), (meta,)
+    for value, again, shape in zip(eager, compiled, meta, strict=True):
+        assert torch.equal(value, again)
+        assert shape.is_meta and (shape.shape, shape.dtype) == (value.shape, value.dtype)
 
 
 def test_opcheck_without_optional_tensors():

@@ -1,0 +1,372 @@
+"""What the benchmark measures: problems, our op on each, and the peers it is compared with.
+
+A Case makes its tensors once per copy (several copies are rotated so that no weight is in the L2 cache when its turn comes) and
+gives closures over them. A peer that cannot be built on this machine is left out, with the reason in the results.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lowbit_kernels as lk
+import torch
+from lowbit_kernels import dispatch
+from torch import Tensor
+
+Call = Callable[[], Any]
+SHAPES = {  # N x K of the linears the targets are about
+    "llama3-8b": [(4096, 4096), (14336, 4096), (4096, 14336)],
+    "qwen-32b": [(5120, 5120), (27648, 5120), (5120, 27648)],
+}
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the results. bits counts sign planes for the binary ops and is 16 where nothing is packed."""
+
+    op: str
+    bits: int
+    m: int
+    n: int
+    k: int
+    group: int = 128
+    rank: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        rank = f" r{self.rank}" if self.rank else ""
+        return f"{self.op} {self.bits}b g{self.group}{rank} M{self.m} {self.n}x{self.k} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def small(self) -> bool:
+        """Launch-bound: timed inside a CUDA graph."""
+        return self.m <= 16
+
+    def flops(self) -> float:
+        products = {
+            "packed_matmul": 1,
+            "packed_matmul_dx": 1,
+            "binary_matmul": 1,
+            "scale_gradient": 1,
+            "grid_step": 3,
+        }
+        return 2.0 * products.get(self.op, 0) * self.m * self.n * self.k
+
+    def moved(self) -> float:
+        """Bytes that must cross the memory bus once: packed weight, scales, activations."""
+        if self.op == "hadamard":
+            return 4.0 * self.m * self.k
+        packed = 2.0 * self.n * lk.packed_width(self.k, 1 if self.op == "binary_matmul" else self.bits)
+        if self.op == "binary_matmul":
+            packed *= self.bits
+        packed += 2.0 * self.n * lk.group_count(self.k, self.group)
+        if self.op == "quantize_pack":
+            return packed + 2.0 * self.n * self.k
+        return packed + 2.0 * self.m * (self.n + self.k)
+
+
+@dataclass
+class Built:
+    """Closures of one case. calls[name] has one closure per copy of the weights; the first is ours."""
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    check: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # our error, the error allowed
+
+
+def targets() -> list[Case]:
+    """The cases the targets of the design name, the most telling first."""
+    big = (14336, 4096)
+    out = [Case(op="packed_matmul", bits=b, m=1, n=big[0], k=big[1]) for b in (4, 2, 3)]
+    out += [Case(op="packed_matmul", bits=4, m=m, n=big[0], k=big[1]) for m in (16, 4096, 64, 256)]
+    out += [
+        Case(op="packed_matmul_dx", bits=4, m=4096, n=big[0], k=big[1]),
+        Case(op="packed_matmul", bits=4, m=1, n=4096, k=4096),
+    ]
+    out.append(Case(op="grid_step", bits=4, m=4096, n=4096, k=4096, rank=64))
+    out.append(Case(op="scale_gradient", bits=4, m=4096, n=4096, k=4096))
+    out.append(Case(op="binary_matmul", bits=3, m=1, n=big[0], k=big[1]))
+    out += [
+        Case(op="quantize_pack", bits=4, m=1, n=big[0], k=big[1]),
+        Case(op="hadamard", bits=16, m=4096, n=1, k=4096, group=-1),
+    ]
+    return out
+
+
+def everything() -> list[Case]:
+    """Targets first, then every shape and number of rows."""
+    out = targets()
+    for shapes in SHAPES.values():
+        for n, k in shapes:
+            for m in TOKENS:
+                out += [Case(op=op, bits=4, m=m, n=n, k=k) for op in ("packed_matmul", "packed_matmul_dx")]
+    for m in (1024, 256):
+        out.append(Case(op="grid_step", bits=4, m=m, n=4096, k=4096, rank=64))
+    out += [Case(op="hadamard", bits=16, m=4096, n=1, k=d, group=-1) for d in (1024, 8192, 14336)]
+    return list(dict.fromkeys(out))
+
+
+def tiny(cases: list[Case]) -> list[Case]:
+    """The same kinds at sizes a CPU does at once, for the dry run."""
+    small = {
+        Case(op=c.op, bits=c.bits, m=min(c.m, 4), n=16, k=64, group=32 if c.group != -1 else -1, rank=min(c.rank, 2), dtype=torch.float32)
+        for c in cases
+    }  # fmt: skip
+    return sorted(small, key=lambda c: c.name)
+
+
+def packed(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random codes, all of them present, and scales that keep activations of ordinary size."""
+    codes = torch.randint(0, 1 << case.bits, (case.n, case.k), dtype=torch.uint8, device=device)
+    groups = lk.group_count(case.k, case.group)
+    scale = (torch.rand(groups, case.n, device=device) + 0.5) * (0.05 / (1 << case.bits))
+    return lk.pack(codes, case.bits), scale.to(torch.bfloat16)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def build(case: Case, device: torch.device, copies: int) -> Built:
+    """Tensors and closures of a case."""
+    made = Built()
+    g = torch.Generator(device=device).manual_seed(0)
+    x = torch.randn(case.m, case.k, device=device, generator=g).to(case.dtype)
+    dy = torch.randn(case.m, case.n, device=device, generator=g).to(case.dtype)
+    {
+        "packed_matmul": _forward, "packed_matmul_dx": _dx, "scale_gradient": _scale_gradient, "grid_step": _grid_step,
+        "binary_matmul": _binary, "quantize_pack": _quantize, "hadamard": _hadamard,
+    }[case.op](made, case, x, dy, copies)  # fmt: skip
+    return made
+
+
+def _allowed(rounded: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """1.5 times the error of the same computation in torch with equally rounded inputs, plus one rounding of the result."""
+    return 1.5 * relative(rounded, exact) + 4 * torch.finfo(torch.float32).eps
+
+
+def _forward(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    weights = [packed(case, x.device) for _ in range(copies)]
+    dense = [
+        lk.dequantize(c, s, None, None, case.bits, case.k, case.group, case.dtype)
+        for c, s in weights[: _dense(case, copies)]
+    ]
+    made.calls["ours"] = [
+        lambda c=c, s=s: lk.packed_matmul(x, c, s, None, None, case.bits, case.group) for c, s in weights
+    ]
+    made.calls["cublas"] = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
+    reference = dispatch.definition("packed_matmul")._init_fn
+    made.calls["torch unpack"] = [
+        lambda c=c, s=s: reference(x, c, s, None, None, case.bits, case.group) for c, s in weights[:1]
+    ]
+    if case.bits == 4 and x.is_cuda:
+        _optional(made, "bitsandbytes nf4", lambda: _bitsandbytes(x, dense))
+        _optional(made, "gemlite", lambda: _gemlite(case, x, weights))
+
+    def check() -> tuple[float, float]:
+        exact = (
+            x.double()
+            @ lk.dequantize(*weights[0], None, None, case.bits, case.k, case.group, torch.float32)
+            .double()
+            .t()
+        )
+        return relative(made.calls["ours"][0](), exact), _allowed(
+            made.calls["cublas"][0](), exact, case.dtype
+        )
+
+    made.check = check
+
+
+def _dense(case: Case, copies: int) -> int:
+    """Copies of the dense weight: it is 16 / bits times larger, so fewer are enough to leave the cache."""
+    return max(1, min(copies, -(-copies * case.bits // 16) + 1))
+
+
+def _dx(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    weights = [packed(case, x.device) for _ in range(copies)]
+    dense = [
+        lk.dequantize(c, s, None, None, case.bits, case.k, case.group, case.dtype)
+        for c, s in weights[: _dense(case, copies)]
+    ]
+    made.calls["ours"] = [
+        lambda c=c, s=s: lk.packed_matmul_dx(dy, c, s, None, None, case.bits, case.k, case.group)
+        for c, s in weights
+    ]
+    made.calls["cublas"] = [lambda w=w: dy @ w for w in dense]
+
+    def check() -> tuple[float, float]:
+        exact = (
+            dy.double()
+            @ lk.dequantize(*weights[0], None, None, case.bits, case.k, case.group, torch.float32).double()
+        )
+        return relative(made.calls["ours"][0](), exact), _allowed(
+            made.calls["cublas"][0](), exact, case.dtype
+        )
+
+    made.check = check
+
+
+def _grid(case: Case, x: Tensor) -> dict:
+    codes, scale = packed(case, x.device)
+    a = torch.randn(case.rank, case.k, device=x.device) if case.rank else None
+    b = torch.randn(case.n, case.rank, device=x.device) * 0.3 if case.rank else None
+    return {
+        "codes": codes, "residual": None, "scale0": scale, "zero0": None, "a": a, "b": b, "scale": scale.float(), "zero": None,
+        "offset": None, "gain": 1.0, "units": "grid", "bits": case.bits, "residual_bits": 0, "group_size": case.group,
+        "clip_first": False,
+    }  # fmt: skip
+
+
+def _scale_gradient(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    args = _grid(case, x)
+    made.calls["ours"] = [lambda: lk.grid_gradients(x, dy, **args)]
+    made.calls["cublas dW"] = [lambda: dy.t() @ x]
+    reference = dispatch.definition("grid_gradients")._init_fn
+    made.calls["eager"] = [lambda: reference(x, dy, **args)]
+
+    def check() -> tuple[float, float]:
+        exact = reference(x.double().float(), dy.double().float(), **args)[0]
+        return relative(lk.grid_gradients(x, dy, **args)[0], exact), _allowed(
+            reference(x, dy, **args)[0], exact, case.dtype
+        )
+
+    made.check = check
+
+
+def _eager_step(case: Case, base: Tensor, args: dict, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """The same layer as plain autograd writes it: straight-through round, N x K intermediates kept for backward."""
+    a, b, scale = (args[name].detach().requires_grad_() for name in ("a", "b", "scale"))
+    v = base + b @ a
+    rounded = v + (v.round() - v).detach()
+    code = rounded.clamp(0, (1 << case.bits) - 1) - (1 << (case.bits - 1))
+    size = case.k if case.group == -1 else case.group
+    weight = (code.view(case.n, -1, size) * scale.t()[:, :, None]).view(case.n, case.k)
+    x = x.detach().requires_grad_()
+    y = torch.nn.functional.linear(x, weight.to(x.dtype))
+    return torch.autograd.grad(y, (x, a, b, scale), dy)
+
+
+def _grid_step(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    args = _grid(case, x)
+    base = lk.unpack(args["codes"], case.bits, case.k).float()
+    dense = torch.randn(case.n, case.k, device=x.device).to(case.dtype)
+
+    def ours() -> tuple[Tensor, ...]:
+        live = {name: args[name].detach().requires_grad_() for name in ("a", "b", "scale")}
+        leaf = x.detach().requires_grad_()
+        y = lk.grid_linear(leaf, **{**args, **live})
+        return torch.autograd.grad(y, (leaf, live["a"], live["b"], live["scale"]), dy)
+
+    made.calls["ours"] = [ours]
+    made.calls["three cublas"] = [lambda: (torch.nn.functional.linear(x, dense), dy @ dense, dy.t() @ x)]
+    made.calls["eager autograd"] = [lambda: _eager_step(case, base, args, x, dy)]
+    if x.is_cuda:
+
+        def compiled() -> list[Call]:
+            step = torch.compile(lambda: _eager_step(case, base, args, x, dy))
+            step()
+            return [step]
+
+        _optional(made, "torch.compile", compiled)
+
+    def check() -> tuple[float, float]:
+        got, rounded = ours(), _eager_step(case, base, args, x, dy)
+        exact = _eager_step(case, base, args, x.float(), dy.float())
+        return max(relative(g, e) for g, e in zip(got, exact, strict=True)), max(
+            _allowed(r, e, case.dtype) for r, e in zip(rounded, exact, strict=True)
+        )
+
+    made.check = check
+
+
+def _binary(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    groups = lk.group_count(case.k, case.group)
+    weights = []
+    for _ in range(copies):
+        bits = torch.randint(0, 2, (case.bits, case.n, case.k), dtype=torch.uint8, device=x.device)
+        alpha = (torch.rand(case.bits, groups, case.n, device=x.device) * 0.02).to(torch.bfloat16)
+        weights.append((torch.stack([lk.pack(plane, 1) for plane in bits]), alpha))
+    dense = [
+        lk.binary_dequantize(p, a, None, case.k, case.group, case.dtype)
+        for p, a in weights[: _dense(case, copies)]
+    ]
+    made.calls["ours"] = [lambda p=p, a=a: lk.binary_matmul(x, p, a, None, case.group) for p, a in weights]
+    made.calls["cublas"] = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
+
+    def check() -> tuple[float, float]:
+        exact = (
+            x.double()
+            @ lk.binary_dequantize(*weights[0], None, case.k, case.group, torch.float32).double().t()
+        )
+        return relative(made.calls["ours"][0](), exact), _allowed(
+            made.calls["cublas"][0](), exact, case.dtype
+        )
+
+    made.check = check
+
+
+def _quantize(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    weight = torch.randn(case.n, case.k, device=x.device).to(case.dtype)
+    scale = torch.full((lk.group_count(case.k, case.group), case.n), 0.3, device=x.device)
+    out = torch.empty_like(weight)
+    made.calls["ours"] = [lambda: lk.quantize_pack(weight, scale, None, case.bits, case.group, 0)]
+    made.calls["copy"] = [lambda: out.copy_(weight)]
+
+    def check() -> tuple[float, float]:
+        want = dispatch.definition("quantize_pack")._init_fn(weight, scale, None, case.bits, case.group, 0)[0]
+        got = lk.quantize_pack(weight, scale, None, case.bits, case.group, 0)[0]
+        return (got != want).float().mean().item(), 0.0
+
+    made.check = check
+
+
+def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    copies_of_x = [x.clone() for _ in range(copies)]
+    made.calls["ours"] = [lambda v=v: lk.hadamard(v, -1) for v in copies_of_x]
+    made.calls["clone"] = [lambda v=v: v.clone() for v in copies_of_x]
+
+    def check() -> tuple[float, float]:
+        reference = dispatch.definition("hadamard")._init_fn
+        exact = reference(x.float(), -1)
+        return relative(lk.hadamard(x, -1), exact), _allowed(exact.to(case.dtype), exact, case.dtype)
+
+    made.check = check
+
+
+def _optional(made: Built, name: str, make: Callable[[], list[Call]]) -> None:
+    """A peer, where it can be had: an import error, or any failure of foreign code, leaves it out with its reason."""
+    try:
+        calls = make()
+        calls[0]()
+        made.calls[name] = calls
+    except Exception as error:
+        made.left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def _bitsandbytes(x: Tensor, dense: list[Tensor]) -> list[Call]:
+    bnb = importlib.import_module("bitsandbytes")
+    packs = [bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense]
+    return [lambda w=w, s=s: bnb.matmul_4bit(x, w.t(), quant_state=s) for w, s in packs]
+
+
+def _gemlite(case: Case, x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> list[Call]:
+    core = importlib.import_module("gemlite.core")
+    dtype = {torch.bfloat16: core.DType.BF16, torch.float16: core.DType.FP16}[case.dtype]
+    calls = []
+    for codes, scale in weights:
+        linear = core.GemLiteLinear(
+            W_nbits=case.bits,
+            group_size=case.group,
+            in_features=case.k,
+            out_features=case.n,
+            input_dtype=dtype,
+            output_dtype=dtype,
+        )
+        scales = scale.t().reshape(-1, 1).to(case.dtype)
+        zeros = torch.full_like(scales, 1 << (case.bits - 1))
+        linear.pack(lk.unpack(codes, case.bits, case.k), scales, zeros, None)
+        calls.append(lambda linear=linear: linear(x))
+    return calls

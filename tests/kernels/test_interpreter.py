@@ -1,0 +1,44 @@
+"""Runs tests/kernels/interpreter in a process where Triton interprets its kernels, and passes its verdict on.
+
+The mode is chosen when kernels are decorated, so it can neither be switched on here nor off again for the tests that follow.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).with_name("interpreter")
+ROOT = FOLDER.parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_interpreter(file: str):
+    pytest.importorskip("triton")
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }  # fmt: skip
+    # The parent's coverage and worker settings are not the child's.
+    for name in [n for n in environment if n.startswith(("PYTEST_", "COV_CORE"))]:
+        del environment[name]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(FOLDER / file),
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
+    # A file whose tests were all skipped or not collected would return 0 too.
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed.group(1)) > 0 and "skipped" not in run.stdout, run.stdout[-2000:]
