@@ -118,6 +118,7 @@ class Result:
     packed: float
     native: str
     compressed: str
+    fixes: tuple[str, ...] = ()
 
     def row(self) -> str:
         packed = f"{self.layers} ({self.packed:.0f} %)" if self.layers else "-"
@@ -165,7 +166,13 @@ def train(model: Any, steps: int = 1) -> None:
     model.eval()
 
 
-def line(name: str, folder: Path, dtype: str = "float32") -> Result:
+def lines(name: str, folder: Path) -> list[Result]:
+    """The row of an architecture; where a module is refused, a second row of the rest, with the exclusion that the error names."""
+    first = line(name, folder / "whole")
+    return [first, line(name, folder / "rest", exclude=first.fixes)] if first.fixes else [first]
+
+
+def line(name: str, folder: Path, dtype: str = "float32", exclude: tuple[str, ...] = ()) -> Result:
     """quantize, attach, a step, merge, both exports, each reloaded by transformers and compared. Refusals are results; anything else
     that goes wrong is an error."""
     config = CONFIGS[name]()
@@ -173,11 +180,13 @@ def line(name: str, folder: Path, dtype: str = "float32") -> Result:
     checkpoint = checkpoint_of(config, folder / "checkpoint", dtype)
     kind = type(checkpoint.empty_model("eager")).__name__
     try:
-        model, rows = quantize(checkpoint, QuantSection(group_size=32, calibrate="absmax"), attention=attention)
+        quant = QuantSection(group_size=32, calibrate="absmax", exclude=["lm_head", *exclude])
+        model, rows = quantize(checkpoint, quant, attention=attention)
     except ValueError as error:
         why = re.search(r"cannot be packed as asked:\n  \S+: (.*?);", str(error))
         assert why, error
-        return Result(name, kind, 0, 0.0, f"refused: {why[1]}", "refused")
+        fixes = tuple(re.findall(r"quant.exclude: \['(.*?)'\]", str(error)))
+        return Result(name, kind, 0, 0.0, f"refused: {why[1]}", "refused", fixes)
     train(model)
     assert sum(share for layer, share in moved(model).items() if layer != "scale_change") > 0, "training moved no code"
     ids = tokens(seed=5)
@@ -191,7 +200,7 @@ def line(name: str, folder: Path, dtype: str = "float32") -> Result:
     try:
         write_model(folder / "ct", checkpoint, merged, EXPORTERS["compressed-tensors"])
     except ValueError as error:
-        why = re.search(r"cannot hold this model:\n  .*?: (.*?); ", str(error))
+        why = re.search(r"cannot hold this model:(?:\n  .*?:)? (.*?); ", str(error))
         assert why, error
         compressed = f"refused: {why[1]}"
     else:
@@ -199,4 +208,5 @@ def line(name: str, folder: Path, dtype: str = "float32") -> Result:
         compressed = EXACT if verify(folder / "ct", merged, model=model, input_ids=ids).logit_bound == 0 else ROUNDING
     inside = sum(row.parameters for row in rows.rows if re.search(r"\.\d+\.", row.layer) and "not part of" not in row.reason)
     packed = 100 * sum(row.parameters for row in rows.quantized) / inside
+    name += ", the rest" if exclude else ""
     return Result(name, kind, len(rows.quantized), packed, native, compressed)
