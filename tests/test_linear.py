@@ -171,3 +171,20 @@ def test_a_layer_compiles_whole(method: str):
     x = torch.randn(4, 200)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("factor", [None, 8.0])
+def test_a_packed_embedding_is_the_embedding_of_its_dense_weight(factor: float | None) -> None:
+    from lowbit_ft.linear import PackedEmbedding
+    from tests.packed_tools import random_weight
+
+    weight = random_weight((50, 64), IntGrid(bits=4, group_size=32, residual_bits=0))
+    embedding = PackedEmbedding(weight, torch.float32, factor)
+    ids = torch.randint(0, 50, (2, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        embedding.to(dtype)
+        expected = torch.nn.functional.embedding(ids, weight.dequantize(dtype))
+        assert torch.equal(embedding(ids), expected if factor is None else expected * factor)
+        assert embedding.base.digest() == weight.digest()
+    assert embedding.adapter is None and not list(embedding.parameters())
+    assert set(embedding.state_dict()) == {"codes", "scale"} and embedding.embedding_dim == 64
