@@ -26,7 +26,7 @@ from lowbit_ft.recipe_layers import read_shapes
 from tests.architectures import CONFIGS, checkpoint_of, tokens, train
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3"]
-REFUSED = {"llama4_text", "dbrx", "jetmoe"}
+REFUSED = {"llama4_text", "dbrx", "jetmoe", "rwkv"}
 
 
 def attention_of(name: str) -> str:

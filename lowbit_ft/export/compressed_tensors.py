@@ -37,7 +37,7 @@ from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
-_INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode"})
+_INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
 
 
 class CompressedTensors(Exporter):
