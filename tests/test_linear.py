@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -188,3 +189,25 @@ def test_a_packed_embedding_is_the_embedding_of_its_dense_weight(factor: float |
         assert embedding.base.digest() == weight.digest()
     assert embedding.adapter is None and not list(embedding.parameters())
     assert set(embedding.state_dict()) == {"codes", "scale"} and embedding.embedding_dim == 64
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_weight_that_is_read_is_trained(method: str) -> None:
+    """Some models multiply with layer.weight: with gradients on it has the same bits, and the gradients of the layer's own forward."""
+    config = ADAPTERS[method](method=method)  # pyright: ignore[reportCallIssue]
+    grid = BinaryGrid(bits=3, group_size=32) if config.grid_name == "binary" else IntGrid(group_size=32, symmetric=False)
+    layer = PackedLinear(base_of(grid, (24, 64)))
+    layer.adapter = trained(config, layer.base)
+    x = torch.randn(5, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora: the merge rounds again")
+        still = layer.weight
+    assert torch.equal(layer.weight, still) == config.exact_merge
+    layer(x).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in layer.adapter.named_parameters() if p.grad is not None}
+    layer.adapter.zero_grad()
+    (x @ layer.weight.t()).square().sum().backward()
+    assert wanted
+    for name, p in layer.adapter.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-4)

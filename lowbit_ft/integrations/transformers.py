@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -126,6 +125,9 @@ def mark_packed(model: Any) -> None:
     model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     model.config.quantization_config = model.hf_quantizer.quantization_config
+    # Not at the top: this module is imported in the middle of transformers' own import.
+    from transformers import PreTrainedModel
+
     for module in model.modules():  # as from_pretrained does: some models then call a layer whose weight they read otherwise
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
