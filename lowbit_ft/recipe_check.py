@@ -203,7 +203,7 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     if shapes.head is not None and r.quant.lm_head is not None:  # tied to the embedding it is no layer of the files
         specs.setdefault("lm_head", LayerSpec((1, 1), r.quant.grid_for("lm_head")))
     if any(matrix.expert is not None for _, matrix in layers):
-        reasons.setdefault(exporter.reject_mixture(specs), "all layers")
+        reasons.setdefault(exporter.reject_experts(specs), "all layers")
     for reason, name in reasons.items():
         if reason is not None:
             yield Problem(("export", "format"), f"got {r.export.format!r} (for {name} and its like): {reason}")

@@ -89,7 +89,7 @@ class CompressedTensors(Exporter):
             )
         return problems
 
-    def reject_mixture(self, layers: Mapping[str, LayerSpec]) -> str | None:
+    def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
         if len({spec.grid for spec in layers.values()}) == 1:
             return None
         return "transformers reads packed experts only where all layers have one grid; drop quant.overrides, or set export.format: native"

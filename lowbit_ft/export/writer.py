@@ -188,7 +188,7 @@ class _Layout:
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
                 )
-        if self.experts and (reason := exporter.reject_mixture(self.layers)):
+        if self.experts and (reason := exporter.reject_experts(self.layers)):
             refused[reason] = ["these layers together"]
         if refused:
             lines = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {why}" for why, names in refused.items()]
