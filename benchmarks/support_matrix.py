@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lowbit_ft.files import write_text
-from tests.architectures import CONFIGS, line
+from tests.architectures import CONFIGS, lines
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """# Models
@@ -30,7 +30,7 @@ two layers), packed in 4 bits, trained for a step with LR-QAT, merged, exported,
 - **refused**: an error that names the layers and the way out, before anything is trained. Nothing is left out in silence.
 
 The experts of a mixture are packed and adapted one by one (`<experts>.3.gate_up_proj`, `<experts>.3.down_proj`); all of a layer or
-none. A refused module can be left in full precision with `quant.exclude`. Of a multimodal model the text tower is tuned.
+none. A refused module can be left in full precision with the `quant.exclude` that the error names: the row "the rest". Of a multimodal model the text tower is tuned.
 
 | model_type | class | packed | native | compressed-tensors |
 | --- | --- | --- | --- | --- |
@@ -42,8 +42,9 @@ def main() -> None:
     rows = []
     for name in CONFIGS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(line(name, Path(folder)).row())
-            print(rows[-1], flush=True)
+            for result in lines(name, Path(folder)):
+                rows.append(result.row())
+                print(rows[-1], flush=True)
     head = HEAD.format(transformers=version("transformers"), compressed=version("compressed-tensors"))
     PAGE.parent.mkdir(exist_ok=True)
     write_text(PAGE, head + "\n".join(rows) + "\n")

@@ -44,7 +44,13 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [N, K] in fp32, dequantized on every read (the adapted one when there is an adapter)."""
+        """The dense weight [N, K] in fp32, dequantized on every read (the adapted one when there is an adapter).
+
+        Some models multiply with a layer's weight instead of calling the layer (Mamba's dt_proj). Where gradients are wanted the weight
+        is the layer's answer to the identity: the same bits, and what was read is trained."""
+        if self.adapter is not None and torch.is_grad_enabled():
+            device = self.base.to_tensors()["scale"].device
+            return self.adapter(torch.eye(self.in_features, device=device), self.base).t()
         return (self.base if self.adapter is None else self.adapter.merge(self.base)).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:

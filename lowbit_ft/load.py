@@ -249,7 +249,13 @@ class Checkpoint:
             value = self.weight_for(matrix.parameter, device=device, dtype=dtype)
         else:
             value = self._expert(matrix, device, dtype or self.dtype)
-        return value.t().contiguous() if matrix.transposed else value
+        value = value.t().contiguous() if matrix.transposed else value
+        if value.shape != matrix.shape:
+            raise CheckpointError(
+                f"{self.origin(matrix.parameter)} makes a matrix {list(value.shape)}, but config.json makes the model's {layer!r} "
+                f"{list(matrix.shape)}. The files and config.json do not belong together."
+            )
+        return value
 
     def parts(self, layer: str) -> list[Part] | None:
         """The file tensors that, one below the other, are the matrix [N, K] of a linear; None when the files keep it in another way."""

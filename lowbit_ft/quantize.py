@@ -121,6 +121,9 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
                 QuantRow(f"{name}.{key}", "skipped", reason, parameters=p.numel()) for key, p in own.items() if p.dim() >= 2
             ]
     lines = [f"{kind}: {why}; to leave it in full precision: quant.exclude: ['{kind}*']" for kind, why in refused.items()]
+    for name, module in model.named_modules():
+        if hasattr(module, "layers_are_rescaled"):  # RWKV divides its weights in place for inference
+            lines.append(f"{name}: {type(module).__name__} changes its weights between training and inference; this model cannot be packed")
     for key, found in (("lm_head", any(map(is_head, targets))), ("embeddings", any(m.embedding for m in targets.values()))):
         if getattr(quant, key) is not None and not found:
             lines.append(f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set quant.{key}: null")

@@ -187,9 +187,9 @@ def check_export(r: Any) -> Problems:
 
 def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     """Layers that are no plain linears (experts, Conv1D, an embedding) against the format."""
-    from lowbit_ft.export import EXPORTERS
+    from lowbit_ft.export import EXPORTERS, LayerSpec
 
-    exporter, reasons = EXPORTERS[r.export.format], {}
+    exporter, reasons, specs = EXPORTERS[r.export.format], {}, {}
     layers = [(x, x.matrix) for x in shapes.linears if r.quant.skip_reason(x.name) is None]
     if r.quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
         layers.append((embedding, replace(embedding.matrix, embedding=True)))
@@ -199,6 +199,11 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         reasons.setdefault(exporter.reject_matrix(matrix, grid, layer.parts), layer.name)
+        specs[layer.name] = LayerSpec(matrix.shape, grid)
+    if shapes.head is not None and r.quant.lm_head is not None:  # tied to the embedding it is no layer of the files
+        specs.setdefault("lm_head", LayerSpec((1, 1), r.quant.grid_for("lm_head")))
+    if any(matrix.expert is not None for _, matrix in layers):
+        reasons.setdefault(exporter.reject_experts(specs), "all layers")
     for reason, name in reasons.items():
         if reason is not None:
             yield Problem(("export", "format"), f"got {r.export.format!r} (for {name} and its like): {reason}")

@@ -41,6 +41,8 @@ quant:
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
   overrides: []                      # [{{match: "*.down_proj", bits: 8}}]; the last match wins
+  lm_head: null                      # 8 or 4 packs and trains the head too; null leaves it in full precision
+  embeddings: null                   # 8 or 4 packs the token embedding (native format); it is not trained
 
 adapter:
   method: lr_qat                     # lr_qat, dl_qat, l4q, scale, alpha_tuning, lora

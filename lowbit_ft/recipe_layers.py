@@ -33,7 +33,7 @@ _NOT_LINEAR = (
 )  # 2-D weights that are looked up, not multiplied
 
 
-_CONV1D = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}  # model_type -> its layers that are transformers' Conv1D
+_CONV1D = dict.fromkeys(("gpt2", "openai-gpt"), ("c_attn", "c_proj", "c_fc", "q_attn"))  # model_type -> its layers that are transformers' Conv1D
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>w[123]|gate_proj|up_proj|down_proj)\.weight")
 _STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<key>gate_up_proj|up_proj|down_proj)")
 _GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight": "down_proj"}

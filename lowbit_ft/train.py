@@ -134,6 +134,8 @@ def _loop(
                     accelerator.backward(loss * (accelerator.num_processes / max(1, targets)))
                     loss_sum += loss.detach()
             loss = run.sum(loss_sum)[0] / max(1, targets)
+            if now.step == 0:
+                run.refuse_unreached()
             run.drop_idle_gradients()
             norm = run.clip()
 

@@ -167,6 +167,18 @@ class Run:
         labels = inputs.pop("labels")
         return next_token_loss(model(**inputs, use_cache=False).logits, labels)
 
+    def refuse_unreached(self) -> None:
+        """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
+        layers: dict[str, bool] = {}  # layer -> whether one of its tensors has a gradient
+        for parameter, name in self.names.items():
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers.get(layer, False) or parameter.grad is not None
+        if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
+            raise TrainError(
+                f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this model's forward goes past "
+                f"them, so they would not be trained. Leave them in full precision: quant.exclude: ['*.{missed[0].rpartition('.')[2]}']"
+            )
+
     def drop_idle_gradients(self) -> None:
         """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part, zeros.
         Zeros would fill Adam's averages: its first real steps would then be several times too long.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import adapted_layers, attach
 from lowbit_ft.experts import Experts, StandIn
 from lowbit_ft.export import EXPORTERS
@@ -24,7 +26,7 @@ from lowbit_ft.recipe_layers import read_shapes
 from tests.architectures import CONFIGS, checkpoint_of, tokens, train
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3"]
-REFUSED = {"llama4_text", "dbrx", "jetmoe"}
+REFUSED = {"llama4_text", "dbrx", "jetmoe", "rwkv"}
 
 
 def attention_of(name: str) -> str:
@@ -181,3 +183,42 @@ def test_a_linear_with_its_own_forward_is_not_taken_for_a_plain_one() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": Grouped(4, 4)})
     assert set(find_matrices(model)) == {"a"}
     assert "Grouped is an nn.Linear with a forward of its own" in str(unpackable(model["b"]))
+
+
+@pytest.mark.parametrize("name", ["gemma3 (multimodal)", "llava (multimodal)", "qwen2_5_vl (multimodal)"])
+def test_the_other_towers_ship_untouched(name: str, tmp_path: Path) -> None:
+    """Of a multimodal checkpoint the text tower is packed; every other tensor is in the export under its name, byte for byte."""
+    checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "checkpoint")
+    model, rows = quantize(checkpoint, QuantSection(group_size=32, calibrate="absmax"))
+    assert all("language_model" in row.layer for row in rows.quantized) and len(rows.quantized) == 14
+    merge(model, checkpoint, tmp_path / "native")
+    write_model(tmp_path / "ct", checkpoint, read_weights(tmp_path / "native"), EXPORTERS["compressed-tensors"])
+    for folder in ("native", "ct"):
+        files = load_file(tmp_path / folder / "model.safetensors")
+        towers = [key for key in checkpoint.names() if "vision" in key or "visual" in key]
+        assert len(towers) > 10
+        for key in towers:
+            assert torch.equal(files[key], checkpoint.read(key)), key
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_every_method_trains_and_ships_experts_and_conv1d(name: str, method: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "checkpoint")
+    config: Any = ADAPTERS[method](method=method)
+    quant: dict[str, Any] = {"grid": config.grid_name, "group_size": 32, "bits": 3}
+    model, _ = quantize(checkpoint, QuantSection(**quant | ({} if config.grid_name == "binary" else {"symmetric": False})))
+    attach(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()(tokens()).logits.square().mean().backward()
+    assert trained and all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for p in trained:
+            p.add_(torch.randn_like(p) * 0.02)
+        expected = model.eval()(tokens()).logits
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora: the merge rounds again")
+        merge(model, checkpoint, tmp_path / "native")
+    with torch.no_grad():
+        found = load_exported(tmp_path / "native")(tokens()).logits
+    assert torch.equal(found, expected) == config.exact_merge

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -171,3 +172,42 @@ def test_a_layer_compiles_whole(method: str):
     x = torch.randn(4, 200)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("factor", [None, 8.0])
+def test_a_packed_embedding_is_the_embedding_of_its_dense_weight(factor: float | None) -> None:
+    from lowbit_ft.linear import PackedEmbedding
+    from tests.packed_tools import random_weight
+
+    weight = random_weight((50, 64), IntGrid(bits=4, group_size=32, residual_bits=0))
+    embedding = PackedEmbedding(weight, torch.float32, factor)
+    ids = torch.randint(0, 50, (2, 3, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        embedding.to(dtype)
+        expected = torch.nn.functional.embedding(ids, weight.dequantize(dtype))
+        assert torch.equal(embedding(ids), expected if factor is None else expected * factor)
+        assert embedding.base.digest() == weight.digest()
+    assert embedding.adapter is None and not list(embedding.parameters())
+    assert set(embedding.state_dict()) == {"codes", "scale"} and embedding.embedding_dim == 64
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_weight_that_is_read_is_trained(method: str) -> None:
+    """Some models multiply with layer.weight: with gradients on it has the same bits, and the gradients of the layer's own forward."""
+    config = ADAPTERS[method](method=method)  # pyright: ignore[reportCallIssue]
+    grid = BinaryGrid(bits=3, group_size=32) if config.grid_name == "binary" else IntGrid(group_size=32, symmetric=False)
+    layer = PackedLinear(base_of(grid, (24, 64)))
+    layer.adapter = trained(config, layer.base)
+    x = torch.randn(5, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora: the merge rounds again")
+        still = layer.weight
+    assert torch.equal(layer.weight, still) == config.exact_merge
+    layer(x).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in layer.adapter.named_parameters() if p.grad is not None}
+    layer.adapter.zero_grad()
+    (x @ layer.weight.t()).square().sum().backward()
+    assert wanted
+    for name, p in layer.adapter.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-4)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
     JetMoeConfig,
     LlamaConfig,
     MixtralConfig,
@@ -32,6 +33,10 @@ CONFIGS: dict[str, Any] = {
     "qwen2": lambda: Qwen2Config(**COMMON, intermediate_size=96, num_key_value_heads=2),
     "gemma3": lambda: Gemma3TextConfig(
         **COMMON, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=GEMMA_LAYERS
+    ),
+    "gpt2": lambda: GPT2Config(**COMMON, bos_token_id=1, eos_token_id=2),
+    "mixtral": lambda: MixtralConfig(
+        **COMMON, intermediate_size=96, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     ),
     "opt": lambda: OPTConfig(**COMMON, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64),
 }
@@ -84,7 +89,7 @@ def test_every_linear_is_packed_or_named(name: str, calibrate: str, tmp_path: Pa
     assert not any(p.is_meta for p in [*model.parameters(), *model.buffers()])
     assert all("forward" not in vars(m) for m in model.modules()), "a stub of the walk was left behind"
     for row in rows.quantized:
-        weight = dense.get_submodule(row.layer).weight
+        weight = checkpoint.matrix(row.layer)
         found = (packed[row.layer].weight - weight).square().sum() / weight.square().sum()
         assert row.error == pytest.approx(float(found), rel=1e-4)
         assert row.packed_bytes == packed[row.layer].base.nbytes
@@ -147,8 +152,7 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path) -> None:
 
 
 def mixtral(folder: Path) -> Checkpoint:
-    config = MixtralConfig(**COMMON, intermediate_size=96, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
-    return checkpoint_of(config, folder)
+    return checkpoint_of(CONFIGS["mixtral"](), folder)
 
 
 def test_experts_are_packed_one_by_one(tmp_path: Path) -> None:

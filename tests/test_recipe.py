@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS
+from lowbit_ft.quantize import quantize
 from lowbit_ft.recipe import Recipe, RecipeError, check_recipe, load_recipe, matches, recipe_schema
 from lowbit_ft.recipe_check import notes
 from lowbit_ft.recipe_init import write_recipe
@@ -609,3 +610,41 @@ def test_chat_needs_a_tokenizer(tmp_path):
         (folder / name).unlink()
     (problem,) = refused(GOOD.replace(str(TINY), str(folder)))
     assert problem.startswith("r.yaml:3: model.path: got ") and "which has no tokenizer (tokenizer.json" in problem
+
+
+@pytest.mark.parametrize(
+    "name, overrides, expected",
+    [
+        ("gpt2", [], "export.format: .* a Conv1D keeps its weight turned"),
+        ("gpt_oss", [], "export.format: .*experts.0.* one tensor per expert"),
+        ("mixtral", ["quant.symmetric=false"], "export.format: .* without their zero points"),
+        ("llama", ["quant.embeddings=8"], "export.format: .* embeddings in full precision only"),
+        ("mixtral", ["quant.overrides=[{match: '*.experts.*.down_proj', bits: 8}]"], "export.format: .* where all layers have one grid"),
+        ("mixtral", [], None),
+        ("llama", ["quant.lm_head=8"], None),
+    ],
+)
+def test_kinds_of_layers_meet_the_format_before_anything_is_loaded(
+    name: str, overrides: list[str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowbit_ft.plan import plan
+    from tests.architectures import CONFIGS, checkpoint_of
+
+    monkeypatch.chdir(ROOT)
+    checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "model")
+    changes = [f"model.path={tmp_path / 'model'}", "quant.group_size=32", "eval.window=64", "data.sequence_len=64", "eval.generate=[]"]
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "chat_template.jinja").write_text("x")
+    recipe = ROOT / "recipes" / "quickstart.yaml"
+    if expected is not None:
+        with pytest.raises(RecipeError, match=expected):
+            load_recipe(recipe, [*changes, *overrides, f"output={tmp_path / 'run'}"])
+        changes.append("export.format=native")
+    made = load_recipe(recipe, [*changes, *overrides, f"output={tmp_path / 'run'}"])
+    memory = plan(made)
+    assert memory is not None
+    model, rows = quantize(checkpoint, made.quant, attention="eager")
+    packed = sum(row.packed_bytes for row in rows.quantized)
+    assert memory.memory["base"] + memory.memory["residual"] == packed
+    rest = sum(p.numel() for p in model.parameters()) * 4
+    assert memory.memory["unquantized"] == pytest.approx(rest, rel=0.02)

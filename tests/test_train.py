@@ -653,3 +653,13 @@ def ddp(folder: Path) -> None:
 
 if __name__ == "__main__":
     {"ddp": ddp, "killed": lambda folder: killed(folder, resume=False)}[sys.argv[1]](Path(sys.argv[2]))
+
+
+def test_layers_that_the_forward_goes_past_are_an_error(tmp_path: Path) -> None:
+    class Past(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.ModuleDict({"adapter": torch.nn.Linear(3, 3)})
+
+    with pytest.raises(TrainError, match=r"1 layers with adapters got no gradient \(unused, ...\).*quant.exclude: \['\*.unused'\]"):
+        train(Past(), batches(), None, section(), tmp_path, console=quiet())

@@ -120,7 +120,7 @@ class Exporter(ABC):
         what = "an embedding" if matrix.embedding else "the experts of a mixture" if matrix.expert is not None else "a Conv1D"
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
 
-    def reject_mixture(self, layers: Mapping[str, LayerSpec]) -> str | None:
+    def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
         """Why this format cannot hold these layers together, packed experts among them, with the way out; None when it can."""
         return None
 

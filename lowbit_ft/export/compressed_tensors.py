@@ -37,7 +37,7 @@ from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
-_INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode"})
+_INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
 
 
 class CompressedTensors(Exporter):
@@ -89,7 +89,7 @@ class CompressedTensors(Exporter):
             )
         return problems
 
-    def reject_mixture(self, layers: Mapping[str, LayerSpec]) -> str | None:
+    def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
         if len({spec.grid for spec in layers.values()}) == 1:
             return None
         return "transformers reads packed experts only where all layers have one grid; drop quant.overrides, or set export.format: native"

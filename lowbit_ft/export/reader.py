@@ -102,8 +102,8 @@ def load_exported(
     with warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        kind = model_class(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-        model = kind.from_pretrained(
+        auto = model_class(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        model = auto.from_pretrained(
             str(folder),
             dtype=dtype or "auto",
             device_map=None if device == "cpu" else device,

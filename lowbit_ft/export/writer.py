@@ -142,7 +142,7 @@ class _Layout:
         for name in model.state_dict():
             for key in checkpoint.keys_for(name):
                 self.users.setdefault(key, set()).add(name)
-        self._refuse()
+        self._refuse(model)
         self.skipped = _dense_layers(model, self.packed)
         if exporter.checkpoint_names:  # readers that know the checkpoint call them as it does
             renamed = [keys[0].removesuffix(".weight") for n in self.skipped if len(keys := checkpoint.keys_for(f"{n}.weight")) == 1]
@@ -165,10 +165,14 @@ class _Layout:
                 )
         return {name: known[name] for name in self.layers}
 
-    def _refuse(self) -> None:
+    def _refuse(self, model: nn.Module) -> None:
         """ValueError for what the format cannot hold beyond grids: kinds of layers, and layers together."""
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHED
+
         checkpoint, exporter = self.checkpoint, self.exporter
         dense = sorted(set(checkpoint.converted()) - self.packed)
+        # Modules that transformers builds another way when it reads a quantized folder, and then finds no tensors for (Llama 4).
+        dense += [name for name, module in model.named_modules() if type(module).__name__ in PATCHED]
         if dense and not exporter.dense_experts:
             raise ValueError(
                 f"{exporter.name} cannot hold this model: transformers does not read dense experts ({dense[0]}, ...) "
@@ -184,7 +188,7 @@ class _Layout:
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
                 )
-        if self.experts and (reason := exporter.reject_mixture(self.layers)):
+        if self.experts and (reason := exporter.reject_experts(self.layers)):
             refused[reason] = ["these layers together"]
         if refused:
             lines = [f"{', '.join(names[:4])}{f' and {len(names) - 4} more' * (len(names) > 4)}: {why}" for why, names in refused.items()]

@@ -125,6 +125,12 @@ def mark_packed(model: Any) -> None:
     model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     model.config.quantization_config = model.hf_quantizer.quantization_config
+    # Not at the top: this module is imported in the middle of transformers' own import.
+    from transformers import PreTrainedModel
+
+    for module in model.modules():  # as from_pretrained does: some models then call a layer whose weight they read otherwise
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
 
 
 def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -> None:
