@@ -6,8 +6,13 @@ line in EXPORTERS; the recipe check, the writer and the round-trip tests then kn
 
 from .base import Exporter, LayerSpec, Weights
 from .compressed_tensors import CompressedTensors
+from .gguf import Gguf
 from .native import Native
 
-EXPORTERS: dict[str, Exporter] = {"native": Native(), "compressed-tensors": CompressedTensors()}
+EXPORTERS: dict[str, Exporter] = {
+    "native": Native(),
+    "compressed-tensors": CompressedTensors(),
+    "gguf": Gguf(),
+}
 
 __all__ = ["EXPORTERS", "Exporter", "LayerSpec", "Weights"]

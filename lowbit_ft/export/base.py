@@ -9,6 +9,9 @@ memory: the writer computes every offset of every file from the specs, then asks
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -92,6 +95,14 @@ class Exporter(ABC):
     checkpoint_names: ClassVar[bool] = False
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture) beside packed layers.
     dense_experts: ClassVar[bool] = True
+    # What kind of file holds the tensors: a key of writer.CONTAINERS.
+    container: ClassVar[str] = "safetensors"
+    # Modules that writing (and reading back) needs beyond our own requirements, and the extra of ours that installs them.
+    writes_with: ClassVar[tuple[str, ...]] = ()
+    reads_with: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are the same numbers.
+    tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
@@ -109,6 +120,18 @@ class Exporter(ABC):
             if reason:
                 problems.append(f"{name}: {reason}")
         return problems
+
+    def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
+        """Why this format cannot hold a model of this configuration (config.json with its defaults), each with the way out. folder:
+        where its tokenizer is; None: not here yet."""
+        return []
+
+    def missing(self, modules: Sequence[str]) -> str | None:
+        """The sentence about those of `modules` that are not installed, with what installs them; None when all are there."""
+        absent = [name for name in modules if find_spec(name) is None]
+        if not absent:
+            return None
+        return f"needs {', '.join(absent)}, not installed here; run pip install 'lowbit-ft[{self.extra}]'"
 
     @abstractmethod
     def specs(self, layer: LayerSpec) -> TensorSpecs:
@@ -130,13 +153,32 @@ class Exporter(ABC):
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
         """One layer's tensors through the code of the format's own library, not ours (verify compares it with the weight)."""
 
-    def load_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that from_pretrained needs for a folder with this quantization_config."""
+    def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Arguments that from_pretrained needs for this folder, whose quantization_config is `config`."""
         return {}
+
+    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor | None:
+        """The weight [N, K] that a layer of the reader's model multiplies with; None when it never has one."""
+        return layer.weight
+
+    def reader(self) -> str:
+        """The libraries that read the format, with versions."""
+        return with_versions("transformers")
 
     @abstractmethod
     def serve(self, folder: str) -> str:
         """A command line that runs a folder of this format."""
+
+
+def with_versions(*packages: str) -> str:
+    """"a 1.0 with b 2.0", for reports."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(package)
+    return " with ".join(found)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: TensorSpecs, what: str) -> None:

@@ -24,6 +24,7 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lowbit_kernels as kernels
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
-from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
+from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 
 
 class CompressedTensors(Exporter):
@@ -166,13 +167,16 @@ class CompressedTensors(Exporter):
             zero = zero.t().to(torch.uint8)
         return ReadBack(codes.to(torch.uint8), scale.t(), zero)
 
-    def load_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Asymmetric files need dequantize=True (see the table at the file's head)."""
         from transformers import CompressedTensorsConfig
 
         groups = config.get("config_groups") or {}
         asymmetric = any(not group["weights"]["symmetric"] for group in groups.values())
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+
+    def reader(self) -> str:
+        return with_versions("transformers", "compressed-tensors")
 
     def serve(self, folder: str) -> str:
         return f"vllm serve {folder}"

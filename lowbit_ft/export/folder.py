@@ -4,13 +4,18 @@ lowbit_ft.json lists every file with its size and sha256 and, per layer, its nam
 weight. It is why a folder can be replaced safely: only one that is wholly ours is.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..files import file_entry, leftover_of, write_bytes
+from ..grid import Weight
 
 MANIFEST = "lowbit_ft.json"
 
@@ -74,6 +79,16 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
         write_bytes(folder / MANIFEST, json_bytes(manifest))
 
 
+def layer_digests(weight: Weight) -> dict[str, str]:
+    """sha256 of the bytes of every tensor of the weight, by name."""
+    return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  (an array is a buffer)
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_bytes(json_bytes(data))
 
@@ -107,7 +122,7 @@ def check_extra(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
             Path(name).name != name
             or name.startswith(".")
             or name in reserved
-            or name.endswith(".safetensors")
+            or name.endswith((".safetensors", ".gguf"))
         ):
             raise ValueError(
                 f"extra file {name!r}: needs a plain file name that the model folder does not use itself"

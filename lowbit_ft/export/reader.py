@@ -97,7 +97,9 @@ def load_exported(
     options: dict[str, Any] = {}
     if isinstance(config, dict):
         exporters = [e for e in EXPORTERS.values() if e.quant_method == config.get("quant_method")]
-        options = exporters[0].load_options(config) if exporters else {}
+        if exporters and (reason := exporters[0].missing(exporters[0].reads_with)):
+            raise ValueError(f"{folder}: reading {exporters[0].name} {reason}")
+        options = exporters[0].load_options(config, Path(folder)) if exporters else {}
     with warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)

@@ -8,7 +8,6 @@ was trained.
 The folder is there whole or not at all, and takes the place of another only when we wrote all of that one (folder.py).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -31,12 +30,15 @@ from .folder import (
     check_space,
     check_target,
     copied_files,
+    layer_digests,
     read_manifest,
     replace_file,
+    tensor_bytes,
     write_json,
 )
+from .gguf_file import GgufFile
 
-__all__ = ["MAX_SHARD_BYTES", "check_files", "layer_digests", "read_manifest", "replace_file", "write_model"]
+__all__ = ["CONTAINERS", "MAX_SHARD_BYTES", "check_files", "layer_digests", "read_manifest", "replace_file", "write_model"]
 
 MAX_SHARD_BYTES = (
     5_000_000_000  # as transformers' own save_pretrained (5GB of its docs; file systems and the hub like it)
@@ -79,17 +81,16 @@ def write_model(
     check_target(folder)
     extra = check_extra(extra_files or {})
     layout = check_model(checkpoint, stream.specs, exporter)
-    shards = _shards(layout.slots, max_shard_bytes)
+    files = CONTAINERS[exporter.container](layout, checkpoint, exporter, max_shard_bytes)
     copied = copied_files(checkpoint.folder)
     if clash := sorted({path.name for path in copied} & set(extra)):
         raise ValueError(f"extra file {clash[0]!r}: the checkpoint has a file of this name, which is part of the model")
-    size = sum(slot.nbytes + 200 for slot in layout.slots) + sum(len(c) for c in extra.values())
+    size = files.nbytes + sum(len(c) for c in extra.values())
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
     with staged_folder(folder) as stage:
-        digests = _write_shards(stage, shards, checkpoint, stream, exporter)
-        _write_index(stage, shards)
+        digests = files.write(stage, stream)
         write_json(stage / "config.json", layout.config(checkpoint))
         for path in copied:
             shutil.copyfile(path, stage / path.name)
@@ -110,17 +111,15 @@ def write_model(
     return manifest
 
 
-def layer_digests(weight: Weight) -> dict[str, str]:
-    """sha256 of the bytes of every tensor of the weight, by name."""
-    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
-
-
 def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> "_Layout":
     """Where everything will lie in the files. ValueError when the format cannot hold these layers of this checkpoint: worth asking
     before they are trained."""
     if not layers:
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
-    if problems := exporter.reject_model(layers):
+    if reason := exporter.missing(exporter.writes_with):
+        raise ValueError(f"{exporter.name} {reason}")
+    problems = exporter.reject_model(layers) + exporter.reject_checkpoint(checkpoint.config.to_dict(), checkpoint.folder)
+    if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
     return _Layout(checkpoint, layers, exporter)
 
@@ -134,10 +133,12 @@ class _Layout:
         self.skipped = _dense_layers(model, layers)
         self.untied = False
         self.prefixes: dict[str, str] = {}  # layer -> the name it has in the files
+        self.parameters: dict[str, str] = {}  # checkpoint tensor -> the first of the model's parameters it feeds
         users: dict[str, set[str]] = {}  # checkpoint tensor -> the model's parameters it feeds
         for name in model.state_dict():
             for key in checkpoint.keys_for(name):
                 users.setdefault(key, set()).add(name)
+                self.parameters.setdefault(key, name)
         fused = checkpoint.converted()
         if fused and not exporter.dense_experts:
             raise ValueError(
@@ -211,6 +212,27 @@ def _dense_layers(model: nn.Module, layers: Mapping[str, LayerSpec]) -> list[str
     return skipped
 
 
+class _SafetensorsFiles:
+    """The container of most formats: model.safetensors, or numbered shards with their index. `nbytes` is what it needs on the disk;
+    `write` makes it and returns the digests of every layer."""
+
+    def __init__(self, layout: _Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
+        self.shards = _shards(layout.slots, max_shard_bytes)
+        self.checkpoint, self.exporter = checkpoint, exporter
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes + 200 for slots in self.shards.values() for slot in slots)
+
+    def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
+        digests = _write_shards(stage, self.shards, self.checkpoint, weights, self.exporter)
+        _write_index(stage, self.shards)
+        return digests
+
+
+CONTAINERS = {"safetensors": _SafetensorsFiles, "gguf": GgufFile}  # by Exporter.container
+
+
 def _shards(slots: list[_Slot], max_bytes: int) -> dict[str, list[_Slot]]:
     """File name -> its tensors, in model order over the files; in a file the widest dtypes first, so that each is aligned."""
     parts: list[list[_Slot]] = [[]]
@@ -270,7 +292,7 @@ def _write_shards(
         path, position = places[slot.key]
         with path.open("r+b") as file:
             file.seek(position)
-            file.write(_bytes(tensor))
+            file.write(tensor_bytes(tensor))
 
     digests = {}
     for name, weight in weights.items():
@@ -281,11 +303,6 @@ def _write_shards(
     for slot in by_layer.get(None, []):
         put(slot, checkpoint.read(slot.source))
     return digests
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  (an array is a buffer)
 
 
 def _write_index(stage: Path, shards: Mapping[str, list[_Slot]]) -> None:
