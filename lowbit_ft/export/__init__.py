@@ -9,6 +9,7 @@ from .base import Exporter, LayerSpec, Weights
 from .compressed_tensors import CompressedTensors
 from .gguf import Gguf
 from .gptq import Gptq, GptqV2
+from .mlx import Mlx
 from .native import Native
 
 EXPORTERS: dict[str, Exporter] = {
@@ -18,6 +19,7 @@ EXPORTERS: dict[str, Exporter] = {
     "gptq": Gptq(),
     "gptq_v2": GptqV2(),
     "awq": Awq(),
+    "mlx": Mlx(),
 }
 
 __all__ = ["EXPORTERS", "Exporter", "LayerSpec", "Weights"]

@@ -38,6 +38,9 @@ class Awq(Exporter):
         return reject_float16(self.name, grid, offset)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
+        size = in_features if grid.group_size == -1 else grid.group_size
+        if size not in (32, 64, 128, 256):  # what the CPU kernel of its reader knows
+            return f"awq has groups of 32, 64, 128 and 256, not {size}; set quant.group_size, or {OTHERS}"
         return reject_groups(self.name, grid, in_features)
 
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
@@ -90,7 +93,7 @@ class Awq(Exporter):
         codes, zero = (codes & 15).to(torch.uint8), (zero & 15).to(torch.uint8)
         return ReadBack(codes.t(), tensors["scales"], None if layer.grid.symmetric else zero)
 
-    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor | None:
+    def dense(self, model: Any, layer: str, dtype: torch.dtype) -> Tensor | None:
         return None  # its layers multiply from the packed codes
 
     def reader(self) -> str:

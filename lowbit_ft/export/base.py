@@ -6,6 +6,7 @@
 memory: the writer computes every offset of every file from the specs, then asks for the weights one by one.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grid import Grid, PackedWeight, Weight
 
@@ -97,6 +98,8 @@ class Exporter(ABC):
     dense_experts: ClassVar[bool] = True
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
+    # Under which key config.json says how the layers are packed; all formats have quantization_config, to be recognised by.
+    config_key: ClassVar[str] = "quantization_config"
     # Modules that writing (and reading back) needs beyond our own requirements, and the extra of ours that installs them.
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
@@ -157,9 +160,30 @@ class Exporter(ABC):
         """Arguments that from_pretrained needs for this folder, whose quantization_config is `config`."""
         return {}
 
-    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor | None:
+    def open(self, folder: Path, dtype: torch.dtype) -> nn.Module | None:
+        """The model in a folder, when its reader is not transformers."""
+        return None
+
+    def dense(self, model: Any, layer: str, dtype: torch.dtype) -> Tensor | None:
         """The weight [N, K] that a layer of the reader's model multiplies with; None when it never has one."""
-        return layer.weight
+        return model.get_submodule(layer).weight
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The tokenizer that the format's users get; None when the folder has none."""
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")):
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+    def stops(self, folder: Path) -> list[int]:
+        """Ids of the tokens that end an answer, as the format's users get them, sorted."""
+        for name in ("generation_config.json", "config.json"):
+            path = folder / name
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            if ids is not None:
+                return sorted({ids} if isinstance(ids, int) else set(ids))
+        return []
 
     def reader(self) -> str:
         """The libraries that read the format, with versions."""

@@ -14,6 +14,7 @@ Never made here: a quantization of the dequantized model (what `llama-quantize` 
 Block layouts: ggml-common.h of llama.cpp; the tests decode them with the gguf package.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,23 @@ class Gguf(Exporter):
         from .gguf_model import reader_config
 
         return {"gguf_file": FILE, "config": reader_config(folder)}
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The one inside the file, not the one beside it."""
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / FILE).symlink_to((folder / FILE).absolute())
+            return AutoTokenizer.from_pretrained(alone, gguf_file=FILE, local_files_only=True)
+
+    def stops(self, folder: Path) -> list[int]:
+        from gguf import GGUFReader
+
+        from .gguf_tokenizer import STOPS
+
+        fields = GGUFReader(folder / FILE).fields
+        found = [fields.get(f"tokenizer.ggml.{stop}_token_id") for stop in STOPS]
+        return sorted({int(field.contents()) for field in found if field is not None})
 
     def reader(self) -> str:
         return with_versions("transformers", "gguf")

@@ -178,7 +178,7 @@ class Gptq(Exporter):
         codes = (signed + zero).t().to(torch.uint8)
         return ReadBack(codes, tensors["scales"], None if grid.symmetric else per_group.to(torch.uint8))
 
-    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor | None:
+    def dense(self, model: Any, layer: str, dtype: torch.dtype) -> Tensor | None:
         return None  # its layers multiply from the packed codes
 
     def reader(self) -> str:

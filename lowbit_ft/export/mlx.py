@@ -104,7 +104,7 @@ class Mlx(Exporter):
             codes = np.array(mx.dequantize(words, ones, mx.zeros_like(ones), group_size=grid.group_size, bits=grid.bits))
         return ReadBack(torch.from_numpy(codes).to(torch.uint8), tensors["scales"].t())
 
-    def dense(self, layer: Any, dtype: torch.dtype) -> Tensor | None:
+    def dense(self, model: Any, layer: str, dtype: torch.dtype) -> Tensor | None:
         return None  # it multiplies from the packed codes
 
     def open(self, folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -185,7 +185,9 @@ class _Layout:
         )
         if self.untied:
             config["tie_word_embeddings"] = False
-        config["quantization_config"] = self.exporter.model_config(self.layers, self.skipped)
+        entry = self.exporter.model_config(self.layers, self.skipped)
+        config[self.exporter.config_key] = entry
+        config["quantization_config"] = {"quant_method": self.exporter.quant_method} | entry
         return config
 
 
