@@ -254,7 +254,8 @@ def check_export(session: Session, folder: Path) -> None:
     device = reader_device(folder, session)
     session.say(
         verify_export(
-            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device
+            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device,
+            source=session.checkpoint.folder,
         )
     )
     release_freed()

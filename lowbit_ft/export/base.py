@@ -174,7 +174,10 @@ class Exporter(ABC):
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+            raise ValueError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
 
     def stops(self, folder: Path) -> list[int]:
         """Ids of the tokens that end an answer, as the format's users get them, sorted."""
