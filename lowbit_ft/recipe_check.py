@@ -146,6 +146,7 @@ def check_export(r: Any) -> Problems:
     be written.
     """
     from lowbit_ft.export import EXPORTERS, LayerSpec
+    from lowbit_ft.export.planes import held
 
     name = r.export.format
     if name not in EXPORTERS:
@@ -162,7 +163,7 @@ def check_export(r: Any) -> Problems:
     for path, grid in _grids(r):
         if config is not None and config.grid_name == grid.name:
             grid = config.shipped(grid)
-        reason = EXPORTERS[name].reject(grid)
+        reason = EXPORTERS[name].reject(held(EXPORTERS[name], grid))
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
@@ -178,6 +179,7 @@ def check_export(r: Any) -> Problems:
             except ValueError:
                 return  # bits the grid does not have: check_grid told
             grid = config.shipped(grid) if config is not None and config.grid_name == grid.name else grid
+            grid = held(EXPORTERS[name], grid)
             specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
             if reason := EXPORTERS[name].reject_width(grid, layer.in_features):
                 widths.setdefault((reason, _divides(grid.group_size, layer)), []).append(layer.name)

@@ -27,7 +27,15 @@ from lowbit_ft.export.writer import check_model, write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint, load_model
-from tests.packed_tools import IDS, SIZE, int_grid, packed_model, random_weight, random_weights, tiny_checkpoint
+from tests.packed_tools import (
+    IDS,
+    SIZE,
+    int_grid,
+    packed_model,
+    random_weight,
+    random_weights,
+    tiny_checkpoint,
+)
 
 ASSET = Path(__file__).resolve().parents[1] / "recipes" / "assets" / "tiny-llama"
 GGUF = EXPORTERS["gguf"]
@@ -397,6 +405,8 @@ def test_the_formats_own_reader_agrees(name: str, dtype: str, tmp_path: Path) ->
 def test_gptq_of_other_widths_through_gptqmodel(grid: Any, source: Checkpoint, tmp_path: Path) -> None:
     needs_reader("gptq_v2")
     weights = random_weights(source.empty_model(), grid)
+    for weight in weights.values():
+        weight.scale.mul_(2.0 ** (4 - grid.bits))  # weights of one size at all widths, as in real models
     write_model(tmp_path / "m", source, weights, EXPORTERS["gptq_v2"])
     expected = packed_model(source, weights)(IDS).logits
     with torch.no_grad():

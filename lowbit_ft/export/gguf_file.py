@@ -55,7 +55,7 @@ class GgufFile:
         writer.add_file_type(_file_type(max(set(kinds), key=kinds.count)))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_tokenizer(writer, self.checkpoint.folder, self.config["vocab_size"])
-        packed: dict[str, "_Slot"] = {slot.layer: slot for slot in self.layout.slots if slot.layer is not None}
+        packed: dict[str, _Slot] = {slot.layer: slot for slot in self.layout.slots if slot.layer is not None}
         for layer, spec in self.layout.layers.items():
             self._announce(writer, f"{layer}.weight", packed[layer].shape, block_type(spec.grid, spec.shape[1]).name)
         for slot, name in self.dense.items():

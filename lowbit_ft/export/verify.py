@@ -31,6 +31,7 @@ from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import LayerSpec, Weights
 from .gguf_file import GgufTensors
+from .planes import as_integers
 from .reader import load_exported, read_config
 from .writer import check_files
 
@@ -128,13 +129,14 @@ def verify(
     vocabulary. dtype None: that of the folder's config.json. source: the folder of the model's own tokenizer; None: the files beside
     the weights. Raises ValueError, listing layers, for any difference.
     """
-    folder, weights = Path(folder), Weights.of(reference)
+    folder = Path(folder)
     manifest = check_files(folder)
     exporter = EXPORTERS.get(manifest.get("format", ""))
     if exporter is None:
         raise ValueError(
             f"{folder}: written as {manifest.get('format')!r}; known formats: {', '.join(EXPORTERS)}"
         )
+    weights = as_integers(Weights.of(reference), exporter)
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)

@@ -11,7 +11,7 @@ The folder is there whole or not at all, and takes the place of another only whe
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .folder import (
     write_json,
 )
 from .gguf_file import GgufFile
+from .planes import as_integers, held
 
 __all__ = ["CONTAINERS", "MAX_SHARD_BYTES", "check_files", "layer_digests", "read_manifest", "replace_file", "write_model"]
 
@@ -77,7 +78,7 @@ def write_model(
     files (README.md, recipe.yaml). Raises ValueError before anything is written when the format cannot hold a layer, a layer is
     not one of the checkpoint's, the disk is too small, or the folder exists and is not wholly ours.
     """
-    folder, stream = Path(folder), Weights.of(weights)
+    folder, stream = Path(folder), as_integers(Weights.of(weights), exporter)
     check_target(folder)
     extra = check_extra(extra_files or {})
     layout = check_model(checkpoint, stream.specs, exporter)
@@ -116,6 +117,7 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     before they are trained."""
     if not layers:
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
+    layers = {name: replace(spec, grid=held(exporter, spec.grid)) for name, spec in layers.items()}
     if reason := exporter.missing(exporter.writes_with):
         raise ValueError(f"{exporter.name} {reason}")
     problems = exporter.reject_model(layers) + exporter.reject_checkpoint(checkpoint.config.to_dict(), checkpoint.folder)
