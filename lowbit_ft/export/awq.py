@@ -8,7 +8,8 @@ The order lets a GPU take two neighbours out of a word with one mask. Only the l
 none has to be undone. Logits agree within 1e-2 of the largest: the reader multiplies in an order of its own.
 """
 
-# pyright: reportMissingImports=false  (the reader is an optional package)
+# The reader is an optional package.
+# pyright: reportMissingImports=false
 
 from collections.abc import Mapping, Sequence
 from typing import Any

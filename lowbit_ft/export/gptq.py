@@ -11,7 +11,8 @@ K and N must be multiples of 32 / b (of 32 at 3 bit). One grid for the whole mod
 the configuration can say. Logits agree within 1e-2 of the largest: the reader multiplies in an order of its own.
 """
 
-# pyright: reportMissingImports=false  (the reader is an optional package)
+# The reader is an optional package.
+# pyright: reportMissingImports=false
 
 import re
 from collections.abc import Mapping, Sequence

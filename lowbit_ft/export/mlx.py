@@ -11,7 +11,8 @@ The reader is mlx-lm, not transformers; `MlxModel` lets verify and evaluate ask 
 activations, so logits agree within a tolerance: 1e-2 of the largest where the model is fp32.
 """
 
-# pyright: reportMissingImports=false  (the reader is an optional package)
+# The reader is an optional package.
+# pyright: reportMissingImports=false
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
