@@ -7,7 +7,8 @@ weight. It is why a folder can be replaced safely: only one that is wholly ours 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,18 @@ def check_space(folder: Path, needed: int) -> None:
         raise ValueError(
             f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room there"
         )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What the disk says while a folder is written (full, read-only, no permission), as a ValueError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: could not be written ({error}); nothing was left behind, and what was there before is untouched. "
+            "Make room or choose another place, then run the same command again"
+        ) from error
 
 
 def check_target(folder: Path) -> None:

@@ -30,6 +30,7 @@ from .folder import (
     check_space,
     check_target,
     copied_files,
+    disk_errors,
     layer_digests,
     read_manifest,
     replace_file,
@@ -90,7 +91,7 @@ def write_model(
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
-    with staged_folder(folder) as stage:
+    with disk_errors(folder), staged_folder(folder) as stage:
         digests = files.write(stage, stream)
         write_json(stage / "config.json", layout.config(checkpoint))
         for path in copied:
