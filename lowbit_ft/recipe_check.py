@@ -375,6 +375,14 @@ def notes(recipe: Any) -> list[str]:
         and recipe.quant.bits in (2, 3)
     ):
         found.append("vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all")
+    shapes = _shapes(recipe.model)
+    if recipe.export.format in ("compressed-tensors", "gptq", "gptq_v2", "awq") and shapes is not None:
+        from lowbit_ft.export.compressed_tensors import fused_conflict
+
+        quant = recipe.quant
+        names = [layer.name for layer in shapes.linears]
+        conflict = fused_conflict({n: quant.grid_for(n) if quant.skip_reason(n) is None else None for n in names})
+        found += [conflict] if conflict else []
     return found
 
 

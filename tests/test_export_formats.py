@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from lowbit_ft.export import EXPORTERS, LayerSpec, base, gguf_tokenizer
 from lowbit_ft.export.answers import Answers, answer
+from lowbit_ft.export.compressed_tensors import fused_conflict
 from lowbit_ft.export.gguf import block_type
 from lowbit_ft.export.gguf_model import reject, rope_divisors
 from lowbit_ft.export.reader import load_exported
@@ -27,6 +28,7 @@ from lowbit_ft.export.writer import check_model, write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint, load_model
+from lowbit_ft.recipe import RecipeError, load_recipe
 from tests.packed_tools import (
     IDS,
     SIZE,
@@ -348,6 +350,40 @@ def test_the_splitting_rules_are_those_of_transformers_reader() -> None:
     assert {name: rule for rule, name in gguf_tokenizer.PRE.items()} == {name: theirs[name] for name in gguf_tokenizer.PRE.values()}
 
 
+# ------------------------------------------------------------------------------------------ compressed-tensors for vLLM
+
+
+def test_every_layer_is_in_one_group_or_ignored_by_the_librarys_own_matching(tmp_path: Path) -> None:
+    """Also under the names of vLLM's fused layers, whose members its matching looks up one by one."""
+    from compressed_tensors.utils import is_match
+
+    exporter = EXPORTERS["compressed-tensors"]
+    source = checkpoint(tmp_path / "c", num_hidden_layers=12)
+    weights = random_weights(source.empty_model(), {"down_proj": int_grid(bits=8), "o_proj": int_grid(bits=3, group_size=-1), "": int_grid()})
+    weights = {name: weight for name, weight in weights.items() if ".1.mlp.down" not in name}
+    write_model(tmp_path / "m", source, weights, exporter)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    assert len(groups) == 3 and config["ignore"] == ["model.layers.1.mlp.down_proj", "lm_head"]
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    modules = {n: m for n, m in source.empty_model().named_modules() if isinstance(m, torch.nn.Linear)}
+    modules |= {n.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj"): m for n, m in modules.items()}
+    for name, module in modules.items():
+        hits = [g["weights"]["num_bits"] for g in groups if is_match(name, module, g["targets"], config["ignore"], fused)]
+        one = name.replace("qkv_proj", "q_proj").replace("gate_up_proj", "gate_proj")
+        assert hits == ([weights[one].grid.bits] if one in weights else []), name
+    assert verify(tmp_path / "m", weights, model=packed_model(source, weights), source=source.folder).ok
+
+
+def test_layers_that_vllm_fuses_and_the_recipe_tears_apart_are_noted() -> None:
+    grids: dict[str, Any] = {f"model.layers.{i}.self_attn.{p}_proj": int_grid() for i in range(2) for p in "qkvo"}
+    assert fused_conflict(grids | {"model.layers.1.self_attn.o_proj": None, "lm_head": None}) is None
+    told = fused_conflict(grids | {"model.layers.1.self_attn.v_proj": int_grid(bits=8)})
+    assert told is not None and "model.layers.1.self_attn.q_proj is W4 g64 sym and v_proj W8 g64 sym" in told
+    told = fused_conflict({"mlp.gate_proj": None, "mlp.up_proj": int_grid()})
+    assert told is not None and "mlp.gate_proj is dense and up_proj W4" in told
+
+
 # ------------------------------------------------------------------------------------------ verify
 
 
@@ -432,3 +468,42 @@ def test_a_reader_that_is_not_there_is_named_with_its_extra(source: Checkpoint, 
     with pytest.raises(ValueError, match=r"gguf needs gguf, not installed here; run pip install 'lowbit-ft\[gguf\]'"):
         write_model(tmp_path / "again", source, weights, GGUF)
     assert not (tmp_path / "again").exists()
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def problems_of(*overrides: str) -> list[str]:
+    """What the quickstart recipe is refused for with these overrides; empty when it is not."""
+    try:
+        load_recipe(ASSET.parents[1] / "quickstart.yaml", overrides)
+    except RecipeError as error:
+        return error.problems
+    return []
+
+
+def test_a_recipe_learns_of_a_format_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ASSET.parents[2])
+
+    def refused(words: str, *overrides: str) -> None:
+        problems = problems_of(f"output={tmp_path / 'run'}", *overrides)
+        assert len(problems) == 1 and words in problems[0], problems
+
+    def accepted(*overrides: str) -> None:
+        assert problems_of(f"output={tmp_path / 'run'}", *overrides) == []
+
+    alpha = ("quant.grid=binary", "quant.calibrate=greedy", "adapter={method: alpha_tuning}")
+    accepted("export.format=gguf")
+    refused("changes asymmetric weights", "export.format=gguf", "quant.symmetric=false")
+    refused("one grid for all layers", "export.format=awq", "export.verify=false", "quant.overrides=[{match: '*.down_proj', group_size: 32}]")
+    accepted("export.format=compressed-tensors", "quant.bits=1", *alpha)
+    accepted("export.format=gguf", "quant.bits=1", *alpha)
+    refused("sign planes", "export.format=gguf", "quant.bits=2", *alpha)
+    opt = checkpoint(tmp_path / "opt", transformers.OPTConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=1, ffn_dim=256,
+        num_attention_heads=4, word_embed_proj_dim=256, max_position_embeddings=512))  # fmt: skip
+    refused("gguf is written for llama, mistral", "export.format=gguf", f"model.path={opt.folder}")
+    accepted("export.format=native", f"model.path={opt.folder}")
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    refused("export.verify: got true, and reading gptq needs gptqmodel, optimum", "export.format=gptq")
+    accepted("export.format=gptq", "export.verify=false")
+    refused("export.format: got 'gguf', which needs gguf, not installed here; run pip install 'lowbit-ft[gguf]'", "export.format=gguf", "export.verify=false")

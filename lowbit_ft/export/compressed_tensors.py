@@ -21,6 +21,9 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files too
     asymmetric, several grids   readable in neither mode: refused here
     experts that stay dense     it looks for packed ones and fails: refused here
+
+config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no group, so a reader that
+knows layers by other classes (vLLM's fused ones) finds each layer in exactly one place: in one group, or in `ignore`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -180,6 +183,27 @@ class CompressedTensors(Exporter):
 
     def serve(self, folder: str) -> str:
         return f"vllm serve {folder}"
+
+
+# Linears that vLLM and SGLang run as one: their members need one grid, or none of them any.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused_conflict(grids: Mapping[str, Grid | None]) -> str | None:
+    """A sentence about the first layers that vLLM and SGLang fuse although their grids differ; None when there are none.
+    grids: every linear layer -> its grid, None: dense."""
+    for name, grid in grids.items():
+        stem, _, last = name.rpartition(".")
+        for members in FUSED:
+            for other in members:
+                theirs = grids.get(f"{stem}.{other}", grid)
+                if last in members and theirs != grid:
+                    both = f"{name} is {grid or 'dense'} and {other} {theirs or 'dense'}"
+                    return (
+                        f"vLLM and SGLang run {', '.join(members)} as one layer, and {both}: they refuse such a folder; "
+                        "transformers reads it. Give the members one grid to serve it there"
+                    )
+    return None
 
 
 def _words(count: int, bits: int) -> int:
