@@ -47,8 +47,8 @@ from mlx_lm import generate, load
 model, tokenizer = load("PATH")  # pip install mlx-lm
 ```""",
 }
-for _name in ("gptq", "gptq_v2", "awq"):
-    USE[_name] = USE["compressed-tensors"].replace("compressed-tensors", "gptqmodel optimum")
+for _name in ("gptq", "gptq_v2", "awq", "torchao"):
+    USE[_name] = USE["compressed-tensors"].replace("compressed-tensors", "torchao" if _name == "torchao" else "gptqmodel optimum")
 
 
 def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:

@@ -298,7 +298,7 @@ class ExportSection(Section):
 
     format: str = Field(
         default="compressed-tensors",
-        description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, gptq_v2, awq, mlx (mlx-lm), "
+        description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, gptq_v2, awq, mlx (mlx-lm), torchao, "
         "or native (every grid)",
     )
     verify: bool = Field(default=True, description="reload the export and compare codes, scales and logits")

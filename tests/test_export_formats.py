@@ -41,6 +41,7 @@ from tests.packed_tools import (
 
 ASSET = Path(__file__).resolve().parents[1] / "recipes" / "assets" / "tiny-llama"
 GGUF = EXPORTERS["gguf"]
+ASYMMETRIC = ("gptq_v2", "awq", "torchao")
 OTHERS = [name for name in EXPORTERS if name != "native"]
 GRIDS = [
     int_grid(bits=bits, group_size=group, symmetric=symmetric)
@@ -103,6 +104,7 @@ def test_every_grid_a_format_accepts_comes_back_bit_for_bit(name: str) -> None:
         "gptq_v2": everything,
         "awq": {key for key in everything if key[0] == 4 and key[1] != -1} | {(4, -1, True), (4, -1, False)},
         "mlx": {key for key in everything if key[2] and key[1] in (32, 64, 128)},
+        "torchao": everything,
     }[name]
 
 
@@ -133,6 +135,12 @@ def test_tensors_that_are_not_ours_are_refused(name: str) -> None:
         narrow = LayerSpec(layer.shape, int_grid(bits=2, group_size=64))
         with pytest.raises(ValueError, match="beyond 2 bits"):
             exporter.unpack(tensors, narrow)
+        return
+    if name == "torchao":
+        with pytest.raises(ValueError, match="beyond 2 bits"):
+            exporter.unpack(tensors, LayerSpec(layer.shape, int_grid(bits=2, group_size=64)))
+        with pytest.raises(ValueError, match="zero points other than 8"):
+            exporter.unpack(tensors | {"_weight_zero_point": tensors["_weight_zero_point"] + 1}, layer)
         return
     scales = tensors["scales"].clone()
     scales[0, 0] *= 1.01
@@ -419,19 +427,21 @@ def test_verify_finds_a_changed_bit_in_a_gguf_file(source: Checkpoint, tmp_path:
         verify(tmp_path / "m", weights, model=packed_model(source, damaged))
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "mlx"])
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "mlx", "torchao"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_formats_own_reader_agrees(name: str, dtype: str, tmp_path: Path) -> None:
     needs_reader(name)
     source = checkpoint(tmp_path / "c", dtype=dtype, num_hidden_layers=2)
-    weights = random_weights(source.empty_model(), int_grid(symmetric=name not in ("gptq_v2", "awq")))
+    weights = random_weights(source.empty_model(), int_grid(symmetric=name not in ASYMMETRIC))
     weights = {layer: weight for layer, weight in weights.items() if "o_proj" not in layer}  # stays dense in every block
     write_model(tmp_path / "m", source, weights, EXPORTERS[name])
     report = verify(tmp_path / "m", weights, model=lambda: packed_model(source, weights), source=source.folder)
     assert report.ok and report.logit_difference is not None and report.answers is not None
-    assert "codes and scales equal" in str(report)
+    assert "scales and weights equal" in str(report) if name == "torchao" else "codes and scales equal" in str(report)
+    if name == "torchao":
+        assert report.logit_difference == 0
     with pytest.raises(ValueError, match="1 of 12 layers differ|12 of 12"):
-        other = random_weights(source.empty_model(), int_grid(symmetric=name not in ("gptq_v2", "awq")))
+        other = random_weights(source.empty_model(), int_grid(symmetric=name not in ASYMMETRIC))
         first = next(iter(weights))
         verify(tmp_path / "m", weights | {first: other[next(n for n in other if n != first and other[n].shape == other[first].shape)]})
 
@@ -461,7 +471,7 @@ def test_a_reader_that_is_not_there_is_named_with_its_extra(source: Checkpoint, 
     for name in OTHERS:
         write_model(tmp_path / name, source, weights, EXPORTERS[name])
     monkeypatch.setattr(base, "find_spec", lambda name: None)
-    for name, extra in {"gguf": "gguf", "gptq": "gptq", "awq": "gptq", "mlx": "mlx"}.items():
+    for name, extra in {"gguf": "gguf", "gptq": "gptq", "awq": "gptq", "mlx": "mlx", "torchao": "torchao"}.items():
         for read in (load_exported, lambda folder: verify(folder, weights)):
             with pytest.raises(ValueError, match=rf"reading {name} needs .*pip install 'lowbit-ft\[{extra}\]'"):
                 read(tmp_path / name)

@@ -11,6 +11,7 @@ from .gguf import Gguf
 from .gptq import Gptq, GptqV2
 from .mlx import Mlx
 from .native import Native
+from .torchao import Torchao
 
 EXPORTERS: dict[str, Exporter] = {
     "native": Native(),
@@ -20,6 +21,7 @@ EXPORTERS: dict[str, Exporter] = {
     "gptq_v2": GptqV2(),
     "awq": Awq(),
     "mlx": Mlx(),
+    "torchao": Torchao(),
 }
 
 __all__ = ["EXPORTERS", "Exporter", "LayerSpec", "Weights"]

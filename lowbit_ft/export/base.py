@@ -160,6 +160,10 @@ class Exporter(ABC):
         """Arguments that from_pretrained needs for this folder, whose quantization_config is `config`."""
         return {}
 
+    def file_metadata(self, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> dict[str, str]:
+        """What stands in the header of every safetensors file beside the tensors. dtype: of the model."""
+        return {}
+
     def open(self, folder: Path, dtype: torch.dtype) -> nn.Module | None:
         """The model in a folder, when its reader is not transformers."""
         return None

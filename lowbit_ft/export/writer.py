@@ -223,14 +223,16 @@ class _SafetensorsFiles:
 
     def __init__(self, layout: _Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
         self.shards = _shards(layout.slots, max_shard_bytes)
+        self.metadata = {"format": "pt"} | exporter.file_metadata(layout.layers, checkpoint.dtype)
         self.checkpoint, self.exporter = checkpoint, exporter
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.nbytes + 200 for slots in self.shards.values() for slot in slots)
+        metadata = len(self.shards) * len(json.dumps(self.metadata))
+        return metadata + sum(slot.nbytes + 200 for slots in self.shards.values() for slot in slots)
 
     def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
-        digests = _write_shards(stage, self.shards, self.checkpoint, weights, self.exporter)
+        digests = _write_shards(stage, self.shards, self.checkpoint, weights, self.exporter, self.metadata)
         _write_index(stage, self.shards)
         return digests
 
@@ -254,8 +256,8 @@ def _shards(slots: list[_Slot], max_bytes: int) -> dict[str, list[_Slot]]:
     return {f"model-{i:05}-of-{len(ordered):05}.safetensors": part for i, part in enumerate(ordered, 1)}
 
 
-def _header(slots: list[_Slot]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(slots: list[_Slot], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for slot in slots:
         span = [offset, offset + slot.nbytes]
@@ -276,11 +278,12 @@ def _write_shards(
     checkpoint: Checkpoint,
     weights: Weights,
     exporter: Exporter,
+    metadata: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """Headers, then tensors at their places. Returns the digests of every layer."""
     places: dict[str, tuple[Path, int]] = {}
     for name, slots in shards.items():
-        header, path = _header(slots), stage / name
+        header, path = _header(slots, metadata), stage / name
         position = len(header)
         for slot in slots:
             places[slot.key] = (path, position)
