@@ -217,7 +217,8 @@ def _check_reader(r: Any, exporter: Any) -> Problems:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True).to_dict()
     except Exception:  # check_model tells what is wrong with it; transformers raises anything here
         return
-    for reason in exporter.reject_checkpoint(config, folder):
+    whole = path_is(Path(r.model.path).expanduser(), "dir")  # of a hub id, only part of the files may have been fetched
+    for reason in exporter.reject_checkpoint(config, folder if whole else None):
         yield Problem(("export", "format"), f"got {exporter.name!r}: {reason}")
 
 

@@ -85,7 +85,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; a gguf file holds its tokenizer, and it is made from this file; {WAY_OUT}") from None
+        raise ValueError(
+            f"{path}: missing; a gguf file holds its tokenizer, made from this file (AutoTokenizer's save_pretrained writes it); or {WAY_OUT}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict):

@@ -153,7 +153,8 @@ def verify(
         answered = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
         del packed
     loaded = load_exported(folder, dtype=kind, device=device)
-    ids = torch.arange(min(32, config["vocab_size"]))[None] if input_ids is None else input_ids
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
+    ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
     # before looking at weights: some readers unpack at the first forward
     logits = _logits(loaded, ids)
     stored = STORED[exporter.container](
