@@ -33,7 +33,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install compressed-tensors
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```""",
+    "gguf": """`model.gguf` is all that llama.cpp, Ollama and LM Studio need; tokenizer and chat template are in it.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", gguf_file="model.gguf")  # pip install gguf
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```""",
+    "mlx": """```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("PATH")  # pip install mlx-lm
+```""",
 }
+for _name in ("gptq", "gptq_v2", "awq", "torchao"):
+    USE[_name] = USE["compressed-tensors"].replace("compressed-tensors", "torchao" if _name == "torchao" else "gptqmodel optimum")
 
 
 def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:

@@ -121,6 +121,8 @@ def export(run_dir: Path, format: str | None = None) -> Path:
         raise ValueError(f"format: got {name!r}; allowed are {', '.join(EXPORTERS)}")
     if not (session.run / "merged").is_dir():
         raise ValueError(f"{run_dir} has no merged model yet; run `lowbit-ft train` on its recipe first")
+    if session.recipe.export.verify and (reason := EXPORTERS[name].missing(EXPORTERS[name].reads_with)):
+        raise ValueError(f"format: {name} is verified through its reader, which {reason}; or set export.verify: false in {run_dir}/recipe.yaml")
     folder = export_stage(session, name)
     session.say(f"{name}: {folder}")
     session.say(serve_line(session.recipe, name, folder))
@@ -254,7 +256,8 @@ def check_export(session: Session, folder: Path) -> None:
     device = reader_device(folder, session)
     session.say(
         verify_export(
-            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device
+            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device,
+            source=session.checkpoint.folder,
         )
     )
     release_freed()

@@ -147,6 +147,7 @@ def check_export(r: Any) -> Problems:
     be written.
     """
     from lowbit_ft.export import EXPORTERS, LayerSpec
+    from lowbit_ft.export.planes import held
 
     name = r.export.format
     if name not in EXPORTERS:
@@ -155,6 +156,7 @@ def check_export(r: Any) -> Problems:
         )
         return
     told = set()
+    yield from _check_reader(r, EXPORTERS[name])
     config = getattr(r, "adapter", None)
     if config is not None and config.ships_offset and name != "native":
         message = f"got {name!r}, which holds no float offset per group; {config.method} with this adapter.offset ships one"
@@ -162,7 +164,7 @@ def check_export(r: Any) -> Problems:
     for path, grid in _grids(r):
         if config is not None and config.grid_name == grid.name:
             grid = config.shipped(grid)
-        reason = EXPORTERS[name].reject(grid)
+        reason = EXPORTERS[name].reject(held(EXPORTERS[name], grid))
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
@@ -171,18 +173,55 @@ def check_export(r: Any) -> Problems:
     if shapes is None:
         return
     yield from _check_kinds(r, shapes)
-    if not r.quant.overrides:
-        return
-    specs = {}
+    specs, widths = {}, {}
     for layer in shapes.linears:
         if r.quant.skip_reason(layer.name) is None:
-            grid = r.quant.grid_for(layer.name)
+            try:
+                grid = r.quant.grid_for(layer.name)
+            except ValueError:
+                return  # bits the grid does not have: check_grid told
             grid = config.shipped(grid) if config is not None and config.grid_name == grid.name else grid
+            grid = held(EXPORTERS[name], grid)
             specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
-    # Reasons of single layers are told by check_layers; these are about layers together (mixed grids).
-    alone = {f"{n}: {reason}" for n, s in specs.items() if (reason := EXPORTERS[name].reject_width(s.grid, s.shape[1]))}
-    for reason in [reason for reason in EXPORTERS[name].reject_model(specs) if reason not in alone]:
-        yield Problem(("quant", "overrides"), f"export.format {name} cannot hold these layers together: {reason}")
+            if reason := EXPORTERS[name].reject_width(grid, layer.in_features):
+                widths.setdefault((reason, _divides(grid.group_size, layer)), []).append(layer.name)
+    for (reason, divides), names in widths.items():
+        if divides:  # else _check_groups tells which sizes do
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield Problem(("export", "format"), f"got {name!r}, which cannot hold {names[0]}{more}: {reason}")
+    # What is left is about layers together (mixed grids).
+    alone = {f"{layer}: {reason}" for (reason, _), names in widths.items() for layer in names}
+    where = ("quant", "overrides") if r.quant.overrides else ("export", "format")
+    for reason in [reason for reason in EXPORTERS[name].reject_model(specs) if reason not in alone] if specs else []:
+        yield Problem(where, f"export.format {name} cannot hold these layers together: {reason}")
+
+
+def _divides(group_size: int, layer: Layer) -> bool:
+    return group_size == -1 or layer.in_features % group_size == 0
+
+
+def _check_reader(r: Any, exporter: Any) -> Problems:
+    """The packages a format needs, and what the model itself must be for it."""
+    if reason := exporter.missing(exporter.writes_with):
+        yield Problem(("export", "format"), f"got {exporter.name!r}, which {reason}")
+        return
+    if r.export.verify and (reason := exporter.missing(exporter.reads_with)):
+        yield Problem(
+            ("export", "verify"),
+            f"got true, and reading {exporter.name} {reason}; or set export.verify: false and check the folder elsewhere",
+        )
+    folder = local_folder(r.model.path, r.model.revision) if hasattr(r, "model") else None
+    if folder is None:
+        return
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True).to_dict()
+    except Exception:  # check_model tells what is wrong with it; transformers raises anything here
+        return
+    whole = path_is(Path(r.model.path).expanduser(), "dir")  # of a hub id, only part of the files may have been fetched
+    for reason in exporter.reject_checkpoint(config, folder if whole else None):
+        yield Problem(("export", "format"), f"got {exporter.name!r}: {reason}")
 
 
 def _check_kinds(r: Any, shapes: Shapes) -> Problems:
@@ -285,13 +324,17 @@ def check_layers(r: Any) -> Problems:
 
 
 def _check_groups(r: Any, targets: list[Layer]) -> Problems:
+    from lowbit_ft.export import EXPORTERS
+
+    exporter = EXPORTERS.get(r.export.format)
     misfits: dict[tuple[int, int], list[str]] = {}
     for layer in targets:
         try:
-            size = r.quant.grid_for(layer.name).group_size
+            grid = r.quant.grid_for(layer.name)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
-        if size != -1 and layer.in_features % size:
+        size = grid.group_size
+        if not _divides(size, layer) and (exporter is None or exporter.reject_width(grid, layer.in_features)):
             misfits.setdefault((size, layer.in_features), []).append(layer.name)
     widths = {layer.in_features for layer in targets}
     for (size, width), names in misfits.items():
@@ -362,6 +405,14 @@ def notes(recipe: Any) -> list[str]:
         and recipe.quant.bits in (2, 3)
     ):
         found.append("vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all")
+    shapes = _shapes(recipe.model)
+    if recipe.export.format in ("compressed-tensors", "gptq", "gptq_v2", "awq") and shapes is not None:
+        from lowbit_ft.export.compressed_tensors import fused_conflict
+
+        quant = recipe.quant
+        names = [layer.name for layer in shapes.linears]
+        conflict = fused_conflict({n: quant.grid_for(n) if quant.skip_reason(n) is None else None for n in names})
+        found += [conflict] if conflict else []
     return found
 
 

@@ -78,7 +78,7 @@ eval:
   generate: ["Once upon a time"]     # prompts answered before and after training
 
 export:
-  format: compressed-tensors         # vLLM, SGLang, transformers; native holds every grid
+  format: compressed-tensors         # vLLM, SGLang, transformers; gguf: llama.cpp; gptq, awq, mlx; native holds every grid
   verify: true                       # reload and compare codes, scales and logits
 
 output: runs/{name}

@@ -339,6 +339,7 @@ class ExportSection(Section):
 
     format: str = Field(
         default="compressed-tensors",
-        description="compressed-tensors (vLLM, transformers) or native (every grid)",
+        description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, gptq_v2, awq, mlx (mlx-lm), torchao, "
+        "or native (every grid)",
     )
     verify: bool = Field(default=True, description="reload the export and compare codes, scales and logits")

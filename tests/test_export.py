@@ -38,6 +38,7 @@ from tests.packed_tools import (
 )
 
 NATIVE, COMPRESSED = EXPORTERS["native"], EXPORTERS["compressed-tensors"]
+BOTH = {"native": NATIVE, "compressed-tensors": COMPRESSED}  # the others: test_export_formats.py
 INT_GRIDS = st.builds(
     IntGrid,
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -69,18 +70,21 @@ def weights(source: Checkpoint) -> dict[str, Any]:
 @given(grid=INT_GRIDS | BINARY_GRIDS, n=st.integers(1, 70), k=st.integers(1, 600), offset=st.booleans())
 def test_unpack_is_the_inverse_of_pack(name: str, grid: Any, n: int, k: int, offset: bool) -> None:
     exporter, offset = EXPORTERS[name], offset and isinstance(grid, IntGrid)
-    reason = exporter.reject(grid, offset) or exporter.reject_width(grid, k)
-    if reason is not None:
-        assert "native" in reason  # says the way out
+    n = n * 32 if exporter.name.startswith(("gptq", "awq")) else n  # whole words of codes along N
+    problems = exporter.reject_model({"a.0.b": LayerSpec((n, k), grid, offset)})
+    if problems:
+        assert all("native" in problem for problem in problems)  # says the way out
         assert exporter is not NATIVE
         return
-    if exporter is COMPRESSED:
+    if exporter is not NATIVE:
         grid = IntGrid(**({k: v for k, v in grid.to_json().items() if k != "grid"} | {"residual_bits": 0}))
     weight = random_weight((n, k), grid, offset=offset)
     layer = LayerSpec.of(weight)
     tensors = exporter.pack(weight)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == exporter.specs(layer)
     assert exporter.unpack(tensors, layer).digest() == weight.digest()
+    if exporter.missing(exporter.reads_with):
+        return
     read = exporter.read_back(tensors, layer)  # the library's own code finds the same
     assert torch.equal(read.codes, weight.unpack_codes()) and torch.equal(read.scale.float(), weight.scale.float())
     for key in ("zero", "offset"):
@@ -115,7 +119,7 @@ def test_compressed_tensors_refuses_what_it_cannot_hold() -> None:
 
 
 def test_unpack_refuses_tensors_that_do_not_fit() -> None:
-    for exporter in EXPORTERS.values():
+    for exporter in BOTH.values():
         weight = random_weight((6, 128), int_grid(symmetric=False))
         layer, tensors = LayerSpec.of(weight), exporter.pack(weight)
         for name in tensors:
@@ -155,11 +159,12 @@ def test_the_native_config_names_every_layer_and_grid(grids: list[Any], offset: 
 def test_the_folder_is_complete_and_everything_dense_is_copied_bit_for_bit(
     source: Checkpoint, weights: dict[str, Any], tmp_path: Path
 ) -> None:
+    source = Checkpoint.open(shutil.copytree(source.folder, tmp_path / "source"), dtype="float32")
     (source.folder / "tokenizer.json").write_text('{"a": 1}')
     (source.folder / "chat_template.jinja").write_text("{{ messages }}")
     (source.folder / "trainer_state.json").write_text("{}")  # not a part of the model
     dense = load_file(source.folder / "model.safetensors")
-    for name, exporter in EXPORTERS.items():
+    for name, exporter in BOTH.items():
         target = tmp_path / name
         manifest = write_model(target, source, weights, exporter, extra_files={"README.md": "hello"})
         assert {p.name for p in target.iterdir()} == {
@@ -275,7 +280,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
         assert list(tmp_path.iterdir()) == []
 
     refused("no packed layer", {})
-    refused(r"(?s)cannot hold this model.*sign planes", {first: random_weight((128, 128), BinaryGrid())}, COMPRESSED)
+    refused(r"has no sign planes, and the scales of 1 layers", {first: random_weight((128, 128), BinaryGrid())}, COMPRESSED)
     refused("no such layer", {"model.layers.9.q": weights[first]})
     refused(r"\[4, 128\]", {first: random_weight((4, 128), int_grid())})
     for name in ("../evil", "config.json", ".hidden", "x.safetensors", "generation_config.json"):
@@ -318,7 +323,7 @@ def test_architectures_load_exactly_from_both_formats(kind: str, tmp_path: Path)
     source = Checkpoint.open(tiny_checkpoint(tmp_path / "c", **SHAPES[kind]), dtype="float32")
     weights = random_weights(source.empty_model(), int_grid())
     expected = packed_model(source, weights)(IDS).logits
-    for name, exporter in EXPORTERS.items():
+    for name, exporter in BOTH.items():
         if kind.startswith("experts") and not exporter.dense_experts:
             with pytest.raises(ValueError, match="does not read dense experts"):
                 write_model(tmp_path / name, source, weights, exporter)
@@ -336,7 +341,7 @@ def test_a_packed_head_is_untied_from_its_embedding(tmp_path: Path) -> None:
     source = Checkpoint.open(tiny_checkpoint(tmp_path / "c", tie_word_embeddings=True), dtype="float32")
     weights = random_weights(source.empty_model(), int_grid())
     weights["lm_head"] = random_weight((64, 128), int_grid(bits=8))
-    for name, exporter in EXPORTERS.items():
+    for name, exporter in BOTH.items():
         write_model(tmp_path / name, source, weights, exporter)
         model = load_exported(tmp_path / name)
         assert not model.config.tie_word_embeddings
@@ -352,7 +357,7 @@ def test_a_packed_head_is_untied_from_its_embedding(tmp_path: Path) -> None:
 
 def test_verify_names_the_layers_that_differ(source: Checkpoint, weights: dict[str, Any], tmp_path: Path) -> None:
     model = packed_model(source, weights)
-    for name, exporter in EXPORTERS.items():
+    for name, exporter in BOTH.items():
         target = tmp_path / name
         write_model(target, source, weights, exporter)
         report = verify(target, weights, model=model, input_ids=IDS)

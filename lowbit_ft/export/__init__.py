@@ -4,10 +4,24 @@ To add one: a subclass of Exporter (pack, its inverse unpack, reject with a way 
 line in EXPORTERS; the recipe check, the writer and the round-trip tests then know it.
 """
 
+from .awq import Awq
 from .base import Exporter, LayerSpec, Weights
 from .compressed_tensors import CompressedTensors
+from .gguf import Gguf
+from .gptq import Gptq, GptqV2
+from .mlx import Mlx
 from .native import Native
+from .torchao import Torchao
 
-EXPORTERS: dict[str, Exporter] = {"native": Native(), "compressed-tensors": CompressedTensors()}
+EXPORTERS: dict[str, Exporter] = {
+    "native": Native(),
+    "compressed-tensors": CompressedTensors(),
+    "gguf": Gguf(),
+    "gptq": Gptq(),
+    "gptq_v2": GptqV2(),
+    "awq": Awq(),
+    "mlx": Mlx(),
+    "torchao": Torchao(),
+}
 
 __all__ = ["EXPORTERS", "Exporter", "LayerSpec", "Weights"]

@@ -6,13 +6,17 @@
 memory: the writer computes every offset of every file from the specs, then asks for the weights one by one.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grid import Grid, PackedWeight, Weight
 from ..load_names import Part
@@ -94,6 +98,16 @@ class Exporter(ABC):
     checkpoint_names: ClassVar[bool] = False
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture) beside packed layers.
     dense_experts: ClassVar[bool] = True
+    # What kind of file holds the tensors: a key of writer.CONTAINERS.
+    container: ClassVar[str] = "safetensors"
+    # Under which key config.json says how the layers are packed; all formats have quantization_config, to be recognised by.
+    config_key: ClassVar[str] = "quantization_config"
+    # Modules that writing (and reading back) needs beyond our own requirements, and the extra of ours that installs them.
+    writes_with: ClassVar[tuple[str, ...]] = ()
+    reads_with: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are the same numbers.
+    tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
@@ -116,7 +130,9 @@ class Exporter(ABC):
         """Why this format cannot hold a matrix that is no plain nn.Linear (experts of a mixture, Conv1D, an embedding), with the way
         out; None when it can. parts: the file tensors that make it, None when the files keep it in another way."""
         if matrix.plain and not matrix.embedding:
-            return None
+            if parts is not None and len(parts) == 1:
+                return None
+            return f"{self.name} has one tensor per layer, as the checkpoint does not; exclude it, or set export.format: native"
         what = "an embedding" if matrix.embedding else "the experts of a mixture" if matrix.expert is not None else "a Conv1D"
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
 
@@ -132,6 +148,18 @@ class Exporter(ABC):
         """dtype in the file of a tensor that `pack` makes in `dtype`, for a model that was trained in `trained`. The values are the
         same: a dtype that cannot hold them is not allowed."""
         return dtype
+
+    def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
+        """Why this format cannot hold a model of this configuration (config.json with its defaults), each with the way out. folder:
+        where its tokenizer is; None: not here yet."""
+        return []
+
+    def missing(self, modules: Sequence[str]) -> str | None:
+        """The sentence about those of `modules` that are not installed, with what installs them; None when all are there."""
+        absent = [name for name in modules if find_spec(name) is None]
+        if not absent:
+            return None
+        return f"needs {', '.join(absent)}, not installed here; run pip install 'lowbit-ft[{self.extra}]'"
 
     @abstractmethod
     def specs(self, layer: LayerSpec) -> TensorSpecs:
@@ -153,13 +181,65 @@ class Exporter(ABC):
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
         """One layer's tensors through the code of the format's own library, not ours (verify compares it with the weight)."""
 
-    def load_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that from_pretrained needs for a folder with this quantization_config."""
+    def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Arguments that from_pretrained needs for this folder, whose quantization_config is `config`."""
         return {}
+
+    def file_metadata(self, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> dict[str, str]:
+        """What stands in the header of every safetensors file beside the tensors. dtype: of the model."""
+        return {}
+
+    def open(self, folder: Path, dtype: torch.dtype) -> nn.Module | None:
+        """The model in a folder, when its reader is not transformers."""
+        return None
+
+    def dense(self, model: Any, layer: str, matrix: Matrix | None, dtype: torch.dtype) -> Tensor | None:
+        """The weight [N, K] that a layer of the reader's model multiplies with; None when it never has one. matrix: where the model
+        keeps it; None: in a module of the reader's own, under the layer's name."""
+        if matrix is None:
+            return model.get_submodule(layer).weight.to(dtype)
+        value = model.get_parameter(matrix.parameter)
+        value = value if matrix.expert is None else value[matrix.expert]
+        return (value.t() if matrix.transposed else value).to(dtype)
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The tokenizer that the format's users get; None when the folder has none."""
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+            raise ValueError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+
+    def stops(self, folder: Path) -> list[int]:
+        """Ids of the tokens that end an answer, as the format's users get them, sorted."""
+        for name in ("generation_config.json", "config.json"):
+            path = folder / name
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            if ids is not None:
+                return sorted({ids} if isinstance(ids, int) else set(ids))
+        return []
+
+    def reader(self) -> str:
+        """The libraries that read the format, with versions."""
+        return with_versions("transformers")
 
     @abstractmethod
     def serve(self, folder: str) -> str:
         """A command line that runs a folder of this format."""
+
+
+def with_versions(*packages: str) -> str:
+    """"a 1.0 with b 2.0", for reports."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(package)
+    return " with ".join(found)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], wanted: TensorSpecs, what: str) -> None:

@@ -22,9 +22,13 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     asymmetric, several grids   readable in neither mode: refused here
     experts, symmetric          exact with dequantize=True, which the folder's config.json asks for (reader_config)
     experts that stay dense     it looks for packed ones and fails: refused here
+
+config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no group, so a reader that
+knows layers by other classes (vLLM's fused ones) finds each layer in exactly one place: in one group, or in `ignore`.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lowbit_kernels as kernels
@@ -34,7 +38,7 @@ from torch import Tensor
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..load_names import Part
 from ..matrices import Matrix
-from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
+from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
 _INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
@@ -198,7 +202,7 @@ class CompressedTensors(Exporter):
             zero = zero.t().to(torch.uint8)
         return ReadBack(codes.to(torch.uint8), scale.t(), zero)
 
-    def load_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Asymmetric files need dequantize=True (see the table at the file's head)."""
         from transformers import CompressedTensorsConfig
 
@@ -206,8 +210,32 @@ class CompressedTensors(Exporter):
         asymmetric = any(not group["weights"]["symmetric"] for group in groups.values())
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
 
+    def reader(self) -> str:
+        return with_versions("transformers", "compressed-tensors")
+
     def serve(self, folder: str) -> str:
         return f"vllm serve {folder}"
+
+
+# Linears that vLLM and SGLang run as one: their members need one grid, or none of them any.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused_conflict(grids: Mapping[str, Grid | None]) -> str | None:
+    """A sentence about the first layers that vLLM and SGLang fuse although their grids differ; None when there are none.
+    grids: every linear layer -> its grid, None: dense."""
+    for name, grid in grids.items():
+        stem, _, last = name.rpartition(".")
+        for members in FUSED:
+            for other in members:
+                theirs = grids.get(f"{stem}.{other}", grid)
+                if last in members and theirs != grid:
+                    both = f"{name} is {grid or 'dense'} and {other} {theirs or 'dense'}"
+                    return (
+                        f"vLLM and SGLang run {', '.join(members)} as one layer, and {both}: they refuse such a folder; "
+                        "transformers reads it. Give the members one grid to serve it there"
+                    )
+    return None
 
 
 def _words(count: int, bits: int) -> int:

@@ -4,13 +4,19 @@ lowbit_ft.json lists every file with its size and sha256 and, per layer, its nam
 weight. It is why a folder can be replaced safely: only one that is wholly ours is.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..files import file_entry, leftover_of, write_bytes
+from ..grid import Weight
 
 MANIFEST = "lowbit_ft.json"
 
@@ -74,6 +80,16 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
         write_bytes(folder / MANIFEST, json_bytes(manifest))
 
 
+def layer_digests(weight: Weight) -> dict[str, str]:
+    """sha256 of the bytes of every tensor of the weight, by name."""
+    return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  (an array is a buffer)
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_bytes(json_bytes(data))
 
@@ -107,7 +123,7 @@ def check_extra(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
             Path(name).name != name
             or name.startswith(".")
             or name in reserved
-            or name.endswith(".safetensors")
+            or name.endswith((".safetensors", ".gguf"))
         ):
             raise ValueError(
                 f"extra file {name!r}: needs a plain file name that the model folder does not use itself"
@@ -122,6 +138,18 @@ def check_space(folder: Path, needed: int) -> None:
         raise ValueError(
             f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room there"
         )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What the disk says while a folder is written (full, read-only, no permission), as a ValueError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: could not be written ({error}); nothing was left behind, and what was there before is untouched. "
+            "Make room or choose another place, then run the same command again"
+        ) from error
 
 
 def check_target(folder: Path) -> None:

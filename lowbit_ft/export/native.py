@@ -11,6 +11,7 @@ layers of each grid by name: nothing is matched by pattern, so nothing is quanti
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
@@ -58,6 +59,9 @@ class Native(Exporter):
         if isinstance(weight, PackedWeight):
             return ReadBack(weight.unpack_codes(), weight.scale, weight.zero, weight.offset)
         return ReadBack(weight.unpack_codes(), weight.scale)
+
+    def dense(self, model: Any, layer: str, matrix: Matrix | None, dtype: torch.dtype) -> Tensor | None:
+        return model.get_submodule(layer).base.dequantize(dtype)
 
     def serve(self, folder: str) -> str:
         return f"lowbit-ft generate {folder}"

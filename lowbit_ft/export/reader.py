@@ -94,18 +94,23 @@ def load_exported(
     from . import EXPORTERS
 
     register()
-    config = read_config(folder).get("quantization_config")
-    options: dict[str, Any] = {}
-    if isinstance(config, dict):
-        exporters = [e for e in EXPORTERS.values() if e.quant_method == config.get("quant_method")]
-        options = exporters[0].load_options(config) if exporters else {}
+    whole = read_config(folder)
+    config, options = whole.get("quantization_config"), {}
+    kind: Any = dtype or getattr(torch, whole.get("dtype") or whole.get("torch_dtype") or "float32")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][:1]:
+        if reason := exporter.missing(exporter.reads_with):
+            raise ValueError(f"{folder}: reading {exporter.name} {reason}")
+        if (model := exporter.open(Path(folder), kind)) is not None:
+            return model.eval()
+        options = exporter.load_options(whole["quantization_config"], Path(folder))
     with warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         auto = model_class(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
         model = auto.from_pretrained(
             str(folder),
-            dtype=dtype or "auto",
+            dtype=kind if method else dtype or "auto",
             device_map=None if device == "cpu" else device,
             attn_implementation=attention,  # None: the best one the model has
             local_files_only=True,

@@ -4,16 +4,21 @@
     codes     integers, scales and zero points of each layer, unpacked by the format's own library
     weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same dtype
     logits    of the loaded model, against the packed model's on the same tokens
+    answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose the same tokens
+    tokens    special tokens, stop tokens, chat template and the prompts' ids, as the format's users get them
 
 Weights are compared bit for bit, whatever their size. Logits must be equal bit for bit on a CPU where the packed matmul does a
 layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make the same call. Where it works in chunks of rows, or
 on a GPU with kernels of its own, or where a reader makes a layer with a bias dense (whose sums then begin with the bias), sums may
 be added in another order; logits may then differ by LOGIT_TOLERANCE of the largest.
+Formats whose reader multiplies in another order everywhere name a tolerance of their own, and never have a dense weight to compare.
+
+Answers are not generated twice: the reader reads prompt and answer in one pass, and where it would have chosen another token, the
+two must be as close as the tolerance of the logits. That is greedy decoding, and it does not stop at the first tie.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +28,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
-from ..matrices import Matrix, find_matrices
+from ..matrices import find_matrices
 from . import EXPORTERS
+from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
+from .gguf_file import GgufTensors
+from .planes import as_integers
 from .reader import load_exported, read_config
 from .writer import check_files
 
@@ -41,7 +49,7 @@ class LayerCheck:
     layer: str
     codes: int
     scales: int  # zero points and offsets too
-    weights: int
+    weights: int | None  # None: the reader has no dense weight
 
     @property
     def failed(self) -> bool:
@@ -50,7 +58,8 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """rows: one per layer. logit_difference: the largest |difference|, None when no packed model was given to compare with."""
+    """rows: one per layer. logit_difference: the largest |difference|, None when no packed model was given to compare with.
+    tokens: what differs in special tokens, stop tokens and template, one sentence each; None when there is no tokenizer."""
 
     folder: str
     reader: str
@@ -59,6 +68,8 @@ class VerifyReport:
     rows: list[LayerCheck] = field(repr=False)
     logit_difference: float | None
     logit_bound: float
+    answers: Answers | None = None
+    tokens: list[str] | None = None
 
     @property
     def failed(self) -> list[LayerCheck]:
@@ -67,8 +78,11 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         # `not (a <= b)`: a NaN difference fails
-        return not self.failed and (
-            self.logit_difference is None or self.logit_difference <= self.logit_bound
+        return (
+            not self.failed
+            and (self.logit_difference is None or self.logit_difference <= self.logit_bound)
+            and (self.answers is None or self.answers.ok)
+            and not self.tokens
         )
 
     def __str__(self) -> str:
@@ -76,19 +90,25 @@ class VerifyReport:
         if self.failed:
             lines.append(f"  {len(self.failed)} of {len(self.rows)} layers differ:")
             lines += [
-                f"    {row.layer}: {row.codes:,} codes, {row.scales:,} scales and zero points, {row.weights:,} weights"
+                f"    {row.layer}: {row.codes:,} codes, {row.scales:,} scales and zero points"
+                + ("" if row.weights is None else f", {row.weights:,} weights")
                 for row in self.failed[:20]
             ]
             lines += ["    ..."] * (len(self.failed) > 20)
         else:
-            lines.append(
-                f"  {len(self.rows)} layers, {self.elements:,} weights: codes, scales and weights equal bit for bit"
-            )
+            same = "codes and scales" if any(row.weights is None for row in self.rows) else "codes, scales and weights"
+            lines.append(f"  {len(self.rows)} layers, {self.elements:,} weights: {same} equal bit for bit")
         if self.logit_difference is None:
             lines.append("  logits: not compared (no packed model given)")
         else:
             bound = "must be equal" if self.logit_bound == 0 else f"allowed {self.logit_bound:.3g}"
             lines.append(f"  logits: largest difference {self.logit_difference:.3g} ({bound})")
+        if self.answers is not None:
+            lines.append(f"  answers: {self.answers}")
+        if self.tokens is None:
+            lines.append("  tokens: not compared (the folder has no tokenizer)")
+        else:
+            lines.append("  tokens: " + ("; ".join(self.tokens) or "special tokens, stop tokens and chat template are the model's own"))
         return "\n".join(lines)
 
 
@@ -101,37 +121,45 @@ def verify(
     input_ids: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
+    source: str | Path | None = None,
 ) -> VerifyReport:
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as its reader holds it.
 
     reference: layer name -> the weight that ships (`merged_weights(model)`). model: the packed model (with its adapters, or
     merged), on any device and in `dtype`, or a function that loads it (then it is gone again before the folder is read, which for a
-    dense format is the larger of the two); without it logits are not compared. input_ids [B, L]; default 32 tokens of the
-    vocabulary. dtype None: that of the folder's config.json. Raises ValueError, listing layers, for any difference.
+    dense format is the larger of the two); without it logits and answers are not compared. input_ids [B, L]; default 32 tokens of the
+    vocabulary. dtype None: that of the folder's config.json. source: the folder of the model's own tokenizer; None: the files beside
+    the weights. Raises ValueError, listing layers, for any difference.
     """
-    folder, weights = Path(folder), Weights.of(reference)
+    folder = Path(folder)
     manifest = check_files(folder)
     exporter = EXPORTERS.get(manifest.get("format", ""))
     if exporter is None:
         raise ValueError(
             f"{folder}: written as {manifest.get('format')!r}; known formats: {', '.join(EXPORTERS)}"
         )
+    weights = as_integers(Weights.of(reference), exporter)
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
     kind: torch.dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    expected, where = None, {torch.device(device).type}
+    if reason := exporter.missing(exporter.reads_with):
+        raise ValueError(f"{folder}: reading {exporter.name} {reason}")
+    prompts = prompt_ids(exporter, source or folder)
+    expected, where, answered = None, {torch.device(device).type}, []
     if model is not None:
         packed: Any = model if isinstance(model, nn.Module) else model()
         where.add(next(packed.parameters()).device.type)
-        expected = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
+        ids = _tokens(packed) if input_ids is None else input_ids
+        expected = _logits(packed, ids)
+        answered = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
         del packed
     loaded = load_exported(folder, dtype=kind, device=device)
-    ids = _tokens(loaded) if input_ids is None else input_ids
-    logits = (
-        loaded(ids.to(device)).logits.float().cpu()
-    )  # before looking at weights: some readers unpack at the first forward
-    stored = _StoredTensors(
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
+    ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
+    # before looking at weights: some readers unpack at the first forward
+    logits = _logits(loaded, ids)
+    stored = STORED[exporter.container](
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
     rows, matrices = [], find_matrices(loaded)  # those that their reader made dense
@@ -143,23 +171,27 @@ def verify(
             scales += _differences(
                 getattr(read, key), getattr(weight, key, None) if isinstance(weight, PackedWeight) else None
             )
-        dense = _dense(loaded, matrices[name], kind) if name in matrices else loaded.get_submodule(name).base.dequantize(kind)
-        rows.append(LayerCheck(name, codes, scales, _differences(dense, weight.dequantize(kind))))
-    difference, bound = None, 0.0
+        dense = exporter.dense(loaded, name, matrices.get(name), kind)
+        rows.append(LayerCheck(name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))))
+    difference, bound, answers = None, 0.0, None
     if expected is not None:
-        difference = float((logits - expected).abs().max())
+        difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
+        tolerance = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind]) if exporter.tolerance else 0.0
+        bound = tolerance * largest
+        if answered:
+            answers = Answers.compare(lambda x: _logits(loaded, x), answered, tolerance or LOGIT_TOLERANCE[kind])
+        chunked = any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values())
         biased = any(
             getattr(loaded.get_submodule(name), "bias", None) is not None for name, m in matrices.items() if name in weights and m.plain
         )
-        if where != {"cpu"} or biased or any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values()):
-            bound = LOGIT_TOLERANCE[kind] * float(expected.abs().max())
+        if bound == 0 and (where != {"cpu"} or biased or chunked):
+            bound = LOGIT_TOLERANCE[kind] * largest
     elements = sum(spec.elements for spec in weights.specs.values())
-    reader = f"transformers {version('transformers')}"
-    if exporter.quant_method == "compressed-tensors":
-        reader += f" with compressed-tensors {version('compressed-tensors')}"
     report = VerifyReport(
-        str(folder), reader, str(kind).removeprefix("torch."), elements, rows, difference, bound
-    )
+        str(folder), exporter.reader(), str(kind).removeprefix("torch."), elements, rows, difference, bound, answers,
+        compare_tokens(exporter, folder, source or folder),
+    )  # fmt: skip
     if not report.ok:
         raise ValueError(str(report))
     return report
@@ -203,13 +235,6 @@ def _read_back(exporter: Exporter, parts: list[dict[str, Tensor]], spec: LayerSp
     return ReadBack(codes, scale, stack("zero", -1), stack("offset", -1))
 
 
-def _dense(model: nn.Module, matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """A matrix [N, K] as a dense model holds it."""
-    value = model.get_parameter(matrix.parameter)
-    value = value if matrix.expert is None else value[matrix.expert]
-    return (value.t() if matrix.transposed else value).to(dtype)
-
-
 class _StoredTensors:
     """Layer -> the tensors of each of its parts by local name, through the safetensors library."""
 
@@ -231,3 +256,6 @@ class _StoredTensors:
             with safe_open(path, framework="pt") as file:
                 tensors[local] = file.get_tensor(f"{prefix}.{local}")
         return {local: tensor for local, tensor in tensors.items() if local != "bias"}
+
+
+STORED = {"safetensors": _StoredTensors, "gguf": GgufTensors}  # by Exporter.container: layer -> its tensors

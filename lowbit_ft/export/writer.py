@@ -8,7 +8,6 @@ was trained.
 The folder is there whole or not at all, and takes the place of another only when we wrote all of that one (folder.py).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -33,12 +32,17 @@ from .folder import (
     check_space,
     check_target,
     copied_files,
+    disk_errors,
+    layer_digests,
     read_manifest,
     replace_file,
+    tensor_bytes,
     write_json,
 )
+from .gguf_file import GgufFile
+from .planes import as_integers, held
 
-__all__ = ["MAX_SHARD_BYTES", "check_files", "layer_digests", "read_manifest", "replace_file", "write_model"]
+__all__ = ["CONTAINERS", "MAX_SHARD_BYTES", "check_files", "layer_digests", "read_manifest", "replace_file", "write_model"]
 
 MAX_SHARD_BYTES = (
     5_000_000_000  # as transformers' own save_pretrained (5GB of its docs; file systems and the hub like it)
@@ -78,21 +82,20 @@ def write_model(
     files (README.md, recipe.yaml). Raises ValueError before anything is written when the format cannot hold a layer, a layer is
     not one of the checkpoint's, the disk is too small, or the folder exists and is not wholly ours.
     """
-    folder, stream = Path(folder), Weights.of(weights)
+    folder, stream = Path(folder), as_integers(Weights.of(weights), exporter)
     check_target(folder)
     extra = check_extra(extra_files or {})
     layout = check_model(checkpoint, stream.specs, exporter)
-    shards = _shards(layout.slots, max_shard_bytes)
+    files = CONTAINERS[exporter.container](layout, checkpoint, exporter, max_shard_bytes)
     copied = copied_files(checkpoint.folder)
     if clash := sorted({path.name for path in copied} & set(extra)):
         raise ValueError(f"extra file {clash[0]!r}: the checkpoint has a file of this name, which is part of the model")
-    size = sum(slot.nbytes + 200 for slot in layout.slots) + sum(len(c) for c in extra.values())
+    size = files.nbytes + sum(len(c) for c in extra.values())
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
-    with staged_folder(folder) as stage:
-        digests = _write_shards(stage, shards, checkpoint, stream, exporter)
-        _write_index(stage, shards)
+    with disk_errors(folder), staged_folder(folder) as stage:
+        digests = files.write(stage, stream)
         write_json(stage / "config.json", layout.config(checkpoint))
         for path in copied:
             shutil.copyfile(path, stage / path.name)
@@ -113,17 +116,16 @@ def write_model(
     return manifest
 
 
-def layer_digests(weight: Weight) -> dict[str, str]:
-    """sha256 of the bytes of every tensor of the weight, by name."""
-    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
-
-
 def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> "_Layout":
     """Where everything will lie in the files. ValueError when the format cannot hold these layers of this checkpoint: worth asking
     before they are trained."""
     if not layers:
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
-    if problems := exporter.reject_model(layers):
+    layers = {name: replace(spec, grid=held(exporter, spec.grid)) for name, spec in layers.items()}
+    if reason := exporter.missing(exporter.writes_with):
+        raise ValueError(f"{exporter.name} {reason}")
+    problems = exporter.reject_model(layers) + exporter.reject_checkpoint(checkpoint.config.to_dict(), checkpoint.folder)
+    if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
     return _Layout(checkpoint, layers, exporter)
 
@@ -138,10 +140,12 @@ class _Layout:
         self.packed = {matrix.parameter for matrix in self.matrices.values()}  # the dense parameters that are no more
         self.experts = any(matrix.expert is not None for matrix in self.matrices.values())
         model = checkpoint.empty_model("eager")
-        self.users: dict[str, set[str]] = {}  # checkpoint tensor -> the model's parameters it feeds
+        self.users: dict[str, dict[str, None]] = {}  # checkpoint tensor -> the model's parameters it feeds
         for name in model.state_dict():
             for key in checkpoint.keys_for(name):
-                self.users.setdefault(key, set()).add(name)
+                self.users.setdefault(key, {})[name] = None
+        # checkpoint tensor -> the parameter it is in the new folder: of a tied pair, the one that stays
+        self.parameters = {key: next((n for n in names if n not in self.packed), None) for key, names in self.users.items()}
         self._refuse(model)
         self.skipped = _dense_layers(model, self.packed)
         if exporter.checkpoint_names:  # readers that know the checkpoint call them as it does
@@ -183,7 +187,7 @@ class _Layout:
             parts, keys = checkpoint.parts(name), checkpoint.keys_for(matrix.parameter)
             if reason := exporter.reject_matrix(matrix, self.layers[name].grid, parts):
                 refused.setdefault(reason, []).append(name)
-            elif matrix.plain and parts is None and (exporter.checkpoint_names or not self.users[keys[0]] <= self.packed):
+            elif matrix.plain and parts is None and (exporter.checkpoint_names or not self.users[keys[0]].keys() <= self.packed):
                 raise ValueError(
                     f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
@@ -217,7 +221,7 @@ class _Layout:
         """Everything that is not packed, copied. Of a tied pair of which one is packed, the rest goes by the name of the other."""
         checkpoint, slots = self.checkpoint, []
         for key in checkpoint.names():
-            users = self.users.get(key, set())
+            users = self.users.get(key, {}).keys()
             left = users - self.packed
             if users and not left:
                 continue
@@ -236,7 +240,9 @@ class _Layout:
         if self.untied:
             config["tie_word_embeddings"] = False
         entry = self.exporter.model_config(self.layers, self.skipped)
-        config["quantization_config"] = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
+        entry = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
+        config[self.exporter.config_key] = entry
+        config["quantization_config"] = {"quant_method": self.exporter.quant_method} | entry
         return config
 
 
@@ -256,6 +262,29 @@ def _dense_layers(model: nn.Module, packed: set[str]) -> list[str]:
     return skipped
 
 
+class _SafetensorsFiles:
+    """The container of most formats: model.safetensors, or numbered shards with their index. `nbytes` is what it needs on the disk;
+    `write` makes it and returns the digests of every layer."""
+
+    def __init__(self, layout: _Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
+        self.shards = _shards(layout.slots, max_shard_bytes)
+        self.metadata = {"format": "pt"} | exporter.file_metadata(layout.layers, checkpoint.dtype)
+        self.checkpoint, self.exporter = checkpoint, exporter
+
+    @property
+    def nbytes(self) -> int:
+        metadata = len(self.shards) * len(json.dumps(self.metadata))
+        return metadata + sum(slot.nbytes + 200 for slots in self.shards.values() for slot in slots)
+
+    def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
+        digests = _write_shards(stage, self.shards, self.checkpoint, weights, self.exporter, self.metadata)
+        _write_index(stage, self.shards)
+        return digests
+
+
+CONTAINERS = {"safetensors": _SafetensorsFiles, "gguf": GgufFile}  # by Exporter.container
+
+
 def _shards(slots: list[_Slot], max_bytes: int) -> dict[str, list[_Slot]]:
     """File name -> its tensors, in model order over the files; in a file the widest dtypes first, so that each is aligned."""
     parts: list[list[_Slot]] = [[]]
@@ -272,8 +301,8 @@ def _shards(slots: list[_Slot], max_bytes: int) -> dict[str, list[_Slot]]:
     return {f"model-{i:05}-of-{len(ordered):05}.safetensors": part for i, part in enumerate(ordered, 1)}
 
 
-def _header(slots: list[_Slot]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(slots: list[_Slot], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for slot in slots:
         span = [offset, offset + slot.nbytes]
@@ -294,11 +323,12 @@ def _write_shards(
     checkpoint: Checkpoint,
     weights: Weights,
     exporter: Exporter,
+    metadata: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """Headers, then tensors at their places. Returns the digests of every layer."""
     places: dict[str, tuple[Path, int]] = {}
     for name, slots in shards.items():
-        header, path = _header(slots), stage / name
+        header, path = _header(slots, metadata), stage / name
         position = len(header)
         for slot in slots:
             places[slot.key] = (path, position)
@@ -315,7 +345,7 @@ def _write_shards(
         path, position = places[slot.key]
         with path.open("r+b") as file:
             file.seek(position)
-            file.write(_bytes(tensor))
+            file.write(tensor_bytes(tensor))
 
     digests = {}
     for name, weight in weights.items():
@@ -333,11 +363,6 @@ def _write_shards(
     for slot in by_layer.get(None, []):
         put(slot, checkpoint.read(slot.source))
     return digests
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  (an array is a buffer)
 
 
 def _write_index(stage: Path, shards: Mapping[str, list[_Slot]]) -> None:
