@@ -31,6 +31,7 @@ from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
+from .linear import packed_op_only
 from .memory import release_freed
 from .processes import main_process_first
 from .quantize import quantize as quantize_model
@@ -285,9 +286,10 @@ def measure_trained(session: Session, model: Any) -> Measured:
             done.rows.append(measure(model, done.data, "trained", done.reference))
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
-            with adapters_off(model):
-                before = answer(model, prompts, **options)
-            after = answer(model, prompts, **options)
+            with packed_op_only(model):  # before and after on one path, whatever decoding would take
+                with adapters_off(model):
+                    before = answer(model, prompts, **options)
+                after = answer(model, prompts, **options)
             samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
             session.run.write_json("samples.json", samples)
     return done

@@ -6,6 +6,7 @@ reference implementation for any device, fake for torch.compile, autograd where 
 
 from .binary import binary_dequantize, binary_gradients, binary_matmul, binary_matmul_dx
 from .codes import UNITS, grid_codes
+from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
 from .grid_linear import grid_gradients, grid_linear
 from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
@@ -13,6 +14,8 @@ from .pack import dequantize, pack, quantize_pack, unpack
 from .rounding import exact_exp, round_values
 
 __all__ = [
+    "DECODE_ROWS",
+    "Int4Weight",
     "UNITS",
     "binary_dequantize",
     "binary_gradients",
@@ -20,10 +23,13 @@ __all__ = [
     "binary_matmul_dx",
     "dequantize",
     "exact_exp",
+    "fits_int4",
     "grid_codes",
     "grid_gradients",
     "grid_linear",
     "group_count",
+    "int4_linear",
+    "int4_weight",
     "pack",
     "packed_matmul",
     "packed_matmul_dx",

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
-from ..linear import PackedLinear
+from ..linear import PackedLinear, packed_op_only
 from . import EXPORTERS
 from .base import LayerSpec, Weights
 from .reader import load_exported, read_config
@@ -127,9 +127,7 @@ def verify(
         del packed
     loaded = load_exported(folder, dtype=kind, device=device)
     ids = _tokens(loaded) if input_ids is None else input_ids
-    logits = (
-        loaded(ids.to(device)).logits.float().cpu()
-    )  # before looking at weights: some readers unpack at the first forward
+    logits = _logits(loaded, ids)  # before looking at weights: some readers unpack at the first forward
     stored = _StoredTensors(
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
@@ -171,7 +169,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
-        return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+        with packed_op_only(model):
+            return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
     finally:
         model.train(training)
 
