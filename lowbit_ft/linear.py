@@ -129,7 +129,7 @@ class _Repacked:
         """Whether these are the tensors it was made of, unchanged since."""
         if len(tensors) != len(self.tensors):
             return False
-        return all(a is b and a._version == v for a, b, v in zip(tensors, self.tensors, self.versions, strict=True))
+        return all(a is b and b._version == v for a, b, v in zip(tensors, self.tensors, self.versions, strict=True))
 
 
 @contextmanager

@@ -65,14 +65,14 @@ def int4_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in
         exact = scale.float() * (8 - zero.float())
         shift = exact.to(torch.bfloat16)
         rest = exact - shift.float()
-    packed = torch._convert_weight_to_int4pack_for_cpu(q.contiguous(), 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(q.contiguous(), 1)  # pyright: ignore[reportPrivateImportUsage]
     return Int4Weight(packed, torch.stack([scale, shift], dim=-1).contiguous(), rest, group_size)
 
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     """x bf16 [..., K] -> bf16 [..., N]. Not differentiable."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch._weight_int4pack_mm_for_cpu(rows, weight.packed, weight.group_size, weight.scale_shift)
+    y = torch._weight_int4pack_mm_for_cpu(rows, weight.packed, weight.group_size, weight.scale_shift)  # pyright: ignore[reportPrivateImportUsage]
     if weight.rest is not None:
         sums = rows.view(rows.shape[0], -1, weight.group_size).sum(-1, dtype=torch.float32)  # [M, G]
         # In fp32 because a matrix of few rows is two to three times faster so than in bfloat16 (measured on AVX-512).
