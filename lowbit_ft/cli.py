@@ -139,6 +139,19 @@ def generate(
         typer.echo(answer)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
+) -> None:
+    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
+    ...) may follow.
+    """
+    from lowbit_ft import pipeline
+
+    pipeline.serve(_folder(folder), context.args)
+
+
 @app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report.html of a run again."""

@@ -79,6 +79,8 @@ class PackedLinear(nn.Module):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
+        if getattr(getattr(self, "_hf_hook", None), "offload_buffers", False):
+            return None  # accelerate takes the codes out of memory after each call: a copy would keep them there
         tensors = [self._buffers[name] for name in self._names]
         if self._repacked is None or not self._repacked.made_of(tensors):
             self._repacked = _Repacked.make(self.base)

@@ -36,6 +36,8 @@ from .memory import release_freed
 from .processes import main_process_first
 from .quantize import quantize as quantize_model
 from .recipe import Recipe
+from .rundir import shipped
+from .serve import serve as serve_folder
 from .session import (
     Session,
     adapters_off,
@@ -143,12 +145,14 @@ def evaluate(run_dir: Path) -> list[EvalRow]:
 
 def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str = "auto") -> str:
     """Answer one prompt with an exported model, or with a run's export. device: auto, cpu or cuda."""
-    if (folder / "recipe.yaml").is_file():
-        exported = folder / "exported"
-        folder = exported if exported.is_dir() else folder / "merged"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return answer(folder, [prompt], max_new_tokens=max_new_tokens, device=device)[0]
+    return answer(shipped(folder), [prompt], max_new_tokens=max_new_tokens, device=device)[0]
+
+
+def serve(folder: Path, options: list[str]) -> None:
+    """Answer requests over HTTP with an exported model, or with a run's export; options of `transformers serve`."""
+    serve_folder(shipped(folder), options)
 
 
 def report(run_dir: Path) -> Path:

@@ -94,6 +94,13 @@ class RunDir:
         self.write_json("stages.json", [*(r for r in rows if r["stage"] != name), row])
 
 
+def shipped(folder: Path) -> Path:
+    """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as it is."""
+    if not (folder / "recipe.yaml").is_file():
+        return folder
+    return folder / "exported" if (folder / "exported").is_dir() else folder / "merged"
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in tree.items():

@@ -55,7 +55,7 @@ class Native(Exporter):
         return ReadBack(weight.unpack_codes(), weight.scale)
 
     def serve(self, folder: str) -> str:
-        return f"lowbit-ft generate {folder}"
+        return f"lowbit-ft serve {folder}"
 
 
 def layers_from_config(config: Any) -> dict[str, LayerSpec]:
