@@ -59,7 +59,7 @@ def test_folder_commands(calls, tmp_path):
     assert calls == [
         ("merge", tmp_path),
         ("verify", tmp_path),
-        ("evaluate", tmp_path),
+        ("evaluate", tmp_path, [], [], None),
         ("report", tmp_path),
         ("export", tmp_path, None),
         ("export", tmp_path, "native"),
