@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from .evaluate import STAGES
 from .linear import packed_op_only
 from .recipe_yaml import did_you_mean
 
@@ -62,8 +63,8 @@ def read_task(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Tags)  # noqa: S506  (a SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a task ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("task") or content.get("group"), str | list):
-        raise ValueError(f"{path}: needs `task: name` (the YAML format of lm-eval)")
+    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+        raise ValueError(f"{path}: needs `task: name` (one task in the YAML format of lm-eval; of a group, give the tasks)")
     return content
 
 
@@ -82,7 +83,7 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
                 if not path.is_file():
                     raise ValueError("there is no such file; give a task file (YAML) or a name of lm-eval")
                 config = read_task(path)
-                own = str(config.get("task") or config.get("group"))
+                own = config["task"]
                 if _plain(config):
                     _with_data(config, path)
             except ValueError as error:
@@ -132,7 +133,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(config: dict[str, Any]) -> bool:
-    return "include" not in config and isinstance(config.get("task"), str) and not _holds(config, _FUNCTION)
+    return "include" not in config and not _holds(config, _FUNCTION)
 
 
 def _holds(value: Any, wanted: object) -> bool:
@@ -206,9 +207,10 @@ def run_tasks(
 
 
 def merged_rows(before: list[TaskRow], new: list[TaskRow]) -> list[TaskRow]:
-    """Rows measured again replace the old ones of the same stage and task."""
+    """All rows in the order of the stages; those measured again replace the old ones of the same stage and task."""
     again = {(row.stage, row.task) for row in new}
-    return [row for row in before if (row.stage, row.task) not in again] + new
+    kept = [row for row in before if (row.stage, row.task) not in again]
+    return sorted(kept + new, key=lambda row: STAGES.index(row.stage))
 
 
 def by_task(rows: Iterable[TaskRow]) -> tuple[list[str], dict[tuple[str, str], dict[str, TaskRow]]]:

@@ -360,7 +360,6 @@ def measure_tasks(session: Session, tasks: dict[str, Any], stages: Sequence[str]
             release_freed()
             rows = merged_rows(rows, new)
             run_dir.write_json("tasks.json", {"lm_eval": version("lm-eval"), "rows": [row.to_json() for row in rows]})
-    rows.sort(key=lambda row: STAGES.index(row.stage))
     session.say(tasks_table(rows))
     for stage in ("merged", "exported"):
         if (run_dir / stage).is_dir():
