@@ -1,7 +1,7 @@
 """RunDir: the folder of one run, what lies where in it, and the stage clock.
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
-    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   samples.json   stages.json   report.html
+    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json   stages.json   report.html
 
 One folder holds one run: starting another recipe in it is refused, starting the same one again continues it. Every file is
 written beside its name and renamed, by the main process only.
