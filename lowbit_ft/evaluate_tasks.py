@@ -60,10 +60,10 @@ _FUNCTION = object()
 def read_task(path: Path) -> dict[str, Any]:
     """The content of a task file. ValueError when it is not one."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Tags)  # noqa: S506  (a SafeLoader)
+        content = _Tags(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a task ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+    if not isinstance(content, dict) or not isinstance(content.get("task"), str) or "group" in content:
         raise ValueError(f"{path}: needs `task: name` (one task in the YAML format of lm-eval; of a group, give the tasks)")
     return content
 
@@ -86,7 +86,7 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
                 own = config["task"]
                 if _plain(config):
                     _with_data(config, path)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the second: YAML that contains itself
                 found.append((i, f"got {name!r}: {error}"))
                 continue
         elif name not in known_tasks():
@@ -99,10 +99,15 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
     return found
 
 
+def known_tasks() -> list[str]:
+    """Every task, group and tag that lm-eval comes with."""
+    return _manager(True).all_tasks
+
+
 @functools.cache
-def known_tasks() -> tuple[str, ...]:
-    """Every task, group and tag that lm-eval comes with. Reading its index takes some seconds."""
-    return tuple(_lm_eval("tasks").TaskManager().all_tasks)
+def _manager(names: bool) -> Any:
+    """lm-eval's loader; with names, it has read the index of all its tasks, which takes some seconds."""
+    return _lm_eval("tasks").TaskManager(include_defaults=names)
 
 
 def _lm_eval(module: str = "") -> Any:
@@ -114,7 +119,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """lm-eval's task and group objects, their data loaded. ValueError naming the task that cannot be loaded, or the package."""
     if problems := task_problems(names):
         raise ValueError("\n".join(text for _, text in problems))
-    manager = _lm_eval("tasks").TaskManager(include_defaults=not all(name.lower().endswith(TASK_FILES) for name in names))
+    manager = _manager(not all(name.lower().endswith(TASK_FILES) for name in names))
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         spec: Any = name
@@ -149,6 +154,8 @@ def _with_data(config: dict[str, Any], path: Path) -> dict[str, Any]:
             return {key: found(child) for key, child in value.items()}
         if isinstance(value, list):
             return [found(child) for child in value]
+        if not isinstance(value, str):
+            raise ValueError(f"its data_files hold {value!r}; needs names of files")
         if "://" in value or any(c in value for c in "*?["):
             return value
         for candidate in (Path(value).expanduser(), path.parent / value):

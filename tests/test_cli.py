@@ -71,6 +71,12 @@ def test_generate_prints_the_answer(calls, tmp_path, capsys):
     assert calls == [("generate", tmp_path, "hello", 7, "auto")] and capsys.readouterr().out == "an answer\n"
 
 
+def test_eval_takes_tasks_and_stages(calls, tmp_path):
+    assert call("eval", str(tmp_path), "-t", "arc_easy", "--task", "mine.yaml", "-s", "base", "--limit", "9") == 0
+    assert calls == [("evaluate", tmp_path, ["arc_easy", "mine.yaml"], ["base"], 9)]
+    assert call("eval", str(tmp_path), "--limit", "0") == 2 and len(calls) == 1
+
+
 def test_serve_hands_on_the_options_of_transformers(calls, tmp_path):
     assert call("serve", str(tmp_path), "--port", "8123", "--enable-cors") == 0
     assert calls == [("serve", tmp_path, ["--port", "8123", "--enable-cors"])]

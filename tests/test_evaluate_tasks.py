@@ -123,6 +123,8 @@ def test_a_run_measures_its_tasks_on_every_stage(tmp_path: Path, tasks: list[str
         pipeline.evaluate(out, tasks, ["best"])
     with pytest.raises(ValueError, match="give --task"):
         pipeline.evaluate(folder)
+    with pytest.raises(ValueError, match="config.json: missing"):
+        pipeline.evaluate(tmp_path, tasks)
     (out / "exported").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="has no exported/ yet"):
         pipeline.evaluate(out, tasks, ["exported"])
@@ -237,7 +239,10 @@ def test_files_that_are_no_tasks(tmp_path: Path, tasks: list[str]) -> None:
     (folder / "twin.yaml").write_text(CHOICE)
     (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     (folder / "text.jsonl").unlink()
-    names = [*tasks, *(str(folder / f"{name}.yaml") for name in ("broken", "other", "twin", "bytes", "missing"))]
+    (folder / "round.yaml").write_text("task: round\nx: &a [*a]\n")
+    (folder / "number.yaml").write_text(CHOICE.replace("choice.jsonl", "3").replace("task: choice", "task: number"))
+    files = ("broken", "other", "twin", "bytes", "missing", "round", "number")
+    names = [*tasks, *(str(folder / f"{name}.yaml") for name in files)]
     text = refused(tmp_path, names)
     for i, message in {
         1: "its data file 'text.jsonl' is neither here nor beside",
@@ -245,6 +250,8 @@ def test_files_that_are_no_tasks(tmp_path: Path, tasks: list[str]) -> None:
         3: "needs `task: name`",
         4: "a second task named 'choice' (eval.tasks.0 is the first); remove one",
         5: "cannot be read as a task",
+        7: "recursion",
+        8: "its data_files hold 3; needs names of files",
         6: "there is no such file; give a task file (YAML) or a name of lm-eval",
     }.items():
         assert any(f"eval.tasks.{i}: got {names[i]!r}" in line and message in line for line in text.splitlines()), (i, text)
