@@ -44,7 +44,7 @@ def loss(logits: torch.Tensor, ids: list[int]) -> float:
 @torch.no_grad()
 def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     """Perplexity by transformers and by llama.cpp, how often they choose the same token, and whether both tokenize alike."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]  (built from source)
     from transformers import AutoTokenizer
 
     from lowbit_ft.export.reader import load_exported
@@ -90,7 +90,8 @@ def main() -> None:
     texts = windows(AutoTokenizer.from_pretrained(MODEL), o.windows, o.length)
     rows, failed = {}, []
     for name, (bits, group) in GRIDS.items():
-        model, _ = quantize(checkpoint, QuantSection(bits=bits, group_size=group, residual_bits=0), dtype=torch.float32)
+        section = QuantSection.model_validate({"bits": bits, "group_size": group, "residual_bits": 0})
+        model, _ = quantize(checkpoint, section, dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "m", checkpoint, merged_weights(model), EXPORTERS["gguf"])
             row = rows[name] = measure(Path(folder) / "m", texts)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .evaluate import EvalRow
+from .evaluate_tasks import TaskRow, by_task
 from .export import EXPORTERS
 from .grid import IntGrid
 from .recipe import Recipe
@@ -51,8 +52,8 @@ for _name in ("gptq", "gptq_v2", "awq", "torchao"):
     USE[_name] = USE["compressed-tensors"].replace("compressed-tensors", "torchao" if _name == "torchao" else "gptqmodel optimum")
 
 
-def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:
-    """Markdown with the hub's front matter. rows: the measured table; empty before it was measured."""
+def model_card(recipe: Recipe, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
+    """Markdown with the hub's front matter. rows, tasks: the measured tables; empty before they were measured."""
     grid = recipe.adapter.shipped(recipe.quant.grid_for(""))
     base = recipe.model.path
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [lowbit_ft, quantized, qat]"]
@@ -85,5 +86,12 @@ def model_card(recipe: Recipe, format: str, rows: list[EvalRow]) -> str:
             f"| {r.stage} | {r.loss:.4f} | {r.perplexity:.4f} | {'' if r.kl is None else f'{r.kl:.5f}'} |" for r in rows
         ]
         lines += ["", f"Mean over {rows[0].tokens} target tokens of the evaluation data.", ""]
+    if tasks:
+        stages, metrics = by_task(tasks)
+        lines += [f"| lm-eval task | metric | {' | '.join(stages)} |", "|---|---|" + "--:|" * len(stages)]
+        for (task, metric), values in metrics.items():
+            cells = " | ".join(f"{values[stage].value:.5g}" if stage in values else "" for stage in stages)
+            lines.append(f"| {task} | {metric} | {cells} |")
+        lines.append("")
     lines += ["## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)

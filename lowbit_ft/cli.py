@@ -115,11 +115,22 @@ def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_de
 
 
 @app.command(name="eval")
-def evaluate(run_dir: RunFolder) -> None:
-    """Perplexity and KL of base, quantized, trained, merged and exported model, in one table."""
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or of one model", show_default=False)],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="lm-eval task or task file; default: eval.tasks")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option("--stage", "-s", help="base, quantized, trained, merged, exported")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task")] = None,
+) -> None:
+    """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
+    --stage: only tasks.
+    """
     from lowbit_ft import pipeline
 
-    pipeline.evaluate(_folder(run_dir))
+    pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
 
 
 @app.command()
@@ -137,6 +148,19 @@ def generate(
     answer = pipeline.generate(_folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device)
     if answer is not None:
         typer.echo(answer)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
+) -> None:
+    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
+    ...) may follow.
+    """
+    from lowbit_ft import pipeline
+
+    pipeline.serve(_folder(folder), context.args)
 
 
 @app.command()

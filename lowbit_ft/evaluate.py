@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .linear import packed_op_only
 from .load import Checkpoint
 from .walk import Batch, LayerWalk
 
@@ -67,7 +68,8 @@ def evaluate(model: Any, batches: list[Batch], stage: str, reference: Reference 
             logits = model(**{k: v.to(device) for k, v in _inputs(batch).items()}, use_cache=False).logits
             yield _totals(logits, batch["labels"], None if reference is None else reference.logits(number))
 
-    row = _summed(stage, totals(), kl=reference is not None)
+    with packed_op_only(model):  # windows of few tokens too: every stage is measured on the same path
+        row = _summed(stage, totals(), kl=reference is not None)
     model.train(training)
     return row
 

@@ -10,7 +10,9 @@ the trained one is measured and let go before merged/ and the export are read ba
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from .adapters.lora import Lora
 from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
 from .card import model_card, serve_line
 from .data import Examples, load_examples
-from .evaluate import EvalRow, Reference, table
+from .evaluate import STAGES, EvalRow, Reference, table
 from .evaluate import evaluate as measure
+from .evaluate_tasks import TaskRow, load_tasks, merged_rows, run_tasks
+from .evaluate_tasks import table as tasks_table
 from .export import EXPORTERS
 from .export.folder import check_files, read_manifest
 from .export.reader import load_exported, read_weights
@@ -31,16 +35,21 @@ from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
+from .linear import packed_op_only
+from .load import Checkpoint, load_model, load_tokenizer
 from .memory import release_freed
 from .processes import main_process_first
 from .quantize import quantize as quantize_model
 from .recipe import Recipe
+from .rundir import shipped
+from .serve import serve as serve_folder
 from .session import (
     Session,
     adapters_off,
     base_key,
     batches,
     calibration_batches,
+    dense_device,
     eval_batches,
     load_packed,
     reader_device,
@@ -60,6 +69,7 @@ def run(recipe: Recipe) -> Path:
     """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
     session = start(recipe)
     examples = read_data(session)
+    tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
     model = quantize_stage(session)
     train_stage(session, model, examples)
     if not session.run.main:
@@ -69,6 +79,7 @@ def run(recipe: Recipe) -> Path:
     del model
     folder = export_stage(session, recipe.export.format)
     measure_shipped(session, measured)
+    measure_tasks(session, tasks)
     session.say(f"report: {report_page.write_report(session.run.path)}")
     session.say(serve_line(recipe, recipe.export.format, folder))
     return folder
@@ -135,21 +146,37 @@ def verify(folder: Path) -> None:
     check_export(session, folder)
 
 
-def evaluate(run_dir: Path) -> list[EvalRow]:
-    """The table of all stages again, and the samples."""
+def evaluate(run_dir: Path, tasks: Sequence[str] = (), stages: Sequence[str] = (), limit: int | None = None) -> None:
+    """The tables of all stages again: perplexity, KL, samples, and the recipe's lm-eval tasks.
+
+    With tasks or stages only tasks are measured: these (default: the recipe's), on these stages (default: all that are there). A folder
+    that is no run is one model, whose table is printed. limit: rows of each task (default: the recipe's).
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        return evaluate_folder(run_dir, tasks, limit)
     session = resume(run_dir)
-    measured = measure_trained(session, trained_model(session))
-    return measure_shipped(session, measured)
+    names = list(tasks) or session.recipe.eval.tasks
+    if stages and not names:
+        raise ValueError("no task to measure: give --task, or set eval.tasks in the recipe")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise ValueError(f"stage: got {unknown[0]!r}; allowed are {', '.join(STAGES)}")
+    loaded = load_tasks(names)
+    if not (tasks or stages):
+        measured = measure_trained(session, trained_model(session))
+        measure_shipped(session, measured)
+    measure_tasks(session, loaded, stages, limit)
 
 
 def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str = "auto") -> str:
     """Answer one prompt with an exported model, or with a run's export. device: auto, cpu or cuda."""
-    if (folder / "recipe.yaml").is_file():
-        exported = folder / "exported"
-        folder = exported if exported.is_dir() else folder / "merged"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return answer(folder, [prompt], max_new_tokens=max_new_tokens, device=device)[0]
+    return answer(shipped(folder), [prompt], max_new_tokens=max_new_tokens, device=device)[0]
+
+
+def serve(folder: Path, options: list[str]) -> None:
+    """Answer requests over HTTP with an exported model, or with a run's export; options of `transformers serve`."""
+    serve_folder(shipped(folder), options)
 
 
 def report(run_dir: Path) -> Path:
@@ -288,9 +315,10 @@ def measure_trained(session: Session, model: Any) -> Measured:
             done.rows.append(measure(model, done.data, "trained", done.reference))
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
-            with adapters_off(model):
-                before = answer(model, prompts, **options)
-            after = answer(model, prompts, **options)
+            with packed_op_only(model):  # before and after on one path, whatever decoding would take
+                with adapters_off(model):
+                    before = answer(model, prompts, **options)
+                after = answer(model, prompts, **options)
             samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
             session.run.write_json("samples.json", samples)
     return done
@@ -306,10 +334,7 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
         folders["exported"] = read_manifest(run_dir / "exported")["format"]
     with run_dir.stage("evaluate", session.device, resumable=True):
         for stage in folders:
-            folder = run_dir / stage
-            model = load_exported(
-                folder, dtype=session.dtype, device=reader_device(folder, session), attention=recipe.model.attention
-            )
+            model = stage_model(session, stage)
             done.rows.append(measure(model, done.data, stage, done.reference))
             del model
     run_dir.write_json("evaluation.json", {
@@ -317,8 +342,58 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     })  # fmt: skip
     session.say(table(done.rows))
     for stage, format in folders.items():
-        replace_file(run_dir / stage, "README.md", model_card(recipe, format, done.rows))
+        replace_file(run_dir / stage, "README.md", card(session, format)["README.md"])
     return done.rows
+
+
+def measure_tasks(session: Session, tasks: dict[str, Any], stages: Sequence[str] = (), limit: int | None = None) -> None:
+    """lm-eval tasks on one stage after another, each alone in memory; into tasks.json and the model cards."""
+    if not tasks or not tasks["tasks"]:
+        return
+    recipe, run_dir = session.recipe, session.run
+    rows = [TaskRow(**row) for row in run_dir.read_json("tasks.json", {}).get("rows", [])]
+    with run_dir.stage("tasks", session.device):
+        for stage in stages or ("base", "quantized", "trained", shipped(run_dir.path).name):
+            model = stage_model(session, stage)
+            new = run_tasks(
+                model, session.tokenizer, tasks, stage,
+                limit=limit or recipe.eval.task_limit, max_length=max(2048, recipe.data.sequence_len),
+            )  # fmt: skip
+            del model
+            release_freed()
+            rows = merged_rows(rows, new)
+            run_dir.write_json("tasks.json", {"lm_eval": version("lm-eval"), "rows": [row.to_json() for row in rows]})
+    session.say(tasks_table(rows))
+    for stage in ("merged", "exported"):
+        if (run_dir / stage).is_dir():
+            replace_file(run_dir / stage, "README.md", card(session, read_manifest(run_dir / stage)["format"])["README.md"])
+
+
+def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> None:
+    """lm-eval tasks on a model folder of any of our formats (or a plain one), in its own dtype; printed."""
+    if not tasks:
+        raise ValueError(f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a model folder give --task")
+    loaded = load_tasks(tasks)
+    model = load_exported(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    print(tasks_table(run_tasks(model, load_tokenizer(Checkpoint.open(folder, check=False)), loaded, folder.name, limit=limit)))
+
+
+def stage_model(session: Session, stage: str) -> Any:
+    """The model of one stage, in the session's dtype. ValueError when the run has not come that far."""
+    run_dir = session.run
+    if stage == "base":
+        device = dense_device(session, "the full-precision model")
+        return load_model(session.checkpoint, session.recipe.model.attention, device, session.dtype).eval()
+    if stage == "trained":
+        return trained_model(session)
+    folder = run_dir / ("base" if stage == "quantized" else stage)
+    if not folder.is_dir():
+        raise ValueError(f"{run_dir.path} has no {folder.name}/ yet, so there is no {stage} model to measure")
+    if stage == "quantized":
+        return load_packed(folder, session)
+    return load_exported(
+        folder, dtype=session.dtype, device=reader_device(folder, session), attention=session.recipe.model.attention
+    )
 
 
 def trained_model(session: Session) -> Any:
@@ -338,4 +413,5 @@ def trained_model(session: Session) -> Any:
 def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
     rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
-    return {"README.md": model_card(session.recipe, format, rows)}
+    tasks = [TaskRow(**row) for row in session.run.read_json("tasks.json", {}).get("rows", [])]
+    return {"README.md": model_card(session.recipe, format, rows, tasks)}

@@ -23,6 +23,7 @@ from lowbit_ft.recipe_machine import (
     check_data,
     check_device,
     check_output,
+    check_tasks,
     check_train,
     near_names,
     path_is,
@@ -465,5 +466,6 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "data"), check_chat),
     ((), check_data),
     (("train", "data"), check_train),
+    (("eval",), check_tasks),
     (("output",), check_output),
 )

@@ -75,6 +75,7 @@ eval:
   perplexity: true                   # measured on data.valid (or eval.data)
   kl: true                           # distance to the full-precision model
   window: {eval_window:<4}                       # tokens
+  # tasks: [arc_easy, my_task.yaml]  # lm-eval on every stage; pip install 'lowbit-ft[eval]'
   generate: ["Once upon a time"]     # prompts answered before and after training
 
 export:

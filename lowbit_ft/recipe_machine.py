@@ -99,6 +99,14 @@ def check_train(r: Any) -> Problems:
             )
 
 
+def check_tasks(r: Any) -> Problems:
+    """lm-eval tasks: the package, names it does not know, files that are not there."""
+    from lowbit_ft.evaluate_tasks import task_problems
+
+    for i, text in task_problems(r.eval.tasks):
+        yield Problem(("eval", "tasks", i), text)
+
+
 def check_device(r: Any) -> Problems:
     """dtype, attention and device against this machine."""
     import torch

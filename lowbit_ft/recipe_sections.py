@@ -330,6 +330,10 @@ class EvalSection(Section):
         default=True,
         description="also the KL divergence to the full-precision model, which is loaded again for it",
     )
+    tasks: list[str] = Field(
+        default=[], description="lm-eval tasks: names, or YAML files of its format (extra: eval)"
+    )
+    task_limit: Count | None = Field(default=None, description="rows measured of each task; null: all")
     generate: list[str] = Field(default=[], description="prompts answered before and after training")
     max_new_tokens: Count = Field(default=48, description="tokens per answer")
 

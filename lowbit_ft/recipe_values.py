@@ -89,6 +89,10 @@ def found(value: Any, folder: Path) -> Any:
             name == "path" and isinstance(child, str) and not _exists(child) and _exists(str(folder / child))
         ):
             changed[name] = str(folder / child)
+        elif name == "tasks":  # names of lm-eval, or files
+            moved = [str(folder / t) if not _exists(t) and _exists(str(folder / t)) else t for t in child]
+            if moved != child:
+                changed[name] = moved
     return value.model_copy(update=changed) if changed else value
 
 

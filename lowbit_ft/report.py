@@ -7,6 +7,7 @@ be read says so, and the rest of the page stands. Every text from a run is HTML-
     file              what is read from it
     recipe.yaml       shown whole; `name` is the title
     evaluation.json   {"rows": [{"stage", "perplexity", "kl", "loss"}], "windows", "window"}
+    tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better", "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit_ft.files import write_text
-from lowbit_ft.report_files import STAGES, NotShown, RunFiles, points, values
+from lowbit_ft.report_files import DIGITS, SHIPPED, STAGES, NotShown, RunFiles, points, values
 from lowbit_ft.report_html import (
     STYLE,
     duration,
@@ -39,10 +40,9 @@ from lowbit_ft.report_html import (
     tiles,
     words,
 )
+from lowbit_ft.report_tasks import tasks_section
 
 REPORT = "report.html"
-SHIPPED = ("trained", "merged", "exported")  # the three stages that must agree
-DIGITS = 4  # of a perplexity, as printed; the verdict compares what is printed
 
 
 def write_report(run_dir: Path) -> Path:
@@ -290,6 +290,7 @@ def _environment(run: RunFiles) -> str:
 
 SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("result", "Result", _result),
+    ("tasks", "Tasks", tasks_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("trainable", "What was trained", _trainable),

@@ -23,6 +23,8 @@ STAGES = {
     "merged": "merged",
     "exported": "exported and reloaded",
 }
+SHIPPED = ("trained", "merged", "exported")  # the three stages that must agree
+DIGITS = 4  # of a perplexity, as printed; the verdict compares what is printed
 
 
 class NotShown(Exception):

@@ -1,7 +1,7 @@
 """RunDir: the folder of one run, what lies where in it, and the stage clock.
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
-    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   samples.json   stages.json   report.html
+    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json   stages.json   report.html
 
 One folder holds one run: starting another recipe in it is refused, starting the same one again continues it. Every file is
 written beside its name and renamed, by the main process only.
@@ -92,6 +92,13 @@ class RunDir:
             row["seconds"] += before["seconds"]
             row["peak_memory_gb"] = max(row["peak_memory_gb"], before["peak_memory_gb"])
         self.write_json("stages.json", [*(r for r in rows if r["stage"] != name), row])
+
+
+def shipped(folder: Path) -> Path:
+    """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as it is."""
+    if not (folder / "recipe.yaml").is_file():
+        return folder
+    return folder / "exported" if (folder / "exported").is_dir() else folder / "merged"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -122,11 +122,18 @@ def reader_device(folder: Path, session: Session) -> str:
     """Where to read an exported folder: formats whose transformers reader makes the model dense may not fit the GPU."""
     if session.device.type != "cuda" or read_config(folder)["quantization_config"]["quant_method"] == "lowbit_ft":
         return str(session.device)
+    return dense_device(session, str(folder))
+
+
+def dense_device(session: Session, what: str) -> str:
+    """Where a dense model fits: the session's device, else the CPU."""
+    if session.device.type != "cuda":
+        return str(session.device)
     dense = sum(p.numel() for p in session.checkpoint.empty_model().parameters()) * session.dtype.itemsize
     free = torch.cuda.mem_get_info(session.device)[0]
     if dense * 1.15 < free:
         return str(session.device)
-    session.say(f"{folder} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read on the CPU, slowly")
+    session.say(f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read on the CPU, slowly")
     return "cpu"
 
 

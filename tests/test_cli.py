@@ -30,6 +30,7 @@ def calls(monkeypatch):
     fake = types.ModuleType("lowbit_ft.pipeline")
     for name in ("run", "quantize", "train", "merge", "export", "verify", "evaluate", "report"):
         setattr(fake, name, lambda *args, _name=name: made.append((_name, *args)))
+    fake.serve = lambda *args: made.append(("serve", *args))  # type: ignore[attr-defined]
     fake.generate = lambda *args: made.append(("generate", *args)) or "an answer"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit_ft.pipeline", fake)
     monkeypatch.setattr(lowbit_ft, "pipeline", fake, raising=False)
@@ -58,7 +59,7 @@ def test_folder_commands(calls, tmp_path):
     assert calls == [
         ("merge", tmp_path),
         ("verify", tmp_path),
-        ("evaluate", tmp_path),
+        ("evaluate", tmp_path, [], [], None),
         ("report", tmp_path),
         ("export", tmp_path, None),
         ("export", tmp_path, "native"),
@@ -68,6 +69,17 @@ def test_folder_commands(calls, tmp_path):
 def test_generate_prints_the_answer(calls, tmp_path, capsys):
     assert call("generate", str(tmp_path), "hello", "-n", "7") == 0
     assert calls == [("generate", tmp_path, "hello", 7, "auto")] and capsys.readouterr().out == "an answer\n"
+
+
+def test_eval_takes_tasks_and_stages(calls, tmp_path):
+    assert call("eval", str(tmp_path), "-t", "arc_easy", "--task", "mine.yaml", "-s", "base", "--limit", "9") == 0
+    assert calls == [("evaluate", tmp_path, ["arc_easy", "mine.yaml"], ["base"], 9)]
+    assert call("eval", str(tmp_path), "--limit", "0") == 2 and len(calls) == 1
+
+
+def test_serve_hands_on_the_options_of_transformers(calls, tmp_path):
+    assert call("serve", str(tmp_path), "--port", "8123", "--enable-cors") == 0
+    assert calls == [("serve", tmp_path, ["--port", "8123", "--enable-cors"])]
 
 
 def test_user_errors_are_one_message_on_stderr(calls, tmp_path, capsys):

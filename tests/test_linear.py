@@ -10,8 +10,9 @@ from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
-from lowbit_ft.linear import PackedLinear
+from lowbit_ft.linear import PackedLinear, packed_op_only
 from tests.adapters.common import base_of, randomize, trained
+from tests.packed_tools import random_weight
 
 GRIDS = [
     IntGrid(bits=4, group_size=64),
@@ -211,3 +212,97 @@ def test_a_weight_that_is_read_is_trained(method: str) -> None:
     for name, p in layer.adapter.named_parameters():
         if name in wanted:
             torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ decoding on a CPU
+
+
+def decoder(**fields) -> PackedLinear:
+    """A layer the int4 kernel can hold, in eval mode."""
+    weight = random_weight((32, 256), IntGrid(**({"group_size": 64, "residual_bits": 0} | fields)))
+    return PackedLinear(weight, torch.randn(32).bfloat16()).eval()
+
+
+X = torch.randn(1, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
+
+
+@pytest.mark.parametrize("fields", [{}, {"symmetric": False}, {"bits": 3}, {"residual_bits": 4}], ids=str)
+def test_decoding_goes_through_the_int4_kernel_and_stays_close(fields):
+    layer = decoder(**fields)
+    x = torch.cat([X] * 4)
+    y = layer(x)
+    with packed_op_only(layer):
+        packed = layer(x)
+    assert layer._int4_for(x) is not None and y.dtype == torch.bfloat16 and y.shape == packed.shape
+    assert torch.allclose(y.float(), packed.float(), rtol=2.0**-6, atol=2.0**-6 * float(packed.float().abs().max()))
+    base = layer.base
+    assert torch.equal(packed, base.linear(x) + layer.bias)
+    assert layer.fast_decode and torch.equal(layer(x), y)
+
+
+def test_everything_else_is_the_packed_op():
+    def packed(layer: PackedLinear, x: torch.Tensor) -> bool:
+        return layer._int4_for(x) is None and torch.equal(layer(x), layer.base.linear(x) + layer.bias.to(x.dtype))
+
+    assert packed(decoder(), torch.cat([X] * 5)), "five rows"
+    assert packed(decoder(), X.float()) and packed(decoder(), X.half()), "another dtype"
+    assert packed(decoder(), X.clone().requires_grad_()), "a gradient is wanted"
+    assert packed(decoder(bits=8), X) and packed(decoder(group_size=-1), X), "a grid it cannot hold"
+    assert packed(decoder().train(), X), "training"
+    assert packed(decoder(), X[:0])
+    adapted = decoder()
+    adapted.adapter = ADAPTERS["scale"]().build(adapted.base)
+    with torch.no_grad():
+        assert torch.equal(adapted(X), adapted.adapter(X, adapted.base) + adapted.bias)
+    with torch.no_grad():  # asked for, but not followed
+        assert decoder()._int4_for(X.clone().requires_grad_()) is not None
+
+
+def test_five_rows_do_not_depend_on_what_was_decoded_before():
+    layer, x = decoder(), torch.cat([X] * 5)
+    before = layer(x)
+    layer(X)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_repacked_copy_follows_the_codes(mode):
+    layer = decoder()
+    layer(X)
+    kept = layer._repacked
+    layer(X)
+    assert layer._repacked is kept, "repacked once"
+    other = random_weight((32, 256), layer.grid, seed=9)
+    with mode():
+        layer.codes.copy_(other.codes)  # as load_state_dict does
+        written = layer(X)
+    assert layer._repacked is not kept and torch.equal(written, PackedLinear(layer.base, layer.bias).eval()(X))
+    layer.scale = other.scale  # another tensor under the same name
+    assert torch.equal(layer(X), PackedLinear(layer.base, layer.bias).eval()(X))
+    twin = copy.deepcopy(layer)
+    layer.codes.zero_()
+    assert not torch.equal(twin(X), layer(X)), "a copy has its own"
+    assert {"codes", "scale", "bias"} == set(layer.state_dict()), "never a part of the state"
+    layer.train()
+    assert layer._repacked is None
+    layer.eval()(X)
+    assert layer.to("cpu")._repacked is None
+
+
+def test_a_layer_made_in_inference_mode_decodes_by_the_packed_op():
+    """Nothing tells when such tensors are written to."""
+    with torch.inference_mode():
+        layer = PackedLinear(random_weight((32, 256), IntGrid(group_size=64, residual_bits=0))).eval()
+        assert layer._int4_for(X) is None
+        before = layer(X)
+        layer.scale.mul_(2)
+        assert torch.equal(layer(X), 2 * before)
+
+
+def test_decoding_compiles_to_the_packed_op():
+    layer = decoder()
+    torch._dynamo.reset()
+    with torch.no_grad(), packed_op_only(layer):
+        packed = layer(X)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(X), packed)

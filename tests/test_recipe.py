@@ -384,10 +384,12 @@ def test_cuda_where_there_is_none(monkeypatch):
 
 def test_packages_that_are_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    problems = refused(GOOD, ("train.trackers=[wandb]",))
+    problems = refused(GOOD, ("train.trackers=[wandb]", "eval.tasks=[arc_easy]"))
     assert any(
         "train.trackers.0: got 'wandb', which is not installed; run pip install wandb" in p for p in problems
     )
+    missing = "eval.tasks.0: got 'arc_easy', but lm-eval is not installed; run pip install 'lowbit-ft[eval]'"
+    assert any(missing in p for p in problems)
 
 
 def test_folder_that_cannot_be_written(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from lowbit_ft import report_plots
 from lowbit_ft.report import write_report
 
-SECTIONS = ["result", "training", "layers", "trainable", "stages", "samples", "recipe", "environment"]
+SECTIONS = ["result", "tasks", "training", "layers", "trainable", "stages", "samples", "recipe", "environment"]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -89,6 +89,14 @@ def files() -> dict[str, Any]:
         "trainable.json": {
             "share": 0.0123,
             "rows": [{"layer": "q_proj", "tensors": {"A": 4096, "B": 12}, "bytes": 9000}],
+        },
+        "tasks.json": {
+            "lm_eval": "0.4.13",
+            "rows": [
+                {"stage": stage, "task": "arc<b>", "metric": metric, "value": value, "stderr": stderr, "higher_is_better": metric == "acc"}
+                for stage, value in {"exported": 0.5, "base": 0.625, "trained": 0.5}.items()
+                for metric, stderr in {"acc": 0.0125, "ppl": None}.items()
+            ],
         },
         "evaluation.json": {
             "rows": [
@@ -201,6 +209,18 @@ def test_long_runs_and_odd_values_stay_readable(tmp_path: Path):
     assert "samples.json cannot be read" in text
 
 
+def test_tasks_have_a_column_per_stage(tmp_path: Path):
+    text = " ".join(run(tmp_path).text["tasks"].split())
+    assert "task metric better full precision trained exported and reloaded" in text
+    assert "arc<b> acc higher 0.6250 ± 0.0125 0.5000 ± 0.0125 0.5000 ± 0.0125" in text
+    assert "arc<b> ppl lower 0.6250 0.5000 0.5000" in text and "lm-eval 0.4.13" in text and "differs" not in text
+    rows = files()["tasks.json"]["rows"]
+    changed = [{**row, "value": 0.75} if (row["stage"], row["metric"]) == ("exported", "acc") else row for row in rows]
+    odd = [{"stage": 3, "task": None, "metric": ["x"], "value": 1.0, "stderr": "N/A"}, {"value": "none"}, 7]
+    text = " ".join(run(tmp_path, tasks__json={"rows": [*changed, *odd]}).text["tasks"].split())
+    assert "What ships differs from what was trained in arc<b> acc." in text and "None ['x']" in text
+
+
 @pytest.mark.parametrize(
     ("name", "section"),
     [
@@ -210,6 +230,7 @@ def test_long_runs_and_odd_values_stay_readable(tmp_path: Path):
         ("quant.json", "layers"),
         ("trainable.json", "trainable"),
         ("evaluation.json", "result"),
+        ("tasks.json", "tasks"),
         ("stages.json", "stages"),
         ("samples.json", "samples"),
     ],

@@ -8,6 +8,7 @@ tensors that is imported at the first call (dispatch.py).
 from . import dispatch
 from .binary import binary_dequantize, binary_gradients, binary_matmul, binary_matmul_dx
 from .codes import UNITS, grid_codes
+from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
 from .grid_linear import grid_gradients, grid_linear
 from .hadamard import hadamard
 from .layout import group_count, packed_width, superblock
@@ -16,6 +17,8 @@ from .pack import dequantize, pack, quantize_pack, unpack
 from .rounding import exact_exp, round_values
 
 __all__ = [
+    "DECODE_ROWS",
+    "Int4Weight",
     "UNITS",
     "binary_dequantize",
     "binary_gradients",
@@ -23,11 +26,14 @@ __all__ = [
     "binary_matmul_dx",
     "dequantize",
     "exact_exp",
+    "fits_int4",
     "grid_codes",
     "grid_gradients",
     "grid_linear",
     "group_count",
     "hadamard",
+    "int4_linear",
+    "int4_weight",
     "pack",
     "packed_matmul",
     "packed_matmul_dx",

@@ -64,7 +64,7 @@ class Native(Exporter):
         return model.get_submodule(layer).base.dequantize(dtype)
 
     def serve(self, folder: str) -> str:
-        return f"lowbit-ft generate {folder}"
+        return f"lowbit-ft serve {folder}"
 
 
 def layers_from_config(config: Any) -> dict[str, LayerSpec]:

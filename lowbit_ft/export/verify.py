@@ -28,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
+from ..linear import packed_op_only
 from ..matrices import find_matrices
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
@@ -206,7 +207,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     training = model.training
     model.eval()
     try:
-        return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+        with packed_op_only(model):
+            return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
     finally:
         model.train(training)
 

@@ -5,7 +5,9 @@ only warns about an unknown quantization type and initialises the layers at rand
 
 Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong shape or dtype, or a
 truncated file is an error that names the layer and the file. (transformers itself would warn, and fill in random numbers.)
-The layers accept `dtype=` of any kind: packed tensors and scales keep their own, and the forward follows its input.
+The layers accept `dtype=` of any kind: packed tensors and scales keep their own, and the forward follows its input. `device_map` is
+transformers' own; packed tensors are buffers, so a map that offloads needs `offload_buffers=True` to move them too. `generate`,
+`pipeline` and (through `lowbit-ft serve`) `transformers serve` need nothing of their own.
 """
 
 import re
@@ -22,7 +24,7 @@ from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, VERSION, Native, layers_from_config
 from ..grid import empty_weight
 from ..linear import PackedEmbedding, PackedLinear
-from ..matrices import stand_in
+from ..matrices import find_matrices, stand_in
 from ..tensorfile import DTYPES, parse_header
 
 
@@ -56,8 +58,16 @@ class LowbitQuantizer(HfQuantizer):
 
     quantization_config: LowbitConfig
 
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any):
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                f"{METHOD} reads packed folders and does not pack while loading: run `lowbit-ft quantize` on a recipe with this "
+                "checkpoint, and load the base/ folder it writes"
+            )
+        super().__init__(quantization_config, **kwargs)
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        layers = self.quantization_config.layers
+        layers = named_in(model, self.quantization_config.layers)
         stand_in(model, layers)
         for name, spec in layers.items():
             try:
@@ -117,6 +127,17 @@ class LowbitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters train over the packed layers (`lowbit_ft.attach`, PEFT)."""
         return True
+
+
+def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """The layers under the names they have in this model. A folder written with the head on is also read without it (AutoModel), and
+    the other way round: the decoder's prefix is then one more, or one less, in the names."""
+    prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
+
+    def here(name: str) -> str:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), name)
+
+    return {here(name): spec for name, spec in layers.items()}
 
 
 def mark_packed(model: Any) -> None:

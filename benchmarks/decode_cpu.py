@@ -1,0 +1,132 @@
+"""Decoding on a CPU: tokens/s of the packed native format against bfloat16 transformers, the same random Llama, one interleaved run.
+
+    python benchmarks/decode_cpu.py                     # 300M weights, 4 bit, groups of 128; asks for a ratio of 2
+
+Both models go through `generate` (greedy, one sequence); only the steps after the first are timed, because the first is a prompt and
+runs the packed op (its time is printed too). The head and the embeddings stay bfloat16 in both. Rounds alternate between the two
+models, so that a busy neighbour slows both; the ratio is that of the medians. Exit code 1 when it is below --at-least. One thread by
+default: on a shared machine several wait for each other at every layer, and what is measured is the scheduler.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+import lowbit_ft  # noqa: F401  (from_pretrained reads the native format)
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.load import Checkpoint
+from lowbit_ft.merge import base_weights
+from lowbit_ft.quantize import quantize
+from lowbit_ft.recipe import QuantSection
+from lowbit_ft.rundir import environment
+
+HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000
+
+
+class Clock(BaseStreamer):
+    """When each token came out of `generate` (the prompt first)."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def write_dense(folder: Path, layers: int) -> int:
+    """A random Llama in bfloat16; returns its number of weights."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def decode(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
+    """(seconds until the first new token, tokens/s after it)."""
+    clock = Clock()
+    model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
+        pad_token_id=0, streamer=clock,
+    )  # fmt: skip
+    times = clock.times  # of the prompt, which is put before it is read, then of tokens + 1 new ones
+    assert len(times) == tokens + 2
+    return times[1] - times[0], tokens / (times[-1] - times[1])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bits", type=int, default=4)
+    p.add_argument("--group-size", type=int, default=128)
+    p.add_argument("--asymmetric", action="store_true")
+    p.add_argument("--layers", type=int, default=18)
+    p.add_argument("--prompt", type=int, default=8)
+    p.add_argument("--tokens", type=int, default=32)
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--at-least", type=float, default=2.0)
+    p.add_argument("--out", type=Path)
+    o = p.parse_args()
+    torch.set_num_threads(o.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        dense, native = Path(temporary) / "dense", Path(temporary) / "native"
+        weights = write_dense(dense, o.layers)
+        checkpoint = Checkpoint.open(dense)
+        section = QuantSection.model_validate(
+            {"bits": o.bits, "group_size": o.group_size, "symmetric": not o.asymmetric, "residual_bits": 0,
+             "calibrate": "minmax" if o.asymmetric else "absmax"}
+        )  # fmt: skip
+        packed, _ = quantize(checkpoint, section, dtype=torch.bfloat16)
+        write_model(native, checkpoint, base_weights(packed), EXPORTERS["native"])
+        del packed
+        models = {
+            name: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+            for name, folder in (("bf16", dense), ("native", native))
+        }
+    prompt = torch.randint(3, VOCABULARY, (1, o.prompt))
+    first: dict[str, list[float]] = {name: [] for name in models}
+    speed: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(o.rounds + 1):
+        for name, model in models.items():
+            seconds, rate = decode(model, prompt, o.tokens)
+            if round_number:  # the first round repacks and warms up
+                first[name].append(seconds)
+                speed[name].append(rate)
+    result = {
+        "weights": weights,
+        "tokens_per_s": {name: median(rates) for name, rates in speed.items()},
+        "spread": {name: [min(rates), max(rates)] for name, rates in speed.items()},
+        "prompt_seconds": {name: median(times) for name, times in first.items()},
+        "ratio": median(speed["native"]) / median(speed["bf16"]),
+        "ratios": [a / b for a, b in zip(speed["native"], speed["bf16"], strict=True)],
+    }
+    print(f"{weights / 1e6:.0f}M weights, {o.threads} threads, {o.tokens} tokens after a prompt of {o.prompt}, {o.rounds} rounds")
+    for name in models:
+        low, high = result["spread"][name]
+        print(f"{name:<8}{result['tokens_per_s'][name]:8.2f} tokens/s ({low:.2f} to {high:.2f}), prompt {result['prompt_seconds'][name]:.2f} s")
+    print(f"ratio {result['ratio']:.2f} (asked for: {o.at_least}), by round {', '.join(f'{r:.2f}' for r in result['ratios'])}")
+    if o.out:
+        options = {key: str(value) for key, value in vars(o).items()}
+        o.out.write_text(json.dumps({"environment": environment(), "options": options, **result}, indent=1) + "\n")
+    if result["ratio"] < o.at_least:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
