@@ -4,6 +4,8 @@ Range calibrators (absmax, minmax, mse) and binary ones need one weight at a tim
 gptq walks the decoder layers (walk.py): a layer is read, the inputs of its linears are summed into Hessians, its linears are
 packed in place, and the text goes on through the packed layer, so later layers see the errors of earlier ones.
 
+A checkpoint that is quantized already (incoming/) is not calibrated: `adopt` repacks its codes as they are.
+
 Every linear layer of the model gets a row in the table: quantized, or skipped and why. Nothing is skipped in silence.
 """
 
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid, Weight
+from .grid import Grid, IntGrid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
 from .integrations.transformers import mark_packed
 from .linear import PackedLinear
@@ -110,6 +112,10 @@ def quantize(
     model = checkpoint.empty_model(attention)
     targets, rows = plan_layers(model, quant)
     check_shapes(checkpoint, targets)
+    if checkpoint.incoming is not None:
+        return adopt(checkpoint, quant, model, targets, rows, torch.device(device), dtype, progress or (lambda name: None))
+    if quant.from_checkpoint:
+        raise ValueError(f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of {', '.join(CALIBRATORS)}")
     calibrator = CALIBRATORS[quant.calibrate]
     stats = Stats(p=quant.mse_p, damping=quant.calibration.damping)
     tell = progress or (lambda name: None)
@@ -146,6 +152,45 @@ def quantize(
             if not isinstance(model.get_submodule(name), PackedLinear):
                 pack(name)
         materialize(model, checkpoint, "", device, dtype)
+    return _finished(model, rows)
+
+
+@torch.no_grad()
+def adopt(
+    checkpoint: Checkpoint, quant: QuantSection, model: Any, targets: dict[str, nn.Linear], rows: list[QuantRow],
+    device: torch.device, dtype: torch.dtype, tell: Callable[[str], None],
+) -> tuple[Any, QuantTable]:  # fmt: skip
+    """The model of a checkpoint that is quantized already: its own codes, scales and zero points, repacked one layer at a time.
+
+    ValueError naming the layers when `quant` chooses others than are packed, or a packed one is not an nn.Linear of the model.
+    """
+    assert checkpoint.incoming is not None
+    source = f"{checkpoint.source} ({checkpoint.incoming})"
+    packed = {key for name in targets if (key := checkpoint.packed_key(f"{name}.weight"))}
+    if dense := [name for name in targets if checkpoint.packed_key(f"{name}.weight") is None]:
+        raise ValueError(f"{source}: {_some(dense)} are not packed there, but quant.targets and exclude choose them; leave both out")
+    if left := sorted(set(checkpoint.incoming.layers) - packed):
+        raise ValueError(
+            f"{source}: the packed layers {_some(left)} are no nn.Linear of {type(model).__name__} that quant chooses (experts that "
+            "transformers fuses, or left out by quant.targets and exclude); they would have to become dense, which is not done"
+        )
+    for name, linear in targets.items():
+        grid = quant.grid_for(name)
+        assert isinstance(grid, IntGrid)
+        stray = f"{checkpoint.packed_key(f'{name}.weight')}.bias"
+        if linear.bias is None and stray in checkpoint.names() and bool(checkpoint.read(stray).any()):
+            raise ValueError(f"{checkpoint.file(stray)}: {stray} is not zero, but this {type(model).__name__} has no bias there")
+        base = checkpoint.packed_weight(f"{name}.weight", grid, device)
+        bias = None if linear.bias is None else checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
+        model.set_submodule(name, PackedLinear(base, bias))
+        note = f"as it is in the {checkpoint.incoming} checkpoint"
+        rows.append(QuantRow(name, "quantized", note, grid.bits, grid.group_size, None, base.shape[0] * base.shape[1], base.nbytes))
+        tell(name)
+    materialize(model, checkpoint, "", device, dtype)
+    return _finished(model, rows)
+
+
+def _finished(model: Any, rows: list[QuantRow]) -> tuple[Any, QuantTable]:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order.get(row.layer, len(order)))
     mark_packed(model)  # so that the model's own save_pretrained writes a folder that loads

@@ -53,13 +53,14 @@ def _grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
     for path, bits, group_size in _bits(r.quant):
         try:
             if r.quant.grid == "binary":
-                yield path, BinaryGrid(bits=bits, group_size=group_size)
+                yield path, BinaryGrid(bits=bits, group_size=group_size, scale_dtype=r.quant.scale_dtype)
             else:
                 q = r.quant
                 yield (
                     path,
                     IntGrid(
-                        bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits
+                        bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits,
+                        scale_dtype=q.scale_dtype,
                     ),
                 )
         except ValueError:
@@ -91,7 +92,9 @@ def check_grid(r: Any) -> Problems:
             "got false; sign planes have no zero point; remove it, or use quant.grid: integer",
         )
     calibrator = CALIBRATORS.get(quant.calibrate)
-    if calibrator is None:
+    if quant.from_checkpoint:
+        pass  # recipe_incoming.py has looked
+    elif calibrator is None:
         fits = [name for name, entry in CALIBRATORS.items() if entry.grid == quant.grid]
         yield Problem(
             ("quant", "calibrate"),
@@ -134,11 +137,27 @@ def check_method(r: Any) -> Problems:
         )
     told = set()
     for path, grid in _grids(r):
-        reason = config.reject(grid)
+        reason = _no_residual(r, config, grid) if r.quant.from_checkpoint else config.reject(grid)
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(("adapter", "method"), f"got {config.method!r}{where}: {reason}")
+
+
+def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
+    """Why a method cannot train on a base that came quantized: there is no residual, and no dense weight to make one from."""
+    from lowbit_ft.adapters import ADAPTERS
+
+    start = getattr(config, "init", "zero")
+    plain = config.model_copy(update={"init": "zero"}) if start != "zero" else config
+    if plain.reject(grid):
+        fit = [name for name, kind in ADAPTERS.items() if kind.grid_name == grid.name and not kind(method=name).reject(grid)]
+        why = f"{config.method} needs the fraction that rounding threw away, which {r.model.path if hasattr(r, 'model') else 'a quantized checkpoint'} does not have"
+    elif start != "zero":
+        return f"adapter.init: {start} reads the rounding error, which a quantized checkpoint does not have; set adapter.init: zero"
+    else:
+        return None
+    return f"{why}; use {_list(fit)}, or give the full-precision checkpoint as model.path"
 
 
 def check_export(r: Any) -> Problems:
@@ -162,6 +181,8 @@ def check_export(r: Any) -> Problems:
         if config is not None and config.grid_name == grid.name:
             grid = config.shipped(grid)
         reason = EXPORTERS[name].reject(grid)
+        if reason is None and hasattr(r, "model"):
+            reason = EXPORTERS[name].reject_dtype(grid, r.model.dtype)
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
@@ -196,7 +217,7 @@ def _shapes(model: Any) -> Shapes | None:
 
 
 def check_model(r: Any) -> Problems:
-    """That a path which is meant as a folder is a readable checkpoint, not yet quantized."""
+    """That a path which is meant as a folder is a checkpoint that can be read (a quantized one: in a format of incoming/)."""
     path = r.model.path
     here = ("model", "path")
     folder = Path(path).expanduser()
@@ -214,14 +235,9 @@ def check_model(r: Any) -> Problems:
             ("model", "revision"), f"got {r.model.revision!r}; a local folder has no revisions; remove it"
         )
     try:
-        shapes = read_shapes(folder)
+        read_shapes(folder)
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
-        return
-    if "quantization_config" in shapes.config:
-        entry = shapes.config["quantization_config"]
-        method = entry.get("quant_method", "some method") if isinstance(entry, dict) else entry
-        yield Problem(here, f"got {path!r}, already quantized ({method}); give the full-precision checkpoint")
 
 
 def check_layers(r: Any) -> Problems:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit_ft.incoming import Incoming
 
 _NOT_LINEAR = (
     "embed",
@@ -40,6 +43,7 @@ class Shapes:
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
     nbytes: dict[str, int]
+    incoming: Incoming | None = None  # what is packed in the files already
 
     @property
     def linears(self) -> list[Layer]:
@@ -100,6 +104,7 @@ def read_shapes(folder: Path) -> Shapes:
         ValueError: no config.json, no safetensors, a damaged header; the message names the file and the fix.
     """
     from lowbit_ft.hub import tensor_entries
+    from lowbit_ft.incoming import collapse
 
     config_file = folder / "config.json"
     try:
@@ -114,5 +119,9 @@ def read_shapes(folder: Path) -> Shapes:
     entries, problems = tensor_entries(folder)
     if problems:
         raise ValueError(problems[0])
+    try:
+        entries, incoming = collapse(config.get("quantization_config"), entries)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()})
+    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()}, incoming)

@@ -120,7 +120,11 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     before they are trained."""
     if not layers:
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
-    if problems := exporter.reject_model(layers):
+    problems = exporter.reject_model(layers)
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    by_dtype = {spec.grid: name for name, spec in reversed(layers.items())}
+    problems += [f"{name}: {reason}" for grid, name in by_dtype.items() if (reason := exporter.reject_dtype(grid, dtype))]
+    if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
     return _Layout(checkpoint, layers, exporter)
 
