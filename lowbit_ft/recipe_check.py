@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lowbit_ft.lora_start import lora_problems, read_lora
 from lowbit_ft.recipe_layers import Layer, Shapes, has_chat_template, local_folder, read_shapes
 from lowbit_ft.recipe_machine import (
     HUB_ID,
@@ -26,6 +27,7 @@ from lowbit_ft.recipe_machine import (
     near_names,
     path_is,
 )
+from lowbit_ft.recipe_values import matches
 from lowbit_ft.recipe_yaml import KeyPath, Problem, did_you_mean
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -160,6 +162,32 @@ def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
     return f"{why}; use {_list(fit)}, or give the full-precision checkpoint as model.path"
 
 
+def check_adapter_layers(r: Any) -> Problems:
+    """adapter.targets against the layers that are packed, and the LoRA of adapter.init_from against them."""
+    shapes = _shapes(r.model)
+    config = r.adapter
+    layers = {} if shapes is None else {x.name: x for x in shapes.linears if r.quant.skip_reason(x.name) is None}
+    for i, pattern in enumerate(config.targets or []):
+        if layers and not any(matches(pattern, name) for name in layers):
+            yield Problem(("adapter", "targets", i), f"got {pattern!r}, which matches no packed layer{_nearest_layers(pattern, list(layers))}")
+    source = getattr(config, "init_from", None)
+    if source is None:
+        return
+    here = ("adapter", "init_from")
+    if getattr(config, "init", "zero") != "zero":
+        yield Problem(("adapter", "init"), f"got {config.init!r} beside init_from; A and B have one start: remove one of the two")
+    try:
+        lora = read_lora(source)
+    except (OSError, ValueError) as error:
+        yield Problem(here, f"got {source!r}: {error}")
+        return
+    # A file may name its layers without the model's prefix; then the check waits for the model (lora_start.py).
+    named = any(name in layers for name in lora.pairs)
+    adapted = {name: (x.out_features, x.in_features) for name, x in layers.items() if config.trains(name)}
+    for problem in lora_problems(lora, config, adapted if named else {n: (b.shape[0], a.shape[1]) for n, (a, b) in lora.pairs.items()}):
+        yield Problem(here, f"got {source!r}: {problem}")
+
+
 def check_export(r: Any) -> Problems:
     """The export format against the grid of every layer, so that training never ends in a model that cannot
     be written.
@@ -194,7 +222,7 @@ def check_export(r: Any) -> Problems:
     for layer in shapes.linears:
         if r.quant.skip_reason(layer.name) is None:
             grid = r.quant.grid_for(layer.name)
-            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name else grid
+            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name and config.trains(layer.name) else grid
             specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
     # Reasons of single layers are told by check_layers; these are about layers together (mixed grids).
     alone = {f"{n}: {reason}" for n, s in specs.items() if (reason := EXPORTERS[name].reject_width(s.grid, s.shape[1]))}
@@ -235,15 +263,15 @@ def check_model(r: Any) -> Problems:
             ("model", "revision"), f"got {r.model.revision!r}; a local folder has no revisions; remove it"
         )
     try:
-        read_shapes(folder)
+        incoming = read_shapes(folder).incoming
+        if incoming is not None:
+            incoming.refuse_order()
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
 
 
 def check_layers(r: Any) -> Problems:
     """Targets, exclusions and overrides that match nothing; group sizes that do not fit a layer."""
-    from lowbit_ft.recipe import matches
-
     shapes = _shapes(r.model)
     if shapes is None or not shapes.linears:
         return
@@ -337,6 +365,10 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured"
         )
+    if (source := getattr(recipe.adapter, "init_from", None)) is not None:
+        base, ours = read_lora(source).base, recipe.model.path
+        if Path(base).name.lower() != Path(ours).name.lower():
+            found.append(f"the LoRA {source} was trained on {base or 'an unnamed base'}, this run starts from {ours}: the same weights?")
     if local_folder(recipe.model.path, recipe.model.revision) is None:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
@@ -394,6 +426,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant",), check_grid),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
+    (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant"), check_layers),
     (("model", "data"), check_lengths),
     (("model", "data"), check_chat),

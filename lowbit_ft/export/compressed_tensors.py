@@ -53,7 +53,7 @@ class CompressedTensors(Exporter):
             return None
         return (
             f"its readers cast scales to the model's dtype, and {grid.scale_dtype} scales do not survive {dtype}; "
-            f"set model.dtype: {grid.scale_dtype}, or export.format: native"
+            f"set model.dtype: {'float32' if grid.scale_dtype == 'float32' else 'float32 (or float16)'}, or export.format: native"
         )
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:

@@ -122,7 +122,7 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
     problems = exporter.reject_model(layers)
     dtype = str(checkpoint.dtype).removeprefix("torch.")
-    by_dtype = {spec.grid: name for name, spec in reversed(layers.items())}
+    by_dtype = {spec.grid: name for name, spec in layers.items()}
     problems += [f"{name}: {reason}" for grid, name in by_dtype.items() if (reason := exporter.reject_dtype(grid, dtype))]
     if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))

@@ -44,6 +44,7 @@ class Reader(ABC):
     method: ClassVar[str]  # quant_method of config.json
     parts: ClassVar[tuple[str, ...]]  # local names of a layer's tensors; the first, the codes, is always there
     scale: ClassVar[str]  # the local name of the scales
+    order: ClassVar[str] = ""  # the local name of the groups of the inputs, where the format has one
 
     @abstractmethod
     def check(self, config: Mapping[str, Any]) -> None:
@@ -56,6 +57,10 @@ class Reader(ABC):
     @abstractmethod
     def unpack(self, config: Mapping[str, Any], layer: PackedLayer, tensors: Mapping[str, Tensor]) -> Codes:
         """One layer's integers and scales. ValueError (the caller adds the layer's name)."""
+
+    def may_sort(self, config: Mapping[str, Any]) -> bool:
+        """Whether the settings say that inputs were sorted before grouping."""
+        return True
 
     def describe(self, config: Mapping[str, Any]) -> str:
         """For messages and the table of `quantize`."""
@@ -95,6 +100,17 @@ class Incoming:
         return PackedWeight(
             codes=codes.to(device), scale=scale.to(device), zero=None if zero is None else zero.to(device), shape=layer.shape, grid=grid
         )
+
+
+    def refuse_order(self) -> None:
+        """ValueError naming the first layer whose inputs were sorted (act-order). Small reads; only where the settings announce it."""
+        for layer in self.layers.values():
+            entry = layer.parts.get(self.reader.order)
+            if entry is not None and self.reader.may_sort(self.config):
+                try:
+                    refuse_order(read(entry), layer.grid.group_size)
+                except ValueError as error:
+                    raise ValueError(f"{entry.file}: layer {layer.name}: {error}") from None
 
 
 def read(entry: TensorEntry) -> Tensor:

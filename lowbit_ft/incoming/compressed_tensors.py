@@ -28,6 +28,7 @@ class CompressedTensorsReader(Reader):
     method = "compressed-tensors"
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     scale = "weight_scale"
+    order = "weight_g_idx"
 
     def check(self, config: Mapping[str, Any]) -> None:
         groups = config.get("config_groups")

@@ -26,6 +26,7 @@ class GPTQ(Reader):
     method = "gptq"
     parts = ("qweight", "qzeros", "scales", "g_idx")
     scale = "scales"
+    order = "g_idx"
 
     def check(self, config: Mapping[str, Any]) -> None:
         form = config.get("checkpoint_format") or "gptq"
@@ -79,6 +80,9 @@ class GPTQ(Reader):
                 )
             zero = zero + 1
         return Codes(codes, tensors["scales"], zero)
+
+    def may_sort(self, config: Mapping[str, Any]) -> bool:
+        return bool(config.get("desc_act"))
 
     def describe(self, config: Mapping[str, Any]) -> str:
         return f"GPTQ {'v2' if config.get('checkpoint_format') == 'gptq_v2' else 'v1'}"
