@@ -4,7 +4,7 @@ Range calibrators (absmax, minmax, mse) and binary ones need one weight at a tim
 gptq walks the decoder layers (walk.py): a layer is read, the inputs of its linears are summed into Hessians, its linears are
 packed in place, and the text goes on through the packed layer, so later layers see the errors of earlier ones.
 
-A checkpoint that is quantized already (incoming/) is not calibrated: `adopt` repacks its codes as they are.
+A checkpoint that is quantized already (incoming/) is not calibrated: its codes are repacked as they are (incoming/adopt.py).
 
 Every linear layer of the model gets a row in the table: quantized, or skipped and why. Nothing is skipped in silence.
 """
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid, IntGrid, Weight
+from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
+from .incoming.adopt import adopt
 from .integrations.transformers import mark_packed
 from .linear import PackedLinear
 from .load import Checkpoint, materialize
@@ -113,7 +114,8 @@ def quantize(
     targets, rows = plan_layers(model, quant)
     check_shapes(checkpoint, targets)
     if checkpoint.incoming is not None:
-        return adopt(checkpoint, quant, model, targets, rows, torch.device(device), dtype, progress or (lambda name: None))
+        rows += [QuantRow(*row) for row in adopt(checkpoint, quant, model, list(targets), device, dtype, progress)]
+        return _finished(model, rows)
     if quant.from_checkpoint:
         raise ValueError(f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of {', '.join(CALIBRATORS)}")
     calibrator = CALIBRATORS[quant.calibrate]
@@ -152,41 +154,6 @@ def quantize(
             if not isinstance(model.get_submodule(name), PackedLinear):
                 pack(name)
         materialize(model, checkpoint, "", device, dtype)
-    return _finished(model, rows)
-
-
-@torch.no_grad()
-def adopt(
-    checkpoint: Checkpoint, quant: QuantSection, model: Any, targets: dict[str, nn.Linear], rows: list[QuantRow],
-    device: torch.device, dtype: torch.dtype, tell: Callable[[str], None],
-) -> tuple[Any, QuantTable]:  # fmt: skip
-    """The model of a checkpoint that is quantized already: its own codes, scales and zero points, repacked one layer at a time.
-
-    ValueError naming the layers when `quant` chooses others than are packed, or a packed one is not an nn.Linear of the model.
-    """
-    assert checkpoint.incoming is not None
-    source = f"{checkpoint.source} ({checkpoint.incoming})"
-    packed = {key for name in targets if (key := checkpoint.packed_key(f"{name}.weight"))}
-    if dense := [name for name in targets if checkpoint.packed_key(f"{name}.weight") is None]:
-        raise ValueError(f"{source}: {_some(dense)} are not packed there, but quant.targets and exclude choose them; leave both out")
-    if left := sorted(set(checkpoint.incoming.layers) - packed):
-        raise ValueError(
-            f"{source}: the packed layers {_some(left)} are no nn.Linear of {type(model).__name__} that quant chooses (experts that "
-            "transformers fuses, or left out by quant.targets and exclude); they would have to become dense, which is not done"
-        )
-    for name, linear in targets.items():
-        grid = quant.grid_for(name)
-        assert isinstance(grid, IntGrid)
-        stray = f"{checkpoint.packed_key(f'{name}.weight')}.bias"
-        if linear.bias is None and stray in checkpoint.names() and bool(checkpoint.read(stray).any()):
-            raise ValueError(f"{checkpoint.file(stray)}: {stray} is not zero, but this {type(model).__name__} has no bias there")
-        base = checkpoint.packed_weight(f"{name}.weight", grid, device)
-        bias = None if linear.bias is None else checkpoint.weight_for(f"{name}.bias", device=device, dtype=dtype)
-        model.set_submodule(name, PackedLinear(base, bias))
-        note = f"as it is in the {checkpoint.incoming} checkpoint"
-        rows.append(QuantRow(name, "quantized", note, grid.bits, grid.group_size, None, base.shape[0] * base.shape[1], base.nbytes))
-        tell(name)
-    materialize(model, checkpoint, "", device, dtype)
     return _finished(model, rows)
 
 

@@ -185,3 +185,14 @@ def test_act_order_is_refused_when_the_recipe_loads(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "came" / "model.safetensors")
     told = problems_of(write_recipe(tmp_path, tmp_path / "came"))
     assert any(name in line and "desc_act" in line and "model.path" in line for line in told), told
+
+
+def test_init_writes_a_recipe_that_loads(tmp_path: Path) -> None:
+    from lowbit_ft.recipe_init import write_recipe as init
+
+    quantized_checkpoint(tmp_path / "came", "awq", source=TINY, group_size=128)
+    init(str(tmp_path / "came"), tmp_path / "made.yaml")
+    text = (tmp_path / "made.yaml").read_text()
+    assert "(AWQ GEMM)" in text and "28 layers are packed already" in text and "residual_bits" not in text
+    recipe = load_recipe(tmp_path / "made.yaml", [f"data.train.path={ROOT}/recipes/assets/docstrings/train.jsonl", "model.dtype=float32"])
+    assert recipe.adapter.method == "dl_qat" and recipe.quant.group_size == 128
