@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import PackedWeight
+from lowbit_ft.incoming import READERS
 from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint, CheckpointError, load_model
 from lowbit_ft.quantize import quantize
@@ -18,7 +21,7 @@ from lowbit_ft.recipe import QuantSection
 from lowbit_ft.recipe_incoming import resolve_quant
 from lowbit_ft.recipe_sections import ModelSection
 from tests.incoming_tools import Layer, quantized_checkpoint
-from tests.packed_tools import IDS, tiny_checkpoint
+from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *[("gptq", {"bits": b, "symmetric": s, "settings": {"checkpoint_format": f}})
@@ -280,3 +283,50 @@ def test_a_section_that_was_not_resolved_is_refused(tmp_path: Path) -> None:
         quantize(Checkpoint.open(tiny_checkpoint(tmp_path / "d")), QuantSection(calibrate="from_checkpoint"))
     problems = resolve_quant(ModelSection(path=str(tmp_path / "d")), QuantSection(calibrate="from_checkpoint"))[1]
     assert "is not quantized; remove the key" in str(problems[0])
+
+
+@pytest.mark.parametrize("name", [name for name, exporter in EXPORTERS.items() if exporter.quant_method in READERS])
+def test_what_we_export_comes_in_again(name: str, tmp_path: Path) -> None:
+    dense = Checkpoint.open(tiny_checkpoint(tmp_path / "dense"), dtype="float32")
+    weights = random_weights(load_model(dense), int_grid(bits=4))
+    write_model(tmp_path / "out", dense, weights, EXPORTERS[name])
+    quant = resolved(tmp_path / "out")
+    assert quant.scale_dtype == "bfloat16"  # bf16 values, whatever dtype the file has
+    model, _ = quantize(Checkpoint.open(tmp_path / "out", dtype="float32"), quant)
+    for layer, weight in weights.items():
+        found = model.get_submodule(layer).base
+        # AWQ has zero points always: all in the middle
+        assert torch.equal(found.codes, weight.codes) and torch.equal(found.scale, weight.scale), layer  # pyright: ignore
+        assert found.zero is None or bool((found.zero == 8).all())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, packed_model(dense, weights)(IDS).logits)
+
+
+def test_what_compressed_tensors_itself_writes_comes_in(tmp_path: Path) -> None:
+    """The library's own quantizer and compressor, asymmetric, fp32 scales."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path / "dense"), dtype=torch.float32)
+    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="frozen", format="pack-quantized")
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.data.view(module.weight.shape[0], -1, 64)
+            scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+            module.weight_scale.data.copy_(scale)
+            module.weight_zero_point.data.copy_(zero)
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "theirs")
+    compressor.update_config(tmp_path / "theirs")
+    compressor.decompress_model(model)
+    found, _ = packed(tmp_path / "theirs")
+    layers = [name for name, m in found.named_modules() if isinstance(m, PackedLinear)]
+    assert len(layers) == 7
+    for name in layers:
+        torch.testing.assert_close(found.get_submodule(name).base.dequantize(), model.get_submodule(name).weight.data, rtol=0, atol=0)
