@@ -305,7 +305,12 @@ def test_what_we_export_comes_in_again(name: str, tmp_path: Path) -> None:
 def test_what_compressed_tensors_itself_writes_comes_in(tmp_path: Path) -> None:
     """The library's own quantizer and compressor, asymmetric, fp32 scales."""
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
     from compressed_tensors.quantization.utils import calculate_qparams
     from transformers import AutoModelForCausalLM
 
