@@ -72,6 +72,7 @@ def quantized_checkpoint(
     symmetric: bool = False,
     scale_dtype: torch.dtype = torch.float16,
     settings: dict[str, Any] | None = None,
+    names: tuple[str, ...] = PROJECTIONS,
 ) -> dict[str, Layer]:
     """Write `folder` from a dense checkpoint (default: a random tiny Llama); returns what is in it, by layer."""
     if source is None:
@@ -82,7 +83,7 @@ def quantized_checkpoint(
     version = (settings or {}).get("checkpoint_format", "gptq")
     for key, value in tensors.items():
         layer = key.removesuffix(".weight")
-        if layer.rpartition(".")[2] not in PROJECTIONS:
+        if layer.rpartition(".")[2] not in names:
             out[key] = value
             continue
         layers[layer] = made = round_weight(value, bits, group_size, symmetric, scale_dtype)

@@ -20,7 +20,7 @@ from lowbit_ft.quantize import quantize
 from lowbit_ft.recipe import QuantSection
 from lowbit_ft.recipe_incoming import resolve_quant
 from lowbit_ft.recipe_sections import ModelSection
-from tests.incoming_tools import Layer, quantized_checkpoint
+from tests.incoming_tools import PROJECTIONS, Layer, quantized_checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -148,6 +148,27 @@ def test_zero_points_of_older_compressed_tensors(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "q" / "model.safetensors")
     model, _ = packed(tmp_path / "q")
     assert all(equal(model.get_submodule(name).base, layer) for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("names", [(*PROJECTIONS, "lm_head"), ("q_proj", "k_proj", "v_proj"), ("o_proj", "up_proj", "gate_proj", "down_proj")])
+def test_the_layers_that_are_packed_are_the_ones_that_were(names: tuple[str, ...], tmp_path: Path) -> None:
+    """A packed head, and checkpoints that leave some projections dense: the selection is read from the files."""
+    layers = quantized_checkpoint(tmp_path / "q", "gptq", names=names, settings={"lm_head": "lm_head" in names})
+    quant = resolved(tmp_path / "q")
+    assert quant.targets == sorted(names) and quant.exclude == []
+    model, table = packed(tmp_path / "q")
+    assert {row.layer for row in table.quantized} == set(layers)
+    assert all(equal(model.get_submodule(name).base, layer) for name, layer in layers.items())
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, load_model(Checkpoint.open(tmp_path / "q", dtype="float32"))(IDS).logits)
+
+
+def test_experts_that_are_packed_one_by_one_are_refused_by_name(tmp_path: Path) -> None:
+    quantized_checkpoint(tmp_path / "q", "gptq")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    save_file({key.replace("mlp.", "mlp.experts.3."): value for key, value in tensors.items()}, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"packed one by one \(model.layers.0.mlp.experts.3.down_proj, ...\).*full-precision"):
+        Checkpoint.open(tmp_path / "q")
 
 
 def change(folder: Path, **settings: Any) -> None:

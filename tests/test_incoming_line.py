@@ -196,3 +196,55 @@ def test_init_writes_a_recipe_that_loads(tmp_path: Path) -> None:
     assert "(AWQ GEMM)" in text and "28 layers are packed already" in text and "residual_bits" not in text
     recipe = load_recipe(tmp_path / "made.yaml", [f"data.train.path={ROOT}/recipes/assets/docstrings/train.jsonl", "model.dtype=float32"])
     assert recipe.adapter.method == "dl_qat" and recipe.quant.group_size == 128
+
+
+def test_an_adapter_on_some_layers_loads_in_peft(tmp_path: Path) -> None:
+    import lowbit_ft  # noqa: F401 - the native format
+    from peft import PeftModel
+
+    from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
+
+    quantized_checkpoint(tmp_path / "came", "gptq", source=TINY, group_size=128)
+    pipeline.train(load_recipe(write_recipe(tmp_path, tmp_path / "came"), ["eval.perplexity=false"]))
+    ids = torch.arange(3, 40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    assert sum(isinstance(module, LowBitLinear) for module in model.modules()) == 8
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, merged(ids).logits)
+    for key in ({"targets": ["q_proj"]}, {"init_from": "somewhere"}):
+        with pytest.raises(ValueError, match="is a key of recipes; PEFT's own is target_modules"):
+            LowBitConfig(method="lr_qat", options=key)
+
+
+def test_a_hub_checkpoint_says_its_grid_once_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is fetched nothing is known of it; then the recipe of the run has its grid, or the run stops before it begins."""
+    from huggingface_hub import constants
+
+    from lowbit_ft import load, session
+
+    commit = "0" * 40
+    cache = tmp_path / "cache" / "models--org--tiny"
+
+    def fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
+        assert source == "org/tiny"
+        if not cache.exists():
+            (cache / "snapshots").mkdir(parents=True)
+            (cache / "refs").mkdir()
+            (cache / "refs" / "main").write_text(commit)
+            quantized_checkpoint(cache / "snapshots" / commit, "awq", source=TINY, group_size=64)
+        return cache / "snapshots" / commit, commit
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "locate", fetch)
+    recipe = load_recipe(write_recipe(tmp_path, Path("org/tiny")))
+    assert recipe.quant.calibrate == "mse" and recipe.quant.group_size == 128
+    begun = session.start(recipe)
+    quant = begun.recipe.quant
+    assert (quant.calibrate, quant.group_size, quant.symmetric, quant.residual_bits) == ("from_checkpoint", 64, False, 0)
+    assert begun.run.recipe().quant == quant and begun.checkpoint.revision == commit
+    wrong = recipe.model_copy(update={"quant": type(quant)(bits=3), "output": tmp_path / "other"})
+    with pytest.raises(RecipeError, match="quant.bits: got 3; tiny is AWQ GEMM with 4; remove the key"):
+        session.start(wrong)
+    assert not (tmp_path / "other").exists()

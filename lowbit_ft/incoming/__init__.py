@@ -8,6 +8,7 @@ whose values our grids cannot hold bit for bit is refused, never rounded. No den
 To add a format: one subclass of Reader in its own file and one line in READERS.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from .compressed_tensors import CompressedTensorsReader
 from .gptq import GPTQ
 
 READERS: dict[str, Reader] = {"gptq": GPTQ(), "awq": AWQ(), "compressed-tensors": CompressedTensorsReader()}
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def collapse(config: Any, entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], Incoming | None]:
@@ -46,6 +49,11 @@ def collapse(config: Any, entries: Mapping[str, TensorEntry]) -> tuple[dict[str,
     out = dict(entries)
     layers: dict[str, PackedLayer] = {}
     for name, parts in found.items():
+        if _EXPERT.search(name):
+            raise ValueError(
+                f"the experts of this mixture are packed one by one ({name}, ...), and transformers fuses them: they cannot be taken over; "
+                "give the full-precision checkpoint"
+            )
         layers[name] = layer = reader.layer(settings, name, parts)
         for local in parts:
             del out[f"{name}.{local}"]

@@ -26,6 +26,7 @@ def adopt(
     """
     from ..linear import PackedLinear
     from ..load import materialize
+    from ..memory import release_freed
 
     incoming = checkpoint.incoming
     assert incoming is not None
@@ -50,6 +51,7 @@ def adopt(
         model.set_submodule(name, PackedLinear(base, bias))
         note = f"as it is in the {incoming} checkpoint"
         rows.append((name, "quantized", note, grid.bits, grid.group_size, None, base.shape[0] * base.shape[1], base.nbytes))
+        release_freed()
         if progress is not None:
             progress(name)
     materialize(model, checkpoint, "", device, dtype)
