@@ -74,6 +74,7 @@ def test_untouched_layers_ship_the_very_codes_that_came_in(method: str, tmp_path
     assert rows["trained"] == rows["merged"] == rows["exported"] != rows["quantized"]
     # the reference is the checkpoint as it came: quantizing it did nothing
     assert rows["base"] == rows["quantized"]
+    assert "as it came, quantized" in (tmp_path / "run" / "report.html").read_text()
     assert sorted(json.loads((folder / "lowbit_ft.json").read_text())["layers"]) == sorted(layers)
     # the adapter knows its layers, and the stages can be done again from the files
     assert len(read_adapter(tmp_path / "run" / "adapter")[0].targets or []) == 8
