@@ -45,11 +45,11 @@ def groups_of(exporter: Exporter, bits: int, symmetric: bool) -> str:
 
 def grid_table() -> list[str]:
     head = [f"{bits} {kind}" for bits, kind in product(BITS, ("sym", "asym"))]
-    rows = ["| `export.format` | " + " | ".join(head) + " | binary planes | float offset | float16 scales |"]
+    rows = ["| `export.format` | " + " | ".join(head) + " | binary planes (2 and more) | float offset | float16 scales |"]
     rows.append("| --- |" + " --- |" * (len(head) + 3))
     for name, exporter in EXPORTERS.items():
         cells = [groups_of(exporter, bits, symmetric) for bits, symmetric in product(BITS, (True, False))]
-        planes = holds(exporter, BinaryGrid())
+        planes = holds(exporter, BinaryGrid(bits=2))
         offset = exporter.reject(IntGrid(residual_bits=0), offset=True) is None
         half = IntGrid(residual_bits=0, scale_dtype="float16")
         kept = [d for d in ("bfloat16", "float16", "float32") if holds(exporter, half) and exporter.reject_dtype(half, d) is None]
@@ -77,7 +77,7 @@ def reasons() -> list[str]:
             for reason in (exporter.reject(grid), exporter.reject_width(grid, WIDTH), exporter.reject(grid, offset=True))
             if reason
         )
-        if reason := exporter.reject(BinaryGrid()):
+        if reason := exporter.reject(BinaryGrid(bits=2)):
             found[reason] = None
         rows += [f"- `{name}`: {reason}" for reason in found]
     return rows

@@ -365,6 +365,11 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured"
         )
+    if recipe.quant.from_checkpoint and recipe.adapter.delta_unit is not None and recipe.adapter.exact_merge:
+        found.append(
+            f"{recipe.model.path} comes quantized, without residual bits: a code moves once the low-rank product passes half a step; "
+            "where few do (the report counts them), raise train.learning_rate"
+        )
     if (source := getattr(recipe.adapter, "init_from", None)) is not None:
         base, ours = read_lora(source).base, recipe.model.path
         if Path(base).name.lower() != Path(ours).name.lower():

@@ -163,6 +163,39 @@ def test_the_layers_that_are_packed_are_the_ones_that_were(names: tuple[str, ...
         assert torch.equal(model(IDS).logits, load_model(Checkpoint.open(tmp_path / "q", dtype="float32"))(IDS).logits)
 
 
+def test_a_section_that_chooses_dense_layers_is_refused_from_python_too(tmp_path: Path) -> None:
+    quantized_checkpoint(tmp_path / "q", "gptq", names=("q_proj", "k_proj"))
+    quant = resolved(tmp_path / "q").model_copy(update={"targets": ["q_proj", "k_proj", "v_proj"]})
+    with pytest.raises(ValueError, match="v_proj are not packed there, but quant.targets and exclude choose them"):
+        quantize(Checkpoint.open(tmp_path / "q"), quant)
+
+
+def test_outputs_that_do_not_fill_a_word_are_not_guessed(tmp_path: Path) -> None:
+    """12 outputs have 48 bits of zero points: a word and a half, which a file must hold as two."""
+    quantized_checkpoint(tmp_path / "q", "gptq")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.qweight"] = tensors[f"{name}.qweight"][:, :12].contiguous()
+    tensors[f"{name}.scales"] = tensors[f"{name}.scales"][:, :12].contiguous()
+    tensors[f"{name}.qzeros"] = tensors[f"{name}.qzeros"][:, :1].contiguous()
+    save_file(tensors, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj.qzeros is int32 \[2, 1\]; quantization_config makes it int32 \[2, 2\]"):
+        Checkpoint.open(tmp_path / "q")
+
+
+def test_symmetric_and_asymmetric_layers_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
+    quantized_checkpoint(tmp_path / "q", "compressed-tensors", symmetric=True)
+    quantized_checkpoint(tmp_path / "a", "compressed-tensors", source=tmp_path / "q-dense")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    other = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    config["quantization_config"]["config_groups"]["group_1"] = {**other, "targets": ["re:.*down_proj$"]}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "a"))
+    save_file(a | {key: value for key, value in b.items() if "down_proj" in key}, tmp_path / "q" / "model.safetensors")
+    (problem,) = resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection())[1]
+    assert str(problem).startswith("model.path: got 'q', where some layers are symmetric and others (model.layers.0.mlp.down_proj, ...) are not")
+
+
 def test_experts_that_are_packed_one_by_one_are_refused_by_name(tmp_path: Path) -> None:
     quantized_checkpoint(tmp_path / "q", "gptq")
     tensors = load_file(tmp_path / "q" / "model.safetensors")

@@ -151,6 +151,7 @@ def test_a_run_starts_from_a_lora(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = write_recipe(tmp_path, tmp_path / "came")
     recipe = load_recipe(path, ["adapter.init_from=lora", "train.learning_rate=1e-9", "eval.perplexity=false"])  # beside the recipe
     assert recipe.adapter.init_from == str(tmp_path / "lora")
+    assert any("without residual bits" in note for note in notes(recipe))
     assert any("was trained on" in note and "the same weights?" in note for note in notes(recipe))
     pipeline.train(recipe)
     assert "8 layers from the LoRA" in capsys.readouterr().out
@@ -200,9 +201,9 @@ def test_init_writes_a_recipe_that_loads(tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_some_layers_loads_in_peft(tmp_path: Path) -> None:
-    import lowbit_ft  # noqa: F401 - the native format
     from peft import PeftModel
 
+    import lowbit_ft  # noqa: F401 - the native format
     from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
 
     quantized_checkpoint(tmp_path / "came", "gptq", source=TINY, group_size=128)

@@ -133,6 +133,9 @@ def test_what_is_no_plain_lora_is_refused(facts: dict[str, Any], message: str, d
 def test_damaged_foreign_and_pickled_folders(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter_config.json: cannot be read .*save_pretrained"):
         read_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a JSON object"):
+        read_lora(tmp_path)
     folder = tmp_path / "lora"
     make_lora(dense, folder)
     path = folder / "adapter_model.safetensors"

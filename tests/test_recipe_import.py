@@ -130,6 +130,27 @@ def test_llama_factory(tmp_path: Path) -> None:
     assert "never run" in left["trust_remote_code"] and "identity" in left["dataset"]
 
 
+def test_the_rarer_keys(tmp_path: Path) -> None:
+    """What needs several keys, or is their default."""
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"hub": {"hf_hub_url": "org/rows", "subset": "en", "columns": {"prompt": "q"}}}))
+    draft = import_recipe(written(tmp_path, {
+        "model_name_or_path": "org/model", "stage": "pt", "finetuning_type": "full", "dataset": "hub", "eval_dataset": "hub", "quantization_bit": 5,
+        "report_to": ["wandb", "mlflow"], "use_rslora": True, "lora_rank": 16, "lora_alpha": 4, "max_steps": -1, "warmup_steps": 20,
+        "save_steps": 0.1, "eval_steps": 5, "optim": "adafactor", "lora_target": "q_proj, v_proj", "disable_gradient_checkpointing": True,
+    }))  # fmt: skip
+    left = dict(draft.left)
+    assert (draft.get("data.train.path"), draft.get("data.train.name"), draft.get("data.train.format")) == ("org/rows", "en", "text")
+    assert draft.get("data.train_on") == "all" and draft.get("train.epochs") == 3.0 and draft.get("adapter.alpha") == 16.0
+    assert draft.get("adapter.targets") == ["q_proj", "v_proj"] and draft.get("train.gradient_checkpointing") is False
+    assert draft.get("train.trackers") == ["wandb"] and "mlflow" in left["report_to"] and draft.get("train.eval_every") == 5
+    assert {"finetuning_type", "quantization_bit", "warmup_steps", "save_steps", "optim", "dataset"} <= set(left)
+    draft = import_recipe(written(tmp_path, {"base_model": "org/model", "adapter": "ia3", "lora_target_linear": True, "lora_target_modules": ["q_proj"],
+                                             "eval_steps": 5, "datasets": [{"path": "a/b", "type": "input_output", "revision": "x"}]}))  # fmt: skip
+    left = dict(draft.left)
+    assert draft.get("data.train.format") == "chat" and "a guess" in left["datasets.0.type"] and draft.get("data.train.revision") == "x"
+    assert {"adapter", "lora_target_modules", "eval_steps"} <= set(left) and draft.get("adapter.targets") is None
+
+
 def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) -> None:
     draft = import_recipe(written(tmp_path, FACTORY_FILE | {"dataset": "identity", "mask_history": True}))
     assert "identity is not in a dataset_info.json" in dict(draft.left)["dataset"]

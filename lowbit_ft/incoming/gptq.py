@@ -55,7 +55,7 @@ class GPTQ(Reader):
         n, k = parts["qweight"].shape[1], parts["qweight"].shape[0] * 32 // grid.bits
         groups = kernels.group_count(k, grid.group_size)
         expect(name, parts, "qweight", (k * grid.bits // 32, n), torch.int32)
-        expect(name, parts, "qzeros", (groups, n * grid.bits // 32), torch.int32)
+        expect(name, parts, "qzeros", (groups, -(-n * grid.bits // 32)), torch.int32)
         expect(name, parts, "scales", (groups, n), parts["scales"].dtype)
         if "g_idx" in parts:
             expect(name, parts, "g_idx", (k,), torch.int32)
