@@ -65,12 +65,17 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 def attach(
     model: nn.Module, config: AdapterConfig, dense_weight: Callable[[str], Tensor] | None = None
 ) -> TrainableTable:
-    """Give every PackedLinear a fresh adapter and freeze the rest. dense_weight(layer) -> [N, K] is asked only when the
+    """Give every PackedLinear (of config.targets) a fresh adapter and freeze the rest. dense_weight(layer) -> [N, K] is asked only when the
     config's start needs it (`init: loftq`), one layer at a time. ValueError naming every layer whose grid the method refuses."""
     # An embedding looks its rows up; there is no product for an adapter to be in.
     layers = [(name, layer) for name, layer in packed_layers(model) if not isinstance(layer, PackedEmbedding)]
     if not layers:
         raise ValueError("attach: the model has no packed layers; quantize it first")
+    names = [name for name, _ in layers]
+    packed = sum(layer.in_features * layer.out_features for _, layer in layers)
+    layers = [(name, layer) for name, layer in layers if config.trains(name)]
+    if not layers:
+        raise ValueError(f"adapter.targets: {config.targets} match none of the {len(names)} packed layers ({', '.join(names[:4])}, ...)")
     refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]
     if refused:
         raise ValueError(f"adapter {config.method} cannot train this base:\n  " + "\n  ".join(refused))
@@ -83,7 +88,6 @@ def attach(
         layer.adapter = config.build(layer.base, weight)
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
-    packed = sum(layer.in_features * layer.out_features for _, layer in layers)
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return TrainableTable(rows, packed + dense)
 

@@ -192,6 +192,21 @@ def init(
     typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
 
 
+@app.command(name="import-recipe")
+def import_recipe(
+    file: Annotated[Path, typer.Argument(help="YAML of Axolotl or LLaMA-Factory", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+) -> None:
+    """Write a recipe from another trainer's YAML, and list what it could not take over."""
+    from lowbit_ft.recipe_import import write_imported
+
+    draft = write_imported(file, output, force=force)
+    for key, why in draft.left:
+        typer.echo(f"left: {key}: {why}", err=True)
+    typer.echo(f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  lowbit-ft plan {output}")
+
+
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
     """The checked recipe; what is worth knowing goes to standard error."""
     from lowbit_ft.recipe import load_recipe

@@ -12,7 +12,8 @@ is.
 no file holds (rotary inv_freq, gemma's embedding scale) are computed by the model's own code, not by a copy
 of it here. `materialize` then fills one module. Key names go through transformers' own conversion table
 (renames, the base-model prefix, per-expert weights fused into one 3-D parameter), so what loads here is
-what `from_pretrained` loads.
+what `from_pretrained` loads. A checkpoint that is quantized already (GPTQ, AWQ, compressed-tensors: incoming/) looks the same from
+here; its packed layers are dequantized one at a time where a dense weight is asked for, and `packed_weight` gives their integers.
 
 Checkpoints are data from a stranger: only safetensors and JSON are read, no code in the folder is run, and
 every file name in the index must lead to a file in the folder itself.
@@ -31,7 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ft.experts import StandIn
+from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.hub import locate, tensor_entries
+from lowbit_ft.incoming import Incoming, collapse
 from lowbit_ft.load_names import Part, Source, expert_keys, file_parts, weight_sources
 from lowbit_ft.matrices import Matrix, find_matrices
 from lowbit_ft.tensorfile import (
@@ -61,6 +64,7 @@ class Checkpoint:
         self.source, self.folder, self.revision = source, folder, revision
         self.config, self.dtype = config, dtype
         self._problems: list[str] = []
+        self.incoming: Incoming | None = None  # what was packed already when the checkpoint came
         self._entries = self._scan()
         self._plan: dict[str, Source] | None = None
         self._matrices: dict[str, Matrix] = {}
@@ -124,6 +128,21 @@ class Checkpoint:
         """Model parameters that are not a file tensor as it is (fused experts and such)."""
         return sorted(name for name, source in self._sources().items() if source.converter is not None)
 
+    def packed_key(self, name: str) -> str | None:
+        """The packed layer of the files (its name there) that the model's parameter `name` is, when it is one and nothing else."""
+        keys = self.keys_for(name)
+        source = self._sources().get(name)
+        if self.incoming is None or source is None or source.converter is not None or len(keys) != 1:
+            return None
+        key = keys[0].removesuffix(".weight")
+        return key if key in self.incoming.layers else None
+
+    def packed_weight(self, name: str, grid: IntGrid, device: str | torch.device = "cpu") -> PackedWeight:
+        """The packed layer whose weight is the model's parameter `name`, on its grid, as it is in the files (incoming/)."""
+        key = self.packed_key(name)
+        assert self.incoming is not None and key is not None, name
+        return self.incoming.weight(key, grid, device)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """dtype of the tensor of that name in the files."""
         return self._entry(name).dtype
@@ -148,6 +167,9 @@ class Checkpoint:
         file.
         """
         entry = self._entry(name)
+        packed = name.removesuffix(".weight")
+        if self.incoming is not None and packed != name and packed in self.incoming.layers:
+            return self.incoming.weight(packed, device=device).dequantize(dtype or entry.dtype)
         if row is not None:
             size = entry.nbytes // entry.shape[0]
             entry = entry._replace(shape=entry.shape[1:], start=entry.start + row * size, nbytes=size)
@@ -313,15 +335,17 @@ class Checkpoint:
 
     def _scan(self) -> dict[str, TensorEntry]:
         """Read every header; problems go to self._problems so that all are reported at once."""
-        folder, problems = self.folder, self._problems
-        if (quantization := getattr(self.config, "quantization_config", None)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            problems.append(
-                f"{folder / 'config.json'}: this checkpoint is already quantized ({method}); "
-                "start from the full-precision one it was made from"
-            )
-        entries, found = tensor_entries(folder)
-        problems += found
+        entries, found = tensor_entries(self.folder)
+        self._problems += found
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is not None and not found:
+            try:
+                entries, self.incoming = collapse(quantization, entries)
+            except ValueError as error:
+                self._problems.append(f"{self.folder / 'config.json'}: {error}")
+            else:
+                # From here on its layers are ours: no model of it may look for the packages of that format.
+                del self.config.quantization_config
         return entries
 
     def _sources(self) -> dict[str, Source]:

@@ -37,6 +37,7 @@ from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
 from .linear import packed_op_only
 from .load import Checkpoint, load_model, load_tokenizer
+from .lora_start import read_lora, start_from_lora
 from .memory import release_freed
 from .processes import main_process_first
 from .quantize import quantize as quantize_model
@@ -229,6 +230,10 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
     rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
+    if folder := getattr(recipe.adapter, "init_from", None):
+        started = start_from_lora(model, recipe.adapter, read_lora(folder))
+        run_dir.write_json("lora_start.json", started.to_json())
+        session.say(started)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)

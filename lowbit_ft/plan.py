@@ -125,7 +125,7 @@ def _row(recipe: Recipe, name: str, out_features: int, in_features: int, trained
         )  # the start of A and B does not change their shapes
     with torch.device("meta"):
         adapter = config.build(base)
-    count = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
+    count = sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad) if config.trains(name) else 0
     return PlanRow(name, out_features, in_features, str(grid), None, sum(sizes.values()), residual, count)
 
 

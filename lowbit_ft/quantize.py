@@ -4,6 +4,8 @@ Range calibrators (absmax, minmax, mse) and binary ones need one weight at a tim
 gptq walks the decoder layers (walk.py): a layer is read, the inputs of its linears are summed into Hessians, its linears are
 packed in place, and the text goes on through the packed layer, so later layers see the errors of earlier ones.
 
+A checkpoint that is quantized already (incoming/) is not calibrated: its codes are repacked as they are (incoming/adopt.py).
+
 Every linear layer of the model gets a row in the table: quantized, or skipped and why. Nothing is skipped in silence.
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from .experts import is_experts
 from .grid import Grid, Weight
 from .grid.calibrate import CALIBRATORS, Stats
+from .incoming.adopt import adopt
 from .integrations.transformers import mark_packed
 from .linear import PackedEmbedding, PackedLinear
 from .load import Checkpoint, materialize
@@ -155,7 +158,13 @@ def quantize(
     model = checkpoint.empty_model(attention)
     targets, rows = plan_layers(model, quant)
     stand_in(model, targets)
-    check_shapes(checkpoint, targets)
+    if checkpoint.incoming is None:
+        check_shapes(checkpoint, targets)
+    else:
+        rows += [QuantRow(*row) for row in adopt(checkpoint, quant, model, targets, device, dtype, progress)]
+        return _finished(model, rows)
+    if quant.from_checkpoint:
+        raise ValueError(f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of {', '.join(CALIBRATORS)}")
     calibrator = CALIBRATORS[quant.calibrate]
     stats = Stats(p=quant.mse_p, damping=quant.calibration.damping)
     tell = progress or (lambda name: None)
@@ -203,6 +212,10 @@ def quantize(
             if not isinstance(model.get_submodule(name), PackedLinear):
                 pack(name)
         materialize(model, checkpoint, "", device, dtype)
+    return _finished(model, rows)
+
+
+def _finished(model: Any, rows: list[QuantRow]) -> tuple[Any, QuantTable]:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     rows.sort(key=lambda row: order.get(row.layer, len(order)))
     mark_packed(model)  # so that the model's own save_pretrained writes a folder that loads

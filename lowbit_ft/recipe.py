@@ -137,6 +137,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
         except ValidationError as error:
             problems += to_problems(name, info.annotation, error.errors(include_url=False), given)
     values = {name: found(value, Path(path).parent) for name, value in values.items()}
+    if "model" in values and "quant" in values:
+        from lowbit_ft.recipe_incoming import resolve_quant
+
+        values["quant"], against = resolve_quant(values["model"], values["quant"])
+        problems += against
     if check:
         from lowbit_ft.recipe_check import check as cross_check
 

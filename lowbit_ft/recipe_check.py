@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lowbit_ft.lora_start import lora_problems, read_lora
 from lowbit_ft.recipe_layers import Layer, Shapes, has_chat_template, local_folder, read_shapes
 from lowbit_ft.recipe_machine import (
     HUB_ID,
@@ -28,6 +29,7 @@ from lowbit_ft.recipe_machine import (
     near_names,
     path_is,
 )
+from lowbit_ft.recipe_values import matches
 from lowbit_ft.recipe_yaml import KeyPath, Problem, did_you_mean
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -55,13 +57,14 @@ def _grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
     for path, bits, group_size in _bits(r.quant):
         try:
             if r.quant.grid == "binary":
-                yield path, BinaryGrid(bits=bits, group_size=group_size)
+                yield path, BinaryGrid(bits=bits, group_size=group_size, scale_dtype=r.quant.scale_dtype)
             else:
                 q = r.quant
                 yield (
                     path,
                     IntGrid(
-                        bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits
+                        bits=bits, group_size=group_size, symmetric=q.symmetric, residual_bits=q.residual_bits,
+                        scale_dtype=q.scale_dtype,
                     ),
                 )
         except ValueError:
@@ -93,7 +96,9 @@ def check_grid(r: Any) -> Problems:
             "got false; sign planes have no zero point; remove it, or use quant.grid: integer",
         )
     calibrator = CALIBRATORS.get(quant.calibrate)
-    if calibrator is None:
+    if quant.from_checkpoint:
+        pass  # recipe_incoming.py has looked
+    elif calibrator is None:
         fits = [name for name, entry in CALIBRATORS.items() if entry.grid == quant.grid]
         yield Problem(
             ("quant", "calibrate"),
@@ -136,11 +141,53 @@ def check_method(r: Any) -> Problems:
         )
     told = set()
     for path, grid in _grids(r):
-        reason = config.reject(grid)
+        reason = _no_residual(r, config, grid) if r.quant.from_checkpoint else config.reject(grid)
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(("adapter", "method"), f"got {config.method!r}{where}: {reason}")
+
+
+def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
+    """Why a method cannot train on a base that came quantized: there is no residual, and no dense weight to make one from."""
+    from lowbit_ft.adapters import ADAPTERS
+
+    start = getattr(config, "init", "zero")
+    plain = config.model_copy(update={"init": "zero"}) if start != "zero" else config
+    if plain.reject(grid):
+        fit = [name for name, kind in ADAPTERS.items() if kind.grid_name == grid.name and not kind(method=name).reject(grid)]
+        why = f"{config.method} needs the fraction that rounding threw away, which {r.model.path if hasattr(r, 'model') else 'a quantized checkpoint'} does not have"
+    elif start != "zero":
+        return f"adapter.init: {start} reads the rounding error, which a quantized checkpoint does not have; set adapter.init: zero"
+    else:
+        return None
+    return f"{why}; use {_list(fit)}, or give the full-precision checkpoint as model.path"
+
+
+def check_adapter_layers(r: Any) -> Problems:
+    """adapter.targets against the layers that are packed, and the LoRA of adapter.init_from against them."""
+    shapes = _shapes(r.model)
+    config = r.adapter
+    layers = {} if shapes is None else {x.name: x for x in shapes.linears if r.quant.skip_reason(x.name) is None}
+    for i, pattern in enumerate(config.targets or []):
+        if layers and not any(matches(pattern, name) for name in layers):
+            yield Problem(("adapter", "targets", i), f"got {pattern!r}, which matches no packed layer{_nearest_layers(pattern, list(layers))}")
+    source = getattr(config, "init_from", None)
+    if source is None:
+        return
+    here = ("adapter", "init_from")
+    if getattr(config, "init", "zero") != "zero":
+        yield Problem(("adapter", "init"), f"got {config.init!r} beside init_from; A and B have one start: remove one of the two")
+    try:
+        lora = read_lora(source)
+    except (OSError, ValueError) as error:
+        yield Problem(here, f"got {source!r}: {error}")
+        return
+    # A file may name its layers without the model's prefix; then the check waits for the model (lora_start.py).
+    named = any(name in layers for name in lora.pairs)
+    adapted = {name: (x.out_features, x.in_features) for name, x in layers.items() if config.trains(name)}
+    for problem in lora_problems(lora, config, adapted if named else {n: (b.shape[0], a.shape[1]) for n, (a, b) in lora.pairs.items()}):
+        yield Problem(here, f"got {source!r}: {problem}")
 
 
 def check_export(r: Any) -> Problems:
@@ -165,7 +212,10 @@ def check_export(r: Any) -> Problems:
     for path, grid in _grids(r):
         if config is not None and config.grid_name == grid.name:
             grid = config.shipped(grid)
-        reason = EXPORTERS[name].reject(held(EXPORTERS[name], grid))
+        grid = held(EXPORTERS[name], grid)
+        reason = EXPORTERS[name].reject(grid)
+        if reason is None and hasattr(r, "model"):
+            reason = EXPORTERS[name].reject_dtype(grid, r.model.dtype)
         if reason and reason not in told:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
@@ -181,7 +231,7 @@ def check_export(r: Any) -> Problems:
                 grid = r.quant.grid_for(layer.name)
             except ValueError:
                 return  # bits the grid does not have: check_grid told
-            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name else grid
+            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name and config.trains(layer.name) else grid
             grid = held(EXPORTERS[name], grid)
             specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
             if reason := EXPORTERS[name].reject_width(grid, layer.in_features):
@@ -264,7 +314,7 @@ def _shapes(model: Any) -> Shapes | None:
 
 
 def check_model(r: Any) -> Problems:
-    """That a path which is meant as a folder is a readable checkpoint, not yet quantized."""
+    """That a path which is meant as a folder is a checkpoint that can be read (a quantized one: in a format of incoming/)."""
     path = r.model.path
     here = ("model", "path")
     folder = Path(path).expanduser()
@@ -282,20 +332,15 @@ def check_model(r: Any) -> Problems:
             ("model", "revision"), f"got {r.model.revision!r}; a local folder has no revisions; remove it"
         )
     try:
-        shapes = read_shapes(folder)
+        incoming = read_shapes(folder).incoming
+        if incoming is not None:
+            incoming.refuse_order()
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
-        return
-    if "quantization_config" in shapes.config:
-        entry = shapes.config["quantization_config"]
-        method = entry.get("quant_method", "some method") if isinstance(entry, dict) else entry
-        yield Problem(here, f"got {path!r}, already quantized ({method}); give the full-precision checkpoint")
 
 
 def check_layers(r: Any) -> Problems:
     """Targets, exclusions and overrides that match nothing; group sizes that do not fit a layer."""
-    from lowbit_ft.recipe import matches
-
     shapes = _shapes(r.model)
     if shapes is None or not shapes.linears:
         return
@@ -396,6 +441,15 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured"
         )
+    if recipe.quant.from_checkpoint and recipe.adapter.delta_unit is not None and recipe.adapter.exact_merge:
+        found.append(
+            f"{recipe.model.path} comes quantized, without residual bits: a code moves once the low-rank product passes half a step; "
+            "where few do (the report counts them), raise train.learning_rate"
+        )
+    if (source := getattr(recipe.adapter, "init_from", None)) is not None:
+        base, ours = read_lora(source).base, recipe.model.path
+        if Path(base).name.lower() != Path(ours).name.lower():
+            found.append(f"the LoRA {source} was trained on {base or 'an unnamed base'}, this run starts from {ours}: the same weights?")
     if local_folder(recipe.model.path, recipe.model.revision) is None:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
@@ -461,6 +515,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant",), check_grid),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
+    (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant"), check_layers),
     (("model", "data"), check_lengths),
     (("model", "data"), check_chat),

@@ -86,6 +86,19 @@ output: runs/{name}
 """
 
 
+QUANTIZED = """\
+quant:
+  calibrate: from_checkpoint         # bits, group size and layers are the checkpoint's; another value is an error
+
+adapter:
+  method: dl_qat                     # lr_qat, dl_qat, scale or lora: the checkpoint has no residual for l4q
+  rank: 16                           # more moves more weights, and costs memory
+  alpha: 16                          # the low-rank product is scaled by alpha / rank
+  targets: null                      # or names, globs, regexes: other layers ship the very codes they came with
+  # init_from: path/to/lora          # start A and B from a PEFT LoRA
+"""
+
+
 def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
     """Write a recipe for the model at `model_path` (folder or hub id) to `output`.
 
@@ -154,10 +167,17 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
             f"{weights / 2 / 1e6:,.1f} MB of residual while training."
         )
     name = re.sub(r"[^\w.+-]+", "-", Path(model_path.rstrip("/")).name).strip("-.") or "model"
-    name = f"{name.lower()}-w4-lr-qat"
+    incoming = shapes.incoming if shapes is not None else None
+    name = f"{name.lower()}-dl-qat" if incoming is not None else f"{name.lower()}-w4-lr-qat"
     plain = re.fullmatch(r"[\w./~+][\w./~+-]*", model_path) and not model_path.replace(".", "").isdigit()
-    return TEMPLATE.format(
-        title=f"{_comment(model_path)} in 4 bit with LR-QAT.",
+    template, what = TEMPLATE, "in 4 bit with LR-QAT"
+    if incoming is not None:
+        # Sections of the template that would say otherwise than the checkpoint.
+        head, _, rest = TEMPLATE.partition("quant:\n")
+        template, what = head + QUANTIZED + rest[rest.index("\ndata:") :], f"as it is quantized ({incoming}), tuned with DL-QAT"
+        facts = f"{len(incoming.layers)} layers are packed already; their codes are taken as they are."
+    return template.format(
+        title=f"{_comment(model_path)} {what}.",
         file=_comment(str(output)),
         facts=_comment(facts),
         name=json.dumps(name) if name[0].isdigit() else name,

@@ -16,7 +16,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowbit_ft.incoming import Incoming
 
 from lowbit_ft.load_names import Part
 from lowbit_ft.matrices import Matrix
@@ -71,6 +74,7 @@ class Shapes:
     config: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
     nbytes: dict[str, int]
+    incoming: Incoming | None = None  # what is packed in the files already
 
     @property
     def linears(self) -> list[Layer]:
@@ -187,6 +191,7 @@ def read_shapes(folder: Path) -> Shapes:
         ValueError: no config.json, no safetensors, a damaged header; the message names the file and the fix.
     """
     from lowbit_ft.hub import tensor_entries
+    from lowbit_ft.incoming import collapse
 
     config_file = folder / "config.json"
     try:
@@ -201,5 +206,9 @@ def read_shapes(folder: Path) -> Shapes:
     entries, problems = tensor_entries(folder)
     if problems:
         raise ValueError(problems[0])
+    try:
+        entries, incoming = collapse(config.get("quantization_config"), entries)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()})
+    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()}, incoming)

@@ -20,6 +20,7 @@ GroupSize = Literal[32, 64, 128, 256, -1]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+FROM_CHECKPOINT = "from_checkpoint"
 
 
 # Names that the output head and the token embedding have in transformers' models.
@@ -115,7 +116,12 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default_factory=lambda data: "greedy" if data.get("grid") == "binary" else "mse",
-        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating (default greedy)",
+        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating (default greedy); "
+        "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
+    )
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="dtype of the scales that train and ship: bfloat16 values fit every format; a quantized checkpoint brings its own",
     )
     mse_p: Positive = Field(
         default=2.4, description="mse: the error norm |w - w_hat|^p that the clipping search minimises"
@@ -159,6 +165,11 @@ class QuantSection(Section):
             f"{shown(value)}; allowed: all-linear, or a list of layer names, globs or regexes{hint}"
         )
 
+    @property
+    def from_checkpoint(self) -> bool:
+        """The codes come with the checkpoint, which is quantized already (recipe_incoming.py)."""
+        return self.calibrate == FROM_CHECKPOINT
+
     def skip_reason(self, layer_name: str, embedding: bool = False) -> str | None:
         """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is quantized."""
         if embedding:
@@ -199,14 +210,14 @@ class QuantSection(Section):
                 bits = override.bits if override.bits is not None else bits
                 group_size = override.group_size if override.group_size is not None else group_size
         if self.grid == "binary":
-            return BinaryGrid(bits=bits, group_size=group_size)
+            return BinaryGrid(bits=bits, group_size=group_size, scale_dtype=self.scale_dtype)
         if self.embeddings is not None and is_token_embedding(layer_name):
             # It is not trained, so no rounding error is kept.
-            return IntGrid(bits=self.embeddings, group_size=self.group_size, symmetric=self.symmetric, residual_bits=0)
+            return IntGrid(bits=self.embeddings, group_size=self.group_size, symmetric=self.symmetric, residual_bits=0, scale_dtype=self.scale_dtype)
         if self.lm_head is not None and is_head(layer_name):
             bits = self.lm_head
         return IntGrid(
-            bits=bits, group_size=group_size, symmetric=self.symmetric, residual_bits=self.residual_bits
+            bits=bits, group_size=group_size, symmetric=self.symmetric, residual_bits=self.residual_bits, scale_dtype=self.scale_dtype
         )
 
 

@@ -86,7 +86,7 @@ def found(value: Any, folder: Path) -> Any:
             if moved is not child:
                 changed[name] = moved
         elif (
-            name == "path" and isinstance(child, str) and not _exists(child) and _exists(str(folder / child))
+            name in ("path", "init_from") and isinstance(child, str) and not _exists(child) and _exists(str(folder / child))
         ):
             changed[name] = str(folder / child)
         elif name == "tasks":  # names of lm-eval, or files

@@ -122,13 +122,23 @@ def _verdict(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
     return "good", f"What was trained is what ships: {' = '.join(shipped)} perplexity = {printed['trained']}."
 
 
+AS_IT_CAME = "as it came, quantized"
+
+
+def _reference(run: RunFiles) -> str:
+    """What the row "base" is: the full-precision model, or a checkpoint that came quantized."""
+    quant = run.recipe().get("quant")
+    came = isinstance(quant, dict) and quant.get("calibrate") == "from_checkpoint"
+    return AS_IT_CAME if came else STAGES["base"]
+
+
 def _headline(run: RunFiles) -> list[tuple[str, str]]:
     """The few numbers a reader wants first; each is left out where its file is."""
     facts = []
     try:
         rows = run.evaluation()
         for stage, label in (
-            ("base", "full precision"),
+            ("base", _reference(run)),
             ("quantized", "quantized only"),
             ("exported", "shipped"),
         ):
@@ -154,6 +164,7 @@ def _result(run: RunFiles) -> str:
     rows = run.evaluation()
     data = run.json("evaluation.json", "", dict)
     base = rows.get("base", {}).get("perplexity")
+    reference = _reference(run)
     lines = []
     for stage, row in rows.items():
         perplexity = row.get("perplexity")
@@ -161,14 +172,16 @@ def _result(run: RunFiles) -> str:
         if is_number(perplexity) and is_number(base) and base > 0:
             change = f"{100 * (perplexity / base - 1):+.2f} %"
         loss, kl = number(row.get("loss"), DIGITS), number(row.get("kl"), 5)
-        lines.append([STAGES.get(stage, stage), number(perplexity, DIGITS), change, loss, kl])
+        name = reference if stage == "base" else STAGES.get(stage, stage)
+        lines.append([name, number(perplexity, DIGITS), change, loss, kl])
     text = (
-        "Perplexity is e to the mean loss per target token. KL is the mean divergence from the full-precision"
-        " model, in nats per token."
+        f"Perplexity is e to the mean loss per target token. KL is the mean divergence from the model {reference}, in nats per token."
+        if reference == AS_IT_CAME
+        else "Perplexity is e to the mean loss per target token. KL is the mean divergence from the full-precision model, in nats per token."
     )
     if is_number(data.get("windows")) and is_number(data.get("window")):
         text = f"On {number(data['windows'])} windows of {number(data['window'])} tokens. {text}"
-    return table(["model", "perplexity", "against full precision", "loss", "KL"], lines) + note(text)
+    return table(["model", "perplexity", f"against {reference}", "loss", "KL"], lines) + note(text)
 
 
 def _training(run: RunFiles) -> str:

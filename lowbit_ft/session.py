@@ -24,6 +24,8 @@ from .export.reader import load_exported, read_config
 from .load import Checkpoint, load_tokenizer
 from .processes import join, main_process_first, rank, world
 from .recipe import DataSource, Recipe, RecipeError, check_recipe
+from .recipe_incoming import resolve_quant
+from .recipe_layers import local_folder
 from .rundir import RunDir, environment
 from .walk import Batch
 
@@ -61,10 +63,13 @@ def start(recipe: Recipe) -> Session:
     # The low-rank product that makes codes is fp32; a process that trained with TF32 would merge other codes without it.
     torch.set_float32_matmul_precision("highest")
     with main_process_first():
-        run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
-        stored = run.read_json("environment.json", {})
+        stored = RunDir(recipe.output, main=False).read_json("environment.json", {})
         # A branch of a hub model moves on; a run stays with the commit it began with.
         revision = recipe.model.revision or stored.get("revision")
+        if local_folder(recipe.model.path, revision) is None:
+            Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)  # fetched, before its grid is asked for
+        recipe = _with_checkpoint_grid(recipe)
+        run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
         if checkpoint.revision is not None and (problems := check_recipe(recipe)):
             # A hub model has only now been fetched: its layers can be checked against grid and format.
@@ -75,6 +80,14 @@ def start(recipe: Recipe) -> Session:
     session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), device, Console())
     session.say(f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, {recipe.model.dtype}")
     return session
+
+
+def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
+    """The recipe with the quant section of a checkpoint that is quantized already; equal to it when load_recipe has seen to that."""
+    quant, against = resolve_quant(recipe.model, recipe.quant)
+    if against:
+        raise RecipeError([str(problem) for problem in against])
+    return recipe.model_copy(update={"quant": quant})
 
 
 def resume(run_dir: Path) -> Session:

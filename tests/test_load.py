@@ -213,7 +213,7 @@ def link_out(folder: Path) -> None:
 def quantized(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+        json.dumps(config | {"quantization_config": {"quant_method": "hqq"}})
     )
 
 
@@ -228,7 +228,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "shard absolute": (lambda f: index(f, "/etc/x.safetensors"), r"'/etc/x\.safetensors'.*refused"),
     "shard not text": (lambda f: index(f, ["a"]), r"index\.json: not a weight index"),
     "link leaves": (link_out, r"a link that leaves the folder \(to .*outside\.safetensors\); refused"),
-    "already quantized": (quantized, r"already quantized \(gptq\); start from the full-precision"),
+    "already quantized": (quantized, "already quantized by 'hqq'; allowed: gptq, awq, compressed-tensors"),
     "not safetensors": (
         lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 9),
         r"model\.safetensors: not a safetensors file",

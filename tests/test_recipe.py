@@ -330,8 +330,8 @@ def test_group_size_that_does_not_divide(tmp_path):
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickle weights"),
         (
-            lambda f: (f / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),
-            "already quantized (gptq)",
+            lambda f: (f / "config.json").write_text('{"quantization_config": {"quant_method": "hqq"}}'),
+            "already quantized by 'hqq'; allowed: gptq",
         ),
     ],
 )

@@ -7,7 +7,7 @@ Letters: N out features, K in features, G groups per row, g group size, r rank. 
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lowbit_kernels import exact_exp
@@ -29,7 +29,19 @@ class AdapterConfig(BaseModel):
     grid_name: ClassVar[str] = "integer"
     exact_merge: ClassVar[bool] = True
 
+    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such product.
+    delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
+
     method: str
+    targets: list[str] | None = Field(
+        default=None, description="names, globs or regexes of packed layers that train; null: all. The others ship the codes they came with"
+    )
+
+    def trains(self, layer_name: str) -> bool:
+        """Whether the packed layer of that name gets an adapter."""
+        from ..recipe_values import matches  # here: that file imports ADAPTERS
+
+        return self.targets is None or any(matches(pattern, layer_name) for pattern in self.targets)
 
     def reject(self, grid: Grid) -> str | None:
         """Why this method cannot train on this grid, with the way out; None when it can."""
@@ -74,8 +86,14 @@ class ScaleOptions(AdapterConfig):
         return 1.0 / math.sqrt(size * max(1, (1 << (base.grid.bits - 1)) - 1))
 
 
+def init_from_field() -> Any:
+    return Field(default=None, description="folder of a PEFT LoRA whose A and B this run starts from (lora_start.py)")
+
+
 class LowRankOptions(ScaleOptions):
     """Options of every method with a low-rank product D = alpha / rank * B A."""
+
+    delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
 
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0, description="D = alpha / rank * B A")
@@ -85,6 +103,7 @@ class LowRankOptions(ScaleOptions):
         "loftq: A and B from the SVD of the rounding error (residual_bits 0 only)",
     )
     clip: Literal["round_then_clip", "clip_then_round"] = "round_then_clip"
+    init_from: str | None = init_from_field()
 
     @property
     def gain(self) -> float:

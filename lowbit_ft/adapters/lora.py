@@ -17,15 +17,21 @@ from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
 from ..grid.calibrate import CALIBRATORS, Stats
-from .base import Adapter, AdapterConfig
+from .base import Adapter, AdapterConfig, init_from_field
 
 
 class LoraConfig(AdapterConfig):
     exact_merge: ClassVar[bool] = False
+    delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
 
     method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
+    init_from: str | None = init_from_field()
+
+    @property
+    def gain(self) -> float:
+        return self.alpha / self.rank
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Lora":
         assert isinstance(base, PackedWeight)
@@ -45,12 +51,12 @@ class Lora(Adapter):
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
         side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
-        return base.linear(x) + self.config.alpha / self.config.rank * side
+        return base.linear(x) + self.config.gain * side
 
     @torch.no_grad()
     def merge(self, base: Weight) -> Weight:
         assert isinstance(base, PackedWeight)
-        update = self.config.alpha / self.config.rank * (self.B @ self.A)
+        update = self.config.gain * (self.B @ self.A)
         wanted = base.dequantize() + update
         merged = CALIBRATORS["mse"].run(wanted, base.without_residual().grid, Stats())
         self.rounding_loss = float((merged.dequantize() - wanted).norm() / update.norm().clamp_min(1e-12))

@@ -8,7 +8,7 @@ what its residual leaves. Gradients: dS = sum dW q (not LSQ's: the grid inside t
 With residual_bits 0 no code moves until |D| > 1/2: then start from `init: loftq`, or raise the learning rate.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -18,6 +18,8 @@ from .base import LowRank, LowRankOptions, ScaledAdapter
 
 
 class LRQATConfig(LowRankOptions):
+    delta_unit: ClassVar[Literal["weight", "grid"] | None] = "grid"
+
     method: Literal["lr_qat"] = "lr_qat"
     # Twice the rank: D counts grid steps here, and at 2 and 3 bit a learning rate of 2e-3 at gain 1 beat 1e-3 (LOG.md). The gain
     # carries that factor, so one train.learning_rate suits every method.

@@ -117,6 +117,11 @@ class Exporter(ABC):
         """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it can."""
         return None
 
+    def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
+        """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16", ...), with the way
+        out; None when they do not."""
+        return None
+
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
         """Every reason why this format cannot hold these layers together, each naming a layer; empty when it can."""
         problems = []

@@ -1,7 +1,7 @@
 """compressed-tensors `pack-quantized`: the format transformers, vLLM and SGLang read. Integer grids, lossless.
 
     weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first (3 bit straddles words)
-    weight_scale       fp32  [N, G]                bf16-valued
+    weight_scale       fp32  [N, G]                bf16-valued (fp16-valued over a GPTQ or AWQ base)
     weight_zero_point  int32 [ceil(N b / 32), G]   asymmetric only; the same bit stream, along N
     weight_shape       int64 [2]                   (N, K)
 
@@ -11,7 +11,8 @@ with no library, so that writing needs none; the tests compare it with the libra
 Why scales are stored as fp32 although their values are bfloat16: a reader multiplies in the dtype the scale has in the file when
 it dequantizes while loading (transformers, dequantize=True), so a model asked for in fp32 would get weights rounded to bf16
 products. With fp32 scales the product is exact and rounded once, to the dtype of the model; readers that cast scales to the
-model's dtype first (transformers' default mode, vLLM) lose nothing either, because the values are bfloat16. Tried with
+model's dtype first (transformers' default mode, vLLM) lose nothing either, because the values are bfloat16; where they are float16
+or float32 the model's dtype must be as wide (`reject_dtype`). Tried with
 compressed-tensors 0.20 and transformers 5.23, in fp32 and bf16. It costs 16 bits per group (0.125 bit per weight at g128).
 
 What transformers 5.23 does with these files (its default mode is CompressedTensorsConfig(dequantize=False)):
@@ -55,12 +56,10 @@ class CompressedTensors(Exporter):
             return "compressed-tensors has no sign planes; set export.format: native"
         if offset:
             return "compressed-tensors holds no float offset per group; set export.format: native, or train an integer offset"
-        if grid.scale_dtype != "bfloat16":
-            return (
-                f"its readers cast scales to the model's dtype, which changes {grid.scale_dtype} scales; "
-                "use scale_dtype bfloat16, or set export.format: native"
-            )
         return None
+
+    def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
+        return reject_cast(grid, dtype)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         if grid.group_size != -1 and in_features % grid.group_size:
@@ -215,6 +214,16 @@ class CompressedTensors(Exporter):
 
     def serve(self, folder: str) -> str:
         return f"vllm serve {folder}"
+
+
+def reject_cast(grid: Grid, dtype: str) -> str | None:
+    """`reject_dtype` of formats whose readers cast scales to the model's dtype."""
+    if grid.scale_dtype in ("bfloat16", dtype) or dtype == "float32":
+        return None
+    return (
+        f"its readers cast scales to the model's dtype, and {grid.scale_dtype} scales do not survive {dtype}; "
+        f"set model.dtype: {'float32' if grid.scale_dtype == 'float32' else 'float32 (or float16)'}, or export.format: native"
+    )
 
 
 # Linears that vLLM and SGLang run as one: their members need one grid, or none of them any.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
-from .compressed_tensors import pack_stream, unpack_stream
+from .compressed_tensors import pack_stream, reject_cast, unpack_stream
 from .gptq import OTHERS, reject_groups
 
 GROUPS = (32, 64, 128)
@@ -53,6 +53,9 @@ class Mlx(Exporter):
             group = "the whole row" if grid.group_size == -1 else str(grid.group_size)
             return f"mlx has groups of 32, 64 and 128, not {group}; set quant.group_size, or {OTHERS}"
         return None
+
+    def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
+        return reject_cast(grid, dtype)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         return reject_groups(self.name, grid, in_features)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
+from .compressed_tensors import reject_cast
 from .gptq import reject_groups, reject_mixture
 
 
@@ -39,6 +40,9 @@ class Torchao(Exporter):
         if offset:
             return "torchao holds no float offset per group; set export.format: native, or train an integer offset"
         return None
+
+    def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
+        return reject_cast(grid, dtype)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         return reject_groups(self.name, grid, in_features)

@@ -125,6 +125,9 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     if reason := exporter.missing(exporter.writes_with):
         raise ValueError(f"{exporter.name} {reason}")
     problems = exporter.reject_model(layers) + exporter.reject_checkpoint(checkpoint.config.to_dict(), checkpoint.folder)
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    by_dtype = {spec.grid: name for name, spec in layers.items()}
+    problems += [f"{name}: {reason}" for grid, name in by_dtype.items() if (reason := exporter.reject_dtype(grid, dtype))]
     if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
     return _Layout(checkpoint, layers, exporter)

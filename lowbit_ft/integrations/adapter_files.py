@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..attach import adapter_state
+from ..attach import adapted_layers, adapter_state
 from ..files import staged_folder
 from ..recipe_errors import to_problems
 from ..recipe_values import for_method
@@ -30,6 +30,8 @@ CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = (
     "adapter_model.bin",
 )
 PEFT_TYPE = "LOWBIT"
+# Keys of a recipe that say where an adapter goes and what it started from: target_modules and the tensors tell that here.
+NOT_OPTIONS = ("targets", "init_from")
 
 
 def adapter_config(method: str, options: Mapping[str, Any]) -> AdapterConfig:
@@ -49,7 +51,7 @@ def adapter_config(method: str, options: Mapping[str, Any]) -> AdapterConfig:
 
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:
     """Every key of the method, defaults too: a later change of a default must not change a saved adapter."""
-    return config.model_dump(mode="json", exclude={"method"})
+    return config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS})
 
 
 def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
@@ -83,7 +85,7 @@ def write_adapter(
         "options": adapter_options(config),
         "base_model_name_or_path": str(base_path),
         "base_digest": base_digest,
-        "target_modules": None,  # every packed layer
+        "target_modules": None if config.targets is None else [name for name, _ in adapted_layers(model)],  # None: every packed layer
         "exclude_modules": None,
         "inference_mode": True,
         "revision": None,
@@ -103,6 +105,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     folder = Path(folder)
     facts = _read_config(folder / CONFIG_FILE)
     config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    if isinstance(modules := facts.get("target_modules"), list):
+        config = config.model_copy(update={"targets": [str(name) for name in modules]})
     digest = facts.get("base_digest")
     if not isinstance(digest, str):
         raise ValueError(

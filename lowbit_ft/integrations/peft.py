@@ -32,6 +32,7 @@ from ..adapters import AdapterConfig
 from ..attach import PEFT_SLOT, base_digest
 from ..linear import PackedEmbedding, PackedLinear
 from .adapter_files import (
+    NOT_OPTIONS,
     PEFT_TYPE,
     adapter_config,
     adapter_options,
@@ -85,6 +86,8 @@ class LowBitConfig(PeftConfig):
             raise ValueError(
                 f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"
             )
+        if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
+            raise ValueError(f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: train with a recipe)")
         self.method = method
         self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}))
         everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
