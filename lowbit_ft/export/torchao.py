@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
-from .gptq import OTHERS, reject_groups, reject_mixture
+from .gptq import reject_groups, reject_mixture
 
 
 class Torchao(Exporter):
