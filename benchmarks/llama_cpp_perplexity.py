@@ -97,7 +97,7 @@ def main() -> None:
     texts = windows(AutoTokenizer.from_pretrained(MODEL), o.windows, o.length)
     rows, failed = {}, []
     for name, (bits, group) in GRIDS.items():
-        model, _ = quantize(checkpoint, QuantSection(bits=bits, group_size=group, residual_bits=0), dtype=torch.float32)
+        model, _ = quantize(checkpoint, QuantSection.model_validate({"bits": bits, "group_size": group, "residual_bits": 0}), dtype=torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder) / "m", checkpoint, merged_weights(model), EXPORTERS["gguf"])
             row = rows[name] = measure(Path(folder) / "m", texts)
