@@ -8,6 +8,9 @@ reads the file with both. llama.cpp rounds activations to 8 bits before each pro
 the same numbers. Its tokenizer, the one inside the file, must give the same ids too.
 """
 
+# llama-cpp-python is built by hand.
+# pyright: reportMissingImports=false
+
 import argparse
 import json
 import math
@@ -50,7 +53,10 @@ def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     from lowbit_ft.export.reader import load_exported
 
     model, tokenizer = load_exported(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    other = Llama(str(folder / "model.gguf"), n_ctx=len(texts[0]), n_batch=len(texts[0]), logits_all=True, verbose=False, n_threads=2)
+    size = len(texts[0])  # one thread: its threads spin, and stand still where others compute
+    other = Llama(
+        str(folder / "model.gguf"), n_ctx=size, n_batch=size, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1
+    )
     sums, same, count = [0.0, 0.0], 0, 0
     for ids in texts:
         mine = model(torch.tensor([ids])).logits[0]
@@ -64,10 +70,11 @@ def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     ours = tokenizer(text, add_special_tokens=False)["input_ids"]
     alike = ours == other.tokenize(text.encode(), add_bos=False, special=True)
     ours_ppl, theirs_ppl = (math.exp(total / count) for total in sums)
-    stop = other.token_eos() == tokenizer.eos_token_id and other.metadata.get("tokenizer.chat_template") == tokenizer.chat_template
+    ends = other.token_eos() == tokenizer.eos_token_id and other.metadata.get("tokenizer.chat_template") == tokenizer.chat_template
+    other.close()
     return {
         "transformers": ours_ppl, "llama.cpp": theirs_ppl, "apart": abs(theirs_ppl / ours_ppl - 1), "argmax": same / (count + len(texts)),
-        "tokens_alike": float(alike and stop),
+        "tokens_alike": float(alike and ends),
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
+from lowbit_ft import pipeline
 from lowbit_ft.export import EXPORTERS, LayerSpec, base, gguf_tokenizer
 from lowbit_ft.export.answers import Answers, answer
 from lowbit_ft.export.compressed_tensors import fused_conflict
@@ -24,7 +25,7 @@ from lowbit_ft.export.gguf import block_type
 from lowbit_ft.export.gguf_model import reject, rope_divisors
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_model, write_model
+from lowbit_ft.export.writer import check_files, check_model, write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint, load_model
@@ -517,3 +518,20 @@ def test_a_recipe_learns_of_a_format_before_anything_is_loaded(tmp_path: Path, m
     refused("export.verify: got true, and reading gptq needs gptqmodel, optimum", "export.format=gptq")
     accepted("export.format=gptq", "export.verify=false")
     refused("export.format: got 'gguf', which needs gguf, not installed here; run pip install 'lowbit-ft[gguf]'", "export.format=gguf", "export.verify=false")
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ASSET.parents[2])
+    out = tmp_path / "run"
+    overrides = ["train.max_steps=1", "eval.perplexity=false", "eval.generate=[]", "export.format=gguf", f"output={out}"]
+    folder = pipeline.run(load_recipe(ASSET.parents[1] / "quickstart.yaml", overrides))
+    said = capsys.readouterr().out
+    assert folder == out / "exported" and (folder / "model.gguf").is_file() and f"serve it: llama-server -m {folder}/model.gguf" in said
+    assert "logits: largest difference 0 (must be equal)" in said and "tokens: special tokens, stop tokens and chat template" in said
+    assert "gguf_file" in (folder / "README.md").read_text()
+    manifest = check_files(folder)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"format: gptq is verified through its reader, which needs gptqmodel, optimum"):
+        pipeline.export(out, "gptq")
+    assert check_files(folder) == manifest
