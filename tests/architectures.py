@@ -21,6 +21,7 @@ from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.linear import packed_op_only
 from lowbit_ft.load import Checkpoint, model_class
 from lowbit_ft.merge import merge, moved
 from lowbit_ft.quantize import quantize
