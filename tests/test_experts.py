@@ -17,7 +17,9 @@ from lowbit_ft.experts import Experts, StandIn
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.writer import check_model, write_model
+from lowbit_ft.grid import IntGrid
 from lowbit_ft.load import Checkpoint, load_model, materialize
+from lowbit_ft.load_names import Part
 from lowbit_ft.matrices import find_matrices, stand_in, unpackable
 from lowbit_ft.merge import merge, merged_weights
 from lowbit_ft.quantize import quantize
@@ -139,6 +141,29 @@ def test_what_a_format_cannot_hold_is_refused_before_training(tmp_path: Path) ->
         with pytest.raises(ValueError, match=why):
             check_model(checkpoint, merged_weights(model).specs, ct)
         check_model(checkpoint, merged_weights(model).specs, EXPORTERS["native"])
+
+
+@pytest.mark.parametrize("format", [name for name in EXPORTERS if name not in ("native", "compressed-tensors")])
+def test_other_formats_refuse_what_is_no_plain_linear_by_name(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = EXPORTERS[format]
+    monkeypatch.setattr(type(exporter), "reject_checkpoint", lambda self, config, folder: [])  # gguf refuses these models before
+    monkeypatch.setattr(type(exporter), "reject_model", lambda self, layers: [])  # and others the mixed widths of tiny models
+    for name, section, named in (
+        ("mixtral", {}, "the experts of a mixture"),
+        ("gpt2", {}, "a Conv1D"),
+        ("llama", {"embeddings": 8}, "an embedding"),
+    ):
+        checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / name)
+        model, rows = quantize(checkpoint, QuantSection(group_size=32, calibrate="absmax", residual_bits=0, **section))
+        with pytest.raises(ValueError, match=f"(?s){format} cannot hold this model.*{named}; set export.format: native") as caught:
+            check_model(checkpoint, merged_weights(model).specs, exporter)
+        assert any(row.layer in str(caught.value) for row in rows.quantized)
+    llama = checkpoint_of(CONFIGS["llama"](), tmp_path / "fused")
+    layer, two = "model.layers.0.mlp.up_proj", [Part("a.weight", 0, 1), Part("b.weight", 1, 2)]
+    for parts in (two, None):  # made of two tensors of the files, or of none as it is
+        reason = exporter.reject_matrix(llama.matrices[layer], IntGrid(group_size=32), parts)
+        assert reason is not None and "one tensor per layer" in reason
+    assert exporter.reject_matrix(llama.matrices[layer], IntGrid(group_size=32), llama.parts(layer)) is None
 
 
 def test_save_pretrained_of_packed_experts_loads_again(tmp_path: Path) -> None:
