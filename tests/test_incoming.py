@@ -20,6 +20,7 @@ from lowbit_ft.quantize import quantize
 from lowbit_ft.recipe import QuantSection
 from lowbit_ft.recipe_incoming import resolve_quant
 from lowbit_ft.recipe_sections import ModelSection
+from tests.architectures import CONFIGS, checkpoint_of
 from tests.incoming_tools import PROJECTIONS, Layer, quantized_checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
@@ -108,6 +109,8 @@ def test_the_quant_section_is_the_checkpoint_s(tmp_path: Path) -> None:
         ({"grid": "binary"}, "quant.grid: got 'binary'"),
         ({"scale_dtype": "bfloat16"}, "quant.scale_dtype: got 'bfloat16'; q is GPTQ v1 with 'float16'"),
         ({"mse_p": 2.0}, "quant.mse_p: set, but q is quantized already"),
+        ({"lm_head": 8}, "quant.lm_head: set, but q is quantized already"),
+        ({"embeddings": 8}, "quant.embeddings: set, but q is quantized already"),
         ({"exclude": ["down_proj"]}, "quant.exclude: chooses other layers than are packed in q: "),
         ({"overrides": [{"match": "down_proj", "bits": 8}]}, "quant.overrides: makes model.layers.0.mlp.down_proj 8 bit"),
     ],
@@ -202,6 +205,14 @@ def test_experts_that_are_packed_one_by_one_are_refused_by_name(tmp_path: Path) 
     save_file({key.replace("mlp.", "mlp.experts.3."): value for key, value in tensors.items()}, tmp_path / "q" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"packed one by one \(model.layers.0.mlp.experts.3.down_proj, ...\).*full-precision"):
         Checkpoint.open(tmp_path / "q")
+
+
+def test_a_packed_conv1d_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint_of(CONFIGS["gpt2"](), tmp_path / "dense")
+    quantized_checkpoint(tmp_path / "q", "gptq", source=tmp_path / "dense", group_size=32, names=("c_attn", "c_fc", "c_proj"))
+    section = QuantSection(group_size=32, symmetric=False, residual_bits=0, scale_dtype="float16", calibrate="from_checkpoint")
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn.* are packed there, but are no plain linears \(a Conv1D"):
+        quantize(Checkpoint.open(tmp_path / "q", dtype="float32"), section)
 
 
 def change(folder: Path, **settings: Any) -> None:
