@@ -9,6 +9,7 @@ the trained one is measured and let go before merged/ and the export are read ba
 """
 
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from .evaluate import evaluate as measure
 from .evaluate_tasks import TaskRow, load_tasks, merged_rows, run_tasks
 from .evaluate_tasks import table as tasks_table
 from .export import EXPORTERS
-from .export.folder import check_files, read_manifest
+from .export.folder import MANIFEST, check_files, read_manifest
 from .export.reader import load_exported, read_weights
 from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
@@ -275,11 +276,30 @@ def export_stage(session: Session, name: str) -> Path:
     folder = session.run / ("merged" if name == "native" else "exported")
     with session.run.stage("export", session.device):
         if name != "native":
+            before = read_manifest(folder)["format"] if (folder / MANIFEST).is_file() else name
             merged = read_weights(session.run / "merged")
             write_model(folder, session.checkpoint, merged, EXPORTERS[name], extra_files=card(session, name))
+            if before != name and session.run.main:
+                print(f"{folder}: the {before} export that was here is replaced by {name}", file=sys.stderr)
         if session.recipe.export.verify:
-            check_export(session, folder)
+            try:
+                check_export(session, folder)
+            except BaseException as error:
+                if name == "native":  # merged/ is what was trained, not a copy of it
+                    raise
+                refused = set_aside(folder)
+                if isinstance(error, ValueError):
+                    raise ValueError(f"{error}\n{folder} was not verified and is no model to serve; what was written is in {refused}") from error
+                raise
     return folder
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder that failed to <name>.refused, instead of one that failed before. Nothing takes it for a model of the run."""
+    refused = folder.with_name(f"{folder.name}.refused")
+    if refused.exists():
+        shutil.rmtree(refused)
+    return folder.rename(refused)
 
 
 def check_export(session: Session, folder: Path) -> None:

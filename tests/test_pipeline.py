@@ -8,16 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from lowbit_ft import pipeline
+from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
+from lowbit_ft.export.writer import write_model
 from lowbit_ft.linear import PackedLinear
+from lowbit_ft.load import Checkpoint
 from lowbit_ft.recipe import RecipeError, load_recipe
 from lowbit_ft.rundir import RunDir
+from tests.packed_tools import int_grid, random_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = [
@@ -217,6 +223,34 @@ def test_stages_without_a_run(tmp_path: Path) -> None:
         pipeline.export(out)
     with pytest.raises(ValueError, match="format: got 'onnx'"):
         pipeline.export(out, "onnx")
+
+
+def test_an_export_that_fails_verification_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
+    write_model(tmp_path / "merged", checkpoint, random_weights(checkpoint.empty_model(), int_grid()), EXPORTERS["native"])
+    session: Any = SimpleNamespace(
+        run=RunDir(tmp_path), checkpoint=checkpoint, recipe=recipe(tmp_path / "no"), device=torch.device("cpu"), say=print
+    )
+    monkeypatch.setattr(pipeline, "check_export", lambda session, folder: None)
+    folder = pipeline.export_stage(session, "compressed-tensors")
+    pipeline.export_stage(session, "compressed-tensors")
+    assert capsys.readouterr().err == ""
+    pipeline.export_stage(session, "gptq")
+    assert capsys.readouterr().err == f"{folder}: the compressed-tensors export that was here is replaced by gptq\n"
+
+    def fails(session: Any, folder: Path) -> None:
+        raise ValueError("1 of 14 layers differ")
+
+    monkeypatch.setattr(pipeline, "check_export", fails)
+    for _ in range(2):  # the second one replaces what the first has set aside
+        with pytest.raises(ValueError, match=r"(?s)1 of 14 layers differ.*was not verified.*exported\.refused"):
+            pipeline.export_stage(session, "gptq")
+        assert not folder.exists() and (tmp_path / "exported.refused" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="1 of 14 layers differ$"):
+        pipeline.export_stage(session, "native")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def adapter_sha(out: Path) -> str:
