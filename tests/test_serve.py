@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +88,33 @@ def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ValueError, match="config.json: missing; give a model folder"):
         serve(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric", "words"),
+    [
+        ("gguf", True, r"gguf is not served by transformers; run llama-server -m .*, or serve merged/.*lowbit-ft serve RUN/merged"),
+        ("mlx", True, r"mlx is not served by transformers; run mlx_lm.server --model .*lowbit-ft serve RUN/merged"),
+        ("gptq", True, r"reading gptq needs gptqmodel.* RUN/merged"),
+        ("compressed-tensors", False, r"options that its server does not take.*run vllm serve .*lowbit-ft serve RUN/merged"),
+        ("compressed-tensors", True, None),
+        ("native", False, None),
+    ],
+)
+def test_formats_that_transformers_serve_does_not_load(
+    name: str, symmetric: bool, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
+    write_model(tmp_path / "m", checkpoint, random_weights(checkpoint.empty_model(), int_grid(symmetric=symmetric)), EXPORTERS[name])
+    absent = ("gptqmodel", "optimum")
+    monkeypatch.setattr("lowbit_ft.export.base.find_spec", lambda module: None if module in absent else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda module, package=None: object())
+    started: list[list[str]] = []
+    monkeypatch.setitem(sys.modules, "transformers.cli.transformers", SimpleNamespace(app=lambda options, prog_name: started.append(options)))
+    if words is None:
+        serve(tmp_path / "m", ["--port", "1"])
+        assert started == [["serve", str(tmp_path / "m"), "--port", "1"]]
+        return
+    with pytest.raises(ValueError, match=words):
+        serve(tmp_path / "m", [])
+    assert started == []
