@@ -225,26 +225,44 @@ def check_export(r: Any) -> Problems:
         return
     yield from _check_kinds(r, shapes)
     specs, widths = {}, {}
-    for layer in shapes.linears:
-        if r.quant.skip_reason(layer.name) is None:
-            try:
-                grid = r.quant.grid_for(layer.name)
-            except ValueError:
-                return  # bits the grid does not have: check_grid told
-            grid = config.shipped(grid) if config is not None and config.grid_name == grid.name and config.trains(layer.name) else grid
-            grid = held(EXPORTERS[name], grid)
-            specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
-            if reason := EXPORTERS[name].reject_width(grid, layer.in_features):
-                widths.setdefault((reason, _divides(grid.group_size, layer)), []).append(layer.name)
+    embedding = shapes.token_embedding
+    for layer in _packed(r.quant, shapes):
+        try:
+            grid = r.quant.grid_for(layer.name)
+        except ValueError:
+            return  # bits the grid does not have: check_grid told
+        if layer == embedding:
+            if EXPORTERS[name].reject_matrix(replace(layer.matrix, embedding=True), grid, layer.parts):
+                continue  # _check_kinds told
+        elif config is not None and config.grid_name == grid.name and config.trains(layer.name):
+            grid = config.shipped(grid)
+        grid = held(EXPORTERS[name], grid)
+        specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
+        if reason := EXPORTERS[name].reject_width(grid, layer.in_features):
+            widths.setdefault((reason, _divides(grid.group_size, layer)), []).append(layer.name)
     for (reason, divides), names in widths.items():
         if divides:  # else _check_groups tells which sizes do
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             yield Problem(("export", "format"), f"got {name!r}, which cannot hold {names[0]}{more}: {reason}")
     # What is left is about layers together (mixed grids).
     alone = {f"{layer}: {reason}" for (reason, _), names in widths.items() for layer in names}
-    where = ("quant", "overrides") if r.quant.overrides else ("export", "format")
+    head = f"{shapes.head.name}: " if r.quant.lm_head is not None and shapes.head is not None else None
     for reason in [reason for reason in EXPORTERS[name].reject_model(specs) if reason not in alone] if specs else []:
-        yield Problem(where, f"export.format {name} cannot hold these layers together: {reason}")
+        if head is not None and reason.startswith(head):
+            yield Problem(("quant", "lm_head"), f"got {r.quant.lm_head}, and export.format is {name}: {reason}")
+        else:
+            where = ("quant", "overrides") if r.quant.overrides else ("export", "format")
+            yield Problem(where, f"export.format {name} cannot hold these layers together: {reason}")
+
+
+def _packed(quant: Any, shapes: Shapes) -> list[Layer]:
+    """Every matrix that will be packed: linears, then a head that is tied (no tensor of its own), then the embedding."""
+    layers = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    if quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
+        layers.append(head)
+    if quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
+        layers.append(embedding)
+    return layers
 
 
 def _divides(group_size: int, layer: Layer) -> bool:
@@ -280,18 +298,16 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     from lowbit_ft.export import EXPORTERS, LayerSpec
 
     exporter, reasons, specs = EXPORTERS[r.export.format], {}, {}
-    layers = [(x, x.matrix) for x in shapes.linears if r.quant.skip_reason(x.name) is None]
-    if r.quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
-        layers.append((embedding, replace(embedding.matrix, embedding=True)))
+    embedding = shapes.token_embedding
+    layers = [(x, replace(x.matrix, embedding=x == embedding)) for x in _packed(r.quant, shapes)]
     for layer, matrix in layers:
         try:
             grid = r.quant.grid_for(layer.name)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
-        reasons.setdefault(exporter.reject_matrix(matrix, grid, layer.parts), layer.name)
+        if layer.tensors:  # else a tied head, which gets tensors of its own
+            reasons.setdefault(exporter.reject_matrix(matrix, grid, layer.parts), layer.name)
         specs[layer.name] = LayerSpec(matrix.shape, grid)
-    if shapes.head is not None and r.quant.lm_head is not None:  # tied to the embedding it is no layer of the files
-        specs.setdefault("lm_head", LayerSpec((1, 1), r.quant.grid_for("lm_head")))
     if any(matrix.expert is not None for _, matrix in layers):
         reasons.setdefault(exporter.reject_experts(specs), "all layers")
     for reason, name in reasons.items():
@@ -366,7 +382,7 @@ def check_layers(r: Any) -> Problems:
             message = f"got {override.match!r}, which matches no quantized layer{_nearest_layers(override.match, names)}"
             yield Problem(("quant", "overrides", i, "match"), message)
     if hasattr(r, "export") and r.export.format != "native":
-        yield from _check_groups(r, targets)
+        yield from _check_groups(r, _packed(quant, shapes))
 
 
 def _check_groups(r: Any, targets: list[Layer]) -> Problems:

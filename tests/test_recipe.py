@@ -650,3 +650,42 @@ def test_kinds_of_layers_meet_the_format_before_anything_is_loaded(
     assert memory.memory["base"] + memory.memory["residual"] == packed
     rest = sum(p.numel() for p in model.parameters()) * 4
     assert memory.memory["unquantized"] == pytest.approx(rest, rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gptq", "awq", "torchao"])
+def test_a_packed_head_meets_the_format_tied_or_not(name: str, tied: bool, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    from tests.packed_tools import SIZE, tiny_checkpoint
+
+    tiny_checkpoint(tmp_path / "model", LlamaConfig(**SIZE, tie_word_embeddings=tied))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TINY / file, tmp_path / "model" / file)
+    text = GOOD.replace(str(TINY), str(tmp_path / "model")).replace("sequence_len: 256", "sequence_len: 64").replace("group_size: 128", "group_size: 32")
+    assert ("lm_head.weight" in read_shapes(tmp_path / "model").tensors) != tied
+    changes = (f"export={{format: {name}, verify: false}}", "adapter.method=lr_qat", "eval={window: 64}")
+    assert [p for p in problems_with(text, changes) if "head" in p] == []
+    problems = problems_with(text, (*changes, "quant.lm_head=8"))
+    assert all("lm_head: " in p for p in problems) and "readers keep the head dense" in problems[-1]
+    assert f"quant.lm_head: got 8, and export.format is {name}: lm_head: {name} readers keep the head dense; quant.lm_head: null" in problems[-1]
+
+
+def test_a_tied_head_and_an_embedding_have_their_real_widths(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    from tests.packed_tools import SIZE, tiny_checkpoint
+
+    config = LlamaConfig(**(SIZE | dict(hidden_size=40, num_attention_heads=2, num_key_value_heads=2, head_dim=32)), tie_word_embeddings=True)
+    tiny_checkpoint(tmp_path / "model", config)
+    text = GOOD.replace(str(TINY), str(tmp_path / "model")).replace("group_size: 128", "group_size: 32")
+    changes = ("export={format: gguf, verify: false}", "quant.targets=['*.o_proj']", "quant.exclude=[]", "quant.lm_head=8")
+    assert any("cannot hold lm_head" in p and "multiple of 32 inputs" in p or "40 inputs of lm_head" in p for p in problems_with(text, changes))
+
+
+def problems_with(text: str, overrides: tuple[str, ...]) -> list[str]:
+    try:
+        load_recipe(write(text), overrides)
+    except RecipeError as error:
+        return error.problems
+    return []

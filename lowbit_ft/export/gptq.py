@@ -55,9 +55,9 @@ def reject_groups(name: str, grid: Grid, in_features: int) -> str | None:
 def reject_mixture(name: str, layers: Mapping[str, LayerSpec]) -> list[str]:
     """Formats whose configuration names one grid, and never packs the head."""
     problems = []
-    if len(grids := {spec.grid for spec in layers.values()}) > 1:
+    if len(grids := {spec.grid for layer, spec in layers.items() if not layer.endswith("lm_head")}) > 1:
         problems.append(f"{name} holds one grid for all layers, and here are {len(grids)}; remove quant.overrides, or {OTHERS}")
-    problems += [f"{n}: {name} readers keep the head dense; exclude it, or {OTHERS}" for n in layers if n.endswith("lm_head")]
+    problems += [f"{n}: {name} readers keep the head dense; quant.lm_head: null (or exclude it), or {OTHERS}" for n in layers if n.endswith("lm_head")]
     return problems
 
 
@@ -99,7 +99,7 @@ class Gptq(Exporter):
                 problems.append(
                     f"{layer}: {self.name} needs a multiple of {whole} outputs at {spec.grid.bits} bit, not {spec.shape[0]}; exclude it, or {OTHERS}"
                 )
-        blocks = block_layers(layers)
+        blocks = block_layers({layer: spec for layer, spec in layers.items() if not layer.endswith("lm_head")})
         every = set().union(*blocks.values())
         problems += [
             f"{layer}: {self.name} needs it packed in all blocks or in none, and block {min(every - where)} leaves it dense; "
