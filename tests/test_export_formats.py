@@ -251,6 +251,8 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path: Path) ->
     told("'llama3'", transformers.Qwen2Config(**TINY, rope_parameters=LLAMA3))
     told("query_pre_attn_scalar", transformers.Gemma2Config(**TINY, **(GEMMA | dict(query_pre_attn_scalar=99))))
     told("final_logit_softcapping", transformers.Gemma3TextConfig(**TINY, **GEMMA, final_logit_softcapping=9.0))
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        told(f"{key} null", transformers.Gemma2Config(**TINY, **GEMMA, **{key: None}))
     told("46 layers", transformers.Gemma2Config(**(TINY | dict(num_hidden_layers=46)), **GEMMA))
     assert all(reject(config.to_dict()) == [] for config in ARCHITECTURES.values())
     source = checkpoint(tmp_path / "c", transformers.MistralConfig(**TINY))

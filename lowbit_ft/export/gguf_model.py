@@ -80,6 +80,12 @@ def reject(config: Mapping[str, Any]) -> list[str]:
             for key, value in fixed.items()
             if (config.get(key) or None) != (value or None)
         ]
+        if kind == "gemma2":
+            problems += [
+                f"llama.cpp always caps logits in gemma2, and config.json has {key} null"
+                for key in ("attn_logit_softcapping", "final_logit_softcapping")
+                if config.get(key) is None
+            ]
         if kind == "gemma2" and layers == 46:
             problems.append("llama.cpp takes 46 layers for gemma-2-27b, whose attention is scaled in another way")
     return [f"{problem}; {WAY_OUT}" for problem in problems]
