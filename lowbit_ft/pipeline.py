@@ -31,7 +31,7 @@ from .evaluate_tasks import TaskRow, load_tasks, merged_rows, run_tasks
 from .evaluate_tasks import table as tasks_table
 from .export import EXPORTERS
 from .export.folder import MANIFEST, check_files, read_manifest
-from .export.reader import load_exported, read_weights
+from .export.reader import load_exported, read_config, read_weights
 from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
@@ -376,9 +376,12 @@ def measure_tasks(session: Session, tasks: dict[str, Any], stages: Sequence[str]
     if not tasks or not tasks["tasks"]:
         return
     recipe, run_dir = session.recipe, session.run
+    stages = stages or ("base", "quantized", "trained", shipped(run_dir.path).name)
+    if "exported" in stages and (run_dir / "exported").is_dir():
+        refuse_tasks(run_dir / "exported")
     rows = [TaskRow(**row) for row in run_dir.read_json("tasks.json", {}).get("rows", [])]
     with run_dir.stage("tasks", session.device):
-        for stage in stages or ("base", "quantized", "trained", shipped(run_dir.path).name):
+        for stage in stages:
             model = stage_model(session, stage)
             new = run_tasks(
                 model, session.tokenizer, tasks, stage,
@@ -398,9 +401,16 @@ def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> No
     """lm-eval tasks on a model folder of any of our formats (or a plain one), in its own dtype; printed."""
     if not tasks:
         raise ValueError(f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a model folder give --task")
+    refuse_tasks(folder)
     loaded = load_tasks(tasks)
     model = load_exported(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     print(tasks_table(run_tasks(model, load_tokenizer(Checkpoint.open(folder, check=False)), loaded, folder.name, limit=limit)))
+
+
+def refuse_tasks(folder: Path) -> None:
+    """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
+    if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mlx":
+        raise ValueError(f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), the equal model")
 
 
 def stage_model(session: Session, stage: str) -> Any:

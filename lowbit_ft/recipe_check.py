@@ -315,6 +315,16 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
             yield Problem(("export", "format"), f"got {r.export.format!r} (for {name} and its like): {reason}")
 
 
+def check_tasks_reader(r: Any) -> Problems:
+    """lm-eval measures models of transformers; an mlx folder is read by mlx-lm."""
+    if r.eval.tasks and r.export.format == "mlx":
+        yield Problem(
+            ("eval", "tasks"),
+            "lm-eval cannot measure an export.format mlx; set export.format: native, which measures merged/, the equal model, "
+            "and write mlx afterwards with `lowbit-ft export RUN --format mlx`; or remove the tasks",
+        )
+
+
 # ---------------------------------------------------------------- model and layers
 
 
@@ -538,5 +548,6 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     ((), check_data),
     (("train", "data"), check_train),
     (("eval",), check_tasks),
+    (("eval", "export"), check_tasks_reader),
     (("output",), check_output),
 )

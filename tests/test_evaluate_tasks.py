@@ -274,6 +274,15 @@ def test_a_name_lm_eval_does_not_know(tmp_path: Path) -> None:
     assert "eval.tasks.1: got" not in text
 
 
+def test_an_mlx_export_is_refused_before_anything_is_measured(tmp_path: Path, tasks: list[str]) -> None:
+    with pytest.raises(RecipeError, match="eval.tasks: lm-eval cannot measure an export.format mlx; set export.format: native, which measures merged/"):
+        recipe(tmp_path / "run", tasks, "export.format=mlx", "export.verify=false")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"quantization_config": {"quant_method": "mlx"}}')
+    with pytest.raises(ValueError, match="cannot measure an mlx folder; measure merged/"):
+        pipeline.evaluate(tmp_path / "m", tasks)
+
+
 def test_without_lm_eval(tmp_path: Path, tasks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if name == "lm_eval" else object())
     assert f"eval.tasks.0: got {tasks[0]!r}, but {INSTALL}" in refused(tmp_path, tasks)
