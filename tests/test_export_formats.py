@@ -10,6 +10,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from lowbit_ft import pipeline
 from lowbit_ft.export import EXPORTERS, LayerSpec, base, gguf_tokenizer
 from lowbit_ft.export.answers import Answers, answer
 from lowbit_ft.export.compressed_tensors import fused_conflict
+from lowbit_ft.export.folder import copied_files
 from lowbit_ft.export.gguf import block_type
 from lowbit_ft.export.gguf_model import reject, rope_divisors
+from lowbit_ft.export.mlx import MlxModel
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_files, check_model, write_model
@@ -520,6 +523,21 @@ def test_a_recipe_learns_of_a_format_before_anything_is_loaded(tmp_path: Path, m
     refused("export.verify: got true, and reading gptq needs gptqmodel, optimum", "export.format=gptq")
     accepted("export.format=gptq", "export.verify=false")
     refused("export.format: got 'gguf', which needs gguf, not installed here; run pip install 'lowbit-ft[gguf]'", "export.format=gguf", "export.verify=false")
+
+
+def test_an_mlx_answer_ends_at_its_stop_token() -> None:
+    model = MlxModel.__new__(MlxModel)
+    torch.nn.Module.__init__(model)
+    model.stops = frozenset([5])
+    model.forward = lambda ids: SimpleNamespace(logits=torch.nn.functional.one_hot(ids + 1, 16).float())  # counts up
+    assert model.generate(torch.tensor([[2]]), max_new_tokens=9).tolist() == [[2, 3, 4, 5]]
+    assert model.generate(torch.tensor([[2]]), max_new_tokens=2).tolist() == [[2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_files_of_a_processor_are_copied(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    assert [path.name for path in copied_files(tmp_path)] == [name]
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ class Mlx(Exporter):
         """The model as mlx-lm loads it, behind torch's interface."""
         from mlx_lm.utils import load_model
 
-        return MlxModel(load_model(folder)[0], dtype)
+        return MlxModel(load_model(folder)[0], dtype, self.stops(folder))
 
     def reader(self) -> str:
         return with_versions("mlx-lm", "mlx")
@@ -130,8 +130,9 @@ class Mlx(Exporter):
 class MlxModel(nn.Module):
     """An mlx-lm model that takes and gives torch tensors. Inference only; no cache between calls."""
 
-    def __init__(self, model: Any, dtype: torch.dtype):
+    def __init__(self, model: Any, dtype: torch.dtype, stops: Sequence[int]):
         super().__init__()
+        self.stops = frozenset(stops)
         import mlx.core as mx
         from mlx.utils import tree_map
 
@@ -156,9 +157,11 @@ class MlxModel(nn.Module):
         return torch.from_numpy(np.array(self.model[0](mx.array(ids[None].numpy())).astype(mx.float32)))[0]
 
     def generate(self, ids: Tensor, *, max_new_tokens: int, do_sample: bool = False, **_: Any) -> Tensor:
-        """Greedy, ids [1, L] -> [1, L + new]. ValueError for sampling, which is mlx-lm's own business."""
+        """Greedy, ids [1, L] -> [1, L + new], to the first stop token or max_new_tokens. ValueError for sampling, which is mlx-lm's own business."""
         if do_sample:
             raise ValueError("sampling from an mlx folder: use mlx_lm.generate")
         for _step in range(max_new_tokens):
             ids = torch.cat([ids, self(ids).logits[:, -1:].argmax(-1)], dim=1)
+            if int(ids[0, -1]) in self.stops:
+                break
         return ids
