@@ -25,7 +25,7 @@ def show_plan(recipe: Recipe, console: Console | None = None) -> Plan | None:
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by {recipe.quant.calibrate}",
         ),
-        ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter)),
+        ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
             "data",
             f"{recipe.data.train.path} ({recipe.data.train.format}), windows of {recipe.data.sequence_len} tokens",

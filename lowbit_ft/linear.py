@@ -117,8 +117,8 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(PackedLinear):
     """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first rounding.
 
-    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds models without values. The dtype of the output is that of the model, which `.to(dtype)`
-    changes; `like` is an empty buffer that follows it.
+    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds models without values.
+    The dtype of the output is that of the model, which `.to(dtype)` changes; `like` is an empty buffer that follows it.
     """
 
     like: Tensor

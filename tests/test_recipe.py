@@ -689,3 +689,11 @@ def problems_with(text: str, overrides: tuple[str, ...]) -> list[str]:
     except RecipeError as error:
         return error.problems
     return []
+
+
+def test_plan_does_not_print_keys_that_are_unset(capsys: pytest.CaptureFixture[str]) -> None:
+    from lowbit_ft.cli_plan import show_plan
+
+    show_plan(load_recipe(write(GOOD)))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" adapter")]
+    assert "rank 8" in line and "None" not in line

@@ -101,7 +101,6 @@ class Incoming:
             codes=codes.to(device), scale=scale.to(device), zero=None if zero is None else zero.to(device), shape=layer.shape, grid=grid
         )
 
-
     def refuse_order(self) -> None:
         """ValueError naming the first layer whose inputs were sorted (act-order). Small reads; only where the settings announce it."""
         for layer in self.layers.values():
