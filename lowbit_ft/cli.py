@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(130)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
         typer.echo(f"error: {_message(error)}", err=True)
@@ -253,6 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _message(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # A full disk, a file where a folder should be: what the system says of which file.
+        text = f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or make room or change its permissions there"
     return "\n" + text if "\n" in text else text
 
 

@@ -35,6 +35,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None), "target_parameters": (None, []), "trainable_token_indices": (None, []), "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []), "layer_replication": (None, []),
 }  # fmt: skip
+# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) take their first B A out of it, so the adapter
+# only means something over that changed base (peft/tuners/lora/layer.py). PEFT's False is a random start.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -74,6 +77,13 @@ def read_lora(folder: str | Path) -> PeftLora:
     for key, plain in PLAIN.items():
         if key in settings and settings[key] not in plain or key == "peft_type" and key not in settings:
             raise ValueError(f"{path}: {key}: got {settings.get(key)!r}; allowed: {plain[0]!r}, a plain LoRA of linear layers")
+    if (init := settings.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights: got {init!r}; allowed: true, false, gaussian, eva, orthogonal, mica; "
+            "other starts change the base, so this LoRA is the difference to a base that is not here; "
+            "convert it to a plain one with PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter before training>), "
+            "or merge it into its own base and start from that checkpoint"
+        )
     refuse_pickle(folder)
     file = folder / TENSOR_FILE
     start, header = parse_header(file)

@@ -51,12 +51,19 @@ def text(ours: str) -> Rule:
     return rule
 
 
-def flag(ours: str) -> Rule:
+def truth(value: Any) -> bool | None:
+    """True or False, also where it is written as a word or as 1 and 0; None for anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+
+
+def flag(ours: str, *on: str) -> Rule:
+    """on: words of theirs that mean true."""
+
     def rule(draft: Draft, key: str, value: Any) -> None:
-        if not isinstance(value, bool):
-            draft.set(ours, True, f"{key}: {value}")
-        else:
-            draft.set(ours, value, key)
+        read = True if value in on else truth(value)
+        if read is None:
+            raise ValueError("true or false is needed")
+        draft.set(ours, read, key if isinstance(value, bool) else f"{key}: {value}")
 
     return rule
 
@@ -82,12 +89,15 @@ def left(why: str) -> Rule:
 
 
 def taken_later(draft: Draft, key: str, value: Any) -> None:
-    """`finish` looks at it, with others."""
+    """A trainer's `finish`, or the rule of `dataset`, looks at it with others."""
 
 
 def if_true(ours: str, value: Any) -> Rule:
     def rule(draft: Draft, key: str, given: Any) -> None:
-        if given is True or str(given).lower() in ("true", "auto", "full"):
+        read = True if given in ("auto", "full") else truth(given)
+        if read is None:
+            raise ValueError("true or false is needed")
+        if read:
             draft.set(ours, value, f"{key}: {given}")
 
     return rule
@@ -112,6 +122,7 @@ def trackers(draft: Draft, key: str, value: Any) -> None:
 
 
 RUNTIME = left("how it is run, not what is trained: see the README (torchrun for several GPUs)")
+CACHE = left("prepared rows are kept and checked without being asked")
 EVERY = left("no fraction of an epoch here: set train.eval_every or save_every to a number of steps")
 NO_DROPOUT = left("adapters here have no dropout")
 NO_SPLIT = left("rows are not split here: give a file of its own as data.valid")
@@ -129,14 +140,14 @@ SHARED: dict[str, Rule] = {
     "eval_steps": number("train.eval_every", 1),
     "save_total_limit": number("train.keep_checkpoints", 1),
     "seed": number("train.seed"),
-    "gradient_checkpointing": flag("train.gradient_checkpointing"),
+    "gradient_checkpointing": flag("train.gradient_checkpointing", "unsloth", "offload", "offload_disk", "auto"),
     "output_dir": text("output"),
     "bf16": if_true("model.dtype", "bfloat16"),
     "fp16": if_true("model.dtype", "float16"),
     "load_best_model_at_end": if_true("train.keep_best", True),
     "use_tensorboard": if_true("train.trackers", ["tensorboard"]),
     "adam_beta1": taken_later, "adam_beta2": taken_later, "warmup_steps": taken_later, "max_steps": taken_later,
-    "lora_alpha": taken_later, "lora_dropout": NO_DROPOUT,
+    "lora_alpha": taken_later, "lora_dropout": NO_DROPOUT, "eval_strategy": taken_later, "evaluation_strategy": taken_later,
     "trust_remote_code": left("code of a checkpoint is never run here"),
     "deepspeed": RUNTIME, "fsdp": RUNTIME, "fsdp_config": RUNTIME, "ddp_timeout": RUNTIME, "local_rank": RUNTIME, "dataloader_num_workers": RUNTIME,
     "resume_from_checkpoint": left("the same command resumes a run by itself"),
@@ -203,11 +214,14 @@ def axolotl_finish(draft: Draft) -> None:
     if "adapter" not in theirs or theirs["adapter"] is None:
         draft.leave("adapter", "full fine-tuning is not done here: an adapter (dl_qat) trains over the packed model")
     targets_given = theirs.get("lora_target_modules")
-    if targets_given and theirs.get("lora_target_linear") is True:
+    if targets_given and _on(draft, "lora_target_linear"):
         draft.leave("lora_target_modules", "lora_target_linear asks for all linear layers, which have adapters here")
         draft.values.pop("adapter.targets", None)
-    everything = theirs.get("train_on_inputs") is True
-    finish(draft, everything, rank_key="lora_r", rslora=theirs.get("peft_use_rslora") is True, epochs=1.0, epochs_key="num_epochs")
+    if _on(draft, "load_in_4bit") and _on(draft, "load_in_8bit"):
+        draft.set("quant.bits", 4, "load_in_4bit")
+        draft.leave("load_in_8bit", "load_in_4bit is true too, and one of them has to give: set quant.bits to 4 or 8")
+    everything = _on(draft, "train_on_inputs")
+    finish(draft, everything, rank_key="lora_r", rslora=_on(draft, "peft_use_rslora"), epochs=1.0, epochs_key="num_epochs")
 
 
 AXOLOTL = SHARED | {
@@ -239,10 +253,12 @@ AXOLOTL = SHARED | {
     "chat_template": left("the template of the model's own tokenizer is used"),
     "rl": refuse_stage,
     "reward_model": if_not_off(refuse_stage),
-    "flash_attention": ATTENTION, "attn_implementation": ATTENTION, "xformers_attention": ATTENTION, "sdp_attention": taken_later,
+    "flash_attention": ATTENTION, "attn_implementation": ATTENTION, "xformers_attention": ATTENTION,
+    "sdp_attention": left("it is the default (model.attention)"),
     "evals_per_epoch": EVERY, "saves_per_epoch": EVERY,
-    "model_type": taken_later, "tokenizer_type": taken_later,  # config.json and tokenizer_config.json say so
-    "dataset_prepared_path": taken_later, "pad_to_sequence_len": taken_later, "strict": taken_later,  # caches, padding, their checks
+    "model_type": left("config.json says so"), "tokenizer_type": left("tokenizer_config.json says so"),
+    "dataset_prepared_path": CACHE, "pad_to_sequence_len": left("windows are padded to the longest of their batch"),
+    "strict": left("a recipe is always checked key by key"),
     "group_by_length": left("rows are packed instead"),
     "eval_sample_packing": left("evaluation windows are packed as training's are"),
     "early_stopping_patience": left("no early stop: train.keep_best ships the best checkpoint"),
@@ -298,6 +314,11 @@ def factory_type(draft: Draft, key: str, value: Any) -> None:
         draft.leave(key, "full and frozen fine-tuning are not done here: an adapter (dl_qat) trains over the packed model")
 
 
+def factory_train(draft: Draft, key: str, value: Any) -> None:
+    if truth(value) is not True:
+        draft.leave(key, "a run always trains")
+
+
 def factory_bits(draft: Draft, key: str, value: Any) -> None:
     if value in (2, 3, 4, 8):
         draft.set("quant.bits", value, key)
@@ -313,12 +334,14 @@ def factory_finish(draft: Draft) -> None:
         draft.set("adapter.rank", 8, "their default")
     if "lora_alpha" not in theirs:
         draft.theirs = theirs | {"lora_alpha": 2 * draft.get("adapter.rank", 8)}
-    if theirs.get("mask_history") is True:
+    if _on(draft, "mask_history"):
         draft.set("data.train_on", "completion", "mask_history: only the last answer")
     if theirs.get("gradient_checkpointing") is None:
-        draft.set("train.gradient_checkpointing", theirs.get("disable_gradient_checkpointing") is not True, "their default, or disable_gradient_checkpointing")
-    everything = theirs.get("train_on_prompt") is True
-    finish(draft, everything, rank_key="lora_rank", rslora=theirs.get("use_rslora") is True, epochs=3.0, epochs_key="num_train_epochs")
+        draft.set("train.gradient_checkpointing", not _on(draft, "disable_gradient_checkpointing"), "their default, or disable_gradient_checkpointing")
+    if _on(draft, "neat_packing"):
+        draft.set("data.packing", True, "neat_packing: packed rows never see each other here")
+    everything = _on(draft, "train_on_prompt")
+    finish(draft, everything, rank_key="lora_rank", rslora=_on(draft, "use_rslora"), epochs=3.0, epochs_key="num_train_epochs")
 
 
 FACTORY = SHARED | {
@@ -340,7 +363,7 @@ FACTORY = SHARED | {
     "cutoff_len": number("data.sequence_len", 8),
     "max_samples": number("data.train.limit", 1),
     "packing": flag("data.packing"),
-    "neat_packing": taken_later,  # packed rows never see each other here
+    "neat_packing": taken_later,
     "train_on_prompt": taken_later, "mask_history": taken_later, "streaming": flag("data.streaming"),
     "per_device_train_batch_size": number("train.micro_batch_size", 1),
     "num_train_epochs": taken_later,
@@ -350,9 +373,10 @@ FACTORY = SHARED | {
     "flash_attn": ATTENTION,
     "report_to": trackers,
     "disable_gradient_checkpointing": taken_later,
-    "do_train": taken_later, "plot_loss": taken_later, "overwrite_output_dir": taken_later, "overwrite_cache": taken_later,
-    "preprocessing_num_workers": RUNTIME, "save_only_model": taken_later, "per_device_eval_batch_size": RUNTIME,
-    "eval_strategy": taken_later, "quantization_method": left("the base is packed by quant.calibrate"),
+    "do_train": factory_train, "plot_loss": left("report.html has the curves"), "overwrite_cache": CACHE,
+    "overwrite_output_dir": left("no folder is overwritten: the same command goes on with a run"),
+    "preprocessing_num_workers": RUNTIME, "save_only_model": left("checkpoints hold what resuming needs"), "per_device_eval_batch_size": RUNTIME,
+    "quantization_method": left("the base is packed by quant.calibrate"),
     "quantization_type": left("the grid here is integers (quant)"), "double_quantization": left("scales are bfloat16 here"),
 }  # fmt: skip
 
@@ -367,14 +391,14 @@ def finish(draft: Draft, everything: bool, *, rank_key: str, rslora: bool, epoch
     if "quant.bits" not in draft.values and not theirs.get("gptq"):
         draft.set("quant.bits", 4, "no key of theirs")
     rank = draft.get("adapter.rank", 16)
-    alpha = _number(theirs.get("lora_alpha"))
+    alpha = _number(draft, "lora_alpha")
     if alpha is not None and alpha > 0:
         scaled = next((key for key in ("peft_use_rslora", "use_rslora") if key in theirs), "")
         source = "lora_alpha" if not rslora else f"lora_alpha x sqrt({rank_key}), for {scaled}"
         draft.set("adapter.alpha", alpha * (math.sqrt(rank) if rslora else 1.0), source)
 
-    steps = _number(theirs.get("max_steps"))
-    given_epochs = _number(theirs.get(epochs_key))
+    steps = _number(draft, "max_steps")
+    given_epochs = _number(draft, epochs_key)
     if steps is not None and steps >= 1:
         draft.set("train.max_steps", int(steps), "max_steps")
         if given_epochs is not None:
@@ -383,19 +407,29 @@ def finish(draft: Draft, everything: bool, *, rank_key: str, rslora: bool, epoch
         draft.set("train.epochs", given_epochs, epochs_key)
     else:
         draft.set("train.epochs", epochs, "their default")
-    warmup = _number(theirs.get("warmup_steps"))
+    warmup = _number(draft, "warmup_steps")
     if warmup:
         if "train.max_steps" in draft.values:
             draft.set("train.warmup_ratio", round(min(1.0, warmup / draft.get("train.max_steps")), 6), "warmup_steps / max_steps")
         else:
             draft.leave("warmup_steps", "a share of the steps here, whose number is not in the file: set train.warmup_ratio")
-    betas = [_number(theirs.get(key)) for key in ("adam_beta1", "adam_beta2")]
+    betas = [_number(draft, key) for key in ("adam_beta1", "adam_beta2")]
     if any(beta is not None for beta in betas):
         draft.set("train.betas", [0.9 if betas[0] is None else betas[0], 0.999 if betas[1] is None else betas[1]], "adam_beta1, adam_beta2")
     if "data.train_on" not in draft.values:
         format = draft.get("data.train.format")
         learned = "all" if everything or format == "text" else "assistant" if format == "chat" else "completion"
         draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
+    strategy_key = next((key for key in ("eval_strategy", "evaluation_strategy") if theirs.get(key) is not None), "eval_strategy")
+    strategy = theirs.get(strategy_key)
+    if strategy not in (None, "steps"):
+        draft.values.pop("train.eval_every", None)
+        if strategy is not False and strategy != "no":
+            draft.leave(strategy_key, "counted in steps here: set train.eval_every")
+        elif theirs.get("eval_steps") is not None:
+            draft.leave("eval_steps", f"{strategy_key} is no")
+    elif strategy == "steps" and theirs.get("eval_steps") is None:
+        draft.leave(strategy_key, "eval_steps is not in the file: set train.eval_every")
     if draft.get("train.eval_every") and "data.valid.path" not in draft.values:
         draft.values.pop("train.eval_every")
         draft.leave("eval_steps", "there is no data.valid to measure on")
@@ -403,11 +437,28 @@ def finish(draft: Draft, everything: bool, *, rank_key: str, rslora: bool, epoch
         draft.leave("dataset", "no training rows in the file: set data.train")
 
 
-def _number(value: Any) -> float | None:
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+def _number(draft: Draft, key: str) -> float | None:
+    """The number at a key of theirs; None where there is none, and the key is left where it is something else."""
+    value = draft.theirs.get(key)
+    if value is None:
         return None
+    try:
+        read = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        read = math.nan
+    if math.isfinite(read):
+        return read
+    draft.leave(key, "not readable as what it should be (a number is needed)")
+    return None
+
+
+def _on(draft: Draft, key: str) -> bool:
+    """Whether a key of theirs is true; it is left where it is neither true nor false."""
+    value = draft.theirs.get(key)
+    read = False if value is None else truth(value)
+    if read is None and key not in dict(draft.left):
+        draft.leave(key, "not readable as what it should be (true or false is needed)")
+    return bool(read)
 
 
 TRAINERS = (

@@ -255,6 +255,7 @@ def group(**changes: Any) -> dict[str, Any]:
         ("compressed-tensors", group(input_activations={"num_bits": 8}), "input_activations: got a scheme"),
         ("compressed-tensors", group(weights=WEIGHTS | {"type": "float"}), "weights.type: got 'float'; allowed: int"),
         ("compressed-tensors", group(weights=WEIGHTS | {"num_bits": 5}), "bits: got 5"),
+        ("compressed-tensors", group(weights=WEIGHTS | {"actorder": "group"}), "actorder 'group', .* no weight_g_idx"),
         ("compressed-tensors", group(targets=["re:["]), "no regular expression"),
         ("compressed-tensors", group(targets=["Conv2d"]), "no group of config_groups has it"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: got a scheme"),

@@ -130,6 +130,41 @@ def test_what_is_no_plain_lora_is_refused(facts: dict[str, Any], message: str, d
         read_lora(tmp_path / "lora")
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_lora_over_a_base_that_its_start_changed_is_refused(init: str, dense: Path, tmp_path: Path) -> None:
+    """PEFT itself moves the base at such a start, and its own conversion makes a plain LoRA of it."""
+    before = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    torch.manual_seed(0)
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
+                          LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init))  # fmt: skip
+    name = "model.layers.0.self_attn.q_proj"
+    moved = made.base_model.model.get_submodule(name).base_layer.weight - before.get_submodule(name).weight
+    assert moved.abs().max() > 1e-3
+    made.peft_config["default"].init_lora_weights = True
+    made.save_pretrained(tmp_path / "initial")
+    made.peft_config["default"].init_lora_weights = init
+    made.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=rf"adapter_config.json: init_lora_weights: got '{init}'; allowed.*path_initial_model_for_weight_conversion"):
+        read_lora(tmp_path / "lora")
+    made.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert read_lora(tmp_path / "plain").rank == 8
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_starts_that_leave_the_base_alone_are_read(init: Any, dense: Path, tmp_path: Path) -> None:
+    make_lora(dense, tmp_path / "lora")
+    edit(tmp_path / "lora", init_lora_weights=init)
+    assert read_lora(tmp_path / "lora").rank == 4
+
+
+@pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga", "next_year_s", ["pissa"]])
+def test_other_starts_are_refused_by_name(init: Any, dense: Path, tmp_path: Path) -> None:
+    make_lora(dense, tmp_path / "lora")
+    edit(tmp_path / "lora", init_lora_weights=init)
+    with pytest.raises(ValueError, match="other starts change the base"):
+        read_lora(tmp_path / "lora")
+
+
 def test_damaged_foreign_and_pickled_folders(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter_config.json: cannot be read .*save_pretrained"):
         read_lora(tmp_path)

@@ -11,8 +11,8 @@ import yaml
 
 from lowbit_ft.cli import main
 from lowbit_ft.recipe import RecipeError, load_recipe
-from lowbit_ft.recipe_import import import_recipe, render
-from lowbit_ft.recipe_import_keys import AXOLOTL, FACTORY, TRAINERS
+from lowbit_ft.recipe_import import Draft, Trainer, import_recipe, render
+from lowbit_ft.recipe_import_keys import AXOLOTL, FACTORY, TRAINERS, taken_later
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
@@ -113,7 +113,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (train.optimizer, train.scheduler, train.learning_rate, train.betas) == ("adamw", "constant", 2e-4, (0.9, 0.95))
     assert (train.micro_batch_size, train.gradient_accumulation_steps, train.trackers) == (2, 4, ["tensorboard"])
     assert str(recipe.output) == "out/here"
-    wanted = {"datasets.1", "datasets.0.roles_to_train", "chat_template", "lora_dropout", "num_epochs", "flash_attention", "lisa_n_layers", "weight_decay"}
+    wanted = {"model_type", "datasets.1", "datasets.0.roles_to_train", "chat_template", "lora_dropout", "num_epochs", "flash_attention", "lisa_n_layers", "weight_decay"}
     assert set(left) == wanted
     assert left["lisa_n_layers"] == "no key here does this" and "could not convert" in left["weight_decay"]
 
@@ -151,6 +151,56 @@ def test_the_rarer_keys(tmp_path: Path) -> None:
     assert {"adapter", "lora_target_modules", "eval_steps"} <= set(left) and draft.get("adapter.targets") is None
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("lora_alpha", "sixteen"), ("max_steps", "many"), ("warmup_steps", True), ("adam_beta1", "high"), ("num_epochs", [1]), ("max_steps", float("inf")),
+    ("sample_packing", "maybe"), ("gradient_checkpointing", "maybe"), ("bf16", "maybe"), ("train_on_inputs", "maybe"), ("peft_use_rslora", "maybe"),
+])  # fmt: skip
+def test_what_cannot_be_read_is_listed_once(key: str, value: Any, tmp_path: Path) -> None:
+    draft = import_recipe(written(tmp_path, {"base_model": "a/b", "adapter": "lora", key: value}))
+    assert [why for name, why in draft.left if name == key and "is needed" in why] and [name for name, _ in draft.left].count(key) == 1
+    assert not any(key in source for _, source in draft.values.values())
+
+
+def test_true_and_false_as_words(tmp_path: Path) -> None:
+    draft = import_recipe(written(tmp_path, {"base_model": "a/b", "adapter": "lora", "sample_packing": "false", "gradient_checkpointing": "unsloth",
+                                             "train_on_inputs": "true", "bf16": "auto", "fp16": "false"}))  # fmt: skip
+    assert draft.get("data.packing") is False and draft.get("train.gradient_checkpointing") is True
+    assert draft.get("data.train_on") == "all" and draft.get("model.dtype") == "bfloat16"
+
+
+@pytest.mark.parametrize("order", [("load_in_4bit", "load_in_8bit"), ("load_in_8bit", "load_in_4bit")])
+def test_two_widths_at_once_are_named(order: tuple[str, str], tmp_path: Path) -> None:
+    draft = import_recipe(written(tmp_path, {"base_model": "a/b", "adapter": "lora"} | dict.fromkeys(order, True)))
+    assert draft.get("quant.bits") == 4 and "load_in_4bit is true too" in dict(draft.left)["load_in_8bit"]
+
+
+def test_keys_of_llama_factory_that_imply_others(tmp_path: Path) -> None:
+    valid = {"model_name_or_path": "a/b", "eval_dataset": "rows", "eval_steps": 5}
+    draft = import_recipe(written(tmp_path, valid | {"packing": False, "neat_packing": True, "eval_strategy": "no", "do_train": False}))
+    left = dict(draft.left)
+    assert draft.get("data.packing") is True and draft.get("train.eval_every") is None
+    assert left["eval_steps"] == "eval_strategy is no" and "always trains" in left["do_train"]
+    draft = import_recipe(written(tmp_path, valid | {"eval_strategy": "epoch"}))
+    assert "train.eval_every" in dict(draft.left)["eval_strategy"] and draft.get("train.eval_every") is None
+    assert import_recipe(written(tmp_path, valid | {"eval_strategy": "steps"})).get("train.eval_every") == 5
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+def test_keys_for_later_are_looked_at_later(trainer: Trainer, tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    class Seen(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            seen.add(key)
+            return super().get(key, default)
+
+    draft = Draft(trainer.name, Seen(dict.fromkeys(trainer.rules) | {"lora_alpha": 1, "lora_target_modules": ["q_proj"]}), tmp_path)
+    if "dataset" in trainer.rules:
+        trainer.rules["dataset"](draft, "dataset", "rows")
+    trainer.finish(draft)
+    assert {key for key, rule in trainer.rules.items() if rule is taken_later} - seen == set()
+
+
 def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) -> None:
     draft = import_recipe(written(tmp_path, FACTORY_FILE | {"dataset": "identity", "mask_history": True}))
     assert "identity is not in a dataset_info.json" in dict(draft.left)["dataset"]
@@ -160,7 +210,7 @@ def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) ->
 @pytest.mark.parametrize("values", [AXOLOTL_FILE, FACTORY_FILE], ids=["axolotl", "llamafactory"])
 def test_every_key_is_used_or_listed(values: dict[str, Any], tmp_path: Path) -> None:
     """A key that is set to something changes the recipe or is named in its list; the exceptions say nothing about training."""
-    silent = {"model_type", "do_train"}
+    silent = {"do_train"}
     off = {key for key, value in values.items() if value in (None, False, 0, "none", "all")}
     draft = import_recipe(written(tmp_path, values))
     text = render(draft, tmp_path / "theirs.yml", tmp_path / "recipe.yaml")

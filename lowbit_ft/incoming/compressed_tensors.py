@@ -66,7 +66,13 @@ class CompressedTensorsReader(Reader):
             if local not in parts:
                 raise ValueError(f"{name}: no tensor {name}.{local} in the files")
         group = group_of(config["config_groups"], name)
-        grid = self._grid(group, config["config_groups"][group]["weights"], stored_scale_dtype(name, parts["weight_scale"]))
+        weights = config["config_groups"][group]["weights"]
+        if weights.get("actorder") in ("group", True) and "weight_g_idx" not in parts:
+            raise ValueError(
+                f"{name}: config_groups.{group} says actorder {weights['actorder']!r}, so its groups are not in the order of the inputs, "
+                "but the files have no weight_g_idx; quantize again with actorder null or weight"
+            )
+        grid = self._grid(group, weights, stored_scale_dtype(name, parts["weight_scale"]))
         shape = read(parts["weight_shape"]).tolist()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"{name}: weight_shape is {shape}; needs [out, in]")
