@@ -67,6 +67,11 @@ class ChatTemplate:
         except BadRow:
             pass  # a template for other roles than these; the rows will show what it can do
 
+    def ending(self) -> int | None:
+        """Id of the token that ends an assistant turn; None where the template writes none."""
+        ids = self.tokenizer(self.closing.strip(), add_special_tokens=False)["input_ids"] if self.closing.strip() else []
+        return ids[0] if ids else None
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, *, prompt: bool = False
     ) -> str:

@@ -57,6 +57,7 @@ from .session import (
     reader_device,
     resume,
     start,
+    unstopped,
     valid_batches,
 )
 from .train import train as train_model
@@ -219,6 +220,8 @@ def read_data(session: Session) -> Examples:
     recipe = session.recipe
     examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
     session.say(f"data: {examples.report}")
+    if warning := unstopped(session):
+        session.say(f"note: {warning}")
     if recipe.data.valid is not None:
         load_examples(recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer)
     return examples

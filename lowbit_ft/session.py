@@ -20,6 +20,8 @@ from rich.console import Console
 
 from .attach import adapted_layers
 from .data import Batches, Examples, StreamedExamples, keeps_segments_apart, load_examples
+from .data_chat import ChatTemplate
+from .export import EXPORTERS
 from .export.reader import load_exported, read_config
 from .load import Checkpoint, load_tokenizer
 from .processes import join, main_process_first, rank, world
@@ -174,6 +176,21 @@ def batches(session: Session, model: Any, examples: Examples, size: int, *, shuf
         examples, size, session.pad_id, session.recipe.train.seed, rank=0 if alone else rank(), world=1 if alone else world(),
         shuffle=shuffle, mask_dtype=None if apart else session.dtype,
     )  # fmt: skip
+
+
+def unstopped(session: Session) -> str | None:
+    """What the user should know when the model will learn to end its turns with a token that no server stops at; None when all is
+    well. Base models with a chat template are such: the turn ends with one token, the configuration stops at another."""
+    if session.recipe.data.train.format != "chat" or not getattr(session.tokenizer, "chat_template", None):
+        return None
+    ending, stops = ChatTemplate(session.tokenizer).ending(), EXPORTERS["native"].stops(session.checkpoint.folder)
+    if ending is None or not stops or ending in stops:
+        return None
+    token = session.tokenizer.convert_ids_to_tokens(ending)
+    return (
+        f"assistant turns end with {token} ({ending}), which is not a stop token of this model (eos_token_id {stops}): servers will "
+        f"write on behind it; set eos_token_id: {[*stops, ending]} in the model's generation_config.json"
+    )
 
 
 def valid_batches(session: Session, model: Any) -> Batches | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from lowbit_ft import pipeline
 from lowbit_ft.export import EXPORTERS
@@ -23,6 +23,7 @@ from lowbit_ft.linear import PackedLinear
 from lowbit_ft.load import Checkpoint
 from lowbit_ft.recipe import RecipeError, load_recipe
 from lowbit_ft.rundir import RunDir
+from lowbit_ft.session import unstopped
 from tests.packed_tools import int_grid, random_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,3 +349,19 @@ def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest
         assert again == out / "merged"
     with pytest.raises(RecipeError, match="embeddings in full precision only"):
         recipe(tmp_path / "x", f"model.path={folder}", "quant.group_size=32", "quant.embeddings=8")
+
+
+def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
+    """The tiny Llama stops where its turns end; a copy of it that stops at another token only is told on."""
+    tiny = ROOT / "recipes" / "assets" / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny))
+
+    def said(folder: Path, form: str = "chat") -> str | None:
+        asked = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(format=form)))
+        return unstopped(SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder)))  # type: ignore[arg-type]
+
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    message = said(tmp_path)
+    assert message and "<|im_end|> (3)" in message and "eos_token_id: [0, 3]" in message
+    assert said(tmp_path, "completion") is None
+    assert said(tiny) is None
