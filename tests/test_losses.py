@@ -25,7 +25,7 @@ def data(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("chunk", [1, 30, 1 << 22])
 def test_value_and_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK", chunk)
+    monkeypatch.setattr(losses, "FLOATS_AT_A_TIME", chunk)
     logits, labels = data(torch.float64)
     exact = logits.clone().requires_grad_()
     reference(exact, labels).mul(0.7).backward()
