@@ -134,6 +134,21 @@ class ChunkedHead:
         with _answering(self.base, kind(last_hidden_state=hidden[None])):
             return self.plain(input_ids=ids, use_cache=False).logits[0]
 
+    @torch.no_grad()
+    def differs(self, device: torch.device) -> str:
+        """Why these are not the logits that the model makes of a few tokens; "" when they are."""
+        ids = torch.arange(8, device=device)[None]
+        inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
+        try:
+            want = self.plain(**inputs).logits[0]
+            output = self.base(**inputs)
+            got = torch.cat([self.logits(part, type(output)) for part in output.last_hidden_state[0].split(5)])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"its logits cannot be made of hidden states ({error})"
+        # The same numbers but for the order of sums, and bf16 keeps 8 bits of them.
+        close = got.shape == want.shape and bool((got - want).abs().max() <= 2e-2 * want.abs().max())
+        return "" if close else "its logits are not a function of its hidden states alone"
+
     def loss(self, output: Any, labels: Tensor) -> Tensor:
         """Sum of the token losses of the decoder's output (last_hidden_state [B, L, H])."""
         hidden, kind = output.last_hidden_state, type(output)
@@ -171,25 +186,17 @@ def _head_of(model: nn.Module) -> tuple[ChunkedHead | None, str]:
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
     if vocabulary < _SMALL_VOCABULARY:
         return None, "its vocabulary is small"
-    base, plain = model.base_model, model.forward
-    if base is model:
-        return None, f"the decoder of {type(model).__name__} is no module of its own"
-    head = ChunkedHead(base, plain, vocabulary)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    reason = f"the decoder of {type(model).__name__} is no module of its own"
     try:
-        ids = torch.arange(8, device=model.device)[None]
-        inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
-        with torch.no_grad():
-            want = plain(**inputs).logits[0]
-            output = base(**inputs)
-            got = torch.cat([head.logits(part, type(output)) for part in output.last_hidden_state[0].split(5)])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return None, f"{type(model).__name__} does not take its hidden states apart from its logits ({error})"
+        for base in {model.base_model: None, model.get_decoder(): None}:  # OPT's forward calls the second
+            if base is not model and isinstance(base, nn.Module):
+                head = ChunkedHead(base, model.forward, vocabulary)
+                reason = head.differs(model.device)
+                if not reason:
+                    return head, ""
     finally:
         for module, mode in modes:
             module.training = mode
-    # The same numbers but for the order of sums: bf16 keeps 8 bits of them.
-    if got.shape != want.shape or not (got - want).abs().max() <= 2e-2 * want.abs().max():
-        return None, f"the logits of {type(model).__name__} are not a function of its hidden states alone"
-    return head, ""
+    return None, f"{type(model).__name__}: {reason}"
