@@ -51,7 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     checkpoint = Checkpoint.open(o.model, dtype="float32")
     model, _ = quantize(checkpoint, QuantSection(calibrate="absmax"), dtype=torch.float32)
-    attach(model, ADAPTERS[o.method]())
+    attach(model, ADAPTERS[o.method].model_validate({"method": o.method}))
     vocabulary = checkpoint.config.vocab_size
     batches = Batches(windows(8, o.window, vocabulary), 1, 0, 0)
     valid = Batches(windows(2, o.window, vocabulary), 1, 0, 1)

@@ -51,7 +51,7 @@ def allocator_peak(run: Any) -> int:
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+        now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  (the stubs of torch lack it)
         peak = max(peak, now)
     return peak
 
