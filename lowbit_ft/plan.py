@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lowbit_ft.grid import empty_weight
+from lowbit_ft.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from lowbit_ft.recipe import Recipe
 from lowbit_ft.recipe_layers import Shapes, local_folder, natural, read_shapes
 
@@ -130,7 +131,7 @@ def _row(recipe: Recipe, name: str, out_features: int, in_features: int, trained
 
 
 def _activations(recipe: Recipe, shapes: Shapes, size: int) -> int:
-    """Rough: what each decoder layer keeps for backward, and logits with their gradient and fp32 copy."""
+    """Rough: what each decoder layer keeps for backward, and a chunk of logits, its gradient and some rows in fp32."""
     hidden = shapes.number("hidden_size", "n_embd") or 0
     layers = shapes.number("num_hidden_layers", "n_layer") or 0
     inner = shapes.number("intermediate_size", "ffn_dim") or 4 * hidden
@@ -139,12 +140,13 @@ def _activations(recipe: Recipe, shapes: Shapes, size: int) -> int:
     one_layer = (
         tokens * (10 * hidden + 4 * inner) * size
     )  # norms, q k v o, attention, residuals; gate, up, product, activation
+    inputs = 0 if recipe.train.offload == "cpu" else layers * tokens * hidden * size
     kept = (
-        layers * tokens * hidden * size + one_layer
+        inputs + one_layer
         if recipe.train.gradient_checkpointing
         else layers * one_layer
     )
-    return kept + tokens * vocabulary * (size + 8)
+    return kept + min(tokens * vocabulary, LOGITS_AT_A_TIME) * 2 * size + 12 * min(tokens * vocabulary, FLOATS_AT_A_TIME)
 
 
 def _count(shape: tuple[int, ...]) -> int:

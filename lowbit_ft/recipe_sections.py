@@ -290,6 +290,10 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: about 30 % slower, much less memory"
     )
+    offload: Literal["no", "cpu"] = Field(
+        default="no",
+        description="cpu: what gradient_checkpointing keeps, the input of every layer, waits in CPU memory: for long sequences on a GPU",
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="autocast; 'no' computes in model.dtype"
     )
@@ -314,10 +318,19 @@ class TrainSection(Section):
         default=[], description="besides metrics.jsonl, which is always written"
     )
 
-    @field_validator("mixed_precision", mode="before")
+    @field_validator("mixed_precision", "offload", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads an unquoted no as false
+
+    @model_validator(mode="after")
+    def _offload(self) -> TrainSection:
+        if self.offload != "no" and not self.gradient_checkpointing:
+            raise ValueError(
+                f"offload {self.offload} moves what gradient_checkpointing keeps, and that is off; set gradient_checkpointing: true, "
+                "or offload: no"
+            )
+        return self
 
     @model_validator(mode="after")
     def _length(self) -> TrainSection:

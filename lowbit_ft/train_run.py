@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
-from lowbit_ft.losses import count_targets, next_token_loss
+from lowbit_ft.losses import count_targets, loss_forward
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
 from lowbit_ft.train_log import TrainLog
 from lowbit_ft.train_setup import (
@@ -78,9 +79,10 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
-        self.had_own_forward = "forward" in vars(model)
+        self.own_forward = vars(model).get("forward")
+        model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
-            activation_checkpointing(model, True)
+            activation_checkpointing(model, True, offload=section.offload == "cpu")
         with (
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
@@ -164,8 +166,7 @@ class Run:
         """Sum of the token losses of a micro-batch."""
         model = self.wrapped if model is None else model
         inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
-        labels = inputs.pop("labels")
-        return next_token_loss(model(**inputs, use_cache=False).logits, labels)
+        return model(**inputs)  # its forward is the loss since __init__
 
     def refuse_unreached(self) -> None:
         """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
@@ -316,8 +317,9 @@ class Run:
         for tracker in self.accelerator.trackers if self.main else []:
             tracker.finish()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if not self.had_own_forward:
-            vars(self.model).pop("forward", None)
+        vars(self.model).pop("forward", None)
+        if self.own_forward is not None:
+            self.model.forward = self.own_forward
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
         self.optimizer.zero_grad()

@@ -143,6 +143,8 @@ def test_plan_counts_exactly():
     assert made.memory["optimizer"] == 8 * made.trainable and made.total > made.memory["base"]
     small = plan(load_recipe(QUICK, ["train.gradient_checkpointing=true", "train.optimizer=adamw8bit"]))
     assert small is not None and small.memory["activations"] < made.memory["activations"]
+    away = plan(load_recipe(QUICK, ["train.gradient_checkpointing=true", "train.offload=cpu"]))
+    assert away is not None and away.memory["activations"] < small.memory["activations"]
     assert small.memory["optimizer"] == 2 * made.trainable
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lowbit_ft.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ["lowbit_ft", "kernels", "benchmarks", "recipes"]  # in the order of the map
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,7 +102,7 @@ def test_the_memory_arithmetic():
         2 * vocabulary * width * 2,
         (low_rank + scales) * 16,
         blocks * length * width * 2,
-        length * vocabulary * 10,
+        LOGITS_AT_A_TIME * 4 + FLOATS_AT_A_TIME * 12,
     ]
     rows = table_below("memory")
     assert [row[2] for row in rows] == [f"{part / 1e9:.2f}" for part in [*parts, sum(parts)]]

@@ -211,6 +211,26 @@ def test_nothing_of_the_weights_size_is_saved_for_backward(method: str, dtype: t
     assert all(p.grad is not None for p in layer.adapter.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_of_what_grows_with_the_tokens_only_x_is_saved(method: str, dtype: torch.dtype):
+    """Twice the tokens, and not a byte more but x (lora beside the base: and the low-rank activations)."""
+    config = ADAPTERS[method]
+    base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (128, 256))
+    layer = PackedLinear(base, torch.randn(128))
+    layer.adapter = config(**({"rank": 4} if "rank" in config.model_fields else {})).build(base)
+    randomize(layer.adapter)
+    sizes = []
+    for tokens in (8, 16):
+        x = torch.randn(tokens, 256, dtype=dtype, requires_grad=True)
+        saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps an address from being used twice
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t):
+            y = layer(x)
+        assert y.shape == (tokens, 128) and x.untyped_storage().data_ptr() in saved
+        sizes.append(sum(t.untyped_storage().nbytes() for t in saved.values()) - x.untyped_storage().nbytes())
+    assert sizes[1] - sizes[0] == (8 * 4 * dtype.itemsize if method == "lora" else 0)
+
+
 # ---- options
 
 
