@@ -5,7 +5,8 @@ name. A stage reads what the one before left in the run folder (rundir.py), so a
 base/ is reused when it is this very base, training resumes from its newest valid checkpoint, later stages are done again.
 
 Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
-the trained one is measured and let go before merged/ and the export are read back.
+the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes
+share one base while they train (sharding.py); after it the main one reads base/ again and puts what was trained on it.
 """
 
 import shutil
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import merge as merging
 from . import report as report_page
+from .adapters import AdapterConfig
 from .adapters.lora import Lora
-from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
+from .attach import adapted_layers, adapter_state, attach, base_digest, begin_step, load_adapter_state
 from .card import model_card, serve_line
 from .data import Examples, load_examples
 from .evaluate import EvalRow, Reference, table
@@ -32,7 +35,7 @@ from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
 from .memory import release_freed
-from .processes import main_process_first
+from .processes import main_process_first, world
 from .quantize import quantize as quantize_model
 from .recipe import Recipe
 from .session import (
@@ -45,9 +48,11 @@ from .session import (
     load_packed,
     reader_device,
     resume,
+    splits_base,
     start,
     valid_batches,
 )
+from .sharding import held_by_rank, is_sharded, shard, whole
 from .train import train as train_model
 from .walk import Batch
 
@@ -60,8 +65,7 @@ def run(recipe: Recipe) -> Path:
     """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
     session = start(recipe)
     examples = read_data(session)
-    model = quantize_stage(session)
-    train_stage(session, model, examples)
+    model = train_stage(session, quantize_stage(session), examples)
     if not session.run.main:
         return session.run.path
     merge_stage(session, model)
@@ -85,8 +89,7 @@ def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
     session = start(recipe)
     examples = read_data(session)
-    model = quantize_stage(session)
-    train_stage(session, model, examples)
+    model = train_stage(session, quantize_stage(session), examples)
     if session.run.main:
         merge_stage(session, model)
     return session.run / "merged"
@@ -162,13 +165,15 @@ def quantize_stage(session: Session) -> Any:
     """The packed model: from base/ when it was made from this checkpoint with these settings, else packed now and kept."""
     recipe, run_dir = session.recipe, session.run
     key, folder = base_key(session), run_dir / "base"
+    # A base that is about to be cut waits on the CPU, so that no device has to hold it whole.
+    place = "cpu" if splits_base(recipe) else None
     with run_dir.stage("quantize", session.device, resumable=True), main_process_first():
         stored = run_dir.read_json("base.json", {})
         if stored.get("key") == key and folder.is_dir():
             try:
                 check_files(folder)
                 session.say(f"base: reusing {folder}")
-                return load_packed(folder, session)
+                return load_packed(folder, session, place)
             except ValueError as error:
                 session.say(f"base: {error}\nbase: packing it again")
                 shutil.rmtree(folder)
@@ -180,6 +185,8 @@ def quantize_stage(session: Session) -> Any:
         run_dir.write_json("quant.json", rows.to_json())
         write_model(folder, session.checkpoint, merging.base_weights(model), EXPORTERS["native"])
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
+        if place is not None:
+            model = model.to(place)
     return model
 
 
@@ -193,8 +200,9 @@ def read_data(session: Session) -> Examples:
     return examples
 
 
-def train_stage(session: Session, model: Any, examples: Examples) -> None:
-    """Attach and train; writes adapter/. RunStopped when a signal ended it before the last step."""
+def train_stage(session: Session, model: Any, examples: Examples) -> Any:
+    """Attach and train; writes adapter/. Returns the trained model, whole (on the other processes of a sharded run, None).
+    RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
     rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.weight_for(f"{layer}.weight", dtype=torch.float32))
@@ -203,6 +211,14 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
+    split = splits_base(recipe)
+    if split:
+        shard(model, session.device)
+    if world() > 1:
+        ranks = held_by_rank(model, session.device)
+        run_dir.write_json("processes.json", {"type": "FSDP2" if is_sharded(model) else "DDP", "ranks": ranks})
+        parts = ", ".join(f"{r['base'] / 1e9:.6f}" for r in ranks)
+        session.say(f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} processes: {parts} GB")
     with run_dir.stage("train", session.device, resumable=True):
         result = train_model(
             model,
@@ -218,8 +234,16 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
         )
     if result.stopped:
         raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
+    if split:
+        state = {key: whole(tensor).cpu() for key, tensor in adapter_state(model).items()}
+        del model  # shards and gathered layers make room for the whole base
+        release_freed()
+        if not run_dir.main:
+            return None
+        model = adapted(load_packed(run_dir / "base", session), recipe.adapter, state)
     if run_dir.main:
         write_adapter(run_dir / "adapter", model, recipe.adapter, digest, run_dir / "base")
+    return model
 
 
 def merge_stage(session: Session, model: Any) -> None:
@@ -326,6 +350,11 @@ def trained_model(session: Session) -> Any:
     model = load_packed(run_dir / "base", session)
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
+    return adapted(model, config, state)
+
+
+def adapted(model: Any, config: AdapterConfig, state: dict[str, Tensor]) -> Any:
+    """The packed model with an adapter of this state on it."""
     # The start does not matter, every tensor is about to be replaced.
     attach(model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config)
     load_adapter_state(model, state)

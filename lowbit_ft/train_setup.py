@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
+from lowbit_ft.processes import world
 from lowbit_ft.train_log import check_trackers
 
 
@@ -91,7 +92,7 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not distributed)
     GradientState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=section.mixed_precision,
         log_with=list(section.trackers) or None,
@@ -99,6 +100,15 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
         # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    used, several = accelerator.distributed_type, world() > 1
+    wanted = (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU) if several else DistributedType.NO
+    if used != wanted:
+        raise TrainError(
+            f"accelerate is set to {used.name} with {accelerator.num_processes} processes; {world()} on this kind of device train as "
+            f"{wanted.name}. Launch with a plain multi-GPU configuration (docs/many-gpus.md) or torchrun, and choose train.sharding "
+            "in the recipe: accelerate's own FSDP and DeepSpeed do not know packed integers"
+        )
+    return accelerator
 
 
 def activation_checkpointing(model: Any, on: bool) -> None:
