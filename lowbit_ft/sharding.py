@@ -90,7 +90,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor gathered from all processes (collective), or itself when it is not sharded."""
+    """The tensor gathered from all processes (collective), or itself when it is not sharded. Not for int16: gloo has none."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -100,13 +100,13 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
         # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    used, several = accelerator.distributed_type, world() > 1
-    wanted = (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU) if several else DistributedType.NO
-    if used != wanted:
+    used, count = accelerator.distributed_type, accelerator.num_processes
+    plain = used.name.startswith("MULTI_") or (used == DistributedType.NO and count == 1)
+    if not plain or count != world():
         raise TrainError(
-            f"accelerate is set to {used.name} with {accelerator.num_processes} processes; {world()} on this kind of device train as "
-            f"{wanted.name}. Launch with a plain multi-GPU configuration (docs/many-gpus.md) or torchrun, and choose train.sharding "
-            "in the recipe: accelerate's own FSDP and DeepSpeed do not know packed integers"
+            f"accelerate has set up {used.name} with {count} processes, and {world()} were launched. Launch with torchrun or with a "
+            "plain multi-GPU configuration (docs/many-gpus.md) and choose train.sharding in the recipe: accelerate's own FSDP and "
+            "DeepSpeed settings do not know packed integers"
         )
     return accelerator
 
