@@ -9,6 +9,7 @@ the trained one is measured and let go before merged/ and the export are read ba
 share one base while they train (sharding.py); after it the main one reads base/ again and puts what was trained on it.
 """
 
+import gc
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -236,7 +237,8 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
         raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
     if split:
         state = {key: whole(tensor).cpu() for key, tensor in adapter_state(model).items()}
-        del model  # shards and gathered layers make room for the whole base
+        del model  # shards make room for the whole base; hooks tie them into cycles
+        gc.collect()
         release_freed()
         if not run_dir.main:
             return None
