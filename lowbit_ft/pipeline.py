@@ -13,15 +13,14 @@ import gc
 import shutil
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import merge as merging
 from . import report as report_page
-from .adapters import AdapterConfig
 from .adapters.lora import Lora
 from .attach import adapted_layers, adapter_state, attach, base_digest, begin_step, load_adapter_state
 from .card import model_card, serve_line
@@ -34,7 +33,7 @@ from .export.reader import load_exported, read_weights
 from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
 from .generate import generate as answer
-from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
+from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter_state
 from .memory import release_freed
 from .processes import main_process_first, world
 from .quantize import quantize as quantize_model
@@ -202,7 +201,7 @@ def read_data(session: Session) -> Examples:
 
 
 def train_stage(session: Session, model: Any, examples: Examples) -> Any:
-    """Attach and train; writes adapter/. Returns the trained model, whole (on the other processes of a sharded run, None).
+    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on the others.
     RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
@@ -229,23 +228,22 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
             run_dir.path,
             meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
             resume=True,
-            on_step=lambda step: begin_step(model, step),
+            on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             console=session.console,
         )
     if result.stopped:
         raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
-    if split:
-        state = {key: whole(tensor).cpu() for key, tensor in adapter_state(model).items()}
-        del model  # shards make room for the whole base; hooks tie them into cycles
-        gc.collect()
-        release_freed()
-        if not run_dir.main:
-            return None
-        model = adapted(load_packed(run_dir / "base", session), recipe.adapter, state)
-    if run_dir.main:
-        write_adapter(run_dir / "adapter", model, recipe.adapter, digest, run_dir / "base")
-    return model
+    state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}  # by all processes, for the one that writes
+    if not run_dir.main:
+        return None
+    write_adapter_state(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
+    if not split:
+        return model
+    del model, state  # shards make room for the whole base; hooks tie them into cycles
+    gc.collect()
+    release_freed()
+    return trained_model(session)
 
 
 def merge_stage(session: Session, model: Any) -> None:
@@ -352,11 +350,6 @@ def trained_model(session: Session) -> Any:
     model = load_packed(run_dir / "base", session)
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
-    return adapted(model, config, state)
-
-
-def adapted(model: Any, config: AdapterConfig, state: dict[str, Tensor]) -> Any:
-    """The packed model with an adapter of this state on it."""
     # The start does not matter, every tensor is about to be replaced.
     attach(model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config)
     load_adapter_state(model, state)

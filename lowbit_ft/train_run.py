@@ -78,6 +78,8 @@ class Run:
         self.sharded = is_sharded(model)
         if self.sharded and (problems := unshardable(section)):
             raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+        if section.sharding == "fsdp" and world() > 1 and not self.sharded:
+            raise TrainError("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first")
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -95,6 +97,8 @@ class Run:
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
             self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
+        ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
+        assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"
         model.train()
 
     def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:

@@ -134,10 +134,11 @@ def together(folder: Path) -> None:
     facts["stopped"] = [result.stopped, result.steps]
     go(folder / "one-then-two", sharded(start=9), rank, 2, resume=True)
     go(folder / "one-then-ddp", packed(start=9), rank, 2, resume=True)
-    try:
-        go(folder / "refused", sharded(), rank, 2, optimizer="adamw8bit")
-    except TrainError as error:
-        facts["refused"] = str(error)
+    for name, model, changes in (("refused", sharded(), {"optimizer": "adamw8bit"}), ("whole", packed(), {"sharding": "fsdp"})):
+        try:
+            go(folder / name, model, rank, 2, **changes)
+        except TrainError as error:
+            facts[name] = str(error)
     if rank == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
     torch.distributed.destroy_process_group()
@@ -220,8 +221,9 @@ def test_what_cannot_be_sharded_is_refused_with_the_way_out(done: Path) -> None:
     assert "cannot step on shards; set optimizer: adamw" in str(raised.value) and "set warmup_steps: 0" in str(raised.value)
     load_recipe(quick, [*changes, "train.sharding=none"])
     assert [key for key, _ in unshardable(SimpleNamespace(optimizer="adamw", mixed_precision="fp16"))] == [("train", "mixed_precision")]
-    refused = json.loads((done / "facts.json").read_text())["refused"]
-    assert refused.startswith("train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards")
+    facts = json.loads((done / "facts.json").read_text())
+    assert facts["refused"].startswith("train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards")
+    assert facts["whole"].startswith("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard")
 
 
 @pytest.mark.parametrize(("used", "count"), [("FSDP", 1), ("DEEPSPEED", 1), ("MULTI_CPU", 2)])

@@ -70,11 +70,16 @@ def write_adapter(
     base_digest: attach.base_digest(model); base_path: where the packed base is, for AutoPeft. A folder that is
     there is replaced as a whole: a reader never sees new tensors beside an old config. Returns the folder.
     """
+    return write_adapter_state(folder, adapter_state(model), config, base_digest, base_path)
+
+
+def write_adapter_state(
+    folder: str | Path, state: Mapping[str, Tensor], config: AdapterConfig, base_digest: str, base_path: str | Path
+) -> Path:
+    """`write_adapter` from attach.adapter_state of a model: its tensors, whole, by their PEFT keys."""
     folder = Path(folder)
-    state = {
-        name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter_state(model).items()
-    }
-    if not state:
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {
         "peft_type": PEFT_TYPE,
@@ -89,7 +94,7 @@ def write_adapter(
         "revision": None,
     }
     with staged_folder(folder) as stage:
-        save_file(state, stage / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(tensors, stage / TENSOR_FILE, metadata={"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
