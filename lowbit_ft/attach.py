@@ -5,7 +5,7 @@ run writes is the file `PeftModel.from_pretrained` reads.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +107,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         if layer.adapter is not None
         for key, tensor in layer.adapter.state_dict().items()
     }
+
+
+def adapted_names(state: Iterable[str]) -> list[str]:
+    """The layers whose tensors these PEFT keys name, in their order."""
+    return list(dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(f".{PEFT_SLOT}.")[0] for key in state))
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict reads
 `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense `weight` parameter;
-`weight` dequantizes on every read and exists for tools that look at it.
+`weight` dequantizes on every read and exists for tools that look at it. Only sharding.py turns the buffers into frozen
+Parameters of the same names, because FSDP spreads nothing else.
 
 Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through PyTorch's int4 kernel
 where it can hold the grid: the same weight, repacked at the first such call and kept beside the codes (half a byte per weight more),
@@ -49,10 +50,19 @@ class PackedLinear(nn.Module):
 
     @property
     def base(self) -> Weight:
-        """The packed base: a view of the buffers, made on the spot (no copies)."""
-        tensors = {name: self._buffers[name] for name in self._names}
+        """The packed base: a view of the buffers, made on the spot (no copies). Of a sharded layer: the gathered tensors inside
+        its forward and backward, shards (DTensor) outside."""
+        held = self._buffers if self._names[0] in self._buffers else self._parameters
+        tensors = {name: held[name] for name in self._names}
         shape = (self.out_features, self.in_features)
         return WEIGHTS[self.grid.name](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def freeze_into_parameters(self) -> None:
+        """The packed buffers become Parameters without gradient, same names and memory: what FSDP can spread."""
+        for name in self._names:
+            tensor = self._buffers.pop(name)
+            assert tensor is not None
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def weight(self) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ft.adapters import SCALE_PARAMETERS
+from lowbit_ft.sharding import part_like, whole
 
 Arguments = Callable[[Any], dict[str, Any]]
 
@@ -174,12 +175,13 @@ def optimizer_state(
     """({"<parameter>/<key>": tensor}, {"<parameter>": {key: number}}): the state, without a pickle.
 
     bitsandbytes shares its quantization tables between parameters; each tensor here has its own memory.
+    Sharded states are gathered whole, which every process must take part in.
     """
     tensors, numbers = {}, {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{names[parameter]}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{names[parameter]}/{key}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 numbers.setdefault(names[parameter], {})[key] = value
     return tensors, numbers
@@ -201,9 +203,10 @@ def load_optimizer_state(
     for path, tensor in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
+        part = part_like(tensor, parameter if tensor.shape == parameter.shape else torch.empty(0, device=parameter.device))
         place = None
         if key in ("state1", "state2") and getattr(optimizer, "is_paged", False):
             place = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # pyright: ignore  (bitsandbytes)
         if place is None or place.shape != tensor.shape:
-            place = torch.empty_like(tensor, device=parameter.device)
-        optimizer.state[parameter][key] = place.copy_(tensor)
+            place = torch.empty_like(part)
+        optimizer.state[parameter][key] = place.copy_(part)

@@ -5,14 +5,17 @@ name. A stage reads what the one before left in the run folder (rundir.py), so a
 base/ is reused when it is this very base, training resumes from its newest valid checkpoint, later stages are done again.
 
 Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
-the trained one is measured and let go before merged/ and the export are read back.
+the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes
+share one base while they train (sharding.py); after it the main one reads base/ again and puts what was trained on it.
 """
 
+import gc
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import torch
 from . import merge as merging
 from . import report as report_page
 from .adapters.lora import Lora
-from .attach import adapted_layers, attach, base_digest, begin_step, load_adapter_state
+from .attach import adapted_layers, adapter_state, attach, base_digest, begin_step, load_adapter_state
 from .card import model_card, serve_line
 from .data import Examples, load_examples
 from .evaluate import STAGES, EvalRow, Reference, table
@@ -40,7 +43,7 @@ from .linear import packed_op_only
 from .load import Checkpoint, load_model, load_tokenizer
 from .lora_start import read_lora, start_from_lora
 from .memory import release_freed
-from .processes import main_process_first
+from .processes import main_process_first, world
 from .quantize import quantize as quantize_model
 from .recipe import Recipe
 from .rundir import shipped
@@ -56,10 +59,12 @@ from .session import (
     load_packed,
     reader_device,
     resume,
+    splits_base,
     start,
     unstopped,
     valid_batches,
 )
+from .sharding import held_by_rank, is_sharded, shard, whole
 from .train import train as train_model
 from .walk import Batch
 
@@ -73,8 +78,7 @@ def run(recipe: Recipe) -> Path:
     session = start(recipe)
     examples = read_data(session)
     tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
-    model = quantize_stage(session)
-    train_stage(session, model, examples)
+    model = train_stage(session, quantize_stage(session), examples)
     if not session.run.main:
         return session.run.path
     merge_stage(session, model)
@@ -99,8 +103,7 @@ def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
     session = start(recipe)
     examples = read_data(session)
-    model = quantize_stage(session)
-    train_stage(session, model, examples)
+    model = train_stage(session, quantize_stage(session), examples)
     if session.run.main:
         merge_stage(session, model)
     return session.run / "merged"
@@ -194,13 +197,15 @@ def quantize_stage(session: Session) -> Any:
     """The packed model: from base/ when it was made from this checkpoint with these settings, else packed now and kept."""
     recipe, run_dir = session.recipe, session.run
     key, folder = base_key(session), run_dir / "base"
+    # A base that is about to be cut waits on the CPU, so that no device has to hold it whole.
+    place = "cpu" if splits_base(recipe) else None
     with run_dir.stage("quantize", session.device, resumable=True), main_process_first():
         stored = run_dir.read_json("base.json", {})
         if stored.get("key") == key and folder.is_dir():
             try:
                 check_files(folder)
                 session.say(f"base: reusing {folder}")
-                return load_packed(folder, session)
+                return load_packed(folder, session, place)
             except ValueError as error:
                 session.say(f"base: {error}\nbase: packing it again")
                 shutil.rmtree(folder)
@@ -212,6 +217,8 @@ def quantize_stage(session: Session) -> Any:
         run_dir.write_json("quant.json", rows.to_json())
         write_model(folder, session.checkpoint, merging.base_weights(model), EXPORTERS["native"])
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
+        if place is not None:
+            model = model.to(place)
     return model
 
 
@@ -227,8 +234,9 @@ def read_data(session: Session) -> Examples:
     return examples
 
 
-def train_stage(session: Session, model: Any, examples: Examples) -> None:
-    """Attach and train; writes adapter/. RunStopped when a signal ended it before the last step."""
+def train_stage(session: Session, model: Any, examples: Examples) -> Any:
+    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on the others.
+    RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
     rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
@@ -241,6 +249,14 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
+    split = splits_base(recipe)
+    if split:
+        shard(model, session.device)
+    if world() > 1:
+        ranks = held_by_rank(model, session.device)
+        run_dir.write_json("processes.json", {"type": "FSDP2" if is_sharded(model) else "DDP", "ranks": ranks})
+        parts = ", ".join(f"{r['base'] / 1e9:.6f}" for r in ranks)
+        session.say(f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} processes: {parts} GB")
     with run_dir.stage("train", session.device, resumable=True):
         result = train_model(
             model,
@@ -250,14 +266,22 @@ def train_stage(session: Session, model: Any, examples: Examples) -> None:
             run_dir.path,
             meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
             resume=True,
-            on_step=lambda step: begin_step(model, step),
+            on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             console=session.console,
         )
     if result.stopped:
         raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
-    if run_dir.main:
-        write_adapter(run_dir / "adapter", model, recipe.adapter, digest, run_dir / "base")
+    state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}  # by all processes, for the one that writes
+    if not run_dir.main:
+        return None
+    write_adapter(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
+    if not split:
+        return model
+    del model, state  # shards make room for the whole base; hooks tie them into cycles
+    gc.collect()
+    release_freed()
+    return trained_model(session)
 
 
 def merge_stage(session: Session, model: Any) -> None:

@@ -70,6 +70,11 @@ def check_train(r: Any) -> Problems:
     if train.optimizer not in OPTIMIZERS:
         message = f"got {train.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
         yield Problem(("train", "optimizer"), message)
+    if train.sharding == "fsdp":
+        from lowbit_ft.sharding import unshardable
+
+        for key, message in unshardable(train, getattr(r, "adapter", None)):
+            yield Problem(key, f"got {message}")
     if r.data.streaming and train.max_steps is None:
         yield Problem(
             ("train", "epochs"),

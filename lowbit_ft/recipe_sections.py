@@ -297,6 +297,10 @@ class TrainSection(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="autocast; 'no' computes in model.dtype"
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="with several processes: none, each holds the whole base (DDP); fsdp, they share one (FSDP2)",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of the start of A, the data order and dropout"
     )

@@ -25,7 +25,11 @@ from .memory import peak_gb, reset_peak
 from .recipe import Recipe, load_recipe
 
 # Keys that may differ between two starts of one run: they change where it lies and what is measured or kept, not what is trained.
-FREE = ("output", "eval", "export", "model.device", "train.trackers", "train.log_every", "train.save_every", "train.keep_checkpoints")
+# Another number of processes needs another split of the windows of a step; that their number stays, the checkpoint checks.
+FREE = (
+    "output", "eval", "export", "model.device", "train.trackers", "train.log_every", "train.save_every", "train.keep_checkpoints",
+    "train.sharding", "train.micro_batch_size", "train.gradient_accumulation_steps",
+)  # fmt: skip
 
 
 class RunDir:

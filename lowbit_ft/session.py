@@ -126,10 +126,15 @@ def base_key(session: Session) -> str:
 # ------------------------------------------------------------------------------------------------ models
 
 
-def load_packed(folder: Path, session: Session) -> Any:
-    """A native folder: packed, on the session's device and in its dtype."""
+def splits_base(recipe: Recipe) -> bool:
+    """Whether the processes of this run share one base: train.sharding says so and there are several."""
+    return recipe.train.sharding == "fsdp" and world() > 1
+
+
+def load_packed(folder: Path, session: Session, device: str | None = None) -> Any:
+    """A native folder: packed, on the session's device (or `device`) and in its dtype."""
     return load_exported(
-        folder, dtype=session.dtype, device=str(session.device), attention=session.recipe.model.attention
+        folder, dtype=session.dtype, device=device or str(session.device), attention=session.recipe.model.attention
     )
 
 

@@ -4,7 +4,7 @@ calls.
 A step is gradient_accumulation_steps micro-batches on every process. Its loss is the sum of the token
 losses over the number of targets of that whole global batch, counted before the first forward, so
 accumulation and the number of processes change nothing but the order of a sum. DDP averages gradients over
-processes; multiplying by their number makes the average that sum.
+processes, and so does FSDP (sharding.py); multiplying by their number makes the average that sum.
 
 A run is not lost: SIGTERM and ctrl-C finish the step, save all there is and return with stopped=True; a
 kill loses the steps since the last checkpoint. `resume` goes on bit-equal: weights, optimizer, learning
@@ -127,7 +127,8 @@ def _loop(
             )
 
             # 3. Gradients of (sum of token losses) / targets.
-            loss_sum = torch.zeros((), device=accelerator.device)
+            # In fp64, so that it does not matter how the micro-batches are spread over processes.
+            loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             for i, batch in enumerate(micro):
                 with accelerator.no_sync(run.wrapped) if i < len(micro) - 1 else nullcontext():
                     loss = run.loss(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
@@ -14,10 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from lowbit_ft.losses import count_targets, loss_forward
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
+from lowbit_ft.processes import world
+from lowbit_ft.sharding import is_sharded, part_like, unshardable, whole
 from lowbit_ft.train_log import TrainLog
 from lowbit_ft.train_setup import (
     StopSignal,
@@ -65,13 +68,19 @@ class Run:
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
         self.run_dir, self.now = run_dir, Progress()
         self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
-        self.meta = {"optimizer": section.optimizer, **meta}
+        windows = section.micro_batch_size * section.gradient_accumulation_steps * world()
+        self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end sets.
         homes = {name.rpartition(".")[0] for name in self.names.values()}
         self.saved_names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
         }
+        self.sharded = is_sharded(model)
+        if self.sharded and (problems := unshardable(section)):
+            raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+        if section.sharding == "fsdp" and world() > 1 and not self.sharded:
+            raise TrainError("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first")
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -87,7 +96,11 @@ class Run:
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.wrapped, self.optimizer = self.accelerator.prepare(model, self.raw_optimizer)
+            # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
+            self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+            self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
+        ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
+        assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"
         model.train()
 
     def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:
@@ -119,7 +132,8 @@ class Run:
         if differ:
             what = "; ".join(f"{k} was {state['meta'].get(k)!r} and is {self.meta.get(k)!r}" for k in differ)
             raise TrainError(
-                f"{saved.path}: cannot resume: {what}. Use what the run began with, or another output."
+                f"{saved.path}: cannot resume: {what}. Use what the run began with (windows per step are micro_batch_size x "
+                "gradient_accumulation_steps x processes), or another output."
             )
         progress = Progress(**state["progress"])
         # Before the weights: a step that restarts a tensor has done so already, and training went on from there.
@@ -158,7 +172,7 @@ class Run:
                 "with."
             )
         for parameter, name in self.saved_names.items():
-            parameter.copy_(saved.adapter[name])
+            parameter.copy_(part_like(saved.adapter[name], parameter))
 
     # ---------------------------------------------------------------- a step
 
@@ -190,10 +204,20 @@ class Run:
                     parameter.grad = None
 
     def clip(self) -> float:
-        """Clip the gradients to max_grad_norm; returns their norm before."""
-        norm = self.accelerator.clip_grad_norm_(list(self.names), self.section.max_grad_norm)
-        assert norm is not None
-        return float(norm)
+        """Clip the gradients to max_grad_norm; returns their norm before.
+
+        The squares are added in fp64, so that shards, however they are cut, give the factor that whole gradients give.
+        """
+        self.accelerator.unscale_gradients()
+        grads = [p.grad for p in self.names if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local if g.numel()]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        norm = math.sqrt(self.sum(square)[0] if self.sharded else float(square))
+        if math.isfinite(norm) and (factor := self.section.max_grad_norm / (norm + 1e-6)) < 1:
+            for gradient in local:
+                gradient.mul_(factor)
+        return norm
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over the processes."""
@@ -248,6 +272,17 @@ class Run:
         step = self.now.step
         return step > 0 and (step >= self.total or bool(every and step % every == 0))
 
+    def in_step(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches; sharded processes, which must run as many forwards as each other, fill up with a token that is no target."""
+        nothing = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "position_ids": torch.zeros(1, 1, dtype=torch.long)}
+        nothing["labels"] = torch.full((1, 1), -100)
+        while True:
+            batch = next(batches, None)
+            go_on = batch is not None
+            if not (self.agree(go_on) if self.sharded else go_on):
+                return
+            yield nothing if batch is None else batch
+
     @torch.no_grad()
     def evaluate(self, log: TrainLog, stop: StopSignal) -> None:
         """Loss per target over one pass of the validation data. After a signal the resumed run does it."""
@@ -255,7 +290,7 @@ class Run:
             return
         self.model.eval()
         total, targets = 0.0, 0
-        for batch in self.valid.one_epoch():
+        for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
             total += float(
@@ -287,9 +322,12 @@ class Run:
         device, now = self.accelerator.device, self.now
         rng, numbers = rng_state(device)
         every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
-        if self.main:
-            adapter = {name: p.detach().to("cpu", copy=True).contiguous() for p, name in self.saved_names.items()}
+        if self.main or self.sharded:  # shards are gathered by all: the file holds whole tensors, for any number of processes
+            adapter = {n: whole(p.detach()).to("cpu", copy=True).contiguous() for p, n in self.saved_names.items()}
             tensors, scalars = optimizer_state(self.raw_optimizer, self.names)
+        else:
+            adapter, tensors, scalars = {}, {}, {}
+        if self.main:
             state = {
                 "progress": asdict(now), "data": self.batches.state_dict(), "optimizer": scalars, "rng": numbers,
                 "scaler": self.scaler.state_dict() if self.scaler is not None else None, "meta": self.meta,

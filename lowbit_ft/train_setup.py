@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
+from lowbit_ft.processes import world
 from lowbit_ft.train_log import check_trackers
 
 
@@ -92,7 +93,7 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not distributed)
     GradientState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=section.mixed_precision,
         log_with=list(section.trackers) or None,
@@ -100,6 +101,15 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
         # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    used, count = accelerator.distributed_type, accelerator.num_processes
+    plain = used.name.startswith("MULTI_") or (used == DistributedType.NO and count == 1)
+    if not plain or count != world():
+        raise TrainError(
+            f"accelerate has set up {used.name} with {count} processes, and {world()} were launched. Launch with torchrun or with a "
+            "plain multi-GPU configuration (docs/many-gpus.md) and choose train.sharding in the recipe: accelerate's own FSDP and "
+            "DeepSpeed settings do not know packed integers"
+        )
+    return accelerator
 
 
 def activation_checkpointing(model: Any, on: bool, offload: bool = False) -> None:

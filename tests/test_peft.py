@@ -336,7 +336,7 @@ def test_the_folder_of_a_run_is_a_peft_adapter(method: str, tmp_path: Path) -> N
             assert layer.adapter is not None
             layer.adapter.begin_step(2, layer.base)
         folder = write_adapter(
-            tmp_path / "run" / "adapter", model, config, base_digest(model), tmp_path / "base"
+            tmp_path / "run" / "adapter", adapter_state(model), config, base_digest(model), tmp_path / "base"
         )
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == [
         "adapter",
@@ -372,7 +372,7 @@ def test_auto_peft_finds_base_and_adapter(tmp_path: Path, monkeypatch: pytest.Mo
     model, config = packed_model(), ADAPTERS["lr_qat"](rank=4)  # pyright: ignore[reportCallIssue]
     attach(model, config)
     train(model)
-    write_adapter(tmp_path / "adapter", model, config, base_digest(model), tmp_path / "base")
+    write_adapter(tmp_path / "adapter", adapter_state(model), config, base_digest(model), tmp_path / "base")
 
     class Reader:
         @staticmethod
@@ -544,7 +544,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = packed_model(), ADAPTERS["scale"]()
     attach(model, config)
-    folder = write_adapter(tmp_path / "adapter", model, config, base_digest(model), "base")
+    folder = write_adapter(tmp_path / "adapter", adapter_state(model), config, base_digest(model), "base")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     train(model)
     real = os.rename

@@ -181,8 +181,10 @@ class LowRank:
     def build(config: LowRankOptions, base: PackedWeight, weight: Tensor | None, unit: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
         """unit [G, N] turns grid steps into the unit of D (None: D counts grid steps)."""
         (n, k), device = base.shape, base.codes.device
-        a = torch.empty(config.rank, k, dtype=torch.float32, device=device)
+        # Drawn on the CPU: the same start wherever the layer lies (sharding.py cuts models that lie on the CPU).
+        a = torch.empty(config.rank, k, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        a = a.to(device)
         b = torch.zeros(n, config.rank, dtype=torch.float32, device=device)
         if config.init != "zero":
             error = rounding_error(base, weight)

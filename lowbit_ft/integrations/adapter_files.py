@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..attach import adapted_layers, adapter_state
+from ..attach import adapted_names
 from ..files import staged_folder
 from ..recipe_errors import to_problems
 from ..recipe_values import for_method
@@ -65,18 +65,17 @@ def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
 
 
 def write_adapter(
-    folder: str | Path, model: nn.Module, config: AdapterConfig, base_digest: str, base_path: str | Path
+    folder: str | Path, state: Mapping[str, Tensor], config: AdapterConfig, base_digest: str, base_path: str | Path
 ) -> Path:
     """Write the adapters of an attach()-ed model; `PeftModel.from_pretrained(base, folder)` reads them.
 
-    base_digest: attach.base_digest(model); base_path: where the packed base is, for AutoPeft. A folder that is
-    there is replaced as a whole: a reader never sees new tensors beside an old config. Returns the folder.
+    state: attach.adapter_state(model), its tensors whole; base_digest: attach.base_digest(model); base_path: where the packed
+    base is, for AutoPeft. A folder that is there is replaced as a whole: a reader never sees new tensors beside an old config.
+    Returns the folder.
     """
     folder = Path(folder)
-    state = {
-        name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter_state(model).items()
-    }
-    if not state:
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {
         "peft_type": PEFT_TYPE,
@@ -85,13 +84,13 @@ def write_adapter(
         "options": adapter_options(config),
         "base_model_name_or_path": str(base_path),
         "base_digest": base_digest,
-        "target_modules": None if config.targets is None else [name for name, _ in adapted_layers(model)],  # None: every packed layer
+        "target_modules": None if config.targets is None else adapted_names(state),  # None: every packed layer
         "exclude_modules": None,
         "inference_mode": True,
         "revision": None,
     }
     with staged_folder(folder) as stage:
-        save_file(state, stage / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(tensors, stage / TENSOR_FILE, metadata={"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
 
