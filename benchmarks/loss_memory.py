@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowbit_ft.losses import ChunkedHead, next_token_loss
+from lowbit_ft.losses import ChunkedHead, Targets, next_token_loss
 
 
 class Counted(TorchDispatchMode):
@@ -75,12 +75,14 @@ def main() -> None:
     if o.device == "cpu":
         model.lm_head.to_empty(device="cpu")
         torch.nn.init.normal_(model.lm_head.weight, std=0.02)
-    labels = torch.zeros((1, o.tokens), dtype=torch.int64, device=o.device)
+    labels = torch.zeros((1, o.tokens), dtype=torch.int64)
+    targets = Targets(labels, torch.device(o.device))
+    labels = targets.labels
     head = ChunkedHead(model.model, model.forward, o.vocabulary)
 
     def step(chunked: bool, hidden: torch.Tensor) -> None:
         if chunked:
-            loss = head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), labels)  # pyright: ignore[reportArgumentType]
+            loss = head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), targets)  # pyright: ignore[reportArgumentType]
         else:
             loss = next_token_loss(model.lm_head(hidden), labels)
         loss.backward()

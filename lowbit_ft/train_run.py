@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
@@ -16,8 +17,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
-from lowbit_ft.losses import count_targets, loss_forward
+from lowbit_ft.losses import Targets, count_targets, loss_forward
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
 from lowbit_ft.processes import world
 from lowbit_ft.sharding import is_sharded, part_like, unshardable, whole
@@ -88,6 +90,8 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
+        self.attention = ExitStack()
+        self.attention.enter_context(segment_attention(model))
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
@@ -179,8 +183,11 @@ class Run:
     def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
         """Sum of the token losses of a micro-batch."""
         model = self.wrapped if model is None else model
-        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
-        return model(**inputs)  # its forward is the loss since __init__
+        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for them.
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(self.model, batch.get("position_ids"))
+        device = self.accelerator.device
+        inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return model(**inputs, labels=Targets(batch["labels"], device))  # its forward is the loss since __init__
 
     def refuse_unreached(self) -> None:
         """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
@@ -360,6 +367,7 @@ class Run:
             self.model.forward = self.own_forward
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
+        self.attention.close()
         self.optimizer.zero_grad()
         self.model.eval()
 
