@@ -228,7 +228,7 @@ class _Tiled(torch.autograd.Function):
             cut = [q[:, :, rows], k[:, :, keys], v[:, :, keys], *([] if sinks is None else [sinks])]
             cut = [t.detach().requires_grad_() for t in cut]
             with torch.enable_grad():
-                out = _tile(*cut[:3], None if sinks is None else cut[3], rows.start - keys.start, window, softcap, scale)
+                out = _tile(cut[0], cut[1], cut[2], None if sinks is None else cut[3], rows.start - keys.start, window, softcap, scale)
             grads = torch.autograd.grad(out, cut, grad[:, :, rows])
             dq[:, :, rows] = grads[0]
             dk[:, :, keys] += grads[1]

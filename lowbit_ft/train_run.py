@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from lowbit_ft.losses import Targets, count_targets, loss_forward
+from lowbit_ft.offload import Offload, open_store
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
 from lowbit_ft.processes import world
 from lowbit_ft.sharding import is_sharded, part_like, unshardable, whole
@@ -92,10 +93,13 @@ class Run:
         )
         self.attention = ExitStack()
         self.attention.enter_context(segment_attention(model))
+        self.offload = None
+        if section.offload != "no":
+            self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
-            activation_checkpointing(model, True, offload=section.offload == "cpu")
+            activation_checkpointing(model, True, self.offload)
         with (
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
@@ -368,6 +372,8 @@ class Run:
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
         self.attention.close()
+        if self.offload is not None:
+            self.offload.store.close()
         self.optimizer.zero_grad()
         self.model.eval()
 
