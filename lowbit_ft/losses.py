@@ -100,16 +100,17 @@ class Targets:
 
     def __init__(self, labels: Tensor, device: torch.device) -> None:
         targets = _targets(labels)
-        self.where = (targets != IGNORE).nonzero()[:, 0]  # [T] on the CPU
-        if not len(self.where):
-            self.where = self.where.new_zeros(1)  # one that counts nothing: every tensor still gets its (zero) gradient
-        self.positions, self.tokens = (t.to(device, non_blocking=True) for t in (self.where, targets[self.where]))
+        where = (targets != IGNORE).nonzero()[:, 0]
+        if not len(where):
+            where = where.new_zeros(1)  # one that counts nothing: every tensor still gets its (zero) gradient
+        self.where: list[int] = where.tolist()
+        self.positions, self.tokens = (t.to(device, non_blocking=True) for t in (where, targets[where]))
         self.labels = labels.to(device, non_blocking=True)
 
     def stretches(self, rows: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
         """The B L positions cut so that each stretch has `rows` targets, the last one what is left: the lengths of the stretches,
         and of each its targets' places within it and their tokens."""
-        starts = [0, *self.where[rows::rows].tolist(), self.labels.numel()]
+        starts = [0, *self.where[rows::rows], self.labels.numel()]
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         return lengths, [(p - start, t) for start, p, t in zip(starts, self.positions.split(rows), self.tokens.split(rows), strict=False)]
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from lowbit_ft.losses import Targets, count_targets, loss_forward
+from lowbit_ft.mlp_chunks import cut_mlps
 from lowbit_ft.offload import Offload, open_store
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
 from lowbit_ft.processes import world
@@ -34,6 +35,7 @@ from lowbit_ft.train_setup import (
     make_accelerator,
     total_steps,
 )
+from lowbit_ft.walk import decoder_layers
 
 
 @dataclass
@@ -91,11 +93,14 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
-        self.attention = ExitStack()
-        self.attention.enter_context(segment_attention(model))
+        self.restored = ExitStack()  # what of the model is as before once this is closed
+        self.restored.enter_context(segment_attention(model))
+        if section.mlp_chunk is not None:
+            self.restored.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
         self.offload = None
         if section.offload != "no":
             self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
+            self.restored.callback(self.offload.store.close)
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
@@ -371,9 +376,7 @@ class Run:
             self.model.forward = self.own_forward
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
-        self.attention.close()
-        if self.offload is not None:
-            self.offload.store.close()
+        self.restored.close()
         self.optimizer.zero_grad()
         self.model.eval()
 
