@@ -93,12 +93,17 @@ def cut_mlps(model: Any, layers: nn.ModuleList, chunk: int) -> Callable[[], None
     if not cut:
         why = next(iter(reasons.values()), f"its layers have none of {', '.join(NAMES)}")
         raise ValueError(f"train.mlp_chunk: got {chunk}, but no MLP of {type(model).__name__} can be cut ({why}); set it to null")
-    for mlp in cut:
+    return run_in_chunks(cut, chunk)
+
+
+def run_in_chunks(mlps: list[nn.Module], chunk: int) -> Callable[[], None]:
+    """From here on these modules, each a function of one token at a time, take `chunk` tokens at a time; returns what ends that."""
+    for mlp in mlps:
         assert "forward" not in vars(mlp), "somebody else replaces its forward"
         mlp.forward = MethodType(_in_chunks(mlp.forward, chunk), mlp)
 
     def restore() -> None:
-        for mlp in cut:
+        for mlp in mlps:
             del mlp.forward
 
     return restore

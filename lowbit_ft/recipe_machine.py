@@ -70,6 +70,9 @@ def check_train(r: Any) -> Problems:
     if train.optimizer not in OPTIMIZERS:
         message = f"got {train.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
         yield Problem(("train", "optimizer"), message)
+    elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
+        message = f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install bitsandbytes, or set adamw"
+        yield Problem(("train", "optimizer"), message)
     if train.sharding == "fsdp":
         from lowbit_ft.sharding import unshardable
 
@@ -141,6 +144,12 @@ def check_device(r: Any) -> Problems:
         yield Problem(
             path,
             "got fp16 on a CPU, where training in it overflows; allowed: bfloat16, float32; set model.dtype: float32",
+        )
+    if model.attention == "flex_attention" and not on_gpu:
+        yield Problem(
+            ("model", "attention"),
+            "got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa (packed windows segment by segment, without a "
+            "mask, on every device), eager; set sdpa",
         )
     if model.attention == "flash_attention_2":
         if not on_gpu or importlib.util.find_spec("flash_attn") is None:
