@@ -73,6 +73,8 @@ def check_train(r: Any) -> Problems:
     elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
         message = f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install bitsandbytes, or set adamw"
         yield Problem(("train", "optimizer"), message)
+    if train.loss == "liger":
+        yield from _check_liger(r)
     if train.sharding == "fsdp":
         from lowbit_ft.sharding import unshardable
 
@@ -105,6 +107,23 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
+
+
+def _check_liger(r: Any) -> Problems:
+    """What the fused loss needs: its package, a GPU, a head that is whole and not packed."""
+    import torch
+
+    reasons = []
+    if importlib.util.find_spec("liger_kernel") is None:
+        reasons.append("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
+    if not torch.cuda.is_available() or (hasattr(r, "model") and r.model.device == "cpu"):
+        reasons.append("its kernels run on a GPU only")
+    if hasattr(r, "quant") and r.quant.lm_head is not None:
+        reasons.append(f"it multiplies with a plain weight, and quant.lm_head packs the head in {r.quant.lm_head} bits")
+    if r.train.sharding == "fsdp":
+        reasons.append("it was not made to work with train.sharding: fsdp")
+    if reasons:
+        yield Problem(("train", "loss"), f"got 'liger', but {'; '.join(reasons)}; set loss: chunked, which holds as little")
 
 
 def check_tasks(r: Any) -> Problems:

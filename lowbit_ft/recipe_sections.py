@@ -296,6 +296,10 @@ class TrainSection(Section):
         description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the device; cpu, in CPU memory; "
         "disk, in a file of the run folder: for long sequences on a GPU",
     )
+    loss: Literal["chunked", "liger"] = Field(
+        default="chunked",
+        description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel (extra liger, a GPU, a plain head)",
+    )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
         description="tokens that go through the MLP of a layer at a time; null: all. For long sequences: its inner width is the largest "

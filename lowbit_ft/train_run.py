@@ -102,7 +102,7 @@ class Run:
             self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
             self.restored.callback(self.offload.store.close)
         self.own_forward = vars(model).get("forward")
-        model.forward = MethodType(loss_forward(model), model)
+        model.forward = MethodType(loss_forward(model, section.loss), model)
         if section.gradient_checkpointing:
             activation_checkpointing(model, True, self.offload)
         with (
