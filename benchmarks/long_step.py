@@ -7,7 +7,7 @@ blocks have all that more would have: what is in use, and the input of the next 
 trained tensors' gradients only, which are counted apart, as resident. The layer ops are opaque, so their work space is not counted
 (it has no term in tokens; kernels/README.md). The loss is counted by itself, at the end of the forward, where no block is at work.
 
-    none      gradient checkpointing alone            offload   layer inputs elsewhere            mlp   and the MLP in chunks
+    none      gradient checkpointing alone            offload   layer inputs elsewhere            mlp   and MLP and norms in chunks
 """
 
 import argparse
@@ -95,7 +95,8 @@ def block_peak(tokens: int, way: str, chunk: int, segments: list[int], bits: int
         model = model_of(bits, residual_bits)
         activation_checkpointing(model, True, None if way == "none" else Offload(store))
         if way == "mlp":
-            run_in_chunks([layer.mlp for layer in model.model.layers], chunk)
+            parts = [(layer.mlp, layer.input_layernorm, layer.post_attention_layernorm) for layer in model.model.layers]
+            run_in_chunks([model.model.norm, *(part for three in parts for part in three)], chunk)
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         ids, positions = torch.zeros((1, tokens), dtype=torch.int64), torch.zeros((1, tokens), dtype=torch.int64)
         with Counted([*model.parameters(), *model.buffers(), ids, positions]) as counted:

@@ -302,8 +302,8 @@ class TrainSection(Section):
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
-        description="tokens that go through the MLP of a layer at a time; null: all. For long sequences: its inner width is the largest "
-        "thing of a layer, and nothing is computed more often than gradient_checkpointing does",
+        description="tokens that go through the MLP and the norms of a layer at a time; null: all. For long sequences: they hold most of what "
+        "a layer needs, and its products run no more often than under gradient_checkpointing",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="autocast; 'no' computes in model.dtype"
