@@ -28,7 +28,7 @@ model:
   path: {path}
   revision: null                     # hub ids: pin a branch, tag or commit
   dtype: {dtype}                    # {dtype_why}
-  attention: sdpa                    # eager, or flash_attention_2 where flash-attn is installed
+  attention: sdpa                    # or flash_attention_2, flex_attention on a GPU; eager
   device: auto                       # the GPU when there is one; or cpu, cuda
 
 quant:

@@ -93,16 +93,18 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
-        self.restored = ExitStack()  # what of the model is as before once this is closed
-        self.restored.enter_context(segment_attention(model))
-        if section.mlp_chunk is not None:
-            self.restored.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
-        self.offload = None
-        if section.offload != "no":
-            self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
-            self.restored.callback(self.offload.store.close)
+        with ExitStack() as changes:
+            changes.enter_context(segment_attention(model))
+            if section.mlp_chunk is not None:
+                changes.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
+            self.offload = None
+            if section.offload != "no":
+                self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
+                changes.callback(self.offload.store.close)
+            loss = loss_forward(model, section.loss)
+            self.restored = changes.pop_all()  # nothing was refused: undone by release()
         self.own_forward = vars(model).get("forward")
-        model.forward = MethodType(loss_forward(model, section.loss), model)
+        model.forward = MethodType(loss, model)
         if section.gradient_checkpointing:
             activation_checkpointing(model, True, self.offload)
         with (

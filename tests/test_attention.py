@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from transformers import modeling_flash_attention_utils as flash
 from lowbit_ft import attention
 from lowbit_ft.attention import Segments, attend, segment_attention, segment_inputs, segment_lengths, why_not
 from lowbit_ft.data import Batches, Example, Examples, collate
-from lowbit_ft.losses import Targets, loss_forward
+from lowbit_ft.evaluate import Reference, evaluate
+from lowbit_ft.load import Checkpoint, load_model
+from lowbit_ft.losses import ChunkedHead, Targets, count_targets, loss_forward
 from lowbit_ft.offload import MemoryStore, Offload
 from lowbit_ft.train_setup import activation_checkpointing
+from tests.packed_tools import tiny_checkpoint
 
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = dict(
@@ -211,6 +215,44 @@ def test_nothing_is_length_x_length(family: str, lengths: list[int], monkeypatch
         assert found[1] >= size * size, found
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2, capped"])
+def test_the_step_asks_the_device_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors have no values: whatever would make the host wait for a number raises."""
+    monkeypatch.setattr(attention, "WINDOW_TILE", 1)
+    meta = torch.device("meta")
+    model = model_of(family).to(meta)
+    head = ChunkedHead(model.model, model.forward, 97)
+    head.rows = 5
+    batch = collate(examples(), 0)
+
+    def step() -> None:
+        labels = Targets(batch["labels"], meta)
+        inputs = {k: v.to(meta) for k, v in batch.items() if k != "labels"}
+        head.loss(model.model(**inputs, use_cache=False, **segment_inputs(model, batch["position_ids"])), labels).backward()
+
+    with pytest.raises(RuntimeError, match="item|meta"):  # transformers looks on the device for restarts
+        step()
+    attention.switch(model.get_decoder())
+    step()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_stages_are_measured_without_masks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path), dtype="float32")
+    model, batch = load_model(checkpoint), collate(examples(), 0)
+    batch = {k: v % 64 if k == "input_ids" else v for k, v in batch.items()}
+    batch["labels"] = torch.where(batch["labels"] < 0, -100, batch["input_ids"])
+    options: dict[str, Any] = {"attention": "sdpa", "device": CPU, "dtype": torch.float32}
+    reference = Reference(checkpoint, [batch], segments=True, **options)
+    row = evaluate(model, [batch], "base", reference)
+    assert row.kl == 0 and row.loss == reference.row().loss and row.tokens == count_targets(batch["labels"])
+    monkeypatch.setattr(attention, "why_not", lambda _: "a test")
+    masked = evaluate(model, [batch], "base", Reference(checkpoint, [batch], **options))
+    assert masked.kl == 0 and row.loss == pytest.approx(masked.loss, rel=1e-6)
+    joined = {**batch, "position_ids": torch.arange(15).repeat(2, 1)}
+    assert abs(evaluate(model, [joined], "base").loss - masked.loss) > 1e-4
+
+
 def test_lengths_are_read_off_the_positions() -> None:
     assert segment_lengths(torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]])) == [[3, 1, 2], [6]]
     assert segment_lengths(torch.tensor([[7, 8, 9]])) == [[3]]
@@ -252,6 +294,15 @@ def test_a_given_mask_is_used_and_dropout_in_tiles_refused() -> None:
         attend(module, q, k, v, None, dropout=0.1, sliding_window=2)
     with pytest.raises(AssertionError, match="segments"):
         attend(module, q, k, v, None, segments=Segments([[3, 4], [3, 3]]))
+
+
+def test_flex_attention_cannot_train_on_a_cpu() -> None:
+    """Why the recipe refuses it there; when this no longer fails, so may the refusal."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 1, 8, 16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        flex_attention(q, q, q)
 
 
 def test_tiles_cover_every_visible_pair_once() -> None:

@@ -123,6 +123,8 @@ def test_what_cannot_be_cut_is_refused_or_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train.mlp_chunk: got 16, but no MLP of GPT2LMHeadModel can be cut \(it has dropout\); set it to null"):
         train(dropout, batches(), None, section(mlp_chunk=16), tmp_path / "gpt2", console=quiet())
 
+    assert dropout.config._attn_implementation == "sdpa" and not (tmp_path / "gpt2" / "metrics.jsonl").exists()
+
     class Mixing(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.cumsum(1)

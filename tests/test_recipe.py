@@ -250,6 +250,10 @@ BAD = [
     ("wsd ratios", ("max_steps: 10", "max_steps: 10\n  scheduler: wsd\n  decay_ratio: 1.0"), (), "r.yaml:20: train.decay_ratio: got 1.0; with warmup_ratio the sum is 1.05"),
     ("fp16 on a CPU", ("dtype: float32", "dtype: float16"), (), "r.yaml:4: model.dtype: got fp16 on a CPU"),
     ("flash attention on a CPU", ("dtype: float32", "attention: flash_attention_2"), (), "r.yaml:4: model.attention: got 'flash_attention_2', but there is no GPU"),
+    ("flex attention on a CPU", ("dtype: float32", "attention: flex_attention"), (), "r.yaml:4: model.attention: got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa"),
+    ("fused loss on a CPU", ("max_steps: 10", "max_steps: 10\n  loss: liger"), (), "its kernels run on a GPU only; set loss: chunked"),
+    ("fused loss of a packed head", ("max_steps: 10", "max_steps: 10\n  loss: liger"), ("quant.lm_head=8",), "quant.lm_head packs the head in 8 bits"),
+    ("offload without checkpointing", ("max_steps: 10", "max_steps: 10\n  offload: disk"), (), "gradient_checkpointing: true, or offload: no"),
     ("output is a file", ("runs/test", "r.yaml"), (), "r.yaml:20: output: got 'r.yaml', a file; choose a folder"),
     ("output under a file", ("runs/test", "r.yaml/run"), (), "r.yaml:20: output: got 'r.yaml/run', but 'r.yaml' is not a folder"),
     ("output of something else", ("runs/test", "."), (), "r.yaml:20: output: got '.', which holds other files"),
@@ -364,6 +368,7 @@ def test_chat_needs_a_template(tmp_path):
         ),
         (["train.mixed_precision=bf16"], "train.mixed_precision: got bf16, which Old GPU does not have"),
         (["model.attention=flash_attention_2"], "the package flash-attn is not installed"),
+        (["train.optimizer=adamw8bit"], "got 'adamw8bit', from bitsandbytes, which is not installed; run pip install bitsandbytes"),
     ],
 )
 def test_gpu_without_bf16(monkeypatch, overrides, words):
