@@ -145,13 +145,13 @@ class PinnedStore:
         raw.record_stream(self.stream)  # the memory of x is not given away before the copy has read it
         return buffer
 
-    def get(self, slot: Tensor, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, torch.cuda.Event]:
+    def get(self, slot: Tensor, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
         with torch.cuda.stream(self.stream):
             x = torch.empty(shape, dtype=dtype, device=self.device)  # memory of the copy stream
             _bytes(x).copy_(slot, non_blocking=True)
             return x, self.stream.record_event()
 
-    def wait(self, got: tuple[Tensor, torch.cuda.Event]) -> Tensor:
+    def wait(self, got: tuple[Tensor, Any]) -> Tensor:
         x, arrived = got
         current = torch.cuda.current_stream(self.device)
         current.wait_event(arrived)
@@ -178,7 +178,7 @@ class FileStore:
         self.free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by bytes: (start, bytes)
 
     def put(self, x: Tensor) -> tuple[int, int]:
-        raw = memoryview(_bytes(x.detach().to("cpu").contiguous()).numpy())
+        raw = _bytes(x.detach().to("cpu").contiguous()).numpy().data
         free = self.free[len(raw)]
         start, size = slot = free.pop() if free else (self.size, len(raw))
         self.size = max(self.size, start + size)
@@ -197,7 +197,7 @@ class FileStore:
     def get(self, slot: tuple[int, int], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         start, size = slot
         x = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-        raw, done = memoryview(_bytes(x).numpy()), 0
+        raw, done = _bytes(x).numpy().data, 0
         while done < size:
             read = os.preadv(self.file.fileno(), [raw[done:]], start + done)
             assert read > 0, "the file is shorter than what was written"

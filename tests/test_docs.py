@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_every_command_of_ours_exists() -> None:
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     used = {name for path in DOCS.glob("*.md") for name in re.findall(r"lowbit-ft ([a-z-]+)", path.read_text(encoding="utf-8"))}
     assert used and used <= known
+
+
+def test_the_table_of_long_sequences_is_what_was_counted() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "long_step.json").read_text())["rows"]
+    cells = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page("long-context.md").partition("<!-- long -->")[2], re.MULTILINE)
+    counted = [(row["blocks_gb"], row["away_gb"], row["total_gb"]) for row in rows if row["tokens"] == 65536]
+    assert len(cells) == len(counted) == 3
+    for told, found in zip(cells, counted, strict=True):
+        assert [float(x) for x in told] == [round(x, 1) for x in found]
 
 
 def test_links_lead_somewhere() -> None:
