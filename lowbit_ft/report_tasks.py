@@ -15,8 +15,11 @@ def tasks_section(run: RunFiles) -> str:
     stages = [s for s in [*STAGES, *(str(r.get("stage")) for r in rows)] if any(r.get("stage") == s for r in rows)]
     stages = list(dict.fromkeys(stages))
     lines, differ = [], []
-    for task, metric in dict.fromkeys((str(r.get("task")), str(r.get("metric"))) for r in rows):
-        same = {str(r.get("stage")): r for r in rows if (r.get("task"), r.get("metric")) == (task, metric)}
+    keys = list(dict.fromkeys((str(r.get("task")), str(r.get("metric")), r.get("samples")) for r in rows))
+    for task, metric, samples in keys:
+        same = {str(r.get("stage")): r for r in rows if (r.get("task"), r.get("metric"), r.get("samples")) == (task, metric, samples)}
+        if [key[:2] for key in keys].count((task, metric)) > 1:  # another number of rows is not to be compared
+            metric = f"{metric} ({samples or '?'} rows)"
         better = next((r.get("higher_is_better") for r in same.values()), None)
         cells = []
         for stage in stages:
