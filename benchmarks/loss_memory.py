@@ -20,17 +20,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowbit_ft.losses import ChunkedHead, next_token_loss
+from lowbit_ft.losses import ChunkedHead, Targets, next_token_loss
 
 
 class Counted(TorchDispatchMode):
-    """Bytes of the storages that operators made inside the block and that are alive; `peak` is their maximum."""
+    """Bytes of the storages that operators made inside the block and that are alive; `peak` is their maximum, `largest` the most
+    elements that one of them had."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
         self.alive: dict[StorageWeakRef, int] = {}
         self.known = {StorageWeakRef(t.untyped_storage()) for t in known}
-        self.peak = 0
+        self.peak = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -39,6 +40,7 @@ class Counted(TorchDispatchMode):
                 key = StorageWeakRef(leaf.untyped_storage())
                 if key not in self.known:
                     self.alive[key] = leaf.untyped_storage().nbytes()
+                    self.largest = max(self.largest, self.alive[key] // leaf.itemsize)
         self.alive = {key: size for key, size in self.alive.items() if not key.expired()}
         self.peak = max(self.peak, sum(self.alive.values()))
         return out
@@ -75,12 +77,14 @@ def main() -> None:
     if o.device == "cpu":
         model.lm_head.to_empty(device="cpu")
         torch.nn.init.normal_(model.lm_head.weight, std=0.02)
-    labels = torch.zeros((1, o.tokens), dtype=torch.int64, device=o.device)
+    labels = torch.zeros((1, o.tokens), dtype=torch.int64)
+    targets = Targets(labels, torch.device(o.device))
+    labels = targets.labels
     head = ChunkedHead(model.model, model.forward, o.vocabulary)
 
     def step(chunked: bool, hidden: torch.Tensor) -> None:
         if chunked:
-            loss = head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), labels)  # pyright: ignore[reportArgumentType]
+            loss = head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), targets)  # pyright: ignore[reportArgumentType]
         else:
             loss = next_token_loss(model.lm_head(hidden), labels)
         loss.backward()

@@ -6,9 +6,9 @@ process with W * a sees, and a position is one pair (epoch, windows consumed by 
 go on, bit for bit. An epoch that does not divide runs over into the next: no window is left out and no batch
 is short.
 
-Segments. transformers builds a block-diagonal causal mask when it gets position_ids that restart, no
-attention_mask and use_cache=False. That holds for sdpa, eager and flex attention at any batch size, for flash
-attention at batch size 1, and not at all for a few models (OPT does not hand position_ids to its mask).
+Segments. Most models attend segment by segment, without any mask (attention.py). Of the others, transformers
+builds a block-diagonal causal mask when it gets position_ids that restart, no attention_mask and
+use_cache=False; for flex attention in blocks, for eager and sdpa as [B, 1, L, L]. A few do not even that.
 `keeps_segments_apart` asks the model itself; where it says no, Batches(..., mask_dtype=model.dtype) adds an
 explicit [B, 1, L, L] mask, which sdpa and eager take as it is.
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit_ft.attention import block_diagonal_mask, segment_inputs
 from lowbit_ft.data_read import DataError
 
 if TYPE_CHECKING:
@@ -55,15 +56,6 @@ def collate(
     return batch
 
 
-def block_diagonal_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """position_ids [B, L] that restart at 0 per segment -> additive mask [B, 1, L, L]: 0 where query i may
-    see key j (same segment, j <= i), else the dtype's lowest value."""
-    segment = (position_ids == 0).cumsum(-1)
-    seen = (segment[:, :, None] == segment[:, None, :]).tril()
-    mask = torch.zeros(seen.shape, dtype=dtype, device=position_ids.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
 @torch.no_grad()
 def keeps_segments_apart(model: Any, batch_size: int = 1) -> bool:
     """Whether `model` keeps packed segments apart from position_ids alone: changes a first segment of three
@@ -73,12 +65,14 @@ def keeps_segments_apart(model: Any, batch_size: int = 1) -> bool:
     ids = (torch.arange(6, device=device) % vocabulary).repeat(batch_size, 1)
     other = ids.clone()
     other[:, :3] = (ids[:, :3] + vocabulary // 2) % vocabulary
-    positions = torch.tensor([0, 1, 2, 0, 1, 2], device=device).repeat(batch_size, 1)
+    positions = torch.tensor([0, 1, 2, 0, 1, 2]).repeat(batch_size, 1)
+    told = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in segment_inputs(model, positions).items()}
+    positions = positions.to(device)
     training = model.training
     model.eval()
     try:
         a, b = (
-            model(input_ids=x, position_ids=positions, use_cache=False).logits[:, 3:] for x in (ids, other)
+            model(input_ids=x, position_ids=positions, use_cache=False, **told).logits[:, 3:] for x in (ids, other)
         )
     finally:
         model.train(training)

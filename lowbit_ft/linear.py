@@ -97,6 +97,8 @@ class PackedLinear(nn.Module):
             return None
         if getattr(getattr(self, "_hf_hook", None), "offload_buffers", False):
             return None  # accelerate takes the codes out of memory after each call: a copy would keep them there
+        if self._names[0] not in self._buffers:
+            return None  # sharded: what is gathered for this call is gone after it, a copy would stay
         tensors = [self._buffers[name] for name in self._names]
         if self._repacked is None or not self._repacked.made_of(tensors):
             self._repacked = _Repacked.make(self.base)

@@ -11,7 +11,9 @@ all that ever exists, for one more product with the head per step. `loss_forward
 the model does between hidden states and logits (bias, packed or adapted head, soft-capping, scaling) is done
 by its own forward, which is called with the decoder's output already there; a small trial shows whether that
 gives the model's logits, and where it does not, the logits are made whole, and a warning says so. Within a
-chunk float32 exists for a few rows at a time.
+chunk float32 exists for a few rows at a time. Positions without a target (prompts, padding) have no logits at
+all: a chunk is a stretch of the hidden states with so many targets in it, and which ones they are is read off
+the labels while these are on the CPU (`Targets`), so that the device is never asked.
 
 A mean over each micro-batch would weigh tokens of short batches more than tokens of long ones. The sum over
 all micro-batches and processes, divided by the count of all their targets, does not, and it makes
@@ -90,13 +92,36 @@ def _targets(labels: Tensor) -> Tensor:
     return targets.reshape(-1)
 
 
+class Targets:
+    """The targets of a batch: how many, and where, is known to the host. An object that wrappers of models leave as it is.
+
+    labels [B, L] int64 on the CPU, not shifted; device: where the loss is computed.
+    """
+
+    def __init__(self, labels: Tensor, device: torch.device) -> None:
+        targets = _targets(labels)
+        where = (targets != IGNORE).nonzero()[:, 0]
+        if not len(where):
+            where = where.new_zeros(1)  # one that counts nothing: every tensor still gets its (zero) gradient
+        self.where: list[int] = where.tolist()
+        self.positions, self.tokens = (t.to(device, non_blocking=True) for t in (where, targets[where]))
+        self.labels = labels.to(device, non_blocking=True)
+
+    def stretches(self, rows: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
+        """The B L positions cut so that each stretch has `rows` targets, the last one what is left: the lengths of the stretches,
+        and of each its targets' places within it and their tokens."""
+        starts = [0, *self.where[rows::rows], self.labels.numel()]
+        lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        return lengths, [(p - start, t) for start, p, t in zip(starts, self.positions.split(rows), self.tokens.split(rows), strict=False)]
+
+
 def count_targets(labels: Tensor) -> int:
     """How many labels [B, L] the loss counts."""
     return int((labels[:, 1:] != IGNORE).sum())
 
 
 def loss_forward(model: nn.Module) -> Callable[..., Any]:
-    """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=[B, L], **inputs) -> the sum
+    """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) -> the sum
     of `next_token_loss`, a scalar. Without labels it is the model's own forward.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP.
@@ -104,18 +129,43 @@ def loss_forward(model: nn.Module) -> Callable[..., Any]:
     plain = model.forward
     head, reason = _head_of(model)
 
-    def forward(_: nn.Module, *args: Any, labels: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
         if labels is None:
             return plain(*args, **inputs)
-        if head is not None and labels.numel() > head.rows:
+        if head is not None and labels.labels.numel() > head.rows:
             return head.loss(head.base(*args, **inputs, use_cache=False), labels)
         logits = plain(*args, **inputs, use_cache=False).logits
         if logits.numel() > LOGITS_AT_A_TIME:
             size = logits.numel() * logits.element_size() / 1e9
             warnings.warn(f"the loss holds all logits at once ({size:.1f} GB, and their gradient): {reason}", stacklevel=2)
-        return next_token_loss(logits, labels)
+        return next_token_loss(logits, labels.labels)
 
     return forward
+
+
+def target_logits(model: nn.Module) -> Callable[[dict[str, Any], Targets], Iterator[tuple[Tensor, Tensor]]]:
+    """f(inputs, targets) -> the logits [r, V] that predict them and their tokens [r], so many targets at a time as a chunk of the
+    loss has; r is the same for every model of a vocabulary. For measuring: nothing here is differentiable.
+    """
+    plain = model.forward
+    head, _ = _head_of(model)
+
+    @torch.no_grad()
+    def chunks(inputs: dict[str, Any], targets: Targets) -> Iterator[tuple[Tensor, Tensor]]:
+        if head is None:
+            logits = plain(**inputs, use_cache=False).logits
+            logits = logits.view(-1, logits.shape[-1])
+            rows = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+            for positions, tokens in zip(targets.positions.split(rows), targets.tokens.split(rows), strict=True):
+                yield logits[positions], tokens
+            return
+        output = head.base(**inputs, use_cache=False)
+        lengths, pairs = targets.stretches(head.rows)
+        hidden = output.last_hidden_state.reshape(targets.labels.numel(), -1)
+        for part, (places, tokens) in zip(hidden.split(lengths), pairs, strict=True):
+            yield head.logits(part[places], type(output)), tokens
+
+    return chunks
 
 
 class ChunkedHead:
@@ -149,17 +199,18 @@ class ChunkedHead:
         close = got.shape == want.shape and bool((got - want).abs().max() <= 2e-2 * want.abs().max())
         return "" if close else "its logits are not a function of its hidden states alone"
 
-    def loss(self, output: Any, labels: Tensor) -> Tensor:
+    def loss(self, output: Any, targets: Targets) -> Tensor:
         """Sum of the token losses of the decoder's output (last_hidden_state [B, L, H])."""
         hidden, kind = output.last_hidden_state, type(output)
 
-        def chunk_loss(part: Tensor, targets: Tensor) -> Tensor:
-            return _TokenLoss.apply(self.logits(part, kind), targets)  # pyright: ignore
+        def chunk_loss(part: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+            chosen = part if len(places) == len(part) else part.index_select(0, places)
+            return _TokenLoss.apply(self.logits(chosen, kind), tokens)  # pyright: ignore
 
         # split, not slices: its backward joins the gradients once; every slice would make a whole one.
-        parts = hidden.reshape(-1, hidden.shape[-1]).split(self.rows)
-        targets = _targets(labels).split(self.rows)
-        sums = [checkpoint(chunk_loss, *pair, use_reentrant=False) for pair in zip(parts, targets, strict=True)]
+        lengths, pairs = targets.stretches(self.rows)
+        parts = hidden.reshape(-1, hidden.shape[-1]).split(lengths)
+        sums = [checkpoint(chunk_loss, part, *pair, use_reentrant=False) for part, pair in zip(parts, pairs, strict=True)]
         total = torch.stack(sums)  # pyright: ignore[reportArgumentType]
         return total.double().sum().to(total.dtype)
 

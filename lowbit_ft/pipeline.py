@@ -26,6 +26,7 @@ from . import merge as merging
 from . import report as report_page
 from .adapters.lora import Lora
 from .attach import adapted_layers, adapter_state, attach, base_digest, begin_step, load_adapter_state
+from .attention import why_not
 from .card import model_card, serve_line
 from .data import Examples, load_examples
 from .evaluate import STAGES, EvalRow, Reference, table
@@ -359,7 +360,8 @@ def measure_trained(session: Session, model: Any) -> Measured:
             done.data = eval_batches(session, model)
             if recipe.eval.kl:
                 done.reference = Reference(
-                    session.checkpoint, done.data, attention=recipe.model.attention, device=session.device, dtype=session.dtype
+                    session.checkpoint, done.data, attention=recipe.model.attention, device=session.device, dtype=session.dtype,
+                    segments=not why_not(model),
                 )
                 done.rows.append(done.reference.row())
             with adapters_off(model):

@@ -140,7 +140,7 @@ def _activations(recipe: Recipe, shapes: Shapes, size: int) -> int:
     one_layer = (
         tokens * (10 * hidden + 4 * inner) * size
     )  # norms, q k v o, attention, residuals; gate, up, product, activation
-    inputs = 0 if recipe.train.offload == "cpu" else layers * tokens * hidden * size
+    inputs = 0 if recipe.train.offload != "no" else layers * tokens * hidden * size
     kept = (
         inputs + one_layer
         if recipe.train.gradient_checkpointing

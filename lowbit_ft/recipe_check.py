@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +438,24 @@ def check_lengths(r: Any) -> Problems:
             )
 
 
+def check_offload(r: Any) -> Problems:
+    """Room on the disk for the inputs of all layers, which train.offload: disk writes at every step."""
+    shapes = _shapes(r.model) if r.train.offload == "disk" else None
+    if shapes is None:
+        return
+    layers, width = shapes.number("num_hidden_layers", "n_layer") or 0, shapes.number("hidden_size", "n_embd") or 0
+    tokens, size = r.train.micro_batch_size * r.data.sequence_len, {"float32": 4}.get(r.model.dtype, 2)
+    needed = layers * tokens * width * size
+    folder = next((p for p in (r.output, *r.output.absolute().parents) if path_is(p, "dir")), None)
+    free = shutil.disk_usage(folder).free if folder is not None else needed
+    if free < needed:
+        yield Problem(
+            ("train", "offload"),
+            f"got 'disk', which needs {needed / 1e9:.3g} GB ({layers} layers x {tokens} tokens x {width} x {size} bytes), and "
+            f"{str(folder)!r} has {free / 1e9:.3g} GB free; choose another `output`, or set train.offload: cpu",
+        )
+
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -545,6 +564,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant"), check_layers),
     (("model", "data"), check_lengths),
     (("model", "data"), check_chat),
+    (("model", "data", "train", "output"), check_offload),
     ((), check_data),
     (("train", "data"), check_train),
     (("eval",), check_tasks),

@@ -67,7 +67,8 @@ train:
   scheduler: cosine                  # linear, wsd, constant
   warmup_ratio: 0.05
   gradient_checkpointing: {checkpointing}       # slower by about 30 %, far smaller activations
-  # offload: cpu                     # what it keeps waits in CPU memory: for long windows on a GPU
+  # offload: cpu                     # or disk: where what it keeps waits, for long windows on a GPU
+  # mlp_chunk: 4096                  # tokens at a time through the MLP, for windows beyond 16k
   seed: 0
   save_every: 100                    # checkpoints are atomic and hashed
   # eval_every: 100                  # needs data.valid

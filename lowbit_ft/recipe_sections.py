@@ -65,8 +65,9 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32", "float16"] = Field(
         default="bfloat16", description="dtype of activations and of unquantized weights"
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        default="sdpa", description="attention implementation of transformers"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        default="sdpa",
+        description="attention implementation of transformers; sdpa trains packed windows segment by segment, without a mask",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: the GPU when there is one"
@@ -290,9 +291,15 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: about 30 % slower, much less memory"
     )
-    offload: Literal["no", "cpu"] = Field(
+    offload: Literal["no", "cpu", "disk"] = Field(
         default="no",
-        description="cpu: what gradient_checkpointing keeps, the input of every layer, waits in CPU memory: for long sequences on a GPU",
+        description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the device; cpu, in CPU memory; "
+        "disk, in a file of the run folder: for long sequences on a GPU",
+    )
+    mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="tokens that go through the MLP of a layer at a time; null: all. For long sequences: its inner width is the largest "
+        "thing of a layer, and nothing is computed more often than gradient_checkpointing does",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="autocast; 'no' computes in model.dtype"

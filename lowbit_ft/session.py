@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from .attach import adapted_layers
+from .attention import why_not
 from .data import Batches, Examples, StreamedExamples, keeps_segments_apart, load_examples
 from .data_chat import ChatTemplate
 from .export import EXPORTERS
@@ -30,6 +31,8 @@ from .recipe_incoming import resolve_quant
 from .recipe_layers import local_folder
 from .rundir import RunDir, environment
 from .walk import Batch
+
+LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
 
 
 @dataclass
@@ -176,7 +179,10 @@ def adapters_off(model: Any) -> Iterator[None]:
 def batches(session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False) -> Batches:
     """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not keep packed
     segments apart by itself."""
-    apart = keeps_segments_apart(model, size)
+    apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
+    length = session.recipe.data.sequence_len
+    if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
+        session.say(f"note: attention holds masks of {length} x {length}: {reason}")
     return Batches(
         examples, size, session.pad_id, session.recipe.train.seed, rank=0 if alone else rank(), world=1 if alone else world(),
         shuffle=shuffle, mask_dtype=None if apart else session.dtype,

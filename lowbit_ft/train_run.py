@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
@@ -16,8 +17,11 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
-from lowbit_ft.losses import count_targets, loss_forward
+from lowbit_ft.losses import Targets, count_targets, loss_forward
+from lowbit_ft.mlp_chunks import cut_mlps
+from lowbit_ft.offload import Offload, open_store
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
 from lowbit_ft.processes import world
 from lowbit_ft.sharding import is_sharded, part_like, unshardable, whole
@@ -31,6 +35,7 @@ from lowbit_ft.train_setup import (
     make_accelerator,
     total_steps,
 )
+from lowbit_ft.walk import decoder_layers
 
 
 @dataclass
@@ -88,10 +93,18 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
+        self.restored = ExitStack()  # what of the model is as before once this is closed
+        self.restored.enter_context(segment_attention(model))
+        if section.mlp_chunk is not None:
+            self.restored.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
+        self.offload = None
+        if section.offload != "no":
+            self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
+            self.restored.callback(self.offload.store.close)
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
-            activation_checkpointing(model, True, offload=section.offload == "cpu")
+            activation_checkpointing(model, True, self.offload)
         with (
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
@@ -179,8 +192,11 @@ class Run:
     def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
         """Sum of the token losses of a micro-batch."""
         model = self.wrapped if model is None else model
-        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
-        return model(**inputs)  # its forward is the loss since __init__
+        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for them.
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(self.model, batch.get("position_ids"))
+        device = self.accelerator.device
+        inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return model(**inputs, labels=Targets(batch["labels"], device))  # its forward is the loss since __init__
 
     def refuse_unreached(self) -> None:
         """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
@@ -360,6 +376,7 @@ class Run:
             self.model.forward = self.own_forward
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
+        self.restored.close()
         self.optimizer.zero_grad()
         self.model.eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
+from lowbit_ft.offload import Offload
 from lowbit_ft.processes import world
 from lowbit_ft.train_log import check_trackers
 
@@ -112,11 +112,10 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
     return accelerator
 
 
-def activation_checkpointing(model: Any, on: bool, offload: bool = False) -> None:
+def activation_checkpointing(model: Any, on: bool, offload: Offload | None = None) -> None:
     """Switch recomputation on or off; transformers renamed the methods in 5.2x and warns about the old names.
 
-    offload: what is kept for it, the input of every layer, waits for the backward in CPU memory (pinned when
-    the model is on a GPU, so that no copy makes the host wait).
+    offload: where what is kept for it, the input of every layer, waits for the backward; None: where it is.
     """
     verb = "enable" if on else "disable"
     new = getattr(model, f"activation_checkpointing_{verb}", None)
@@ -125,19 +124,7 @@ def activation_checkpointing(model: Any, on: bool, offload: bool = False) -> Non
         # They also make the embedding's output require a gradient, for the reentrant kind; it costs a backward
         # into the first layer and would stay after training.
         model.disable_input_require_grads()
-    if on and offload:
+    if on and offload is not None:
         for module in model.modules():
             if recompute := vars(module).get("_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = _saving_on_cpu(recompute, model.device.type)
-
-
-def _saving_on_cpu(recompute: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """A checkpointing function whose saved inputs are on the CPU. What the layer itself saves is not touched:
-    inside it the hooks of the recomputation are the innermost, and they keep nothing.
-    """
-
-    def offloaded(*args: Any, **kwargs: Any) -> Any:
-        with save_on_cpu(pin_memory=device_type != "cpu", device_type=device_type):
-            return recompute(*args, **kwargs)
-
-    return offloaded
+                module._gradient_checkpointing_func = offload.wrap(recompute)

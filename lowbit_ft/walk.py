@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .load import Checkpoint, materialize
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and what segment_inputs adds
 
 
 def text_tower(model: Any) -> str:
@@ -46,7 +46,7 @@ class LayerWalk:
     def __init__(self, model: Any, checkpoint: Checkpoint, batches: list[Batch], device: torch.device, dtype: torch.dtype):
         self.model, self.checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.name, self.layers = decoder_layers(model)
-        self.batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+        self.batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
         inside = {id(p) for p in self.layers.parameters()}
         for name, module in model.named_modules():
             if name == self.name or name.startswith(self.name + "."):
@@ -96,11 +96,16 @@ class LayerWalk:
     @torch.no_grad()
     def logits(self, number: int) -> Tensor:
         """The model's logits [B, L, V] for batch `number`, from the hidden states that left the last layer."""
-        final = self.hidden[number].to(self.device)
+        self.hand_over(number)
+        return self.model(**self.batches[number], use_cache=False).logits
+
+    def hand_over(self, number: int | None) -> None:
+        """From here on a forward of `model` ends with the final hidden states of batch `number`; None: with what came in."""
         for layer in self.layers:
             layer.forward = lambda hidden, *args, **kwargs: self._like_layer(hidden)
-        self.layers[-1].forward = lambda hidden, *args, **kwargs: self._like_layer(final)
-        return self.model(**self.batches[number], use_cache=False).logits
+        if number is not None:
+            final = self.hidden[number].to(self.device)
+            self.layers[-1].forward = lambda hidden, *args, **kwargs: self._like_layer(final)
 
     def _like_layer(self, hidden: Tensor) -> Any:
         return (hidden,) if self.returns_tuple else hidden

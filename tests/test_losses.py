@@ -15,7 +15,7 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import attach
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.linear import PackedLinear
-from lowbit_ft.losses import ChunkedHead, count_targets, loss_forward, next_token_loss
+from lowbit_ft.losses import ChunkedHead, Targets, count_targets, loss_forward, next_token_loss, target_logits
 from tests.packed_tools import random_weight
 
 
@@ -110,7 +110,8 @@ FAMILIES: dict[str, Any] = {
         vocab_size=520, hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=64, dropout=0.0
     ),
 }
-ROWS = 5  # tokens per chunk: 21 tokens are four chunks and one token
+ROWS = 5  # targets per chunk
+CPU = torch.device("cpu")
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -143,10 +144,11 @@ def compare(model: Any, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> No
     forward = loss_forward(model)
     seen: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[-2]))
-    loss = forward(model, **batch)
+    loss = forward(model, **inputs, labels=Targets(batch["labels"], CPU))
     (loss * 0.3).backward()
     hook.remove()
-    assert sorted(seen) == [1, 1] + [5] * 8  # once, and again in the backward
+    targets = count_targets(batch["labels"])
+    assert targets == 12 and sorted(seen) == [2, 2] + [5] * 4  # once, and again in the backward; not the 9 others
     assert loss.dtype == want.dtype
     torch.testing.assert_close(loss, want, rtol=tolerance, atol=0)
     ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -201,9 +203,39 @@ def test_only_the_hidden_states_are_kept_for_the_backward(monkeypatch: pytest.Mo
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), labels)  # pyright: ignore[reportArgumentType]
+        head.loss(BaseModelOutputWithPast(last_hidden_state=hidden), Targets(labels, CPU))  # pyright: ignore[reportArgumentType]
     assert kept.pop(hidden.untyped_storage().data_ptr()) == 21 * 64 * 4
-    assert sum(kept.values()) <= 21 * 8 + 64, kept  # the targets, and a few scalars
+    assert sum(kept.values()) <= 2 * 21 * 8 + 64, kept  # where the targets are and which, and a few scalars
+
+
+def test_stretches_hold_so_many_targets_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.tensor([[9, -100, 3, -100, 5], [9, 6, 7, -100, -100]])  # targets at 1, 3, 5, 6
+    lengths, pairs = Targets(labels, CPU).stretches(3)
+    assert lengths == [6, 4] and [(p.tolist(), t.tolist()) for p, t in pairs] == [([1, 3, 5], [3, 5, 6]), ([0], [7])]
+    lengths, pairs = Targets(torch.full((1, 4), -100), CPU).stretches(3)  # none: one that counts nothing
+    assert lengths == [4] and [(p.tolist(), t.tolist()) for p, t in pairs] == [([0], [-100])]
+    # and what trains still has a gradient, of zeros: DDP waits for every one
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    model = model_of("llama")
+    batch = batch_of() | {"labels": Targets(torch.full((3, 7), -100), CPU)}
+    loss = loss_forward(model)(model, **batch)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_logits_of_the_targets_some_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(family), batch_of()
+    targets = Targets(batch.pop("labels"), CPU)
+    want = model(**batch, use_cache=False).logits.reshape(21, -1)[targets.where]
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    for apart in (True, False):
+        if not apart:
+            monkeypatch.setattr(losses, "_head_of", lambda _: (None, "a test"))
+        logits, tokens = zip(*target_logits(model)(batch, targets), strict=True)
+        assert [len(t) for t in tokens] == [5, 5, 2] and not logits[0].requires_grad
+        torch.testing.assert_close(torch.cat(logits), want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(torch.cat(tokens), targets.tokens)
 
 
 class Shifted(transformers.LlamaForCausalLM):
@@ -221,7 +253,7 @@ def test_a_model_that_cannot_be_taken_apart_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
     forward = loss_forward(model)
     with pytest.warns(UserWarning, match="not a function of its hidden states alone"):
-        loss = forward(model, **batch)
+        loss = forward(model, **batch | {"labels": Targets(batch["labels"], CPU)})
     want = next_token_loss(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["labels"])
     torch.testing.assert_close(loss, want)
 
@@ -231,5 +263,5 @@ def test_without_labels_and_with_few_tokens_it_is_the_models_own_forward() -> No
     forward, labels = loss_forward(model), batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
     assert torch.equal(forward(model, **batch, use_cache=False).logits, logits)
-    assert torch.equal(forward(model, **batch, labels=labels), next_token_loss(logits, labels))
+    assert torch.equal(forward(model, **batch, labels=Targets(labels, CPU)), next_token_loss(logits, labels))
     assert model.training == model.lm_head.training

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, Shard
 
-from lowbit_ft import pipeline, train_setup
+from lowbit_ft import losses, pipeline, train_setup
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import attach, base_digest
 from lowbit_ft.data import Batches
@@ -32,7 +32,7 @@ from lowbit_ft.linear import PackedLinear
 from lowbit_ft.recipe import RecipeError, load_recipe
 from lowbit_ft.sharding import held, held_by_rank, is_sharded, part_like, shard, unshardable, whole
 from lowbit_ft.train import TrainError, TrainResult, make_accelerator, train
-from tests.packed_tools import random_weights
+from tests.packed_tools import random_weight, random_weights
 from tests.toy import examples, quiet, section
 
 ROOT = Path(__file__).parents[1]
@@ -50,16 +50,18 @@ GRIDS: dict[str, Grid] = {
 STEPS = 4
 
 
-def packed(method: str = "lr_qat", start: int = 0, bias: bool = False) -> Any:
-    """A Llama of two layers with random integers on the method's grid; start seeds A."""
-    config = transformers.LlamaConfig(
-        vocab_size=23, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+def packed(method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False) -> Any:
+    """A Llama of two layers with random integers on the method's grid; start seeds A. head: its head is packed and trained too."""
+    config = transformers.LlamaConfig(  # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
+        vocab_size=32 if head else 23, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=bias,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     for name, weight in random_weights(model, GRIDS[method]).items():
         model.set_submodule(name, PackedLinear(weight, model.get_submodule(name).bias))
+    if head:
+        model.set_submodule("lm_head", PackedLinear(random_weight((32, 128), GRIDS[method])))
     torch.manual_seed(1 + start)
     attach(model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {})))
     return model
@@ -75,6 +77,22 @@ def go(run_dir: Path, model: Any, rank: int = 0, world: int = 1, *, resume: bool
     valid = Batches(examples(3, seed=1), 1, 0, 0, rank, world)
     setting = {"max_steps": STEPS, "gradient_accumulation_steps": 2 // world, "max_grad_norm": 0.1, "eval_every": 2, "warmup_ratio": 0.0}
     return train(model, data, valid, section(**(setting | changes)), run_dir, resume=resume, on_step=on_step, console=quiet())
+
+
+LONG = {"gradient_checkpointing": True, "offload": "cpu", "mlp_chunk": 16}
+
+
+def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResult:
+    """`go` with the loss in chunks of 5 targets, which so small a vocabulary has not by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "LOGITS_AT_A_TIME", model.config.vocab_size * 5)
+        patch.setattr(losses, "_SMALL_VOCABULARY", 0)
+        seen: list[int] = []
+        hook = model.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[-2]) if model.training else None)
+        result = go(run_dir, model, *place, **changes)
+        hook.remove()
+    assert max(seen) == 5 and len(seen) > 2 * STEPS, seen
+    return result
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
@@ -129,6 +147,11 @@ def together(folder: Path) -> None:
         assert torch.equal(part_like(fresh[n], t).to_local(), t.to_local())
     go(folder / "recomputed", sharded(), rank, 2, gradient_checkpointing=True)
     go(folder / "bf16", sharded(), rank, 2, mixed_precision="bf16")
+    chunked(folder / "chunks", sharded(), rank, 2, **LONG)
+    chunked(folder / "chunks-disk", sharded(), rank, 2, **LONG | {"offload": "disk"})
+    chunked(folder / "chunks-head", sharded(head=True), rank, 2)
+    chunked(folder / "chunks-ddp", packed(head=True), rank, 2)
+    chunked(folder / "chunks-ddp-long", packed(), rank, 2, **LONG)
     go(folder / "best", sharded(), rank, 2, keep_best=True, eval_every=1, learning_rate=0.5)
     # a signal to one of them stops both; one process goes on (in the test), and the other way round
     result = go(folder / "two-then-one", sharded(), rank, 2, on_step=stop_at(1) if rank == 1 else None)
@@ -195,6 +218,17 @@ def test_recomputing_and_bf16_are_what_they_are_in_one_process(done: Path, tmp_p
     assert rows(tmp_path, "loss") != rows(done / "one", "loss")
 
 
+def test_a_loss_in_chunks_is_what_it_is_in_one_process(done: Path, tmp_path: Path) -> None:
+    """Under FSDP the recomputation of a chunk finds the gathered head, trained or not; under DDP a gradient is handed on once."""
+    chunked(tmp_path / "one", packed(), **LONG)
+    for name in ("chunks", "chunks-disk", "chunks-ddp-long"):
+        assert_same(done / name, tmp_path / "one")
+    chunked(tmp_path / "head", packed(head=True))
+    for name in ("chunks-head", "chunks-ddp"):
+        assert_same(done / name, tmp_path / "head")
+    assert "lm_head.adapter.A" in last(tmp_path / "head") and rows(tmp_path / "one", "loss") == pytest.approx(rows(done / "one", "loss"), rel=1e-4)
+
+
 def test_resume_with_another_number_of_processes(done: Path) -> None:
     assert json.loads((done / "facts.json").read_text())["stopped"] == [True, 2]
     assert go(done / "two-then-one", packed(start=9), resume=True).steps == STEPS
@@ -246,6 +280,11 @@ def test_frozen_parameters_change_nothing_but_their_kind() -> None:
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     model.to(torch.bfloat16)
     layer = model.model.layers[0].self_attn.q_proj
+    few = torch.ones(1, 128, dtype=torch.bfloat16)  # one row in eval mode, where a whole layer would be repacked for decoding
+    layer.adapter, adapter = None, layer.adapter
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(few), layer.base.linear(few) + layer.bias)
+    layer.adapter = adapter
     assert layer.codes.dtype == torch.int16 and layer.adapter.A.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
 
 

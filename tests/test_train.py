@@ -21,10 +21,8 @@ import transformers
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.autograd.graph import save_on_cpu
 
 import lowbit_ft.losses
-from lowbit_ft import train_setup
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.attach import adapted_layers, attach, begin_step
 from lowbit_ft.data import Batches, Example, Examples
@@ -138,9 +136,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
         model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
         calls = 0
 
-        def count(*_: Any) -> None:
+        def count(module: Any, _: Any) -> None:
             nonlocal calls
-            calls += 1
+            calls += module.training  # not the few tokens that ask the model how it attends
 
         model.model.layers[0].mlp.register_forward_pre_hook(count)
         go(tmp_path / str(on), model, max_steps=3, gradient_checkpointing=on)
@@ -149,36 +147,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
         assert not model.model.embed_tokens._forward_hooks
         curves.append(losses(tmp_path / str(on)))
     assert curves[0] == pytest.approx(curves[1], abs=1e-6)
-
-
-def test_offload_changes_nothing_and_moves_the_layer_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    moved: list[tuple[int, ...]] = []
-
-    class Watched(save_on_cpu):
-        def __init__(self, pin_memory: bool, device_type: str) -> None:
-            super().__init__(pin_memory, device_type)
-            assert (pin_memory, device_type) == (False, "cpu")
-            copy = self.pack_hook
-            self.pack_hook = lambda tensor: moved.append(tuple(tensor.shape)) or copy(tensor)
-
-    monkeypatch.setattr(train_setup, "save_on_cpu", Watched)
-    curves, states = [], []
-    for offload in ("no", "cpu"):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config).requires_grad_(False)
-        model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
-        go(tmp_path / offload, model, max_steps=3, gradient_checkpointing=True, offload=offload)
-        assert bool(moved) == (offload == "cpu")
-        curves.append(losses(tmp_path / offload))
-        states.append(state(model))
-    assert curves[0] == curves[1] and equal(*states)
-    layers = [shape for shape in moved if len(shape) == 3]
-    # 3 steps x 2 micro-batches x 2 layers, each its input alone: nothing from inside a layer
-    assert len(layers) == 12 and {shape[-1] for shape in layers} == {16}
-    assert all(len(shape) == 3 or math.prod(shape) == 0 for shape in moved), moved
 
 
 @pytest.mark.parametrize("mode", ["no", "bf16"])
@@ -200,17 +168,11 @@ def test_a_loss_in_chunks_trains_as_the_whole_does(mode: str, tmp_path: Path, mo
         folder = tmp_path / str(logits)
         go(folder, model, valid=batches(seed=1), **options)
         assert "forward" not in vars(model) and "forward" not in vars(model.model)
-        rows.append(seen[1:])  # but for the trial, which is whole
+        rows.append(seen[4:])  # but for the trials, which are whole
         curves.append([row.get("loss", row.get("valid_loss")) for row in lines(folder, "step")])
     assert max(rows[0]) > 7 and max(rows[1]) == 7
     assert len(curves[0]) == 5 and curves[0] == pytest.approx(curves[1], rel=1e-5 if mode == "no" else 1e-3)
     assert curves[0][-2] < curves[0][0]
-
-
-def test_offload_without_checkpointing_is_refused() -> None:
-    with pytest.raises(ValueError, match="gradient_checkpointing: true"):
-        section(offload="cpu")
-    assert section(offload=False).offload == "no"
 
 
 def test_mixed_precision_in_one_process_with_others(tmp_path: Path) -> None:
