@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lowbit_kernels import exact_exp
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
@@ -78,6 +78,17 @@ class ScaleOptions(AdapterConfig):
     lsq_gradient_scaling: bool = Field(
         False, description="multiply scale gradients by 1/sqrt(g * Qp) (LSQ); Adam makes it nearly inert"
     )
+    scale_grad_tokens: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the tokens, drawn anew in every backward, that scales and offsets learn from (unbiased): the product "
+        "that their gradient costs shrinks to that share. Methods with A and B: with low_rank_gradient factorised or corrected",
+    )
+
+    def gradient_options(self) -> dict[str, Any]:
+        """What GridArgs is told of cheaper gradients (lowbit_kernels/estimates.py)."""
+        return {"scale_grad_tokens": self.scale_grad_tokens}
 
     def scale_gradient_factor(self, base: Weight) -> float:
         if not self.lsq_gradient_scaling:
@@ -104,6 +115,23 @@ class LowRankOptions(ScaleOptions):
     )
     clip: Literal["round_then_clip", "clip_then_round"] = "round_then_clip"
     init_from: str | None = init_from_field()
+    low_rank_gradient: Literal["exact", "factorised", "corrected"] = Field(
+        "exact",
+        description="of A and B. exact: a third GEMM per layer; factorised: 2 rank / group of one, as if nothing were clipped; "
+        "corrected: the same, and the clipped entries from the tokens of scale_grad_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _cheaper_gradients(self) -> "LowRankOptions":
+        if self.low_rank_gradient == "exact" and self.scale_grad_tokens < 1:
+            raise ValueError(
+                f"scale_grad_tokens {self.scale_grad_tokens:g} with low_rank_gradient exact, whose third GEMM is of all tokens and gives the "
+                "scales' gradient too; set low_rank_gradient: factorised (or corrected), or scale_grad_tokens: 1"
+            )
+        return self
+
+    def gradient_options(self) -> dict[str, Any]:
+        return {**super().gradient_options(), "low_rank_gradient": self.low_rank_gradient}
 
     @property
     def gain(self) -> float:

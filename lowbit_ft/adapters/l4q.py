@@ -97,6 +97,7 @@ class L4Q(ScaledAdapter):
             units="live",
             clip_first=self.config.clip == "clip_then_round",
             ships_offset=self.kind == "float",
+            **self.config.gradient_options(),
         )
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
