@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lowbit_ft.attach import keep_codes
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from lowbit_ft.losses import count_targets, loss_forward
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
@@ -88,6 +89,7 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
+        keep_codes(model, section.keep_codes)
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss_forward(model), model)
         if section.gradient_checkpointing:
@@ -360,6 +362,7 @@ class Run:
             self.model.forward = self.own_forward
         if self.section.gradient_checkpointing:
             activation_checkpointing(self.model, False)
+        keep_codes(self.model, False)
         self.optimizer.zero_grad()
         self.model.eval()
 
