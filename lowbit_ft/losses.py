@@ -90,9 +90,14 @@ def _targets(labels: Tensor) -> Tensor:
     return targets.reshape(-1)
 
 
+def target_count(labels: Tensor) -> Tensor:
+    """How many labels [B, L] the loss counts, int64, a scalar on their device."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
 def count_targets(labels: Tensor) -> int:
-    """How many labels [B, L] the loss counts."""
-    return int((labels[:, 1:] != IGNORE).sum())
+    """`target_count` as a number: on a GPU the host waits for it."""
+    return int(target_count(labels))
 
 
 def loss_forward(model: nn.Module) -> Callable[..., Any]:

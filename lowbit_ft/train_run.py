@@ -30,6 +30,7 @@ from lowbit_ft.train_setup import (
     ValidBatches,
     activation_checkpointing,
     make_accelerator,
+    packing_known,
     total_steps,
 )
 
@@ -181,8 +182,15 @@ class Run:
     def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
         """Sum of the token losses of a micro-batch."""
         model = self.wrapped if model is None else model
-        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
-        return model(**inputs)  # its forward is the loss since __init__
+        with packing_known(batch):
+            return model(**{k: self.upload(v) for k, v in batch.items()})  # its forward is the loss since __init__
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """On the device. From pinned memory, because a copy from any other makes the host wait until it is done."""
+        device = self.accelerator.device
+        if device.type != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
 
     def refuse_unreached(self) -> None:
         """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
@@ -205,8 +213,8 @@ class Run:
                 for parameter in group["params"] if group["name"] == "scale" else ():
                     parameter.grad = None
 
-    def clip(self) -> float:
-        """Clip the gradients to max_grad_norm; returns their norm before.
+    def clip(self) -> Tensor:
+        """Clip the gradients to max_grad_norm; returns their norm before, fp64, on the device.
 
         The squares are added in fp64, so that shards, however they are cut, give the factor that whole gradients give.
         """
@@ -214,15 +222,27 @@ class Run:
         grads = [p.grad for p in self.names if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local if g.numel()]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
-        norm = math.sqrt(self.sum(square)[0] if self.sharded else float(square))
-        if math.isfinite(norm) and (factor := self.section.max_grad_norm / (norm + 1e-6)) < 1:
-            for gradient in local:
-                gradient.mul_(factor)
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        norm = (self.over_processes(square) if self.sharded else square).sqrt()
+        factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), 1.0).float()
+        for gradient in local:
+            # 16-bit gradients must not round the factor.
+            gradient.mul_(factor) if gradient.dtype == torch.float32 else gradient.copy_(gradient.float() * factor)
         return norm
 
+    def over_processes(self, value: Tensor) -> Tensor:
+        """A scalar summed over the processes, fp64 on the device; the host does not wait."""
+        return self.accelerator.reduce(self.upload(value).double(), "sum")  # pyright: ignore
+
+    def read(self, loss_sum: Tensor, norm: Tensor, targets: Tensor, tokens: int, stop: bool) -> tuple[float, float, int, int, bool]:
+        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the host waits for the device."""
+        mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
+        everyone = self.accelerator.reduce(mine, "sum")
+        total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
+        return total / max(1, goals), size, int(goals), int(count), stops > 0
+
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over the processes."""
+        """Each value summed over the processes. The host waits: for between the steps."""
         tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore
 
@@ -291,13 +311,11 @@ class Run:
         if self.valid is None:
             return
         self.model.eval()
-        total, targets = 0.0, 0
+        total, targets = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
         for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            total += float(
-                self.loss(batch, self.model)
-            )  # not DDP's wrapper: processes may have unequal shares
+            total += self.loss(batch, self.model)  # not DDP's wrapper: processes may have unequal shares
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)

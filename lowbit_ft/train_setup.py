@@ -6,6 +6,7 @@ import math
 import signal
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,3 +142,31 @@ def _saving_on_cpu(recompute: Callable[..., Any], device_type: str) -> Callable[
             return recompute(*args, **kwargs)
 
     return offloaded
+
+
+@contextmanager
+def packing_known(batch: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, transformers does not ask the device whether a batch has several segments in a row, for which the host
+    would wait in every forward: the host has the positions and answers. batch: what Batches makes, on the CPU.
+    """
+    from transformers import masking_utils
+
+    positions, theirs = batch.get("position_ids"), getattr(masking_utils, "find_packed_sequence_indices", None)
+    if positions is None or positions.device.type != "cpu" or theirs is None:
+        yield
+        return
+    host = positions.numpy()
+    packed = bool((host[:, 1:] != host[:, :-1] + 1).any())
+
+    def answer(position_ids: Tensor) -> Tensor | None:
+        """Segment numbers [B, L], or None for one segment in every row."""
+        if not packed:
+            return None
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
+
+    masking_utils.find_packed_sequence_indices = answer
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = theirs
