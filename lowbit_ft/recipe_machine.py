@@ -75,6 +75,9 @@ def check_train(r: Any) -> Problems:
 
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
+    method = getattr(getattr(r, "adapter", None), "method", None)
+    if train.keep_codes and method in ("lora", "alpha_tuning"):
+        yield Problem(("train", "keep_codes"), f"got true, but {method} rounds nothing while it trains: there are no codes to keep; remove it")
     if r.data.streaming and train.max_steps is None:
         yield Problem(
             ("train", "epochs"),
