@@ -29,6 +29,7 @@ from lowbit_ft.train_setup import (
     ValidBatches,
     activation_checkpointing,
     make_accelerator,
+    share_frozen,
     total_steps,
 )
 
@@ -96,6 +97,8 @@ class Run:
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            if not self.sharded:
+                share_frozen(model)
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
             self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)

@@ -10,7 +10,7 @@ The folder is there whole or not at all, and takes the place of another only whe
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -343,12 +343,12 @@ def _write_shards(
     for slot in (slot for slots in shards.values() for slot in slots):
         by_layer.setdefault(slot.layer, []).append(slot)
 
-    def put(slot: _Slot, tensor: Tensor) -> None:
-        assert tuple(tensor.shape) == slot.shape and tensor.dtype == slot.dtype, slot
+    def put(slot: _Slot, pieces: Iterable[Tensor]) -> None:
         path, position = places[slot.key]
         with path.open("r+b") as file:
             file.seek(position)
-            file.write(tensor_bytes(tensor))
+            written = sum(file.write(tensor_bytes(piece)) for piece in pieces)
+        assert written == slot.nbytes, f"{slot}: {written} bytes"
 
     digests = {}
     for name, weight in weights.items():
@@ -361,10 +361,11 @@ def _write_shards(
             made = tensors[slot.part][slot.source]
             kept = made.to(slot.dtype)
             assert kept is made or torch.equal(kept.to(made.dtype), made), f"{slot.key}: {slot.dtype} cannot hold its values"
-            put(slot, kept)
+            assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
+            put(slot, [kept])
         digests[name] = layer_digests(weight)
     for slot in by_layer.get(None, []):
-        put(slot, checkpoint.read(slot.source))
+        put(slot, checkpoint.stored_pieces(slot.source))
     return digests
 
 
