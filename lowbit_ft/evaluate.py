@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .linear import packed_op_only
 from .load import Checkpoint
+from .losses import FLOATS_AT_A_TIME
 from .walk import Batch, LayerWalk
 
 STAGES = ("base", "quantized", "trained", "merged", "exported")
@@ -81,14 +82,16 @@ def _inputs(batch: Batch) -> Batch:
 def _totals(logits: Tensor, labels: Tensor, reference: Tensor | None) -> tuple[float, float, int]:
     """(sum of losses, sum of KL, targets) of one batch; position t predicts label t + 1."""
     target = labels[:, 1:].to(logits.device)
-    keep = target != -100
-    log_p = torch.log_softmax(logits[:, :-1][keep].float(), dim=-1)
-    loss = -log_p.gather(-1, target[keep].unsqueeze(-1)).double().sum()
-    kl = 0.0
-    if reference is not None:
-        log_fp = torch.log_softmax(reference[:, :-1].to(logits.device)[keep].float(), dim=-1)
-        kl = float((log_fp.exp() * (log_fp - log_p)).sum(-1).double().sum())
-    return float(loss), kl, int(keep.sum())
+    row, column = (target != -100).nonzero(as_tuple=True)
+    loss = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    some = max(1, FLOATS_AT_A_TIME // logits.shape[-1])  # tokens at a time: in fp32 the logits of a batch are many times the model's own
+    for r, c in zip(row.split(some), column.split(some), strict=True):
+        log_p = torch.log_softmax(logits[r, c].float(), dim=-1)
+        loss[0] -= log_p.gather(-1, target[r, c].unsqueeze(-1)).double().sum()
+        if reference is not None:
+            log_fp = torch.log_softmax(reference[r.to(reference.device), c.to(reference.device)].to(logits.device).float(), dim=-1)
+            loss[1] += (log_fp.exp() * (log_fp - log_p)).sum(-1).double().sum()
+    return float(loss[0]), float(loss[1]), len(row)
 
 
 def _summed(stage: str, totals: Iterable[tuple[float, float, int]], kl: bool) -> EvalRow:

@@ -24,15 +24,13 @@ from .linear import PackedEmbedding, PackedLinear
 from .load import Checkpoint, materialize
 from .matrices import stand_in
 from .memory import release_freed
+from .quantize_memory import BLOCK_BYTES, HESSIAN_BYTES
 from .quantize_plan import QuantRow, QuantTable, check_shapes, plan_layers, some
 from .recipe import QuantSection
 from .recipe_sections import is_head
 from .walk import Batch, LayerWalk, decoder_layers
 
 __all__ = ["Packing", "QuantRow", "QuantTable", "plan_layers", "quantize"]
-
-BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at a time
-HESSIAN_BYTES = 5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
 
 
 class Packing:
@@ -88,10 +86,13 @@ class Packing:
                 del left[name]
                 yield name, base
         for name in left:
-            base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
-            if self.keep:
-                self._put(name, base)
-            yield name, base
+            yield name, self._one(name)
+
+    def _one(self, name: str) -> Weight:
+        base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+        if self.keep:
+            self._put(name, base)
+        return base
 
     def take(self, name: str) -> Weight:
         """The next weight, which must be that of `name`: layers are asked for in the order of `specs`."""

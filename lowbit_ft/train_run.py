@@ -100,7 +100,9 @@ class Run:
             if not self.sharded:
                 share_frozen(model)
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
-            self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/ (mapped.py).
+            move = None if self.accelerator.device.type != "cpu" else False
+            self.wrapped: Any = self.accelerator.prepare_model(model, device_placement=move, evaluation_mode=self.sharded)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
         ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
         assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"

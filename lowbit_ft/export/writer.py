@@ -350,9 +350,9 @@ def _write_shards(
             written = sum(file.write(tensor_bytes(piece)) for piece in pieces)
         assert written == slot.nbytes, f"{slot}: {written} bytes"
 
-    digests = {}
-    for name, weight in weights.items():
-        tensors: dict[Part | None, dict[str, Tensor]] = {}
+    def put_layer(name: str) -> dict[str, str]:
+        """One layer; none of it is left when the next one is asked for."""
+        weight, tensors = weights[name], {}
         for slot in by_layer[name]:
             if slot.part not in tensors:
                 first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
@@ -363,7 +363,9 @@ def _write_shards(
             assert kept is made or torch.equal(kept.to(made.dtype), made), f"{slot.key}: {slot.dtype} cannot hold its values"
             assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
             put(slot, [kept])
-        digests[name] = layer_digests(weight)
+        return layer_digests(weight)
+
+    digests = {name: put_layer(name) for name in weights}
     for slot in by_layer.get(None, []):
         put(slot, checkpoint.stored_pieces(slot.source))
     return digests

@@ -16,14 +16,11 @@ from ..integer import IntGrid
 from ..packed import PackedWeight
 from .ranges import Stats, search
 
-# Of K x K elements while one layer is packed: the Hessian and the factor in fp32, the work in fp64.
-FACTOR_BYTES = 4 + 4 + 8
-
 
 def inverse_factor(hessian: Tensor, damping: float, diagonal: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is positive definite.
 
-    diagonal [K]: instead of H's own. fp64, in one K x K matrix that is worked on in place (FACTOR_BYTES).
+    diagonal [K]: instead of H's own. fp64, in one K x K matrix that is worked on in place.
     """
     k, info = len(hessian), torch.empty((), dtype=torch.int32, device=hessian.device)
     h = torch.empty(k, k, dtype=torch.float64, device=hessian.device).t()  # by columns, as LAPACK works: no copy inside
