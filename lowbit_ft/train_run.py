@@ -35,6 +35,7 @@ from lowbit_ft.train_setup import (
     ValidBatches,
     activation_checkpointing,
     make_accelerator,
+    share_frozen,
     total_steps,
 )
 from lowbit_ft.walk import decoder_layers
@@ -113,8 +114,12 @@ class Run:
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            if not self.sharded:
+                share_frozen(model)
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
-            self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/ (mapped.py).
+            move = None if self.accelerator.device.type != "cpu" else False
+            self.wrapped: Any = self.accelerator.prepare_model(model, device_placement=move, evaluation_mode=self.sharded)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
         ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
         assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"

@@ -10,7 +10,7 @@ Both answer the same verbs, so adapters, merge and exporters need to know nothin
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -253,6 +253,17 @@ class BinaryWeight(_Tensors):
 
 Weight = PackedWeight | BinaryWeight
 WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {"integer": PackedWeight, "binary": BinaryWeight}
+
+
+def stack_rows(parts: Sequence[Weight]) -> Weight:
+    """Weights of one grid and K, one below the other: the inverse of `rows`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    along = {"codes": 0, "residual": 0, "planes": 1, "scale": 2 if isinstance(first, BinaryWeight) else 1, "zero": 1, "offset": 1}
+    tensors = {name: torch.cat([part.to_tensors()[name] for part in parts], along[name]) for name in first.to_tensors()}
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    return type(first)(shape=shape, grid=first.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def empty_weight(shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False) -> Weight:
