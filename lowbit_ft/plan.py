@@ -103,7 +103,7 @@ def find_card(recipe: Recipe, memory_gb: float | None = None, in_use: bool = Fal
     """
     on_cpu = recipe.model.device == "cpu" or (in_use and not torch.cuda.is_available())
     if on_cpu:
-        free = free_ram()
+        free = free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Card(int(memory_gb * 1e9) if memory_gb else free, f"{(memory_gb or free / 1e9):.1f} GB of RAM", 0)
     if torch.cuda.is_available() and memory_gb is None:
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -168,9 +168,9 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
-    forward = max(max(cost.forward for cost in step.layers), step.tail.forward)
+    forward = max(max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = kept + step.context + forward + context + parts.get("gathered layers", 0)
-    per_token = max(cost.forward for cost in step.layers) / (recipe.train.micro_batch_size * recipe.data.sequence_len)
+    per_token = max(cost.evaluation for cost in step.layers) / (recipe.train.micro_batch_size * recipe.data.sequence_len)
     stages["quantizing"] = quantize_bytes(recipe, made, per_token) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
@@ -193,7 +193,8 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
         if len(_TRACED) > 512:
             _TRACED.clear()
         try:
-            _TRACED[key] = step_costs(made, setting)
+            ends = (folder, recipe.quant.lm_head, recipe.quant.embeddings, recipe.quant.group_size, recipe.adapter.model_dump_json())
+            _TRACED[key] = step_costs(made, setting, _TAILS.setdefault(ends, {}))
         except Exception as error:  # whatever a model's own code raises without data: the plan becomes an estimate, never an error
             _TRACED[key] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
     found = _TRACED[key]
@@ -203,6 +204,7 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
 
 
 _TRACED: dict[Any, Step | str] = {}
+_TAILS: dict[Any, dict[Any, Any]] = {}
 
 
 def _training(recipe: Recipe, made: Skeleton, step: Step, card: Card, processes: int) -> tuple[dict[str, int], dict[str, int], str]:

@@ -47,10 +47,12 @@ class PlanRow:
 
 @dataclass
 class Block:
-    """A kind of decoder layer: the module (packed and adapted, on meta), its name, and which layers are of this kind."""
+    """A kind of decoder layer: the module (packed and adapted, on meta), its name, and which layers are of this kind. like: the same
+    for layers that differ in nothing but that one of them is the first."""
 
     name: str
     module: nn.Module
+    like: str
     indices: list[int] = field(default_factory=list)
 
 
@@ -98,12 +100,13 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         grids = [(n, recipe.quant.grid_for(f"{name}.{n}"), config.trains(f"{name}.{n}")) for n in inside[index]]
-        key = repr((index == 0, grids, _fingerprint(layer)))
+        like = repr((grids, _fingerprint(layer)))
+        key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
             stand_in(module, inside[index])
             _pack(module, grids, config, dtype)
-            blocks[key] = Block(name, module)
+            blocks[key] = Block(name, module, like)
         blocks[key].indices.append(index)
 
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit_ft import quantize
 from lowbit_ft.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.plan_step import Cost, Step
@@ -66,7 +67,9 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
     """Peak of quantizing: the packed model, and what packing its largest matrix takes: the fp32 weight, its decoded codes, their
     difference and its square. gptq: a dense decoder layer, its Hessians and a batch of activations too."""
     packed = sum(size for part, size in made.held.items() if part != "adapters")
-    matrix = 16 * made.largest
+    block = getattr(quantize, "BLOCK_BYTES", None)  # of a weight in its stored dtype, where a large one is packed by blocks of rows
+    matrix = 16 * (made.largest if block is None else min(made.largest, block // 2))
+    packed = 0 if block is not None else packed  # such blocks go to the disk as they come
     if recipe.quant.calibrate != "gptq":
         return packed + matrix
     widths = {row.in_features for row in made.rows if row.reason is None and ".layers." in f".{row.layer}"}
@@ -107,11 +110,11 @@ def rough_step(recipe: Recipe, made: Skeleton) -> Step:
     # norms, q k v o, attention, residuals; gate, up, product, activation; norms are computed in fp32
     one = tokens * (10 * hidden + 4 * inner * experts) * size + tokens * hidden * 8
     logits = min(tokens * number("vocab_size"), LOGITS_AT_A_TIME)
-    tail = Cost(inputs + logits * size, 3 * inputs, 4 * inputs + 2 * logits * size + 12 * min(logits, FLOATS_AT_A_TIME), 0)
+    tail = Cost(inputs + logits * size, 3 * inputs, 4 * inputs + 2 * logits * size + 12 * min(logits, FLOATS_AT_A_TIME), 0, inputs + logits * size)
     kept = inputs if recipe.train.gradient_checkpointing else one
     count = max(1, made.layers)
     gradients = 4 * made.trainable // count
-    layer = Cost(one, kept, 2 * one + gradients, gradients)
+    layer = Cost(one, kept, 2 * one + gradients, gradients, one)
     return Step(0, inputs, (layer,) * count, tail)
 
 
@@ -129,13 +132,15 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     if recipe.export.format != "native":
         disk["exported/"] = shipped
     tokens = train.micro_batch_size * recipe.data.sequence_len
+    if train.offload == "disk" and arch:
+        disk["layer inputs"] = len(step.layers) * step.hidden
     away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
     hidden = 0
     if recipe.eval.perplexity and recipe.eval.kl:
         hidden = (recipe.eval.windows or 64) * recipe.eval.window * (step.hidden // max(1, tokens))
     # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its own size.
     ram = 3_000_000_000 + away + (states if paged else 0) + max(masters + states, hidden, 4 * made.largest)
-    return Needs(disk, ram * 1, away, steps, tokens * train.gradient_accumulation_steps * processes)
+    return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
 
 
 def throughput(run: Path) -> float | None:

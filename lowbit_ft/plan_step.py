@@ -9,7 +9,7 @@ kind is run forward and backward by itself, and the step is put together:
     backward through layer i    context + what layers up to i keep + gradients there are + peak of i
 
 context: the batch, rotary tables, attention mask. With several micro-batches per step the last one has all gradients beside it.
-A long sequence's loss is measured on four and on eight chunks of logits and continued in a straight line, which it is.
+A long sequence's loss is measured on two and on four chunks of logits and continued in a straight line, which it is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.walk import decoder_layers
 
 
+_MANY = 16  # decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a step's memory depends on beside the model. arch: of the GPU (10 x capability), 0: a CPU."""
@@ -47,19 +50,19 @@ class Setting:
     masked: bool
     attention: str
     arch: int
-    chunked_loss: bool = True
 
 
 @dataclass(frozen=True)
 class Cost:
     """Bytes of a stretch of the step. forward: peak, its input included; kept: from forward to backward; backward: peak, with what
-    was kept and the incoming gradient; gradients: what it leaves in .grad; forward_ops and backward_ops: the part of the two
-    peaks that is inside packed ops."""
+    was kept and the incoming gradient; gradients: what it leaves in .grad; evaluation: peak of the forward where no gradient is
+    wanted; forward_ops and backward_ops: the part of the two peaks that is inside packed ops."""
 
     forward: int
     kept: int
     backward: int
     gradients: int
+    evaluation: int
     forward_ops: int = 0
     backward_ops: int = 0
 
@@ -100,8 +103,11 @@ class _End(torch.autograd.Function):
         return grad.new_empty(ctx.shape, dtype=ctx.dtype)
 
 
-def step_costs(made: Skeleton, s: Setting) -> Step:
-    """Run the step of a skeleton on fake tensors. Whatever the model raises there is raised here (the caller knows an estimate)."""
+def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None) -> Step:
+    """Run the step of a skeleton on fake tensors. Whatever the model raises there is raised here (the caller knows an estimate).
+
+    tails: keeps what does not depend on the length of the sequence, for the next step of a model with the same head.
+    """
     rules = _rules(s.arch)
     rest, modules = copy.deepcopy(made.model), [copy.deepcopy(block.module) for block in made.blocks]
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
@@ -110,10 +116,15 @@ def step_costs(made: Skeleton, s: Setting) -> Step:
         shape_of = _Layers(rest, made.layers)
         calls, context, hidden = shape_of.record(s, blocks[kind[0]], rules)
         costs: dict[int, Cost] = {}
-        for number, (block, module) in enumerate(zip(made.blocks, blocks, strict=True)):
+        known: dict[str, int] = {}
+        for number, (block, module) in reversed(list(enumerate(zip(made.blocks, blocks, strict=True)))):
+            if made.layers >= _MANY and block.like in known:  # the first of many: what it does not keep is lost in the sum
+                costs[number] = costs[known[block.like]]
+                continue
+            known[block.like] = number
             args, kwargs = calls[block.indices[0]]
             costs[number] = _layer(module, args, kwargs, s, rules, hidden, first=block.indices[0] == 0)
-        tail = _tail(shape_of, s, rules)
+        tail = _tail(shape_of, s, rules, {} if tails is None else tails)
     ordered = tuple(costs[kind[i]] for i in range(made.layers))
     even = "tokens are taken to spread evenly over the experts" if any(isinstance(m, Experts) for b in blocks for m in b.modules()) else ""
     return Step(context, hidden, ordered, tail, (even,) if even else ())
@@ -247,9 +258,6 @@ def _tensors(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
-_MASKS: dict[tuple[Any, ...], Tensor] = {}
-
-
 def _masked(kwargs: dict[str, Any], s: Setting) -> dict[str, Any]:
     """The keyword arguments of a layer with the mask that this step has: none where the model needs none."""
     if "attention_mask" not in kwargs:
@@ -270,6 +278,8 @@ def _layer(module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hi
     for p in trained:
         p.grad = torch.empty_like(p) if s.accumulate else None
     x_shape, x_dtype = _input(args, kwargs, s, hidden)
+    with torch.no_grad(), Counter(rules) as evaluated, _autocast(s):
+        module.forward(torch.empty(x_shape, dtype=x_dtype), *args, **kwargs)
     with ExitStack() as stack:
         count = stack.enter_context(Counter(rules))
         stack.enter_context(_autocast(s))
@@ -291,8 +301,8 @@ def _layer(module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hi
     del size
     own = sum(p.numel() * p.element_size() for p in trained) if s.accumulate else 0
     return Cost(
-        count.peaks["forward"], kept, max(kept, count.peaks["backward"]), own or gradients, count.inside.get("forward", 0),
-        count.inside.get("backward", 0),
+        count.peaks["forward"], kept, max(kept, count.peaks["backward"]), own or gradients, evaluated.peak,
+        count.inside.get("forward", 0), count.inside.get("backward", 0),
     )  # fmt: skip
 
 
@@ -303,19 +313,24 @@ def _input(args: Any, kwargs: Any, s: Setting, hidden: int) -> tuple[tuple[int, 
     return (s.windows, s.length, width), dtype
 
 
-def _tail(around: _Layers, s: Setting, rules: Any) -> Cost:
+def _tail(around: _Layers, s: Setting, rules: Any, known: dict[Any, Cost]) -> Cost:
     """Last norm, head and loss; of a long sequence, by a straight line through two short ones."""
     tokens = s.windows * s.length
-    if tokens <= 8 * around.chunk:
+    if tokens <= 4 * around.chunk:
         return _tail_of(around, s, rules, s.windows, s.length)
-    near, far = 4 * around.chunk, 8 * around.chunk
-    a, b = _tail_of(around, s, rules, 1, near), _tail_of(around, s, rules, 1, far)
+    near, far = 2 * around.chunk, 4 * around.chunk
+    key = (s.dtype, s.mixed, s.accumulate, s.arch)
+    for length in (near, far):
+        if (key, length) not in known:
+            known[key, length] = _tail_of(around, s, rules, 1, length)
+    a, b = known[key, near], known[key, far]
 
     def at(name: str) -> int:
         low, high = getattr(a, name), getattr(b, name)
         return round(low + (high - low) * (tokens - near) / (far - near))
 
-    return Cost(*(at(name) for name in ("forward", "kept", "backward", "gradients")), max(a.forward_ops, b.forward_ops), max(a.backward_ops, b.backward_ops))
+    lines = (at(name) for name in ("forward", "kept", "backward", "gradients", "evaluation"))
+    return Cost(*lines, max(a.forward_ops, b.forward_ops), max(a.backward_ops, b.backward_ops))
 
 
 def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int) -> Cost:
@@ -324,26 +339,28 @@ def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int)
     for p in trained:
         p.grad = torch.empty_like(p) if s.accumulate else None
     around.model.train()
-    base, state = [0], {}
+    before, shape = 0, (windows, length, around.shape[-1])
 
-    def last(_: Tensor) -> Any:
-        state["before"] = count.live - _.numel() * _.element_size()  # the context; the embedding's output goes now
+    def last(embedded: Tensor) -> Any:
+        nonlocal before
+        before = count.live - embedded.numel() * embedded.element_size()  # the context; the embedding's output goes now
         stack.enter_context(count.phase("forward"))
-        return _Begin.apply(root, (windows, length, around.shape[-1]), around.dtype)
+        return _Begin.apply(root, shape, around.dtype) if torch.is_grad_enabled() else torch.empty(shape, dtype=around.dtype)
 
+    with torch.no_grad(), ExitStack() as stack, _autocast(s):
+        count = stack.enter_context(Counter(rules))
+        around.forward(windows, length, True, last, lambda *_: None)
+        evaluation = count.peaks["forward"] - before
     with ExitStack() as stack:
         count = stack.enter_context(Counter(rules))
-        with ExitStack() as inner, _autocast(s):
-            del inner
+        with _autocast(s):
             loss = around.forward(windows, length, True, last, lambda *_: None)
-        kept = count.live - state["before"]
+        kept = count.live - before
         stack.enter_context(count.phase("backward"))
         loss.backward()
         del loss
-        gradients = max(0, count.live - state["before"]) if not s.accumulate else sum(p.numel() * p.element_size() for p in trained)
-    del base
-    before = state["before"]
+        gradients = sum(p.numel() * p.element_size() for p in trained)
     return Cost(
-        count.peaks["forward"] - before, kept, max(kept, count.peaks["backward"] - before), gradients, count.inside.get("forward", 0),
-        count.inside.get("backward", 0),
+        count.peaks["forward"] - before, kept, max(kept, count.peaks["backward"] - before), gradients, evaluation,
+        count.inside.get("forward", 0), count.inside.get("backward", 0),
     )  # fmt: skip
