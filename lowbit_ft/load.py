@@ -217,30 +217,7 @@ class Checkpoint:
         """The causal language model, in eval mode: parameters on meta (tied ones are one object), real
         buffers.
         """
-        from accelerate import init_empty_weights
-
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = model_class(self.config).from_config(
-                    copy.deepcopy(self.config),
-                    dtype=self.dtype,
-                    attn_implementation=attention,
-                    trust_remote_code=False,
-                )
-        except (ValueError, ImportError) as error:
-            fix = "this model has no such attention in transformers; set model.attention: eager. " if (
-                attention != "eager" and "attn_implementation" in str(error)
-            ) else ""  # fmt: skip
-            raise CheckpointError(
-                f"{self.folder / 'config.json'}: no model can be built with attention={attention!r}: "
-                f"{fix}{error}"
-            ) from error
-        model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
-        # Parts the model's class says must stay float32, as from_pretrained keeps them.
-        for pattern, kept in model._get_dtype_plan(self.dtype).items():
-            for name, parameter in model.named_parameters():
-                if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
-                    parameter.data = parameter.data.to(kept)
+        model = meta_model(self.config, self.dtype, attention, self.folder / "config.json")
         model.config._name_or_path = self.source
         if self._plan is None:
             self.check()
@@ -441,6 +418,30 @@ def materialize(
             else:
                 assert not buffer.is_meta, f"buffer {name} has no value; use Checkpoint.empty_model"
                 owner._buffers[short] = buffer.to(device)
+
+
+def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) -> Any:
+    """The causal language model of a configuration (left as it is): parameters on meta, tied ones one object, real buffers.
+    CheckpointError naming `source` when transformers cannot build it."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config).from_config(
+                copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        fix = "this model has no such attention in transformers; set model.attention: eager. " if (
+            attention != "eager" and "attn_implementation" in str(error)
+        ) else ""  # fmt: skip
+        raise CheckpointError(f"{source}: no model can be built with attention={attention!r}: {fix}{error}") from error
+    model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
+    # Parts the model's class says must stay float32, as from_pretrained keeps them.
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
+                parameter.data = parameter.data.to(kept)
+    return model
 
 
 def load_model(
