@@ -33,7 +33,6 @@ from lowbit_ft.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
 from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.walk import decoder_layers
 
-
 _MANY = 16  # decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
 
 
