@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowbit_ft.liger import Fused, liger_loss
 from lowbit_ft.memory import upload
 
 IGNORE = -100  # labels that are not targets
@@ -127,19 +128,25 @@ def count_targets(labels: Tensor) -> int:
     return int(target_count(labels))
 
 
-def loss_forward(model: nn.Module) -> Callable[..., Any]:
+def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:
     """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) -> the sum
-    of `next_token_loss`, a scalar. Without labels it is the model's own forward.
+    of `next_token_loss`, a scalar. Without labels it is the model's own forward. kind: train.loss; ValueError for a "liger" that
+    this model cannot have.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP.
     """
     plain = model.forward
     head, reason = _head_of(model)
+    if kind == "liger":
+        if head is None:
+            raise ValueError(f"train.loss: got 'liger', but the head cannot be taken off: {reason}; set train.loss: chunked")
+        output = type(head.base(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False))  # pyright: ignore
+        head.fused = liger_loss(model, lambda hidden: head.logits(hidden, output))
 
     def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
         if labels is None:
             return plain(*args, **inputs)
-        if head is not None and labels.labels.numel() > head.rows:
+        if head is not None and (labels.labels.numel() > head.rows or head.fused is not None):
             return head.loss(head.base(*args, **inputs, use_cache=False), labels)
         logits = plain(*args, **inputs, use_cache=False).logits
         if logits.numel() > LOGITS_AT_A_TIME:
@@ -181,6 +188,8 @@ class ChunkedHead:
     base: the decoder; plain: the model's forward; rows: tokens per chunk.
     """
 
+    fused: Fused | None = None
+
     def __init__(self, base: nn.Module, plain: Callable[..., Any], vocabulary: int) -> None:
         self.base, self.plain = base, plain
         self.rows = max(1, LOGITS_AT_A_TIME // vocabulary)
@@ -209,6 +218,8 @@ class ChunkedHead:
     def loss(self, output: Any, targets: Targets) -> Tensor:
         """Sum of the token losses of the decoder's output (last_hidden_state [B, L, H])."""
         hidden, kind = output.last_hidden_state, type(output)
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused(hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions), targets.tokens)
 
         def chunk_loss(part: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
             chosen = part if len(places) == len(part) else part.index_select(0, places)

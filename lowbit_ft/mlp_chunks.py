@@ -1,4 +1,4 @@
-"""The MLP of a decoder layer, some tokens at a time: train.mlp_chunk.
+"""The MLP of a decoder layer, and its norms, some tokens at a time: train.mlp_chunk.
 
 An MLP looks at one token at a time, and its inner width is the largest of a layer: at 65,536 tokens and 14,336 channels each of
 the six tensors alive in its backward is 1.9 GB, more than the packed weights of the model together. Cut along the tokens,
@@ -9,6 +9,8 @@ the six tensors alive in its backward is 1.9 GB, more than the packed weights of
 which is what gradient checkpointing does to the layer, and must not be done twice. So x is kept by a node of its own that comes
 before the products: when the layer is recomputed, checkpointing stops at the last tensor that was kept (early stop), which is x
 where nothing behind the MLP keeps anything (a residual sum does not, a norm does), and the products run once, here.
+
+Norms are next in size: the backward of an RMSNorm holds seven float32 copies of the hidden states at once (7.5 GB at that length).
 
 Gradients of the trained tensors are summed over the chunks and handed on once, as DDP and FSDP expect.
 """
@@ -83,22 +85,29 @@ def _cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
 
 
 def cut_mlps(model: Any, layers: nn.ModuleList, chunk: int) -> Callable[[], None]:
-    """From here on the MLPs of `layers` run `chunk` tokens at a time; returns what ends that.
+    """From here on the MLPs of `layers`, and the norms there and of the decoder, run `chunk` tokens at a time; returns what ends that.
 
-    Raises ValueError when there is none that can be cut (`refuses` says why).
+    Raises ValueError when there is no MLP that can be cut (`refuses` says why).
     """
+    norms = [m for owner in (*layers, model.get_decoder()) for m in owner.children() if "Norm" in type(m).__name__]
     found = [mlp for layer in layers for name in NAMES if isinstance(mlp := getattr(layer, name, None), nn.Module)]
     reasons = {id(mlp): refuses(mlp, model) for mlp in found}
     cut = [mlp for mlp in found if not reasons[id(mlp)]]
     if not cut:
         why = next(iter(reasons.values()), f"its layers have none of {', '.join(NAMES)}")
         raise ValueError(f"train.mlp_chunk: got {chunk}, but no MLP of {type(model).__name__} can be cut ({why}); set it to null")
-    for mlp in cut:
+    # torch's own LayerNorm is one operator and holds no copies
+    return run_in_chunks([*cut, *(m for m in norms if not isinstance(m, nn.LayerNorm) and not refuses(m, model))], chunk)
+
+
+def run_in_chunks(mlps: list[nn.Module], chunk: int) -> Callable[[], None]:
+    """From here on these modules, each a function of one token at a time, take `chunk` tokens at a time; returns what ends that."""
+    for mlp in mlps:
         assert "forward" not in vars(mlp), "somebody else replaces its forward"
         mlp.forward = MethodType(_in_chunks(mlp.forward, chunk), mlp)
 
     def restore() -> None:
-        for mlp in cut:
+        for mlp in mlps:
             del mlp.forward
 
     return restore

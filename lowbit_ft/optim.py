@@ -139,7 +139,29 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
             f"({error}); "
             "pip install bitsandbytes, or set optimizer: adamw"
         ) from error
-    return getattr(library, class_name)(used, lr=rate, **arguments(section))
+    kind, settings = getattr(library, class_name), arguments(section)
+    _try(section.optimizer, kind, settings, max((p for group in used for p in group["params"]), key=torch.numel))
+    return kind(used, lr=rate, **settings)
+
+
+def _try(name: str, kind: Any, settings: dict[str, Any], largest: Tensor) -> None:
+    """One step of a tensor of its own, so that what bitsandbytes cannot do on this device is known before the first batch.
+
+    ValueError when it fails. 8-bit states begin at 4096 elements, paged ones at 100,000.
+    """
+    device = largest.device
+    small = nn.Parameter(torch.ones(min(largest.numel(), 1 << 17), device=device))
+    small.grad = torch.ones_like(small)
+    try:
+        kind([small], lr=1e-3, **settings).step()
+        done = bool((small != 1).all())
+    except Exception as error:  # a library that is not built for a device raises anything, NameError too
+        raise ValueError(
+            f"train.optimizer: {name!r} does not run on {device} ({type(error).__name__}: {error}); install a bitsandbytes that is built for "
+            "it, or set optimizer: adamw"
+        ) from error
+    if not done:
+        raise ValueError(f"train.optimizer: {name!r} changes nothing on {device}; set optimizer: adamw")
 
 
 def lr_factor(section: Any, step: int, total: int) -> float:

@@ -451,7 +451,8 @@ def check_lengths(r: Any) -> Problems:
         if length > limit:
             yield Problem(
                 path,
-                f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or less",
+                f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or less, or extend them in the model's "
+                "config.json (rope_parameters, then max_position_embeddings)",
             )
 
 

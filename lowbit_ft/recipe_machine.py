@@ -70,6 +70,11 @@ def check_train(r: Any) -> Problems:
     if train.optimizer not in OPTIMIZERS:
         message = f"got {train.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
         yield Problem(("train", "optimizer"), message)
+    elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
+        message = f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install bitsandbytes, or set adamw"
+        yield Problem(("train", "optimizer"), message)
+    if train.loss == "liger":
+        yield from _check_liger(r)
     if train.sharding == "fsdp":
         from lowbit_ft.sharding import unshardable
 
@@ -105,6 +110,23 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
+
+
+def _check_liger(r: Any) -> Problems:
+    """What the fused loss needs: its package, a GPU, a head that is whole and not packed."""
+    import torch
+
+    reasons = []
+    if importlib.util.find_spec("liger_kernel") is None:
+        reasons.append("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
+    if not torch.cuda.is_available() or (hasattr(r, "model") and r.model.device == "cpu"):
+        reasons.append("its kernels run on a GPU only")
+    if hasattr(r, "quant") and r.quant.lm_head is not None:
+        reasons.append(f"it multiplies with a plain weight, and quant.lm_head packs the head in {r.quant.lm_head} bits")
+    if r.train.sharding == "fsdp":
+        reasons.append("it was not made to work with train.sharding: fsdp")
+    if reasons:
+        yield Problem(("train", "loss"), f"got 'liger', but {'; '.join(reasons)}; set loss: chunked, which holds as little")
 
 
 def check_tasks(r: Any) -> Problems:
@@ -144,6 +166,12 @@ def check_device(r: Any) -> Problems:
         yield Problem(
             path,
             "got fp16 on a CPU, where training in it overflows; allowed: bfloat16, float32; set model.dtype: float32",
+        )
+    if model.attention == "flex_attention" and not on_gpu:
+        yield Problem(
+            ("model", "attention"),
+            "got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa (packed windows segment by segment, without a "
+            "mask, on every device), eager; set sdpa",
         )
     if model.attention == "flash_attention_2":
         if not on_gpu or importlib.util.find_spec("flash_attn") is None:

@@ -296,10 +296,14 @@ class TrainSection(Section):
         description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the device; cpu, in CPU memory; "
         "disk, in a file of the run folder: for long sequences on a GPU",
     )
+    loss: Literal["chunked", "liger"] = Field(
+        default="chunked",
+        description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel (extra liger, a GPU, a plain head)",
+    )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
-        description="tokens that go through the MLP of a layer at a time; null: all. For long sequences: its inner width is the largest "
-        "thing of a layer, and nothing is computed more often than gradient_checkpointing does",
+        description="tokens that go through the MLP and the norms of a layer at a time; null: all. For long sequences: they hold most of what "
+        "a layer needs, and its products run no more often than under gradient_checkpointing",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="autocast; 'no' computes in model.dtype"

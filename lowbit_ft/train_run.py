@@ -107,7 +107,7 @@ class Run:
         keep_codes(model, section.keep_codes)
         self.restored.callback(keep_codes, model, False)
         self.own_forward = vars(model).get("forward")
-        model.forward = MethodType(loss_forward(model), model)
+        model.forward = MethodType(loss_forward(model, section.loss), model)
         if section.gradient_checkpointing:
             activation_checkpointing(model, True, self.offload)
         with (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,6 +238,56 @@ def test_logits_of_the_targets_some_at_a_time(family: str, monkeypatch: pytest.M
         assert [len(t) for t in tokens] == [5, 5, 2] and not logits[0].requires_grad
         torch.testing.assert_close(torch.cat(logits), want, rtol=1e-4, atol=1e-5)
         assert torch.equal(torch.cat(tokens), targets.tokens)
+
+
+class FakeLiger:
+    """LigerFusedLinearCrossEntropyLoss, by its signature: what is passed, and in which order, is what is tested."""
+
+    rows: list[int] = []
+
+    def __init__(self, ignore_index: int = -100, reduction: str = "mean") -> None:
+        self.options = {"ignore_index": ignore_index, "reduction": reduction}
+
+    def __call__(self, lin_weight: torch.Tensor, _input: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        assert lin_weight.shape == (520, 64) and _input.shape == (len(target), 64)
+        self.rows.append(len(target))
+        return F.cross_entropy(F.linear(_input, lin_weight, bias), target, **self.options)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "opt"])
+def test_liger_gets_the_targets_and_nothing_else(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", SimpleNamespace(LigerFusedLinearCrossEntropyLoss=FakeLiger))
+    FakeLiger.rows.clear()
+    model, batch = model_of(family, torch.float64), batch_of()
+    labels, inputs = batch["labels"], {k: v for k, v in batch.items() if k != "labels"}
+    want = next_token_loss(model(**inputs, use_cache=False).logits, labels)
+    want.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    forward = loss_forward(model, "liger")
+    loss = forward(model, **inputs, labels=Targets(labels, CPU))
+    loss.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():  # measuring goes through the chunks
+        torch.testing.assert_close(forward(model, **inputs, labels=Targets(labels, CPU)), want.detach(), rtol=1e-12, atol=0)
+    assert FakeLiger.rows == [count_targets(labels)]
+
+
+def test_liger_refuses_heads_it_would_compute_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("gemma2", "granite", "cohere"):
+        with pytest.raises(ValueError, match="no scaling and no soft cap of logits, and .* has one; set train.loss: chunked"):
+            loss_forward(model_of(family), "liger")
+    model = model_of("llama")
+    with pytest.raises(ValueError, match=r"cannot be imported .*; pip install 'lowbit-ft\[liger\]', or set train.loss: chunked"):
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+        loss_forward(model, "liger")
+    model.lm_head = PackedLinear(random_weight((520, 64), IntGrid(group_size=32)))
+    with pytest.raises(ValueError, match="the head of this model is a PackedLinear; set train.loss: chunked"):
+        loss_forward(model, "liger")
+    with pytest.raises(ValueError, match="the head cannot be taken off: Linear is no model of transformers"):
+        loss_forward(torch.nn.Linear(2, 2), "liger")
 
 
 class Shifted(transformers.LlamaForCausalLM):

@@ -1,4 +1,4 @@
-"""The MLP in chunks of tokens: the gradients of the whole, no product more than checkpointing makes, nothing of inner width kept."""
+"""MLP and norms in chunks of tokens: the gradients of the whole, no product more than checkpointing makes, nothing of inner width kept."""
 
 from __future__ import annotations
 
@@ -60,8 +60,11 @@ def test_gradients_of_every_method_are_those_of_the_whole(method: str, checkpoin
     assert got.keys() == want.keys() and any("mlp" in name for name in want)
     for name, grad in want.items():
         assert (got[name] - grad).abs().max() <= 2e-5 * grad.abs().max(), name
+    cut = [n for n, m in model.named_modules() if "forward" in vars(m)]
+    norms = ["model.norm", *(f"model.layers.{i}.{n}" for i in (0, 1) for n in ("input_layernorm", "post_attention_layernorm"))]
+    assert sorted(cut) == sorted([*norms, "model.layers.0.mlp", "model.layers.1.mlp"])
     restore()
-    assert "forward" not in vars(layers_of(model)[0].mlp)
+    assert not [n for n, m in model.named_modules() if "forward" in vars(m)]
     assert all(torch.equal(g, want[n]) for n, g in gradients(model).items()) or checkpointing
 
 

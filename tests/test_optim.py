@@ -20,6 +20,7 @@ from lowbit_ft.optim import (
     optimizer_state,
     set_learning_rates,
 )
+from lowbit_ft.plan import optimizer_bytes
 from tests.toy import section
 
 
@@ -58,6 +59,40 @@ def test_every_optimizer_steps_and_resumes_bit_equal(name: str) -> None:
     step(other, resumed, 2)
     for (_, a), (_, b) in zip(straight, resumed, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_bytes_of_every_state_are_those_of_plan(name: str) -> None:
+    """Counted on what bitsandbytes really made: states of the width asked for, one scale per 256 values of 8 bits and a table of 256."""
+    parameter = nn.Parameter(torch.ones(64, 1024))
+    optimizer = build_optimizer([("layer.adapter.A", parameter)], section(optimizer=name))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    counted = sum(t.nbytes for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor))
+    planned = optimizer_bytes(name) * parameter.numel()
+    states = planned // parameter.numel() if "8bit" in name else 0
+    assert planned <= counted <= planned + states * (parameter.numel() // 256 * 4 + 1024) + 8
+    assert "8bit" not in name or counted < 1.04 * planned
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_an_optimizer_that_cannot_run_here_is_said_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise NameError("name 'str2optimizer8bit_blockwise' is not defined")
+
+    large = [("layer.adapter.A", nn.Parameter(torch.ones(128, 1024)))]
+    with pytest.raises(ValueError, match="'paged_ademamix' does not run on cpu"):  # bitsandbytes 0.50: pages need a GPU from this size on
+        build_optimizer(large, section(optimizer="paged_ademamix"))
+    build_optimizer(large, section(optimizer="paged_adamw8bit"))
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", broken)
+    with pytest.raises(ValueError, match=r"'adamw8bit' does not run on cpu \(NameError: .*\); install .* or set optimizer: adamw"):
+        build_optimizer(parameters(), section(optimizer="adamw8bit"))
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", lambda self: None)
+    with pytest.raises(ValueError, match="'adamw8bit' changes nothing on cpu"):
+        build_optimizer(parameters(), section(optimizer="adamw8bit"))
 
 
 def test_adamw_is_torch_adamw() -> None:
