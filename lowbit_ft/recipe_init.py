@@ -68,6 +68,8 @@ train:
   warmup_ratio: 0.05
   gradient_checkpointing: {checkpointing}       # slower by about 30 %, far smaller activations
   # offload: cpu                     # what it keeps waits in CPU memory: for long windows on a GPU
+  # keep_codes: true                 # codes once per step: faster, bits per trained weight of memory
+  # compile: true                    # torch.compile of the decoder layers (docs/speed.md)
   seed: 0
   save_every: 100                    # checkpoints are atomic and hashed
   # eval_every: 100                  # needs data.valid
