@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lowbit_ft.attach import keep_codes
 from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
+from lowbit_ft.compiling import compile_layers
 from lowbit_ft.losses import Targets, count_targets, loss_forward
 from lowbit_ft.memory import upload
 from lowbit_ft.mlp_chunks import cut_mlps
@@ -89,6 +90,11 @@ class Run:
             raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
         if section.sharding == "fsdp" and world() > 1 and not self.sharded:
             raise TrainError("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first")
+        if section.compile:
+            try:
+                decoder_layers(model)
+            except ValueError as error:
+                raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -110,6 +116,7 @@ class Run:
         model.forward = MethodType(loss_forward(model, section.loss), model)
         if section.gradient_checkpointing:
             activation_checkpointing(model, True, self.offload)
+        self.undo_compile = compile_layers(model) if section.compile else None
         with (
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
@@ -390,6 +397,8 @@ class Run:
         for tracker in self.accelerator.trackers if self.main else []:
             tracker.finish()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.undo_compile is not None:
+            self.undo_compile()
         vars(self.model).pop("forward", None)
         if self.own_forward is not None:
             self.model.forward = self.own_forward
