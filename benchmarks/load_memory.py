@@ -8,7 +8,7 @@ imports. gptq runs on a checkpoint of one such layer (--gptq-gb 0 leaves it out)
 
     packing      peak resident memory until base/ is written; no packed model is in it
     stage        the same until the model is mapped and its hash taken: pages of base/ count, the limit is packed + 1 GB
-    second run   seconds to check the hashes, to map, to hash again; RssAnon (own memory) and RssFile (pages of files)
+    second run   seconds to check the hashes and to map; RssAnon (own memory) and RssFile (pages of files)
 """
 
 import argparse
@@ -50,20 +50,22 @@ def timed(name):
     def call(*args, **kwargs):
         if name == "load_packed":
             row["peak_packing_gb"] = peak_gb(cpu)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         out = real(*args, **kwargs)
         clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
+        clock[name + "_cpu"] = clock.get(name + "_cpu", 0.0) + time.process_time() - used
         return out
     setattr(pipeline, name, call)
 
 checkpoint = Checkpoint.open(recipe.model.path)
 checkpoint.empty_model()
 if sys.argv[2] == "read":
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     for name in checkpoint.names():
         for piece in checkpoint.stored_pieces(name):
             pass
-    print(json.dumps({"read_gb_per_s": checkpoint.nbytes / 1e9 / (time.perf_counter() - start)}))
+    seconds = {"read_gb_per_s": time.perf_counter() - start, "read_gb_per_cpu_s": time.process_time() - used}
+    print(json.dumps({name: checkpoint.nbytes / 1e9 / value for name, value in seconds.items()}))
     raise SystemExit
 for name in ("check_files", "pack_base", "load_packed", "base_digest"):
     timed(name)
@@ -140,8 +142,10 @@ def measured(checkpoint: Path, root: Path, calibrate: str, options: list[str]) -
         "over_packed_gb": first["peak_gb"] - first["before_gb"] - first["packed_gb"],
         "pack_s": first["parts_s"]["pack_base"],
         "pack_s_per_gb_of_linears": first["parts_s"]["pack_base"] / first["linears_gb"],
+        "pack_cpu_s_per_gb_of_linears": first["parts_s"]["pack_base_cpu"] / first["linears_gb"],
         "second_run": {
             "check_s": again["parts_s"]["check_files"],
+            "check_cpu_s": again["parts_s"]["check_files_cpu"],
             "map_s": again["parts_s"]["load_packed"],
             "rss_anon_gb": again["after"]["RssAnon"],
             "rss_anon_grown_gb": again["after"]["RssAnon"] - again["before"]["RssAnon"],
@@ -153,7 +157,7 @@ def measured(checkpoint: Path, root: Path, calibrate: str, options: list[str]) -
     print(
         f"{calibrate}: checkpoint {row['checkpoint_gb']:.2f} GB, packed {row['packed_gb']:.2f} GB; peak {row['peak_packing_gb'] - row['before_gb']:.3f} GB "
         f"while packing, packed {row['over_packed_gb']:+.3f} GB with the model mapped; {row['pack_s']:.0f} s, "
-        f"{row['pack_s_per_gb_of_linears']:.0f} s per GB of linears (load {row['load_average']})\n"
+        f"{row['pack_s_per_gb_of_linears']:.0f} s per GB of linears, {row['pack_cpu_s_per_gb_of_linears']:.0f} of its own (load {row['load_average']})\n"
         f"    second run: hashes {second['check_s']:.1f} s, mapped in {second['map_s']:.2f} s; RssAnon grew by {second['rss_anon_grown_gb']:.3f} GB, "
         f"RssFile {second['rss_file_gb']:.2f} GB",
         flush=True,
@@ -189,8 +193,8 @@ def main() -> None:
         vocabulary = VOCABULARY if large else SMALL_VOCABULARY
         layers = max(1, round((o.gb - 4 * vocabulary * HIDDEN / 1e9) / LAYER_GB))
         write_checkpoint(root / "dense", layers, vocabulary)
-        result["read_gb_per_s"] = child(root / "dense", root / "run", "read")["read_gb_per_s"]
-        print(f"reading: {result['read_gb_per_s']:.2f} GB/s", flush=True)
+        result |= child(root / "dense", root / "run", "read")
+        print(f"reading: {result['read_gb_per_s']:.2f} GB/s, {result['read_gb_per_cpu_s']:.2f} GB per second of its own time", flush=True)
         for calibrate in filter(None, o.calibrate.split(",")):
             keep(measured(root / "dense", root, calibrate, options))
         shutil.rmtree(root / "dense")

@@ -179,7 +179,8 @@ class Checkpoint:
             first, last = rows if rows is not None else (row or 0, (row or 0) + 1)
             size, shape = entry.nbytes // entry.shape[0], (last - first, *entry.shape[1:])
             skipped = first * size // entry.dtype.itemsize
-            entry = entry._replace(shape=shape if rows is not None else shape[1:], start=entry.start + first * size, nbytes=(last - first) * size)
+            shape = shape if rows is not None else shape[1:]
+            entry = entry._replace(shape=shape, start=entry.start + first * size, nbytes=(last - first) * size)
         floating = entry.dtype.is_floating_point
         out = torch.empty(entry.shape, dtype=dtype if dtype and floating else entry.dtype, device=device)
         flat, position = out.view(-1), 0

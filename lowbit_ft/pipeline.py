@@ -2,7 +2,8 @@
 
 `run` is the whole of it; the other functions are its stages, for the command line. Each stage is one call into the file of its
 name. A stage reads what the one before left in the run folder (rundir.py), so a run that was stopped goes on where it was:
-base/ is written as it is packed, mapped into memory, and reused when it is this very base; training resumes from its newest valid checkpoint, later stages are done again.
+base/ is written as it is packed, mapped into memory, and reused when it is this very base; training resumes from its newest
+valid checkpoint, later stages are done again.
 
 Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
 the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes

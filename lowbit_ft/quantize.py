@@ -16,7 +16,7 @@ import torch
 from lowbit_kernels.layout import row_chunks
 from torch import Tensor, nn
 
-from .grid import Grid, Weight, stack_rows
+from .grid import Grid, IntGrid, Weight, stack_rows
 from .grid.calibrate import CALIBRATORS, Stats
 from .incoming.adopt import check_adopted
 from .integrations.transformers import mark_packed
@@ -158,7 +158,9 @@ class Packing:
         return base
 
     def _adopt(self, name: str) -> Weight:
-        base = self.checkpoint.packed_weight(f"{name}.weight", self.quant.grid_for(name), self.device)  # pyright: ignore[reportArgumentType]
+        grid = self.quant.grid_for(name)
+        assert isinstance(grid, IntGrid)
+        base = self.checkpoint.packed_weight(f"{name}.weight", grid, self.device)
         self._said(name, base, f"as it is in the {self.checkpoint.incoming} checkpoint", None)
         return base
 

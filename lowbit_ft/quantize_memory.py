@@ -24,11 +24,13 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after the other. layer, hessians and
-    work: on the device while packing; layer also while evaluation walks."""
+    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after the other. The rest is on the
+    device: outside, what the model has beside its layers (embedding and head), and one dense layer, for both walks; hessians and work
+    while packing."""
 
     calibration: int
     reference: int
+    outside: int
     layer: int
     hessians: int
     work: int
@@ -40,8 +42,13 @@ class QuantizeMemory:
 
     @property
     def device(self) -> int:
-        """The most that packing needs on the device."""
-        return self.layer + self.hessians + self.work
+        """The most that packing needs on the device. No packed layer is there: each goes to base/."""
+        return max(self.layer + self.hessians + self.work, self.outside + self.layer)
+
+    @property
+    def reference_device(self) -> int:
+        """What evaluation's walk needs on the device, beside the model that is measured."""
+        return self.outside + self.layer if self.reference else 0
 
 
 def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
@@ -49,10 +56,11 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     size = 4 if recipe.model.dtype == "float32" else 2
     text, walks = recipe.quant.calibration, recipe.quant.calibrate == "gptq"
     compares = recipe.eval.perplexity and recipe.eval.kl
-    layers: dict[str, int] = {}
+    layers: dict[str, int] = {}  # decoder layer -> its bytes when dense; "": everything else
     for name, shape in shapes.tensors.items():
-        if found := _LAYER.match(name):
-            layers[found[1]] = layers.get(found[1], 0) + prod(shape) * size
+        key = found[1] if (found := _LAYER.match(name)) else ""
+        layers[key] = layers.get(key, 0) + prod(shape) * size
+    outside = layers.pop("", 0)
     packed = [layer for layer in shapes.linears if recipe.quant.skip_reason(layer.name) is None]
     largest = max((layer.out_features * layer.in_features for layer in packed), default=0)
     squares: dict[str, list[int]] = {}  # decoder layer -> bytes of the Hessian of each of its linears
@@ -62,6 +70,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     return QuantizeMemory(
         calibration=_waiting(text.samples, text.sequence_len, shapes, size) if walks else 0,
         reference=_waiting(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        outside=outside if walks or compares else 0,
         layer=max(layers.values(), default=0) if walks or compares else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
         # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns

@@ -116,7 +116,12 @@ class LayerWalk:
     def held_bytes(self) -> int:
         """Bytes of the hidden states and recorded arguments of all batches that wait in CPU memory now."""
         found: dict[int, int] = {}
-        _moved([self.hidden, self.arguments], torch.device("cpu"), {}, lambda t: found.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}))
+
+        def see(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+
+        _moved([self.hidden, self.arguments], torch.device("cpu"), {}, see)
         return sum(found.values())
 
     @torch.no_grad()

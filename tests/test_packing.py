@@ -119,7 +119,9 @@ def test_blocks_of_rows_give_the_same_bytes(name: str, tmp_path: Path, monkeypat
     assert max(sizes) <= 192 * 4 * 7 and len(sizes) > 10 * len(digests)
 
 
-@pytest.mark.parametrize("grid", [IntGrid(bits=3, group_size=32, symmetric=False), IntGrid(residual_bits=0), BinaryGrid(bits=2, group_size=64)], ids=str)
+@pytest.mark.parametrize(
+    "grid", [IntGrid(bits=3, group_size=32, symmetric=False), IntGrid(residual_bits=0), BinaryGrid(bits=2, group_size=64)], ids=str
+)
 def test_stacked_rows_are_the_weight(grid: Grid) -> None:
     weight = random_weight((11, 200), grid)
     assert stack_rows([weight.rows(0, 4), weight.rows(4, 5), weight.rows(5, 11)]).digest() == weight.digest()
@@ -150,8 +152,8 @@ def test_gptq_reads_no_head_and_what_waits_is_what_was_foretold(tmp_path: Path, 
     recipe = load_recipe(
         ROOT / "recipes" / "quickstart.yaml",
         [
-            f"model.path={tmp_path / 'dense'}", "model.dtype=float32", "quant.calibrate=gptq", "quant.group_size=32", "quant.calibration.samples=10",
-            "quant.calibration.sequence_len=32", "eval.windows=3", "eval.window=16",
+            f"model.path={tmp_path / 'dense'}", "model.dtype=float32", "quant.calibrate=gptq", "quant.group_size=32",
+            "quant.calibration.samples=10", "quant.calibration.sequence_len=32", "eval.windows=3", "eval.window=16",
         ],
         check=False,
     )  # fmt: skip
@@ -160,9 +162,11 @@ def test_gptq_reads_no_head_and_what_waits_is_what_was_foretold(tmp_path: Path, 
     assert walk.held_bytes() == foretold.calibration == 10 * 32 * (64 * 4 + 32 + 2 * 16 * 4 + 8)
     assert foretold.reference == 3 * 16 * (64 * 4 + 16 + 2 * 16 * 4 + 8) and foretold.cpu == foretold.calibration
     assert foretold.layer == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64 + 2 * 64)
+    assert foretold.outside == foretold.reference_device - foretold.layer == 4 * (2 * 128 * 64 + 64)
     assert foretold.hessians == 4 * (6 * 64**2 + 192**2) and foretold.work == 12 * 192**2 + 10 * 192 * 64
-    plain = quantize_memory.quantize_memory(load_recipe(ROOT / "recipes" / "quickstart.yaml", ["eval.kl=false"], check=False), read_shapes(tmp_path / "dense"))
-    assert (plain.calibration, plain.reference, plain.layer, plain.hessians) == (0, 0, 0, 0) and plain.device == plain.work > 0
+    unwalked = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["eval.kl=false"], check=False)
+    plain = quantize_memory.quantize_memory(unwalked, read_shapes(tmp_path / "dense"))
+    assert (plain.calibration, plain.reference, plain.reference_device, plain.hessians) == (0, 0, 0, 0) and plain.device == plain.work > 0
 
 
 def test_evaluation_a_few_tokens_at_a_time_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
