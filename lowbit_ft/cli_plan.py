@@ -12,7 +12,16 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from lowbit_ft.plan import Card, Plan, find_card, plan, plan_folder
-from lowbit_ft.plan_fixes import MOST_WINDOWS, Fix, Planner, combination, fit, fixes, largest_batch, largest_length
+from lowbit_ft.plan_fixes import (
+    MOST_WINDOWS,
+    Fix,
+    Planner,
+    combination,
+    fit,
+    fixes,
+    largest_batch,
+    largest_length,
+)
 from lowbit_ft.plan_stages import throughput
 from lowbit_ft.recipe import Recipe
 
