@@ -146,7 +146,7 @@ def test_plan_counts_exactly():
     assert p["optimizer states"] == 8 * made.trainable + 4 * 3 * 28
     small = plan(load_recipe(QUICK, ["train.gradient_checkpointing=true", "train.optimizer=adamw8bit"]))
     assert small is not None and small.stages["training"] < made.stages["training"]
-    assert optimizer_bytes("adamw8bit") * made.trainable < small.parts["optimizer states"] < 2.2 * made.trainable
+    assert optimizer_bytes("adamw8bit") * made.trainable < small.parts["optimizer states"] < 3 * made.trainable
 
 
 def test_plan_of_planes():

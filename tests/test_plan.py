@@ -177,7 +177,7 @@ def test_offload_and_paged_states_are_in_ram_not_on_the_card() -> None:
     assert away.needs.offloaded == 32 * 2048 * 4096 * 2
     assert away.needs.ram - here.needs.ram == away.needs.offloaded
     paged, own = _big(["train.optimizer=paged_adamw8bit"]), _big(["train.optimizer=adamw8bit"])
-    assert paged.parts["optimizer states"] == 0 < own.parts["optimizer states"]
+    assert paged.parts["optimizer states"] < 0.1 * own.parts["optimizer states"]
     assert paged.needs.ram > own.needs.ram
     on_cpu = _big(["train.offload=cpu", "model.device=cpu"], card=CPU)
     assert on_cpu.parts["saved layer inputs"] > 0.9 * here.parts["saved layer inputs"], "on a CPU they stay where they are"
@@ -232,9 +232,10 @@ def _setting() -> Any:
 
 def test_optimizer_states() -> None:
     assert [optimizer_bytes(name) for name in ("adamw", "adamw8bit", "paged_lion8bit", "sgd32bit", "ademamix")] == [8, 2, 1, 4, 12]
-    assert optimizer_state("adamw", [10, 1 << 20]) == (8 * (10 + (1 << 20)) + 8, False)
-    size, away = optimizer_state("paged_adamw8bit", [10, 1 << 20])
-    assert away and size == 2 * (40 + (1 << 20) + 4 * (1 << 12)) + 2 * 1024
+    assert optimizer_state("adamw", [10, 1 << 20]) == (8 * (10 + (1 << 20)) + 8, 0)
+    here, away = optimizer_state("paged_adamw8bit", [10, 5000, 1 << 20])
+    assert here == 2 * (40 + 5000 + 4 * 20) + 2 * 1024 and away == 2 * ((1 << 20) + 4 * (1 << 12))
+    assert sum(optimizer_state("adamw8bit", [10, 5000, 1 << 20])) == here + away
 
 
 def test_the_card(monkeypatch: pytest.MonkeyPatch) -> None:

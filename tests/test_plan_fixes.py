@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -218,3 +219,26 @@ def test_a_config_that_is_no_model_is_an_error_for_people(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
     with pytest.raises(ValueError, match=r"config\.json: cannot be used"):
         plan(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_name_what_plan_says(path: Path) -> None:
+    """The comment at the head of the large ones, without the CUDA context."""
+    said = re.findall(r"([\d.]+) GB", (re.search(r"not counted\)(:[^.]*(?:\.\d[^.]*)*)\.\n", path.read_text(encoding="utf-8")) or [""])[0])
+    if path.stem == "quickstart":
+        assert not said
+        return
+    shape = next(folder for name, folder in CONFIG.items() if path.stem.startswith(name))
+    for number, changes in zip(said, ([], ["train.gradient_checkpointing=true"]), strict=False):
+        made = plan(load_recipe(path, changes, check=False), SHAPES / shape, no_card())
+        assert made is not None and f"{(made.stages['training'] - made.parts['context']) / 1e9:.1f}" == number
+    assert said
+
+
+def test_the_page_about_memory_has_todays_predictions() -> None:
+    from benchmarks import plan_targets
+
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert plan_targets.render(text) == text, "run: python -m benchmarks.plan_targets --write"
+    kept = json.loads((ROOT / "benchmarks" / "results" / "plan_error.json").read_text(encoding="utf-8"))
+    assert len({row["shape"] for row in kept["rows"]}) == 5 and all(abs(row["error_percent"]) <= kept["limit_percent"] for row in kept["rows"])
