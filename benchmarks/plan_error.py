@@ -174,9 +174,9 @@ def count_real(recipe: Recipe, shape: str, folder: Path) -> dict[str, int]:
             seen["optimizer"] = build(*args)
             return seen["optimizer"]
 
-        def watched_evaluate(self: Any, *args: Any) -> None:
+        def watched_evaluate(self: Any, log: Any, stop: Any) -> None:
             with count.phase("evaluation"):
-                evaluate(self, *args)
+                evaluate(self, log, stop)
 
         def first_batch(step: int) -> None:
             if step == 0:

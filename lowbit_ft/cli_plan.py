@@ -170,7 +170,7 @@ def _show_layers(made: Plan, console: Console) -> None:
 def _show_parts(made: Plan, console: Console) -> None:
     recipe, words = made.recipe, dict(_WORDS)
     words["context"] = "CUDA context and libraries" if made.card.arch else "Python and libraries"
-    words["optimizer states"] = recipe.train.optimizer + (", in CPU memory" if made.parts["optimizer states"] == 0 else "")
+    words["optimizer states"] = recipe.train.optimizer + (": the large ones in CPU memory" if "paged" in recipe.train.optimizer else "")
     words["saved layer inputs"] = "kept from forward to backward"
     if recipe.train.gradient_checkpointing:
         words["saved layer inputs"] = "input of every layer" + (f", in {recipe.train.offload} memory" if recipe.train.offload != "no" and made.card.arch else "")

@@ -246,9 +246,9 @@ def _training(recipe: Recipe, made: Skeleton, step: Step, card: Card, processes:
     size, peak_at, at_peak = max(moments, key=lambda m: m[0])
     del size
 
-    optimizer, on_cpu = optimizer_state(train.optimizer, made.trained)
+    optimizer, _ = optimizer_state(train.optimizer, made.trained)
     parts = dict(made.held)
-    parts |= {"gradients": at_peak["gradients"], "optimizer states": 0 if on_cpu else optimizer, "batch and masks": step.context}
+    parts |= {"gradients": at_peak["gradients"], "optimizer states": optimizer, "batch and masks": step.context}
     if getattr(train, "keep_codes", False):
         parts["kept codes"] = parts["codes"]
     parts["saved layer inputs"] = at_peak["saved layer inputs"]

@@ -119,7 +119,9 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
 def _counted(
     rest: Any, blocks: list[Block], targets: dict[str, Any], skipped: list[Any], recipe: Recipe, prefix: str, dense: Any, tied: bool
 ) -> Skeleton:
-    held, trained, per_block = dict.fromkeys(PARTS, 0), [], {}
+    held: dict[str, int] = dict.fromkeys(PARTS, 0)
+    trained: list[int] = []
+    per_block: dict[str, list[int]] = {}
     embedding, head = rest.get_input_embeddings(), rest.get_output_embeddings()
 
     def part_of(module: nn.Module) -> str:
@@ -137,7 +139,8 @@ def _counted(
         per_block[block.name] = [sum(size for part, size in own if part != "adapters"), sum(masters)]
     rows = [_row(name, matrix, recipe, rest, blocks, prefix) for name, matrix in targets.items()]
     shapes = {name: matrix.shape for name, matrix in _matrices(dense).items()}
-    rows += [PlanRow(row.layer, *shapes[row.layer], reason=row.reason) for row in skipped if row.layer in shapes and row.reason != "embedding"]
+    left = [row for row in skipped if row.layer in shapes and row.reason != "embedding"]
+    rows += [PlanRow(row.layer, shapes[row.layer][0], shapes[row.layer][1], reason=row.reason) for row in left]
     size = getattr(torch, recipe.model.dtype).itemsize
     dense_block = max((sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(dense)[1]), default=0) * size
     largest = max((m.shape[0] * m.shape[1] for m in targets.values()), default=0)
@@ -182,7 +185,8 @@ def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block],
     sizes = {key: t.numel() * t.element_size() for key, t in layer.base.to_tensors().items()}
     residual = sizes.pop("residual", 0)
     count = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad) if layer.adapter is not None else 0
-    return PlanRow(name, *matrix.shape, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
+    n, k = matrix.shape
+    return PlanRow(name, n, k, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
 
 
 def _pack(module: nn.Module, grids: list[tuple[str, Any, bool]], config: Any, dtype: torch.dtype) -> None:
@@ -195,8 +199,8 @@ def _pack(module: nn.Module, grids: list[tuple[str, Any, bool]], config: Any, dt
             base = empty_weight((old.num_embeddings, old.embedding_dim), grid, "meta")
             module.set_submodule(name, PackedEmbedding.in_place_of(old, base, dtype))
             continue
-        n, k = old.weight.shape  # pyright: ignore[reportGeneralTypeIssues, reportAttributeAccessIssue]
-        layer = PackedLinear.empty(k, n, getattr(old, "bias", None) is not None, grid, "meta", dtype)
+        assert isinstance(old, nn.Linear)
+        layer = PackedLinear.empty(old.in_features, old.out_features, old.bias is not None, grid, "meta", dtype)
         module.set_submodule(name, layer)
         if trains:
             if reason := config.reject(grid):
@@ -276,7 +280,7 @@ def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
     except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
         raise ValueError(f"{path}: cannot be used ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})") from error
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # its layers are packed by us: resolve_quant has their grids
+        delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
     return meta_model(config, getattr(torch, dtype), attention, path)
 
 

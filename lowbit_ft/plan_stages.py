@@ -16,8 +16,8 @@ from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.plan_step import Cost, Step
 from lowbit_ft.recipe import Recipe
 
-# bitsandbytes: tensors of fewer elements keep 32-bit states, 8-bit ones have a float per block of this many.
-_SMALLEST_8BIT, _BLOCK = 4096, 256
+# bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per block of this many.
+_SMALLEST_8BIT, _SMALLEST_PAGED, _BLOCK = 4096, 100_000, 256
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,21 @@ def optimizer_bytes(name: str) -> int:
     return states * (1 if "8bit" in name else 4)
 
 
-def optimizer_state(name: str, counts: list[int]) -> tuple[int, bool]:
-    """(bytes of the states of tensors of these sizes, whether they live in CPU memory)."""
+def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
+    """Bytes of the states of tensors of these sizes: (on the device, in CPU memory: paged ones)."""
     if name == "adamw":
-        return sum(8 * n + 4 for n in counts), False
-    states = optimizer_bytes(name) // (1 if "8bit" in name else 4)
-    if "8bit" not in name:
-        return sum(4 * states * n for n in counts), name.startswith("paged")
-    total = 0
+        return sum(8 * n + 4 for n in counts), 0
+    eight = "8bit" in name
+    states = optimizer_bytes(name) // (1 if eight else 4)
+    here = states * 4 * 256 if eight else 0  # what the 8-bit codes mean
+    away = 0
     for n in counts:
-        total += states * (4 * n if n < _SMALLEST_8BIT else n + 4 * -(-n // _BLOCK))
-    return total + states * 4 * 256, name.startswith("paged")
+        size = states * (n + 4 * -(-n // _BLOCK) if eight and n >= _SMALLEST_8BIT else 4 * n)
+        if name.startswith("paged") and n >= _SMALLEST_PAGED:
+            away += size
+        else:
+            here += size
+    return here, away
 
 
 def walk_activations(recipe: Recipe, per_token: float, windows: int, length: int) -> int:
@@ -121,7 +125,8 @@ def rough_step(recipe: Recipe, made: Skeleton) -> Step:
 def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int) -> Needs:
     """Disk, RAM beside a GPU, steps and tokens."""
     train, held = recipe.train, made.held
-    states, paged = optimizer_state(train.optimizer, made.trained)
+    here, paged = optimizer_state(train.optimizer, made.trained)
+    states = here + paged
     masters = made.trainable * 4
     packed = sum(size for part, size in held.items() if part != "adapters")
     shipped = packed - held["residual"]
@@ -139,7 +144,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     if recipe.eval.perplexity and recipe.eval.kl:
         hidden = (recipe.eval.windows or 64) * recipe.eval.window * (step.hidden // max(1, tokens))
     # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its own size.
-    ram = 3_000_000_000 + away + (states if paged else 0) + max(masters + states, hidden, 4 * made.largest)
+    ram = 3_000_000_000 + away + paged + max(masters + states, hidden, 4 * made.largest)
     return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
 
 

@@ -206,10 +206,25 @@ class _Layers:
             return head.loss(head.base(**inputs, use_cache=False), labels)
         return next_token_loss(self.model(**inputs, use_cache=False).logits, labels)
 
-    @property
+    @functools.cached_property
     def decoder(self) -> Any:
-        base = getattr(self.model, "base_model", self.model)
-        return base if base is not self.model else self.model.get_decoder()
+        """The module whose output the model makes its logits of: as in losses.py, the base model, or what get_decoder gives."""
+        for base in (self.model.base_model, self.model.get_decoder()):
+            if base is not self.model and self._makes_logits_of(base):
+                return base
+        raise ValueError("its logits are not made of the output of a module of its own")
+
+    def _makes_logits_of(self, base: Any) -> bool:
+        ran: list[int] = []
+        for layer in self.stubs:
+            layer.forward = lambda hidden, *_, **__: ran.append(1) or ((hidden,) if self.returns_tuple else hidden)
+        ids = torch.empty((1, 8), dtype=torch.int64)
+        with torch.no_grad():
+            output = base(input_ids=ids, use_cache=False)
+            ran.clear()
+            head = ChunkedHead(base, self.model.forward, 1)
+            head.logits(output.last_hidden_state[0], type(output))
+        return not ran
 
     @property
     def chunk(self) -> int:
@@ -328,8 +343,10 @@ def _tail(around: _Layers, s: Setting, rules: Any, known: dict[Any, Cost]) -> Co
         low, high = getattr(a, name), getattr(b, name)
         return round(low + (high - low) * (tokens - near) / (far - near))
 
-    lines = (at(name) for name in ("forward", "kept", "backward", "gradients", "evaluation"))
-    return Cost(*lines, max(a.forward_ops, b.forward_ops), max(a.backward_ops, b.backward_ops))
+    return Cost(
+        at("forward"), at("kept"), at("backward"), at("gradients"), at("evaluation"),
+        max(a.forward_ops, b.forward_ops), max(a.backward_ops, b.backward_ops),
+    )  # fmt: skip
 
 
 def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int) -> Cost:

@@ -102,7 +102,7 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
     config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
     sums, results = 2 * strips * n * 4, 2 * groups * n * 4
     factors = (rank * k + n * rank) * 4
-    if config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and size < 4:
+    if config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (size < 4 or arch == dispatch.INTERPRETER):
         width = config.get("BLOCK_K", 128)
         partial = (-(-n // config["BLOCK_N"]) * rank * k + -(-k // width) * n * rank) * 4
         return sums + results + factors + partial
