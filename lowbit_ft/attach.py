@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterConfig
+from .adapters.step_codes import StepCodes
 from .linear import PackedEmbedding, PackedLinear
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -97,6 +98,21 @@ def begin_step(model: nn.Module, step: int) -> None:
     for _, layer in adapted_layers(model):
         assert layer.adapter is not None
         layer.adapter.begin_step(step, layer.base)
+    drop_codes(model)
+
+
+def keep_codes(model: nn.Module, on: bool) -> None:
+    """Whether every adapter keeps the codes of an optimizer step (adapters/step_codes.py)."""
+    for _, layer in adapted_layers(model):
+        assert layer.adapter is not None
+        layer.adapter.kept = StepCodes() if on else None
+
+
+def drop_codes(model: nn.Module) -> None:
+    """Let go of the codes that are kept: an optimizer step is over."""
+    for _, layer in adapted_layers(model):
+        if layer.adapter is not None and layer.adapter.kept is not None:
+            layer.adapter.kept.drop()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

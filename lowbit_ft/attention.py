@@ -20,6 +20,7 @@ so that nothing of length x length exists there either.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,8 +83,22 @@ def switch(decoder: Any) -> None:
     """From here on this decoder attends segment by segment."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, torch.compiler.disable(attend))  # its loop over lengths is not for a compiler
+    AttentionInterface.register(NAME, _outside_of_graphs())
     _set(decoder, NAME)
+
+
+@functools.cache
+def _outside_of_graphs() -> Any:
+    """`attend`, called from compiled code as Python: its loop over lengths is not for a compiler. The one break compiling.py allows."""
+    called = torch.compiler.disable(attend)
+
+    def from_anywhere(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return attend(*args, **kwargs)
+        with torch._dynamo.error_on_graph_break(False):
+            return called(*args, **kwargs)
+
+    return from_anywhere
 
 
 def why_not(model: Any) -> str:

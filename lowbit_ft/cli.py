@@ -30,6 +30,7 @@ RecipeArgument = Annotated[Path, typer.Argument(help="recipe YAML", show_default
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="a.b=value: keys set over the recipe", show_default=False)
 ]
+Anyway = Annotated[bool, typer.Option("--anyway", help="start even when plan says that it cannot fit")]
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
 
 
@@ -52,21 +53,35 @@ def options(
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
     was stopped.
     """
     from lowbit_ft import pipeline
 
-    pipeline.run(_load(recipe, overrides))
+    loaded = _load(recipe, overrides)
+    _refuse_what_cannot_fit(loaded, anyway)
+    pipeline.run(loaded)
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe and show its layers and memory; nothing is loaded or written."""
-    from lowbit_ft.cli_plan import show_plan
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", help="folder with the model's config.json, when the model is not on this disk")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", min=0.1, help="GB to fit into; default: this machine's GPU, else 24")] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="of a distributed run", envvar="WORLD_SIZE")] = 1,
+    tokens_per_second: Annotated[float | None, typer.Option("--tokens-per-second", min=0.001, help="for an estimate of the time")] = None,
+    fit: Annotated[Path | None, typer.Option("--fit", help="write the recipe to this file, changed so that it fits")] = None,
+    search: Annotated[bool, typer.Option("--search/--no-search", help="look for the largest batch and length")] = True,
+) -> None:
+    """Check a recipe and show its layers, its memory against a card, and what to change; nothing is loaded."""
+    from lowbit_ft.cli_plan import show_plan, write_fit
 
-    show_plan(_load(recipe, overrides))
+    loaded = _load(recipe, overrides, weights=False)
+    show_plan(loaded, folder=config, memory_gb=memory, processes=processes, tokens_per_second=tokens_per_second, search=search)
+    if fit is not None:
+        write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes)
 
 
 @app.command()
@@ -78,11 +93,13 @@ def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Load, quantize, attach and train; ends with the adapter and the merged weights."""
     from lowbit_ft import pipeline
 
-    pipeline.train(_load(recipe, overrides))
+    loaded = _load(recipe, overrides)
+    _refuse_what_cannot_fit(loaded, anyway)
+    pipeline.train(loaded)
 
 
 @app.command()
@@ -207,16 +224,32 @@ def import_recipe(
     typer.echo(f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  lowbit-ft plan {output}")
 
 
-def _load(path: Path, overrides: list[str] | None) -> Recipe:
-    """The checked recipe; what is worth knowing goes to standard error."""
-    from lowbit_ft.recipe import load_recipe
+def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
+    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be there, not only its
+    config.json."""
+    from lowbit_ft.recipe import RecipeError, load_recipe
     from lowbit_ft.recipe_check import notes
 
-    recipe = load_recipe(path, overrides or [])
+    try:
+        recipe = load_recipe(path, overrides or [])
+    except RecipeError as error:
+        if weights or not all("no model.safetensors" in problem for problem in error.problems):
+            raise
+        return load_recipe(path, overrides or [], check=False)
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         for note in notes(recipe):
             typer.echo(f"note: {note}", err=True)
     return recipe
+
+
+def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
+    """ValueError, before anything is read, for a run that plan says has no place on the device it would take."""
+    if anyway:
+        return
+    from lowbit_ft.cli_plan import refusal
+
+    if reason := refusal(recipe):
+        raise ValueError(reason)
 
 
 def _folder(path: Path) -> Path:

@@ -221,13 +221,18 @@ def merged_rows(before: list[TaskRow], new: list[TaskRow]) -> list[TaskRow]:
 
 
 def by_task(rows: Iterable[TaskRow]) -> tuple[list[str], dict[tuple[str, str], dict[str, TaskRow]]]:
-    """(stages in the order they came, {(task, metric): {stage: row}})."""
-    stages: dict[str, None] = {}
+    """(stages in the order they came, {(task, metric): {stage: row}}). Rows measured on another number of samples (`--limit`) are
+    another line, with the number beside the metric: they are not to be compared."""
+    rows = list(rows)
+    counts: dict[tuple[str, str], set[int | None]] = {}
+    for row in rows:
+        counts.setdefault((row.task, row.metric), set()).add(row.samples)
     table: dict[tuple[str, str], dict[str, TaskRow]] = {}
     for row in rows:
-        stages[row.stage] = None
-        table.setdefault((row.task, row.metric), {})[row.stage] = row
-    return list(stages), table
+        several = len(counts[row.task, row.metric]) > 1
+        metric = f"{row.metric} ({row.samples or '?'} rows)" if several else row.metric
+        table.setdefault((row.task, metric), {})[row.stage] = row
+    return list(dict.fromkeys(row.stage for row in rows)), table
 
 
 def table(rows: list[TaskRow]) -> str:

@@ -70,7 +70,7 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens, chosen = top_k_index.shape
         expert, order = torch.sort(top_k_index.reshape(-1))
-        counts = torch.bincount(expert, minlength=self.num_experts).tolist()
+        counts = self.counts(expert)
         assert len(counts) == self.num_experts, "the router chose an expert that is not there"
         parts = hidden_states[order // chosen].split(counts)
         # In training every expert runs, on no token too: then every adapter has a gradient in every step, which DDP waits for.
@@ -82,6 +82,10 @@ class Experts(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return outputs[back].view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def counts(self, expert: Tensor) -> list[int]:
+        """How many of the chosen pairs go to each expert."""
+        return torch.bincount(expert, minlength=self.num_experts).tolist()
 
     def _run(self, expert: int, x: Tensor) -> Tensor:
         linears = self.get_submodule(str(expert))

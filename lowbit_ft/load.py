@@ -25,6 +25,7 @@ import copy
 import difflib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,10 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         row: int | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The tensor called `name` in the files, contiguous, in its own memory, on `device`; with `row`, only tensor[row].
+        """The tensor called `name` in the files, contiguous, in its own memory, on `device`; with `row`, only tensor[row], with
+        `rows` (first, last), only tensor[first:last].
 
         dtype None keeps the stored one; else floating tensors are converted on the way, 4 MB at a time, so a
         full-precision copy is never whole in memory. Raises CheckpointError for NaN or Inf, naming tensor and
@@ -169,21 +172,19 @@ class Checkpoint:
         entry = self._entry(name)
         packed = name.removesuffix(".weight")
         if self.incoming is not None and packed != name and packed in self.incoming.layers:
-            return self.incoming.weight(packed, device=device).dequantize(dtype or entry.dtype)
-        if row is not None:
-            size = entry.nbytes // entry.shape[0]
-            entry = entry._replace(shape=entry.shape[1:], start=entry.start + row * size, nbytes=size)
+            whole = self.incoming.weight(packed, device=device)
+            return (whole if rows is None else whole.rows(*rows)).dequantize(dtype or entry.dtype)
+        skipped = 0  # elements before the part that is read
+        if row is not None or rows is not None:
+            first, last = rows if rows is not None else (row or 0, (row or 0) + 1)
+            size, shape = entry.nbytes // entry.shape[0], (last - first, *entry.shape[1:])
+            skipped = first * size // entry.dtype.itemsize
+            shape = shape if rows is not None else shape[1:]
+            entry = entry._replace(shape=shape, start=entry.start + first * size, nbytes=(last - first) * size)
         floating = entry.dtype.is_floating_point
         out = torch.empty(entry.shape, dtype=dtype if dtype and floating else entry.dtype, device=device)
         flat, position = out.view(-1), 0
-        for piece in pieces(entry):
-            if floating and not is_finite(piece):
-                bad = position + int((~torch.isfinite(piece.float())).nonzero()[0])
-                raise CheckpointError(
-                    f"{entry.file}: tensor {name!r} of shape {list(entry.shape)} has NaN or Inf "
-                    f"(first at flat index {bad}). This checkpoint is damaged or badly converted: get it "
-                    "again."
-                )
+        for piece in self._finite_pieces(name, entry, skipped):
             target = flat[position : position + piece.numel()].copy_(piece)
             if out.dtype is torch.float16 and not is_finite(target):
                 raise CheckpointError(
@@ -193,34 +194,31 @@ class Checkpoint:
             position += piece.numel()
         return out
 
+    def stored_pieces(self, name: str) -> Iterator[Tensor]:
+        """The values of `read(name)` in order, flat, a few MB at a time; a piece is valid until the next is asked for."""
+        packed = name.removesuffix(".weight")
+        if self.incoming is not None and packed != name and packed in self.incoming.layers:
+            return iter([self.read(name).view(-1)])
+        return self._finite_pieces(name, self._entry(name))
+
+    def _finite_pieces(self, name: str, entry: TensorEntry, skipped: int = 0) -> Iterator[Tensor]:
+        position = 0
+        for piece in pieces(entry):
+            if entry.dtype.is_floating_point and not is_finite(piece):
+                bad = skipped + position + int((~torch.isfinite(piece.float())).nonzero()[0])
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name!r} of shape {list(self.shape(name))} has NaN or Inf "
+                    f"(first at flat index {bad}). This checkpoint is damaged or badly converted: get it "
+                    "again."
+                )
+            yield piece
+            position += piece.numel()
+
     def empty_model(self, attention: str = "sdpa") -> Any:
         """The causal language model, in eval mode: parameters on meta (tied ones are one object), real
         buffers.
         """
-        from accelerate import init_empty_weights
-
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = model_class(self.config).from_config(
-                    copy.deepcopy(self.config),
-                    dtype=self.dtype,
-                    attn_implementation=attention,
-                    trust_remote_code=False,
-                )
-        except (ValueError, ImportError) as error:
-            fix = "this model has no such attention in transformers; set model.attention: eager. " if (
-                attention != "eager" and "attn_implementation" in str(error)
-            ) else ""  # fmt: skip
-            raise CheckpointError(
-                f"{self.folder / 'config.json'}: no model can be built with attention={attention!r}: "
-                f"{fix}{error}"
-            ) from error
-        model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
-        # Parts the model's class says must stay float32, as from_pretrained keeps them.
-        for pattern, kept in model._get_dtype_plan(self.dtype).items():
-            for name, parameter in model.named_parameters():
-                if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
-                    parameter.data = parameter.data.to(kept)
+        model = meta_model(self.config, self.dtype, attention, self.folder / "config.json")
         model.config._name_or_path = self.source
         if self._plan is None:
             self.check()
@@ -230,9 +228,15 @@ class Checkpoint:
         return model.eval()
 
     def weight_for(
-        self, name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts.
+        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts. rows: of one that
+        `row_blocks` cuts.
 
         dtype None means the checkpoint's `dtype`, for floating tensors. Raises CheckpointError if no file has
         it.
@@ -245,9 +249,10 @@ class Checkpoint:
                 + (f"; nearest names there: {', '.join(near)}" if near else "")
                 + ". The files and config.json do not belong together."
             )
-        tensors = [self.read(key, device=device, dtype=dtype or self.dtype) for key, _ in source.keys]
         if source.converter is None:
-            return tensors[0]
+            return self.read(source.keys[0][0], device=device, dtype=dtype or self.dtype, rows=rows)
+        assert rows is None, f"{name}: made of several tensors, read whole"
+        tensors = [self.read(key, device=device, dtype=dtype or self.dtype) for key, _ in source.keys]
         converter = copy.deepcopy(source.converter)  # it collects tensors in itself
         for (key, pattern), tensor in zip(source.keys, tensors, strict=True):
             converter.add_tensor(source.first, key, pattern, tensor)
@@ -261,12 +266,37 @@ class Checkpoint:
         self._sources()
         return self._matrices
 
+    def stored_matrix_dtype(self, layer: str) -> torch.dtype:
+        """The dtype in which `matrix` can be read as it is in the files: theirs, or a wider one for bytes and for doubles fp32."""
+        dtypes = {self.stored_dtype(key) for key in self.keys_for(self.matrices[layer].parameter)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return torch.bfloat16 if dtype.itemsize == 1 else torch.float32 if dtype.itemsize > 4 else dtype
+
+    def row_blocks(self, layer: str, limit: int | None) -> list[tuple[int, int] | None]:
+        """(first, last) rows of the matrix of a linear that `matrix` can read by themselves, each of about `limit` bytes in the files;
+        [None], all at once, where it is small, kept in another way than as one tensor, or limit is None."""
+        matrix = self.matrices[layer]
+        source = self._sources().get(matrix.parameter)
+        n = matrix.shape[0]
+        if limit is None or not matrix.plain or source is None or source.converter is not None or self.packed_key(matrix.parameter):
+            return [None]
+        count = min(n, -(-self._entry(source.keys[0][0]).nbytes // limit))
+        step = -(-n // count)
+        return [None] if count <= 1 else [(first, min(first + step, n)) for first in range(0, n, step)]
+
     def matrix(
-        self, layer: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        layer: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
         """The matrix [N, K] of a linear, however the files and the model keep it (turned, one expert of a stack). Of a stack of
-        experts only the one that is asked for is read."""
+        experts only the one that is asked for is read. rows: only these, one of `row_blocks`."""
         matrix = self.matrices[layer]
+        if rows is not None:
+            return self.weight_for(matrix.parameter, device=device, dtype=dtype, rows=rows)
         if matrix.expert is None:
             value = self.weight_for(matrix.parameter, device=device, dtype=dtype)
         else:
@@ -389,6 +419,30 @@ def materialize(
             else:
                 assert not buffer.is_meta, f"buffer {name} has no value; use Checkpoint.empty_model"
                 owner._buffers[short] = buffer.to(device)
+
+
+def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) -> Any:
+    """The causal language model of a configuration (left as it is): parameters on meta, tied ones one object, real buffers.
+    CheckpointError naming `source` when transformers cannot build it."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config).from_config(
+                copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        fix = "this model has no such attention in transformers; set model.attention: eager. " if (
+            attention != "eager" and "attn_implementation" in str(error)
+        ) else ""  # fmt: skip
+        raise CheckpointError(f"{source}: no model can be built with attention={attention!r}: {fix}{error}") from error
+    model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
+    # Parts the model's class says must stay float32, as from_pretrained keeps them.
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
+                parameter.data = parameter.data.to(kept)
+    return model
 
 
 def load_model(

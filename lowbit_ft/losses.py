@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowbit_ft.liger import Fused, liger_loss
+from lowbit_ft.memory import upload
 
 IGNORE = -100  # labels that are not targets
 FLOATS_AT_A_TIME = 1 << 22  # float32 elements at a time (16 MB)
@@ -101,13 +102,13 @@ class Targets:
     """
 
     def __init__(self, labels: Tensor, device: torch.device) -> None:
+        assert labels.device.type == "cpu", "read before the batch moves, or the host waits for the device"
         targets = _targets(labels)
         where = (targets != IGNORE).nonzero()[:, 0]
         if not len(where):
             where = where.new_zeros(1)  # one that counts nothing: every tensor still gets its (zero) gradient
         self.where: list[int] = where.tolist()
-        self.positions, self.tokens = (t.to(device, non_blocking=True) for t in (where, targets[where]))
-        self.labels = labels.to(device, non_blocking=True)
+        self.positions, self.tokens, self.labels = (upload(t, device) for t in (where, targets[where], labels))
 
     def stretches(self, rows: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
         """The B L positions cut so that each stretch has `rows` targets, the last one what is left: the lengths of the stretches,
@@ -117,9 +118,14 @@ class Targets:
         return lengths, [(p - start, t) for start, p, t in zip(starts, self.positions.split(rows), self.tokens.split(rows), strict=False)]
 
 
+def target_count(labels: Tensor) -> Tensor:
+    """How many labels [B, L] the loss counts, int64, a scalar on their device."""
+    return (labels[:, 1:] != IGNORE).sum()
+
+
 def count_targets(labels: Tensor) -> int:
-    """How many labels [B, L] the loss counts."""
-    return int((labels[:, 1:] != IGNORE).sum())
+    """`target_count` as a number: on a GPU the host waits for it."""
+    return int(target_count(labels))
 
 
 def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:

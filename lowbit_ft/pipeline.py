@@ -2,7 +2,8 @@
 
 `run` is the whole of it; the other functions are its stages, for the command line. Each stage is one call into the file of its
 name. A stage reads what the one before left in the run folder (rundir.py), so a run that was stopped goes on where it was:
-base/ is reused when it is this very base, training resumes from its newest valid checkpoint, later stages are done again.
+base/ is written as it is packed, mapped into memory, and reused when it is this very base; training resumes from its newest
+valid checkpoint, later stages are done again.
 
 Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
 the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes
@@ -33,7 +34,7 @@ from .evaluate import STAGES, EvalRow, Reference, table
 from .evaluate import evaluate as measure
 from .evaluate_tasks import TaskRow, load_tasks, merged_rows, run_tasks
 from .evaluate_tasks import table as tasks_table
-from .export import EXPORTERS
+from .export import EXPORTERS, LayerSpec, Weights
 from .export.folder import MANIFEST, check_files, read_manifest
 from .export.reader import load_exported, read_config, read_weights
 from .export.verify import verify as verify_export
@@ -45,7 +46,7 @@ from .load import Checkpoint, load_model, load_tokenizer
 from .lora_start import read_lora, start_from_lora
 from .memory import release_freed
 from .processes import main_process_first, world
-from .quantize import quantize as quantize_model
+from .quantize import Packing
 from .recipe import Recipe
 from .rundir import shipped
 from .serve import serve as serve_folder
@@ -210,17 +211,24 @@ def quantize_stage(session: Session) -> Any:
             except ValueError as error:
                 session.say(f"base: {error}\nbase: packing it again")
                 shutil.rmtree(folder)
-        model, rows = quantize_model(
-            session.checkpoint, recipe.quant, device=session.device, dtype=session.dtype,
-            attention=recipe.model.attention, calibration=lambda: calibration_batches(session),
-        )  # fmt: skip
-        session.say(rows)
-        run_dir.write_json("quant.json", rows.to_json())
-        write_model(folder, session.checkpoint, merging.base_weights(model), EXPORTERS["native"])
+        pack_base(session, folder)
+        model = load_packed(folder, session, place)
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
-        if place is not None:
-            model = model.to(place)
     return model
+
+
+def pack_base(session: Session, folder: Path) -> None:
+    """base/, written layer by layer as it is packed: neither the checkpoint nor the packed model is ever whole in memory."""
+    recipe, run_dir = session.recipe, session.run
+    run_dir.write_json("base.json", {})  # a folder that is being replaced belongs to no key
+    packing = Packing(
+        session.checkpoint, recipe.quant, device=session.device, dtype=session.dtype, attention=recipe.model.attention,
+        calibration=lambda: calibration_batches(session),
+    )  # fmt: skip
+    weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
+    write_model(folder, session.checkpoint, weights, EXPORTERS["native"])
+    session.say(packing.table)
+    run_dir.write_json("quant.json", packing.table.to_json())
 
 
 def read_data(session: Session) -> Examples:

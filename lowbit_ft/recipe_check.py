@@ -147,6 +147,23 @@ def check_method(r: Any) -> Problems:
             told.add(reason)
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(("adapter", "method"), f"got {config.method!r}{where}: {reason}")
+    yield from _gradient_cost(r, config)
+
+
+def _gradient_cost(r: Any, config: Any) -> Problems:
+    """Cheaper gradients that would cost more than the exact ones."""
+    if getattr(config, "low_rank_gradient", "exact") == "exact":
+        return
+    for path, grid in _grids(r):
+        if (cost := config.gradient_cost(grid)) >= 1:
+            where = "" if path == ("quant",) else f" (for {_path(path)})"
+            yield Problem(
+                ("adapter", "low_rank_gradient"),
+                f"got {config.low_rank_gradient!r}{where}, which with rank {config.rank}, group size {grid.group_size} and scale_grad_tokens "
+                f"{config.scale_grad_tokens:g} costs {cost:.2f} products of a layer's size where exact costs 1 (2 rank / group_size, and the "
+                "share of the tokens that scales learn from); set scale_grad_tokens: 0.25 or less, a smaller rank, or low_rank_gradient: exact",
+            )
+            return
 
 
 def _no_residual(r: Any, config: Any, grid: Any) -> str | None:

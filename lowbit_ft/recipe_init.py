@@ -69,6 +69,8 @@ train:
   gradient_checkpointing: {checkpointing}       # slower by about 30 %, far smaller activations
   # offload: cpu                     # or disk: where what it keeps waits, for long windows on a GPU
   # mlp_chunk: 4096                  # tokens at a time through the MLP, for windows beyond 16k
+  # keep_codes: true                 # codes once per step: faster, bits per trained weight of memory
+  # compile: true                    # torch.compile of the decoder layers (docs/speed.md)
   seed: 0
   save_every: 100                    # checkpoints are atomic and hashed
   # eval_every: 100                  # needs data.valid

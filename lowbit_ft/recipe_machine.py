@@ -80,6 +80,9 @@ def check_train(r: Any) -> Problems:
 
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
+    method = getattr(getattr(r, "adapter", None), "method", None)
+    if train.keep_codes and method in ("lora", "alpha_tuning"):
+        yield Problem(("train", "keep_codes"), f"got true, but {method} rounds nothing while it trains: there are no codes to keep; remove it")
     if r.data.streaming and train.max_steps is None:
         yield Problem(
             ("train", "epochs"),
@@ -170,6 +173,11 @@ def check_device(r: Any) -> Problems:
             "got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa (packed windows segment by segment, without a "
             "mask, on every device), eager; set sdpa",
         )
+    if hasattr(r, "train") and r.train.compile:
+        from lowbit_ft.compiling import missing_compiler
+
+        if missing := missing_compiler(on_gpu):
+            yield Problem(("train", "compile"), f"got true, which needs {missing}; install it, or set compile: false")
     if model.attention == "flash_attention_2":
         if not on_gpu or importlib.util.find_spec("flash_attn") is None:
             why = "there is no GPU" if not on_gpu else "the package flash-attn is not installed"

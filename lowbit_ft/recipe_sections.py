@@ -312,6 +312,14 @@ class TrainSection(Section):
         default="none",
         description="with several processes: none, each holds the whole base (DDP); fsdp, they share one (FSDP2)",
     )
+    keep_codes: bool = Field(
+        default=False,
+        description="keep the trained integers of every layer for the whole optimizer step instead of making them anew in each forward and "
+        "backward: bits per trained weight of memory",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile of the decoder layers; the same integers, see docs/speed.md for where it helps"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of the start of A, the data order and dropout"
     )

@@ -1,5 +1,7 @@
 """The lm-eval tasks of the report page: what tasks.json holds, one column per stage."""
 
+from typing import Any
+
 from lowbit_ft.report_files import DIGITS, SHIPPED, STAGES, NotShown, RunFiles
 from lowbit_ft.report_html import is_number, note, number, plain, table
 
@@ -15,8 +17,15 @@ def tasks_section(run: RunFiles) -> str:
     stages = [s for s in [*STAGES, *(str(r.get("stage")) for r in rows)] if any(r.get("stage") == s for r in rows)]
     stages = list(dict.fromkeys(stages))
     lines, differ = [], []
-    for task, metric in dict.fromkeys((str(r.get("task")), str(r.get("metric"))) for r in rows):
-        same = {str(r.get("stage")): r for r in rows if (r.get("task"), r.get("metric")) == (task, metric)}
+
+    def key(row: dict[str, Any]) -> tuple[str, str, str]:
+        return str(row.get("task")), str(row.get("metric")), str(row.get("samples", "?"))
+
+    keys = list(dict.fromkeys(map(key, rows)))
+    for task, metric, samples in keys:
+        same = {str(r.get("stage")): r for r in rows if key(r) == (task, metric, samples)}
+        if [k[:2] for k in keys].count((task, metric)) > 1:  # another number of rows is not to be compared
+            metric = f"{metric} ({samples} rows)"
         better = next((r.get("higher_is_better") for r in same.values()), None)
         cells = []
         for stage in stages:

@@ -28,7 +28,7 @@ from .recipe import Recipe, load_recipe
 # Another number of processes needs another split of the windows of a step; that their number stays, the checkpoint checks.
 FREE = (
     "output", "eval", "export", "model.device", "train.trackers", "train.log_every", "train.save_every", "train.keep_checkpoints",
-    "train.sharding", "train.micro_batch_size", "train.gradient_accumulation_steps",
+    "train.sharding", "train.micro_batch_size", "train.gradient_accumulation_steps", "train.keep_codes",
 )  # fmt: skip
 
 

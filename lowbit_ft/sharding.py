@@ -47,6 +47,9 @@ def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], 
     if train.mixed_precision == "fp16":
         message = "'fp16' scales its loss per process, shards would disagree; set mixed_precision: bf16, or sharding: none"
         problems.append((("train", "mixed_precision"), message))
+    if getattr(train, "keep_codes", False):
+        message = "true with train.sharding: fsdp, where no process holds whole layers between their turns; set keep_codes: false, or sharding: none"
+        problems.append((("train", "keep_codes"), message))
     if getattr(adapter, "warmup_steps", 0):
         message = (
             f"{adapter.warmup_steps} with train.sharding: fsdp: the end of the warm-up reads whole layers between steps; "

@@ -11,6 +11,10 @@ kill loses the steps since the last checkpoint. `resume` goes on bit-equal: weig
 rate (a function of the step), generators, data position. A step whose loss or gradient is NaN or infinite
 changes nothing but the position.
 
+The host never waits for the device within a step but once: at its end the loss, the gradient norm and what all
+processes need to know of each other come in one read (`Run.read`), whatever the number of micro-batches. (A model
+may wait by itself; docs/speed.md has what transformers does. With fp16 the loss scaler reads once more.)
+
 The model is any module that returns `.logits` for input_ids, position_ids, use_cache=False (and
 attention_mask when the batch has one); what trains is what requires a gradient; only the modules that hold
 such a tensor are saved.
@@ -30,7 +34,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from lowbit_ft.losses import count_targets
+from lowbit_ft.losses import target_count
 from lowbit_ft.memory import peak_gb
 from lowbit_ft.optim import lr_factor, set_learning_rates
 from lowbit_ft.train_log import TrainLog
@@ -104,11 +108,12 @@ def _loop(
         StopSignal() as stop,
         TrainLog(run.run_dir, now.step, now.evaluated, total, run.main, console) as log,
     ):
+        told: bool | None = None  # whether a signal had reached any process when the last step ended
         while True:
             # 1. Between steps: evaluate, save, leave.
             if run.is_due(section.eval_every) and now.evaluated < now.step:
                 run.evaluate(log, stop)
-            stopped = run.agree(stop.requested)
+            stopped = run.agree(stop.requested) if told is None or accelerator.num_processes == 1 else told
             if stopped or run.is_due(section.save_every) or now.best_step == now.step:
                 run.save()
             if stopped or now.step >= total:
@@ -121,24 +126,23 @@ def _loop(
                 on_step(now.step)
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
-            targets, tokens = run.sum(
-                sum(count_targets(batch["labels"]) for batch in micro),
-                sum(batch["input_ids"].numel() for batch in micro),
-            )
+            targets = run.over_processes(torch.stack([target_count(batch["labels"]) for batch in micro]).sum())
+            tokens = sum(batch["input_ids"].numel() for batch in micro)
 
             # 3. Gradients of (sum of token losses) / targets.
+            scale = accelerator.num_processes / targets.clamp_min(1)
             # In fp64, so that it does not matter how the micro-batches are spread over processes.
             loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             for i, batch in enumerate(micro):
                 with accelerator.no_sync(run.wrapped) if i < len(micro) - 1 else nullcontext():
                     loss = run.loss(batch)
-                    accelerator.backward(loss * (accelerator.num_processes / max(1, targets)))
+                    accelerator.backward(loss * scale.to(loss.dtype))
                     loss_sum += loss.detach()
-            loss = run.sum(loss_sum)[0] / max(1, targets)
             if now.step == 0:
                 run.refuse_unreached()
             run.drop_idle_gradients()
             norm = run.clip()
+            loss, norm, targets, tokens, told = run.read(loss_sum, norm, targets, tokens, stop.requested)
 
             # 4. The step, unless something is not a number.
             bad = run.bad(loss, norm, targets)
@@ -147,7 +151,7 @@ def _loop(
                 run.optimizer.step()
             run.optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            run.count(bad, loss, int(tokens), seconds)
+            run.count(bad, loss, tokens, seconds)
 
             # 5. Tell.
             values = {"step": now.step, "skipped": bad} if bad else {

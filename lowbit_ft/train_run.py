@@ -17,9 +17,12 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lowbit_ft.attach import keep_codes
 from lowbit_ft.attention import segment_attention, segment_inputs
 from lowbit_ft.checkpoint import Checkpoints, Saved, rng_state, set_rng_state
+from lowbit_ft.compiling import compile_layers
 from lowbit_ft.losses import Targets, count_targets, loss_forward
+from lowbit_ft.memory import upload
 from lowbit_ft.mlp_chunks import cut_mlps
 from lowbit_ft.offload import Offload, open_store
 from lowbit_ft.optim import build_optimizer, load_optimizer_state, optimizer_state
@@ -33,6 +36,7 @@ from lowbit_ft.train_setup import (
     ValidBatches,
     activation_checkpointing,
     make_accelerator,
+    share_frozen,
     total_steps,
 )
 from lowbit_ft.walk import decoder_layers
@@ -86,6 +90,11 @@ class Run:
             raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
         if section.sharding == "fsdp" and world() > 1 and not self.sharded:
             raise TrainError("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first")
+        if section.compile:
+            try:
+                decoder_layers(model)
+            except ValueError as error:
+                raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -101,18 +110,25 @@ class Run:
             if section.offload != "no":
                 self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
                 changes.callback(self.offload.store.close)
+            keep_codes(model, section.keep_codes)
+            changes.callback(keep_codes, model, False)
             loss = loss_forward(model, section.loss)
             self.restored = changes.pop_all()  # nothing was refused: undone by release()
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss, model)
         if section.gradient_checkpointing:
             activation_checkpointing(model, True, self.offload)
+        self.undo_compile = compile_layers(model) if section.compile else None
         with (
             warnings.catch_warnings()
         ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            if not self.sharded:
+                share_frozen(model)
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
-            self.wrapped: Any = self.accelerator.prepare_model(model, evaluation_mode=self.sharded)
+            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/ (mapped.py).
+            move = None if self.accelerator.device.type != "cpu" else False
+            self.wrapped: Any = self.accelerator.prepare_model(model, device_placement=move, evaluation_mode=self.sharded)
             self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
         ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
         assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"
@@ -197,7 +213,7 @@ class Run:
         # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for them.
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(self.model, batch.get("position_ids"))
         device = self.accelerator.device
-        inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         return model(**inputs, labels=Targets(batch["labels"], device))  # its forward is the loss since __init__
 
     def refuse_unreached(self) -> None:
@@ -221,8 +237,8 @@ class Run:
                 for parameter in group["params"] if group["name"] == "scale" else ():
                     parameter.grad = None
 
-    def clip(self) -> float:
-        """Clip the gradients to max_grad_norm; returns their norm before.
+    def clip(self) -> Tensor:
+        """Clip the gradients to max_grad_norm; returns their norm before, fp64, on the device.
 
         The squares are added in fp64, so that shards, however they are cut, give the factor that whole gradients give.
         """
@@ -230,15 +246,27 @@ class Run:
         grads = [p.grad for p in self.names if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local if g.numel()]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
-        norm = math.sqrt(self.sum(square)[0] if self.sharded else float(square))
-        if math.isfinite(norm) and (factor := self.section.max_grad_norm / (norm + 1e-6)) < 1:
-            for gradient in local:
-                gradient.mul_(factor)
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        norm = (self.over_processes(square) if self.sharded else square).sqrt()
+        factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), 1.0).float()
+        for gradient in local:
+            # 16-bit gradients must not round the factor.
+            gradient.mul_(factor) if gradient.dtype == torch.float32 else gradient.copy_(gradient.float() * factor)
         return norm
 
+    def over_processes(self, value: Tensor) -> Tensor:
+        """A scalar summed over the processes, fp64 on the device; the host does not wait."""
+        return self.accelerator.reduce(upload(value, self.accelerator.device).double(), "sum")  # pyright: ignore
+
+    def read(self, loss_sum: Tensor, norm: Tensor, targets: Tensor, tokens: int, stop: bool) -> tuple[float, float, int, int, bool]:
+        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the host waits for the device."""
+        mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
+        everyone = self.accelerator.reduce(mine, "sum")
+        total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
+        return total / max(1, goals), size, int(goals), int(count), stops > 0
+
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over the processes."""
+        """Each value summed over the processes. The host waits: for between the steps."""
         tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore
 
@@ -307,13 +335,11 @@ class Run:
         if self.valid is None:
             return
         self.model.eval()
-        total, targets = 0.0, 0
+        total, targets = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
         for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            total += float(
-                self.loss(batch, self.model)
-            )  # not DDP's wrapper: processes may have unequal shares
+            total += self.loss(batch, self.model)  # not DDP's wrapper: processes may have unequal shares
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)
@@ -373,6 +399,8 @@ class Run:
         for tracker in self.accelerator.trackers if self.main else []:
             tracker.finish()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.undo_compile is not None:
+            self.undo_compile()
         vars(self.model).pop("forward", None)
         if self.own_forward is not None:
             self.model.forward = self.own_forward

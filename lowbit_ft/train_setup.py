@@ -112,6 +112,14 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
     return accelerator
 
 
+def share_frozen(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave frozen parameters alone. It would write rank 0's over everybody's at its start: they are
+    the same already, read from one base/, and may be pages of its files, which each process would then copy.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+
+
 def activation_checkpointing(model: Any, on: bool, offload: Offload | None = None) -> None:
     """Switch recomputation on or off; transformers renamed the methods in 5.2x and warns about the old names.
 

@@ -7,6 +7,10 @@ How: the decoder layers are stood in for by stubs that record the arguments the 
 rotary positions differ by layer in some models) and pass the hidden states on. Then layer i is called with its own recorded
 arguments. `logits` runs the model once more with stubs, the last of which hands over the final hidden states, so whatever the
 model does after its layers (norm, head, soft caps) is its own code.
+
+On the device are one layer, the text of one batch, and what the model has beside its layers. Between layers the hidden states of
+all batches wait in CPU memory, samples x length x width in the model's dtype, and so do the recorded arguments (`held_bytes`
+counts both; quantize_memory.py says beforehand).
 """
 
 from collections.abc import Callable, Iterator
@@ -40,16 +44,26 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class LayerWalk:
-    """model: from Checkpoint.empty_model, everything on meta. batches: dicts of input_ids [B, L] and friends."""
+    """model: from Checkpoint.empty_model, everything on meta. batches: dicts of input_ids [B, L] and friends. logits: whether
+    `logits` will be asked for; without them an output head that is not tied stays unread."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, checkpoint: Checkpoint, batches: list[Batch], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        batches: list[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
+        logits: bool = True,
+    ):
         self.model, self.checkpoint, self.device, self.dtype = model, checkpoint, device, dtype
         self.name, self.layers = decoder_layers(model)
         self.batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
         inside = {id(p) for p in self.layers.parameters()}
+        unread = None if logits else model.get_output_embeddings()
         for name, module in model.named_modules():
-            if name == self.name or name.startswith(self.name + "."):
+            if name == self.name or name.startswith(self.name + ".") or module is unread:
                 continue
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if own and not any(id(p) in inside for p in own):
@@ -72,7 +86,7 @@ class LayerWalk:
         """Pass every batch through layer `index`; keep(batch, output) is called with each result."""
         layer = self.layers[index]
         for number in range(len(self.batches)):
-            args, kwargs = self.arguments[index][number]
+            args, kwargs = _moved(self.arguments[index][number], self.device, {})
             out = layer(self.hidden[number].to(self.device), *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if keep is not None:
@@ -87,11 +101,28 @@ class LayerWalk:
         self.run(index, keep)
 
     def drop(self, index: int) -> None:
-        """Forget the weights of layer `index`: its parameters go back to the meta device."""
-        for module in self.layers[index].modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        """Forget the weights of layer `index`, packed ones too: all it has goes back to the meta device."""
+        self.layers[index].to("meta")
+
+    def forget_rest(self) -> None:
+        """Forget the weights of everything but the layers; `logits` cannot be asked for after it."""
+        inside = set(self.layers.modules())
+        for module in self.model.modules():
+            if module not in inside:
+                for key, parameter in list(module._parameters.items()):
+                    if parameter is not None:
+                        module._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    def held_bytes(self) -> int:
+        """Bytes of the hidden states and recorded arguments of all batches that wait in CPU memory now."""
+        found: dict[int, int] = {}
+
+        def see(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+
+        _moved([self.hidden, self.arguments], torch.device("cpu"), {}, see)
+        return sum(found.values())
 
     @torch.no_grad()
     def logits(self, number: int) -> Tensor:
@@ -112,17 +143,24 @@ class LayerWalk:
 
     def _record(self) -> None:
         self.returns_tuple = self._first_layer_returns_tuple()
+        cpu, moved = torch.device("cpu"), {}  # what one batch gives to several layers is kept once
         for index, layer in enumerate(self.layers):
 
             def stub(hidden: Tensor, *args: Any, _index: int = index, **kwargs: Any) -> Any:
                 if _index == 0:
                     self.hidden.append(hidden.cpu())
-                self.arguments[_index].append((args, kwargs))
+                self.arguments[_index].append(_moved((args, kwargs), cpu, moved))
+                if _index == len(self.layers) - 1:
+                    raise _Seen  # the head has nothing to say
                 return self._like_layer(hidden)
 
             layer.forward = stub
         for batch in self.batches:
-            self.model(**batch, use_cache=False)
+            moved.clear()
+            try:
+                self.model(**batch, use_cache=False)
+            except _Seen:
+                pass
 
     def _first_layer_returns_tuple(self) -> bool:
         """Some models' layers return a tuple, some a tensor: ask the first one, for real, on the first batch."""
@@ -144,7 +182,22 @@ class LayerWalk:
 
 
 class _Seen(Exception):
-    """Leaves the model's forward once the first layer has answered."""
+    """Leaves the model's forward once enough is known."""
+
+
+def _moved(value: Any, device: torch.device, memo: dict[int, Any], see: Callable[[Tensor], Any] | None = None) -> Any:
+    """The tensors in nested tuples, lists and dicts on `device`; one that occurs twice (memo) is moved once. see: called with each."""
+    if isinstance(value, Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = (value, value.to(device))  # held, so that no other tensor comes by this id
+        if see is not None:
+            see(memo[id(value)][1])
+        return memo[id(value)][1]
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, memo, see) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device, memo, see) for key, item in value.items()}
+    return value
 
 
 def _materialize_own(module: nn.Module, checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 import lowbit_ft
 from lowbit_ft import cli
-from lowbit_ft.plan import optimizer_bytes, plan
+from lowbit_ft.plan import plan
+from lowbit_ft.plan_stages import optimizer_bytes
 from lowbit_ft.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -135,17 +136,17 @@ def test_plan_counts_exactly():
     assert made is not None
     weights = 4 * (3 * 256 * 768 + 2 * 256 * 256 + 2 * 128 * 256)
     groups = weights // 128
-    assert made.memory["base"] == weights // 2 + 2 * groups
-    assert made.memory["residual"] == weights // 2
+    p = made.parts
+    assert made.base == p["codes"] + p["scales and zeros"] == weights // 2 + 2 * groups
+    assert p["residual"] == weights // 2
     low_rank = 16 * 4 * (3 * (256 + 768) + 2 * (256 + 256) + 2 * (128 + 256))
     assert made.trainable == low_rank + groups
-    assert made.memory["unquantized"] == 4 * (4096 * 256 + 9 * 256)
-    assert made.memory["optimizer"] == 8 * made.trainable and made.total > made.memory["base"]
+    rotary = 2 * 4 * 32
+    assert p["embeddings"] == 4 * 4096 * 256 and p["head"] == 0 and p["norms and other"] == 4 * 9 * 256 + rotary
+    assert p["optimizer states"] == 8 * made.trainable + 4 * 3 * 28
     small = plan(load_recipe(QUICK, ["train.gradient_checkpointing=true", "train.optimizer=adamw8bit"]))
-    assert small is not None and small.memory["activations"] < made.memory["activations"]
-    away = plan(load_recipe(QUICK, ["train.gradient_checkpointing=true", "train.offload=cpu"]))
-    assert away is not None and away.memory["activations"] < small.memory["activations"]
-    assert small.memory["optimizer"] == 2 * made.trainable
+    assert small is not None and small.stages["training"] < made.stages["training"]
+    assert optimizer_bytes("adamw8bit") * made.trainable < small.parts["optimizer states"] < 3 * made.trainable
 
 
 def test_plan_of_planes():
@@ -155,7 +156,7 @@ def test_plan_of_planes():
         for planes in ("first", "all")
     )
     assert first is not None and every is not None and every.trainable == 3 * first.trainable
-    assert first.memory["residual"] == 0
+    assert first.parts["residual"] == 0
 
 
 def test_optimizer_bytes():

@@ -222,6 +222,14 @@ def test_rows_measured_again_replace_the_old_ones() -> None:
     assert lines[0].split() == ["base", "trained"] and lines[1].split() == ["a", "acc", "0.1", "0.2"] and lines[2].split() == ["b", "acc", "0.3"]
 
 
+def test_rows_over_another_number_of_samples_are_another_line() -> None:
+    """`lowbit-ft eval --limit 2` on one stage must not stand beside a full measurement of another as if they compared."""
+    rows = [TaskRow("base", "a", "acc", 0.1, None, True, 48), TaskRow("trained", "a", "acc", 0.5, None, True, 2)]
+    rows.append(TaskRow("base", "b", "acc", 0.3, None, True, 48))
+    text = [line.split() for line in table(rows).splitlines()]
+    assert text[1:] == [["a", "acc", "(48", "rows)", "0.1"], ["a", "acc", "(2", "rows)", "0.5"], ["b", "acc", "0.3"]]
+
+
 # ------------------------------------------------------------------------------------------ refused when the recipe is loaded
 
 

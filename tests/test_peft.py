@@ -454,7 +454,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "A"), "adapter name 'A'"),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "a.b"), r"adapter name 'a\.b'"),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "values"), "adapter name 'values'"),
-        (lambda: write_adapter("never", packed_model(), ADAPTERS["scale"](), "", "base"), "attach one first"),
+        (lambda: write_adapter("never", adapter_state(packed_model()), ADAPTERS["scale"](), "", "base"), "attach one first"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_says_why(make: Callable[[], Any], message: str) -> None:
@@ -556,7 +556,7 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "rename", fail_on_new)
     with pytest.raises(OSError, match="disk full"):
-        write_adapter(folder, model, config, base_digest(model), "base")
+        write_adapter(folder, adapter_state(model), config, base_digest(model), "base")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 

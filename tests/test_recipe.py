@@ -230,6 +230,12 @@ BAD = [
     ("override says nothing", ("bits: 4", "bits: 4\n  overrides: [{match: '*'}]"), (), "r.yaml:8: quant.overrides.0: got an override that changes nothing"),
     ("method against residual", ("lr_qat", "l4q"), ("quant.residual_bits=0",), "r.yaml:10: adapter.method: got 'l4q': l4q re-grids"),
     ("warm-up as long as the run", ("lr_qat", "l4q\n  warmup_steps: 10"), (), "r.yaml:11: adapter.warmup_steps: got 10, but train.max_steps is 10"),
+    ("cheap gradients that cost more", ("rank: 8", "rank: 64\n  low_rank_gradient: factorised"), ("adapter.scale_grad_tokens=0.25",), "r.yaml:12: adapter.low_rank_gradient: got 'factorised', which with rank 64, group size 128 and scale_grad_tokens 0.25 costs 1.25 products"),
+    ("corrected from all tokens", ("rank: 8", "rank: 8\n  low_rank_gradient: corrected"), (), "costs 1.12 products of a layer's size where exact costs 1"),
+    ("drawn tokens beside exact", ("rank: 8", "rank: 8\n  scale_grad_tokens: 0.5"), (), "scale_grad_tokens 0.5 with low_rank_gradient exact, whose third GEMM is of all tokens"),
+    ("no tokens drawn", ("lr_qat\n  rank: 8", "scale\n  scale_grad_tokens: 0"), (), "r.yaml:11: adapter.scale_grad_tokens: got 0; allowed: greater than 0"),
+    ("nothing to keep", ("rank: 8", "rank: 8\n"), ("adapter={method: lora}", "train.keep_codes=true"), "train.keep_codes: got true, but lora rounds nothing while it trains"),
+    ("kept codes of shards", ("max_steps: 10", "max_steps: 10\n  keep_codes: true\n  sharding: fsdp"), (), "r.yaml:19: train.keep_codes: got true with train.sharding: fsdp, where no process holds whole layers"),
     ("alpha_tuning on integers", ("lr_qat\n  rank: 8", "alpha_tuning"), (), "r.yaml:10: adapter.method: got 'alpha_tuning', which works on quant.grid: binary; the recipe has integer; set quant.grid: binary"),
     ("integer method on planes", ("bits: 4", "grid: binary\n  bits: 3"), (), "adapter.method: got 'lr_qat', which works on quant.grid: integer"),
     ("zero points on planes", ("bits: 4", "grid: binary\n  symmetric: false"), (), "r.yaml:8: quant.symmetric: got false; sign planes have no zero point"),
@@ -276,6 +282,25 @@ def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
     assert before in GOOD
     problems = refused(GOOD.replace(before, after, 1) if before else GOOD, overrides)
     assert any(words in problem for problem in problems), "\n".join(problems)
+
+
+def test_cheaper_gradients_where_they_are_cheaper():
+    """Row-wise frozen grids need no tokens for their scales, and a live grid no groups for A and B."""
+    cheap = ("adapter.low_rank_gradient=factorised",)
+    load_recipe(write(GOOD), (*cheap, "adapter.scale_grad_tokens=0.25"))
+    load_recipe(write(GOOD), (*cheap, "quant.group_size=-1"))
+    load_recipe(write(GOOD), (*cheap, "adapter.train_scale=false"))
+    load_recipe(write(GOOD), ("adapter={method: l4q, rank: 64, low_rank_gradient: corrected, scale_grad_tokens: 0.5}", "quant.group_size=32"))
+    load_recipe(write(GOOD), ("adapter={method: scale, scale_grad_tokens: 0.25}", "train.keep_codes=true"))
+    costs = [
+        (ADAPTERS["lr_qat"](rank=16), 128, 1.0),
+        (ADAPTERS["lr_qat"](rank=16, low_rank_gradient="factorised", scale_grad_tokens=0.25), 128, 0.5),
+        (ADAPTERS["dl_qat"](rank=16, low_rank_gradient="factorised", scale_grad_tokens=0.25), -1, 0.0),
+        (ADAPTERS["dl_qat"](rank=16, low_rank_gradient="corrected", scale_grad_tokens=0.25), -1, 0.25),
+        (ADAPTERS["l4q"](rank=16, low_rank_gradient="factorised", scale_grad_tokens=0.25), 32, 0.25),
+        (ADAPTERS["lr_qat"](rank=16, low_rank_gradient="factorised", train_scale=False), 64, 0.5),
+    ]
+    assert [c.gradient_cost(IntGrid(group_size=g)) for c, g, _ in costs] == [cost for _, _, cost in costs]
 
 
 def test_all_problems_at_once_and_in_order():
@@ -639,7 +664,7 @@ def test_kinds_of_layers_meet_the_format_before_anything_is_loaded(
 
     monkeypatch.chdir(ROOT)
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "model")
-    changes = [f"model.path={tmp_path / 'model'}", "quant.group_size=32", "eval.window=64", "data.sequence_len=64", "eval.generate=[]"]
+    changes = [f"model.path={tmp_path / 'model'}", "model.attention=eager", "quant.group_size=32", "eval.window=64", "data.sequence_len=64", "eval.generate=[]"]
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "model" / "chat_template.jinja").write_text("x")
     recipe = ROOT / "recipes" / "quickstart.yaml"
@@ -648,13 +673,15 @@ def test_kinds_of_layers_meet_the_format_before_anything_is_loaded(
             load_recipe(recipe, [*changes, *overrides, f"output={tmp_path / 'run'}"])
         changes.append("export.format=native")
     made = load_recipe(recipe, [*changes, *overrides, f"output={tmp_path / 'run'}"])
-    memory = plan(made)
-    assert memory is not None
+    counted = plan(made)
+    assert counted is not None
     model, rows = quantize(checkpoint, made.quant, attention="eager")
     packed = sum(row.packed_bytes for row in rows.quantized)
-    assert memory.memory["base"] + memory.memory["residual"] == packed
+    assert sum(row.base_bytes + row.residual_bytes for row in counted.rows) == packed
+    parts = counted.parts
     rest = sum(p.numel() for p in model.parameters()) * 4
-    assert memory.memory["unquantized"] == pytest.approx(rest, rel=0.02)
+    others = [parts[name] for name in ("codes", "residual", "scales and zeros", "embeddings", "head", "norms and other")]
+    assert sum(others) - packed == pytest.approx(rest, rel=0.02)
 
 
 @pytest.mark.parametrize("tied", [True, False])

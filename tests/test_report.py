@@ -221,6 +221,13 @@ def test_tasks_have_a_column_per_stage(tmp_path: Path):
     assert "What ships differs from what was trained in arc<b> acc." in text and "None ['x']" in text
 
 
+def test_tasks_over_other_rows_are_another_line(tmp_path: Path):
+    rows = [{**row, "samples": 48} for row in files()["tasks.json"]["rows"]]
+    limited = {**rows[-1], "samples": 2, "value": 0.015625}
+    text = " ".join(run(tmp_path, tasks__json={"rows": [*rows, limited]}).text["tasks"].split())
+    assert "(48 rows)" in text and "(2 rows)" in text and "differs from what was trained" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "section"),
     [

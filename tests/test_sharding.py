@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -287,21 +288,42 @@ def test_frozen_parameters_change_nothing_but_their_kind() -> None:
     assert layer.codes.dtype == torch.int16 and layer.adapter.A.dtype == torch.float32 and layer.bias.dtype == torch.bfloat16
 
 
-def test_the_line_by_accelerate_launch_ships_what_one_process_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The documented configuration, the number of processes on the command line; the merged bytes are the same."""
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_line_by_accelerate_launch_ships_what_one_process_ships(machines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documented configurations, their numbers given on the command line; the merged bytes are the same. Two machines are two
+    launches that meet at a port."""
     monkeypatch.chdir(ROOT)
     common = [
         "train.max_steps=2", "train.micro_batch_size=1", "train.eval_every=null", "train.save_every=null", "data.train.limit=60",
         "data.valid.limit=3", "data.sequence_len=64", "quant.bits=3",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    config = ROOT / "docs" / "accelerate" / "one-machine.yaml"
+    config = ROOT / "docs" / "accelerate" / ("one-machine.yaml" if machines == 1 else "two-machines.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
-    line = ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *common, "train.gradient_accumulation_steps=1"]
-    ran = subprocess.run(
-        [*command, *line, "train.sharding=fsdp", f"output={two}"], env=environment(), capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
+    line = ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *common, "train.gradient_accumulation_steps=1", "train.sharding=fsdp"]
+    place = [] if machines == 1 else ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    errors = [(tmp_path / f"stderr-{rank}").open("w+") for rank in range(machines)]
+    launched = [
+        subprocess.Popen(
+            [*command, *place, "--machine_rank", str(rank), *line, f"output={two}"], env=environment(), stdout=subprocess.DEVNULL, stderr=file
+        )
+        for rank, file in enumerate(errors)
+    ]
+    try:
+        codes = [process.wait(timeout=600) for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+        said = "".join(Path(file.name).read_text()[-4000:] for file in errors)
+        for file in errors:
+            file.close()
+    assert codes == [0] * machines, said
     pipeline.train(load_recipe("recipes/quickstart.yaml", [*common, "train.gradient_accumulation_steps=2", f"output={one}"]))
     for path in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (one / path).read_bytes() == (two / path).read_bytes(), path

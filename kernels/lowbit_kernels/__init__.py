@@ -9,6 +9,7 @@ from . import dispatch
 from .binary import binary_dequantize, binary_gradients, binary_matmul, binary_matmul_dx
 from .codes import UNITS, grid_codes
 from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
+from .estimates import grid_estimates
 from .grid_linear import grid_gradients, grid_linear
 from .hadamard import hadamard
 from .layout import group_count, packed_width, superblock
@@ -28,6 +29,7 @@ __all__ = [
     "exact_exp",
     "fits_int4",
     "grid_codes",
+    "grid_estimates",
     "grid_gradients",
     "grid_linear",
     "group_count",

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import dispatch
 from .layout import CODES_PER_HALFWORD, LANES, group_count, superblock
+from .scratch import binary_rows as _step
 from .triton_common import (
     COMPUTE,
     LANE,
@@ -406,11 +407,6 @@ def gradients_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-
-
-def _step(megabytes: int, other: int, size: int, multiple: int) -> int:
-    """How many rows (or channels) of `other` numbers of `size` bytes fit in the scratch, a multiple of `multiple`."""
-    return max(multiple, (megabytes << 20) // (other * size) // multiple * multiple)
 
 
 def _dequantize(

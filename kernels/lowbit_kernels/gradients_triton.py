@@ -47,10 +47,9 @@ from .codes_triton import (
     row_dense,
 )
 from .matmul import packed_matmul
+from .scratch import PROJECTION_BLOCK, gradient_chunk
 from .triton_common import COMPUTE, INTERPRETED, LANE, compute_dtype, launch_options, plane_group, round_even
 
-# Columns of dB summed together in registers, twice: a wider operand would not fit beside them. Larger ranks write dB strip by strip.
-PROJECTION_BLOCK = 32
 EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
 
 
@@ -365,12 +364,8 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
     k, n, block = x.shape[1], dy.shape[1], config["BLOCK_N"]
     # Two blocks of the rank fit in registers next to the tile; a larger rank is written strip by strip.
     strips = sums.shape[1]
-    span = min(config.get("SPAN", 32), triton.next_power_of_2(strips)) if rank <= 2 * PROJECTION_BLOCK else 1
+    rows, span = gradient_chunk(n, k, rank, x.element_size(), config)
     spans = triton.cdiv(strips, span)
-    # All scratch of a chunk together, per row: dW, its part of dA's partial sums and of dB's.
-    per_row = k * x.element_size() + 4 * k * rank // block + 4 * spans * rank
-    rows = max(1, int(config.get("CHUNK_MB", 24) * 2**20) // per_row)
-    rows = n if rows >= n else max(block, rows // block * block)
     scratch = torch.empty(min(rows, n), k, dtype=x.dtype, device=x.device)
     part_a = sums.new_empty(triton.cdiv(min(rows, n), block), rank, k)
     part_b = sums.new_empty(spans, n, rank)

@@ -14,13 +14,18 @@ for clip_then_round), sums over the inputs of a group:
 
 In the live case z may be a rounded trained value: its gradient is -S dT, which the caller gets by passing T = -S (z - sg(z)).
 The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about 250-fold).
+
+`step_codes`, when given, are the codes that grid_codes makes of these very arguments, made once for all forwards and backwards of
+an optimizer step; they are taken on trust. `low_rank` and `tokens` choose cheaper gradients (estimates.py): "exact" with a
+low-rank part is the equations above.
 """
 
 import torch
 from torch import Tensor
 
 from .codes import grid_codes, grid_values
-from .layout import grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
+from .estimates import LOW_RANK, grid_estimates
+from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
 from .matmul import packed_matmul, packed_matmul_dx
 
 
@@ -115,36 +120,64 @@ def grid_linear(
     residual_bits: int,
     group_size: int,
     clip_first: bool,
+    step_codes: Tensor | None = None,
+    low_rank: str = "exact",
+    tokens: float = 1.0,
 ) -> Tensor:
     """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file head)."""
-    k = x.shape[-1]
-    new = grid_codes(
-        codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
-    )
+    if low_rank not in LOW_RANK or not 0 < tokens <= 1:
+        raise ValueError(f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1")
+    k, new = x.shape[-1], step_codes
+    if new is None:
+        new = grid_codes(
+            codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
+        )
     return packed_matmul(x, new, scale, zero, offset, bits, group_size)
 
 
 @grid_linear.register_fake
-def _(x, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first):
+def _(
+    x, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first,
+    step_codes=None, low_rank="exact", tokens=1.0,
+):  # fmt: skip
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
+def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
+    """Whether the cheaper gradients are asked for. Exact ones of a low-rank part need dW of every token, and the scales' is then free."""
+    return low_rank != "exact" or (a is None and tokens < 1)
+
+
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10])
-    ctx.static = inputs[10:]
+    x, scale, units, group_size = inputs[0], inputs[7], inputs[11], inputs[14]
+    a, (step_codes, low_rank, tokens) = inputs[5], inputs[16:19]
+    row_wise = group_count(x.shape[-1], group_size) == 1 and units != "live" and ctx.needs_input_grad[7]
+    y = output if row_wise and _estimated(a, low_rank, tokens) else None
+    assert scale.shape[0] == 1 or y is None
+    ctx.save_for_backward(*inputs[:10], step_codes, y)
+    ctx.static = (*inputs[10:16], low_rank, tokens)
 
 
 def _backward(ctx, dy):
-    x, codes, residual, scale0, zero0, a, b, scale, zero, offset = ctx.saved_tensors
-    gain, units, bits, residual_bits, group_size, clip_first = ctx.static
+    x, codes, residual, scale0, zero0, a, b, scale, zero, offset, new, y = ctx.saved_tensors
+    gain, units, bits, residual_bits, group_size, clip_first, low_rank, tokens = ctx.static
     k, need = x.shape[-1], ctx.needs_input_grad
     dx = ds = dt = da = db = None
-    if need[0]:
+    estimated, low = _estimated(a, low_rank, tokens), need[5] or need[6]
+    scales = need[7] or need[9]
+    if new is None and (need[0] or (estimated and scales and y is None)):
         new = grid_codes(
             codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
         )
+    if need[0]:
         dx = packed_matmul_dx(dy, new, scale, zero, offset, bits, k, group_size)
-    if need[5] or need[6] or need[7] or need[9]:
+    if estimated and (low or scales):
+        ds, dt, da, db = grid_estimates(
+            x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]), None if y is None else y.reshape(-1, y.shape[-1]), new,
+            codes, residual, scale0, zero0, a, b, scale, zero, offset,
+            gain, units, bits, residual_bits, group_size, clip_first, low_rank, tokens, low, scales,
+        )  # fmt: skip
+    elif low or scales:
         ds, dt, da, db = grid_gradients(
             x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]), codes, residual, scale0, zero0, a, b, scale, zero, offset,
             gain, units, bits, residual_bits, group_size, clip_first,
@@ -154,7 +187,7 @@ def _backward(ctx, dy):
         # A custom op must return None, not a tensor, for what was not asked for or not given.
         grad = grads[index]
         grads[index] = grad.to(tensor.dtype) if need[index] and grad is not None else None
-    return *grads, None, None, None, None, None, None
+    return *grads, *[None] * 9
 
 
 grid_linear.register_autograd(_backward, setup_context=_setup)

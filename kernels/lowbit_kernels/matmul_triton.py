@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import dispatch
 from .layout import LANES, group_count, packed_width, superblock
+from .scratch import COLUMNS, dx_columns, forward_rows
 from .triton_common import (
     COMPUTE,
     INTERPRETED,
@@ -614,17 +615,11 @@ def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, padded)[:, :columns]
 
 
-def _even_steps(total: int, most: int, multiple: int) -> int:
-    """The size of equal chunks of `total`, each a multiple of `multiple` and, if that can be, at most `most`."""
-    chunks = triton.cdiv(total, max(multiple, most // multiple * multiple))
-    return triton.cdiv(triton.cdiv(total, chunks), multiple) * multiple
-
-
 def _forward_two_stage(x: Tensor, weight: _Weight, config: dict) -> Tensor:
     (m, k), n = x.shape, weight.n
-    step = _even_steps(n, config["CHUNK_MB"] * 2**20 // (k * x.element_size()), 128)
+    step = forward_rows(n, k, x.element_size(), config)
     tiles = dispatch.config("dequantize", weight.bits, x.dtype, m, n, k)
-    scratch = _scratch(min(step, n), k, x)
+    scratch = _scratch(step, k, x)
     y = x.new_empty(m, n)
     for first in range(0, n, step):
         chunk = scratch[: min(step, n - first)]
@@ -682,16 +677,15 @@ def _dx_tile(config: dict, bits: int, arch: int) -> dict:
     return {"COUNT": count, "JOIN": join, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
 
 
-# The narrowest chunk of channels that is worth a product of its own, even where the scratch then outgrows its share of L2.
-_COLUMNS = 256
+_COLUMNS = COLUMNS
 
 
 def _dx_two_stage(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
     (m, n), k = dy.shape, weight.k
     block = superblock(weight.bits)
-    step = _even_steps(k, max(_COLUMNS, config["CHUNK_MB"] * 2**20 // (n * dy.element_size())), block)
+    step = dx_columns(n, k, dy.element_size(), weight.bits, config, _COLUMNS)
     tiles = dispatch.config("dequantize", weight.bits, dy.dtype, m, n, k)
-    scratch = _scratch(n, min(step, k), dy)
+    scratch = _scratch(n, step, dy)
     dx = dy.new_empty(m, k)
     for first in range(0, k, step):
         chunk = scratch[:, : min(step, k - first)]

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lowbit_kernels import exact_exp
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
 from ..grid.estimators import cast_scale, scale_gradient
+from .step_codes import StepCodes
 
 # Parameters of the optimizer's scale group, by the last component of their name (train.scale_learning_rate).
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale"})
@@ -78,6 +79,17 @@ class ScaleOptions(AdapterConfig):
     lsq_gradient_scaling: bool = Field(
         False, description="multiply scale gradients by 1/sqrt(g * Qp) (LSQ); Adam makes it nearly inert"
     )
+    scale_grad_tokens: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the tokens, drawn anew in every backward, that scales and offsets learn from (unbiased): the product "
+        "that their gradient costs shrinks to that share. Methods with A and B: with low_rank_gradient factorised or corrected",
+    )
+
+    def gradient_options(self) -> dict[str, Any]:
+        """What GridArgs is told of cheaper gradients (lowbit_kernels/estimates.py)."""
+        return {"scale_grad_tokens": self.scale_grad_tokens}
 
     def scale_gradient_factor(self, base: Weight) -> float:
         if not self.lsq_gradient_scaling:
@@ -94,6 +106,7 @@ class LowRankOptions(ScaleOptions):
     """Options of every method with a low-rank product D = alpha / rank * B A."""
 
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
+    live_grid: ClassVar[bool] = False  # the base is re-gridded with the trained scale (units "live")
 
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0, description="D = alpha / rank * B A")
@@ -104,6 +117,32 @@ class LowRankOptions(ScaleOptions):
     )
     clip: Literal["round_then_clip", "clip_then_round"] = "round_then_clip"
     init_from: str | None = init_from_field()
+    low_rank_gradient: Literal["exact", "factorised", "corrected"] = Field(
+        "exact",
+        description="of A and B. exact: a third GEMM per layer; factorised: 2 rank / group of one, as if nothing were clipped; "
+        "corrected: the same, and the clipped entries from the tokens of scale_grad_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _cheaper_gradients(self) -> "LowRankOptions":
+        if self.low_rank_gradient == "exact" and self.scale_grad_tokens < 1:
+            raise ValueError(
+                f"scale_grad_tokens {self.scale_grad_tokens:g} with low_rank_gradient exact, whose third GEMM is of all tokens and gives the "
+                "scales' gradient too; set low_rank_gradient: factorised (or corrected), or scale_grad_tokens: 1"
+            )
+        return self
+
+    def gradient_options(self) -> dict[str, Any]:
+        return {**super().gradient_options(), "low_rank_gradient": self.low_rank_gradient}
+
+    def gradient_cost(self, grid: IntGrid) -> float:
+        """What the gradients of A, B and the scales cost, in GEMMs of the layer, beside the two of forward and input: 1 where exact."""
+        if self.low_rank_gradient == "exact":
+            return 1.0
+        row_wise = grid.group_size == -1
+        groups = 0.0 if self.live_grid or row_wise else 2 * self.rank / grid.group_size
+        drawn = self.low_rank_gradient == "corrected" or (self.train_scale and (self.live_grid or not row_wise))
+        return groups + (self.scale_grad_tokens if drawn else 0.0)
 
     @property
     def gain(self) -> float:
@@ -130,6 +169,8 @@ class LowRankOptions(ScaleOptions):
 class Adapter(nn.Module):
     """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
 
+    kept: StepCodes | None = None  # train.keep_codes: the codes of this optimizer step
+
     def grid_args(self, base: PackedWeight) -> GridArgs:
         raise AssertionError(f"{type(self).__name__} does not train integers")
 
@@ -140,7 +181,26 @@ class Adapter(nn.Module):
         """x [..., K] -> [..., N]."""
         if isinstance(base, BinaryWeight):
             return base.linear(x, self.plane_args(base))
-        return base.linear(x, self.grid_args(base))
+        args = self.grid_args(base)
+        return base.linear(x, args, self.step_codes(base, args))
+
+    def step_codes(self, base: PackedWeight, args: GridArgs) -> Tensor | None:
+        """The codes of this forward if they are there already; None: the op makes them."""
+        if args.a is None and args.units != "live":
+            return base.codes  # nothing moves them
+        if self.kept is None or not self.training or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():  # versions cannot be looked at from inside
+            return self.kept.codes if self.kept.checked_outside else None
+        return self.kept.get(base, args, self.parameters())
+
+    def refresh_codes(self, base: Weight) -> None:
+        """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward that is compiled."""
+        if self.kept is not None and self.training and torch.is_grad_enabled() and isinstance(base, PackedWeight):
+            with torch.no_grad():
+                args = self.grid_args(base)
+            if args.a is not None or args.units == "live":
+                self.kept.get(base, args, self.parameters())
 
     @torch.no_grad()
     def merge(self, base: Weight) -> Weight:

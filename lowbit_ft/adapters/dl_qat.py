@@ -44,4 +44,5 @@ class DLQAT(Adapter):
             gain=self.config.gain,
             units="weight",
             clip_first=self.config.clip == "clip_then_round",
+            **self.config.gradient_options(),
         )

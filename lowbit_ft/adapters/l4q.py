@@ -16,7 +16,7 @@ none, (Wc - T) / S is an integer at the start and that gradient is zero.
 max(|min Wc / Qn|, |max Wc / Qp|) per group (L4Qinit, Eq. 15) of the warmed-up weight. Default 0: keep the calibrated scale.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lowbit_kernels import packed_matmul
@@ -31,6 +31,8 @@ from .base import SCALE_PARAMETERS, LowRank, LowRankOptions, ScaledAdapter, _fie
 
 
 class L4QConfig(LowRankOptions):
+    live_grid: ClassVar[bool] = True
+
     method: Literal["l4q"] = "l4q"
     clip: Literal["round_then_clip", "clip_then_round"] = "clip_then_round"
     offset: Literal["auto", "none", "integer", "float"] = "auto"
@@ -97,6 +99,7 @@ class L4Q(ScaledAdapter):
             units="live",
             clip_first=self.config.clip == "clip_then_round",
             ships_offset=self.kind == "float",
+            **self.config.gradient_options(),
         )
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:

@@ -46,4 +46,5 @@ class LRQAT(ScaledAdapter):
             gain=self.config.gain,
             units="grid",
             clip_first=self.config.clip == "clip_then_round",
+            **self.config.gradient_options(),
         )

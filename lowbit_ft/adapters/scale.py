@@ -23,4 +23,4 @@ class ScaleConfig(ScaleOptions):
 
 class ScaleAdapter(ScaledAdapter):
     def grid_args(self, base: PackedWeight) -> GridArgs:
-        return GridArgs(scale=self.scale(base), zero=base.zero)
+        return GridArgs(scale=self.scale(base), zero=base.zero, **self.config.gradient_options())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..grid import Weight
 from ..hub import tensor_entries
+from ..mapped import to_device
 from ..tensorfile import CheckpointError, TensorEntry, pieces
 from .base import Weights
 from .native import Native, layers_from_config
@@ -86,6 +87,7 @@ def load_exported(
     """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval mode.
 
     dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors ones become dense.
+    What is packed is not copied on a CPU: it stays in the pages of the files (mapped.py).
     """
     from transformers import AutoConfig
 
@@ -111,10 +113,12 @@ def load_exported(
         model = auto.from_pretrained(
             str(folder),
             dtype=kind if method else dtype or "auto",
-            device_map=None if device == "cpu" else device,
+            device_map=None if device == "cpu" or method == Native.quant_method else device,
             attn_implementation=attention,  # None: the best one the model has
             local_files_only=True,
             trust_remote_code=False,
             **options,
         )
+    if method == Native.quant_method and device != "cpu":
+        model = to_device(model, device, folder)
     return model.eval()

@@ -10,7 +10,7 @@ The folder is there whole or not at all, and takes the place of another only whe
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -343,16 +343,16 @@ def _write_shards(
     for slot in (slot for slots in shards.values() for slot in slots):
         by_layer.setdefault(slot.layer, []).append(slot)
 
-    def put(slot: _Slot, tensor: Tensor) -> None:
-        assert tuple(tensor.shape) == slot.shape and tensor.dtype == slot.dtype, slot
+    def put(slot: _Slot, pieces: Iterable[Tensor]) -> None:
         path, position = places[slot.key]
         with path.open("r+b") as file:
             file.seek(position)
-            file.write(tensor_bytes(tensor))
+            written = sum(file.write(tensor_bytes(piece)) for piece in pieces)
+        assert written == slot.nbytes, f"{slot}: {written} bytes"
 
-    digests = {}
-    for name, weight in weights.items():
-        tensors: dict[Part | None, dict[str, Tensor]] = {}
+    def put_layer(name: str) -> dict[str, str]:
+        """One layer; none of it is left when the next one is asked for."""
+        weight, tensors = weights[name], {}
         for slot in by_layer[name]:
             if slot.part not in tensors:
                 first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
@@ -361,10 +361,13 @@ def _write_shards(
             made = tensors[slot.part][slot.source]
             kept = made.to(slot.dtype)
             assert kept is made or torch.equal(kept.to(made.dtype), made), f"{slot.key}: {slot.dtype} cannot hold its values"
-            put(slot, kept)
-        digests[name] = layer_digests(weight)
+            assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
+            put(slot, [kept])
+        return layer_digests(weight)
+
+    digests = {name: put_layer(name) for name in weights}
     for slot in by_layer.get(None, []):
-        put(slot, checkpoint.read(slot.source))
+        put(slot, checkpoint.stored_pieces(slot.source))
     return digests
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .binary import BinaryGrid
 from .integer import IntGrid
-from .packed import WEIGHTS, BinaryWeight, GridArgs, PackedWeight, PlaneArgs, Weight, empty_weight
+from .packed import WEIGHTS, BinaryWeight, GridArgs, PackedWeight, PlaneArgs, Weight, empty_weight, stack_rows
 
 Grid = IntGrid | BinaryGrid
 GRIDS: dict[str, type[IntGrid] | type[BinaryGrid]] = {"integer": IntGrid, "binary": BinaryGrid}
@@ -38,4 +38,5 @@ __all__ = [
     "Weight",
     "empty_weight",
     "grid_from_json",
+    "stack_rows",
 ]

@@ -10,7 +10,7 @@ Both answer the same verbs, so adapters, merge and exporters need to know nothin
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,6 +35,8 @@ class GridArgs:
     units: str = "grid"
     clip_first: bool = False
     ships_offset: bool = False  # T is a real offset (not only a path for the zero point's gradient)
+    low_rank_gradient: str = "exact"  # of A and B: see lowbit_kernels/estimates.py
+    scale_grad_tokens: float = 1.0  # the share of the tokens that scales and offsets learn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,24 +129,30 @@ class PackedWeight(_Tensors):
             _expect(name, tensors[name], size, (dtype,))
         return cls(shape=shape, grid=grid, **tensors)
 
-    def linear(self, x: Tensor, args: GridArgs | None = None) -> Tensor:
-        """x [..., K] -> [..., N]."""
+    def linear(self, x: Tensor, args: GridArgs | None = None, step_codes: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N]. step_codes: what `codes_of(args)` gives, if it is there already."""
         g = self.grid
         if args is None:
             return kernels.packed_matmul(x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size)
         return kernels.grid_linear(
             x, self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
             args.gain, args.units, g.bits, g.residual_bits, g.group_size, args.clip_first,
+            step_codes, args.low_rank_gradient, args.scale_grad_tokens,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def codes_of(self, args: GridArgs) -> Tensor:
+        """The packed codes that linear(x, args) multiplies with, int16 [N, W]."""
+        g = self.grid
+        return kernels.grid_codes(
+            self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
+            args.gain, args.units, g.bits, g.residual_bits, self.shape[1], g.group_size,
         )  # fmt: skip
 
     @torch.no_grad()
     def merged(self, args: GridArgs) -> "PackedWeight":
         """The weight that linear(x, args) multiplied with, as integers: the same op makes the codes."""
-        g = self.grid
-        codes = kernels.grid_codes(
-            self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
-            args.gain, args.units, g.bits, g.residual_bits, self.shape[1], g.group_size,
-        )  # fmt: skip
+        g, codes = self.grid, self.codes_of(args)
         dtype = getattr(torch, g.scale_dtype)
         scale = args.scale.detach().to(dtype)
         assert torch.equal(scale.float(), args.scale.detach().float()), "scales must be rounded before the forward"
@@ -245,6 +253,17 @@ class BinaryWeight(_Tensors):
 
 Weight = PackedWeight | BinaryWeight
 WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {"integer": PackedWeight, "binary": BinaryWeight}
+
+
+def stack_rows(parts: Sequence[Weight]) -> Weight:
+    """Weights of one grid and K, one below the other: the inverse of `rows`."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    along = {"codes": 0, "residual": 0, "planes": 1, "scale": 2 if isinstance(first, BinaryWeight) else 1, "zero": 1, "offset": 1}
+    tensors = {name: torch.cat([part.to_tensors()[name] for part in parts], along[name]) for name in first.to_tensors()}
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    return type(first)(shape=shape, grid=first.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def empty_weight(shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False) -> Weight:

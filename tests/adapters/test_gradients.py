@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lowbit_kernels import estimates
+from pydantic import ValidationError
 from torch import Tensor
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
@@ -177,3 +179,36 @@ def test_batches_of_any_rank_give_the_same_gradients():
     for name in ("A", "B", "log_scale"):
         torch.testing.assert_close(cube[name], flat[name], rtol=0, atol=0)
     torch.testing.assert_close(cube["x"].view(6, -1), flat["x"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale"])
+def test_the_mean_of_cheaper_gradients_is_the_exact_one(method: str, group_size: int, monkeypatch: pytest.MonkeyPatch):
+    """Over all starts of the draw, for every trained tensor of every method: through the adapters, on an asymmetric 2-bit grid."""
+    base = base_of(IntGrid(bits=2, group_size=group_size, symmetric=False))
+    cheap = {"scale_grad_tokens": 0.3} | ({} if method == "scale" else {"rank": 5, "low_rank_gradient": "corrected"})
+    torch.manual_seed(1)
+    adapter = trained(ADAPTERS[method](**{k: v for k, v in cheap.items() if k == "rank"}), base)
+    other = ADAPTERS[method](**cheap).build(base)
+    other.load_state_dict(adapter.state_dict())
+    x, dy = torch.randn(7, base.shape[1]), torch.randn(7, base.shape[0])
+    want, draws = gradients(adapter, base, x, dy), []
+    for start in range(7):
+        monkeypatch.setattr(estimates, "random_start", lambda m, device, s=start: torch.tensor([s]))
+        other.zero_grad()
+        draws.append(gradients(other, base, x, dy))
+    assert torch.equal(draws[0]["x"], want["x"])
+    for name, exact in want.items():
+        mean = torch.stack([d[name].double() for d in draws]).mean(0)
+        assert error(mean, exact.double()) < TOLERANCE, name
+    scale = "magnitude" if method == "dl_qat" else "log_scale"
+    varies = any(not torch.equal(d[scale], draws[0][scale]) for d in draws)
+    assert varies == (group_size == 32 or method == "l4q")  # one frozen scale per row has an identity instead
+
+
+def test_sampled_scales_beside_an_exact_low_rank_gradient_are_refused():
+    with pytest.raises(ValidationError, match="third GEMM is of all tokens.*low_rank_gradient: factorised"):
+        ADAPTERS["lr_qat"](scale_grad_tokens=0.5)
+    for share in (0, 1.1):
+        with pytest.raises(ValidationError, match="scale_grad_tokens"):
+            ADAPTERS["scale"](scale_grad_tokens=share)

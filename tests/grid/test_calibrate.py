@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
-from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats, ranges
 from lowbit_ft.grid.estimators import SMALLEST_SCALE
 from tests import reference
 
@@ -95,6 +95,30 @@ def test_mse_is_never_worse_than_the_full_range(grid: IntGrid, p: float):
     assert (searched <= full * (1 + 1e-4)).all()
     if grid.bits < 8:
         assert searched.sum() < 0.999 * full.sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("grid", [IntGrid(bits=b, symmetric=s, group_size=32) for b in (2, 3, 4, 8) for s in (True, False)], ids=str)
+def test_groups_left_alone_early_have_the_result_of_the_whole_search(grid: IntGrid, weighted: bool, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(1)
+    groups = torch.randn(7, 33, 32) * torch.rand(7, 33, 1)
+    groups[0] *= torch.where(torch.rand(33, 32) < 0.05, 20.0, 1.0)  # outliers: what clipping is for
+    groups[1, :9], groups[1, 9:20] = 0.0, groups[1, 9:20].abs() + 1
+    weight = torch.rand(32) if weighted else None
+    looked: list[int] = []
+    counted = ranges.rounding_error
+    monkeypatch.setattr(ranges, "rounding_error", lambda g, *rest: (looked.append(len(g)), counted(g, *rest))[1])
+    found = []
+    for every, elements in ((ranges.PRUNE_EVERY, 5 * 32), (10**9, 1 << 30)):
+        monkeypatch.setattr(ranges, "PRUNE_EVERY", every)
+        monkeypatch.setattr(ranges, "CPU_ELEMENTS", elements)
+        looked.clear()
+        scale, zero = ranges.search(groups, grid, 2.4, weight)
+        found.append((scale, zero, sum(looked)))
+    (scale, zero, few), (expected, expected_zero, all_) = found
+    assert scale.shape == (7, 33) and torch.equal(scale, expected)
+    assert (zero is None) == grid.symmetric and (zero is None or torch.equal(zero, expected_zero))
+    assert few < (0.95 if grid.bits == 2 else 0.8) * all_
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

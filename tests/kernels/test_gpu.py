@@ -141,6 +141,26 @@ def test_grid_gradients(m, units):
         good(got, torch_got, want.double())
 
 
+@pytest.mark.parametrize("low_rank", ["factorised", "corrected"])
+@pytest.mark.parametrize("units", ["grid", "live"])
+def test_grid_estimates_and_no_wait_for_the_device(units, low_rank):
+    """All tokens against fp32 of the same equations; a share of them without a host synchronization."""
+    n, k, g, m = 512, 1100, 64, 300
+    args = {**grid_arguments(4, n, k, g, units, rank=16), "group_size": g, "clip_first": False}
+    x, dy = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(m, n, device="cuda").bfloat16()
+    codes = lk.grid_codes(**{a: v for a, v in args.items() if a not in ("group_size", "clip_first")}, in_features=k, group_size=g)
+    exact = lk.grid_estimates(x.float(), dy.float(), None, codes, *args.values(), low_rank, 1.0, True, True)
+    got = lk.grid_estimates(x, dy, None, codes, *args.values(), low_rank, 1.0, True, True)
+    assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(got, exact, strict=True))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = lk.grid_estimates(x, dy, None, codes, *args.values(), low_rank, 0.25, True, True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(t.isfinite().all() for t in drawn)
+
+
 @pytest.mark.parametrize("residual_bits", [0, 4])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantize_and_pack(bits, residual_bits):

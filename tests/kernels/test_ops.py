@@ -264,6 +264,8 @@ def samples() -> dict[str, tuple]:
         "packed_matmul_dx": (dy, *grid, K, 32),
         "grid_linear": (x, *train, *static, 32, True),
         "grid_gradients": (x.detach(), dy, *state, *static, 32, True),
+        # All tokens: opcheck runs an op twice and compares.
+        "grid_estimates": (x.detach(), dy, None, None, *state, *static, 32, True, "factorised", 1.0, True, True),
         "binary_dequantize": (planes, alpha, shift, K, 32, torch.float32),
         "binary_matmul": (x, planes, *leaves, 32),
         "binary_matmul_dx": (dy, planes, alpha, shift, K, 32),

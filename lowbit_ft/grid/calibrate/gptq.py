@@ -17,25 +17,24 @@ from ..packed import PackedWeight
 from .ranges import Stats, search
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float, diagonal: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is positive definite.
 
-    fp64, at most three K x K matrices at a time (K = 14336: 4.9 GB).
+    diagonal [K]: instead of H's own. fp64, in one K x K matrix that is worked on in place.
     """
-    h = hessian.to(torch.float64)
-    mean = h.diagonal().mean().clamp_min(1e-12)
-    added = torch.zeros_like(mean)
+    k, info = len(hessian), torch.empty((), dtype=torch.int32, device=hessian.device)
+    h = torch.empty(k, k, dtype=torch.float64, device=hessian.device).t()  # by columns, as LAPACK works: no copy inside
     for attempt in range(8):
-        wanted = mean * damping * 10**attempt
-        h.diagonal().add_(wanted - added)
-        added = wanted
-        factor, info = torch.linalg.cholesky_ex(h)
+        h.copy_(hessian)
+        if diagonal is not None:
+            h.diagonal().copy_(diagonal)
+        h.diagonal().add_(h.diagonal().mean().clamp_min(1e-12) * damping * 10**attempt)
+        torch.linalg.cholesky_ex(h, out=(h, info))
         if info.item() == 0:
-            inverse = torch.cholesky_inverse(factor)
-            del factor
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            torch.cholesky_inverse(h, out=h)
+            torch.linalg.cholesky_ex(h, upper=True, out=(h, info))
             if info.item() == 0:
-                return upper.float()
+                return h.float()
     raise ValueError(f"gptq: the Hessian stays singular with damping {damping * 10**7:g}; give more calibration text")
 
 
@@ -44,18 +43,18 @@ def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     if stats.hessian is None:
         raise ValueError("gptq needs calibration text: set quant.calibration.path, or calibrate: mse")
     n, k = weight.shape
-    w = weight.to(torch.float32).clone()
+    w = weight.to(torch.float32, copy=True)
     diagonal = stats.hessian.diagonal().float()
-    hessian = stats.hessian.clone()  # several linears may share it
     # Inputs that were never active: their weights are rounded alone. Their diagonal is the mean of the others, not 1: damping
     # is relative to the mean diagonal, and activations may be small.
     dead = diagonal == 0
-    hessian.diagonal()[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0
-    u = inverse_factor(hessian, stats.damping)
+    alive = diagonal.clone()
+    alive[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0
+    u = inverse_factor(stats.hessian, stats.damping, alive)
     importance = diagonal.clamp_min(diagonal.mean() * 1e-4 + 1e-12)
     group = k if grid.group_size == -1 else grid.group_size
     block = min(group, 256)
-    rounded_from, scales, zeros = torch.empty_like(w), [], []
+    scales, zeros = [], []
     top, half = grid.levels - 1, float(grid.levels // 2)
     scale = zero = None
     for start in range(0, k, block):
@@ -67,14 +66,15 @@ def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
             zeros.append(zero)
         assert scale is not None
         z = half if zero is None else zero
-        errors = torch.empty(n, stop - start, device=w.device)
-        for i in range(start, stop):
-            column = w[:, i]
-            rounded_from[:, i] = column
+        columns = w[:, start:stop].t().contiguous()  # a column of w is then a row: neighbours in memory
+        errors = torch.empty_like(columns)
+        for i, column in enumerate(columns, start):
             q = ((column / scale + z).round_().clamp_(0, top) - z) * scale
             error = (column - q) / u[i, i]
-            w[:, i + 1 : stop] -= error.unsqueeze(1) * u[i, i + 1 : stop].unsqueeze(0)
-            errors[:, i - start] = error
-        w[:, stop:] -= errors @ u[start:stop, stop:]
+            columns[i + 1 - start :] -= error * u[i, i + 1 : stop].unsqueeze(1)
+            errors[i - start] = error
+        # What a column was when its turn came: it is not touched any more, and the residual is taken from it.
+        w[:, start:stop] = columns.t()
+        w[:, stop:] -= errors.t() @ u[start:stop, stop:]
     zero = None if grid.symmetric else torch.stack(zeros)
-    return PackedWeight.quantize(rounded_from, torch.stack(scales), zero, grid)
+    return PackedWeight.quantize(w, torch.stack(scales), zero, grid)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from lowbit_kernels import dispatch, gradients_triton
+from lowbit_kernels import dispatch, estimates, gradients_triton, grid_estimates
 from lowbit_kernels.codes import UNITS
 
 from tests.kernels.test_ops import dense, error, integer_args
@@ -105,3 +105,29 @@ def test_values_far_outside_the_clip_are_masked():
         with dispatch.override("grid_gradients", FORMS[form]):
             ds = gradients_triton.grid_gradients(x, dy, **args)[0]
         assert error(ds, leaves["scale"].grad) < 5e-6, (units, form)
+
+
+@pytest.mark.parametrize("low_rank", ["factorised", "corrected"])
+@pytest.mark.parametrize(("group_size", "units"), [(32, "grid"), (128, "weight"), (64, "live")])
+def test_estimates_through_the_kernels(low_rank: str, group_size: int, units: str, monkeypatch):
+    """The drawn tokens go through the Triton gradients and give what the reference gives for them."""
+    args = integer_args(3, group_size, 4, units, zero=True, offset=True, clip_first=True, shape=(N, K))
+    x, dy = torch.randn(M, K), torch.randn(M, N)
+    monkeypatch.setattr(estimates, "random_start", lambda m, device: torch.tensor([5]))
+    call = (x, dy, None, args["codes"], *args.values(), low_rank, 0.4, True, True)
+    want, launches = grid_estimates(*call), []
+
+    def launch(*given, **named):
+        launches.append(given[0].shape)
+        return gradients_triton.grid_gradients(*given, **named)
+
+    definition = dispatch.definition("grid_gradients")
+    monkeypatch.setattr(dispatch, "launcher", lambda op: launch)
+    definition.register_kernel("cpu")(dispatch._implementation("grid_gradients"))
+    try:
+        with dispatch.override("grid_gradients", FORMS["chunked"]):
+            got = grid_estimates(*call)
+    finally:
+        definition.register_kernel("cpu")(definition._init_fn)
+    assert launches == [(8, K)]  # 8 of 20 tokens
+    assert all(error(g, w.double()) < 5e-6 for g, w in zip(got, want, strict=True))

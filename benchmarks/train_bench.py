@@ -1,0 +1,393 @@
+"""The training step on one GPU: tokens/s, peak memory, longest length, largest model. One command, under nine minutes, no network.
+
+    python -m benchmarks.train_bench                 every stage, most valuable first; rows are written as they come
+    python -m benchmarks.train_bench --dry-run       the same plan on a CPU at tiny sizes; no figures kept
+    python -m benchmarks.train_bench --report FILE   table and plot of a results file again
+
+Models have real shapes and random weights (train_models.py). Stages:
+
+    correct   loss and every gradient of each method on the device against the CPU, at a small size; what fails is not timed
+    speed     8B, 1 x 2048, rank 16, checkpointing on: each contender takes turns with QLoRA (NF4, peft) step by step in this process,
+              with the same loss, optimizer and checkpointing code (ours), so that clocks and temperature are the same for both
+    memory    the set-ups the targets name, each alone, the process capped at --cap GB; and what `lowbit-ft plan` predicted
+    length    8B W4, offload to the CPU: as many tokens as fit
+
+A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train_run. The figure is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.train_cases import LENGTH, LENGTH_TARGET, LENGTHS, MEMORY, QLORA, SPEED, Case
+from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing, with_lora
+from benchmarks.train_report import write_report
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.attach import attach, begin_step
+from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
+from lowbit_ft.recipe import TrainSection
+from lowbit_ft.rundir import environment
+from lowbit_ft.train_run import Run
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 1e-2  # of a gradient's norm, device against CPU in fp32: a code at the edge may fall to the other side
+
+
+class Windows:
+    """The same random window for ever, on the CPU, as the trainer's own batches come."""
+
+    def __init__(self, vocabulary: int, length: int) -> None:
+        ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+        self.batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)[None]}
+
+    def __next__(self) -> dict[str, Tensor]:
+        return dict(self.batch)
+
+    def __len__(self) -> int:
+        return 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Contender:
+    """One case, ready to step."""
+
+    def __init__(self, case: Case, model: Any, folder: str, layers: int | None = None) -> None:
+        keys = {"max_steps": 1000, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "scheduler": "constant", **case.train}
+        if keys.get("optimizer", "adamw") != "adamw" and not _has_bitsandbytes():
+            raise ImportError("bitsandbytes is not installed")
+        self.case, self.model = case, model
+        if case.base == "packed":
+            given = {"rank": case.rank} if "rank" in ADAPTERS[case.method].model_fields else {}
+            attach(model, ADAPTERS[case.method].model_validate({"method": case.method, **given, **case.adapter}))
+        else:
+            with_lora(model, case.rank)
+        self.windows = Windows(SHAPES[case.shape].vocabulary, case.length)
+        self.run = Run(model, self.windows, None, TrainSection(**keys), Path(folder), {}, None)
+        self.steps = 0
+
+    def step(self) -> Tensor:
+        """One optimizer step; the loss stays on the device."""
+        run = self.run
+        begin_step(self.model, self.steps)
+        loss = run.loss(next(self.windows))
+        run.accelerator.backward(loss / self.case.length)
+        run.clip()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        self.steps += 1
+        return loss.detach()
+
+
+def _has_bitsandbytes() -> bool:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Bench:
+    """The rows so far, the clock, the device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.dry, self.budget, self.cap = options.dry_run, options.budget, options.cap
+        self.began, self.rows, self.out = time.monotonic(), [], options.out
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        self.rounds = 1 if self.dry else options.rounds
+        self.dtype = torch.float32 if self.dry else torch.bfloat16
+        self.layers = options.layers
+        self.wrong: dict[tuple[Any, ...], str] = {}  # what `correct` checks -> why it must not be timed
+        self.folder = tempfile.mkdtemp(prefix="train_bench-")
+        self.head = {"environment": environment(), "options": {k: str(v) for k, v in vars(options).items()}}
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.began)
+
+    def write(self, stage: str, case: Case, **values: Any) -> None:
+        """One more row, on disk at once."""
+        target = {} if case.target is None or self.dry else {"target": list(case.target), "met": _met(case, values)}
+        row = {"stage": stage, "name": case.name, "case": _plain(case), **values, **target}
+        self.rows.append(row)
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if k not in ("all_seconds", "case"))
+        print(f"[{time.monotonic() - self.began:5.0f} s] {stage}: {case.name}: {shown}", flush=True)
+        if self.dry:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.out.with_suffix(".partial")
+        partial.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.out)
+
+    def attempt(self, stage: str, case: Case, act: Callable[[Case], dict[str, Any]], seconds: float) -> dict[str, Any] | None:
+        """act(case), written as a row; a row with the reason when there is no time, no memory, no library, or the method was wrong."""
+        case = case.tiny() if self.dry else case
+        reason = self.wrong.get(check_key(case), "")
+        if not reason and self.left() < seconds:
+            reason = f"no time left ({self.left():.0f} s, it takes about {seconds:.0f})"
+        values: dict[str, Any] | None = None
+        if not reason:
+            try:
+                values = act(case)
+            except torch.OutOfMemoryError as error:
+                reason = f"out of memory: {str(error).splitlines()[0][:160]}"
+            except (ImportError, ValueError, RuntimeError, AssertionError) as error:  # one case must not take the others' rows with it
+                reason = f"{type(error).__name__}: {str(error)[:300]}"
+        self.write(stage, case, **(values if values is not None else {"skipped": reason}))
+        self.clean()
+        return values
+
+    # ------------------------------------------------------------------ the device
+
+    def clean(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+
+    def limit(self, gigabytes: float | None) -> None:
+        """No more than so many GB for this process from here on (None: the whole card)."""
+        if self.device.type == "cuda":
+            whole = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else min(1.0, gigabytes * 1e9 / whole))
+
+    # ------------------------------------------------------------------ models
+
+    def base(self, case: Case) -> Any:
+        shape = SHAPES[case.shape] if self.layers is None else SHAPES[case.shape].first(self.layers)
+        if case.base == "nf4":
+            return nf4(shape, self.device, self.dtype)
+        if case.base == "dense":
+            return dense(shape, self.device, self.dtype)
+        return packed(shape, grid_of(case), self.device, self.dtype, head=head_of(case))
+
+
+def grid_of(case: Case) -> Grid:
+    if ADAPTERS[case.method].grid_name == "binary":
+        return BinaryGrid(bits=case.bits, group_size=case.group_size)
+    return IntGrid(bits=case.bits, group_size=case.group_size, residual_bits=case.residual_bits)
+
+
+def head_of(case: Case) -> Grid | None:
+    return None if case.head_bits is None else IntGrid(bits=case.head_bits, group_size=case.group_size, residual_bits=0)
+
+
+def check_key(case: Case) -> tuple[Any, ...]:
+    """What a check of gradients holds for: () for what is not ours."""
+    return (case.method, case.bits, json.dumps(case.adapter, sort_keys=True)) if case.base == "packed" else ()
+
+
+def _plain(case: Case) -> dict[str, Any]:
+    return {k: v for k, v in vars(case).items() if k not in ("name", "target")}
+
+
+def _met(case: Case, values: dict[str, Any]) -> bool | None:
+    assert case.target is not None
+    value = values.get(case.target[0])
+    return None if value is None else value <= case.target[1]
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def correct(bench: Bench) -> None:
+    """Every method at a small size: loss and gradients on the device against the same on the CPU."""
+    seen = set()
+    for case in SPEED:
+        if case.base != "packed" or check_key(case) in seen:
+            continue
+        seen.add(check_key(case))
+
+        def act(case: Case) -> dict[str, Any]:
+            found = []
+            for device in (torch.device("cpu"), bench.device):
+                torch.manual_seed(0)
+                model = packed(SHAPES["tiny"], grid_of(case), torch.device("cpu"), torch.float32)
+                contender = Contender(case, model.to(device), bench.folder)
+                for parameter in contender.run.names:  # B starts at zero, which would hide A
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                    parameter.data += 1e-2 * noise.to(device)
+                loss = contender.run.loss(next(contender.windows))
+                loss.backward()
+                found.append((float(loss.detach()), {n: p.grad.cpu().double() for p, n in contender.run.names.items() if p.grad is not None}))
+                contender.run.release()
+            (loss, want), (other, got) = found
+            worst = max(float((got[n] - want[n]).norm() / (want[n].norm() + 1e-30)) for n in want)
+            if not (abs(other - loss) <= 1e-3 * abs(loss) and worst <= TOLERANCE and want.keys() == got.keys()):
+                raise AssertionError(f"loss {other} on the device and {loss} on the CPU; worst relative gradient error {worst:.2g}")
+            return {"loss_error": abs(other - loss) / abs(loss), "gradient_error": worst}
+
+        whole = {k: v for k, v in case.adapter.items() if k != "scale_grad_tokens"}  # a draw is another one on another device
+        small = replace(case, shape="tiny", group_size=32, rank=4, length=48, adapter=whole, train={}, target=None)
+        if bench.attempt("correct", small, act, 10) is None:
+            bench.wrong[check_key(case)] = "its gradients are wrong on this device (see the row `correct`)"
+
+
+def speed(bench: Bench) -> None:
+    """Each contender in turns with QLoRA."""
+    bench.limit(None)
+    reference: list[Contender] = []
+
+    def first(case: Case) -> dict[str, Any]:
+        reference.append(Contender(case, bench.base(case), bench.folder))
+        return _timed(bench, {"QLoRA": reference[0]}, case)["QLoRA"]
+
+    bench.attempt("speed", QLORA, first, 40)
+    kept: dict[tuple[Any, ...], Any] = {}  # one packed base at a time, shared by its contenders
+    order = sorted(SPEED, key=lambda c: SPEED.index(next(s for s in SPEED if _base_key(s) == _base_key(c))))
+    for case in order:
+
+        def act(case: Case) -> dict[str, Any]:
+            key = _base_key(case)
+            if key not in kept:
+                kept.clear()
+                bench.clean()
+                kept[key] = bench.base(case)
+            others = bench.held() - _bytes(kept[key])  # QLoRA's, which is not this contender's memory
+            contender = Contender(case, sharing(kept[key]), bench.folder)
+            try:
+                pair = {**({"QLoRA": reference[0]} if reference else {}), case.name: contender}
+                rows = _timed(bench, pair, case, others)
+            finally:
+                contender.run.release()
+            row = rows[case.name]
+            if "QLoRA" in rows:
+                row["qlora_seconds"] = rows["QLoRA"]["seconds"]
+                row["ratio"] = row["seconds"] / rows["QLoRA"]["seconds"]
+            return row
+
+        bench.attempt("speed", case, act, 15)
+
+
+def _base_key(case: Case) -> tuple[Any, ...]:
+    return (case.base, ADAPTERS[case.method].grid_name if case.base == "packed" else "", case.bits, case.residual_bits, case.shape)
+
+
+def _bytes(model: Any) -> int:
+    seen = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    return sum(seen.values())
+
+
+def _timed(bench: Bench, contenders: dict[str, Contender], case: Case, others: int = 0) -> dict[str, dict[str, Any]]:
+    """name -> seconds (median), tokens_per_s, peak_gb without what others hold; two rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks = dict.fromkeys(contenders, 0)
+    for number in range(bench.rounds + 2):
+        for name, contender in contenders.items():
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            bench.wait()
+            began = time.perf_counter()
+            loss = contender.step()
+            bench.wait()
+            if number >= 2:
+                times[name].append(time.perf_counter() - began)
+            peaks[name] = max(peaks[name], bench.peak())
+            assert bool(torch.isfinite(loss)), f"{name}: the loss is {float(loss)}"
+    return {
+        name: {
+            "seconds": median(t), "tokens_per_s": case.length / median(t), "peak_gb": (peaks[name] - others) / 1e9, "all_seconds": t,
+        }
+        for name, t in times.items()
+    }  # fmt: skip
+
+
+def memory(bench: Bench) -> None:
+    """Each case alone under the cap."""
+    bench.limit(bench.cap)
+    for case in MEMORY:
+        bench.attempt("memory", case, lambda case: _alone(bench, case, steps=2), 30)
+
+
+def _alone(bench: Bench, case: Case, steps: int) -> dict[str, Any]:
+    contender = Contender(case, bench.base(case), bench.folder)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rest = bench.held()
+    try:
+        for _ in range(steps):
+            bench.wait()
+            began = time.perf_counter()
+            loss = contender.step()
+            bench.wait()
+            seconds = time.perf_counter() - began
+    finally:
+        contender.run.release()
+    assert bool(torch.isfinite(loss)), f"the loss is {float(loss)}"
+    return {"peak_gb": bench.peak() / 1e9, "rest_gb": rest / 1e9, "seconds": seconds, "tokens_per_s": case.length / seconds}
+
+
+def length(bench: Bench) -> None:
+    """Longer and longer windows, until memory or time ends."""
+    bench.limit(bench.cap)
+    longest = 0
+    for tokens in LENGTHS:
+        case = replace(LENGTH, name=f"8B W4, 1 x {tokens}", length=tokens, target=("peak_gb", bench.cap) if tokens == LENGTH_TARGET else None)
+        if bench.attempt("length", case, lambda case: _alone(bench, case, steps=1), 20 + tokens / 2000) is None:
+            break
+        longest = tokens
+    if not bench.dry:
+        print(f"longest window that fits {bench.cap} GB: {longest} tokens", flush=True)
+
+
+STAGES = {"correct": correct, "speed": speed, "memory": memory, "length": length}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    p.add_argument("--budget", type=float, default=520, help="seconds for everything")
+    p.add_argument("--cap", type=float, default=24.0, help="GB (10^9 bytes) the memory and length stages may use")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--layers", type=int, help="cut every shape after so many layers")
+    p.add_argument("--dry-run", action="store_true")
+    p.add_argument("--report", type=Path, metavar="FILE")
+    p.add_argument("--out", type=Path)
+    o = p.parse_args()
+    if o.report:
+        print(write_report(o.report))
+        return
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read when CUDA starts
+    if not o.dry_run and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --dry-run walks the plan on a CPU")
+    if o.out is None:
+        device = "dry-run" if o.dry_run else torch.cuda.get_device_name().replace(" ", "-").lower()
+        o.out = RESULTS / f"train_bench-{device}.json"
+    torch.manual_seed(0)
+    bench = Bench(o)
+    for stage in o.stages:
+        STAGES[stage](bench)
+    if not o.dry_run:
+        print(write_report(o.out))
+    # On a GPU memory and time may end; on a dry run every case must go through.
+    if failed := [row["name"] for row in bench.rows if "skipped" in row and (o.dry_run or row["stage"] == "correct")]:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""grid_estimates: gradients of everything trained without dW = dY^T X of all tokens, the third GEMM of a layer.
+
+Letters: M tokens, N out features, K in features, G groups of g inputs, r rank; X_g, A_g are the columns of one group;
+F is the factor between dW and dD: S (units "grid"), S / s0 ("weight"), 1 ("live").
+
+Low rank. Without the mask M of the clip, dD = F dW, and F is one number per row and group. So the sum over tokens goes last:
+
+    dB = gain sum_g F_g * (dY^T P_g)        P_g = X_g A_g^T          [M, r] per group
+    dA_g = gain Q_g^T X_g                   Q_g = dY (F_g * B)       [M, r] per group
+
+which is 2 r / g of a GEMM (2 r / K with one factor per row) where dW is a whole one. `low_rank`:
+
+    factorised    these equations: entries where the clip is active get a gradient too
+    corrected     the clipped part is taken from the tokens drawn below, as a control variate:
+                  factorised(all) + (exact(drawn) - factorised(drawn)) M / n,  whose mean over the draws is the exact gradient.
+                  The first and the last term are one pass with weight 1 - M / n on the drawn rows.
+
+A sparse correction (gather dY[:, n] X[:, k] of each clipped entry) reads 4 M bytes an entry: with 1 % clipped as long as three to four
+GEMMs on a GPU, and their number is known to the device only. Hence the control variate: no new kernel, no wait for the device.
+
+Scales (and offsets) from n = round(tokens M) of the M tokens, times M / n. Drawn are start + floor(i M / n) modulo M with one random
+start: every token has the probability n / M, so the estimate is unbiased; spread over the window, so its variance is below that of n
+independent draws. The start comes from the default generator of the device, which checkpoints keep and in which processes differ.
+
+One group per row and a frozen grid need no tokens: with the layer's own output, Y = S X (code - z)^T + T X 1,
+
+    dS[n] = sum_m dY[m, n] (Y[m, n] - T sum_k X[m, k]) / S[n]
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped
+
+LOW_RANK = ("exact", "factorised", "corrected")
+# Elements of the largest transient of the factorised form, [M, groups r] or [N, groups r]: 16 MB in bf16.
+TRANSIENT = 1 << 23
+
+
+def drawn_count(tokens: int, share: float) -> int:
+    """How many of the tokens are drawn: the nearest number, at least one."""
+    return tokens if share >= 1 else max(1, round(share * tokens))
+
+
+def drawn_rows(tokens: int, count: int, start: Tensor) -> Tensor:
+    """`count` different rows of `tokens`, int64 [count]; start int64 [1], uniform in 0..tokens-1, makes each equally likely."""
+    return (start + torch.arange(count, device=start.device) * tokens // count) % tokens
+
+
+def random_start(tokens: int, device: torch.device) -> Tensor:
+    """One draw of the default generator of the device; the host does not wait for it."""
+    return torch.randint(tokens, (1,), device=device)
+
+
+def factorised(
+    x: Tensor, dy: Tensor, a: Tensor, b: Tensor, factor: Tensor | None, gain: float, group_size: int, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dA [r, K] and dB [N, r] in fp32 as if nothing were clipped. factor [G, N] or None (1); weights [M, 1] or None (1): of the tokens.
+
+    In the order that costs less: P and Q per group, or dW in chunks of rows.
+    """
+    (m, k), n, rank = x.shape, dy.shape[1], a.shape[0]
+    if factor is None:
+        factor, group_size = torch.ones(1, n, device=x.device), -1
+    groups = group_count(k, group_size)
+    small = b.float() * gain
+    if group_size > 0 and 2 * m * rank * (k + n * groups) > m * n * k + 2 * n * k * rank:
+        return _by_rows(x, dy if weights is None else dy * weights.to(dy.dtype), a, small, factor, gain, group_size)
+    da = torch.empty(rank, k, dtype=torch.float32, device=x.device)
+    db = torch.zeros(n, rank, dtype=torch.float32, device=x.device)
+    for first, last, width in _spans(groups, k, group_size, max(1, TRANSIENT // (max(m, n) * rank))):
+        count, start = last - first, first * max(group_size, 0)
+        columns = slice(start, start + count * width)
+        part = x[:, columns].view(m, count, width).transpose(0, 1) if count > 1 else x[None, :, columns]  # [count, M, width]
+        wide = factor[first:last].t().float()  # [N, count]
+        right = a[:, columns].to(x.dtype).view(rank, count, width).permute(1, 2, 0)  # [count, width, r]
+        p = torch.bmm(part, right).transpose(0, 1).reshape(m, count * rank)
+        q = dy @ (wide[:, :, None] * small[:, None, :]).reshape(n, count * rank).to(dy.dtype)
+        if weights is not None:
+            p, q = p * weights.to(p.dtype), q * weights.to(q.dtype)
+        db += ((dy.t() @ p).float().view(n, count, rank) * wide[:, :, None]).sum(1)
+        left = q.view(m, count, rank).permute(1, 2, 0)  # [count, r, M]
+        da[:, columns] = torch.bmm(left, part).float().transpose(0, 1).reshape(rank, count * width)
+    return da, db.mul_(gain)
+
+
+def _spans(groups: int, k: int, group_size: int, at_once: int) -> list[tuple[int, int, int]]:
+    """(first group, last group + 1, channels per group): at most `at_once` groups together, a ragged last one alone."""
+    if groups == 1:
+        return [(0, 1, k)]
+    whole = k // group_size
+    spans = [(i, min(i + at_once, whole), group_size) for i in range(0, whole, at_once)]
+    return spans if whole == groups else [*spans, (whole, groups, k - whole * group_size)]
+
+
+def _by_rows(
+    x: Tensor, dy: Tensor, a: Tensor, small: Tensor, factor: Tensor, gain: float, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The same sums through dW, one chunk of rows at a time."""
+    n, k = dy.shape[1], x.shape[1]
+    da = torch.zeros(a.shape, dtype=torch.float32, device=x.device)
+    db = torch.empty(n, a.shape[0], dtype=torch.float32, device=x.device)
+    for rows in row_chunks(n, k):
+        dw = grouped((dy[:, rows].t() @ x).float(), group_size)
+        dd = ungrouped(dw * per_group(factor, rows), k)
+        db[rows] = (dd @ a.float().t()) * gain
+        da += small[rows].t() @ dd
+    return da, db
+
+
+@torch.library.custom_op("lowbit::grid_estimates", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@outside_autocast
+def grid_estimates(
+    x: Tensor,
+    dy: Tensor,
+    y: Tensor | None,
+    step_codes: Tensor | None,
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    clip_first: bool,
+    low_rank: str,
+    tokens: float,
+    need_low_rank: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N]; what is not needed has shape [0].
+
+    y [M, N]: the layer's output, for the row-wise identity (else None). step_codes: what grid_codes gives, needed for a frozen grid.
+    """
+    assert low_rank in LOW_RANK, low_rank
+    assert low_rank in LOW_RANK, low_rank
+    exact_op = torch.ops.lowbit.grid_gradients  # late: grid_linear.py, which declares it, imports this file
+    m, live, low = x.shape[0], units == "live", need_low_rank and a is not None and b is not None
+    # No two results of an op may share memory.
+    ds, dt, da, db = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(4))
+    state = (codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first)
+    correct, identity = low and low_rank == "corrected", need_scale and y is not None
+    xs, dys, blowup, weights = x, dy, 1.0, None
+    if correct or (need_scale and not identity):
+        count = drawn_count(m, tokens)
+        if count < m:
+            rows = drawn_rows(m, count, random_start(m, x.device))
+            xs, dys, blowup = x[rows], dy[rows], m / count
+            if correct:
+                weights = torch.ones(m, 1, device=x.device).index_fill_(0, rows, 1.0 - blowup)
+    if low and (weights is not None or not correct):  # corrected with all tokens drawn: the weights are zero
+        factor = None if live else scale.float() if units == "grid" else scale.float() / scale0.float()
+        assert a is not None and b is not None
+        da, db = factorised(x, dy, a, b, factor, gain, group_size, weights)
+    if correct or (need_scale and live):
+        ds, dt, more_a, more_b = exact_op(xs, dys, *state)
+        if correct:
+            da, db = (more_a, more_b) if weights is None else (da.add_(more_a, alpha=blowup), db.add_(more_b, alpha=blowup))
+    elif need_scale and not identity:
+        # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank product again.
+        assert step_codes is not None
+        ds, dt, _, _ = exact_op(
+            xs, dys, step_codes, None, scale0, zero0, None, None, scale, zero, offset, gain, "grid", bits, 0, group_size, clip_first
+        )
+    if not need_scale:
+        return ds.new_empty(0), dt.new_empty(0), da, db
+    if y is None:
+        return ds.mul_(blowup), dt.mul_(blowup), da, db
+    column = dy.t().float() @ x.float().sum(1)  # sum over tokens and inputs of dW
+    total = torch.linalg.vecdot(dy.t().float(), y.t().float())
+    if offset is not None:
+        total = total - offset[0].float() * column
+    return (total / scale[0].float()).unsqueeze(0), column.unsqueeze(0), da, db
+
+
+@grid_estimates.register_fake
+def _(
+    x, dy, y, step_codes, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits,
+    group_size, clip_first, low_rank, tokens, need_low_rank, need_scale,
+):  # fmt: skip
+    def like(t, wanted):
+        return x.new_empty(t.shape if wanted and t is not None else (0,), dtype=torch.float32)
+
+    low = need_low_rank and a is not None and b is not None
+    return like(scale, need_scale), like(scale, need_scale), like(a, low), like(b, low)

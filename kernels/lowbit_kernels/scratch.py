@@ -1,0 +1,144 @@
+"""Scratch memory of the Triton launchers, from shapes alone: the rules they cut their work by, and what they hold at their peak.
+
+Needs no Triton and no GPU, so that memory can be planned anywhere; the launchers call the same rules. `scratch` answers for one
+call of an op: bytes beyond its arguments, outputs included, at the worst moment. The reference implementations have no rules
+here: what they hold is found by running them on meta tensors.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .layout import LANES, group_count, packed_width, superblock
+
+PROJECTION_BLOCK = 32  # columns of dB summed together in registers, twice; larger ranks write dB strip by strip
+COLUMNS = 256  # the narrowest chunk of channels that is worth a product of its own, even where it outgrows its share of L2
+
+
+def even_steps(total: int, most: int, multiple: int) -> int:
+    """The size of equal chunks of `total`, each a multiple of `multiple` and, if that can be, at most `most`."""
+    chunks = -(-total // max(multiple, most // multiple * multiple))
+    each = -(-total // chunks)
+    return -(-each // multiple) * multiple
+
+
+def forward_rows(n: int, k: int, itemsize: int, config: dict[str, Any]) -> int:
+    """Rows of W in the scratch of the two-stage forward."""
+    return min(even_steps(n, config["CHUNK_MB"] * 2**20 // (k * itemsize), 128), n)
+
+
+def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any], least: int = COLUMNS) -> int:
+    """Channels of W in the scratch of the two-stage dX."""
+    return min(even_steps(k, max(least, config["CHUNK_MB"] * 2**20 // (n * itemsize)), superblock(bits)), k)
+
+
+def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, Any]) -> tuple[int, int]:
+    """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of the chunked form."""
+    block, strips = config["BLOCK_N"], -(-k // LANES)
+    span = min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
+    spans = -(-strips // span)
+    # All scratch of a chunk together, per row: dW, its part of dA's partial sums and of dB's.
+    per_row = k * itemsize + 4 * k * rank // block + 4 * spans * rank
+    rows = max(1, int(config.get("CHUNK_MB", 24) * 2**20) // per_row)
+    return (n if rows >= n else max(block, rows // block * block)), span
+
+
+def binary_rows(megabytes: int, other: int, itemsize: int, multiple: int) -> int:
+    """How many rows (or channels) of `other` numbers fit in the scratch, a multiple of `multiple`."""
+    return max(multiple, (megabytes << 20) // (other * itemsize) // multiple * multiple)
+
+
+def scratch(op: str, args: tuple[Any, ...], arch: int) -> int:
+    """Bytes that the Triton launcher of `op` holds at its peak beyond its arguments, on architecture `arch`; -1: no rule.
+
+    args: the op's arguments; only shapes and dtypes of the tensors are read.
+    """
+    rule = _RULES.get(op)
+    return -1 if rule is None else rule(args, arch)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
+def _matmul(args: tuple[Any, ...], arch: int) -> int:
+    x, codes, _, _, _, bits, _ = args
+    m, k, n, size = _rows(x), x.shape[-1], codes.shape[0], x.element_size()
+    config = dispatch.config("packed_matmul", bits, x.dtype, m, n, k, arch)
+    if config["regime"] != "two_stage":
+        # Split sums: as many fp32 copies of the output as fill the device, in the decode regime only.
+        parts = 2 * dispatch.processors(arch) if config["regime"] == "decode" else 0
+        return m * n * size + min(parts * 64 * 1024, 16 * m * n * 4)
+    return m * n * size + forward_rows(n, k, size, config) * (-(-k // 8) * 8) * size
+
+
+def _matmul_dx(args: tuple[Any, ...], arch: int) -> int:
+    dy, codes, _, _, _, bits, k, _ = args
+    m, n, size = _rows(dy), codes.shape[0], dy.element_size()
+    config = dispatch.config("packed_matmul_dx", bits, dy.dtype, m, n, k, arch)
+    if config["regime"] != "two_stage":
+        return m * k * size
+    return m * k * size + n * (-(-dx_columns(n, k, size, bits, config) // 8) * 8) * size
+
+
+def _codes(args: tuple[Any, ...], arch: int) -> int:
+    codes, k, bits = args[0], args[13], args[11]
+    return codes.shape[0] * packed_width(k, bits) * 2
+
+
+def _gradients(args: tuple[Any, ...], arch: int) -> int:
+    x, codes, a, b = args[0], args[2], args[6], args[7]
+    units, bits, group_size = args[12], args[13], args[15]
+    (m, k), n, size = x.shape, codes.shape[0], x.element_size()
+    rank = a.shape[0] if a is not None and b is not None else 0
+    groups, strips = group_count(k, group_size), -(-k // LANES)
+    if not rank and units != "live" and groups == 1:
+        unit = torch.empty((1, n), dtype=torch.float32, device="meta")
+        product = _matmul((x, codes, unit, None, None, bits, -1), arch)
+        return product + 2 * m * n * 4 + m * k * 4
+    config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
+    sums, results = 2 * strips * n * 4, 2 * groups * n * 4
+    factors = (rank * k + n * rank) * 4
+    if config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (size < 4 or arch == dispatch.INTERPRETER):
+        width = config.get("BLOCK_K", 128)
+        partial = (-(-n // config["BLOCK_N"]) * rank * k + -(-k // width) * n * rank) * 4
+        return sums + results + factors + partial
+    rows, span = gradient_chunk(n, k, rank, size, config)
+    blocks, spans = -(-min(rows, n) // config["BLOCK_N"]), -(-strips // span)
+    partial = (blocks * rank * k + spans * n * rank) * 4
+    return sums + results + factors + min(rows, n) * k * size + partial
+
+
+def _binary(args: tuple[Any, ...], arch: int) -> int:
+    x, planes = args[0], args[1]
+    m, k, n, size = _rows(x), x.shape[-1], planes.shape[1], x.element_size()
+    config = dispatch.config("binary_matmul", planes.shape[0], x.dtype, m, n, k, arch)
+    if config["regime"] != "two_stage":
+        return m * n * size
+    return m * n * size + min(n, binary_rows(config.get("CHUNK_MB", 24), k, size, 128)) * k * size
+
+
+def _binary_dx(args: tuple[Any, ...], arch: int) -> int:
+    dy, planes, k = args[0], args[1], args[4]
+    m, n, size = _rows(dy), planes.shape[1], dy.element_size()
+    config = dispatch.config("binary_matmul_dx", planes.shape[0], dy.dtype, m, n, k, arch)
+    return m * k * size + n * min(k, binary_rows(config["CHUNK_MB"], n, size, superblock(1))) * size
+
+
+def _binary_gradients(args: tuple[Any, ...], arch: int) -> int:
+    x, dy, planes, group_size, trained = args
+    (m, k), n, size = x.shape, dy.shape[-1], x.element_size()
+    config = dispatch.config("binary_gradients", planes.shape[0], x.dtype, m, n, k, arch)
+    results = (trained + 1) * group_count(k, group_size) * n * 4
+    if config["form"] == "fused":
+        return results
+    return results + min(n, binary_rows(config.get("CHUNK_MB", 24), k, size, 128)) * k * size
+
+
+_RULES = {
+    "packed_matmul": _matmul, "packed_matmul_dx": _matmul_dx, "grid_codes": _codes, "grid_gradients": _gradients,
+    "binary_matmul": _binary, "binary_matmul_dx": _binary_dx, "binary_gradients": _binary_gradients,
+}  # fmt: skip
