@@ -33,8 +33,8 @@ from torch import Tensor
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped
 
 LOW_RANK = ("exact", "factorised", "corrected")
-# Elements of the largest transient of the factorised form, [M, groups r] or [N, groups r]: 16 MB in bf16.
-TRANSIENT = 1 << 23
+# Elements of the largest transient of the factorised form, [M, groups r] or [N, groups r]: 16 MB in fp32.
+TRANSIENT = 1 << 22
 
 
 def drawn_count(tokens: int, share: float) -> int:
