@@ -58,7 +58,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> Callable[[], 
         run = _checked(layer, made[plain])
         if getattr(layer, "gradient_checkpointing", False):
             # transformers hands what is to be recomputed to this function; its hooks stay outside of what is compiled.
-            recompute = layer._gradient_checkpointing_func
+            recompute: Any = layer._gradient_checkpointing_func
             undo.append(_replaced(layer, "_gradient_checkpointing_func", _recomputing(recompute, run)))
         else:
             undo.append(_replaced(layer, "forward", _training_only(layer, layer.forward, run)))

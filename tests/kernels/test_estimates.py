@@ -27,6 +27,27 @@ def backward(args: dict, x: Tensor, dy: Tensor, **options) -> dict[str, Tensor]:
     return {"x": x.grad, **{n: t.grad for n, t in leaves.items()}}
 
 
+def every_start(x: Tensor, dy: Tensor, tokens: float) -> list[tuple[Tensor, float]]:
+    """(start, probability) of every draw that can come: between two starts at which a point passes from one token to the next, nothing
+    changes, so the middle of each such stretch stands for it."""
+    count = estimates.drawn_count(len(x), tokens)
+    ends = estimates.lengths(x, dy).cumsum(0).double()
+    passes = (ends * (count / ends[-1]))[:, None] - torch.arange(count)
+    edges = torch.cat([torch.tensor([0.0, 1.0]).double(), passes[(passes > 0) & (passes < 1)]]).sort().values
+    return [((a + b)[None] / 2, (b - a).item()) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+def mean_over_draws(run, x: Tensor, dy: Tensor, tokens: float, monkeypatch) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """The expectation of run() -> gradients by name over the start, and the gradients of every draw."""
+    draws, mean = [], {}
+    for start, probability in every_start(x, dy, tokens):
+        monkeypatch.setattr(estimates, "random_start", lambda device, s=start: s)
+        draws.append(run())
+        for name, gradient in draws[-1].items():
+            mean[name] = mean.get(name, 0) + probability * gradient.double()
+    return mean, draws
+
+
 def unmasked(args: dict, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """dA and dB as if nothing were clipped, float64."""
     def wide(t):
@@ -94,15 +115,11 @@ KINDS = [(units, low_rank) for units in ("grid", "weight", "live") for low_rank 
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("tokens", [0.01, 0.3, 0.5, 0.8])
 def test_the_mean_over_all_draws_is_the_whole(units: str, group_size: int, low_rank: str | None, tokens: float, monkeypatch):
-    """The start is the only random thing: all M starts, equally likely, are the distribution."""
+    """The start is the only random thing, and what it can bring is finite: every draw, weighted with its probability."""
     args = integer_args(group_size=group_size, units=units, low_rank=low_rank is not None, offset=units == "live", clip_first=True)
-    x, dy = torch.randn(M, K), torch.randn(M, N)
+    x, dy = torch.randn(M, K), torch.randn(M, N) * torch.rand(M, 1)
     options = {"low_rank": low_rank or "exact", "tokens": tokens}
-    draws = []
-    for start in range(M):
-        monkeypatch.setattr(estimates, "random_start", lambda m, device, s=start: torch.tensor([s]))
-        draws.append(backward(args, x, dy, **options))
-    mean = {name: torch.stack([d[name].double() for d in draws]).mean(0) for name in draws[0]}
+    mean, draws = mean_over_draws(lambda: backward(args, x, dy, **options), x, dy, tokens, monkeypatch)
     want = backward(args, x, dy) | (unmasked(args, x, dy) if low_rank == "factorised" else {})
     errors = {name: error(mean[name], want[name].double()) for name in want}
     assert max(errors.values()) < TOLERANCE, errors
@@ -115,12 +132,32 @@ def test_the_mean_over_all_draws_is_the_whole(units: str, group_size: int, low_r
         assert max(error(d["b"], want["b"].double()) for d in draws) > 1e-3
 
 
-def test_every_token_is_drawn_equally_often():
-    for tokens, share in itertools.product((1, 2, 7, 64, 100), (0.01, 0.125, 0.3, 0.5, 0.9, 1.0)):
-        count = estimates.drawn_count(tokens, share)
-        rows = torch.stack([estimates.drawn_rows(tokens, count, torch.tensor([s])) for s in range(tokens)])
-        assert all(len(set(r.tolist())) == count for r in rows)
-        assert (torch.bincount(rows.reshape(-1), minlength=tokens) == count).all()
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize("share", [0.01, 0.125, 0.5, 0.9])
+def test_every_token_is_drawn_in_proportion_and_weighs_one(tokens: int, share: float):
+    """Over all starts: the draws of a token times their weight are 1, and no weight is over ten times that of equal shares."""
+    x, dy = torch.randn(tokens, 5), torch.randn(tokens, 4) * torch.rand(tokens, 1) ** 3
+    length, count = estimates.lengths(x, dy), estimates.drawn_count(tokens, share)
+    total = torch.zeros(tokens).double()
+    for start, probability in every_start(x, dy, share):
+        rows, weights, sums = estimates.drawn(length, count, start)
+        assert len(rows) == count and (weights <= 11.2 * tokens / count).all()
+        assert torch.allclose(torch.zeros(tokens).index_add_(0, rows, weights), sums, rtol=1e-5)
+        total += probability * sums
+    assert torch.allclose(total, torch.ones(tokens).double(), atol=1e-6)
+    size = x.norm(dim=1) * dy.norm(dim=1)
+    assert torch.allclose(length.double() / length.sum(), ((size + 0.1 * size.mean()) / (1.1 * size.sum())).double(), atol=1e-3)
+
+
+def test_tokens_without_gradients_and_tokens_that_are_not_finite():
+    x, dy = torch.randn(8, 5), torch.zeros(8, 4)
+    assert (estimates.lengths(x, dy) == 1).all()
+    dy[3] = torch.nan
+    assert (estimates.lengths(x, dy) == 1).all()
+    dy = torch.randn(8, 4)
+    dy[5, 0] = torch.inf
+    for start in torch.linspace(0, 0.99, 20):
+        assert 5 in estimates.drawn(estimates.lengths(x, dy), 2, start[None])[0], "an overflow must not be passed by"
 
 
 def test_corrected_from_all_tokens_is_exact():
