@@ -17,7 +17,7 @@ from .recipe_layers import Shapes
 BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at a time
 HESSIAN_BYTES = 5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
 FACTOR_BYTES = 8 + 4  # per element of a Hessian while it is factored (grid/calibrate/gptq.py): fp64, then the factor in fp32
-CHUNK_BYTES = 150_000_000  # fp32 work of the range calibrators on some rows
+CHUNK_BYTES = 300_000_000  # fp32 work of the range calibrators on some rows, and what malloc keeps of it (benchmarks/load_memory.py)
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
@@ -74,7 +74,8 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         layer=max(layers.values(), default=0) if walks or compares else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
         # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns
-        work=FACTOR_BYTES * hessian // 4 + 10 * largest if walks else min(2 * largest, BLOCK_BYTES) + CHUNK_BYTES,
+        # Others: a block of rows, as much again for its codes and residual while they are put together.
+        work=FACTOR_BYTES * hessian // 4 + 10 * largest if walks else 2 * min(2 * largest, BLOCK_BYTES) + CHUNK_BYTES,
     )
 
 
