@@ -33,13 +33,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbit_ft import train_run
 from lowbit_ft.attach import adapted_layers, attach
+from lowbit_ft.attention import Segments, switch
 from lowbit_ft.counting import Counter
 from lowbit_ft.data import Batches, Example, Examples, load_examples
 from lowbit_ft.load import Checkpoint, load_tokenizer
 from lowbit_ft.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
 from lowbit_ft.plan import Card, Plan, plan
 from lowbit_ft.plan_model import _bytes, _dense, _pack, _stamp, _start_free
-from lowbit_ft.plan_step import _fake, _quiet, _rules
+from lowbit_ft.plan_step import _fake, _quiet, _rules, targets_without_data
 from lowbit_ft.quantize import plan_layers, quantize
 from lowbit_ft.recipe import Recipe, load_recipe
 from lowbit_ft.train import train
@@ -203,6 +204,7 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     vocabulary = dense.config.vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         _fake(model)
+        switch(model.get_decoder())
         if train_section.gradient_checkpointing:
             activation_checkpointing(model, True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
@@ -210,8 +212,9 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
         head = ChunkedHead(model.model, plain, vocabulary) if windows * length > LOGITS_AT_A_TIME // vocabulary else None
 
         def forward(_: nn.Module, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+            inputs["segments"] = Segments([[length // 2, length - length // 2]] * windows)
             if head is not None:
-                return head.loss(head.base(**inputs, use_cache=False), labels)
+                return head.loss(head.base(**inputs, use_cache=False), targets_without_data(windows, length))
             return next_token_loss(plain(**inputs, use_cache=False).logits, labels)
 
         model.forward = MethodType(forward, model)
@@ -219,7 +222,6 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
         def batch() -> dict[str, torch.Tensor]:
             return {name: torch.empty((windows, length), dtype=torch.int64) for name in ("input_ids", "position_ids", "labels")}
 
-        assert masked, "position ids without data always make a mask"
         with Counter(_rules(0)) as count:
             for step in range(2):
                 model.train()

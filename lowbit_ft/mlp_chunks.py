@@ -125,14 +125,24 @@ def _in_chunks(plain: Callable[[Tensor], Tensor], chunk: int) -> Callable[..., T
     return forward
 
 
+def cuttable(owner: nn.Module) -> list[nn.Module]:
+    """The children of a decoder layer, or of the decoder, that `cut_mlps` cuts, by what can be told without running them."""
+    named = [child for name, child in owner.named_children() if name in NAMES or "Norm" in type(child).__name__]
+    return [child for child in named if not isinstance(child, nn.LayerNorm) and not _at_sight(child)]
+
+
+def _at_sight(mlp: nn.Module) -> str:
+    if len([p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]) != 1:
+        return "it takes more than hidden states"
+    return "it has dropout" if any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules()) else ""
+
+
 @torch.no_grad()
 def refuses(mlp: nn.Module, model: Any) -> str:
     """Why an MLP cannot be cut; "" when it can: it takes x alone, draws no random numbers, and on five tokens gives what it gives on
     two and three."""
-    if len([p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]) != 1:
-        return "it takes more than hidden states"
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules()):
-        return "it has dropout"
+    if reason := _at_sight(mlp):
+        return reason
     if is_sharded(mlp):
         return ""  # it cannot be asked outside of its layer, whose forward gathers it
     width = model.config.get_text_config().hidden_size

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from lowbit_ft.attention import without_masks
 from lowbit_ft.plan_model import PARTS, PlanRow, Skeleton, skeleton
 from lowbit_ft.plan_stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
 from lowbit_ft.plan_step import Setting, Step, step_costs
@@ -186,7 +187,7 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
     train, model = recipe.train, recipe.model
     setting = Setting(
         train.micro_batch_size, recipe.data.sequence_len, model.dtype, train.mixed_precision, train.gradient_checkpointing,
-        train.gradient_accumulation_steps > 1, masked and model.attention in ("sdpa", "eager"), model.attention, arch,
+        train.gradient_accumulation_steps > 1, masked and not without_masks(made.model), model.attention, arch, train.mlp_chunk,
     )  # fmt: skip
     key = (folder, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
     if key not in _TRACED:

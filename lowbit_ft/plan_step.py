@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowbit_ft.counting import Counter, reference_workspace
 from lowbit_ft.experts import Experts
-from lowbit_ft.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
+from lowbit_ft.losses import LOGITS_AT_A_TIME, ChunkedHead, Targets, next_token_loss
+from lowbit_ft.mlp_chunks import cuttable, run_in_chunks
 from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.walk import decoder_layers
 
@@ -49,6 +50,7 @@ class Setting:
     masked: bool
     attention: str
     arch: int
+    mlp_chunk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Layers:
             return self.decoder(**inputs, use_cache=False)
         labels = torch.empty((windows, length), dtype=torch.int64)
         if head is not None:
-            return head.loss(head.base(**inputs, use_cache=False), labels)
+            return head.loss(head.base(**inputs, use_cache=False), targets_without_data(windows, length))
         return next_token_loss(self.model(**inputs, use_cache=False).logits, labels)
 
     @functools.cached_property
@@ -266,6 +268,15 @@ class _Layers:
         return calls, sum(kept.values()), x.numel() * x.element_size()
 
 
+def targets_without_data(windows: int, length: int) -> Targets:
+    """Every position a target, as fake tensors: the most that a batch can have."""
+    targets = Targets.__new__(Targets)
+    targets.where = [i for i in range(windows * length) if (i + 1) % length]
+    targets.positions, targets.tokens = (torch.empty(len(targets.where), dtype=torch.int64) for _ in range(2))
+    targets.labels = torch.empty((windows, length), dtype=torch.int64)
+    return targets
+
+
 def _tensors(values: Any) -> list[Tensor]:
     from torch.utils._pytree import tree_leaves
 
@@ -287,6 +298,8 @@ def _masked(kwargs: dict[str, Any], s: Setting) -> dict[str, Any]:
 def _layer(module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hidden: int, first: bool) -> Cost:
     """One layer forward and backward. The first one's input comes from the embedding and wants no gradient."""
     module.train()
+    if s.mlp_chunk is not None:
+        run_in_chunks([part for part in cuttable(module) if "forward" not in vars(part)], s.mlp_chunk)
     root = torch.empty((), requires_grad=True)
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
@@ -333,7 +346,7 @@ def _tail(around: _Layers, s: Setting, rules: Any, known: dict[Any, Cost]) -> Co
     if tokens <= 4 * around.chunk:
         return _tail_of(around, s, rules, s.windows, s.length)
     near, far = 2 * around.chunk, 4 * around.chunk
-    key = (s.dtype, s.mixed, s.accumulate, s.arch)
+    key = (s.dtype, s.mixed, s.accumulate, s.arch, s.mlp_chunk)
     for length in (near, far):
         if (key, length) not in known:
             known[key, length] = _tail_of(around, s, rules, 1, length)
@@ -355,6 +368,8 @@ def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int)
     for p in trained:
         p.grad = torch.empty_like(p) if s.accumulate else None
     around.model.train()
+    if s.mlp_chunk is not None:
+        run_in_chunks([part for part in cuttable(around.model.get_decoder()) if "forward" not in vars(part)], s.mlp_chunk)
     before, shape = 0, (windows, length, around.shape[-1])
 
     def last(embedded: Tensor) -> Any:

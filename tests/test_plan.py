@@ -71,7 +71,7 @@ def test_counts_without_data_are_the_counts_with_it(tmp_path: Path, monkeypatch:
     shape = _shape(monkeypatch, ["adapter={method: lr_qat, rank: 8}", "train.gradient_accumulation_steps=2"])
     recipe = plan_error.recipe_for(shape, tmp_path / "model", True)
     real, fake = plan_error.count_real(recipe, shape, tmp_path / "model"), plan_error.count_fake(recipe, True)
-    assert abs(real["step"] - fake["step"]) < 100, "the running sum of the losses"
+    assert fake["step"] == pytest.approx(real["step"], rel=0.01), "every position is a target there"
 
 
 def test_the_counter_counts_inside_packed_ops() -> None:
@@ -201,9 +201,15 @@ def test_longer_windows_and_more_of_them_hold_more() -> None:
     totals = [_big([f"data.sequence_len={n}"]).stages["training"] for n in (1024, 2048, 4096)]
     assert totals[0] < totals[1] < totals[2]
     assert _big(["train.micro_batch_size=2"]).stages["training"] > _big().stages["training"]
-    masked = _big(["data.sequence_len=8192"])
-    flash = _big(["data.sequence_len=8192", "model.attention=flash_attention_2"])
-    assert masked.parts["batch and masks"] - flash.parts["batch and masks"] == 8192 * 8192, "a mask of a byte per pair"
+    plain, flash, eager = (_big(["data.sequence_len=8192", f"model.attention={kind}"]) for kind in ("sdpa", "flash_attention_2", "eager"))
+    assert plain.parts["batch and masks"] == flash.parts["batch and masks"], "rows of a window are attended one by one"
+    assert eager.parts["batch and masks"] - flash.parts["batch and masks"] >= 8192 * 8192, "a mask over pairs of tokens"
+
+
+def test_mlp_and_norms_in_chunks_hold_less() -> None:
+    long = ["data.sequence_len=16384", "train.gradient_checkpointing=true"]
+    whole, cut = _big(long), _big([*long, "train.mlp_chunk=2048"])
+    assert not whole.notes and not cut.notes and cut.parts["one layer"] < 0.5 * whole.parts["one layer"]
 
 
 def test_the_loss_of_a_long_window_lies_on_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +221,7 @@ def test_the_loss_of_a_long_window_lies_on_the_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plan_step, "_tail", lambda around, s, rules, known: plan_step._tail_of(around, s, rules, s.windows, s.length))
     whole = plan_step.step_costs(plan_module_skeleton(recipe), _setting())
     assert made.tail.backward == pytest.approx(whole.tail.backward, rel=0.01)
-    assert made.tail.forward == pytest.approx(whole.tail.forward, rel=0.02)
+    assert made.tail.forward == pytest.approx(whole.tail.forward, rel=0.03)
 
 
 def plan_module_skeleton(recipe: Recipe) -> Any:
