@@ -69,6 +69,6 @@ MEMORY = [
     ),
 ]  # fmt: skip
 
-LENGTH = Case("8B W4, longest", "8b", head_bits=4, train={**PAGED, "offload": "cpu"})
+LENGTH = Case("8B W4, longest", "8b", head_bits=4, train={**PAGED, "offload": "cpu", "mlp_chunk": 4096})
 LENGTHS = [16384, 32768, 65536, 98304, 131072]
 LENGTH_TARGET = 65536

@@ -107,7 +107,8 @@ def without_masks(model: Any) -> bool:
     decoder, chosen = model.get_decoder() if hasattr(model, "get_decoder") else None, _chosen(model)
     if chosen not in ("sdpa", "eager"):
         return True
-    return chosen == "sdpa" and getattr(decoder, "_supports_flash_attn", False) and decoder._can_set_attn_implementation()
+    knows = decoder is not None and getattr(decoder, "_supports_flash_attn", False)
+    return chosen == "sdpa" and knows and decoder._can_set_attn_implementation()
 
 
 def why_not(model: Any) -> str:
