@@ -54,8 +54,8 @@ def main() -> None:
         config, switches = adapter_of(spec, o.rank)
         layer = PackedLinear(base)
         layer.adapter = config.build(base)
-        keep_codes(layer, "keep" in switches)
-        runs[spec] = lambda layer=layer.train(): layer(x).backward(dy)
+        keep_codes(layer.train(), "keep" in switches)
+        runs[spec] = lambda layer=layer: layer(x).backward(dy)
         counted[spec] = products(config, o.bits)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(o.rounds + 1):

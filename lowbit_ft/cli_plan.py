@@ -111,7 +111,7 @@ def refusal(recipe: Recipe) -> str | None:
         folder = plan_folder(recipe)
         card = find_card(recipe, in_use=True)
         made = plan(recipe, folder, card) if folder is not None else None
-        if made is None or made.fits or made.notes:
+        if made is None or made.fits or (made.notes and made.certain <= card.nbytes):
             return None
         planner = Planner(recipe, folder, card, made.processes)
         known = fixes(planner, made)

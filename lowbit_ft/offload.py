@@ -178,7 +178,7 @@ class FileStore:
         self.free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by bytes: (start, bytes)
 
     def put(self, x: Tensor) -> tuple[int, int]:
-        raw = _bytes(x.detach().to("cpu").contiguous()).numpy().data
+        raw = memoryview(_bytes(x.detach().to("cpu").contiguous()).numpy())  # pyright: ignore[reportArgumentType]
         free = self.free[len(raw)]
         start, size = slot = free.pop() if free else (self.size, len(raw))
         self.size = max(self.size, start + size)

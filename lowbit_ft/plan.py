@@ -81,6 +81,11 @@ class Plan:
         return self.total <= self.card.nbytes
 
     @property
+    def certain(self) -> int:
+        """Bytes that no estimate is in: the model, what trains, its optimizer."""
+        return sum(self.parts[name] for name in (*PARTS, "optimizer states"))
+
+    @property
     def base(self) -> int:
         """Bytes of what ships of the packed layers: codes, scales and zero points."""
         return self.parts["codes"] + self.parts["scales and zeros"]
@@ -169,7 +174,7 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
-    forward = max(max(cost.evaluation for cost in step.layers), step.tail.evaluation)
+    forward = max(step.frame + max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = kept + step.context + forward + context + parts.get("gathered layers", 0)
     per_token = max(cost.evaluation for cost in step.layers) / (recipe.train.micro_batch_size * recipe.data.sequence_len)
     stages["quantizing"] = quantize_bytes(recipe, made, per_token) + context

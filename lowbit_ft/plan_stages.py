@@ -119,7 +119,7 @@ def rough_step(recipe: Recipe, made: Skeleton) -> Step:
     count = max(1, made.layers)
     gradients = 4 * made.trainable // count
     layer = Cost(one, kept, 2 * one + gradients, gradients, one)
-    return Step(0, inputs, (layer,) * count, tail)
+    return Step(0, inputs, inputs, (layer,) * count, tail)
 
 
 def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int) -> Needs:

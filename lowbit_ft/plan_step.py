@@ -70,10 +70,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Step:
-    """context, the input of a layer, the costs by layer and of the tail (norm, head, loss)."""
+    """context, the input of a layer, the costs by layer and of the tail (norm, head, loss); frame: what the model's own forward holds
+    beside the context while its layers run (embeddings that a variable keeps)."""
 
     context: int
     hidden: int
+    frame: int
     layers: tuple[Cost, ...]
     tail: Cost
     notes: tuple[str, ...] = ()
@@ -115,7 +117,7 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
         rest, blocks = _fake(rest), [_fake(module) for module in modules]
         kind = {index: number for number, block in enumerate(made.blocks) for index in block.indices}
         shape_of = _Layers(rest, made.layers)
-        calls, context, hidden = shape_of.record(s, blocks[kind[0]], rules)
+        calls, context, hidden, frame = shape_of.record(s, blocks[kind[0]], rules)
         costs: dict[int, Cost] = {}
         known: dict[str, int] = {}
         for number, (block, module) in reversed(list(enumerate(zip(made.blocks, blocks, strict=True)))):
@@ -128,7 +130,7 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
         tail = _tail(shape_of, s, rules, {} if tails is None else tails)
     ordered = tuple(costs[kind[i]] for i in range(made.layers))
     even = "tokens are taken to spread evenly over the experts" if any(isinstance(m, Experts) for b in blocks for m in b.modules()) else ""
-    return Step(context, hidden, ordered, tail, (even,) if even else ())
+    return Step(context, hidden, frame, ordered, tail, (even,) if even else ())
 
 
 @functools.cache
@@ -186,27 +188,33 @@ class _Layers:
     def __init__(self, rest: Any, count: int) -> None:
         self.model, self.count = rest, count
         self.stubs = decoder_layers(rest)[1]
-        self.returns_tuple = False
+        self.fresh = False  # layers answer with a tensor of their own, as real ones do
+        self.beside: tuple[None, ...] | None = None  # what a layer returns beside hidden states; None: they are not in a tuple
 
     def forward(self, windows: int, length: int, loss: bool, last: Callable[[Any], Any], see: Callable[[int, Any, Any], None]) -> Any:
         """The model's forward with its layers passing through; `see` is told their arguments, `last` gives the last one's answer."""
 
         def stub(hidden: Tensor, *args: Any, number: int, **kwargs: Any) -> Any:
             see(number, (hidden, *args), kwargs)
-            out = last(hidden) if number == self.count - 1 else hidden
-            return (out,) if self.returns_tuple else out
+            out = last(hidden) if number == self.count - 1 else torch.empty_like(hidden) if self.fresh else hidden
+            return self.answer(out)
 
+        head = self.head(length * windows) if loss else None  # looking for it runs the layers too
         for number, layer in enumerate(self.stubs):
             layer.forward = functools.partial(stub, number=number)
         ids = torch.empty((windows, length), dtype=torch.int64)
-        head = self.head(length * windows) if loss else None
         inputs = {"input_ids": ids, "position_ids": torch.empty((windows, length), dtype=torch.int64)}
         if not loss:
-            return self.decoder(**inputs, use_cache=False)
+            base = self.model.base_model
+            return (self.model.get_decoder() if base is self.model else base)(**inputs, use_cache=False)
         labels = torch.empty((windows, length), dtype=torch.int64)
         if head is not None:
             return head.loss(head.base(**inputs, use_cache=False), targets_without_data(windows, length))
         return next_token_loss(self.model(**inputs, use_cache=False).logits, labels)
+
+    def answer(self, hidden: Tensor) -> Any:
+        """Hidden states as a layer returns them."""
+        return hidden if self.beside is None else (hidden, *self.beside)
 
     @functools.cached_property
     def decoder(self) -> Any:
@@ -219,7 +227,7 @@ class _Layers:
     def _makes_logits_of(self, base: Any) -> bool:
         ran: list[int] = []
         for layer in self.stubs:
-            layer.forward = lambda hidden, *_, **__: ran.append(1) or ((hidden,) if self.returns_tuple else hidden)
+            layer.forward = lambda hidden, *_, **__: ran.append(1) or self.answer(hidden)
         ids = torch.empty((1, 8), dtype=torch.int64)
         with torch.no_grad():
             output = base(input_ids=ids, use_cache=False)
@@ -239,33 +247,37 @@ class _Layers:
             return None
         return ChunkedHead(self.decoder, self.model.forward, self.model.config.get_text_config().vocab_size)
 
-    def record(self, s: Setting, first: nn.Module, rules: Any) -> tuple[dict[int, Any], int, int]:
-        """What each layer is called with, the bytes that stay while the layers run, and the bytes of a layer's input."""
+    def record(self, s: Setting, first: nn.Module, rules: Any) -> tuple[dict[int, Any], int, int, int]:
+        """What each layer is called with, the bytes of that, of a layer's input, and of what else is held while the layers run."""
         calls: dict[int, Any] = {}
         hidden = [torch.empty(())]
 
         def probe(number: int, args: Any, kwargs: Any) -> None:
             if number == 0 and not calls:
-                kwargs = _masked(kwargs, Setting(**{**vars(s), "windows": 1, "length": 8, "masked": False}))
                 with torch.no_grad():
-                    self.returns_tuple = isinstance(first(*args, **kwargs), tuple)
+                    out = first(*args, **kwargs)
+                self.beside = (None,) * (len(out) - 1) if isinstance(out, tuple) else None
                 calls[0] = None
 
         self.forward(1, 8, False, lambda h: h, probe)
         calls.clear()
-        count = Counter(rules)
+        count, live = Counter(rules), 0
 
         def see(number: int, args: Any, kwargs: Any) -> None:
-            hidden[0] = args[0]
+            nonlocal live
+            if number == self.count - 1:
+                hidden[0], live = args[0], count.live
             calls[number] = (args[1:], _masked(kwargs, s))
 
+        self.fresh = True
         with torch.no_grad(), count, _autocast(s):
             self.forward(s.windows, s.length, False, lambda h: h, see)
+        self.fresh = False
         x = hidden[0]
         kept = {id(t.untyped_storage()): t.untyped_storage().nbytes() for _, kw in calls.values() for t in _tensors(kw)}
-        del count
         self.shape, self.dtype = tuple(x.shape), x.dtype
-        return calls, sum(kept.values()), x.numel() * x.element_size()
+        size, context = x.numel() * x.element_size(), sum(kept.values())
+        return calls, context, size, max(0, live - context - size)
 
 
 def targets_without_data(windows: int, length: int) -> Targets:
@@ -284,15 +296,12 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _masked(kwargs: dict[str, Any], s: Setting) -> dict[str, Any]:
-    """The keyword arguments of a layer with the mask that this step has: none where the model needs none."""
-    if "attention_mask" not in kwargs:
-        return kwargs
-    found = kwargs["attention_mask"]
-    if not s.masked and s.attention != "eager":
+    """The keyword arguments of a layer without the mask over pairs of tokens that models make of position ids they cannot read, where
+    this step has none."""
+    found = kwargs.get("attention_mask")
+    if not s.masked and s.attention != "eager" and isinstance(found, Tensor) and found.dim() == 4:
         return {**kwargs, "attention_mask": None}
-    if isinstance(found, Tensor) and found.shape[-1] == s.length:
-        return kwargs
-    return {**kwargs, "attention_mask": torch.empty((s.windows, 1, s.length, s.length), dtype=torch.bool)}
+    return kwargs
 
 
 def _layer(module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hidden: int, first: bool) -> Cost:
@@ -374,7 +383,7 @@ def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int)
 
     def last(embedded: Tensor) -> Any:
         nonlocal before
-        before = count.live - embedded.numel() * embedded.element_size()  # the context; the embedding's output goes now
+        before = count.live - embedded.numel() * embedded.element_size()  # the context and the frame, which ends before the loss
         stack.enter_context(count.phase("forward"))
         return _Begin.apply(root, shape, around.dtype) if torch.is_grad_enabled() else torch.empty(shape, dtype=around.dtype)
 

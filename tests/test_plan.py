@@ -42,6 +42,10 @@ CASES = {
     "packed head and embedding": (
         ["adapter={method: lr_qat, rank: 4}", "quant.lm_head=8", "quant.embeddings=4", "export.format=native"], {},
     ),
+    "opt": (
+        ["adapter={method: scale}", "quant.residual_bits=0"],
+        {"model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 256},
+    ),
     "experts": (
         ["adapter={method: scale}", "quant.residual_bits=0"],
         {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -114,7 +118,7 @@ def test_workspace_rules_are_asked_first_and_known_shapes_once() -> None:
     assert own >= 4 * (3 * 64 + 8 * 64), "the product and a decoded chunk"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "opt", "gpt2", "mixtral", "phi3", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "mixtral", "falcon", "qwen3_next"])
 def test_every_architecture_is_counted_as_quantize_and_attach_make_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes by part against the real packed, adapted model; with the weights there and with config.json alone."""
     monkeypatch.chdir(ROOT)
@@ -122,7 +126,7 @@ def test_every_architecture_is_counted_as_quantize_and_attach_make_it(name: str,
     changes = [f"model.path={tmp_path / 'model'}", "quant.group_size=32", "data.sequence_len=32", "train.micro_batch_size=1"]
     recipe = load_recipe(QUICK, [*changes, "adapter={method: lr_qat, rank: 4}", f"output={tmp_path / 'run'}"], check=False)
     made = plan(recipe, card=CPU)
-    assert made is not None and made.stages["training"] > 0
+    assert made is not None and made.stages["training"] > 0 and not any("estimate" in note for note in made.notes)
     model, _ = quantize(checkpoint, recipe.quant)
     attach(model, recipe.adapter)
     found = plan_error.parts_of(model)

@@ -155,8 +155,12 @@ def test_planning_never_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> No
     assert "nothing has 0.00 GB" in (cli_plan.refusal(recipe) or "")
     made = plan(recipe, card=tiny)
     assert made is not None
-    monkeypatch.setattr(cli_plan, "plan", lambda *_: replace(made, notes=["an estimate"]))
-    assert cli_plan.refusal(recipe) is None, "an estimate refuses nobody"
+    rough = replace(made, notes=["an estimate"])
+    monkeypatch.setattr(cli_plan, "plan", lambda *_: rough)
+    assert cli_plan.refusal(recipe) is not None, "what is certain is too much already"
+    middle = Card(rough.certain + 1, "something", 0)
+    monkeypatch.setattr(cli_plan, "find_card", lambda *_, **__: middle)
+    assert rough.certain < middle.nbytes < rough.total and cli_plan.refusal(recipe) is None, "an estimate refuses nobody"
 
     def broken(*_: object) -> None:
         raise RuntimeError("plan has a mistake")
