@@ -50,7 +50,7 @@ class _Kept(torch.autograd.Function):
         device, dtype, enabled = ctx.autocast
         for part, dy, out in zip(_cut(x, ctx.chunk), _cut(grad, ctx.chunk), _cut(dx, ctx.chunk), strict=True):
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                y = ctx.run(part := part.detach().requires_grad_())
+                y = ctx.run(part := part.detach().contiguous().requires_grad_())  # experts view what they get
             grads = torch.autograd.grad(y, [part, *ctx.trained], dy, allow_unused=True)
             out.copy_(grads[0])
             for total, one in zip(sums, grads[1:], strict=True):
@@ -65,13 +65,13 @@ class _Made(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[[Tensor], Tensor], chunk: int, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         parts = iter(_cut(x, chunk))
-        first = run(next(parts))
+        first = run(next(parts).contiguous())
         out = torch.empty_like(x, dtype=first.dtype)
         target = _cut(out, chunk)
         target[0].copy_(first)
         del first
         for to, part in zip(target[1:], parts, strict=True):
-            to.copy_(run(part))
+            to.copy_(run(part.contiguous()))
         return out
 
     @staticmethod

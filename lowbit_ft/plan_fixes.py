@@ -161,6 +161,8 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
         yield {"model.attention": "flex_attention"}, "no mask of length x length; compiles once", False
     if on_gpu and train.offload == "no":
         yield {"train.gradient_checkpointing": True, "train.offload": "cpu"}, "layer inputs go over the bus and back", False
+    if train.gradient_checkpointing and train.mlp_chunk is None and batch * length > 8192:
+        yield {"train.mlp_chunk": 4096}, "MLP and norms some tokens at a time; no product more", False
     if getattr(train, "keep_codes", False):
         yield {"train.keep_codes": False}, "codes are made again for every pass", False
     if recipe.eval.kl:

@@ -84,6 +84,20 @@ def test_it_is_exact_in_float64_and_under_autocast() -> None:
             assert (got[name] - grad).abs().max() <= tolerance * grad.abs().max(), name
 
 
+def test_experts_and_a_norm_behind_the_mlp() -> None:
+    mixture = transformers.MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2)
+    for config in (mixture, transformers.Gemma2Config(**SIZE, head_dim=32)):
+        torch.manual_seed(0)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        want = gradients(model)
+        activation_checkpointing(model, True)
+        cut_mlps(model, layers_of(model), 16)
+        got = gradients(model)
+        assert "forward" in vars(layers_of(model)[0].mlp)
+        for name, grad in want.items():
+            assert (got[name] - grad).abs().max() <= 3e-5 * grad.abs().max(), name
+
+
 def test_products_run_as_often_as_with_checkpointing_alone() -> None:
     """In rows of the products: twice (forward, and once more for the backward), not three times."""
     rows: list[int] = []
