@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,6 +153,9 @@ def together(folder: Path) -> None:
     chunked(folder / "chunks-head", sharded(head=True), rank, 2)
     chunked(folder / "chunks-ddp", packed(head=True), rank, 2)
     chunked(folder / "chunks-ddp-long", packed(), rank, 2, **LONG)
+    go(folder / "kept", packed(), rank, 2, keep_codes=True)
+    if shutil.which("g++"):
+        go(folder / "compiled", sharded(), rank, 2, compile=True, gradient_checkpointing=True)
     go(folder / "best", sharded(), rank, 2, keep_best=True, eval_every=1, learning_rate=0.5)
     # a signal to one of them stops both; one process goes on (in the test), and the other way round
     result = go(folder / "two-then-one", sharded(), rank, 2, on_step=stop_at(1) if rank == 1 else None)
@@ -236,6 +240,14 @@ def test_resume_with_another_number_of_processes(done: Path) -> None:
         assert_same(done / name, done / "one")
 
 
+def test_kept_codes_under_ddp_and_compiled_layers_under_fsdp(done: Path, tmp_path: Path) -> None:
+    assert_same(done / "kept", done / "one")
+    if shutil.which("g++") is None:
+        pytest.skip("TorchInductor needs a C++ compiler on the CPU")
+    go(tmp_path, packed(), compile=True)
+    assert_same(done / "compiled", tmp_path)
+
+
 def test_the_best_step_is_kept(done: Path, tmp_path: Path) -> None:
     go(tmp_path, packed(), keep_best=True, eval_every=1, learning_rate=0.5)
     assert_same(done / "best", tmp_path)
@@ -256,6 +268,8 @@ def test_what_cannot_be_sharded_is_refused_with_the_way_out(done: Path) -> None:
     assert "cannot step on shards; set optimizer: adamw" in str(raised.value) and "set warmup_steps: 0" in str(raised.value)
     load_recipe(quick, [*changes, "train.sharding=none"])
     assert [key for key, _ in unshardable(SimpleNamespace(optimizer="adamw", mixed_precision="fp16"))] == [("train", "mixed_precision")]
+    kept = SimpleNamespace(optimizer="adamw", mixed_precision="no", keep_codes=True)
+    assert [key for key, _ in unshardable(kept)] == [("train", "keep_codes")]
     facts = json.loads((done / "facts.json").read_text())
     assert facts["refused"].startswith("train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards")
     assert facts["whole"].startswith("train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard")

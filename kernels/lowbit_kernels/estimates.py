@@ -15,14 +15,16 @@ which is 2 r / g of a GEMM (2 r / K with one factor per row) where dW is a whole
                   factorised(all) + exact(drawn) - factorised(drawn), the drawn weighted as below: its mean over the draws is the
                   exact gradient. The first and the last term are one pass in which token m has weight 1 - (sum of its draws' weights)
 
-A sparse correction (gather dY[:, n] X[:, k] of each clipped entry) reads 4 M bytes an entry: with 1 % clipped as long as three to four
-GEMMs on a GPU, and their number is known to the device only. Hence the control variate: no new kernel, no wait for the device.
+A sparse correction (gather dY[:, n] X[:, k] of each clipped entry) reads 4 M bytes an entry: by the bandwidth of an H200, 1 % clipped would
+take as long as three to four GEMMs (a CPU took 1.9), and their number is known to the device only. Hence the control variate: no new
+kernel, no wait for the device.
 
 Scales (and offsets) from n = round(tokens M) draws of the M tokens. Token m has the share s_m of a line of length one, in proportion to
 |dY_m| |X_m|, the size of its part of dW, plus a tenth of their mean; n equidistant points with one random start mark who is drawn; a draw
-weighs 1 / (n s_m). Every token is drawn n s_m times on average, so the estimate is unbiased, and tokens with small gradients
-are left out first: at the same n the error was a quarter smaller than with equal shares (LOG.md). Shares are made of integers, whose running sum is the same on every device and in every run. The start comes from the
-default generator of the device, which checkpoints keep and in which processes differ.
+weighs 1 / (n s_m). Every token is drawn n s_m times on average, so the estimate is unbiased, and tokens with small gradients are
+left out first: at the same n the error was a quarter smaller than with equal shares (LOG.md). Shares are integers, so their
+running sum does not depend on the order of additions. The start comes from the default generator of the device, which checkpoints
+keep and in which processes differ.
 
 One group per row and a frozen grid need no tokens: with the layer's own output, Y = S X (code - z)^T + T X 1,
 
