@@ -242,7 +242,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
 
 def _show_fixes(planner: Planner, made: Plan, console: Console) -> None:
     known = fixes(planner, made)
-    table = Table("change", "saves", "costs", title="what would save memory, cheapest first", title_justify="left")
+    table = Table(Column("change", no_wrap=True), "saves", "costs", title="what would save memory, cheapest first", title_justify="left")
     for fix in known:
         table.add_row(str(fix).replace(", ", "\n"), _saved(made, fix), fix.cost)
     if known:

@@ -160,15 +160,16 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
     if recipe.model.attention != "flex_attention" and recipe.data.packing and on_gpu:
         yield {"model.attention": "flex_attention"}, "no mask of length x length; compiles once", False
     if on_gpu and train.offload == "no":
-        yield {"train.gradient_checkpointing": True, "train.offload": "cpu"}, "layer inputs go over the bus and back", False
+        needs = {} if train.gradient_checkpointing else {"train.gradient_checkpointing": True}
+        yield needs | {"train.offload": "cpu"}, "layer inputs go over the bus and back", False
     if train.gradient_checkpointing and train.mlp_chunk is None and batch * length > 8192:
         yield {"train.mlp_chunk": 4096}, "MLP and norms some tokens at a time; no product more", False
-    if getattr(train, "keep_codes", False):
+    if train.keep_codes:
         yield {"train.keep_codes": False}, "codes are made again for every pass", False
     if recipe.eval.kl:
         yield {"eval.kl": False}, "no KL to the full-precision model in the table", False
     for bits in (b for b in (2, 1, 0) if quant.grid == "integer" and b < quant.residual_bits):
-        yield {"quant.residual_bits": bits}, "coarser small updates while training; the shipped size is the same", True
+        yield {"quant.residual_bits": bits}, "small updates round more coarsely; ships at the same size", True
     if quant.grid == "integer":
         for bits in (8, 4):
             if quant.embeddings is None or quant.embeddings > bits:
