@@ -104,10 +104,11 @@ def _outside_of_graphs() -> Any:
 def without_masks(model: Any) -> bool:
     """Whether a model of this class trains without masks over pairs of tokens, by what its class says: for planning, where nothing runs.
     flash and flex attention have none anyway."""
-    decoder, chosen = model.get_decoder() if hasattr(model, "get_decoder") else None, _chosen(model)
+    chosen = _chosen(model)
     if chosen not in ("sdpa", "eager"):
         return True
-    return chosen == "sdpa" and getattr(decoder, "_supports_flash_attn", False) and decoder._can_set_attn_implementation()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return chosen == "sdpa" and decoder is not None and decoder._supports_flash_attn and decoder._can_set_attn_implementation()
 
 
 def why_not(model: Any) -> str:
