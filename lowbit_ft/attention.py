@@ -104,7 +104,7 @@ def _outside_of_graphs() -> Any:
 def without_masks(model: Any) -> bool:
     """Whether a model of this class trains without masks over pairs of tokens, by what its class says: for planning, where nothing runs.
     flash and flex attention have none anyway."""
-    decoder, chosen = model.get_decoder() if hasattr(model, "get_decoder") else None, _chosen(model)
+    chosen = _chosen(model)
     if chosen not in ("sdpa", "eager"):
         return True
     knows = decoder is not None and getattr(decoder, "_supports_flash_attn", False)
