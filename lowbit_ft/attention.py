@@ -107,8 +107,8 @@ def without_masks(model: Any) -> bool:
     chosen = _chosen(model)
     if chosen not in ("sdpa", "eager"):
         return True
-    knows = decoder is not None and getattr(decoder, "_supports_flash_attn", False)
-    return chosen == "sdpa" and knows and decoder._can_set_attn_implementation()
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return chosen == "sdpa" and decoder is not None and decoder._supports_flash_attn and decoder._can_set_attn_implementation()
 
 
 def why_not(model: Any) -> str:

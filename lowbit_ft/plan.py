@@ -219,6 +219,7 @@ def _training(recipe: Recipe, made: Skeleton, step: Step, card: Card, processes:
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
     several = train.gradient_accumulation_steps > 1
     kept = [cost.kept - (step.hidden if away and train.gradient_checkpointing else 0) for cost in step.layers]
+    ahead = step.hidden if away and train.gradient_checkpointing else 0  # offload.py fetches the next layer's input early
     all_gradients = made.trainable * 4
     later = [0] * (len(kept) + 1)  # gradients of the layers behind i, and of the head
     later[-1] = step.tail.gradients
@@ -228,7 +229,7 @@ def _training(recipe: Recipe, made: Skeleton, step: Step, card: Card, processes:
     moments: list[tuple[int, str, dict[str, int]]] = []
 
     def moment(name: str, saved: int, gradients: int, own: dict[str, int]) -> None:
-        parts = {"gradients": all_gradients if several else gradients, "saved layer inputs": saved, **own}
+        parts = {"gradients": all_gradients if several else gradients, "saved layer inputs": saved + ahead, **own}
         moments.append((sum(parts.values()), name, parts))
 
     before = 0
@@ -249,13 +250,12 @@ def _training(recipe: Recipe, made: Skeleton, step: Step, card: Card, processes:
             f"the backward of layer {i}", saved + own, later[i],
             {"one layer": cost.backward - own - inside - fresh, "workspace": inside},
         )  # fmt: skip
-    size, peak_at, at_peak = max(moments, key=lambda m: m[0])
-    del size
+    _, peak_at, at_peak = max(moments, key=lambda m: m[0])
 
     optimizer, _ = optimizer_state(train.optimizer, made.trained)
     parts = dict(made.held)
     parts |= {"gradients": at_peak["gradients"], "optimizer states": optimizer, "batch and masks": step.context}
-    if getattr(train, "keep_codes", False):
+    if train.keep_codes:
         parts["kept codes"] = parts["codes"]
     parts["saved layer inputs"] = at_peak["saved layer inputs"]
     parts |= {"one layer": at_peak.get("one layer", 0), "loss": at_peak.get("loss", 0), "workspace": at_peak.get("workspace", 0)}

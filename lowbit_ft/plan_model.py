@@ -22,6 +22,7 @@ from lowbit_ft.linear import PackedEmbedding, PackedLinear
 from lowbit_ft.matrices import stand_in
 from lowbit_ft.quantize import plan_layers
 from lowbit_ft.recipe import Recipe
+from lowbit_ft.recipe_layers import Shapes
 from lowbit_ft.walk import decoder_layers
 
 # Bytes by part, in the order in which they are shown.
@@ -70,6 +71,7 @@ class Skeleton:
     largest: int  # elements of the largest matrix to be packed
     dense_block: int  # bytes of the largest decoder layer in model.dtype
     dense_bytes: int  # bytes of the whole dense model in model.dtype
+    shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
 
     @property
     def trainable(self) -> int:
@@ -145,7 +147,9 @@ def _counted(
     dense_block = max((sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(dense)[1]), default=0) * size
     largest = max((m.shape[0] * m.shape[1] for m in targets.values()), default=0)
     whole = sum(p.numel() for p in dense.parameters()) * size
-    return Skeleton(rest, blocks, rows, held, trained, per_block, largest, dense_block, whole)
+    tensors = {name: tuple(p.shape) for name, p in dense.named_parameters()}
+    header = Shapes(Path(), dense.config.get_text_config().to_dict(), tensors, {})
+    return Skeleton(rest, blocks, rows, held, trained, per_block, largest, dense_block, whole, header)
 
 
 def _bytes(module: nn.Module, part_of: Callable[[nn.Module], str]) -> Iterable[tuple[str, int]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lowbit_ft import quantize
 from lowbit_ft.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from lowbit_ft.plan_model import Skeleton
 from lowbit_ft.plan_step import Cost, Step
+from lowbit_ft.quantize_memory import quantize_memory
 from lowbit_ft.recipe import Recipe
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per block of this many.
@@ -61,42 +61,33 @@ def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
     return here, away
 
 
-def walk_activations(recipe: Recipe, per_token: float, windows: int, length: int) -> int:
+def walk_activations(per_token: float, windows: int, length: int) -> int:
     """What LayerWalk holds of activations on the device: one batch through one layer; the hidden states of all wait on the CPU."""
-    del recipe
     return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
 
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
-    """Peak of quantizing: the packed model, and what packing its largest matrix takes: the fp32 weight, its decoded codes, their
-    difference and its square. gptq: a dense decoder layer, its Hessians and a batch of activations too."""
-    packed = sum(size for part, size in made.held.items() if part != "adapters")
-    block = getattr(quantize, "BLOCK_BYTES", None)  # of a weight in its stored dtype, where a large one is packed by blocks of rows
-    matrix = 16 * (made.largest if block is None else min(made.largest, block // 2))
-    packed = 0 if block is not None else packed  # such blocks go to the disk as they come
+    """Peak of quantizing on the device; no packed layer stays there (quantize_memory.py). gptq: a batch of activations too."""
+    device = quantize_memory(recipe, made.shapes).device
     if recipe.quant.calibrate != "gptq":
-        return packed + matrix
-    widths = {row.in_features for row in made.rows if row.reason is None and ".layers." in f".{row.layer}"}
-    hessians = sum(4 * width * width for width in widths) + 2 * 4 * max(widths, default=0) ** 2
+        return device
     text = recipe.quant.calibration
-    return packed + matrix + made.dense_block + hessians + walk_activations(recipe, per_token, text.samples, text.sequence_len)
+    return device + walk_activations(per_token, text.samples, text.sequence_len)
 
 
 def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
-    """Beyond the trained model: logits of one batch (of model and reference), some rows in fp32, and the reference's own embedding,
+    """Beyond the trained model: a chunk of logits (of model and reference), some rows in fp32, and the reference's own embedding,
     head and one dense layer."""
     size = getattr(torch, recipe.model.dtype).itemsize
     window, windows = recipe.eval.window, recipe.eval.windows or 1 << 30
     tokens = window * max(1, min(windows, 4096 // window))
-    vocabulary = getattr(made.model.config.get_text_config(), "vocab_size", 0)
-    logits = tokens * vocabulary * size
-    rows = 4 * 4 * min(tokens * vocabulary, FLOATS_AT_A_TIME)
-    activations = walk_activations(recipe, per_token, windows, window)
+    elements = tokens * getattr(made.model.config.get_text_config(), "vocab_size", 0)
+    logits, rows = min(elements, LOGITS_AT_A_TIME) * size, 4 * 4 * min(elements, FLOATS_AT_A_TIME)
+    activations = walk_activations(per_token, windows, window)
     if not recipe.eval.kl:
-        return logits + max(rows, activations)
-    blocks = sum(made.dense_block for _ in range(made.layers)) if made.layers else 0
-    ends = max(0, made.dense_bytes - blocks)
-    return ends + max(made.dense_block + activations, 2 * logits + rows, activations + logits)
+        return max(logits + rows, activations)
+    walk = quantize_memory(recipe, made.shapes)
+    return walk.outside + max(walk.layer + activations, 2 * logits + rows, activations)
 
 
 def rough_step(recipe: Recipe, made: Skeleton) -> Step:
@@ -140,11 +131,9 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden
     away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
-    hidden = 0
-    if recipe.eval.perplexity and recipe.eval.kl:
-        hidden = (recipe.eval.windows or 64) * recipe.eval.window * (step.hidden // max(1, tokens))
+    waiting = quantize_memory(recipe, made.shapes).cpu  # hidden states of gptq's text, or of evaluation's
     # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its own size.
-    ram = 3_000_000_000 + away + paged + max(masters + states, hidden, 4 * made.largest)
+    ram = 3_000_000_000 + away + paged + max(masters + states, waiting, 4 * made.largest)
     return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
 
 
