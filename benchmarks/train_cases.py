@@ -62,7 +62,7 @@ MEMORY = [
     Case("8B W4, f = 1, 1 x 2048, 16-bit head and embeddings", "8b", train=PAGED),
     Case("8B W4, f = 4, 1 x 2048", "8b", residual_bits=4, train=PAGED, target=("peak_gb", 12.0)),
     Case("14B W4, 1 x 8192", "14b", length=8192, train={**PAGED, "offload": "cpu"}, target=("peak_gb", 24.0)),
-    Case("32B W3, 1 x 2048", "32b", bits=3, train={**PAGED, "offload": "cpu"}, target=("peak_gb", 24.0)),
+    Case("32B W3, f = 1, 1 x 2048", "32b", bits=3, head_bits=4, train={**PAGED, "offload": "cpu"}, target=("peak_gb", 24.0)),
     Case(
         "70B W2, 1 x 2048, one step", "70b", bits=2, residual_bits=0, rank=8, head_bits=4,
         adapter={"train_scale": False}, train={**PAGED, "offload": "cpu"}, target=("peak_gb", 24.0),
