@@ -98,6 +98,11 @@ class Contender:
         return loss.detach()
 
 
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def _has_bitsandbytes() -> bool:
     try:
         import bitsandbytes  # noqa: F401
@@ -113,7 +118,7 @@ class Bench:
         self.dry, self.budget, self.cap = options.dry_run, options.budget, options.cap
         self.began, self.rows, self.out = time.monotonic(), [], options.out
         self.device = torch.device("cpu" if self.dry else "cuda")
-        self.arch = 0 if self.dry else int("%d%d" % torch.cuda.get_device_capability())
+        self.arch = 0 if self.dry else _capability()
         self.rounds = 1 if self.dry else options.rounds
         self.dtype = torch.float32 if self.dry else torch.bfloat16
         self.layers = options.layers
