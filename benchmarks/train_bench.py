@@ -71,10 +71,10 @@ class Windows:
 class Contender:
     """One case, ready to step."""
 
-    def __init__(self, case: Case, model: Any, folder: str, layers: int | None = None) -> None:
+    def __init__(self, case: Case, model: Any, folder: str) -> None:
         keys = {"max_steps": 1000, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "scheduler": "constant", **case.train}
-        if keys.get("optimizer", "adamw") != "adamw" and not _has_bitsandbytes():
-            raise ImportError("bitsandbytes is not installed")
+        if not _has_bitsandbytes():
+            keys["optimizer"] = "adamw"  # larger states, and the row says so
         self.case, self.model = case, model
         if case.base == "packed":
             given = {"rank": case.rank} if "rank" in ADAPTERS[case.method].model_fields else {}
@@ -136,6 +136,10 @@ class Bench:
         self.rows.append(row)
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if k not in ("all_seconds", "case"))
         print(f"[{time.monotonic() - self.began:5.0f} s] {stage}: {case.name}: {shown}", flush=True)
+        self.keep()
+
+    def keep(self) -> None:
+        """The rows so far, on disk; a dry run keeps no figures."""
         if self.dry:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,15 +155,28 @@ class Bench:
             reason = f"no time left ({self.left():.0f} s, it takes about {seconds:.0f})"
         values: dict[str, Any] | None = None
         if not reason:
+            self.clean()  # what the case before left in cycles must not count here
             try:
                 values = act(case)
             except torch.OutOfMemoryError as error:
                 reason = f"out of memory: {str(error).splitlines()[0][:160]}"
-            except (ImportError, ValueError, RuntimeError, AssertionError) as error:  # one case must not take the others' rows with it
+            except Exception as error:  # one case must not take the others' rows with it
                 reason = f"{type(error).__name__}: {str(error)[:300]}"
         self.write(stage, case, **(values if values is not None else {"skipped": reason}))
         self.clean()
         return values
+
+    def predict(self) -> None:
+        """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not be lost to it."""
+        for row in self.rows:
+            if row["stage"] in ("memory", "length") and "peak_gb" in row and (self.left() > 30 or self.dry):
+                case = Case(name=row["name"], **{**row["case"], "train": {**row["case"]["train"], "optimizer": row["optimizer"]}})
+                try:
+                    row["predicted_gb"] = predicted(case, Path(self.folder) / f"config-{case.shape}", self.arch)
+                except Exception as error:
+                    row["predicted_gb"] = None
+                    print(f"plan: {row['name']}: {error}", flush=True)
+        self.keep()
 
     # ------------------------------------------------------------------ the device
 
@@ -290,6 +307,8 @@ def speed(bench: Bench) -> None:
             return row
 
         bench.attempt("speed", case, act, 15)
+    for contender in reference:
+        contender.run.release()
 
 
 def _base_key(case: Case) -> tuple[Any, ...]:
@@ -363,12 +382,12 @@ def _alone(bench: Bench, case: Case, steps: int) -> dict[str, Any]:
             loss = contender.step()
             bench.wait()
             seconds = time.perf_counter() - began
+        peak, reserved = bench.peak(), torch.cuda.max_memory_reserved() if bench.device.type == "cuda" else 0
     finally:
         contender.run.release()
     assert bool(torch.isfinite(loss)), f"the loss is {float(loss)}"
-    said = predicted(case, Path(bench.folder) / f"config-{case.shape}", bench.arch)
     return {
-        "peak_gb": bench.peak() / 1e9, "predicted_gb": said, "rest_gb": rest / 1e9, "seconds": seconds, "tokens_per_s": case.length / seconds,
+        "peak_gb": peak / 1e9, "reserved_gb": reserved / 1e9, "optimizer": contender.run.section.optimizer, "rest_gb": rest / 1e9, "seconds": seconds, "tokens_per_s": case.length / seconds,
     }  # fmt: skip
 
 
@@ -378,7 +397,7 @@ def length(bench: Bench) -> None:
     longest = 0
     for tokens in LENGTHS:
         case = replace(LENGTH, name=f"8B W4, 1 x {tokens}", length=tokens, target=("peak_gb", bench.cap) if tokens == LENGTH_TARGET else None)
-        if bench.attempt("length", case, lambda case: _alone(bench, case, steps=1), 20 + tokens / 2000) is None:
+        if bench.attempt("length", case, lambda case: _alone(bench, case, steps=2), 20 + tokens / 1000) is None:
             break
         longest = tokens
     if not bench.dry:
@@ -412,6 +431,7 @@ def main() -> None:
     bench = Bench(o)
     for stage in o.stages:
         STAGES[stage](bench)
+    bench.predict()
     if not o.dry_run:
         print(write_report(o.out))
     # On a GPU memory and time may end; on a dry run every case must go through.

@@ -105,13 +105,17 @@ def write_fit(
 def refusal(recipe: Recipe) -> str | None:
     """Why a run of this recipe cannot fit the device that it would take here and now; None when it can, or plan cannot tell.
 
-    Whatever goes wrong in planning never stands in the way of a run.
+    Only the training step counts: quantizing and the last evaluation are estimates that err high, and base/ may be there already. On a
+    CPU several processes share the pages of one base, which plan counts once for each. Whatever goes wrong in planning never stands
+    in the way of a run.
     """
     try:
         folder = plan_folder(recipe)
         card = find_card(recipe, in_use=True)
         made = plan(recipe, folder, card) if folder is not None else None
-        if made is None or made.fits or (made.notes and made.certain <= card.nbytes):
+        if made is None or made.stages["training"] <= card.nbytes or (made.notes and made.certain <= card.nbytes):
+            return None
+        if card.arch == 0 and made.processes > 1:
             return None
         planner = Planner(recipe, folder, card, made.processes)
         known = fixes(planner, made)

@@ -356,6 +356,15 @@ class TrainSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _compile(self) -> TrainSection:
+        if self.compile and self.mlp_chunk is not None:
+            raise ValueError(
+                f"compile and mlp_chunk {self.mlp_chunk} do not go together: the chunks run their own backward, which is not for a compiler; set "
+                "compile: false, or mlp_chunk: null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _length(self) -> TrainSection:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(

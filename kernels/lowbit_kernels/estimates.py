@@ -160,7 +160,6 @@ def grid_estimates(
     y [M, N]: the layer's output, for the row-wise identity (else None). step_codes: what grid_codes gives, needed for a frozen grid.
     """
     assert low_rank in LOW_RANK, low_rank
-    assert low_rank in LOW_RANK, low_rank
     exact_op = torch.ops.lowbit.grid_gradients  # late: grid_linear.py, which declares it, imports this file
     m, live, low = x.shape[0], units == "live", need_low_rank and a is not None and b is not None
     # No two results of an op may share memory.
