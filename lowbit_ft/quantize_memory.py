@@ -75,7 +75,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
         # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns
         # Others: a block of rows, as much again for its codes and residual while they are put together.
-        work=FACTOR_BYTES * hessian // 4 + 10 * largest if walks else 2 * min(2 * largest, BLOCK_BYTES) + CHUNK_BYTES,
+        work=FACTOR_BYTES * hessian // 4 + 10 * largest if walks else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest),
     )
 
 

@@ -177,7 +177,8 @@ def test_the_parts_of_8b_are_its_shapes() -> None:
 
 def test_offload_and_paged_states_are_in_ram_not_on_the_card() -> None:
     here, away = _big(), _big(["train.offload=cpu"])
-    assert away.parts["saved layer inputs"] < 0.01 * here.parts["saved layer inputs"]
+    hidden = 2048 * 4096 * 2  # the input that is fetched one layer ahead
+    assert hidden <= away.parts["saved layer inputs"] < hidden + 0.01 * here.parts["saved layer inputs"]
     assert away.needs.offloaded == 32 * 2048 * 4096 * 2
     assert away.needs.ram - here.needs.ram == away.needs.offloaded
     paged, own = _big(["train.optimizer=paged_adamw8bit"]), _big(["train.optimizer=adamw8bit"])
