@@ -17,7 +17,7 @@ from .recipe_layers import Shapes
 BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at a time
 HESSIAN_BYTES = 5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
 FACTOR_BYTES = 8 + 4  # per element of a Hessian while it is factored (grid/calibrate/gptq.py): fp64, then the factor in fp32
-CHUNK_BYTES = 300_000_000  # fp32 work of the range calibrators on some rows, and what malloc keeps of it (benchmarks/load_memory.py)
+CHUNK_BYTES = 300_000_000  # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it (benchmarks/load_memory.py)
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
