@@ -23,10 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 import lowbit_ft  # noqa: F401  (from_pretrained reads the native format)
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.load import Checkpoint
 from lowbit_ft.merge import base_weights
-from lowbit_ft.quantize import quantize
-from lowbit_ft.recipe import QuantSection
+from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.recipe.recipe import QuantSection
 from lowbit_ft.rundir import environment
 
 HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000
@@ -116,14 +116,22 @@ def main() -> None:
         "ratio": median(speed["native"]) / median(speed["bf16"]),
         "ratios": [a / b for a, b in zip(speed["native"], speed["bf16"], strict=True)],
     }
-    print(f"{weights / 1e6:.0f}M weights, {o.threads} threads, {o.tokens} tokens after a prompt of {o.prompt}, {o.rounds} rounds")
+    print(
+        f"{weights / 1e6:.0f}M weights, {o.threads} threads, {o.tokens} tokens after a prompt of {o.prompt}, {o.rounds} rounds"
+    )
     for name in models:
         low, high = result["spread"][name]
-        print(f"{name:<8}{result['tokens_per_s'][name]:8.2f} tokens/s ({low:.2f} to {high:.2f}), prompt {result['prompt_seconds'][name]:.2f} s")
-    print(f"ratio {result['ratio']:.2f} (asked for: {o.at_least}), by round {', '.join(f'{r:.2f}' for r in result['ratios'])}")
+        print(
+            f"{name:<8}{result['tokens_per_s'][name]:8.2f} tokens/s ({low:.2f} to {high:.2f}), prompt {result['prompt_seconds'][name]:.2f} s"
+        )
+    print(
+        f"ratio {result['ratio']:.2f} (asked for: {o.at_least}), by round {', '.join(f'{r:.2f}' for r in result['ratios'])}"
+    )
     if o.out:
         options = {key: str(value) for key, value in vars(o).items()}
-        o.out.write_text(json.dumps({"environment": environment(), "options": options, **result}, indent=1) + "\n")
+        o.out.write_text(
+            json.dumps({"environment": environment(), "options": options, **result}, indent=1) + "\n"
+        )
     if result["ratio"] < o.at_least:
         raise SystemExit(1)
 

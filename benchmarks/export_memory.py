@@ -74,7 +74,7 @@ def write_packed(root: Path, bits: int, group: int, symmetric: bool) -> None:
     from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
     from lowbit_ft.export.writer import write_model
     from lowbit_ft.grid import IntGrid, PackedWeight
-    from lowbit_ft.load import Checkpoint
+    from lowbit_ft.model.load import Checkpoint
 
     grid = IntGrid(bits=bits, group_size=group, symmetric=symmetric, residual_bits=0)
     checkpoint = Checkpoint.open(root / "dense")
@@ -114,7 +114,9 @@ def main() -> None:
         write_dense(root / "dense", o.gb)
         write_packed(root, o.bits, o.group, not o.asymmetric)
         for name in o.formats.split(","):
-            done = subprocess.run([sys.executable, "-c", CHILD, folder, name], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, folder, name], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 raise SystemExit(done.stderr)
             rows.append(json.loads(done.stdout.splitlines()[-1]))

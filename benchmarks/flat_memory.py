@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import attach
-from lowbit_ft.data import Batches, Example, Examples
-from lowbit_ft.load import Checkpoint
-from lowbit_ft.memory import release_freed
-from lowbit_ft.quantize import quantize
-from lowbit_ft.recipe import QuantSection, TrainSection
-from lowbit_ft.train import train
+from lowbit_ft.adapters.attach import attach
+from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.windows import Example, Examples
+from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.recipe.recipe import QuantSection, TrainSection
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.memory import release_freed
 
 ASSETS = Path(__file__).resolve().parent.parent / "recipes" / "assets"
 
@@ -56,7 +57,11 @@ def main() -> None:
     batches = Batches(windows(8, o.window, vocabulary), 1, 0, 0)
     valid = Batches(windows(2, o.window, vocabulary), 1, 0, 1)
     section = TrainSection(
-        max_steps=o.evals, gradient_accumulation_steps=1, eval_every=1, save_every=max(1, o.evals // o.checkpoints), gradient_checkpointing=True
+        max_steps=o.evals,
+        gradient_accumulation_steps=1,
+        eval_every=1,
+        save_every=max(1, o.evals // o.checkpoints),
+        gradient_checkpointing=True,
     )
     process, readings = psutil.Process(), []
 
@@ -78,7 +83,9 @@ def main() -> None:
     if o.out:
         o.out.write_text(json.dumps(row | {"readings": readings}, indent=1) + "\n")
     if row["rise_percent"] > o.limit:
-        raise SystemExit(f"memory rose by {row['rise_percent']:.2f} % over the run, and the limit is {o.limit} %")
+        raise SystemExit(
+            f"memory rose by {row['rise_percent']:.2f} % over the run, and the limit is {o.limit} %"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.format_table
 
-Run it after a change of an exporter; tests/test_docs.py fails while the page says something else.
+Run it after a change of an exporter; tests/docs/test_docs.py fails while the page says something else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.base import Exporter
-from lowbit_ft.files import write_text
+from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import BinaryGrid, IntGrid
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing-a-format.md"
@@ -38,7 +38,11 @@ def holds(exporter: Exporter, grid: IntGrid | BinaryGrid) -> bool:
 
 def groups_of(exporter: Exporter, bits: int, symmetric: bool) -> str:
     """The group sizes at which a format holds these bits, "all" for every one, "-" for none."""
-    sizes = [g for g in GROUPS if holds(exporter, IntGrid(bits=bits, group_size=g, symmetric=symmetric, residual_bits=0))]
+    sizes = [
+        g
+        for g in GROUPS
+        if holds(exporter, IntGrid(bits=bits, group_size=g, symmetric=symmetric, residual_bits=0))
+    ]
     if len(sizes) == len(GROUPS):
         return "all"
     return ", ".join("row" if g == -1 else str(g) for g in sizes) or "-"
@@ -46,16 +50,28 @@ def groups_of(exporter: Exporter, bits: int, symmetric: bool) -> str:
 
 def grid_table() -> list[str]:
     head = [f"{bits} {kind}" for bits, kind in product(BITS, ("sym", "asym"))]
-    rows = ["| `export.format` | " + " | ".join(head) + " | binary planes (2 and more) | float offset | float16 scales |"]
+    rows = [
+        "| `export.format` | "
+        + " | ".join(head)
+        + " | binary planes (2 and more) | float offset | float16 scales |"
+    ]
     rows.append("| --- |" + " --- |" * (len(head) + 3))
     for name, exporter in EXPORTERS.items():
         cells = [groups_of(exporter, bits, symmetric) for bits, symmetric in product(BITS, (True, False))]
         planes = holds(exporter, BinaryGrid(bits=2))
         offset = exporter.reject(IntGrid(residual_bits=0), offset=True) is None
         half = IntGrid(residual_bits=0, scale_dtype="float16")
-        kept = [d for d in ("bfloat16", "float16", "float32") if holds(exporter, half) and exporter.reject_dtype(half, d) is None]
+        kept = [
+            d
+            for d in ("bfloat16", "float16", "float32")
+            if holds(exporter, half) and exporter.reject_dtype(half, d) is None
+        ]
         scales = "yes" if len(kept) == 3 else f"in {' and '.join(kept)} models" if kept else "no"
-        rows.append(f"| `{name}` | " + " | ".join([*cells, "yes" if planes else "no", "yes" if offset else "no", scales]) + " |")
+        rows.append(
+            f"| `{name}` | "
+            + " | ".join([*cells, "yes" if planes else "no", "yes" if offset else "no", scales])
+            + " |"
+        )
     return rows
 
 
@@ -75,7 +91,11 @@ def reasons() -> list[str]:
             reason.replace("\n", " ")
             for bits, symmetric, size in product(BITS, (True, False), GROUPS)
             for grid in [IntGrid(bits=bits, group_size=size, symmetric=symmetric, residual_bits=0)]
-            for reason in (exporter.reject(grid), exporter.reject_width(grid, WIDTH), exporter.reject(grid, offset=True))
+            for reason in (
+                exporter.reject(grid),
+                exporter.reject_width(grid, WIDTH),
+                exporter.reject(grid, offset=True),
+            )
             if reason
         )
         if reason := exporter.reject(BinaryGrid(bits=2)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit_ft.grid import PackedWeight
 from lowbit_ft.grid.estimators import cast_scale, straight_through
-from lowbit_ft.linear import PackedLinear
+from lowbit_ft.model.linear import PackedLinear
 
 
 class FullQATLinear(nn.Module):

@@ -18,13 +18,20 @@ from quality import ADAPTERS, Bench, attach, options
 from rich.console import Console
 
 from lowbit_ft.adapters import SCALE_PARAMETERS
-from lowbit_ft.attach import adapted_layers, begin_step
-from lowbit_ft.data import Batches, Examples
-from lowbit_ft.losses import next_token_loss
-from lowbit_ft.recipe import QuantSection, TrainSection
-from lowbit_ft.train import train
+from lowbit_ft.adapters.attach import adapted_layers, begin_step
+from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.windows import Examples
+from lowbit_ft.recipe.recipe import QuantSection, TrainSection
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.losses import next_token_loss
 
-CHOICES = [("factorised", 1.0), ("factorised", 0.25), ("factorised", 0.125), ("corrected", 0.25), ("corrected", 0.125)]
+CHOICES = [
+    ("factorised", 1.0),
+    ("factorised", 0.25),
+    ("factorised", 0.125),
+    ("corrected", 0.25),
+    ("corrected", 0.125),
+]
 
 
 def clipped_share(model: Any) -> float:
@@ -72,7 +79,11 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(o)
     bits, group = (int(v) for v in mine.grid.split(":"))
-    model = bench.base(QuantSection.model_validate({"bits": bits, "group_size": group, "symmetric": False, "calibrate": "gptq"}))
+    model = bench.base(
+        QuantSection.model_validate(
+            {"bits": bits, "group_size": group, "symmetric": False, "calibrate": "gptq"}
+        )
+    )
     torch.manual_seed(0)
     attach(model, ADAPTERS[mine.method].model_validate({"method": mine.method}))
     section = TrainSection(max_steps=mine.steps, micro_batch_size=o.batch, gradient_accumulation_steps=1)
@@ -94,8 +105,13 @@ def main() -> None:
         cells = []
         for i in (0, 1):
             cells.append(mean(((r[i] - exact[i]).norm() / exact[i].norm()).item() for r in rows))
-            cells.append(mean(torch.nn.functional.cosine_similarity(r[i], exact[i], dim=0).item() for r in rows))
-        print(f"{low_rank:<12}{tokens:>8g}{cells[0]:>12.4f}{cells[1]:>8.4f}{cells[2]:>13.4f}{cells[3]:>8.4f}", flush=True)
+            cells.append(
+                mean(torch.nn.functional.cosine_similarity(r[i], exact[i], dim=0).item() for r in rows)
+            )
+        print(
+            f"{low_rank:<12}{tokens:>8g}{cells[0]:>12.4f}{cells[1]:>8.4f}{cells[2]:>13.4f}{cells[3]:>8.4f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from pathlib import Path
 
 def start(recipe: str, overrides: list[str], output: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lowbit_ft", "run", recipe, *overrides, f"output={output}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def sha(output: Path) -> str:
@@ -59,7 +61,9 @@ def main() -> None:
                 except subprocess.TimeoutExpired:
                     process.send_signal(kill)
                     process.communicate()
-                steps = sorted(f.name for f in (output / "checkpoints").glob("step-*")) if output.exists() else []
+                steps = (
+                    sorted(f.name for f in (output / "checkpoints").glob("step-*")) if output.exists() else []
+                )
                 finish(start(o.recipe, o.overrides, output))
                 same = sha(output) == sha(whole)
                 different += not same

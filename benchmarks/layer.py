@@ -16,10 +16,10 @@ from statistics import median
 import torch
 from step import adapter_of, products
 
-from lowbit_ft.attach import keep_codes
+from lowbit_ft.adapters.attach import keep_codes
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
-from lowbit_ft.linear import PackedLinear
+from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.rundir import environment
 
 VARIANTS = [
@@ -65,12 +65,33 @@ def main() -> None:
             if round_number:  # the first warms up, and makes the codes that are kept
                 times[name].append(time.process_time() - began)
     unit, lora = median(times["one product"]), median(times["dense LoRA"])
-    rows = [{"method": m, "seconds": median(t), "products": median(t) / unit, "counted": counted[m], "lora": median(t) / lora} for m, t in times.items()]
+    rows = [
+        {
+            "method": m,
+            "seconds": median(t),
+            "products": median(t) / unit,
+            "counted": counted[m],
+            "lora": median(t) / lora,
+        }
+        for m, t in times.items()
+    ]
     for row in rows:
         gemms = "" if row["counted"] is None else f"{row['counted']:>8.3g} of them counted"
-        print(f"{row['method']:<38}{row['seconds'] * 1e3:>9.1f} ms{row['products']:>7.2f} products{row['lora']:>7.2f}x LoRA{gemms}")
+        print(
+            f"{row['method']:<38}{row['seconds'] * 1e3:>9.1f} ms{row['products']:>7.2f} products{row['lora']:>7.2f}x LoRA{gemms}"
+        )
     if o.out:
-        o.out.write_text(json.dumps({"environment": environment(), "options": {k: str(v) for k, v in vars(o).items()}, "rows": rows}, indent=1) + "\n")
+        o.out.write_text(
+            json.dumps(
+                {
+                    "environment": environment(),
+                    "options": {k: str(v) for k, v in vars(o).items()},
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

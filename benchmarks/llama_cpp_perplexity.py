@@ -23,7 +23,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "recipes" / "assets" / "tiny-llama"
 TEXT = ROOT / "recipes" / "assets" / "docstrings" / "valid.jsonl"
-GRIDS = {"Q4_0 W4 g64": (4, 64), "Q8_0 W8 g64": (8, 64), "Q4_0 W3 g64": (3, 64), "Q3_K W3 g256": (3, 256), "Q2_K W2 g256": (2, 256)}
+GRIDS = {
+    "Q4_0 W4 g64": (4, 64),
+    "Q8_0 W8 g64": (8, 64),
+    "Q4_0 W3 g64": (3, 64),
+    "Q3_K W3 g256": (3, 256),
+    "Q2_K W2 g256": (2, 256),
+}
 SCRIPTED = ("Q4_0 W4 g64", "Q8_0 W8 g64")  # those the limit is promised for
 LIMIT = 0.005
 
@@ -32,7 +38,10 @@ def windows(tokenizer: Any, count: int, length: int) -> list[list[int]]:
     """`count` windows of `length` tokens of the validation rows in the chat template, end to end."""
     ids: list[int] = []
     for line in TEXT.read_text(encoding="utf-8").splitlines():
-        ids += tokenizer(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False), add_special_tokens=False)["input_ids"]
+        ids += tokenizer(
+            tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False),
+            add_special_tokens=False,
+        )["input_ids"]
         if len(ids) >= count * length:
             break
     return [ids[i * length : (i + 1) * length] for i in range(count)]
@@ -55,7 +64,13 @@ def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     model, tokenizer = load_exported(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     size = len(texts[0])  # one thread: its threads spin, and stand still where others compute
     other = Llama(
-        str(folder / "model.gguf"), n_ctx=size, n_batch=size, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1
+        str(folder / "model.gguf"),
+        n_ctx=size,
+        n_batch=size,
+        logits_all=True,
+        verbose=False,
+        n_threads=1,
+        n_threads_batch=1,
     )
     sums, same, count = [0.0, 0.0], 0, 0
     for ids in texts:
@@ -70,7 +85,10 @@ def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     ours = tokenizer(text, add_special_tokens=False)["input_ids"]
     alike = ours == other.tokenize(text.encode(), add_bos=False, special=True)
     ours_ppl, theirs_ppl = (math.exp(total / count) for total in sums)
-    ends = other.token_eos() == tokenizer.eos_token_id and other.metadata.get("tokenizer.chat_template") == tokenizer.chat_template
+    ends = (
+        other.token_eos() == tokenizer.eos_token_id
+        and other.metadata.get("tokenizer.chat_template") == tokenizer.chat_template
+    )
     other.close()
     return {
         "transformers": ours_ppl, "llama.cpp": theirs_ppl, "apart": abs(theirs_ppl / ours_ppl - 1), "argmax": same / (count + len(texts)),
@@ -88,10 +106,10 @@ def main() -> None:
 
     from lowbit_ft.export import EXPORTERS
     from lowbit_ft.export.writer import write_model
-    from lowbit_ft.load import Checkpoint
     from lowbit_ft.merge import merged_weights
-    from lowbit_ft.quantize import quantize
-    from lowbit_ft.recipe import QuantSection
+    from lowbit_ft.model.load import Checkpoint
+    from lowbit_ft.quantize.quantize import quantize
+    from lowbit_ft.recipe.recipe import QuantSection
 
     checkpoint = Checkpoint.open(MODEL, dtype="float32")
     texts = windows(AutoTokenizer.from_pretrained(MODEL), o.windows, o.length)

@@ -96,9 +96,15 @@ def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
     config.save_pretrained(folder)
     shapes: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocabulary, HIDDEN)}]
     linears = {f"self_attn.{p}_proj": (HIDDEN // (4 if p in "kv" else 1), HIDDEN) for p in "qkvo"}
-    linears |= {"mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER)}
+    linears |= {
+        "mlp.gate_proj": (INNER, HIDDEN),
+        "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER),
+    }
     norms = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
-    shapes += [{f"model.layers.{i}.{n}.weight": s for n, s in (linears | norms).items()} for i in range(layers)]
+    shapes += [
+        {f"model.layers.{i}.{n}.weight": s for n, s in (linears | norms).items()} for i in range(layers)
+    ]
     shapes += [{"lm_head.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}]
     generator, where = torch.Generator().manual_seed(0), {}
     for number, shard in enumerate(shapes, 1):
@@ -107,7 +113,11 @@ def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
         for key, shape in shard.items():
             tensors[key] = torch.empty(shape, dtype=torch.bfloat16)
             for rows in tensors[key].split(4096):
-                rows.copy_(torch.ones(rows.shape) if len(shape) == 1 else torch.randn(rows.shape, generator=generator).mul_(0.02))
+                rows.copy_(
+                    torch.ones(rows.shape)
+                    if len(shape) == 1
+                    else torch.randn(rows.shape, generator=generator).mul_(0.02)
+                )
         save_file(tensors, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
@@ -117,7 +127,14 @@ def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
 
 def child(checkpoint: Path, out: Path, what: str, *options: str) -> dict[str, Any]:
     """One fresh process; what: read, or pack (the quantize stage, which finds base/ when it is there)."""
-    options = (f"model.path={checkpoint}", "model.dtype=bfloat16", "model.device=cpu", f"output={out}", "eval.generate=[]", *options)
+    options = (
+        f"model.path={checkpoint}",
+        "model.dtype=bfloat16",
+        "model.device=cpu",
+        f"output={out}",
+        "eval.generate=[]",
+        *options,
+    )
     command = [sys.executable, "-c", CHILD, str(ROOT / "recipes" / "quickstart.yaml"), what, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -129,7 +146,11 @@ def measured(checkpoint: Path, root: Path, calibrate: str, options: list[str]) -
     """The stage twice: packing, and with base/ there."""
     out = root / "run"
     settings = [f"quant.calibrate={calibrate}", *options]
-    load, first, again = os.getloadavg()[0], child(checkpoint, out, "pack", *settings), child(checkpoint, out, "pack", *settings)
+    load, first, again = (
+        os.getloadavg()[0],
+        child(checkpoint, out, "pack", *settings),
+        child(checkpoint, out, "pack", *settings),
+    )
     shutil.rmtree(out)
     row = {
         "calibrate": calibrate,
@@ -168,19 +189,36 @@ def measured(checkpoint: Path, root: Path, calibrate: str, options: list[str]) -
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gb", type=float, default=4.0)
-    p.add_argument("--gptq-gb", type=float, default=LAYER_GB, help="size of the checkpoint for gptq, a layer at least; 0: no gptq")
+    p.add_argument(
+        "--gptq-gb",
+        type=float,
+        default=LAYER_GB,
+        help="size of the checkpoint for gptq, a layer at least; 0: no gptq",
+    )
     p.add_argument("--calibrate", default="absmax,mse")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--residual-bits", type=int, default=4)
-    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the checkpoint is made, and removed")
+    p.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where the checkpoint is made, and removed",
+    )
     p.add_argument("--out", type=Path)
     o = p.parse_args()
     o.folder.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(o.folder).free / 1e9, 2.5 * o.gb + 1
     if free < needed:
-        raise SystemExit(f"{o.folder}: needs about {needed:.0f} GB and has {free:.0f} GB free; choose another --folder")
+        raise SystemExit(
+            f"{o.folder}: needs about {needed:.0f} GB and has {free:.0f} GB free; choose another --folder"
+        )
     options = [f"quant.bits={o.bits}", f"quant.residual_bits={o.residual_bits}", "quant.group_size=128"]
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), "bits": o.bits, "residual_bits": o.residual_bits, "rows": []}
+    result: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "bits": o.bits,
+        "residual_bits": o.residual_bits,
+        "rows": [],
+    }
 
     def keep(row: dict[str, Any]) -> None:
         result["rows"].append(row)
@@ -194,7 +232,10 @@ def main() -> None:
         layers = max(1, round((o.gb - 4 * vocabulary * HIDDEN / 1e9) / LAYER_GB))
         write_checkpoint(root / "dense", layers, vocabulary)
         result |= child(root / "dense", root / "run", "read")
-        print(f"reading: {result['read_gb_per_s']:.2f} GB/s, {result['read_gb_per_cpu_s']:.2f} GB per second of its own time", flush=True)
+        print(
+            f"reading: {result['read_gb_per_s']:.2f} GB/s, {result['read_gb_per_cpu_s']:.2f} GB per second of its own time",
+            flush=True,
+        )
         for calibrate in filter(None, o.calibrate.split(",")):
             keep(measured(root / "dense", root, calibrate, options))
         shutil.rmtree(root / "dense")

@@ -21,15 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowbit_ft import attention
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import attach
+from lowbit_ft.adapters.attach import attach
 from lowbit_ft.grid import IntGrid, empty_weight
-from lowbit_ft.linear import PackedLinear
-from lowbit_ft.losses import ChunkedHead, Targets
-from lowbit_ft.mlp_chunks import run_in_chunks
-from lowbit_ft.offload import Offload
-from lowbit_ft.train_setup import activation_checkpointing
+from lowbit_ft.model import attention
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.model.mlp_chunks import run_in_chunks
+from lowbit_ft.train.losses import ChunkedHead, Targets
+from lowbit_ft.train.offload import Offload
+from lowbit_ft.train.setup import activation_checkpointing
 
 BLOCKS, VOCABULARY = 32, 128256
 SHAPE: dict[str, Any] = dict(
@@ -64,11 +64,17 @@ class Elsewhere:
 
 
 def model_of(bits: int, residual_bits: int) -> Any:
-    model: Any = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE, num_hidden_layers=2), dtype=torch.bfloat16, attn_implementation="sdpa")
+    model: Any = LlamaForCausalLM._from_config(
+        LlamaConfig(**SHAPE, num_hidden_layers=2), dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            base = empty_weight((layer.out_features, layer.in_features), IntGrid(bits=bits, residual_bits=residual_bits), "cpu")
+            base = empty_weight(
+                (layer.out_features, layer.in_features),
+                IntGrid(bits=bits, residual_bits=residual_bits),
+                "cpu",
+            )
             model.set_submodule(name, PackedLinear(base))
     attach(model, ADAPTERS["lr_qat"](rank=32, init="zero"))  # pyright: ignore[reportCallIssue]
     attention.switch(model.get_decoder())
@@ -80,7 +86,11 @@ def resident(model: Any) -> dict[str, int]:
     block = model.model.layers[0]
     trained = [p for p in block.parameters() if p.requires_grad]
     held = [*(p for p in block.parameters() if not p.requires_grad), *block.buffers()]
-    ends = [*model.model.embed_tokens.parameters(), *model.lm_head.parameters(), *model.model.norm.parameters()]
+    ends = [
+        *model.model.embed_tokens.parameters(),
+        *model.lm_head.parameters(),
+        *model.model.norm.parameters(),
+    ]
     return {
         "packed": BLOCKS * sum(t.nbytes for t in held),
         "ends": sum(t.nbytes for t in ends),
@@ -88,19 +98,32 @@ def resident(model: Any) -> dict[str, int]:
     }
 
 
-def block_peak(tokens: int, way: str, chunk: int, segments: list[int], bits: int, residual_bits: int) -> tuple[int, int, int]:
+def block_peak(
+    tokens: int, way: str, chunk: int, segments: list[int], bits: int, residual_bits: int
+) -> tuple[int, int, int]:
     """(peak of forward and backward of the blocks without gradients of what trains, largest single tensor's elements, bytes away)."""
     store = Elsewhere()
     with FakeTensorMode():
         model = model_of(bits, residual_bits)
         activation_checkpointing(model, True, None if way == "none" else Offload(store))
         if way == "mlp":
-            parts = [(layer.mlp, layer.input_layernorm, layer.post_attention_layernorm) for layer in model.model.layers]
+            parts = [
+                (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
+                for layer in model.model.layers
+            ]
             run_in_chunks([model.model.norm, *(part for three in parts for part in three)], chunk)
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-        ids, positions = torch.zeros((1, tokens), dtype=torch.int64), torch.zeros((1, tokens), dtype=torch.int64)
+        ids, positions = (
+            torch.zeros((1, tokens), dtype=torch.int64),
+            torch.zeros((1, tokens), dtype=torch.int64),
+        )
         with Counted([*model.parameters(), *model.buffers(), ids, positions]) as counted:
-            out = model.model(input_ids=ids, position_ids=positions, use_cache=False, segments=attention.Segments([segments]))
+            out = model.model(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                segments=attention.Segments([segments]),
+            )
             out.last_hidden_state.backward(torch.empty_like(out.last_hidden_state))
         return counted.peak - gradients, counted.largest, store.peak
 
@@ -108,10 +131,16 @@ def block_peak(tokens: int, way: str, chunk: int, segments: list[int], bits: int
 def loss_peak(tokens: int) -> int:
     targets = Targets(torch.zeros((1, tokens), dtype=torch.int64), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model: Any = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE, num_hidden_layers=0), dtype=torch.bfloat16).requires_grad_(False)
+        model: Any = LlamaForCausalLM._from_config(
+            LlamaConfig(**SHAPE, num_hidden_layers=0), dtype=torch.bfloat16
+        ).requires_grad_(False)
         hidden = torch.empty((1, tokens, SHAPE["hidden_size"]), dtype=torch.bfloat16, requires_grad=True)
-        with Counted([*model.parameters(), hidden, targets.positions, targets.tokens, targets.labels]) as counted:
-            ChunkedHead(model.model, model.forward, VOCABULARY).loss(BaseModelOutputWithPast(last_hidden_state=hidden), targets).backward()  # pyright: ignore
+        with Counted(
+            [*model.parameters(), hidden, targets.positions, targets.tokens, targets.labels]
+        ) as counted:
+            ChunkedHead(model.model, model.forward, VOCABULARY).loss(
+                BaseModelOutputWithPast(last_hidden_state=hidden), targets
+            ).backward()  # pyright: ignore
         return counted.peak + hidden.nbytes
 
 
@@ -123,7 +152,12 @@ def main() -> None:
     p.add_argument("--packed", type=int, default=1, help="segments in the window")
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--residual-bits", type=int, default=1)
-    p.add_argument("--limit", type=float, default=24.0, help="GB; the last way must stay below it with 1.5 GB to spare for context and work space")
+    p.add_argument(
+        "--limit",
+        type=float,
+        default=24.0,
+        help="GB; the last way must stay below it with 1.5 GB to spare for context and work space",
+    )
     p.add_argument("--out", type=Path)
     o = p.parse_args()
     with FakeTensorMode():
@@ -143,13 +177,20 @@ def main() -> None:
                 "tokens": tokens, "way": way, "blocks_gb": peak / 1e9, "loss_gb": loss / 1e9, "away_gb": away / 2 * BLOCKS / 1e9,
                 "largest_elements": largest, "total_gb": (sum(held.values()) + max(peak, loss + (BLOCKS * inputs if way == "none" else 0))) / 1e9,
             }  # fmt: skip
-            assert tokens < 16384 or largest < tokens * tokens, f"a tensor of {largest} elements: length x length"
+            assert tokens < 16384 or largest < tokens * tokens, (
+                f"a tensor of {largest} elements: length x length"
+            )
             rows.append(row)
-            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            print(
+                "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
     if o.out:
         o.out.write_text(json.dumps({"resident": held, "rows": rows}, indent=1) + "\n")
     if rows[-1]["total_gb"] > o.limit - 1.5:
-        raise SystemExit(f"{rows[-1]['total_gb']:.1f} GB and 1.5 for context and work space are more than {o.limit:g} GB")
+        raise SystemExit(
+            f"{rows[-1]['total_gb']:.1f} GB and 1.5 for context and work space are more than {o.limit:g} GB"
+        )
 
 
 if __name__ == "__main__":

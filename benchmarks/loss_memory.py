@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lowbit_ft.losses import ChunkedHead, Targets, next_token_loss
+from lowbit_ft.train.losses import ChunkedHead, Targets, next_token_loss
 
 
 class Counted(TorchDispatchMode):
@@ -48,7 +48,9 @@ class Counted(TorchDispatchMode):
 
 def allocator_peak(run: Any) -> int:
     """The most bytes the CPU allocator had given out at once since the start of `run()`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
     now = peak = 0
@@ -70,7 +72,12 @@ def main() -> None:
     o = p.parse_args()
     dtype = getattr(torch, o.dtype)
     config = LlamaConfig(
-        vocab_size=o.vocabulary, hidden_size=o.width, intermediate_size=16, num_hidden_layers=0, num_attention_heads=1, tie_word_embeddings=False
+        vocab_size=o.vocabulary,
+        hidden_size=o.width,
+        intermediate_size=16,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        tie_word_embeddings=False,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False)
@@ -89,7 +96,10 @@ def main() -> None:
             loss = next_token_loss(model.lm_head(hidden), labels)
         loss.backward()
 
-    row = {**{k: v for k, v in vars(o).items() if k != "out"}, "hidden_gb": o.tokens * o.width * dtype.itemsize / 1e9}
+    row = {
+        **{k: v for k, v in vars(o).items() if k != "out"},
+        "hidden_gb": o.tokens * o.width * dtype.itemsize / 1e9,
+    }
     for name, chunked in (("whole_gb", False), ("chunked_gb", True)):
         hidden = torch.ones((1, o.tokens, o.width), dtype=dtype, device=o.device, requires_grad=True)
         if o.device == "cpu":

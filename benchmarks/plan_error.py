@@ -3,7 +3,7 @@
     python benchmarks/plan_error.py                     # about three minutes on two cores
     python benchmarks/plan_error.py --shapes tiny,25m   # some of them
 
-Counted is every storage that is alive at once (lowbit_ft/counting.py) over three optimizer steps and an evaluation:
+Counted is every storage that is alive at once (lowbit_ft/plan/counting.py) over three optimizer steps and an evaluation:
 
     real   training as users run it (lowbit_ft.train.train) on a CPU, inside the packed ops too
     fake   the same model, loss, backward and optimizer on tensors without data, for shapes that take this machine too long;
@@ -31,28 +31,38 @@ from rich.console import Console
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowbit_ft import train_run
-from lowbit_ft.attach import adapted_layers, attach
-from lowbit_ft.attention import Segments, switch
-from lowbit_ft.counting import Counter
-from lowbit_ft.data import Batches, Example, Examples, load_examples
-from lowbit_ft.load import Checkpoint, load_tokenizer
-from lowbit_ft.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
-from lowbit_ft.plan import Card, Plan, plan
-from lowbit_ft.plan_model import _bytes, _dense, _pack, _stamp, _start_free
-from lowbit_ft.plan_step import _fake, _quiet, _rules, targets_without_data
-from lowbit_ft.quantize import plan_layers, quantize
-from lowbit_ft.recipe import Recipe, load_recipe
-from lowbit_ft.train import train
-from lowbit_ft.train_setup import activation_checkpointing
+from lowbit_ft.adapters.attach import adapted_layers, attach
+from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.examples import load_examples
+from lowbit_ft.data.windows import Example, Examples
+from lowbit_ft.model.attention import Segments, switch
+from lowbit_ft.model.load import Checkpoint, load_tokenizer
+from lowbit_ft.plan.counting import Counter
+from lowbit_ft.plan.model import _bytes, _dense, _pack, _stamp, _start_free
+from lowbit_ft.plan.plan import Card, Plan, plan
+from lowbit_ft.plan.step import _fake, _quiet, _rules, targets_without_data
+from lowbit_ft.quantize.quantize import plan_layers, quantize
+from lowbit_ft.recipe.recipe import Recipe, load_recipe
+from lowbit_ft.train import run as train_run
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
+from lowbit_ft.train.setup import activation_checkpointing
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ROOT / "recipes" / "quickstart.yaml"
 PLANES = ["quant.grid=binary", "quant.calibrate=greedy", "export.format=native"]
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
-def _llama(hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def _llama(
+    hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
     return LLAMA | {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
         "intermediate_size": inner, "vocab_size": vocabulary, "tie_word_embeddings": False, **more,
@@ -95,7 +105,11 @@ def recipe_for(shape: str, folder: Path, checkpointing: bool) -> Recipe:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         overrides = [*overrides, f"model.path={folder}"]
-    overrides = [*overrides, f"train.gradient_checkpointing={str(checkpointing).lower()}", f"output={folder / 'run'}"]
+    overrides = [
+        *overrides,
+        f"train.gradient_checkpointing={str(checkpointing).lower()}",
+        f"output={folder / 'run'}",
+    ]
     return load_recipe(QUICK, overrides, check=False)
 
 
@@ -119,13 +133,20 @@ def parts_of(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's tensors: packed base, dense, adapters."""
     sums = {"packed base": 0, "dense": 0, "adapters": 0}
     for part, size in _bytes(model, lambda _: "norms and other"):
-        sums["adapters" if part == "adapters" else "dense" if part == "norms and other" else "packed base"] += size
+        sums[
+            "adapters" if part == "adapters" else "dense" if part == "norms and other" else "packed base"
+        ] += size
     return sums
 
 
 def counted(model: nn.Module, optimizer: Any, count: Counter) -> dict[str, int]:
     parts = parts_of(model)
-    states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    states = sum(
+        t.numel() * t.element_size()
+        for s in optimizer.state.values()
+        for t in s.values()
+        if isinstance(t, torch.Tensor)
+    )
     own = sum(parts.values())
     step, evaluation = count.peaks["step"], count.peaks.get("evaluation", 0)
     return parts | {
@@ -138,13 +159,19 @@ def real_data(recipe: Recipe, shape: str) -> tuple[Batches, Batches, bool]:
     size, length = recipe.train.micro_batch_size, recipe.data.sequence_len
     if SHAPES[shape][0] is None:
         tokenizer = load_tokenizer(Checkpoint.open(recipe.model.path, dtype=recipe.model.dtype))
-        rows = [load_examples(source, recipe.data, tokenizer) for source in (recipe.data.train, recipe.data.valid) if source is not None]
+        rows = [
+            load_examples(source, recipe.data, tokenizer)
+            for source in (recipe.data.train, recipe.data.valid)
+            if source is not None
+        ]
         rows = [Examples(examples[i] for i in range(4 * size)) for examples in rows]
         return Batches(rows[0], size, 0, 0), Batches(rows[1], size, 0, 1), True
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(2):
-        ids = torch.randint(0, SHAPES[shape][0]["vocab_size"], (4 * size, length), generator=generator).tolist()  # pyright: ignore
+        ids = torch.randint(
+            0, SHAPES[shape][0]["vocab_size"], (4 * size, length), generator=generator
+        ).tolist()  # pyright: ignore
         made.append(Examples([Example(row, row, [length // 2, length - length // 2]) for row in ids]))
     return Batches(made[0], size, 0, 0), Batches(made[1], size, 0, 1), True
 
@@ -155,9 +182,17 @@ def real_model(recipe: Recipe, shape: str, folder: Path, device: str) -> nn.Modu
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+        ).save_pretrained(folder)
     checkpoint = Checkpoint.open(recipe.model.path, dtype=recipe.model.dtype)
-    model, _ = quantize(checkpoint, recipe.quant.model_copy(update={"calibrate": "greedy" if recipe.quant.grid == "binary" else "absmax"}), device=device)
+    model, _ = quantize(
+        checkpoint,
+        recipe.quant.model_copy(
+            update={"calibrate": "greedy" if recipe.quant.grid == "binary" else "absmax"}
+        ),
+        device=device,
+    )
     attach(model, recipe.adapter)
     return model
 
@@ -166,7 +201,9 @@ def count_real(recipe: Recipe, shape: str, folder: Path) -> dict[str, int]:
     """Three steps and an evaluation of real training, counted."""
     model = real_model(recipe, shape, folder, "cpu")
     batches, valid, _ = real_data(recipe, shape)
-    section = recipe.train.model_copy(update={"max_steps": 3, "eval_every": 2, "save_every": None, "keep_best": False, "trackers": []})
+    section = recipe.train.model_copy(
+        update={"max_steps": 3, "eval_every": 2, "save_every": None, "keep_best": False, "trackers": []}
+    )
     seen: dict[str, Any] = {}
     build, evaluate = train_run.build_optimizer, train_run.Run.evaluate
     with Counter() as count, tempfile.TemporaryDirectory() as run, count.phase("step"):
@@ -199,7 +236,12 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, recipe.model.attention)
     targets, _ = plan_layers(dense, recipe.quant)
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
-    _pack(model, [(n, recipe.quant.grid_for(n), config.trains(n)) for n in targets], config, getattr(torch, recipe.model.dtype))
+    _pack(
+        model,
+        [(n, recipe.quant.grid_for(n), config.trains(n)) for n in targets],
+        config,
+        getattr(torch, recipe.model.dtype),
+    )
     windows, length, train_section = recipe.train.micro_batch_size, recipe.data.sequence_len, recipe.train
     vocabulary = dense.config.vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
@@ -209,7 +251,11 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
             activation_checkpointing(model, True)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         plain = model.forward
-        head = ChunkedHead(model.model, plain, vocabulary) if windows * length > LOGITS_AT_A_TIME // vocabulary else None
+        head = (
+            ChunkedHead(model.model, plain, vocabulary)
+            if windows * length > LOGITS_AT_A_TIME // vocabulary
+            else None
+        )
 
         def forward(_: nn.Module, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
             inputs["segments"] = Segments([[length // 2, length - length // 2]] * windows)
@@ -220,7 +266,10 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
         model.forward = MethodType(forward, model)
 
         def batch() -> dict[str, torch.Tensor]:
-            return {name: torch.empty((windows, length), dtype=torch.int64) for name in ("input_ids", "position_ids", "labels")}
+            return {
+                name: torch.empty((windows, length), dtype=torch.int64)
+                for name in ("input_ids", "position_ids", "labels")
+            }
 
         with Counter(_rules(0)) as count:
             for step in range(2):
@@ -243,9 +292,19 @@ def count_cuda(recipe: Recipe, shape: str, folder: Path) -> dict[str, int]:
     """Real training on the GPU, by PyTorch's allocator."""
     model = real_model(recipe, shape, folder, "cuda")
     batches, valid, _ = real_data(recipe, shape)
-    section = recipe.train.model_copy(update={"max_steps": 3, "eval_every": 2, "save_every": None, "keep_best": False, "trackers": []})
+    section = recipe.train.model_copy(
+        update={"max_steps": 3, "eval_every": 2, "save_every": None, "keep_best": False, "trackers": []}
+    )
     with tempfile.TemporaryDirectory() as run:
-        train(model, batches, valid, section, run, on_step=lambda s: torch.cuda.reset_peak_memory_stats() if s == 0 else None, console=Console(quiet=True))
+        train(
+            model,
+            batches,
+            valid,
+            section,
+            run,
+            on_step=lambda s: torch.cuda.reset_peak_memory_stats() if s == 0 else None,
+            console=Console(quiet=True),
+        )
     assert next(adapted_layers(model))[1].adapter is not None
     return parts_of(model) | {"total": torch.cuda.max_memory_allocated()}
 
@@ -254,7 +313,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shapes", default=",".join(SHAPES))
     p.add_argument("--limit", type=float, help="per cent of error of a total (default 5, on a GPU 8)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "plan_error.json")
     o = p.parse_args()
@@ -262,7 +323,11 @@ def main() -> None:
     limit = o.limit or (8.0 if o.device == "cuda" else 5.0)
     rows, worst = [], 0.0
     names = ("packed base", "dense", "adapters", "optimizer", "step", "evaluation", "total")
-    print(f"{'shape':<7}{'method':<13}{'ckpt':<6}{'counted':<9}" + "".join(f"{n:>24}" for n in names) + f"{'error':>9}   (MB: predicted / counted)")
+    print(
+        f"{'shape':<7}{'method':<13}{'ckpt':<6}{'counted':<9}"
+        + "".join(f"{n:>24}" for n in names)
+        + f"{'error':>9}   (MB: predicted / counted)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for shape in o.shapes.split(","):
             for checkpointing in (False, True):
@@ -283,10 +348,26 @@ def main() -> None:
                         "shape": shape, "method": recipe.adapter.method, "checkpointing": checkpointing, "counted_by": way, "predicted": guess,
                         "counted": found, "error_percent": error, "seconds": time.perf_counter() - began,
                     })  # fmt: skip
-                    cells = "".join(f"{guess.get(n, 0) / 1e6:>13.3f} /{found.get(n, 0) / 1e6:>9.3f}" for n in names)
-                    print(f"{shape:<7}{recipe.adapter.method:<13}{'yes' if checkpointing else 'no':<6}{way:<9}{cells}{error:>8.2f}%", flush=True)
+                    cells = "".join(
+                        f"{guess.get(n, 0) / 1e6:>13.3f} /{found.get(n, 0) / 1e6:>9.3f}" for n in names
+                    )
+                    print(
+                        f"{shape:<7}{recipe.adapter.method:<13}{'yes' if checkpointing else 'no':<6}{way:<9}{cells}{error:>8.2f}%",
+                        flush=True,
+                    )
                     o.out.parent.mkdir(parents=True, exist_ok=True)
-                    o.out.write_text(json.dumps({"device": o.device, "torch": torch.__version__, "limit_percent": limit, "rows": rows}, indent=1) + "\n")
+                    o.out.write_text(
+                        json.dumps(
+                            {
+                                "device": o.device,
+                                "torch": torch.__version__,
+                                "limit_percent": limit,
+                                "rows": rows,
+                            },
+                            indent=1,
+                        )
+                        + "\n"
+                    )
     print(f"largest error of a total: {worst:.2f} %")
     if worst > limit:
         raise SystemExit(f"plan is {worst:.2f} % off, and the limit is {limit} %")

@@ -14,13 +14,19 @@ import json
 import re
 from pathlib import Path
 
-from lowbit_ft.plan import Plan, no_card, plan
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft.plan.plan import Plan, no_card, plan
+from lowbit_ft.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE, PAGE = ROOT / "recipes" / "llama31-8b-w4-lr-qat.yaml", ROOT / "docs" / "memory.md"
 ERRORS = ROOT / "benchmarks" / "results" / "plan_error.json"
-ONE_STEP = ["quant.residual_bits=0", "quant.bits=2", "adapter.rank=16", "train.gradient_accumulation_steps=1", "train.offload=cpu"]
+ONE_STEP = [
+    "quant.residual_bits=0",
+    "quant.bits=2",
+    "adapter.rank=16",
+    "train.gradient_accumulation_steps=1",
+    "train.offload=cpu",
+]
 LONG = ["data.sequence_len=65536", "train.offload=cpu", "quant.residual_bits=1"]
 
 # (what is aimed at, limit in GB, whether the card's context counts, shape, changes to the recipe)
@@ -68,18 +74,28 @@ def table() -> str:
 def errors() -> str:
     """The rows of results/plan_error.json, one per way of counting."""
     kept = json.loads(ERRORS.read_text(encoding="utf-8"))
-    lines = ["| shape | method | checkpointing | counted | predicted MB | counted MB | error |", "| --- | --- | --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        "| shape | method | checkpointing | counted | predicted MB | counted MB | error |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+    ]
     for r in kept["rows"]:
         word = {"real": "training", "fake": "without data"}.get(r["counted_by"], r["counted_by"])
         sizes = f"{r['predicted']['total'] / 1e6:.1f} | {r['counted']['total'] / 1e6:.1f} | {r['error_percent']:+.2f} %"
-        lines.append(f"| {r['shape']} | {r['method']} | {'yes' if r['checkpointing'] else 'no'} | {word} | {sizes} |")
+        lines.append(
+            f"| {r['shape']} | {r['method']} | {'yes' if r['checkpointing'] else 'no'} | {word} | {sizes} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def render(text: str) -> str:
     """The page with both tables in their places."""
     for marker, made in (("errors", errors()), ("targets", table())):
-        text = re.sub(rf"(<!-- {marker} -->\n).*?(?=\n\n)", lambda m, t=made: m[1] + t.rstrip("\n"), text, flags=re.DOTALL)
+        text = re.sub(
+            rf"(<!-- {marker} -->\n).*?(?=\n\n)",
+            lambda m, t=made: m[1] + t.rstrip("\n"),
+            text,
+            flags=re.DOTALL,
+        )
     return text
 
 

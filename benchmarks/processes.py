@@ -21,8 +21,16 @@ from typing import Any
 
 def train(recipe: str, overrides: list[str], output: Path, processes: int, sharding: str) -> None:
     """`lowbit-ft train` by so many processes, 2 micro-batches per step in all."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    keys = [f"train.gradient_accumulation_steps={2 // processes}", f"train.sharding={sharding}", f"output={output}"]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
+    keys = [
+        f"train.gradient_accumulation_steps={2 // processes}",
+        f"train.sharding={sharding}",
+        f"output={output}",
+    ]
     command = [sys.executable, *launch, "-m", "lowbit_ft", "train", recipe, *overrides, *keys]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -44,7 +52,10 @@ def result(output: Path) -> dict[str, Any]:
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    print(f"{name:24s} losses {' '.join(f'{loss:.6f}' for loss in found['losses'])}  merged {found['merged'][:16]}", flush=True)
+    print(
+        f"{name:24s} losses {' '.join(f'{loss:.6f}' for loss in found['losses'])}  merged {found['merged'][:16]}",
+        flush=True,
+    )
     if found["processes"] is None:
         return
     for rank, row in enumerate(found["processes"]["ranks"]):
@@ -69,10 +80,14 @@ def main() -> None:
             show(f"{name}, {processes} process{'es' * (processes > 1)}", found[name])
     if o.json is not None:
         o.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    same = all(found[name][key] == found["one"][key] for name in ("ddp", "fsdp") for key in ("losses", "merged"))
+    same = all(
+        found[name][key] == found["one"][key] for name in ("ddp", "fsdp") for key in ("losses", "merged")
+    )
     types = [found[name]["processes"]["type"] for name in ("ddp", "fsdp")]
     shares = [row["base"] / row["whole_base"] for row in found["fsdp"]["processes"]["ranks"]]
-    print(f"same losses and merged bytes: {same}; types {types}; largest share of the packed base {max(shares):.3f}")
+    print(
+        f"same losses and merged bytes: {same}; types {types}; largest share of the packed base {max(shares):.3f}"
+    )
     raise SystemExit(0 if same and max(shares) <= 0.55 and types == ["DDP", "FSDP2"] else 1)
 
 

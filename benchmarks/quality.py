@@ -26,17 +26,18 @@ from full_qat import FullQATLinear, unrounded
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import adapted_layers, attach, begin_step, packed_layers
-from lowbit_ft.data import Batches, Example, Examples
-from lowbit_ft.evaluate import Reference, evaluate
-from lowbit_ft.files import write_text
+from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, packed_layers
+from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.windows import Example, Examples
+from lowbit_ft.evaluate.perplexity import Reference, evaluate
+from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import PackedWeight
-from lowbit_ft.linear import PackedLinear
-from lowbit_ft.load import Checkpoint, load_tokenizer
-from lowbit_ft.quantize import quantize
-from lowbit_ft.recipe import QuantSection, TrainSection
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.model.load import Checkpoint, load_tokenizer
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.recipe.recipe import QuantSection, TrainSection
 from lowbit_ft.rundir import environment
-from lowbit_ft.train import train
+from lowbit_ft.train.loop import train
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
@@ -52,8 +53,12 @@ def options() -> argparse.Namespace:
     p.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], choices=[*UNTRAINED, *TRAINED])
     p.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
     p.add_argument("--symmetry", nargs="+", default=["sym", "asym"], choices=["sym", "asym"])
-    p.add_argument("--start", default="gptq", help="calibrator that trained methods on integer grids start from")
-    p.add_argument("--plane-start", default="alternating", help="calibrator of the sign planes of alpha_tuning")
+    p.add_argument(
+        "--start", default="gptq", help="calibrator that trained methods on integer grids start from"
+    )
+    p.add_argument(
+        "--plane-start", default="alternating", help="calibrator of the sign planes of alpha_tuning"
+    )
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8, help="windows per step")
@@ -88,7 +93,9 @@ class Bench:
         joined = (self.tokenizer.eos_token or "\n").join(texts)
         ids = self.tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
         size = self.o.window
-        return [Example(ids[i : i + size], ids[i : i + size], [size]) for i in range(0, len(ids) - size + 1, size)]
+        return [
+            Example(ids[i : i + size], ids[i : i + size], [size]) for i in range(0, len(ids) - size + 1, size)
+        ]
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
         """256 training windows, the same for every method and seed."""
@@ -99,7 +106,9 @@ class Bench:
         """A fresh packed model; each setting is calibrated once."""
         key = quant.model_dump_json()
         if key not in self.bases:
-            self.bases[key] = quantize(self.checkpoint, quant, dtype=torch.float32, calibration=self.calibration)[0]
+            self.bases[key] = quantize(
+                self.checkpoint, quant, dtype=torch.float32, calibration=self.calibration
+            )[0]
         return copy.deepcopy(self.bases[key])
 
     def perplexity(self, model: Any) -> float:
@@ -128,7 +137,12 @@ class Bench:
         else:
             chosen = dict(item.split("=", 1) for item in self.o.set)
             fields = ADAPTERS[method].model_fields
-            attach(model, ADAPTERS[method].model_validate({k: v for k, v in chosen.items() if k in fields} | {"method": method}))
+            attach(
+                model,
+                ADAPTERS[method].model_validate(
+                    {k: v for k, v in chosen.items() if k in fields} | {"method": method}
+                ),
+            )
             rate = self.o.learning_rate
         section = TrainSection(
             max_steps=self.o.steps, micro_batch_size=self.o.batch, gradient_accumulation_steps=1, learning_rate=rate,
@@ -172,7 +186,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 if (r["method"], r["note"], r["bits"], r["group_size"], r["symmetric"]) == (name, note, -b, g, not a)
             ]  # fmt: skip
             values = [r["perplexity"] for r in mine]
-            text = "" if not values else f"{mean(values):.3f}" + (f" ±{pstdev(values):.3f}" if len(values) > 1 else "")
+            text = (
+                ""
+                if not values
+                else f"{mean(values):.3f}" + (f" ±{pstdev(values):.3f}" if len(values) > 1 else "")
+            )
             if values and name == "lora":
                 text = f"{mean(r['trained'] for r in mine):.3f} -> {text}"
             cells.append(text)
@@ -210,7 +228,10 @@ def main() -> None:
                     row = fact | bench.run(method, bits, group, symmetric, seed)
                     assert math.isfinite(row["perplexity"])
                     rows.append(row)
-                    print(f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: {row['perplexity']:.3f}", flush=True)
+                    print(
+                        f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: {row['perplexity']:.3f}",
+                        flush=True,
+                    )
                     write_text(o.out, json.dumps(stored | {"rows": rows}, indent=1) + "\n")
     print(f"\nfull precision {stored['full_precision']:.3f}\n")
     print_table(rows)

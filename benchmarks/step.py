@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
-from lowbit_ft.attach import attach, keep_codes
-from lowbit_ft.compiling import compile_layers
-from lowbit_ft.load import Checkpoint, load_model
-from lowbit_ft.losses import next_token_loss
-from lowbit_ft.quantize import quantize
-from lowbit_ft.recipe import QuantSection
+from lowbit_ft.adapters.attach import attach, keep_codes
+from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.recipe.recipe import QuantSection
 from lowbit_ft.rundir import environment
-from lowbit_ft.train_setup import activation_checkpointing
+from lowbit_ft.train.compiling import compile_layers
+from lowbit_ft.train.losses import next_token_loss
+from lowbit_ft.train.setup import activation_checkpointing
 
 ASSETS = Path(__file__).resolve().parent.parent / "recipes" / "assets"
 
@@ -60,7 +60,7 @@ def stepper(model: Any, ids: torch.Tensor, o: argparse.Namespace, switches: set[
 
 
 def adapter_of(spec: str, rank: int) -> tuple[AdapterConfig, set[str]]:
-    """"lr_qat+factorised+tokens=0.25+keep" -> its config, and the switches of the training loop."""
+    """ "lr_qat+factorised+tokens=0.25+keep" -> its config, and the switches of the training loop."""
     method, *parts = spec.split("+")
     config, switches = ADAPTERS[method], {part for part in parts if part in ("keep", "compile")}
     given: dict[str, Any] = {"rank": rank, "alpha": rank} if "rank" in config.model_fields else {}
@@ -84,7 +84,9 @@ def products(config: AdapterConfig, bits: int) -> float | None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(ASSETS / "tiny-llama"))
-    p.add_argument("--methods", nargs="+", default=["lr_qat", "dl_qat", "l4q", "scale", "lora", "alpha_tuning"])
+    p.add_argument(
+        "--methods", nargs="+", default=["lr_qat", "dl_qat", "l4q", "scale", "lora", "alpha_tuning"]
+    )
     p.add_argument("--bits", type=int, default=4)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--batch", type=int, default=8)
@@ -92,7 +94,11 @@ def main() -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     p.add_argument("--checkpointing", action="store_true", help="recompute the layers in the backward")
-    p.add_argument("--processor-time", action="store_true", help="with --threads 1 on a busy machine: time of this process, not of the clock")
+    p.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="with --threads 1 on a busy machine: time of this process, not of the clock",
+    )
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--out", type=Path)
@@ -110,7 +116,9 @@ def main() -> None:
     steps = {"dense LoRA (peft)": stepper(get_peft_model(dense, peft_config), ids, o)}
     packed = {
         grid: quantize(
-            checkpoint, QuantSection(grid=grid, bits=o.bits if grid == "integer" else min(o.bits, 4)), dtype=dtype
+            checkpoint,
+            QuantSection(grid=grid, bits=o.bits if grid == "integer" else min(o.bits, 4)),
+            dtype=dtype,
         )[0]
         for grid in ("integer", "binary")
     }  # pyright: ignore[reportArgumentType]
@@ -129,12 +137,25 @@ def main() -> None:
             if round_number >= 2:  # two rounds to warm up
                 times[name].append(clock() - began)
     base = median(times["dense LoRA (peft)"])
-    rows = [{"method": n, "seconds": median(t), "ratio": median(t) / base, "products": counted[n]} for n, t in times.items()]
+    rows = [
+        {"method": n, "seconds": median(t), "ratio": median(t) / base, "products": counted[n]}
+        for n, t in times.items()
+    ]
     for row in rows:
         gemms = "" if row["products"] is None else f"{row['products']:>8.3g} GEMMs"
         print(f"{row['method']:<36}{row['seconds'] * 1e3:>10.1f} ms{row['ratio']:>8.2f}x{gemms}")
     if o.out:
-        o.out.write_text(json.dumps({"environment": environment(), "options": {k: str(v) for k, v in vars(o).items()}, "rows": rows}, indent=1) + "\n")
+        o.out.write_text(
+            json.dumps(
+                {
+                    "environment": environment(),
+                    "options": {k: str(v) for k, v in vars(o).items()},
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.support_matrix          from the root of the repository; under a minute on one core
 
-The models and the line are those of tests/test_architectures.py, which fails when the page does not say what it finds.
+The models and the line are those of tests/model/test_architectures.py, which fails when the page does not say what it finds.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit_ft.files import write_text
+from lowbit_ft.files.atomic import write_text
 from tests.architectures import CONFIGS, lines
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"

@@ -37,16 +37,18 @@ from benchmarks.train_cases import LENGTH, LENGTH_TARGET, LENGTHS, MEMORY, QLORA
 from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing, with_lora
 from benchmarks.train_report import write_report
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import attach, begin_step
+from lowbit_ft.adapters.attach import attach, begin_step
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
-from lowbit_ft.plan import Card, plan
-from lowbit_ft.recipe import TrainSection, load_recipe
+from lowbit_ft.plan.plan import Card, plan
+from lowbit_ft.recipe.recipe import TrainSection, load_recipe
 from lowbit_ft.rundir import environment
-from lowbit_ft.train_run import Run
+from lowbit_ft.train.run import Run
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "llama31-8b-w4-lr-qat.yaml"
-TOLERANCE = 1e-2  # of a gradient's norm, device against CPU in fp32: a code at the edge may fall to the other side
+TOLERANCE = (
+    1e-2  # of a gradient's norm, device against CPU in fp32: a code at the edge may fall to the other side
+)
 
 
 class Windows:
@@ -72,13 +74,21 @@ class Contender:
     """One case, ready to step."""
 
     def __init__(self, case: Case, model: Any, folder: str) -> None:
-        keys = {"max_steps": 1000, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "scheduler": "constant", **case.train}
+        keys = {
+            "max_steps": 1000,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": True,
+            "scheduler": "constant",
+            **case.train,
+        }
         if not _has_bitsandbytes():
             keys["optimizer"] = "adamw"  # larger states, and the row says so
         self.case, self.model = case, model
         if case.base == "packed":
             given = {"rank": case.rank} if "rank" in ADAPTERS[case.method].model_fields else {}
-            attach(model, ADAPTERS[case.method].model_validate({"method": case.method, **given, **case.adapter}))
+            attach(
+                model, ADAPTERS[case.method].model_validate({"method": case.method, **given, **case.adapter})
+            )
         else:
             with_lora(model, case.rank)
         self.windows = Windows(SHAPES[case.shape].vocabulary, case.length)
@@ -131,10 +141,18 @@ class Bench:
 
     def write(self, stage: str, case: Case, **values: Any) -> None:
         """One more row, on disk at once."""
-        target = {} if case.target is None or self.dry else {"target": list(case.target), "met": _met(case, values)}
+        target = (
+            {}
+            if case.target is None or self.dry
+            else {"target": list(case.target), "met": _met(case, values)}
+        )
         row = {"stage": stage, "name": case.name, "case": _plain(case), **values, **target}
         self.rows.append(row)
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if k not in ("all_seconds", "case"))
+        shown = "  ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in values.items()
+            if k not in ("all_seconds", "case")
+        )
         print(f"[{time.monotonic() - self.began:5.0f} s] {stage}: {case.name}: {shown}", flush=True)
         self.keep()
 
@@ -147,7 +165,9 @@ class Bench:
         partial.write_text(json.dumps({**self.head, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.out)
 
-    def attempt(self, stage: str, case: Case, act: Callable[[Case], dict[str, Any]], seconds: float) -> dict[str, Any] | None:
+    def attempt(
+        self, stage: str, case: Case, act: Callable[[Case], dict[str, Any]], seconds: float
+    ) -> dict[str, Any] | None:
         """act(case), written as a row; a row with the reason when there is no time, no memory, no library, or the method was wrong."""
         case = case.tiny() if self.dry else case
         reason = self.wrong.get(check_key(case), "")
@@ -170,9 +190,14 @@ class Bench:
         """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not be lost to it."""
         for row in self.rows:
             if row["stage"] in ("memory", "length") and "peak_gb" in row and (self.left() > 30 or self.dry):
-                case = Case(name=row["name"], **{**row["case"], "train": {**row["case"]["train"], "optimizer": row["optimizer"]}})
+                case = Case(
+                    name=row["name"],
+                    **{**row["case"], "train": {**row["case"]["train"], "optimizer": row["optimizer"]}},
+                )
                 try:
-                    row["predicted_gb"] = predicted(case, Path(self.folder) / f"config-{case.shape}", self.arch)
+                    row["predicted_gb"] = predicted(
+                        case, Path(self.folder) / f"config-{case.shape}", self.arch
+                    )
                 except Exception as error:
                     row["predicted_gb"] = None
                     print(f"plan: {row['name']}: {error}", flush=True)
@@ -199,7 +224,9 @@ class Bench:
         """No more than so many GB for this process from here on (None: the whole card)."""
         if self.device.type == "cuda":
             whole = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else min(1.0, gigabytes * 1e9 / whole))
+            torch.cuda.set_per_process_memory_fraction(
+                1.0 if gigabytes is None else min(1.0, gigabytes * 1e9 / whole)
+            )
 
     # ------------------------------------------------------------------ models
 
@@ -219,7 +246,11 @@ def grid_of(case: Case) -> Grid:
 
 
 def head_of(case: Case) -> Grid | None:
-    return None if case.head_bits is None else IntGrid(bits=case.head_bits, group_size=case.group_size, residual_bits=0)
+    return (
+        None
+        if case.head_bits is None
+        else IntGrid(bits=case.head_bits, group_size=case.group_size, residual_bits=0)
+    )
 
 
 def check_key(case: Case) -> tuple[Any, ...]:
@@ -255,20 +286,39 @@ def correct(bench: Bench) -> None:
                 model = packed(SHAPES["tiny"], grid_of(case), torch.device("cpu"), torch.float32)
                 contender = Contender(case, model.to(device), bench.folder)
                 for parameter in contender.run.names:  # B starts at zero, which would hide A
-                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                    noise = torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+                    )
                     parameter.data += 1e-2 * noise.to(device)
                 loss = contender.run.loss(next(contender.windows))
                 loss.backward()
-                found.append((float(loss.detach()), {n: p.grad.cpu().double() for p, n in contender.run.names.items() if p.grad is not None}))
+                found.append(
+                    (
+                        float(loss.detach()),
+                        {
+                            n: p.grad.cpu().double()
+                            for p, n in contender.run.names.items()
+                            if p.grad is not None
+                        },
+                    )
+                )
                 contender.run.release()
             (loss, want), (other, got) = found
             worst = max(float((got[n] - want[n]).norm() / (want[n].norm() + 1e-30)) for n in want)
-            if not (abs(other - loss) <= 1e-3 * abs(loss) and worst <= TOLERANCE and want.keys() == got.keys()):
-                raise AssertionError(f"loss {other} on the device and {loss} on the CPU; worst relative gradient error {worst:.2g}")
+            if not (
+                abs(other - loss) <= 1e-3 * abs(loss) and worst <= TOLERANCE and want.keys() == got.keys()
+            ):
+                raise AssertionError(
+                    f"loss {other} on the device and {loss} on the CPU; worst relative gradient error {worst:.2g}"
+                )
             return {"loss_error": abs(other - loss) / abs(loss), "gradient_error": worst}
 
-        whole = {k: v for k, v in case.adapter.items() if k != "scale_grad_tokens"}  # a draw is another one on another device
-        small = replace(case, shape="tiny", group_size=32, rank=4, length=48, adapter=whole, train={}, target=None)
+        whole = {
+            k: v for k, v in case.adapter.items() if k != "scale_grad_tokens"
+        }  # a draw is another one on another device
+        small = replace(
+            case, shape="tiny", group_size=32, rank=4, length=48, adapter=whole, train={}, target=None
+        )
         if bench.attempt("correct", small, act, 10) is None:
             bench.wrong[check_key(case)] = "its gradients are wrong on this device (see the row `correct`)"
 
@@ -312,7 +362,13 @@ def speed(bench: Bench) -> None:
 
 
 def _base_key(case: Case) -> tuple[Any, ...]:
-    return (case.base, ADAPTERS[case.method].grid_name if case.base == "packed" else "", case.bits, case.residual_bits, case.shape)
+    return (
+        case.base,
+        ADAPTERS[case.method].grid_name if case.base == "packed" else "",
+        case.bits,
+        case.residual_bits,
+        case.shape,
+    )
 
 
 def _bytes(model: Any) -> int:
@@ -320,7 +376,9 @@ def _bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def _timed(bench: Bench, contenders: dict[str, Contender], case: Case, others: int = 0) -> dict[str, dict[str, Any]]:
+def _timed(
+    bench: Bench, contenders: dict[str, Contender], case: Case, others: int = 0
+) -> dict[str, dict[str, Any]]:
     """name -> seconds (median), tokens_per_s, peak_gb without what others hold; two rounds of warming up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = dict.fromkeys(contenders, 0)
@@ -352,13 +410,27 @@ def predicted(case: Case, folder: Path, arch: int) -> float:
     keys: dict[str, Any] = {
         "quant": {"bits": case.bits, "residual_bits": case.residual_bits, "group_size": case.group_size},
         "adapter": {"rank": case.rank, **case.adapter},
-        "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "optimizer": "adamw", **case.train},
+        "train": {
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "optimizer": "adamw",
+            **case.train,
+        },
         "data": {"sequence_len": case.length},
     }
     if case.head_bits is not None:
         keys["quant"] |= {"lm_head": case.head_bits, "embeddings": case.head_bits}
-    changes = [f"{section}.{key}={json.dumps(value)}" for section, values in keys.items() for key, value in values.items()]
-    made = plan(load_recipe(RECIPE, changes, check=False), folder, Card(1 << 40, "the device", arch), packed_rows=False)
+    changes = [
+        f"{section}.{key}={json.dumps(value)}"
+        for section, values in keys.items()
+        for key, value in values.items()
+    ]
+    made = plan(
+        load_recipe(RECIPE, changes, check=False),
+        folder,
+        Card(1 << 40, "the device", arch),
+        packed_rows=False,
+    )
     assert made is not None
     return (made.stages["training"] - made.parts["context"]) / 1e9
 
@@ -396,8 +468,16 @@ def length(bench: Bench) -> None:
     bench.limit(bench.cap)
     longest = 0
     for tokens in LENGTHS:
-        case = replace(LENGTH, name=f"8B W4, 1 x {tokens}", length=tokens, target=("peak_gb", bench.cap) if tokens == LENGTH_TARGET else None)
-        if bench.attempt("length", case, lambda case: _alone(bench, case, steps=2), 20 + tokens / 1000) is None:
+        case = replace(
+            LENGTH,
+            name=f"8B W4, 1 x {tokens}",
+            length=tokens,
+            target=("peak_gb", bench.cap) if tokens == LENGTH_TARGET else None,
+        )
+        if (
+            bench.attempt("length", case, lambda case: _alone(bench, case, steps=2), 20 + tokens / 1000)
+            is None
+        ):
             break
         longest = tokens
     if not bench.dry:
@@ -411,7 +491,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     p.add_argument("--budget", type=float, default=520, help="seconds for everything")
-    p.add_argument("--cap", type=float, default=24.0, help="GB (10^9 bytes) the memory and length stages may use")
+    p.add_argument(
+        "--cap", type=float, default=24.0, help="GB (10^9 bytes) the memory and length stages may use"
+    )
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--layers", type=int, help="cut every shape after so many layers")
     p.add_argument("--dry-run", action="store_true")
@@ -435,7 +517,9 @@ def main() -> None:
     if not o.dry_run:
         print(write_report(o.out))
     # On a GPU memory and time may end; on a dry run every case must go through.
-    if failed := [row["name"] for row in bench.rows if "skipped" in row and (o.dry_run or row["stage"] == "correct")]:
+    if failed := [
+        row["name"] for row in bench.rows if "skipped" in row and (o.dry_run or row["stage"] == "correct")
+    ]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from lowbit_ft.grid import Grid, IntGrid, empty_weight
-from lowbit_ft.linear import PackedEmbedding, PackedLinear
+from lowbit_ft.model.linear import PackedEmbedding, PackedLinear
 
 DEVIATION = 0.02  # of a weight
 
@@ -50,7 +50,11 @@ class Shape:
 
     def first(self, layers: int) -> Shape:
         """The same model, cut after so many layers."""
-        return self if layers >= self.layers else replace(self, name=f"{self.name}[{layers} layers]", layers=layers)
+        return (
+            self
+            if layers >= self.layers
+            else replace(self, name=f"{self.name}[{layers} layers]", layers=layers)
+        )
 
 
 # The public numbers of Llama 3.1 8B and 70B, and of Qwen2.5 14B and 32B.
@@ -64,7 +68,12 @@ SHAPES = {
 
 
 def packed(
-    shape: Shape, grid: Grid, device: torch.device, dtype: torch.dtype = torch.bfloat16, head: Grid | None = None, attention: str = "sdpa"
+    shape: Shape,
+    grid: Grid,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    head: Grid | None = None,
+    attention: str = "sdpa",
 ) -> Any:
     """A model whose linears are PackedLinears on `grid`; head: the grid of lm_head and embeddings (None: 16 bit)."""
 
@@ -80,7 +89,9 @@ def packed(
     return model
 
 
-def nf4(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> Any:
+def nf4(
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa"
+) -> Any:
     """The base of QLoRA. ImportError without bitsandbytes."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -89,9 +100,16 @@ def nf4(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16,
     def replaced(linear: nn.Linear) -> nn.Module:
         with torch.device("meta"):
             out = Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=True,
+                quant_type="nf4",
             )
-        weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device).normal_(0, DEVIATION)
+        weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype, device=device).normal_(
+            0, DEVIATION
+        )
         # Params4bit packs when it is moved to a device, the one it is on included.
         out.weight = make(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=out)
         if linear.bias is not None:
@@ -103,7 +121,9 @@ def nf4(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16,
     return model
 
 
-def dense(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> Any:
+def dense(
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa"
+) -> Any:
     return _built(shape, device, dtype, None, attention)
 
 
@@ -111,7 +131,9 @@ def with_lora(model: Any, rank: int) -> Any:
     """peft's LoRA on every linear but the head, in fp32 as peft makes it on a quantized base; the model stays a transformers model."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r".*layers\..*_proj", init_lora_weights=True)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=r".*layers\..*_proj", init_lora_weights=True
+    )
     model.requires_grad_(False)
     model = inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
@@ -136,17 +158,23 @@ def _built(
     keep_head: bool = True,
 ) -> Any:
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(
+            shape.config(), dtype=dtype, attn_implementation=attention
+        )
     assert not shape.tied, "tied shapes are not built here"
     if not keep_head:  # the caller brings its own, and the 16-bit ones must not exist even for a moment
         model.model.embed_tokens, model.lm_head = nn.Identity(), nn.Identity()
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]:
+    for name, linear in [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"
+    ]:
         if replaced is not None:
             model.set_submodule(name, replaced(linear))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                module.register_parameter(name, nn.Parameter(_random_dense(parameter, device), requires_grad=False))
+                module.register_parameter(
+                    name, nn.Parameter(_random_dense(parameter, device), requires_grad=False)
+                )
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = buffer.to(device)
     model.requires_grad_(False)
@@ -162,7 +190,11 @@ def _random_weight(shape: tuple[int, int], grid: Grid, device: torch.device) -> 
     weight = empty_weight(shape, grid, device)
     top = (1 << grid.bits) - 1
     # Uniform integers have a standard deviation of sqrt((2^b)^2 - 1) / sqrt(12); b planes of +-alpha have alpha sqrt(b).
-    step = DEVIATION / (((top + 1) ** 2 - 1) / 12) ** 0.5 if isinstance(grid, IntGrid) else DEVIATION / grid.bits**0.5
+    step = (
+        DEVIATION / (((top + 1) ** 2 - 1) / 12) ** 0.5
+        if isinstance(grid, IntGrid)
+        else DEVIATION / grid.bits**0.5
+    )
     for name, tensor in weight.to_tensors().items():
         if tensor.dtype == torch.int16:  # 16 random bits: every pattern is a code
             tensor.random_(-(1 << 15), 1 << 15)

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("tokens_per_s", "ratio", "peak_gb", "predicted_gb")
-HEADS = {"tokens_per_s": "tokens/s", "ratio": "step / QLoRA's", "peak_gb": "peak GB", "predicted_gb": "plan said"}
+HEADS = {
+    "tokens_per_s": "tokens/s",
+    "ratio": "step / QLoRA's",
+    "peak_gb": "peak GB",
+    "predicted_gb": "plan said",
+}
 
 
 def write_report(results: Path) -> str:
@@ -31,8 +36,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     out = [f"| case | {' | '.join(HEADS.get(c, c.replace('_', ' ')) for c in columns)} | target | |"]
     out.append("|---" + "|--:" * len(columns) + "|---|---|")
     for row in rows:
-        cells = ["" if row.get(c) is None else f"{row[c]:.3g}" if c != "tokens_per_s" else f"{row[c]:.0f}" for c in columns]
-        target = f"{HEADS.get(row['target'][0], row['target'][0])} <= {row['target'][1]:g}" if row.get("target") else ""
+        cells = [
+            "" if row.get(c) is None else f"{row[c]:.3g}" if c != "tokens_per_s" else f"{row[c]:.0f}"
+            for c in columns
+        ]
+        target = (
+            f"{HEADS.get(row['target'][0], row['target'][0])} <= {row['target'][1]:g}"
+            if row.get("target")
+            else ""
+        )
         verdict = {True: "met", False: "MISSED", None: ""}[row.get("met")]
         if "skipped" in row:
             verdict = f"not measured: {row['skipped']}"
@@ -52,8 +64,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for row in points:
         ours = row["case"]["base"] == "packed"
         axes.scatter(row["peak_gb"], row["tokens_per_s"], color="tab:blue" if ours else "tab:orange")
-        axes.annotate(row["name"], (row["peak_gb"], row["tokens_per_s"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="peak memory of one step (GB)", ylabel="tokens/s", title="8B, 1 x 2048, rank 16, checkpointing on")
+        axes.annotate(
+            row["name"],
+            (row["peak_gb"], row["tokens_per_s"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set(
+        xlabel="peak memory of one step (GB)",
+        ylabel="tokens/s",
+        title="8B, 1 x 2048, rank 16, checkpointing on",
+    )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

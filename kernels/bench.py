@@ -35,7 +35,9 @@ from bench_report import write_report
 from lowbit_kernels import dispatch
 
 RESULTS = Path(__file__).parent / "results"
-L2_COPIES_BYTES = 256 << 20  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
+L2_COPIES_BYTES = (
+    256 << 20
+)  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
 # What a coordinate of a configuration may become while tuning.
 AXES: dict[str, list[int]] = {
     "BLOCK_M": [8, 16, 32, 64, 128, 256], "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128], "SPLIT_K": [0, 1, 2, 4, 8, 16],
@@ -178,8 +180,12 @@ def _commit() -> str | None:
     """The commit of the checkout, with "+" where it is changed; None in a copy without its history."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
@@ -316,7 +322,9 @@ def tune(options: argparse.Namespace) -> int:
         alone = Built(calls={"ours": made.calls["ours"]})
         best, least, first, tried = None, float("inf"), float("inf"), []
 
-        def trial(config: dict, op: str = op, case: Case = case, made: Built = made, alone: Built = alone) -> float:
+        def trial(
+            config: dict, op: str = op, case: Case = case, made: Built = made, alone: Built = alone
+        ) -> float:
             """Microseconds, or infinity where it does not compile, does not fit or is wrong."""
             try:
                 with dispatch.override(op, config):

@@ -16,12 +16,12 @@ from .integrations import register
 
 if TYPE_CHECKING:
     from .pipeline import run
-    from .recipe import Recipe, load_recipe
+    from .recipe.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "load_recipe", "run"]
 
-_HOME = {"Recipe": "recipe", "load_recipe": "recipe", "run": "pipeline"}
+_HOME = {"Recipe": "recipe.recipe", "load_recipe": "recipe.recipe", "run": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:

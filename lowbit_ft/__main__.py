@@ -1,6 +1,6 @@
 """`python -m lowbit_ft` is the `lowbit-ft` command."""
 
-from lowbit_ft.cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import packed_layers
+from .adapters.attach import packed_layers
 from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
 from .export.writer import MAX_SHARD_BYTES, write_model
 from .grid import PackedWeight, Weight
-from .linear import PackedLinear
-from .load import Checkpoint
+from .model.linear import PackedLinear
+from .model.load import Checkpoint
 
 
 def base_weights(model: nn.Module) -> Weights:

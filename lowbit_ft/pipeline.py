@@ -7,7 +7,7 @@ valid checkpoint, later stages are done again.
 
 Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
 the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes
-share one base while they train (sharding.py); after it the main one reads base/ again and puts what was trained on it.
+share one base while they train (train/sharding.py); after it the main one reads base/ again and puts what was trained on it.
 """
 
 import gc
@@ -24,32 +24,40 @@ from typing import Any
 import torch
 
 from . import merge as merging
-from . import report as report_page
+from .adapters.attach import (
+    adapted_layers,
+    adapter_state,
+    attach,
+    base_digest,
+    begin_step,
+    load_adapter_state,
+)
 from .adapters.lora import Lora
-from .attach import adapted_layers, adapter_state, attach, base_digest, begin_step, load_adapter_state
-from .attention import why_not
-from .card import model_card, serve_line
-from .data import Examples, load_examples
-from .evaluate import STAGES, EvalRow, Reference, table
-from .evaluate import evaluate as measure
-from .evaluate_tasks import TaskRow, load_tasks, merged_rows, run_tasks
-from .evaluate_tasks import table as tasks_table
+from .adapters.lora_start import read_lora, start_from_lora
+from .data.examples import load_examples
+from .data.windows import Examples
+from .evaluate.generate import generate as answer
+from .evaluate.generate import read_tokenizer
+from .evaluate.perplexity import STAGES, EvalRow, Reference, table
+from .evaluate.perplexity import evaluate as measure
+from .evaluate.tasks import TaskRow, load_tasks, merged_rows, run_tasks
+from .evaluate.tasks import table as tasks_table
 from .export import EXPORTERS, LayerSpec, Weights
+from .export.card import CardFacts, model_card, serve_line
 from .export.folder import MANIFEST, check_files, read_manifest
 from .export.reader import load_exported, read_config, read_weights
 from .export.verify import verify as verify_export
 from .export.writer import check_model, replace_file, write_model
-from .generate import generate as answer
 from .integrations.adapter_files import read_adapter, refuse_other_base, write_adapter
-from .linear import packed_op_only
-from .load import Checkpoint, load_model, load_tokenizer
-from .lora_start import read_lora, start_from_lora
-from .memory import release_freed
-from .processes import main_process_first, world
-from .quantize import Packing
-from .recipe import Recipe
+from .model.attention import why_not
+from .model.linear import packed_op_only
+from .model.load import Checkpoint, load_model, load_tokenizer
+from .model.shards import is_sharded, whole
+from .model.walk import Batch
+from .quantize.quantize import Packing
+from .recipe.recipe import Recipe
+from .report import page as report_page
 from .rundir import shipped
-from .serve import serve as serve_folder
 from .session import (
     Session,
     adapters_off,
@@ -66,9 +74,10 @@ from .session import (
     unstopped,
     valid_batches,
 )
-from .sharding import held_by_rank, is_sharded, shard, whole
-from .train import train as train_model
-from .walk import Batch
+from .train.loop import train as train_model
+from .train.memory import release_freed
+from .train.processes import main_process_first, world
+from .train.sharding import held_by_rank, shard
 
 
 class RunStopped(Exception):
@@ -90,7 +99,7 @@ def run(recipe: Recipe) -> Path:
     measure_shipped(session, measured)
     measure_tasks(session, tasks)
     session.say(f"report: {report_page.write_report(session.run.path)}")
-    session.say(serve_line(recipe, recipe.export.format, folder))
+    session.say(serve_line(card_facts(recipe), recipe.export.format, folder))
     return folder
 
 
@@ -141,10 +150,12 @@ def export(run_dir: Path, format: str | None = None) -> Path:
     if not (session.run / "merged").is_dir():
         raise ValueError(f"{run_dir} has no merged model yet; run `lowbit-ft train` on its recipe first")
     if session.recipe.export.verify and (reason := EXPORTERS[name].missing(EXPORTERS[name].reads_with)):
-        raise ValueError(f"format: {name} is verified through its reader, which {reason}; or set export.verify: false in {run_dir}/recipe.yaml")
+        raise ValueError(
+            f"format: {name} is verified through its reader, which {reason}; or set export.verify: false in {run_dir}/recipe.yaml"
+        )
     folder = export_stage(session, name)
     session.say(f"{name}: {folder}")
-    session.say(serve_line(session.recipe, name, folder))
+    session.say(serve_line(card_facts(session.recipe), name, folder))
     return folder
 
 
@@ -154,7 +165,9 @@ def verify(folder: Path) -> None:
     check_export(session, folder)
 
 
-def evaluate(run_dir: Path, tasks: Sequence[str] = (), stages: Sequence[str] = (), limit: int | None = None) -> None:
+def evaluate(
+    run_dir: Path, tasks: Sequence[str] = (), stages: Sequence[str] = (), limit: int | None = None
+) -> None:
     """The tables of all stages again: perplexity, KL, samples, and the recipe's lm-eval tasks.
 
     With tasks or stages only tasks are measured: these (default: the recipe's), on these stages (default: all that are there). A folder
@@ -179,12 +192,10 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     """Answer one prompt with an exported model, or with a run's export. device: auto, cpu or cuda."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return answer(shipped(folder), [prompt], max_new_tokens=max_new_tokens, device=device)[0]
-
-
-def serve(folder: Path, options: list[str]) -> None:
-    """Answer requests over HTTP with an exported model, or with a run's export; options of `transformers serve`."""
-    serve_folder(shipped(folder), options)
+    folder = shipped(folder)
+    tokenizer = read_tokenizer(folder)
+    model = load_exported(folder, device=device)
+    return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
 
 
 def report(run_dir: Path) -> Path:
@@ -239,7 +250,9 @@ def read_data(session: Session) -> Examples:
     if warning := unstopped(session):
         session.say(f"note: {warning}")
     if recipe.data.valid is not None:
-        load_examples(recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer)
+        load_examples(
+            recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer
+        )
     return examples
 
 
@@ -263,9 +276,13 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
         shard(model, session.device)
     if world() > 1:
         ranks = held_by_rank(model, session.device)
-        run_dir.write_json("processes.json", {"type": "FSDP2" if is_sharded(model) else "DDP", "ranks": ranks})
+        run_dir.write_json(
+            "processes.json", {"type": "FSDP2" if is_sharded(model) else "DDP", "ranks": ranks}
+        )
         parts = ", ".join(f"{r['base'] / 1e9:.6f}" for r in ranks)
-        session.say(f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} processes: {parts} GB")
+        session.say(
+            f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} processes: {parts} GB"
+        )
     with run_dir.stage("train", session.device, resumable=True):
         result = train_model(
             model,
@@ -280,8 +297,12 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
             console=session.console,
         )
     if result.stopped:
-        raise RunStopped(f"stopped at step {result.steps}; everything is saved. The same command goes on from there")
-    state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}  # by all processes, for the one that writes
+        raise RunStopped(
+            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
+        )
+    state = {
+        key: whole(tensor) for key, tensor in adapter_state(model).items()
+    }  # by all processes, for the one that writes
     if not run_dir.main:
         return None
     write_adapter(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
@@ -297,13 +318,23 @@ def merge_stage(session: Session, model: Any) -> None:
     """merged/: the codes and scales of the last forward, on the device that trained them; and what training moved."""
     with session.run.stage("merge", session.device):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="lora: the merge rounds again")  # said below, with its size
-            merging.merge(model, session.checkpoint, session.run / "merged", extra_files=card(session, "native"))
+            warnings.filterwarnings(
+                "ignore", message="lora: the merge rounds again"
+            )  # said below, with its size
+            merging.merge(
+                model, session.checkpoint, session.run / "merged", extra_files=card(session, "native")
+            )
             session.run.write_json("moved.json", merging.moved(model))
-        losses = [layer.adapter.rounding_loss for _, layer in adapted_layers(model) if isinstance(layer.adapter, Lora)]
+        losses = [
+            layer.adapter.rounding_loss
+            for _, layer in adapted_layers(model)
+            if isinstance(layer.adapter, Lora)
+        ]
         if losses:
             mean = sum(loss or 0.0 for loss in losses) / len(losses)
-            session.say(f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of what was trained")
+            session.say(
+                f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of what was trained"
+            )
 
 
 def export_stage(session: Session, name: str) -> Path:
@@ -325,7 +356,9 @@ def export_stage(session: Session, name: str) -> Path:
                     raise
                 refused = set_aside(folder)
                 if isinstance(error, ValueError):
-                    raise ValueError(f"{error}\n{folder} was not verified and is no model to serve; what was written is in {refused}") from error
+                    raise ValueError(
+                        f"{error}\n{folder} was not verified and is no model to serve; what was written is in {refused}"
+                    ) from error
                 raise
     return folder
 
@@ -344,7 +377,11 @@ def check_export(session: Session, folder: Path) -> None:
     device = reader_device(folder, session)
     session.say(
         verify_export(
-            folder, read_weights(merged), model=lambda: load_packed(merged, session), dtype=session.dtype, device=device,
+            folder,
+            read_weights(merged),
+            model=lambda: load_packed(merged, session),
+            dtype=session.dtype,
+            device=device,
             source=session.checkpoint.folder,
         )
     )
@@ -368,7 +405,11 @@ def measure_trained(session: Session, model: Any) -> Measured:
             done.data = eval_batches(session, model)
             if recipe.eval.kl:
                 done.reference = Reference(
-                    session.checkpoint, done.data, attention=recipe.model.attention, device=session.device, dtype=session.dtype,
+                    session.checkpoint,
+                    done.data,
+                    attention=recipe.model.attention,
+                    device=session.device,
+                    dtype=session.dtype,
                     segments=not why_not(model),
                 )
                 done.rows.append(done.reference.row())
@@ -381,7 +422,9 @@ def measure_trained(session: Session, model: Any) -> Measured:
                 with adapters_off(model):
                     before = answer(model, prompts, **options)
                 after = answer(model, prompts, **options)
-            samples = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)]
+            samples = [
+                {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)
+            ]
             session.run.write_json("samples.json", samples)
     return done
 
@@ -408,7 +451,9 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     return done.rows
 
 
-def measure_tasks(session: Session, tasks: dict[str, Any], stages: Sequence[str] = (), limit: int | None = None) -> None:
+def measure_tasks(
+    session: Session, tasks: dict[str, Any], stages: Sequence[str] = (), limit: int | None = None
+) -> None:
     """lm-eval tasks on one stage after another, each alone in memory; into tasks.json and the model cards."""
     if not tasks or not tasks["tasks"]:
         return
@@ -427,27 +472,43 @@ def measure_tasks(session: Session, tasks: dict[str, Any], stages: Sequence[str]
             del model
             release_freed()
             rows = merged_rows(rows, new)
-            run_dir.write_json("tasks.json", {"lm_eval": version("lm-eval"), "rows": [row.to_json() for row in rows]})
+            run_dir.write_json(
+                "tasks.json", {"lm_eval": version("lm-eval"), "rows": [row.to_json() for row in rows]}
+            )
     session.say(tasks_table(rows))
     for stage in ("merged", "exported"):
         if (run_dir / stage).is_dir():
-            replace_file(run_dir / stage, "README.md", card(session, read_manifest(run_dir / stage)["format"])["README.md"])
+            replace_file(
+                run_dir / stage,
+                "README.md",
+                card(session, read_manifest(run_dir / stage)["format"])["README.md"],
+            )
 
 
 def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> None:
     """lm-eval tasks on a model folder of any of our formats (or a plain one), in its own dtype; printed."""
     if not tasks:
-        raise ValueError(f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a model folder give --task")
+        raise ValueError(
+            f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a model folder give --task"
+        )
     refuse_tasks(folder)
     loaded = load_tasks(tasks)
     model = load_exported(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    print(tasks_table(run_tasks(model, load_tokenizer(Checkpoint.open(folder, check=False)), loaded, folder.name, limit=limit)))
+    print(
+        tasks_table(
+            run_tasks(
+                model, load_tokenizer(Checkpoint.open(folder, check=False)), loaded, folder.name, limit=limit
+            )
+        )
+    )
 
 
 def refuse_tasks(folder: Path) -> None:
     """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
     if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mlx":
-        raise ValueError(f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), the equal model")
+        raise ValueError(
+            f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), the equal model"
+        )
 
 
 def stage_model(session: Session, stage: str) -> Any:
@@ -464,7 +525,10 @@ def stage_model(session: Session, stage: str) -> Any:
     if stage == "quantized":
         return load_packed(folder, session)
     return load_exported(
-        folder, dtype=session.dtype, device=reader_device(folder, session), attention=session.recipe.model.attention
+        folder,
+        dtype=session.dtype,
+        device=reader_device(folder, session),
+        attention=session.recipe.model.attention,
     )
 
 
@@ -477,13 +541,24 @@ def trained_model(session: Session) -> Any:
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
     # The start does not matter, every tensor is about to be replaced.
-    attach(model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config)
+    attach(
+        model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config
+    )
     load_adapter_state(model, state)
     return model.eval()
+
+
+def card_facts(recipe: Recipe) -> CardFacts:
+    """What the model card and the last line of a run say of the recipe."""
+    adapter = recipe.adapter
+    grid = adapter.shipped(recipe.quant.grid_for(""))
+    return CardFacts(
+        recipe.name, recipe.model.path, adapter.method, adapter.exact_merge, grid, recipe.to_yaml()
+    )
 
 
 def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
     rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
     tasks = [TaskRow(**row) for row in session.run.read_json("tasks.json", {}).get("rows", [])]
-    return {"README.md": model_card(session.recipe, format, rows, tasks)}
+    return {"README.md": model_card(card_facts(session.recipe), format, rows, tasks)}

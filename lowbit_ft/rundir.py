@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import yaml
 
-from .files import visible_names, write_text
-from .memory import peak_gb, reset_peak
-from .recipe import Recipe, load_recipe
+from .files.atomic import visible_names, write_text
+from .recipe.recipe import Recipe, load_recipe
+from .train.memory import peak_gb, reset_peak
 
 # Keys that may differ between two starts of one run: they change where it lies and what is measured or kept, not what is trained.
 # Another number of processes needs another split of the windows of a step; that their number stays, the checkpoint checks.
@@ -49,8 +49,12 @@ class RunDir:
         if stored.exists():
             before = yaml.safe_load(stored.read_text()) or {}
             now = yaml.safe_load(recipe.to_yaml())
-            changed = [key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)]
-            changed = sorted(key for key in changed if not (f"{key}.").startswith(tuple(f"{free}." for free in FREE)))
+            changed = [
+                key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)
+            ]
+            changed = sorted(
+                key for key in changed if not (f"{key}.").startswith(tuple(f"{free}." for free in FREE))
+            )
             # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is still the right one.
             trained = (run / "adapter").exists() or any((run / "checkpoints").glob("step-*"))
             if changed and trained:
@@ -58,7 +62,9 @@ class RunDir:
                     f"{run.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
                     "Give this run another `output`, or remove that folder"
                 )
-        elif run.path.exists() and visible_names(run.path) and not stored.exists():  # asked again: another process may make it
+        elif (
+            run.path.exists() and visible_names(run.path) and not stored.exists()
+        ):  # asked again: another process may make it
             raise ValueError(f"{run.path} is not empty and holds no run; give `output` a new folder")
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_text("recipe.yaml", recipe.to_yaml())
@@ -117,7 +123,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the report and for whoever wants to repeat the run."""
-    names = ("lowbit_ft", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "compressed-tensors", "datasets")
+    names = (
+        "lowbit_ft",
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "compressed-tensors",
+        "datasets",
+    )
     versions = {}
     for name in names:
         try:
@@ -142,7 +158,9 @@ def _commit() -> str:
     if not (here.parent / ".git").exists():
         return "installed package"
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() or "unknown"

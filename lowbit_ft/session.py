@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .attach import adapted_layers
-from .attention import why_not
-from .data import Batches, Examples, StreamedExamples, keeps_segments_apart, load_examples
-from .data_chat import ChatTemplate
+from .adapters.attach import adapted_layers
+from .data.batches import Batches, keeps_segments_apart
+from .data.chat import ChatTemplate
+from .data.examples import StreamedExamples, load_examples
+from .data.windows import Examples
 from .export import EXPORTERS
 from .export.reader import load_exported, read_config
-from .load import Checkpoint, load_tokenizer
-from .processes import join, main_process_first, rank, world
-from .recipe import DataSource, Recipe, RecipeError, check_recipe
-from .recipe_incoming import resolve_quant
-from .recipe_layers import local_folder
+from .model.attention import why_not
+from .model.load import Checkpoint, load_tokenizer
+from .model.walk import Batch
+from .recipe.incoming import resolve_quant
+from .recipe.layers import local_folder
+from .recipe.recipe import DataSource, Recipe, RecipeError, check_recipe
 from .rundir import RunDir, environment
-from .walk import Batch
+from .train.processes import join, main_process_first, rank, world
 
 LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
 
@@ -53,7 +55,9 @@ class Session:
     @property
     def pad_id(self) -> int:
         """The tokenizer's padding token; pads are never targets, so the end-of-text token or 0 does as well."""
-        return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        return next(
+            (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
+        )
 
     def say(self, text: object) -> None:
         """Print on the main process."""
@@ -72,7 +76,9 @@ def start(recipe: Recipe) -> Session:
         # A branch of a hub model moves on; a run stays with the commit it began with.
         revision = recipe.model.revision or stored.get("revision")
         if local_folder(recipe.model.path, revision) is None:
-            Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)  # fetched, before its grid is asked for
+            Checkpoint.open(
+                recipe.model.path, revision, recipe.model.dtype
+            )  # fetched, before its grid is asked for
         recipe = _with_checkpoint_grid(recipe)
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
@@ -83,7 +89,9 @@ def start(recipe: Recipe) -> Session:
             facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
             run.write_json("environment.json", environment() | facts)
     session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), device, Console())
-    session.say(f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, {recipe.model.dtype}")
+    session.say(
+        f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, {recipe.model.dtype}"
+    )
     return session
 
 
@@ -137,13 +145,19 @@ def splits_base(recipe: Recipe) -> bool:
 def load_packed(folder: Path, session: Session, device: str | None = None) -> Any:
     """A native folder: packed, on the session's device (or `device`) and in its dtype."""
     return load_exported(
-        folder, dtype=session.dtype, device=device or str(session.device), attention=session.recipe.model.attention
+        folder,
+        dtype=session.dtype,
+        device=device or str(session.device),
+        attention=session.recipe.model.attention,
     )
 
 
 def reader_device(folder: Path, session: Session) -> str:
     """Where to read an exported folder: formats whose transformers reader makes the model dense may not fit the GPU."""
-    if session.device.type != "cuda" or read_config(folder)["quantization_config"]["quant_method"] == "lowbit_ft":
+    if (
+        session.device.type != "cuda"
+        or read_config(folder)["quantization_config"]["quant_method"] == "lowbit_ft"
+    ):
         return str(session.device)
     return dense_device(session, str(folder))
 
@@ -156,7 +170,9 @@ def dense_device(session: Session, what: str) -> str:
     free = torch.cuda.mem_get_info(session.device)[0]
     if dense * 1.15 < free:
         return str(session.device)
-    session.say(f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read on the CPU, slowly")
+    session.say(
+        f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read on the CPU, slowly"
+    )
     return "cpu"
 
 
@@ -176,7 +192,9 @@ def adapters_off(model: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ data
 
 
-def batches(session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False) -> Batches:
+def batches(
+    session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False
+) -> Batches:
     """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not keep packed
     segments apart by itself."""
     apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
@@ -194,7 +212,10 @@ def unstopped(session: Session) -> str | None:
     well. Base models with a chat template are such: the turn ends with one token, the configuration stops at another."""
     if session.recipe.data.train.format != "chat" or not getattr(session.tokenizer, "chat_template", None):
         return None
-    ending, stops = ChatTemplate(session.tokenizer).ending(), EXPORTERS["native"].stops(session.checkpoint.folder)
+    ending, stops = (
+        ChatTemplate(session.tokenizer).ending(),
+        EXPORTERS["native"].stops(session.checkpoint.folder),
+    )
     if ending is None or not stops or ending in stops:
         return None
     token = session.tokenizer.convert_ids_to_tokens(ending)
@@ -230,7 +251,9 @@ def calibration_batches(session: Session) -> list[Batch]:
     if wanted.path is not None:
         kind = "text" if Path(wanted.path).suffix == ".txt" else source.format
         source = DataSource(path=wanted.path, format=kind)
-    pool = first_windows(session, source, 4 * wanted.samples, {"sequence_len": wanted.sequence_len, "train_on": "all"})
+    pool = first_windows(
+        session, source, 4 * wanted.samples, {"sequence_len": wanted.sequence_len, "train_on": "all"}
+    )
     picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(wanted.samples, len(pool)))
     chosen = Examples(pool[i] for i in sorted(picked))
     size = min(len(chosen), max(1, 4096 // wanted.sequence_len))
@@ -238,7 +261,9 @@ def calibration_batches(session: Session) -> list[Batch]:
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
 
 
-def first_windows(session: Session, source: DataSource, count: int | None, changes: dict[str, Any]) -> Examples:
+def first_windows(
+    session: Session, source: DataSource, count: int | None, changes: dict[str, Any]
+) -> Examples:
     """The first `count` windows (None: all) of a source, read only as far as needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
     return Examples(itertools.islice(iter(StreamedExamples(source, section, session.tokenizer)), count))

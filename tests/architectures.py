@@ -1,6 +1,6 @@
 """Tiny random models of every architecture we say something about, and the whole line on one of them.
 
-`CONFIGS` is the list; `line` is what tests/test_architectures.py asserts and what benchmarks/support_matrix.py writes into
+`CONFIGS` is the list; `line` is what tests/model/test_architectures.py asserts and what benchmarks/support_matrix.py writes into
 docs/models.md. A model has hidden size 64 and two layers: wide enough for groups of 32, small enough for a second each.
 """
 
@@ -16,16 +16,16 @@ import torch
 import transformers
 
 from lowbit_ft.adapters import LRQATConfig
-from lowbit_ft.attach import adapted_layers, attach, begin_step
+from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.linear import packed_op_only
-from lowbit_ft.load import Checkpoint, model_class
 from lowbit_ft.merge import merge, moved
-from lowbit_ft.quantize import quantize
-from lowbit_ft.recipe import QuantSection
+from lowbit_ft.model.linear import packed_op_only
+from lowbit_ft.model.load import Checkpoint, model_class
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.recipe.recipe import QuantSection
 
 SIZE: dict[str, Any] = dict(
     vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
@@ -66,7 +66,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_bigcode": _of("GPTBigCodeConfig", SIZE),
     "bloom": _of("BloomConfig", SIZE),
     "mixtral": _of("MixtralConfig", EXPERTS, num_local_experts=4),
-    "qwen2_moe": _of("Qwen2MoeConfig", EXPERTS, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64),
+    "qwen2_moe": _of(
+        "Qwen2MoeConfig", EXPERTS, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
     "qwen3_moe": _of("Qwen3MoeConfig", EXPERTS, num_experts=4, moe_intermediate_size=32, head_dim=16),
     "olmoe": _of("OlmoeConfig", EXPERTS, num_experts=4),
     "phimoe": _of("PhimoeConfig", EXPERTS, num_local_experts=4),
@@ -88,14 +90,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen2_5_vl (multimodal)": lambda: transformers.Qwen2_5_VLConfig(
         text_config=CONFIGS["qwen2"]().to_dict()
-        | dict(model_type="qwen2_5_vl_text", rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])),
-        vision_config=dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0]),
+        | dict(
+            model_type="qwen2_5_vl_text",
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
+        ),
+        vision_config=dict(
+            depth=1,
+            hidden_size=32,
+            intermediate_size=64,
+            num_heads=2,
+            out_hidden_size=64,
+            fullatt_block_indexes=[0],
+        ),
         image_token_id=120,
         video_token_id=121,
         vision_start_token_id=122,
         vision_end_token_id=123,
     ),
-    "llama4_text": _of("Llama4TextConfig", EXPERTS, num_local_experts=4, head_dim=16, intermediate_size_mlp=96),
+    "llama4_text": _of(
+        "Llama4TextConfig", EXPERTS, num_local_experts=4, head_dim=16, intermediate_size_mlp=96
+    ),
     "dbrx": lambda: transformers.DbrxConfig(
         d_model=64,
         n_heads=4,
@@ -122,7 +136,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mamba": _of("MambaConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=16)),
     "mamba2": _of(
         "Mamba2Config",
-        dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1, chunk_size=8),
+        dict(
+            vocab_size=128,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_heads=8,
+            head_dim=16,
+            state_size=16,
+            n_groups=1,
+            chunk_size=8,
+        ),
     ),
     "jamba": _of(
         "JambaConfig",
@@ -139,7 +162,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gptj": _of("GPTJConfig", SIZE, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),
     "codegen": _of("CodeGenConfig", SIZE, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),
     "gpt_neo": _of("GPTNeoConfig", SIZE, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
-    "mpt": _of("MptConfig", dict(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2)),
+    "mpt": _of(
+        "MptConfig",
+        dict(vocab_size=128, d_model=64, n_heads=4, n_layers=2, max_seq_len=64, expansion_ratio=2),
+    ),
     "persimmon": _of("PersimmonConfig", LLAMA),
     "nemotron": _of("NemotronConfig", LLAMA),
     "exaone4": _of("Exaone4Config", LLAMA, sliding_window=8, sliding_window_pattern=2),
@@ -159,13 +185,36 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         first_k_dense_replace=1,
         head_dim=16,
     ),
-    "lfm2": _of("Lfm2Config", LLAMA, block_ff_dim=96, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
-    "recurrent_gemma": _of(
-        "RecurrentGemmaConfig", LLAMA, lru_width=64, block_types=["recurrent", "attention"], attention_window_size=8, head_dim=16
+    "lfm2": _of(
+        "Lfm2Config",
+        LLAMA,
+        block_ff_dim=96,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
     ),
-    "rwkv": _of("RwkvConfig", dict(vocab_size=128, hidden_size=64, num_hidden_layers=2, context_length=64, attention_hidden_size=64)),
+    "recurrent_gemma": _of(
+        "RecurrentGemmaConfig",
+        LLAMA,
+        lru_width=64,
+        block_types=["recurrent", "attention"],
+        attention_window_size=8,
+        head_dim=16,
+    ),
+    "rwkv": _of(
+        "RwkvConfig",
+        dict(
+            vocab_size=128, hidden_size=64, num_hidden_layers=2, context_length=64, attention_hidden_size=64
+        ),
+    ),
     "bamba": _of(
-        "BambaConfig", LLAMA, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=8
+        "BambaConfig",
+        LLAMA,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_expand=2,
+        mamba_chunk_size=8,
     ),
     "granitemoehybrid": _of(
         "GraniteMoeHybridConfig",
@@ -221,7 +270,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 # transformers has only its own eager attention for these.
-EAGER = frozenset({"gemma2", "bloom", "gpt_oss", "mamba", "mamba2", "gptj", "codegen", "gpt_neo", "mpt", "rwkv", "openai-gpt"})
+EAGER = frozenset(
+    {
+        "gemma2",
+        "bloom",
+        "gpt_oss",
+        "mamba",
+        "mamba2",
+        "gptj",
+        "codegen",
+        "gpt_neo",
+        "mpt",
+        "rwkv",
+        "openai-gpt",
+    }
+)
 EXACT, ROUNDING = "exact", "exact weights"
 
 
@@ -275,7 +338,9 @@ def train(model: Any, steps: int = 1) -> None:
         ids = tokens()
         positions = torch.arange(ids.shape[1])[None].expand_as(ids)
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1)
+        )
         loss.backward()
         still = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not still, f"the model's forward goes past these: {still[:3]}"
@@ -306,13 +371,18 @@ def line(name: str, folder: Path, dtype: str = "float32", exclude: tuple[str, ..
         fixes = tuple(re.findall(r"quant.exclude: \['(.*?)'\]", str(error)))
         return Result(name, kind, 0, 0.0, f"refused: {why[1]}", "refused", fixes)
     train(model)
-    assert sum(share for layer, share in moved(model).items() if layer != "scale_change") > 0, "training moved no code"
+    assert sum(share for layer, share in moved(model).items() if layer != "scale_change") > 0, (
+        "training moved no code"
+    )
     ids = tokens(seed=5)
     with torch.no_grad():
         trained = model(ids).logits
     merge(model, checkpoint, folder / "native")
     loaded = load_exported(folder / "native", attention=attention)
-    with torch.no_grad(), packed_op_only(loaded):  # an expert may be given few rows, which decoding would round in another way
+    with (
+        torch.no_grad(),
+        packed_op_only(loaded),
+    ):  # an expert may be given few rows, which decoding would round in another way
         again = loaded(ids).logits
     native = EXACT if torch.equal(again, trained) else f"logits off by {(again - trained).abs().max():.1e}"
     merged = read_weights(folder / "native")
@@ -324,8 +394,14 @@ def line(name: str, folder: Path, dtype: str = "float32", exclude: tuple[str, ..
         compressed = f"refused: {why[1]}"
     else:
         # raises for any difference that is not allowed; which are, does not depend on the machine
-        compressed = EXACT if verify(folder / "ct", merged, model=model, input_ids=ids).logit_bound == 0 else ROUNDING
-    inside = sum(row.parameters for row in rows.rows if re.search(r"\.\d+\.", row.layer) and "not part of" not in row.reason)
+        compressed = (
+            EXACT if verify(folder / "ct", merged, model=model, input_ids=ids).logit_bound == 0 else ROUNDING
+        )
+    inside = sum(
+        row.parameters
+        for row in rows.rows
+        if re.search(r"\.\d+\.", row.layer) and "not part of" not in row.reason
+    )
     packed = 100 * sum(row.parameters for row in rows.quantized) / inside
     name += ", the rest" if exclude else ""
     return Result(name, kind, len(rows.quantized), packed, native, compressed)

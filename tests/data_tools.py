@@ -8,8 +8,9 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from lowbit_ft.data import Example, Examples, load_examples
-from lowbit_ft.recipe import DataSection
+from lowbit_ft.data.examples import load_examples
+from lowbit_ft.data.windows import Example, Examples
+from lowbit_ft.recipe.recipe import DataSection
 
 ASSETS = Path(__file__).parents[1] / "recipes" / "assets"
 TINY = ASSETS / "tiny-llama"

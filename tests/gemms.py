@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Those with a kernel, and those made of them
 _OPS = {f"lowbit::{op}": dispatch.definition(op) for op in dispatch.KERNELS}
-_OPS |= {"lowbit::grid_linear": lowbit_kernels.grid_linear, "lowbit::grid_estimates": lowbit_kernels.grid_estimates}
+_OPS |= {
+    "lowbit::grid_linear": lowbit_kernels.grid_linear,
+    "lowbit::grid_estimates": lowbit_kernels.grid_estimates,
+}
 
 
 def reference_of(func: Any) -> Any:

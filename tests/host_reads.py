@@ -20,7 +20,17 @@ from tests.gemms import reference_of
 # on a GPU, so it cannot hide a wait.
 _CALLS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu"}
 # On a GPU these end in a copy to the host, for a value or for the size of the result.
-_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount", "repeat_interleave.Tensor")
+_OPS = (
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+    "repeat_interleave.Tensor",
+)
 
 
 class HostReads:
@@ -31,8 +41,14 @@ class HostReads:
         self._modes = (_Functions(self), _Ops(self))
 
     def note(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "/tests/" not in f.filename and "/torch/" not in f.filename]
-        self.seen.append((what, f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}" if frames else ""))
+        frames = [
+            f
+            for f in traceback.extract_stack()
+            if "/tests/" not in f.filename and "/torch/" not in f.filename
+        ]
+        self.seen.append(
+            (what, f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}" if frames else "")
+        )
 
     def __enter__(self) -> HostReads:
         for mode in self._modes:
@@ -66,7 +82,9 @@ class _Ops(TorchDispatchMode):
             with self:
                 return inside(*args, **kwargs)
         name = str(func).removeprefix("aten.")
-        if name.startswith("index") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in _indices(args)):
+        if name.startswith("index") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in _indices(args)
+        ):
             self.owner.note("mask as an index")  # its nonzero is below what a mode sees
         if any(name == op or name.startswith(f"{op}.") for op in _OPS):
             self.owner.note(name)
@@ -75,4 +93,10 @@ class _Ops(TorchDispatchMode):
 
 def _indices(args: Any) -> list[Any]:
     """The tensors of x[...]."""
-    return [i for a in args[1:2] if isinstance(a, (list, tuple)) for i in a if i is None or isinstance(i, torch.Tensor)]
+    return [
+        i
+        for a in args[1:2]
+        if isinstance(a, (list, tuple))
+        for i in a
+        if i is None or isinstance(i, torch.Tensor)
+    ]

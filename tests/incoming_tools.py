@@ -33,7 +33,10 @@ class Layer:
 
     def dense(self) -> Tensor:
         size = self.codes.shape[1] if self.group_size == -1 else self.group_size
-        spread = [t.t().float().repeat_interleave(size, dim=1)[:, : self.codes.shape[1]] for t in (self.scale, self.zero)]
+        spread = [
+            t.t().float().repeat_interleave(size, dim=1)[:, : self.codes.shape[1]]
+            for t in (self.scale, self.zero)
+        ]
         return (self.codes.float() - spread[1]) * spread[0]
 
 
@@ -59,7 +62,12 @@ def round_weight(weight: Tensor, bits: int, group_size: int, symmetric: bool, dt
         zero = (-low / scale).round().clamp(1, top)
     scale = scale.to(dtype)
     codes = (groups / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, top)
-    return Layer(codes.view(n, k).to(torch.uint8), scale.t().contiguous(), zero.t().contiguous().to(torch.uint8), group_size)
+    return Layer(
+        codes.view(n, k).to(torch.uint8),
+        scale.t().contiguous(),
+        zero.t().contiguous().to(torch.uint8),
+        group_size,
+    )
 
 
 def quantized_checkpoint(
@@ -126,9 +134,23 @@ def packed_tensors(method: str, layer: Layer, bits: int, symmetric: bool, versio
 
 def method_settings(method: str, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
     if method == "gptq":
-        return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": False, "checkpoint_format": "gptq"}
+        return {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": group_size,
+            "sym": symmetric,
+            "desc_act": False,
+            "checkpoint_format": "gptq",
+        }
     if method == "awq":
-        return {"quant_method": "awq", "bits": bits, "group_size": group_size, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
+        return {
+            "quant_method": "awq",
+            "bits": bits,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+        }
     row = group_size == -1
     weights = {
         "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if row else "group",

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight, Weight
-from lowbit_ft.linear import PackedLinear
-from lowbit_ft.load import Checkpoint, load_model
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.model.load import Checkpoint, load_model
 
 SIZE: dict[str, Any] = dict(
     vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
@@ -62,7 +62,9 @@ def random_weight(shape: tuple[int, int], grid: Grid, *, offset: bool = False, s
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that get packed: every Linear but the head."""
     return {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith("lm_head")
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith("lm_head")
     }
 
 

@@ -11,15 +11,15 @@ import transformers
 from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import attach, base_digest, packed_layers
+from lowbit_ft.adapters.attach import attach, base_digest, packed_layers
+from lowbit_ft.evaluate.generate import encode_prompt, generate, read_tokenizer
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.reader import load_exported, read_config, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_files, layer_digests, read_manifest, write_model
-from lowbit_ft.generate import encode_prompt, generate
 from lowbit_ft.grid import BinaryGrid, PackedWeight
-from lowbit_ft.load import Checkpoint
 from lowbit_ft.merge import base_weights, merge, merged_weights, moved, verify_merge
+from lowbit_ft.model.load import Checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 TINY = Path(__file__).parents[1] / "recipes" / "assets" / "tiny-llama"
@@ -77,8 +77,12 @@ def test_what_was_trained_is_what_is_written_and_loads(case: str, source: Checkp
         assert getattr(weight, "residual", None) is None
         assert manifest["layers"][name]["sha256"] == layer_digests(weight)
         assert written[name].digest() == weight.digest()
-    assert case != "l4q float" or all(w.offset is not None for w in written.values() if isinstance(w, PackedWeight))
-    assert case != "l4q integer" or all(w.zero is not None for w in written.values() if isinstance(w, PackedWeight))
+    assert case != "l4q float" or all(
+        w.offset is not None for w in written.values() if isinstance(w, PackedWeight)
+    )
+    assert case != "l4q integer" or all(
+        w.zero is not None for w in written.values() if isinstance(w, PackedWeight)
+    )
     report = verify_merge(model, tmp_path / "merged")
     assert report.exact and "all" in str(report)
     again = load_exported(tmp_path / "merged")
@@ -121,7 +125,9 @@ def test_a_later_merge_counts_what_differs(source: Checkpoint, tmp_path: Path) -
     assert [(r.layer, r.different_codes, r.different_scales) for r in report.different] == [(LAYER, codes, 1)]
     assert f"{codes:,} of" in str(report) and f"{LAYER}: {codes:,} codes, 1 scales" in str(report)
     other = packed_model(source, random_weights(source.empty_model(), int_grid(bits=8)))
-    with pytest.raises(ValueError, match=r"another model: 7 layers differ.*W3 g64 sym there, W8 g64 sym here"):
+    with pytest.raises(
+        ValueError, match=r"another model: 7 layers differ.*W3 g64 sym there, W8 g64 sym here"
+    ):
         verify_merge(other, tmp_path / "m")
 
 
@@ -144,7 +150,13 @@ def test_manifests_and_configs_that_are_not_there_or_not_ours(tmp_path: Path) ->
         read_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json: missing"):
         read_config(tmp_path)
-    for text in ("{", "[]", "3", '{"writer": "x"}', '{"writer": "lowbit_ft", "files": {"a": 1}, "layers": {}}'):
+    for text in (
+        "{",
+        "[]",
+        "3",
+        '{"writer": "x"}',
+        '{"writer": "lowbit_ft", "files": {"a": 1}, "layers": {}}',
+    ):
         (tmp_path / "lowbit_ft.json").write_text(text)
         with pytest.raises(ValueError, match=r"lowbit_ft\.json"):
             read_manifest(tmp_path)
@@ -152,7 +164,9 @@ def test_manifests_and_configs_that_are_not_there_or_not_ours(tmp_path: Path) ->
         if text in ("{", "[]", "3"):
             with pytest.raises(ValueError, match=r"config\.json"):
                 read_config(tmp_path)
-    (tmp_path / "lowbit_ft.json").write_text('{"writer": "lowbit_ft", "files": {"../x": {"bytes": 1}}, "layers": {}}')
+    (tmp_path / "lowbit_ft.json").write_text(
+        '{"writer": "lowbit_ft", "files": {"../x": {"bytes": 1}}, "layers": {}}'
+    )
     with pytest.raises(ValueError, match="missing"):
         check_files(tmp_path)
 
@@ -176,10 +190,13 @@ def test_generate_is_greedy_and_the_same_from_a_folder_and_a_model(answered: tup
     model.train()
     texts = generate(model, prompts, max_new_tokens=6, tokenizer=tokenizer)
     assert model.training and len(texts) == 2
-    assert generate(folder, prompts, max_new_tokens=6) == texts
+    read = load_exported(folder)
+    assert generate(read, prompts, max_new_tokens=6, tokenizer=read_tokenizer(folder)) == texts
     for prompt, text in zip(prompts, texts, strict=True):
         ids = encode_prompt(tokenizer, prompt, chat=True)
-        wanted = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        wanted = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
         assert ids[0].tolist() == list(wanted["input_ids"] if hasattr(wanted, "keys") else wanted)
         best = ids
         with torch.no_grad():
@@ -187,14 +204,20 @@ def test_generate_is_greedy_and_the_same_from_a_folder_and_a_model(answered: tup
                 best = torch.cat([best, model.eval()(best).logits[:, -1:].argmax(-1)], dim=1)
         assert tokenizer.decode(best[0, ids.shape[1] :], skip_special_tokens=True).startswith(text)
     plain = generate(model, prompts[:1], max_new_tokens=6, tokenizer=tokenizer, chat=False)
-    assert encode_prompt(tokenizer, prompts[0], chat=False).shape[1] < encode_prompt(tokenizer, prompts[0], chat=True).shape[1]
+    assert (
+        encode_prompt(tokenizer, prompts[0], chat=False).shape[1]
+        < encode_prompt(tokenizer, prompts[0], chat=True).shape[1]
+    )
     assert plain != texts[:1]
 
 
 def test_generate_samples_from_its_seed_and_leaves_the_random_state(answered: tuple[Path, Any, Any]) -> None:
     _, model, tokenizer = answered
     state = torch.get_rng_state()
-    texts = [generate(model, ["x"], max_new_tokens=8, tokenizer=tokenizer, sample=True, seed=s)[0] for s in (1, 1, 2)]
+    texts = [
+        generate(model, ["x"], max_new_tokens=8, tokenizer=tokenizer, sample=True, seed=s)[0]
+        for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2] and torch.equal(torch.get_rng_state(), state)
 
 
@@ -206,7 +229,7 @@ def test_generate_refuses(answered: tuple[Path, Any, Any], tmp_path: Path) -> No
         "temperature: got 0": lambda: generate(model, ["x"], tokenizer=tokenizer, sample=True, temperature=0),
         "without one": lambda: generate(model, ["x"]),
         "gives no token": lambda: generate(model, [""], tokenizer=tokenizer, chat=False),
-        "tokenizer cannot be loaded": lambda: generate(tmp_path, ["x"]),
+        "tokenizer cannot be loaded": lambda: read_tokenizer(tmp_path),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()

@@ -36,7 +36,7 @@ def test_recipes_are_files_not_a_package():
     assert not list((ROOT / "recipes").rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", ["lowbit_ft", "lowbit_kernels", "lowbit_ft.cli"])
+@pytest.mark.parametrize("name", ["lowbit_ft", "lowbit_kernels", "lowbit_ft.cli.main"])
 def test_importing_has_no_side_effect(name: str, tmp_path: Path):
     """In a new process with an empty home: no CUDA start, no Triton, no drawing library, no file, no changed variable."""
     code = f"""

@@ -19,9 +19,9 @@ from lowbit_ft import pipeline
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.linear import PackedLinear
-from lowbit_ft.load import Checkpoint
-from lowbit_ft.recipe import RecipeError, load_recipe
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.rundir import RunDir
 from lowbit_ft.session import unstopped
 from tests.packed_tools import int_grid, random_weights
@@ -92,7 +92,15 @@ def test_the_whole_line(method: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "serve it:" in printed or "use it:" in printed
     assert ("lora was merged by rounding again" in printed) == (method == "lora")
     assert "left alone (excluded by 'lm_head'): lm_head" in printed
-    names = {"recipe.yaml", "environment.json", "metrics.jsonl", "quant.json", "trainable.json", "moved.json", "stages.json"}
+    names = {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "quant.json",
+        "trainable.json",
+        "moved.json",
+        "stages.json",
+    }
     names |= {"evaluation.json", "samples.json", "report.html"}
     assert names <= {p.name for p in out.iterdir()}
     assert [s["stage"] for s in json.loads((out / "stages.json").read_text())] == [
@@ -100,7 +108,13 @@ def test_the_whole_line(method: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     ]  # fmt: skip
     moved = json.loads((out / "moved.json").read_text())
     assert moved["scale_change"] > 0 or method == "lora"
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+    ):
         assert (folder / name).is_file(), name
     card = (folder / "README.md").read_text()
     assert "| trained |" in card and f"method: {method}" in card
@@ -123,7 +137,9 @@ def test_merge_refuses_codes_that_are_not_the_written_ones(tmp_path: Path) -> No
     name = next(key for key in state if key.endswith(".B"))
     state[name] = state[name] + 0.5
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is not what base/ and adapter/ merge to:\nmerge: .* are not the written ones"):
+    with pytest.raises(
+        ValueError, match=r"is not what base/ and adapter/ merge to:\nmerge: .* are not the written ones"
+    ):
         pipeline.merge(out)
 
 
@@ -174,16 +190,27 @@ def test_bf16_ships_what_it_trained(tmp_path: Path) -> None:
     out = tmp_path / "run"
     pipeline.run(recipe(out, "model.dtype=bfloat16", "train.learning_rate=0.5", "eval.generate=[]"))
     rows = {row["stage"]: row for row in json.loads((out / "evaluation.json").read_text())["rows"]}
-    assert rows["trained"]["loss"] == rows["merged"]["loss"] == rows["exported"]["loss"] != rows["quantized"]["loss"]
+    assert (
+        rows["trained"]["loss"]
+        == rows["merged"]["loss"]
+        == rows["exported"]["loss"]
+        != rows["quantized"]["loss"]
+    )
     moved = json.loads((out / "moved.json").read_text())
     del moved["scale_change"]
     assert sum(moved.values()) / len(moved) > 1e-3
 
 
 def test_calibration_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowbit_ft import data, session
+    from lowbit_ft import session
+    from lowbit_ft.data import examples as data
 
-    made = recipe(tmp_path / "run", "quant.calibrate=gptq", "quant.calibration.samples=5", "quant.calibration.sequence_len=64")
+    made = recipe(
+        tmp_path / "run",
+        "quant.calibrate=gptq",
+        "quant.calibration.samples=5",
+        "quant.calibration.sequence_len=64",
+    )
     here, seen = session.start(made), []
     real = data.read_rows
     monkeypatch.setattr(data, "read_rows", lambda *a, **k: (seen.append(1) or row for row in real(*a, **k)))
@@ -202,7 +229,9 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run"):
-        pipeline.quantize(load_recipe("recipes/quickstart.yaml", [*QUICK, f"output={tmp_path / 'full'}"], check=False))
+        pipeline.quantize(
+            load_recipe("recipes/quickstart.yaml", [*QUICK, f"output={tmp_path / 'full'}"], check=False)
+        )
 
 
 def test_a_run_killed_in_its_first_write_is_started_again(tmp_path: Path) -> None:
@@ -230,23 +259,37 @@ def test_an_export_that_fails_verification_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
-    write_model(tmp_path / "merged", checkpoint, random_weights(checkpoint.empty_model(), int_grid()), EXPORTERS["native"])
+    write_model(
+        tmp_path / "merged",
+        checkpoint,
+        random_weights(checkpoint.empty_model(), int_grid()),
+        EXPORTERS["native"],
+    )
     session: Any = SimpleNamespace(
-        run=RunDir(tmp_path), checkpoint=checkpoint, recipe=recipe(tmp_path / "no"), device=torch.device("cpu"), say=print
+        run=RunDir(tmp_path),
+        checkpoint=checkpoint,
+        recipe=recipe(tmp_path / "no"),
+        device=torch.device("cpu"),
+        say=print,
     )
     monkeypatch.setattr(pipeline, "check_export", lambda session, folder: None)
     folder = pipeline.export_stage(session, "compressed-tensors")
     pipeline.export_stage(session, "compressed-tensors")
     assert capsys.readouterr().err == ""
     pipeline.export_stage(session, "gptq")
-    assert capsys.readouterr().err == f"{folder}: the compressed-tensors export that was here is replaced by gptq\n"
+    assert (
+        capsys.readouterr().err
+        == f"{folder}: the compressed-tensors export that was here is replaced by gptq\n"
+    )
 
     def fails(session: Any, folder: Path) -> None:
         raise ValueError("1 of 14 layers differ")
 
     monkeypatch.setattr(pipeline, "check_export", fails)
     for _ in range(2):  # the second one replaces what the first has set aside
-        with pytest.raises(ValueError, match=r"(?s)1 of 14 layers differ.*was not verified.*exported\.refused"):
+        with pytest.raises(
+            ValueError, match=r"(?s)1 of 14 layers differ.*was not verified.*exported\.refused"
+        ):
             pipeline.export_stage(session, "gptq")
         assert not folder.exists() and (tmp_path / "exported.refused" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="1 of 14 layers differ$"):
@@ -345,7 +388,9 @@ def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest
         moved = json.loads((out / "moved.json").read_text())
         assert sum(share > 0 for layer, share in moved.items() if ".experts." in layer) > 8
         assert f"quantized {2 * (4 + 8) + (2 if name == 'ours' else 0)} layers" in capsys.readouterr().out
-        again = pipeline.merge(out)  # the adapter of every expert is in adapter/, and merges to the same bytes
+        again = pipeline.merge(
+            out
+        )  # the adapter of every expert is in adapter/, and merges to the same bytes
         assert again == out / "merged"
     with pytest.raises(RecipeError, match="embeddings in full precision only"):
         recipe(tmp_path / "x", f"model.path={folder}", "quant.group_size=32", "quant.embeddings=8")
@@ -358,7 +403,9 @@ def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
 
     def said(folder: Path, form: str = "chat") -> str | None:
         asked = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(format=form)))
-        return unstopped(SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder)))  # type: ignore[arg-type]
+        return unstopped(
+            SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder))
+        )  # type: ignore[arg-type]
 
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     message = said(tmp_path)

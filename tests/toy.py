@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lowbit_ft.data import Batches, Example, Examples
-from lowbit_ft.recipe import TrainSection
+from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.windows import Example, Examples
+from lowbit_ft.recipe.recipe import TrainSection
 
 VOCABULARY, WIDTH = 23, 12
 

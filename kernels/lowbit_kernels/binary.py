@@ -20,7 +20,13 @@ def _signs(plane: Tensor, rows: slice, in_features: int, group_size: int) -> Ten
 
 
 def binary_rows(
-    planes: Tensor, alpha: Tensor, offset: Tensor | None, in_features: int, group_size: int, rows: slice, dtype: torch.dtype
+    planes: Tensor,
+    alpha: Tensor,
+    offset: Tensor | None,
+    in_features: int,
+    group_size: int,
+    rows: slice,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The weight of some rows, [n, K]: planes added in order in fp32, rounded once to dtype."""
     weight = _signs(planes[0], rows, in_features, group_size).mul_(per_group(alpha[0], rows))
@@ -33,11 +39,18 @@ def binary_rows(
 
 @torch.library.custom_op("lowbit::binary_dequantize", mutates_args=())
 def binary_dequantize(
-    planes: Tensor, alpha: Tensor, offset: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
+    planes: Tensor,
+    alpha: Tensor,
+    offset: Tensor | None,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The dense weight [N, K] in dtype: the very one `binary_matmul` multiplies with."""
     chunks = row_chunks(planes.shape[1], in_features)
-    return torch.cat([binary_rows(planes, alpha, offset, in_features, group_size, rows, dtype) for rows in chunks])
+    return torch.cat(
+        [binary_rows(planes, alpha, offset, in_features, group_size, rows, dtype) for rows in chunks]
+    )
 
 
 @binary_dequantize.register_fake
@@ -81,7 +94,9 @@ def _(dy, planes, alpha, offset, in_features, group_size):
 
 @torch.library.custom_op("lowbit::binary_gradients", mutates_args=())
 @outside_autocast
-def binary_gradients(x: Tensor, dy: Tensor, planes: Tensor, group_size: int, trained: int) -> tuple[Tensor, Tensor]:
+def binary_gradients(
+    x: Tensor, dy: Tensor, planes: Tensor, group_size: int, trained: int
+) -> tuple[Tensor, Tensor]:
     """dalpha [trained, G, N] of the first `trained` planes and doffset [G, N], fp32, from x [M, K] and dy [M, N]."""
     (q, n), k = planes.shape[:2], x.shape[-1]
     assert 0 <= trained <= q

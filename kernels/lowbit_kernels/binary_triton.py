@@ -64,7 +64,9 @@ def _words(planes, rows, block, N, stride, Q: tl.constexpr):
     words = ()
     for k in tl.static_range(Q):
         words = words + (
-            tl.load(planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride + block * LANE + lane[None, :]),
+            tl.load(
+                planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride + block * LANE + lane[None, :]
+            ),
         )
     return words
 
@@ -358,12 +360,16 @@ def group_sums_kernel(
         word_at = (lane + plane // FIELDS * LANE)[None, :]
         sums = ()
         for k in tl.static_range(Q):
-            word = tl.load(planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride_w + word_at).to(tl.int32)
+            word = tl.load(planes + (rows + k * tl.cast(N, tl.int64))[:, None] * stride_w + word_at).to(
+                tl.int32
+            )
             bit = (word >> (plane % FIELDS)) & 1
             sums = sums + (accs[k] + tl.where(bit == 1, value, -value),)
         accs = sums
     for k in tl.static_range(Q):
-        tl.store(da + tl.cast(k * groups + group, tl.int64) * N + first_row + rn, tl.sum(accs[k], 1), mask=in_n)
+        tl.store(
+            da + tl.cast(k * groups + group, tl.int64) * N + first_row + rn, tl.sum(accs[k], 1), mask=in_n
+        )
     tl.store(dt + group.to(tl.int64) * N + first_row + rn, tl.sum(total, 1), mask=in_n)
 
 
@@ -591,7 +597,15 @@ def _matmul_case(dtype: str, q: int, group: int, m: int, arch: int) -> tuple:
 
 def _gradient_case(q: int, arch: int) -> tuple:
     config = dispatch.packaged("binary_gradients", q, torch.bfloat16, 4096, 4096, 4096, arch)
-    signature = {"x": "*bf16", "dy": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", **_SIZES, "stride_y": "i32"}
+    signature = {
+        "x": "*bf16",
+        "dy": "*bf16",
+        "planes": "*i16",
+        "da": "*fp32",
+        "dt": "*fp32",
+        **_SIZES,
+        "stride_y": "i32",
+    }
     tile = {name: config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     constants = {"Q": q, "GROUP": 128, "CT": tl.bfloat16, **tile}
     name = f"binary-gradients-q{q}-m{tile['BLOCK_M']}-bf16"
@@ -602,17 +616,38 @@ def _chunk_cases() -> list[tuple]:
     config = dispatch.packaged("binary_dequantize", 1, torch.bfloat16, 4096, 4096, 4096, 80)
     rows = {"first_row": "i32", "stop_row": "i32", "N": "i32", "K": "i32", "stride_w": "i32", "groups": "i32"}
     written = {**_VALUES, "out": "*bf16", "first_block": "i32", "stride_out": "i32", **rows}
-    summed = {"dw": "*bf16", "planes": "*i16", "da": "*fp32", "dt": "*fp32", "stride_dw": "i32", "per_group": "i32", **rows}
+    summed = {
+        "dw": "*bf16",
+        "planes": "*i16",
+        "da": "*fp32",
+        "dt": "*fp32",
+        "stride_dw": "i32",
+        "per_group": "i32",
+        **rows,
+    }
     tile, options = {"Q": 3, "BLOCK_N": config["BLOCK_N"]}, launch_options(config)
     return [
-        ("binary-dequantize-q3-bf16", dequantize_kernel, written, {**tile, "GROUP": 128, "OFFSET": True}, options, None),
+        (
+            "binary-dequantize-q3-bf16",
+            dequantize_kernel,
+            written,
+            {**tile, "GROUP": 128, "OFFSET": True},
+            options,
+            None,
+        ),
         ("binary-group-sums-q3-bf16", group_sums_kernel, summed, tile, options, None),
     ]
 
 
 def aot_cases() -> list[tuple]:
     """What the AOT gate compiles: the table's entries for each number of planes, once per architecture."""
-    cases = [_matmul_case("bf16", q, 128, m, arch) for arch in _GATED for q in (1, 2, 3, 4) for m in (1, 16, 64)]
-    cases += [_matmul_case("bf16", 3, 0, 1, arch) for arch in _GATED] + [_matmul_case("fp16", 3, 128, 1, arch) for arch in _GATED]
-    cases += [_gradient_case(3, arch) for arch in _GATED if arch != 90]  # there the table takes the chunked form
+    cases = [
+        _matmul_case("bf16", q, 128, m, arch) for arch in _GATED for q in (1, 2, 3, 4) for m in (1, 16, 64)
+    ]
+    cases += [_matmul_case("bf16", 3, 0, 1, arch) for arch in _GATED] + [
+        _matmul_case("fp16", 3, 128, 1, arch) for arch in _GATED
+    ]
+    cases += [
+        _gradient_case(3, arch) for arch in _GATED if arch != 90
+    ]  # there the table takes the chunked form
     return cases + _chunk_cases()

@@ -112,5 +112,21 @@ def grid_codes(
 
 
 @grid_codes.register_fake
-def _(codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, in_features, group_size):
+def _(
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    units,
+    bits,
+    residual_bits,
+    in_features,
+    group_size,
+):
     return codes.new_empty(codes.shape[0], packed_width(in_features, bits))

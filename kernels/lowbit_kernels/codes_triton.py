@@ -33,7 +33,9 @@ from .triton_common import LANE, launch_options, plane_group
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
 FP_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds half to even and leaves the integer in the low mantissa bits
+_MAGIC = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2^23: adding it rounds half to even and leaves the integer in the low mantissa bits
 
 
 # ---------------------------------------------------------------------------------------------------- shared by kernels
@@ -201,11 +203,15 @@ def grid_codes_kernel(
     lane = tl.arange(0, LANE)
     live_rows = rn < N
     rows = rn.to(tl.int64)[:, None]  # a row offset passes 2^31 in a large layer
-    words = tl.load(codes + rows * codes_row + (block * LANE + lane)[None, :], mask=live_rows[:, None], other=0)
+    words = tl.load(
+        codes + rows * codes_row + (block * LANE + lane)[None, :], mask=live_rows[:, None], other=0
+    )
     words = words.to(tl.int32)
     place = 1
     packed = tl.zeros((BLOCK_N, LANE), tl.int32)
-    for p in range(PLANES):  # a loop, not unrolled: half the registers, and the next plane's loads can be in flight
+    for p in range(
+        PLANES
+    ):  # a loop, not unrolled: half the registers, and the next plane's loads can be in flight
         k0 = block * S + 32 * p
         kk = k0 + lane
         fraction = words
@@ -219,14 +225,18 @@ def grid_codes_kernel(
         if R > 0:
             delta = low_rank(a, b, gain, rn, kk, N, K, R, BLOCK_R, BLOCK_N, LANE)
         at = group_row(k0, K, GROUP) * N + rn
-        value = grid_value(base, delta, scale0, zero0, scale, zero, offset, at, live_rows, UNITS_LIVE, UNITS_WEIGHT, BITS)
+        value = grid_value(
+            base, delta, scale0, zero0, scale, zero, offset, at, live_rows, UNITS_LIVE, UNITS_WEIGHT, BITS
+        )
         code = code_bits(value, BITS)
         if not EVEN_K:
             code = tl.where((kk < K)[None, :], code, 0)
         # One multiply-add: what code_bits leaves above the code lies above bit 16 and is lost in the store.
         packed += code * place
         place *= 1 << BITS
-    tl.store(out + rows * out_row + (block * LANE + lane)[None, :], packed.to(tl.int16), mask=live_rows[:, None])
+    tl.store(
+        out + rows * out_row + (block * LANE + lane)[None, :], packed.to(tl.int16), mask=live_rows[:, None]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- launcher
@@ -293,7 +303,14 @@ def grid_codes(
 def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
     config = dispatch.packaged("grid_codes", bits, torch.float32, M=rank, N=1, K=1, arch=80)
     live, asymmetric = units == "live", units == "live"
-    pointers = {"codes": "*i16", "scale0": "*bf16", "a": "*fp32", "b": "*fp32", "scale": "*fp32", "out": "*i16"}
+    pointers = {
+        "codes": "*i16",
+        "scale0": "*bf16",
+        "a": "*fp32",
+        "b": "*fp32",
+        "scale": "*fp32",
+        "out": "*i16",
+    }
     if residual_bits:
         pointers["residual"] = "*i16"
     if asymmetric:
@@ -306,7 +323,14 @@ def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
     }  # fmt: skip
     options = {**launch_options(config), **FP_OPTIONS}
     name = f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}"
-    return name, grid_codes_kernel, pointers | sizes | {"gain": "fp32"}, constants, options, config["BLOCK_N"] * 32
+    return (
+        name,
+        grid_codes_kernel,
+        pointers | sizes | {"gain": "fp32"},
+        constants,
+        options,
+        config["BLOCK_N"] * 32,
+    )
 
 
 def aot_cases() -> list[tuple]:

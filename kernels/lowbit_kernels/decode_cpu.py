@@ -45,14 +45,18 @@ class Int4Weight:
     group_size: int
 
 
-def fits_int4(shape: tuple[int, int], bits: int, group_size: int, scale_dtype: torch.dtype, offset: bool) -> bool:
+def fits_int4(
+    shape: tuple[int, int], bits: int, group_size: int, scale_dtype: torch.dtype, offset: bool
+) -> bool:
     """Whether the kernel can hold a weight [N, K] of this grid: N in whole vectors, whole groups, bfloat16 scales, no float offset."""
     n, k = shape
     whole = n % 16 == 0 and group_size in INT4_GROUPS and k % group_size == 0
     return whole and bits in (2, 3, 4) and scale_dtype == torch.bfloat16 and not offset
 
 
-def int4_weight(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, group_size: int) -> Int4Weight:
+def int4_weight(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, group_size: int
+) -> Int4Weight:
     """Repack P16 codes [N, W] with scale [G, N] and zero [G, N] | None (all on the CPU) for `int4_linear`; see `fits_int4`."""
     assert fits_int4((codes.shape[0], in_features), bits, group_size, scale.dtype, False)
     q = unpack_rows(codes, bits, in_features, torch.int32)
@@ -78,4 +82,3 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
         # In fp32 because a matrix of few rows is two to three times faster so than in bfloat16 (measured on AVX-512).
         y = torch.addmm(y.float(), sums, weight.rest).to(torch.bfloat16)
     return y.view(*x.shape[:-1], y.shape[-1])
-

@@ -206,7 +206,9 @@ def _remembered(op: str, arch: int, bits: int, dtype: str, m: int, n: int, k: in
     return _nearest(_tables(), op, {"arch": arch, "bits": bits, "dtype": dtype, "m": m, "n": n, "k": k})
 
 
-def config(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch: int | None = None) -> dict[str, Any]:
+def config(
+    op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arch: int | None = None
+) -> dict[str, Any]:
     """Tile sizes and launch options of `op` for a problem: a fresh dict of what the nearest entry holds.
 
     Raises ValueError where the table has nothing at all for the op on this architecture.

@@ -50,10 +50,17 @@ def drawn_count(tokens: int, share: float) -> int:
 
 def lengths(x: Tensor, dy: Tensor) -> Tensor:
     """Int64 [M]: the length of each token on the line, at least 1. A token that is not finite has half of the line: it must be seen."""
-    size = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(dy, dim=1, dtype=torch.float32)
+    size = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
+        dy, dim=1, dtype=torch.float32
+    )
     finite = torch.where(size.isfinite(), size, 0.0)
     size = torch.where(size.isfinite(), size + EVEN * finite.mean(), (1 + EVEN) * finite.sum())
-    return (size * (RESOLUTION / finite.mean().clamp_min(1e-30))).nan_to_num(0.0, RESOLUTION, 0.0).long().clamp_min(1)
+    return (
+        (size * (RESOLUTION / finite.mean().clamp_min(1e-30)))
+        .nan_to_num(0.0, RESOLUTION, 0.0)
+        .long()
+        .clamp_min(1)
+    )
 
 
 def drawn(length: Tensor, count: int, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +80,14 @@ def random_start(device: torch.device) -> Tensor:
 
 
 def factorised(
-    x: Tensor, dy: Tensor, a: Tensor, b: Tensor, factor: Tensor | None, gain: float, group_size: int, weights: Tensor | None
+    x: Tensor,
+    dy: Tensor,
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor | None,
+    gain: float,
+    group_size: int,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dA [r, K] and dB [N, r] in fp32 as if nothing were clipped. factor [G, N] or None (1); weights [M, 1] or None (1): of the tokens.
 
@@ -85,13 +99,17 @@ def factorised(
     groups = group_count(k, group_size)
     small = b.float() * gain
     if group_size > 0 and 2 * m * rank * (k + n * groups) > m * n * k + 2 * n * k * rank:
-        return _by_rows(x, dy if weights is None else dy * weights.to(dy.dtype), a, small, factor, gain, group_size)
+        return _by_rows(
+            x, dy if weights is None else dy * weights.to(dy.dtype), a, small, factor, gain, group_size
+        )
     da = torch.empty(rank, k, dtype=torch.float32, device=x.device)
     db = torch.zeros(n, rank, dtype=torch.float32, device=x.device)
     for first, last, width in _spans(groups, k, group_size, max(1, TRANSIENT // (max(m, n) * rank))):
         count, start = last - first, first * max(group_size, 0)
         columns = slice(start, start + count * width)
-        part = x[:, columns].view(m, count, width).transpose(0, 1) if count > 1 else x[None, :, columns]  # [count, M, width]
+        part = (
+            x[:, columns].view(m, count, width).transpose(0, 1) if count > 1 else x[None, :, columns]
+        )  # [count, M, width]
         wide = factor[first:last].t().float()  # [N, count]
         right = a[:, columns].to(x.dtype).view(rank, count, width).permute(1, 2, 0)  # [count, width, r]
         p = torch.bmm(part, right).transpose(0, 1).reshape(m, count * rank)
@@ -164,7 +182,23 @@ def grid_estimates(
     m, live, low = x.shape[0], units == "live", need_low_rank and a is not None and b is not None
     # No two results of an op may share memory.
     ds, dt, da, db = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(4))
-    state = (codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first)
+    state = (
+        codes,
+        residual,
+        scale0,
+        zero0,
+        a,
+        b,
+        scale,
+        zero,
+        offset,
+        gain,
+        units,
+        bits,
+        residual_bits,
+        group_size,
+        clip_first,
+    )
     correct, identity = low and low_rank == "corrected", need_scale and y is not None
     xs, dys, weights, part = x, dy, None, False
     if correct or (need_scale and not identity):
@@ -185,7 +219,23 @@ def grid_estimates(
         # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank product again.
         assert step_codes is not None
         ds, dt, _, _ = exact_op(
-            xs, dys, step_codes, None, scale0, zero0, None, None, scale, zero, offset, gain, "grid", bits, 0, group_size, clip_first
+            xs,
+            dys,
+            step_codes,
+            None,
+            scale0,
+            zero0,
+            None,
+            None,
+            scale,
+            zero,
+            offset,
+            gain,
+            "grid",
+            bits,
+            0,
+            group_size,
+            clip_first,
         )
     if not need_scale:
         return ds.new_empty(0), dt.new_empty(0), da, db

@@ -105,7 +105,9 @@ def epilogue(
         delta = None
         if R > 0:
             delta = low_rank(a, b, gain, rn, kk, N, K, R, BLOCK_R, BLOCK_N, LANE)
-        value = grid_value(code, delta, scale0, zero0, scale, zero, offset, at, live, UNITS_LIVE, UNITS_WEIGHT, BITS)
+        value = grid_value(
+            code, delta, scale0, zero0, scale, zero, offset, at, live, UNITS_LIVE, UNITS_WEIGHT, BITS
+        )
         # Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the same.
         rounded = round_even(tl.minimum(tl.maximum(value, -1.0), TOP + 1.0))
         if CLIP_FIRST:
@@ -138,7 +140,9 @@ def epilogue(
 
 
 @triton.jit
-def project_b(masked, a, kk, K, total, r0: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr):
+def project_b(
+    masked, a, kk, K, total, r0: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr
+):
     """total + dD A^T over the channels kk, one block of the rank: [BLOCK_N, BLOCK_P]."""
     right = rank_columns(a, kk, K, r0, R, BLOCK_P)
     return project(masked, tl.trans(right), total, EXACT)
@@ -174,7 +178,9 @@ def chunked_kernel(
         strip = span * SPAN + i
         kk = strip * LANE + tl.arange(0, LANE)
         mask = (local < rows)[:, None] & (kk < K)[None, :]
-        piece = tl.load(dw + local.to(tl.int64)[:, None] * K + kk[None, :], mask=mask, other=0.0).to(tl.float32)
+        piece = tl.load(dw + local.to(tl.int64)[:, None] * K + kk[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         masked = epilogue(
             piece, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
             sum_s, sum_t, part_a, N, K, codes_row, residual_row,
@@ -284,7 +290,9 @@ def _by_group(strips: Tensor, per_group: int) -> Tensor:
     return padded.view(-1, per_group, strips.shape[1]).sum(1)
 
 
-def _row_scale_gradients(x: Tensor, dy: Tensor, codes: Tensor, zero: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+def _row_scale_gradients(
+    x: Tensor, dy: Tensor, codes: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
     """dS and dT [1, N] of a frozen grid with one group per row (the identity at the file's head)."""
     # A power of two brings the product, whose codes are integers, into the range of fp16 and is taken back exactly.
     unit = torch.full((1, codes.shape[0]), 0.5**bits, device=x.device)
@@ -385,17 +393,23 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
 # ---------------------------------------------------------------------------------------------------- what we ship
 
 
-def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, only: tuple[int, ...] = ()) -> tuple:
+def _case(
+    form: str, rank: int, units: str, config: dict, exact: bool = False, only: tuple[int, ...] = ()
+) -> tuple:
     live = units == "live"
     rows = min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"]
     fraction = 4 if rank or live else 0
-    pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32"} | dict.fromkeys(("sum_s", "sum_t", "part_a", "part_b"), "*fp32")
+    pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32"} | dict.fromkeys(
+        ("sum_s", "sum_t", "part_a", "part_b"), "*fp32"
+    )
     if fraction:
         pointers["residual"] = "*i16"
     if rank:
         pointers |= {"a": "*fp32", "b": "*fp32"}
     sizes = dict.fromkeys(("N", "K", "codes_row", "residual_row"), "i32")
-    absent = {name: None for name in ("residual", "zero0", "a", "b", "zero", "offset") if name not in pointers}
+    absent = {
+        name: None for name in ("residual", "zero0", "a", "b", "zero", "offset") if name not in pointers
+    }
     constants = absent | {
         "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": live, "BITS": 4, "RESIDUAL_BITS": fraction,
         "GROUP": 128, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
@@ -413,7 +427,14 @@ def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, o
     kernel = fused_kernel if form == "fused" else chunked_kernel
     # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per weight.
     weights = None if form == "fused" else rows * 32
-    case = (f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}", kernel, pointers | sizes | {"gain": "fp32"}, constants, options, weights)
+    case = (
+        f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}",
+        kernel,
+        pointers | sizes | {"gain": "fp32"},
+        constants,
+        options,
+        weights,
+    )
     return (*case, only) if only else case
 
 

@@ -94,7 +94,25 @@ def grid_gradients(
 
 
 @grid_gradients.register_fake
-def _(x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first):
+def _(
+    x,
+    dy,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    units,
+    bits,
+    residual_bits,
+    group_size,
+    clip_first,
+):
     def like(t):
         return x.new_empty(t.shape if t is not None else (0,), dtype=torch.float32)
 
@@ -126,11 +144,27 @@ def grid_linear(
 ) -> Tensor:
     """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file head)."""
     if low_rank not in LOW_RANK or not 0 < tokens <= 1:
-        raise ValueError(f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1")
+        raise ValueError(
+            f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1"
+        )
     k, new = x.shape[-1], step_codes
     if new is None:
         new = grid_codes(
-            codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            k,
+            group_size,
         )
     return packed_matmul(x, new, scale, zero, offset, bits, group_size)
 
@@ -167,7 +201,21 @@ def _backward(ctx, dy):
     scales = need[7] or need[9]
     if new is None and (need[0] or (estimated and scales and y is None)):
         new = grid_codes(
-            codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, k, group_size
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            k,
+            group_size,
         )
     if need[0]:
         dx = packed_matmul_dx(dy, new, scale, zero, offset, bits, k, group_size)

@@ -134,7 +134,12 @@ def _case(dtype: str, block: int) -> tuple:
     settings = dispatch.packaged("hadamard", 16, torch_dtype, 4096, block, block, 80)
     d1, d2, tile, padded = plan(block, settings["ROWS"])
     it = tl.float16 if dtype == "fp16" else tl.bfloat16
-    pointers = {"x": "*" + dtype, "y": "*" + dtype, "left": "*bf16", "right": "*fp16" if dtype == "fp16" else "*bf16"}
+    pointers = {
+        "x": "*" + dtype,
+        "y": "*" + dtype,
+        "left": "*bf16",
+        "right": "*fp16" if dtype == "fp16" else "*bf16",
+    }
     constants = {
         "D2": d2, "WIDTH": max(16, d2), "TILE": tile, "ROWS": padded, "STEP": min(padded, settings["STEP"]) if d1 > 1 else padded,
         "LEFT": d1 > 1, "IN_PARTS": 3 if dtype == "fp32" else 1, "PARTS": 3 if dtype == "fp32" else 2,

@@ -29,7 +29,8 @@ def packed_matmul(
     k = x.shape[-1]
     args = (codes, scale, zero, offset, bits, k, group_size)
     parts = [
-        torch.nn.functional.linear(x, dequantize_rows(*args, rows, x.dtype)) for rows in row_chunks(codes.shape[0], k)
+        torch.nn.functional.linear(x, dequantize_rows(*args, rows, x.dtype))
+        for rows in row_chunks(codes.shape[0], k)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -391,7 +391,9 @@ def dx_kernel(
         if GROUP == 0:
             group_rows = group_rows + (0,)
         else:
-            group_rows = group_rows + (tl.minimum((first_plane + run * RUN) // (GROUP // 32), groups - 1) * N,)
+            group_rows = group_rows + (
+                tl.minimum((first_plane + run * RUN) // (GROUP // 32), groups - 1) * N,
+            )
 
     rm = ((pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rows = tl.arange(0, BLOCK_N)
@@ -441,7 +443,9 @@ def dx_kernel(
             if PARTS == 1:
                 tl.store(dx + out, acc[i].to(dx.dtype.element_ty), mask=mask)
             else:
-                total, last = add_in_order(acc[i], out, mask, work, arrived, pid * COUNT + i, size, PARTS, part)
+                total, last = add_in_order(
+                    acc[i], out, mask, work, arrived, pid * COUNT + i, size, PARTS, part
+                )
                 tl.store(dx + out, total.to(dx.dtype.element_ty), mask=mask & last)
 
 
@@ -466,8 +470,12 @@ def dequantize_kernel(
     rows = rn.to(tl.int64)
     q = tl.load(codes + rows[:, None] * stride_w + block * LANE + lane[None, :], mask=in_n[:, None], other=0)
     scales = _group_values(scale, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1, PLANES, GROUP, RUN, True)
-    zeros = _group_values(zero, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1, PLANES, GROUP, RUN, ZERO != 0)
-    offsets = _group_values(offset, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1, PLANES, GROUP, RUN, OFFSET)
+    zeros = _group_values(
+        zero, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1, PLANES, GROUP, RUN, ZERO != 0
+    )
+    offsets = _group_values(
+        offset, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1, PLANES, GROUP, RUN, OFFSET
+    )
     for plane in tl.static_range(PLANES):
         value = codes_raw(q, plane, BITS, CT, ASM).to(tl.float32)
         if ZERO == 0:
@@ -495,10 +503,22 @@ class _Weight:
     """The packed weight as the kernels take it, and the constants that go with it."""
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int, k: int, group_size: int
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        offset: Tensor | None,
+        bits: int,
+        k: int,
+        group_size: int,
     ):
         n, groups = codes.shape[0], group_count(k, group_size)
-        assert codes.dtype == torch.int16 and codes.shape[1] == packed_width(k, bits), (codes.shape, codes.dtype, k, bits)
+        assert codes.dtype == torch.int16 and codes.shape[1] == packed_width(k, bits), (
+            codes.shape,
+            codes.dtype,
+            k,
+            bits,
+        )
         assert scale.shape == (groups, n), (scale.shape, groups, n)
         self.n, self.k, self.bits, self.groups = n, k, bits, groups
         self.codes = codes if codes.stride(1) == 1 else codes.contiguous()
@@ -532,7 +552,9 @@ def _parts(wanted: int, tiles: int, steps: int, unroll: int = 1) -> tuple[int, i
     return max(1, -(-steps // per)), per
 
 
-def _workspace(parts: int, slots: int, size: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _workspace(
+    parts: int, slots: int, size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
     if parts == 1:
         return None, None
     return torch.empty(parts * size, dtype=torch.float32, device=device), counters(slots, device)
@@ -549,7 +571,13 @@ def group_sums(x: Tensor, group_size: int) -> Tensor:
 
 
 def packed_matmul(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    bits: int,
+    group_size: int,
 ) -> Tensor:
     """x [..., K] times the packed weight [N, K] -> [..., N] in x's dtype. Arguments as the op of this name (matmul.py)."""
     k, n = x.shape[-1], codes.shape[0]
@@ -590,14 +618,18 @@ def _forward_tile(config: dict, m: int) -> dict:
     decode = config["regime"] == "decode"
     rows = config["BLOCK_M"]
     if decode and m <= 8 and not INTERPRETED:
-        rows = min(rows, 8)  # tensor cores take 8 columns of the second operand; the interpreter's dot does not
+        rows = min(
+            rows, 8
+        )  # tensor cores take 8 columns of the second operand; the interpreter's dot does not
     return {
         "ON_ACC": decode, "BLOCK_M": rows, "BLOCK_N": config["BLOCK_N"], "GROUP_M": config.get("GROUP_M", 8),
         "UNROLL": config.get("UNROLL", 1),
     }  # fmt: skip
 
 
-def _dequantize_into(out: Tensor, weight: _Weight, first_row: int, first_block: int, blocks: int, config: dict) -> None:
+def _dequantize_into(
+    out: Tensor, weight: _Weight, first_row: int, first_block: int, blocks: int, config: dict
+) -> None:
     """out [rows, channels] = that part of the weight, `blocks` superblocks wide (less where K ends)."""
     rows = out.shape[0]
     codes = weight.codes[first_row : first_row + rows]
@@ -655,7 +687,11 @@ def _dx(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
     (m, n), k = dy.shape, weight.k
     tile = _dx_tile(config, weight.bits, dispatch.architecture())
     count = tile["COUNT"]
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, superblock(weight.bits)) * (fields(weight.bits) // count)
+    tiles = (
+        triton.cdiv(m, tile["BLOCK_M"])
+        * triton.cdiv(k, superblock(weight.bits))
+        * (fields(weight.bits) // count)
+    )
     parts, per_part = _parts(config.get("SPLIT_N", 1), tiles, triton.cdiv(n, tile["BLOCK_N"]))
     dx = dy.new_empty(m, k)
     work, arrived = _workspace(parts, tiles * (1 if tile["JOIN"] else count), m * k, dy.device)
@@ -717,7 +753,15 @@ def dequantize(
 
 
 def _case(
-    kind: str, bits: int, dtype: str, scale: str, zero: str, group: int, config: dict, tile: dict, only: tuple = ()
+    kind: str,
+    bits: int,
+    dtype: str,
+    scale: str,
+    zero: str,
+    group: int,
+    config: dict,
+    tile: dict,
+    only: tuple = (),
 ) -> tuple:
     """One entry of aot_cases: a kernel as its launcher would start it, with K and N that fill their blocks except for 3 bits."""
     planes, compute = fields(bits), {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
@@ -725,13 +769,26 @@ def _case(
         "BITS": bits, "PLANES": planes, "GROUP": group, "ZERO": {"": SYMMETRIC, "uint8": INTEGER, "float": FLOAT}[zero],
         "OFFSET": zero == "float", "CT": compute, "ASM": dtype != "fp32", **tile,
     }  # fmt: skip
-    values = {"codes": "*i16", "scale": f"*{scale}", "zero": "*u8" if zero == "uint8" else "*fp32", "offset": "*fp32"}
+    values = {
+        "codes": "*i16",
+        "scale": f"*{scale}",
+        "zero": "*u8" if zero == "uint8" else "*fp32",
+        "offset": "*fp32",
+    }
     split = {"work": "*fp32", "arrived": "*i32", "M": "i32", "N": "i32", "K": "i32"}
     rest = {"stride_w": "i32", "groups": "i32", "per_part": "i32"}
     weights = tile["BLOCK_N"] * LANES
     if kind in ("decode", "fused"):
         function, weights = forward_kernel, weights * planes * tile["UNROLL"]
-        signature = {"x": f"*{dtype}", **values, "xsum": "*fp32", "y": f"*{dtype}", **split, "stride_x": "i32", **rest}
+        signature = {
+            "x": f"*{dtype}",
+            **values,
+            "xsum": "*fp32",
+            "y": f"*{dtype}",
+            **split,
+            "stride_x": "i32",
+            **rest,
+        }
         constants |= {"EVEN_K": bits != 3, "PARTS": 4 if kind == "decode" else 1}
     elif kind == "dx":
         function, weights = dx_kernel, weights * tile["COUNT"]
@@ -744,9 +801,19 @@ def _case(
         constants |= {"SCALE_ROWS": 4096}
     options = _launch(config, kind == "decode")
     name = f"{kind} {bits}-bit {dtype} scale {scale}{' zero ' + zero if zero else ''} g{group}"
-    name += "".join(f" {key}{int(tile[key])}" for key in ("BLOCK_M", "BLOCK_N", "UNROLL", "JOIN") if key in tile)
+    name += "".join(
+        f" {key}{int(tile[key])}" for key in ("BLOCK_M", "BLOCK_N", "UNROLL", "JOIN") if key in tile
+    )
     name += f" w{options['num_warps']} s{options['num_stages']}".replace("BLOCK_", "")
-    return (name.replace("BLOCK_", ""), function, signature, constants, options, weights, *([only] if only else []))
+    return (
+        name.replace("BLOCK_", ""),
+        function,
+        signature,
+        constants,
+        options,
+        weights,
+        *([only] if only else []),
+    )
 
 
 _GATED = (80, 86, 89, 90, 120)
@@ -755,7 +822,9 @@ _GATED = (80, 86, 89, 90, 120)
 def _table_kernels() -> dict[tuple, list[int]]:
     """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers can be given."""
     found: dict[tuple, list[int]] = {}
-    for op, bits, m, arch in itertools.product(("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED):
+    for op, bits, m, arch in itertools.product(
+        ("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED
+    ):
         config = dispatch.packaged(op, bits, torch.bfloat16, m, 4096, 4096, arch)
         if config["regime"] != "two_stage":
             tile = _forward_tile(config, m) if op == "packed_matmul" else _dx_tile(config, bits, arch)
@@ -781,10 +850,14 @@ def aot_cases() -> list[tuple]:
     # Group values of 4 bytes for every plane take the most shared memory: what a training layer of small groups asks for.
     for (kind, bits, config, tile), archs in _table_kernels().items():
         if kind == "fused":
-            cases.append(_case(kind, bits, "bf16", "fp32", "float", 32, dict(config), dict(tile), tuple(archs)))
+            cases.append(
+                _case(kind, bits, "bf16", "fp32", "float", 32, dict(config), dict(tile), tuple(archs))
+            )
     config = dispatch.packaged("packed_matmul_dx", 4, torch.bfloat16, 16, 4096, 4096, 80)
     cases.append(_case("dx", 4, "bf16", "fp32", "float", 128, config, _dx_tile(config, 4, 80)))
     for bits, dtype, scale, zero in ((4, "bf16", "bf16", ""), (3, "fp32", "fp32", "float")):
         config = dispatch.packaged("dequantize", bits, torch.bfloat16, 4096, 4096, 4096, 80)
-        cases.append(_case("dequantize", bits, dtype, scale, zero, 128, config, {"BLOCK_N": config["BLOCK_N"]}))
+        cases.append(
+            _case("dequantize", bits, dtype, scale, zero, 128, config, {"BLOCK_N": config["BLOCK_N"]})
+        )
     return cases

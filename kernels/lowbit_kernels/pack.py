@@ -33,7 +33,10 @@ def _(codes: Tensor, bits: int) -> Tensor:
 @torch.library.custom_op("lowbit::unpack", mutates_args=())
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """The inverse of `pack`: int16 [N, W] -> uint8 [N, K]."""
-    parts = [unpack_rows(packed[rows], bits, in_features, torch.uint8) for rows in row_chunks(packed.shape[0], in_features)]
+    parts = [
+        unpack_rows(packed[rows], bits, in_features, torch.uint8)
+        for rows in row_chunks(packed.shape[0], in_features)
+    ]
     return torch.cat(parts)
 
 

@@ -72,7 +72,11 @@ def quantize_pack_kernel(
             word |= tl.where(mask, code, 0) << (BITS * (p % PER))
             if p % PER == PER - 1:
                 half = (first + p) // PER * LANE + lane
-                tl.store(codes + rows * W + half[None, :], word.to(tl.int16), mask=live[:, None] & (half < W)[None, :])
+                tl.store(
+                    codes + rows * W + half[None, :],
+                    word.to(tl.int16),
+                    mask=live[:, None] & (half < W)[None, :],
+                )
                 word = tl.zeros((BLOCK_N, LANE), tl.int32)
         if residual is not None:
             # floor of a non-negative float is the integer conversion; the clip comes first, as everywhere.
@@ -81,7 +85,11 @@ def quantize_pack_kernel(
             rest |= tl.where(mask, field, 0) << (RESIDUAL_BITS * (p % PER_F))
             if p % PER_F == PER_F - 1:
                 half = (first + p) // PER_F * LANE + lane
-                tl.store(residual + rows * WF + half[None, :], rest.to(tl.int16), mask=live[:, None] & (half < WF)[None, :])
+                tl.store(
+                    residual + rows * WF + half[None, :],
+                    rest.to(tl.int16),
+                    mask=live[:, None] & (half < WF)[None, :],
+                )
                 rest = tl.zeros((BLOCK_N, LANE), tl.int32)
 
 
@@ -179,7 +187,11 @@ _PACK_SIZES = dict.fromkeys(("N", "K"), "i32")
 
 
 def _case(bits: int, residual_bits: int, asymmetric: bool) -> tuple:
-    planes = superblock(bits) // 32 if not residual_bits else math.lcm(superblock(bits), superblock(residual_bits)) // 32
+    planes = (
+        superblock(bits) // 32
+        if not residual_bits
+        else math.lcm(superblock(bits), superblock(residual_bits)) // 32
+    )
     pointers = {"weight": "*bf16", "scale": "*bf16", "codes": "*i16"}
     if residual_bits:
         pointers["residual"] = "*i16"

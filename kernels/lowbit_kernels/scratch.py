@@ -14,7 +14,9 @@ from torch import Tensor
 from . import dispatch
 from .layout import LANES, group_count, packed_width, superblock
 
-PROJECTION_BLOCK = 32  # columns of dB summed together in registers, twice; larger ranks write dB strip by strip
+PROJECTION_BLOCK = (
+    32  # columns of dB summed together in registers, twice; larger ranks write dB strip by strip
+)
 COLUMNS = 256  # the narrowest chunk of channels that is worth a product of its own, even where it outgrows its share of L2
 
 
@@ -38,7 +40,9 @@ def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any],
 def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, Any]) -> tuple[int, int]:
     """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of the chunked form."""
     block, strips = config["BLOCK_N"], -(-k // LANES)
-    span = min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
+    span = (
+        min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
+    )
     spans = -(-strips // span)
     # All scratch of a chunk together, per row: dW, its part of dA's partial sums and of dB's.
     per_row = k * itemsize + 4 * k * rank // block + 4 * spans * rank
@@ -102,7 +106,11 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
     config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
     sums, results = 2 * strips * n * 4, 2 * groups * n * 4
     factors = (rank * k + n * rank) * 4
-    if config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (size < 4 or arch == dispatch.INTERPRETER):
+    if (
+        config["form"] == "fused"
+        and rank <= 2 * PROJECTION_BLOCK
+        and (size < 4 or arch == dispatch.INTERPRETER)
+    ):
         width = config.get("BLOCK_K", 128)
         partial = (-(-n // config["BLOCK_N"]) * rank * k + -(-k // width) * n * rank) * 4
         return sums + results + factors + partial

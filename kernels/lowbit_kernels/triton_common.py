@@ -65,7 +65,9 @@ def plane_group(group_size: int, in_features: int) -> int:
     if group_size == -1 or group_size >= in_features:
         return 0
     if group_size <= 0 or group_size % LANES:
-        raise ValueError(f"group_size={group_size}: kernels take -1, multiples of {LANES}, or at least K={in_features}")
+        raise ValueError(
+            f"group_size={group_size}: kernels take -1, multiples of {LANES}, or at least K={in_features}"
+        )
     return group_size
 
 
@@ -87,7 +89,9 @@ def persistent(make: Callable[[], Any], device: torch.device) -> Any:
     if device.type != "cuda":
         return make()
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph is being captured: call the op once with these sizes before the capture")
+        raise RuntimeError(
+            "a CUDA graph is being captured: call the op once with these sizes before the capture"
+        )
 
     def run() -> Any:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
@@ -107,7 +111,9 @@ class _Counters:
     """One pool of zeros, given out front to back: a slice per stream, and one per kernel captured in a graph."""
 
     def __init__(self, device: torch.device):
-        self.pool: Tensor = persistent(lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device), device)
+        self.pool: Tensor = persistent(
+            lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device), device
+        )
         self.used = 0
         self.by_stream: dict[int, Tensor] = {}
 
@@ -208,18 +214,28 @@ def _magic_text(bits, plane, zero, bf16):
         move = "mov.b32 u,$1;" if plane == 0 else "shr.u32 u,$1,8;"
         tail = "mov.b32 $0,t;" if zero == 128 else f"fma.rn.{kind} $0,t,m,a;"
         return (
-            "{ .reg .b32 u,h,t,m,a; " + move + " mov.b32 m,0x3F803F80; " + add + " lop3.b32 t,u,0x007F007F,0x43004300,0xea; "
+            "{ .reg .b32 u,h,t,m,a; "
+            + move
+            + " mov.b32 m,0x3F803F80; "
+            + add
+            + " lop3.b32 t,u,0x007F007F,0x43004300,0xea; "
             "lop3.b32 h,u,0x00800080,0xC300C300,0xae; fma.rn." + kind + " t,t,m,h; " + tail + " }"
         )
     shift, r = _window(bits, plane, bf16)
     magic = _twice(0x4300 if bf16 else 0x6400)
     mask = _twice(((1 << bits) - 1) << r)
     mul = _twice(_float_bits(1.0 / (1 << r), bf16))
-    add = "mov.b32 a,$2;" if zero is None else f"mov.b32 a,{_twice(_float_bits(-(_base(bits, plane, bf16) + zero), bf16))};"
+    add = (
+        "mov.b32 a,$2;"
+        if zero is None
+        else f"mov.b32 a,{_twice(_float_bits(-(_base(bits, plane, bf16) + zero), bf16))};"
+    )
     pick = f"lop3.b32 t,$1,{mask},{magic},0xea;"
     if shift:
         pick = f"shr.u32 t,$1,{shift}; lop3.b32 t,t,{mask},{magic},0xea;"
-    return "{ .reg .b32 t,m,a; mov.b32 m," + mul + "; " + add + " " + pick + " fma.rn." + kind + " $0,t,m,a; }"
+    return (
+        "{ .reg .b32 t,m,a; mov.b32 m," + mul + "; " + add + " " + pick + " fma.rn." + kind + " $0,t,m,a; }"
+    )
 
 
 @triton.constexpr_function
@@ -234,7 +250,11 @@ def _sign_text(plane, bf16):
 
 @triton.constexpr_function
 def _mul_text(bf16):
-    return "mul.rn.f16x2 $0,$1,$2;" if not bf16 else "{ .reg .b32 z; mov.b32 z,0x80008000; fma.rn.bf16x2 $0,$1,$2,z; }"
+    return (
+        "mul.rn.f16x2 $0,$1,$2;"
+        if not bf16
+        else "{ .reg .b32 z; mov.b32 z,0x80008000; fma.rn.bf16x2 $0,$1,$2,z; }"
+    )
 
 
 @triton.constexpr_function
@@ -294,7 +314,9 @@ def codes_minus(q, zero, PLANE: tl.constexpr, BITS: tl.constexpr, CT: tl.constex
         else:
             add = (-_base(BITS, PLANE, _bf16(CT)) - zero).to(CT)
         if CT == tl.bfloat16:
-            return tl.inline_asm_elementwise(text, "=r,r,r", [q, add], dtype=tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(
+                text, "=r,r,r", [q, add], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
         else:
             return tl.inline_asm_elementwise(text, "=r,r,r", [q, add], dtype=tl.float16, is_pure=True, pack=2)
     else:
@@ -333,9 +355,13 @@ def fma16(a, b, c, CT: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         text: tl.constexpr = _fma_text(_bf16(CT))
         if CT == tl.bfloat16:
-            return tl.inline_asm_elementwise(text, "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(
+                text, "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=True, pack=2
+            )
         else:
-            return tl.inline_asm_elementwise(text, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(
+                text, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2
+            )
     else:
         return (a.to(tl.float32) * b.to(tl.float32) + c.to(tl.float32)).to(CT)
 
@@ -357,6 +383,8 @@ def add_in_order(part, offsets, mask, work, arrived, slot, size, PARTS: tl.const
         tl.debug_barrier()
         total = tl.load(work + offsets, mask=mask, other=0.0, cache_modifier=".cg")
         for i in range(1, PARTS):
-            total += tl.load(work + tl.cast(i, tl.int64) * size + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            total += tl.load(
+                work + tl.cast(i, tl.int64) * size + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+            )
         tl.store(arrived + slot, 0)
     return total, last

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
 from ..grid.estimators import cast_scale, scale_gradient
+from ..model.linear import WeightAdapter
+from ..names import matches
 from .step_codes import StepCodes
 
 # Parameters of the optimizer's scale group, by the last component of their name (train.scale_learning_rate).
@@ -35,13 +37,12 @@ class AdapterConfig(BaseModel):
 
     method: str
     targets: list[str] | None = Field(
-        default=None, description="names, globs or regexes of packed layers that train; null: all. The others ship the codes they came with"
+        default=None,
+        description="names, globs or regexes of packed layers that train; null: all. The others ship the codes they came with",
     )
 
     def trains(self, layer_name: str) -> bool:
         """Whether the packed layer of that name gets an adapter."""
-        from ..recipe_values import matches  # here: that file imports ADAPTERS
-
         return self.targets is None or any(matches(pattern, layer_name) for pattern in self.targets)
 
     def reject(self, grid: Grid) -> str | None:
@@ -99,7 +100,9 @@ class ScaleOptions(AdapterConfig):
 
 
 def init_from_field() -> Any:
-    return Field(default=None, description="folder of a PEFT LoRA whose A and B this run starts from (lora_start.py)")
+    return Field(
+        default=None, description="folder of a PEFT LoRA whose A and B this run starts from (lora_start.py)"
+    )
 
 
 class LowRankOptions(ScaleOptions):
@@ -141,7 +144,9 @@ class LowRankOptions(ScaleOptions):
             return 1.0
         row_wise = grid.group_size == -1
         groups = 0.0 if self.live_grid or row_wise else 2 * self.rank / grid.group_size
-        drawn = self.low_rank_gradient == "corrected" or (self.train_scale and (self.live_grid or not row_wise))
+        drawn = self.low_rank_gradient == "corrected" or (
+            self.train_scale and (self.live_grid or not row_wise)
+        )
         return groups + (self.scale_grad_tokens if drawn else 0.0)
 
     @property
@@ -166,7 +171,7 @@ class LowRankOptions(ScaleOptions):
         return None
 
 
-class Adapter(nn.Module):
+class Adapter(WeightAdapter):
     """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
 
     kept: StepCodes | None = None  # train.keep_codes: the codes of this optimizer step
@@ -196,7 +201,12 @@ class Adapter(nn.Module):
 
     def refresh_codes(self, base: Weight) -> None:
         """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward that is compiled."""
-        if self.kept is not None and self.training and torch.is_grad_enabled() and isinstance(base, PackedWeight):
+        if (
+            self.kept is not None
+            and self.training
+            and torch.is_grad_enabled()
+            and isinstance(base, PackedWeight)
+        ):
             with torch.no_grad():
                 args = self.grid_args(base)
             if args.a is not None or args.units == "live":
@@ -226,7 +236,8 @@ class ScaledAdapter(Adapter):
         self.config = config
         self.factor = config.scale_gradient_factor(base)
         self.log_scale = nn.Parameter(
-            torch.zeros(base.scale.shape, dtype=torch.float32, device=base.scale.device), requires_grad=config.train_scale
+            torch.zeros(base.scale.shape, dtype=torch.float32, device=base.scale.device),
+            requires_grad=config.train_scale,
         )
 
     def scale(self, base: Weight) -> Tensor:
@@ -238,10 +249,12 @@ class LowRank:
     """A [r, K] and B [N, r] for one layer, by the start the config names."""
 
     @staticmethod
-    def build(config: LowRankOptions, base: PackedWeight, weight: Tensor | None, unit: Tensor | None) -> tuple[nn.Parameter, nn.Parameter]:
+    def build(
+        config: LowRankOptions, base: PackedWeight, weight: Tensor | None, unit: Tensor | None
+    ) -> tuple[nn.Parameter, nn.Parameter]:
         """unit [G, N] turns grid steps into the unit of D (None: D counts grid steps)."""
         (n, k), device = base.shape, base.codes.device
-        # Drawn on the CPU: the same start wherever the layer lies (sharding.py cuts models that lie on the CPU).
+        # Drawn on the CPU: the same start wherever the layer lies (train/sharding.py cuts models that lie on the CPU).
         a = torch.empty(config.rank, k, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         a = a.to(device)

@@ -83,7 +83,9 @@ class L4Q(ScaledAdapter):
     def grid_args(self, base: PackedWeight) -> GridArgs:
         scale, zero, offset = self.scale(base), base.zero, None
         if self.kind == "float":
-            offset = cast(base.scale.float() * scale_gradient(self.offset, self.factor), base.grid.scale_dtype)
+            offset = cast(
+                base.scale.float() * scale_gradient(self.offset, self.factor), base.grid.scale_dtype
+            )
         elif self.kind == "integer":
             start = float(base.grid.levels // 2) if base.zero is None else base.zero.float()
             z = round_clip(start - scale_gradient(self.offset, self.factor), 0, base.grid.levels - 1)
@@ -154,6 +156,9 @@ class L4Q(ScaledAdapter):
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group
             low = zero.squeeze(-1) if isinstance(zero, Tensor) else zero
             high = (g.levels - 1) - low
-            fit = torch.maximum(weight.amax(-1) / torch.as_tensor(high).clamp_min(1), -weight.amin(-1) / torch.as_tensor(low).clamp_min(1))
+            fit = torch.maximum(
+                weight.amax(-1) / torch.as_tensor(high).clamp_min(1),
+                -weight.amin(-1) / torch.as_tensor(low).clamp_min(1),
+            )
             out[:, rows] = fit.t()
         return out.clamp_min(2.0**-17)

@@ -61,5 +61,8 @@ class Lora(Adapter):
         merged = CALIBRATORS["mse"].run(wanted, base.without_residual().grid, Stats())
         self.rounding_loss = float((merged.dequantize() - wanted).norm() / update.norm().clamp_min(1e-12))
         # One text for all layers, so that Python shows it once; the numbers are in rounding_loss.
-        warnings.warn("lora: the merge rounds again, so what ships is not what was trained; lr_qat merges exactly", stacklevel=2)
+        warnings.warn(
+            "lora: the merge rounds again, so what ships is not what was trained; lr_qat merges exactly",
+            stacklevel=2,
+        )
         return merged

@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generate import encode_prompt
+from ..evaluate.generate import encode_prompt
 from .base import Exporter
 
-PROMPTS = ("Write a function that adds two numbers.", "What is the capital of France?", "Tell me a short story about the sea.")
+PROMPTS = (
+    "Write a function that adds two numbers.",
+    "What is the capital of France?",
+    "Tell me a short story about the sea.",
+)
 LENGTH = 16  # tokens per answer
 Logits = Callable[[Tensor], Tensor]  # ids [1, L] -> fp32 [1, L, V]
 
@@ -93,15 +97,21 @@ def compare_tokens(exporter: Exporter, folder: Path, source: str | Path) -> list
     if theirs is None:
         return ["the tokenizer is missing"]
     pairs: dict[str, tuple[Any, Any]] = {
-        name: (getattr(own, name), getattr(theirs, name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template")
+        name: (getattr(own, name), getattr(theirs, name))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template")
     }
     # A model that names no stop token stops at its tokenizer's.
     stops = set(Exporter.stops(exporter, source)) | ({own.eos_token_id} - {None})
-    pairs["stop tokens"] = (sorted(stops), sorted({*exporter.stops(folder)} | ({theirs.eos_token_id} - {None})))
+    pairs["stop tokens"] = (
+        sorted(stops),
+        sorted({*exporter.stops(folder)} | ({theirs.eos_token_id} - {None})),
+    )
     # Text and special tokens apart: whether a SentencePiece tokenizer puts a space behind a special token is a choice of the
     # library (llama.cpp and older Llama tokenizers do, transformers' reader of gguf does not), not of the file.
     for prompt in PROMPTS:
-        pairs[f"ids of {prompt!r}"] = tuple(t(prompt, add_special_tokens=False)["input_ids"] for t in (own, theirs))
+        pairs[f"ids of {prompt!r}"] = tuple(
+            t(prompt, add_special_tokens=False)["input_ids"] for t in (own, theirs)
+        )
     for token, own_id in own.get_added_vocab().items():
         pairs[f"id of {token!r}"] = (own_id, theirs.convert_tokens_to_ids(token))
     for name, (mine, other) in pairs.items():

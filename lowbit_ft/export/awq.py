@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, IntGrid, PackedWeight, Weight
-from ..matrices import Matrix
+from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, with_versions
 from .gguf import float16_scale
 from .gptq import OTHERS, from_parts, reject_float16, reject_groups, reject_mixture
@@ -52,7 +52,10 @@ class Awq(Exporter):
         return (
             super().reject_model(layers)
             + reject_mixture(self.name, layers)
-            + [f"{name}: awq needs a multiple of 8 outputs, not {n}; exclude it, or {OTHERS}" for name, n in narrow]
+            + [
+                f"{name}: awq needs a multiple of 8 outputs, not {n}; exclude it, or {OTHERS}"
+                for name, n in narrow
+            ]
         )
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import Grid, PackedWeight, Weight
-from ..load_names import Part
-from ..matrices import Matrix
+from ..model.matrices import Matrix
+from ..model.names import Part
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
 
@@ -138,7 +138,13 @@ class Exporter(ABC):
             if parts is not None and len(parts) == 1:
                 return None
             return f"{self.name} has one tensor per layer, as the checkpoint does not; exclude it, or set export.format: native"
-        what = "an embedding" if matrix.embedding else "the experts of a mixture" if matrix.expert is not None else "a Conv1D"
+        what = (
+            "an embedding"
+            if matrix.embedding
+            else "the experts of a mixture"
+            if matrix.expert is not None
+            else "a Conv1D"
+        )
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
 
     def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
@@ -209,14 +215,19 @@ class Exporter(ABC):
 
     def tokenizer(self, folder: Path) -> Any:
         """The tokenizer that the format's users get; None when the folder has none."""
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")):
+        if not any(
+            (folder / name).is_file()
+            for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+        ):
             return None
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise ValueError(f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
 
     def stops(self, folder: Path) -> list[int]:
         """Ids of the tokens that end an answer, as the format's users get them, sorted."""
@@ -237,7 +248,7 @@ class Exporter(ABC):
 
 
 def with_versions(*packages: str) -> str:
-    """"a 1.0 with b 2.0", for reports."""
+    """ "a 1.0 with b 2.0", for reports."""
     found = []
     for package in packages:
         try:

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
-from ..load_names import Part
-from ..matrices import Matrix
+from ..grid.bitstream import pack_stream, stream_words, unpack_stream
+from ..model.matrices import Matrix
+from ..model.names import Part
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
@@ -111,12 +112,12 @@ class CompressedTensors(Exporter):
         (n, k), b = layer.shape, layer.grid.bits
         groups = kernels.group_count(k, layer.grid.group_size)
         out: TensorSpecs = {
-            "weight_packed": ((n, _words(k, b)), torch.int32),
+            "weight_packed": ((n, stream_words(k, b)), torch.int32),
             "weight_scale": ((n, groups), torch.float32),
             "weight_shape": ((2,), torch.int64),
         }
         if not layer.grid.symmetric:
-            out["weight_zero_point"] = ((_words(n, b), groups), torch.int32)
+            out["weight_zero_point"] = ((stream_words(n, b), groups), torch.int32)
         return out
 
     def pack(self, weight: Weight) -> dict[str, Tensor]:
@@ -245,41 +246,3 @@ def fused_conflict(grids: Mapping[str, Grid | None]) -> str | None:
                         "transformers reads it. Give the members one grid to serve it there"
                     )
     return None
-
-
-def _words(count: int, bits: int) -> int:
-    """32-bit words that hold `count` codes."""
-    return -(-count * bits // 32)
-
-
-def pack_stream(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [R, C] codes -> int32 [R, ceil(C bits / 32)], a bit stream along C, lowest bit first.
-
-    32 codes are exactly `bits` words, so each word is a fixed sum of shifted columns of a [R, C/32, 32] view.
-    """
-    rows, columns = codes.shape
-    blocks = torch.nn.functional.pad(codes, (0, -columns % 32)).view(rows, -1, 32)
-    words = torch.zeros(rows, blocks.shape[1], bits, dtype=torch.int32, device=codes.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        code = blocks[:, :, i].to(torch.int32)
-        words[:, :, word] |= code << shift
-        if shift + bits > 32:
-            words[:, :, word + 1] |= code >> (32 - shift)
-    return words.view(rows, -1)[:, : _words(columns, bits)].contiguous()
-
-
-def unpack_stream(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack_stream`: int32 [R, ceil(C bits / 32)] -> uint8 [R, C]."""
-    rows, mask = words.shape[0], (1 << bits) - 1
-    blocks = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(rows, -1, bits)
-    codes = torch.empty(rows, blocks.shape[1], 32, dtype=torch.uint8, device=words.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        low = 32 - shift  # bits of this word at and above the shift
-        # >> is arithmetic on int32: mask the sign copies away before the rest is put on top.
-        code = (blocks[:, :, word] >> shift) & (mask if low >= bits else (1 << low) - 1)
-        if low < bits:
-            code = code | ((blocks[:, :, word + 1] << low) & mask)
-        codes[:, :, i] = code
-    return codes.view(rows, -1)[:, :columns]

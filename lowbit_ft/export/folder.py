@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import file_entry, leftover_of, write_bytes
+from ..files.atomic import file_entry, leftover_of, write_bytes
 from ..grid import Weight
 
 MANIFEST = "lowbit_ft.json"
@@ -82,7 +82,9 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
 
 def layer_digests(weight: Weight) -> dict[str, str]:
     """sha256 of the bytes of every tensor of the weight, by name."""
-    return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()}
+    return {
+        name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in weight.to_tensors().items()
+    }
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
-
-FILE = "model.gguf"
+from .gguf_model import FILE, reader_config, reject
+from .gguf_tokenizer import STOPS
+from .gguf_tokenizer import reject as reject_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class BlockType:
 
 Q8_0, Q4_0 = BlockType("Q8_0", 32, 34, 128), BlockType("Q4_0", 32, 18, 8)
 Q3_K, Q2_K = BlockType("Q3_K", 256, 110, 4), BlockType("Q2_K", 256, 84, 2)
-_K_SCALES = {"Q3_K": (0x11,) * 8 + (0xAA,) * 4, "Q2_K": (0x21,) * 16}  # the second level: 1 everywhere (and a minimum of 2)
+_K_SCALES = {
+    "Q3_K": (0x11,) * 8 + (0xAA,) * 4,
+    "Q2_K": (0x21,) * 16,
+}  # the second level: 1 everywhere (and a minimum of 2)
 
 
 def block_type(grid: Grid, in_features: int) -> BlockType:
@@ -72,7 +76,9 @@ class Gguf(Exporter):
                 "set quant.symmetric: true, or export.format: compressed-tensors or native"
             )
         if offset:
-            return "gguf holds no float offset per group; set export.format: native, or train an integer offset"
+            return (
+                "gguf holds no float offset per group; set export.format: native, or train an integer offset"
+            )
         if grid.scale_dtype == "float32":
             return "gguf has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or export.format: native"
         return None
@@ -83,9 +89,6 @@ class Gguf(Exporter):
         return None
 
     def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
-        from .gguf_model import reject
-        from .gguf_tokenizer import reject as reject_tokenizer
-
         return reject(config) or (reject_tokenizer(folder) if folder is not None else [])
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:
@@ -95,7 +98,9 @@ class Gguf(Exporter):
     def pack(self, weight: Weight) -> dict[str, Tensor]:
         assert isinstance(weight, PackedWeight) and weight.residual is None and weight.offset is None
         (n, k), kind = weight.shape, block_type(weight.grid, weight.shape[1])
-        codes = weight.unpack_codes().add_(kind.zero - weight.grid.levels // 2).view(n, k // kind.size, kind.size)
+        codes = (
+            weight.unpack_codes().add_(kind.zero - weight.grid.levels // 2).view(n, k // kind.size, kind.size)
+        )
         scale = float16_scale(weight)[:, _group_of(weight.grid, k, kind)].contiguous()  # [N, blocks]
         d = scale.view(n, -1, 1).view(torch.uint8)
         return {"weight": torch.cat(_fields(kind, codes, d), dim=-1).view(n, -1)}
@@ -113,9 +118,18 @@ class Gguf(Exporter):
         first = torch.tensor([of.index(group) for group in range(kernels.group_count(k, grid.group_size))])
         d = _scale_bytes(kind, blocks).contiguous().view(torch.float16).view(n, -1)
         scale = d[:, first].t().to(getattr(torch, grid.scale_dtype)).contiguous()
-        whole = torch.cat(_fields(kind, _values(kind, blocks), scale.half().t()[:, of].contiguous().view(n, -1, 1).view(torch.uint8)), -1)
+        whole = torch.cat(
+            _fields(
+                kind,
+                _values(kind, blocks),
+                scale.half().t()[:, of].contiguous().view(n, -1, 1).view(torch.uint8),
+            ),
+            -1,
+        )
         if not torch.equal(whole, blocks):
-            raise ValueError(f"{layer}: blocks of one group differ in scale, or scales are not {grid.scale_dtype}; not a file of ours")
+            raise ValueError(
+                f"{layer}: blocks of one group differ in scale, or scales are not {grid.scale_dtype}; not a file of ours"
+            )
         weight = PackedWeight(codes=codes, scale=scale, shape=(n, k), grid=grid)
         check_values(weight)
         return weight
@@ -134,7 +148,9 @@ class Gguf(Exporter):
         one = torch.ones((), dtype=torch.float16).view(1).view(torch.uint8)
         for at in _scale_places(kind):
             blocks[..., at : at + 2] = one
-        q = torch.from_numpy(dequantize(blocks.view(n, -1).numpy(), GGMLQuantizationType[kind.name])).view(n, k)
+        q = torch.from_numpy(dequantize(blocks.view(n, -1).numpy(), GGMLQuantizationType[kind.name])).view(
+            n, k
+        )
         of = _group_of(layer.grid, k, kind)
         first = [of.index(group) for group in range(kernels.group_count(k, layer.grid.group_size))]
         assert isinstance(layer.grid, IntGrid)
@@ -142,8 +158,6 @@ class Gguf(Exporter):
 
     def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """The file is the checkpoint; what transformers' reader takes from its metadata is completed from config.json."""
-        from .gguf_model import reader_config
-
         return {"gguf_file": FILE, "config": reader_config(folder)}
 
     def tokenizer(self, folder: Path) -> Any:
@@ -156,8 +170,6 @@ class Gguf(Exporter):
 
     def stops(self, folder: Path) -> list[int]:
         from gguf import GGUFReader
-
-        from .gguf_tokenizer import STOPS
 
         fields = GGUFReader(folder / FILE).fields
         found = [fields.get(f"tokenizer.ggml.{stop}_token_id") for stop in STOPS]

@@ -6,21 +6,19 @@ their rows in the model's order. The gguf package makes the header and the metad
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..load import Checkpoint
+from ..model.load import Checkpoint
 from .base import Exporter, Weights
 from .folder import layer_digests
-from .gguf import FILE, block_type
-from .gguf_model import Names, describe, rope_divisors
+from .gguf import block_type
+from .gguf_model import FILE, Names, describe, rope_divisors
 from .gguf_tokenizer import write_tokenizer
+from .layout import Layout, Slot
 from .reader import read_config
-
-if TYPE_CHECKING:
-    from .writer import _Layout, _Slot
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -28,7 +26,7 @@ _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 class GgufFile:
     """The plan of one file. `nbytes` is what it needs on the disk; `write` makes it and returns the digests of every layer."""
 
-    def __init__(self, layout: "_Layout", checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
+    def __init__(self, layout: Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
         self.config = checkpoint.config.to_dict()
         self.names = Names(self.config)
         self.layout, self.checkpoint, self.exporter = layout, checkpoint, exporter
@@ -39,12 +37,16 @@ class GgufFile:
             self.names(str(name))  # refuses what has none, before anything is written
         for slot in self.dense:
             if slot.dtype not in _TYPES:
-                raise ValueError(f"{slot.source}: gguf does not hold {slot.dtype}; set export.format: compressed-tensors or native")
+                raise ValueError(
+                    f"{slot.source}: gguf does not hold {slot.dtype}; set export.format: compressed-tensors or native"
+                )
 
     @property
     def nbytes(self) -> int:
         tokenizer = sum(path.stat().st_size for path in self.checkpoint.folder.glob("tokenizer*.json"))
-        return 2 * tokenizer + sum(slot.nbytes * (2 if len(slot.shape) == 1 else 1) + 32 for slot in self.layout.slots)
+        return 2 * tokenizer + sum(
+            slot.nbytes * (2 if len(slot.shape) == 1 else 1) + 32 for slot in self.layout.slots
+        )
 
     def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
         import gguf
@@ -55,14 +57,20 @@ class GgufFile:
         writer.add_file_type(_file_type(max(set(kinds), key=kinds.count)))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_tokenizer(writer, self.checkpoint.folder, self.config["vocab_size"])
-        packed: dict[str, _Slot] = {slot.layer: slot for slot in self.layout.slots if slot.layer is not None}
+        packed: dict[str, Slot] = {slot.layer: slot for slot in self.layout.slots if slot.layer is not None}
         for layer, spec in self.layout.layers.items():
-            self._announce(writer, f"{layer}.weight", packed[layer].shape, block_type(spec.grid, spec.shape[1]).name)
+            self._announce(
+                writer, f"{layer}.weight", packed[layer].shape, block_type(spec.grid, spec.shape[1]).name
+            )
         for slot, name in self.dense.items():
-            self._announce(writer, str(name), slot.shape, "F32" if len(slot.shape) == 1 else _TYPES[slot.dtype])
+            self._announce(
+                writer, str(name), slot.shape, "F32" if len(slot.shape) == 1 else _TYPES[slot.dtype]
+            )
         divisors = rope_divisors(self.config)
         if divisors is not None:
-            writer.add_tensor_info("rope_freqs.weight", divisors.shape, divisors.numpy().dtype, divisors.nbytes)
+            writer.add_tensor_info(
+                "rope_freqs.weight", divisors.shape, divisors.numpy().dtype, divisors.nbytes
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -87,7 +95,9 @@ class GgufFile:
         blocks = kind not in _TYPES.values()
         nbytes = torch.Size(shape).numel() * (1 if blocks else 4 if kind == "F32" else 2)
         dtype = np.dtype(np.uint8 if blocks else np.float32)
-        writer.add_tensor_info(self.names(parameter), shape, dtype, nbytes, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor_info(
+            self.names(parameter), shape, dtype, nbytes, raw_dtype=gguf.GGMLQuantizationType[kind]
+        )
 
 
 class GgufTensors(Mapping[str, list[dict[str, Tensor]]]):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FILE = "model.gguf"
 WAY_OUT = "set export.format: compressed-tensors or native"
 
 
@@ -57,20 +58,32 @@ def reject(config: Mapping[str, Any]) -> list[str]:
     problems = []
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if activation != ARCHITECTURES[kind].activation:
-        problems.append(f"llama.cpp computes {ARCHITECTURES[kind].activation} in {kind} models, and this one has {activation!r}")
+        problems.append(
+            f"llama.cpp computes {ARCHITECTURES[kind].activation} in {kind} models, and this one has {activation!r}"
+        )
     rope = config["rope_parameters"]
     ropes = list(rope.values()) if isinstance(next(iter(rope.values())), dict) else [rope]
     allowed = ("default", "linear", "llama3") if kind in ("llama", "mistral") else ("default", "linear")
-    problems += [f"rope scaling {r['rope_type']!r} is not written (only {', '.join(allowed)})" for r in ropes if r["rope_type"] not in allowed]
+    problems += [
+        f"rope scaling {r['rope_type']!r} is not written (only {', '.join(allowed)})"
+        for r in ropes
+        if r["rope_type"] not in allowed
+    ]
     period = _PERIOD.get(kind)
     if period is None:
         windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
         if windowed:
-            problems.append(f"llama.cpp has no sliding window in {kind} models (config.json: sliding_window: {config['sliding_window']})")
+            problems.append(
+                f"llama.cpp has no sliding window in {kind} models (config.json: sliding_window: {config['sliding_window']})"
+            )
     else:
         layers, local = config["num_hidden_layers"], "sliding_attention"
         pattern = ["full_attention" if i % period == period - 1 else local for i in range(layers)]
-        fixed = {"query_pre_attn_scalar": config["head_dim"], "layer_types": pattern, "use_bidirectional_attention": False}
+        fixed = {
+            "query_pre_attn_scalar": config["head_dim"],
+            "layer_types": pattern,
+            "use_bidirectional_attention": False,
+        }
         if kind == "gemma3_text":
             fixed |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
             if rope[local].get("rope_theta") != 10000.0 or rope[local]["rope_type"] != "default":
@@ -87,7 +100,9 @@ def reject(config: Mapping[str, Any]) -> list[str]:
                 if config.get(key) is None
             ]
         if kind == "gemma2" and layers == 46:
-            problems.append("llama.cpp takes 46 layers for gemma-2-27b, whose attention is scaled in another way")
+            problems.append(
+                "llama.cpp takes 46 layers for gemma-2-27b, whose attention is scaled in another way"
+            )
     return [f"{problem}; {WAY_OUT}" for problem in problems]
 
 
@@ -107,7 +122,9 @@ class Names:
         stem, dot, last = parameter.rpartition(".")
         name = self.map.get_name(stem)
         if name is None or last not in ("weight", "bias"):
-            raise ValueError(f"{parameter}: the gguf package has no name for it in {self.kind.name} models; {WAY_OUT}")
+            raise ValueError(
+                f"{parameter}: the gguf package has no name for it in {self.kind.name} models; {WAY_OUT}"
+            )
         return name + dot + last
 
     def rows(self, parameter: str, count: int) -> Tensor | None:
@@ -184,11 +201,13 @@ def reader_config(folder: Path) -> Any:
     """The configuration that transformers reads from the file, completed from config.json by what its reader leaves out."""
     from transformers import AutoConfig
 
-    from .gguf import FILE
-
-    config = AutoConfig.from_pretrained(str(folder), gguf_file=FILE, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        str(folder), gguf_file=FILE, local_files_only=True, trust_remote_code=False
+    )
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    full = AutoConfig.for_model(**{key: value for key, value in stored.items() if key != "quantization_config"})
+    full = AutoConfig.for_model(
+        **{key: value for key, value in stored.items() if key != "quantization_config"}
+    )
     for key in _NOT_READ:
         if hasattr(config, key) and hasattr(full, key):
             setattr(config, key, getattr(full, key))

@@ -77,7 +77,9 @@ def stops(folder: Path) -> list[int]:
     own = [t["id"] for t in _json(folder / "tokenizer.json").get("added_tokens", []) if t["content"] == eos]
     found = list(dict.fromkeys([*own, *ids]))
     if len(found) > len(STOPS):
-        raise ValueError(f"{generation}: eos_token_id has {len(found)} tokens, and gguf has room for {len(STOPS)}; shorten the list, or {WAY_OUT}")
+        raise ValueError(
+            f"{generation}: eos_token_id has {len(found)} tokens, and gguf has room for {len(STOPS)}; shorten the list, or {WAY_OUT}"
+        )
     return found
 
 
@@ -106,17 +108,25 @@ def _kind(tokenizer: dict[str, Any]) -> tuple[str, str]:
     """("gpt2", name of the splitting rule) for byte-level BPE, ("llama", "default") for SentencePiece BPE."""
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
-        raise ValueError(f"gguf is written for BPE tokenizers, and this one is {model.get('type')!r}; {WAY_OUT}")
+        raise ValueError(
+            f"gguf is written for BPE tokenizers, and this one is {model.get('type')!r}; {WAY_OUT}"
+        )
     if model.get("byte_fallback"):
         return "llama", "default"
     parts = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    if [p["type"] for p in parts] == ["ByteLevel"] and parts[0].get("use_regex", True) and not parts[0].get("add_prefix_space"):
+    if (
+        [p["type"] for p in parts] == ["ByteLevel"]
+        and parts[0].get("use_regex", True)
+        and not parts[0].get("add_prefix_space")
+    ):
         return "gpt2", "gpt-2"
     if [p["type"] for p in parts] == ["Split", "ByteLevel"] and not parts[1].get("use_regex"):
         rule = parts[0]["pattern"].get("Regex")
         if rule in PRE:
             return "gpt2", PRE[rule]
-    raise ValueError(f"llama.cpp has no name for the way this tokenizer splits words ({json.dumps(tokenizer.get('pre_tokenizer'))}); {WAY_OUT}")
+    raise ValueError(
+        f"llama.cpp has no name for the way this tokenizer splits words ({json.dumps(tokenizer.get('pre_tokenizer'))}); {WAY_OUT}"
+    )
 
 
 def _tokens(tokenizer: dict[str, Any], vocab_size: int, folder: Path) -> tuple[list[str], list[int]]:
@@ -132,7 +142,9 @@ def _tokens(tokenizer: dict[str, Any], vocab_size: int, folder: Path) -> tuple[l
     unknown = tokenizer["model"].get("unk_token")
     kinds |= {i: UNKNOWN for i, token in names.items() if not byte_level and token == unknown}
     if names and max(names) >= vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has token {max(names)}, and the model {vocab_size} embeddings")
+        raise ValueError(
+            f"{folder}: the tokenizer has token {max(names)}, and the model {vocab_size} embeddings"
+        )
     tokens = [names.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     return tokens, [kinds.get(i, UNUSED) for i in range(vocab_size)]
 

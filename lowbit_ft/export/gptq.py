@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
-from ..matrices import Matrix
+from ..grid.bitstream import pack_stream, unpack_stream
+from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
-from .compressed_tensors import pack_stream, unpack_stream
 from .gguf import float16_scale
 
 OTHERS = "set export.format: compressed-tensors or native"
@@ -36,7 +36,9 @@ def reject_float16(name: str, grid: Grid, offset: bool) -> str | None:
     if isinstance(grid, BinaryGrid):
         return f"{name} has no sign planes; set export.format: native"
     if offset:
-        return f"{name} holds no float offset per group; set export.format: native, or train an integer offset"
+        return (
+            f"{name} holds no float offset per group; set export.format: native, or train an integer offset"
+        )
     if grid.scale_dtype == "float32":
         return f"{name} has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or set export.format: native"
     return None
@@ -56,8 +58,14 @@ def reject_mixture(name: str, layers: Mapping[str, LayerSpec]) -> list[str]:
     """Formats whose configuration names one grid, and never packs the head."""
     problems = []
     if len(grids := {spec.grid for layer, spec in layers.items() if not layer.endswith("lm_head")}) > 1:
-        problems.append(f"{name} holds one grid for all layers, and here are {len(grids)}; remove quant.overrides, or {OTHERS}")
-    problems += [f"{n}: {name} readers keep the head dense; quant.lm_head: null (or exclude it), or {OTHERS}" for n in layers if n.endswith("lm_head")]
+        problems.append(
+            f"{name} holds one grid for all layers, and here are {len(grids)}; remove quant.overrides, or {OTHERS}"
+        )
+    problems += [
+        f"{n}: {name} readers keep the head dense; quant.lm_head: null (or exclude it), or {OTHERS}"
+        for n in layers
+        if n.endswith("lm_head")
+    ]
     return problems
 
 
@@ -99,7 +107,9 @@ class Gptq(Exporter):
                 problems.append(
                     f"{layer}: {self.name} needs a multiple of {whole} outputs at {spec.grid.bits} bit, not {spec.shape[0]}; exclude it, or {OTHERS}"
                 )
-        blocks = block_layers({layer: spec for layer, spec in layers.items() if not layer.endswith("lm_head")})
+        blocks = block_layers(
+            {layer: spec for layer, spec in layers.items() if not layer.endswith("lm_head")}
+        )
         every = set().union(*blocks.values())
         problems += [
             f"{layer}: {self.name} needs it packed in all blocks or in none, and block {min(every - where)} leaves it dense; "
@@ -122,7 +132,11 @@ class Gptq(Exporter):
     def pack(self, weight: Weight) -> dict[str, Tensor]:
         assert isinstance(weight, PackedWeight) and weight.residual is None and weight.offset is None
         grid, k = weight.grid, weight.shape[1]
-        zero = torch.full_like(weight.scale, grid.levels // 2, dtype=torch.uint8) if weight.zero is None else weight.zero
+        zero = (
+            torch.full_like(weight.scale, grid.levels // 2, dtype=torch.uint8)
+            if weight.zero is None
+            else weight.zero
+        )
         return {
             "qweight": pack_stream(weight.unpack_codes(), grid.bits).t().contiguous(),
             "qzeros": pack_stream(zero - 1 if self.less_one else zero, grid.bits),
@@ -168,7 +182,13 @@ class Gptq(Exporter):
         (n, k), grid = layer.shape, layer.grid
         assert isinstance(grid, IntGrid)
         module = TorchLinear(
-            bits=grid.bits, group_size=grid.group_size, sym=grid.symmetric, desc_act=False, in_features=k, out_features=n, bias=False
+            bits=grid.bits,
+            group_size=grid.group_size,
+            sym=grid.symmetric,
+            desc_act=False,
+            in_features=k,
+            out_features=n,
+            bias=False,
         )
         module.qweight.data, module.qzeros.data = tensors["qweight"].clone(), tensors["qzeros"].clone()
         module.g_idx.data, module.scales.data = tensors["g_idx"], torch.ones_like(tensors["scales"])
@@ -208,7 +228,11 @@ def from_parts(layer: LayerSpec, codes: Tensor, scales: Tensor, zero: Tensor) ->
     if grid.symmetric and not bool((zero == grid.levels // 2).all()):
         raise ValueError(f"{layer}: has zero points other than {grid.levels // 2}; not a file of ours")
     weight = PackedWeight(
-        codes=kernels.pack(codes, grid.bits), scale=scale, zero=None if grid.symmetric else zero, shape=layer.shape, grid=grid
+        codes=kernels.pack(codes, grid.bits),
+        scale=scale,
+        zero=None if grid.symmetric else zero,
+        shape=layer.shape,
+        grid=grid,
     )
     check_values(weight)
     return weight

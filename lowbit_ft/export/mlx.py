@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
-from ..matrices import Matrix
+from ..grid.bitstream import pack_stream, unpack_stream
+from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
-from .compressed_tensors import pack_stream, reject_cast, unpack_stream
+from .compressed_tensors import reject_cast
 from .gptq import OTHERS, reject_groups
 
 GROUPS = (32, 64, 128)
@@ -46,7 +47,10 @@ class Mlx(Exporter):
         if isinstance(grid, BinaryGrid):
             return "mlx has no sign planes; set export.format: native"
         if not grid.symmetric:
-            return "mlx keeps scale * zero as one number, which changes asymmetric weights; set quant.symmetric: true, or " + OTHERS[4:]
+            return (
+                "mlx keeps scale * zero as one number, which changes asymmetric weights; set quant.symmetric: true, or "
+                + OTHERS[4:]
+            )
         if offset:
             return "mlx holds no float offset of ours per group; set export.format: native, or train an integer offset"
         if grid.group_size not in GROUPS:
@@ -108,7 +112,9 @@ class Mlx(Exporter):
         words = mx.array(tensors["weight"].view(torch.int32).numpy().view(np.uint32))
         ones = mx.ones(tuple(tensors["scales"].shape))
         with mx.stream(mx.cpu):
-            codes = np.array(mx.dequantize(words, ones, mx.zeros_like(ones), group_size=grid.group_size, bits=grid.bits))
+            codes = np.array(
+                mx.dequantize(words, ones, mx.zeros_like(ones), group_size=grid.group_size, bits=grid.bits)
+            )
         return ReadBack(torch.from_numpy(codes).to(torch.uint8), tensors["scales"].t())
 
     def dense(self, model: Any, layer: str, matrix: Matrix | None, dtype: torch.dtype) -> Tensor | None:
@@ -138,7 +144,11 @@ class MlxModel(nn.Module):
 
         kind = getattr(mx, str(dtype).removeprefix("torch."))
         # What the checkpoint stores in 16 bit is computed in the dtype of training, as everywhere; packed codes stay.
-        model.update(tree_map(lambda a: a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
+        model.update(
+            tree_map(
+                lambda a: a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()
+            )
+        )
         self.model = [model]  # in a list: not a torch module
         self.nothing = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask a model for its device
 
@@ -146,8 +156,16 @@ class MlxModel(nn.Module):
         """.logits fp32 [B, L, V]. Where position_ids restart in a row, another text begins, which does not see the one before."""
         rows = []
         for i, ids in enumerate(input_ids):
-            starts = [0] if position_ids is None else sorted({0, *(position_ids[i] == 0).nonzero().flatten().tolist()})
-            rows.append(torch.cat([self._logits(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]))
+            starts = (
+                [0]
+                if position_ids is None
+                else sorted({0, *(position_ids[i] == 0).nonzero().flatten().tolist()})
+            )
+            rows.append(
+                torch.cat(
+                    [self._logits(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+                )
+            )
         return SimpleNamespace(logits=torch.stack(rows))
 
     def _logits(self, ids: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
-from ..load_names import Part
-from ..matrices import Matrix
+from ..model.matrices import Matrix
+from ..model.names import Part
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 METHOD = "lowbit_ft"

@@ -22,7 +22,11 @@ _BITS = {1: 2, 2: 3, 3: 4, 4: 8}  # planes -> bits of the narrowest grid with 2^
 def integer_grid(grid: BinaryGrid) -> IntGrid:
     """The grid that holds tied planes."""
     return IntGrid(
-        bits=_BITS[grid.bits], group_size=grid.group_size, symmetric=True, residual_bits=0, scale_dtype=grid.scale_dtype
+        bits=_BITS[grid.bits],
+        group_size=grid.group_size,
+        symmetric=True,
+        residual_bits=0,
+        scale_dtype=grid.scale_dtype,
     )
 
 
@@ -51,13 +55,19 @@ def to_integers(weight: BinaryWeight) -> PackedWeight:
     scale = weight.scale.amin(0)
     units = grouped(weight.dequantize(torch.float32), grid.group_size) / per_group(scale.float(), slice(0, n))
     codes = ungrouped(units, k).round() + grid.levels // 2
-    return PackedWeight(codes=kernels.pack(codes.to(torch.uint8), grid.bits), scale=scale, shape=weight.shape, grid=grid)
+    return PackedWeight(
+        codes=kernels.pack(codes.to(torch.uint8), grid.bits), scale=scale, shape=weight.shape, grid=grid
+    )
 
 
 def as_integers(weights: Weights, exporter: Exporter) -> Weights:
     """The weights with planes as integers where the format has no planes. ValueError naming the layers that cannot be, before any
     is asked for."""
-    planes = [name for name, spec in weights.specs.items() if isinstance(spec.grid, BinaryGrid) and exporter.reject(spec.grid)]
+    planes = [
+        name
+        for name, spec in weights.specs.items()
+        if isinstance(spec.grid, BinaryGrid) and exporter.reject(spec.grid)
+    ]
     if not planes:
         return weights
     problems = []

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
-from ..hub import tensor_entries
-from ..mapped import to_device
-from ..tensorfile import CheckpointError, TensorEntry, pieces
+from ..model.hub import tensor_entries
+from ..model.load import model_class
+from ..model.mapped import to_device
+from . import EXPORTERS
 from .base import Weights
 from .native import Native, layers_from_config
 
@@ -33,16 +34,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: needs a JSON object")
     return config
-
-
-def read_tensor(entry: TensorEntry, device: str | torch.device = "cpu") -> Tensor:
-    """One tensor in its stored dtype, in its own memory."""
-    out = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-    flat, position = out.view(-1), 0
-    for piece in pieces(entry):
-        flat[position : position + piece.numel()].copy_(piece)
-        position += piece.numel()
-    return out
 
 
 def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weights:
@@ -87,15 +78,10 @@ def load_exported(
     """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval mode.
 
     dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors ones become dense.
-    What is packed is not copied on a CPU: it stays in the pages of the files (mapped.py).
+    What is packed is not copied on a CPU: it stays in the pages of the files (model/mapped.py).
     """
     from transformers import AutoConfig
 
-    from ..integrations import register
-    from ..load import model_class
-    from . import EXPORTERS
-
-    register()
     whole = read_config(folder)
     config, options = whole.get("quantization_config"), {}
     kind: Any = dtype or getattr(torch, whole.get("dtype") or whole.get("torch_dtype") or "float32")
@@ -109,7 +95,9 @@ def load_exported(
     with warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        auto = model_class(AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        auto = model_class(
+            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        )
         model = auto.from_pretrained(
             str(folder),
             dtype=kind if method else dtype or "auto",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
-from ..matrices import Matrix
+from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 from .compressed_tensors import reject_cast
 from .gptq import reject_groups, reject_mixture
@@ -125,7 +125,9 @@ class Torchao(Exporter):
                 "activation_quantization": None,
             }
             names = ["qdata", "scale", "zero_point"]
-            found[f"{name}.weight"] = json.dumps({"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names})
+            found[f"{name}.weight"] = json.dumps(
+                {"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names}
+            )
         return found | {"tensor_names": json.dumps(list(found))}
 
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
@@ -139,7 +141,9 @@ class Torchao(Exporter):
 
         def values(qdata: Tensor) -> Tensor:
             zero = tensors["_weight_zero_point"]
-            return IntxUnpackedToInt8Tensor(qdata, ones, zero, kind, [1, size], torch.float32, None).dequantize()
+            return IntxUnpackedToInt8Tensor(
+                qdata, ones, zero, kind, [1, size], torch.float32, None
+            ).dequantize()
 
         at_zero = values(torch.zeros_like(tensors["_weight_qdata"]))  # minus the zero point
         codes = (values(tensors["_weight_qdata"]) - at_zero + half).to(torch.uint8)

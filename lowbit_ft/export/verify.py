@@ -28,8 +28,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
-from ..linear import packed_op_only
-from ..matrices import find_matrices
+from ..model.linear import packed_op_only
+from ..model.matrices import find_matrices
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
@@ -97,7 +97,11 @@ class VerifyReport:
             ]
             lines += ["    ..."] * (len(self.failed) > 20)
         else:
-            same = "codes and scales" if any(row.weights is None for row in self.rows) else "codes, scales and weights"
+            same = (
+                "codes and scales"
+                if any(row.weights is None for row in self.rows)
+                else "codes, scales and weights"
+            )
             lines.append(f"  {len(self.rows)} layers, {self.elements:,} weights: {same} equal bit for bit")
         if self.logit_difference is None:
             lines.append("  logits: not compared (no packed model given)")
@@ -109,7 +113,13 @@ class VerifyReport:
         if self.tokens is None:
             lines.append("  tokens: not compared (the folder has no tokenizer)")
         else:
-            lines.append("  tokens: " + ("; ".join(self.tokens) or "special tokens, stop tokens and chat template are the model's own"))
+            lines.append(
+                "  tokens: "
+                + (
+                    "; ".join(self.tokens)
+                    or "special tokens, stop tokens and chat template are the model's own"
+                )
+            )
         return "\n".join(lines)
 
 
@@ -153,7 +163,9 @@ def verify(
         where.add(next(packed.parameters()).device.type)
         ids = _tokens(packed) if input_ids is None else input_ids
         expected = _logits(packed, ids)
-        answered = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
+        answered = [
+            answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts
+        ]
         del packed
     loaded = load_exported(folder, dtype=kind, device=device)
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
@@ -173,7 +185,11 @@ def verify(
                 getattr(read, key), getattr(weight, key, None) if isinstance(weight, PackedWeight) else None
             )
         dense = exporter.dense(loaded, name, matrices.get(name), kind)
-        rows.append(LayerCheck(name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))))
+        rows.append(
+            LayerCheck(
+                name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))
+            )
+        )
     difference, bound, answers = None, 0.0, None
     if expected is not None:
         difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
@@ -181,10 +197,14 @@ def verify(
         tolerance = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind]) if exporter.tolerance else 0.0
         bound = tolerance * largest
         if answered:
-            answers = Answers.compare(lambda x: _logits(loaded, x), answered, tolerance or LOGIT_TOLERANCE[kind])
+            answers = Answers.compare(
+                lambda x: _logits(loaded, x), answered, tolerance or LOGIT_TOLERANCE[kind]
+            )
         chunked = any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values())
         biased = any(
-            getattr(loaded.get_submodule(name), "bias", None) is not None for name, m in matrices.items() if name in weights and m.plain
+            getattr(loaded.get_submodule(name), "bias", None) is not None
+            for name, m in matrices.items()
+            if name in weights and m.plain
         )
         if bound == 0 and (where != {"cpu"} or biased or chunked):
             bound = LOGIT_TOLERANCE[kind] * largest

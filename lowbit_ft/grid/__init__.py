@@ -7,7 +7,16 @@ from typing import Any
 
 from .binary import BinaryGrid
 from .integer import IntGrid
-from .packed import WEIGHTS, BinaryWeight, GridArgs, PackedWeight, PlaneArgs, Weight, empty_weight, stack_rows
+from .packed import (
+    WEIGHTS,
+    BinaryWeight,
+    GridArgs,
+    PackedWeight,
+    PlaneArgs,
+    Weight,
+    empty_weight,
+    stack_rows,
+)
 
 Grid = IntGrid | BinaryGrid
 GRIDS: dict[str, type[IntGrid] | type[BinaryGrid]] = {"integer": IntGrid, "binary": BinaryGrid}

@@ -1,9 +1,9 @@
 """IntGrid: b-bit integers with one scale (and zero point) per group of inputs. A fact about a layer, without tensors.
 
-    weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / g)
-        IntGrid(group_size=128): [4096, 4096] -> scale [32, 4096]
-        IntGrid(group_size=-1):  [4096, 4096] -> scale [1, 4096]        one group per row
-        IntGrid(group_size=64):  [256, 100]   -> scale [2, 256]         the last group has 36 inputs
+weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / g)
+    IntGrid(group_size=128): [4096, 4096] -> scale [32, 4096]
+    IntGrid(group_size=-1):  [4096, 4096] -> scale [1, 4096]        one group per row
+    IntGrid(group_size=64):  [256, 100]   -> scale [2, 256]         the last group has 36 inputs
 """
 
 from dataclasses import asdict, dataclass

@@ -63,7 +63,9 @@ class _Tensors:
 
     def digest(self) -> str:
         """sha256 over shape, grid, names, dtypes and bytes: two weights with one digest are the same bit for bit."""
-        sha = hashlib.sha256(f"{tuple(self.shape)} {json.dumps(self.grid.to_json(), sort_keys=True)};".encode())
+        sha = hashlib.sha256(
+            f"{tuple(self.shape)} {json.dumps(self.grid.to_json(), sort_keys=True)};".encode()
+        )
         for name, tensor in sorted(self.to_tensors().items()):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -74,7 +76,9 @@ class _Tensors:
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; this grid needs {wanted} {shape}")
+        raise ValueError(
+            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; this grid needs {wanted} {shape}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +100,22 @@ class PackedWeight(_Tensors):
         n, k = weight.shape
         kept = scale.to(getattr(torch, grid.scale_dtype)).contiguous()
         zeros = None if zero is None else zero.to(torch.uint8).contiguous()
-        codes, residual = kernels.quantize_pack(weight, kept, zeros, grid.bits, grid.group_size, grid.residual_bits)
+        codes, residual = kernels.quantize_pack(
+            weight, kept, zeros, grid.bits, grid.group_size, grid.residual_bits
+        )
         return cls(
-            codes=codes, residual=residual if grid.residual_bits else None, scale=kept, zero=zeros, shape=(n, k), grid=grid
+            codes=codes,
+            residual=residual if grid.residual_bits else None,
+            scale=kept,
+            zero=zeros,
+            shape=(n, k),
+            grid=grid,
         )
 
     @classmethod
-    def specs(cls, shape: tuple[int, int], grid: IntGrid, offset: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def specs(
+        cls, shape: tuple[int, int], grid: IntGrid, offset: bool = False
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every tensor a weight of this shape and grid has."""
         n, k = shape
         groups = (kernels.group_count(k, grid.group_size), n)
@@ -120,7 +133,9 @@ class PackedWeight(_Tensors):
         return out
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: IntGrid) -> "PackedWeight":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: IntGrid
+    ) -> "PackedWeight":
         """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
         wanted = cls.specs(shape, grid, offset="offset" in tensors)
         if set(wanted) != set(tensors):
@@ -133,7 +148,9 @@ class PackedWeight(_Tensors):
         """x [..., K] -> [..., N]. step_codes: what `codes_of(args)` gives, if it is there already."""
         g = self.grid
         if args is None:
-            return kernels.packed_matmul(x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size)
+            return kernels.packed_matmul(
+                x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size
+            )
         return kernels.grid_linear(
             x, self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
             args.gain, args.units, g.bits, g.residual_bits, g.group_size, args.clip_first,
@@ -155,11 +172,15 @@ class PackedWeight(_Tensors):
         g, codes = self.grid, self.codes_of(args)
         dtype = getattr(torch, g.scale_dtype)
         scale = args.scale.detach().to(dtype)
-        assert torch.equal(scale.float(), args.scale.detach().float()), "scales must be rounded before the forward"
+        assert torch.equal(scale.float(), args.scale.detach().float()), (
+            "scales must be rounded before the forward"
+        )
         offset = None
         if args.ships_offset and args.offset is not None:
             offset = args.offset.detach().to(dtype)
-            assert torch.equal(offset.float(), args.offset.detach().float()), "offsets must be rounded before the forward"
+            assert torch.equal(offset.float(), args.offset.detach().float()), (
+                "offsets must be rounded before the forward"
+            )
         zero = None if args.zero is None else args.zero.detach().to(torch.uint8)
         grid = replace(g, residual_bits=0, symmetric=zero is None)
         return PackedWeight(codes=codes, scale=scale, zero=zero, offset=offset, shape=self.shape, grid=grid)
@@ -167,7 +188,9 @@ class PackedWeight(_Tensors):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * (code - zero) + offset, [N, K]. The residual plays no part: it is not a part of the deployed weight."""
         g, k = self.grid, self.shape[1]
-        return kernels.dequantize(self.codes, self.scale, self.zero, self.offset, g.bits, k, g.group_size, dtype)
+        return kernels.dequantize(
+            self.codes, self.scale, self.zero, self.offset, g.bits, k, g.group_size, dtype
+        )
 
     def unpack_codes(self) -> Tensor:
         """uint8 [N, K]."""
@@ -180,7 +203,9 @@ class PackedWeight(_Tensors):
     def chosen(self, rows: Tensor) -> "PackedWeight":
         """These rows [R] of the matrix, in this order, as a weight of their own."""
         by_row = ("codes", "residual")
-        tensors = {name: t.index_select(0 if name in by_row else 1, rows) for name, t in self.to_tensors().items()}
+        tensors = {
+            name: t.index_select(0 if name in by_row else 1, rows) for name, t in self.to_tensors().items()
+        }
         return PackedWeight(shape=(len(rows), self.shape[1]), grid=self.grid, **tensors)
 
     def without_residual(self) -> "PackedWeight":
@@ -204,15 +229,22 @@ class BinaryWeight(_Tensors):
         return cls(planes=planes, scale=kept, shape=(signs.shape[1], signs.shape[2]), grid=grid)
 
     @classmethod
-    def specs(cls, shape: tuple[int, int], grid: BinaryGrid, offset: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def specs(
+        cls, shape: tuple[int, int], grid: BinaryGrid, offset: bool = False
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         return {
             "planes": ((grid.bits, n, kernels.packed_width(k, 1)), torch.int16),
-            "scale": ((grid.bits, kernels.group_count(k, grid.group_size), n), getattr(torch, grid.scale_dtype)),
+            "scale": (
+                (grid.bits, kernels.group_count(k, grid.group_size), n),
+                getattr(torch, grid.scale_dtype),
+            ),
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: BinaryGrid) -> "BinaryWeight":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: BinaryGrid
+    ) -> "BinaryWeight":
         """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
         wanted = cls.specs(shape, grid)
         if set(wanted) != set(tensors):
@@ -228,11 +260,15 @@ class BinaryWeight(_Tensors):
     @torch.no_grad()
     def merged(self, args: PlaneArgs) -> "BinaryWeight":
         scale = args.scale.detach().to(self.scale.dtype)
-        assert torch.equal(scale.float(), args.scale.detach().float()), "scales must be rounded before the forward"
+        assert torch.equal(scale.float(), args.scale.detach().float()), (
+            "scales must be rounded before the forward"
+        )
         return replace(self, scale=scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return kernels.binary_dequantize(self.planes, self.scale, None, self.shape[1], self.grid.group_size, dtype)
+        return kernels.binary_dequantize(
+            self.planes, self.scale, None, self.shape[1], self.grid.group_size, dtype
+        )
 
     def unpack_codes(self) -> Tensor:
         """uint8 [q, N, K] in {0, 1}."""
@@ -252,7 +288,10 @@ class BinaryWeight(_Tensors):
 
 
 Weight = PackedWeight | BinaryWeight
-WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {"integer": PackedWeight, "binary": BinaryWeight}
+WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {
+    "integer": PackedWeight,
+    "binary": BinaryWeight,
+}
 
 
 def stack_rows(parts: Sequence[Weight]) -> Weight:
@@ -260,14 +299,28 @@ def stack_rows(parts: Sequence[Weight]) -> Weight:
     first = parts[0]
     if len(parts) == 1:
         return first
-    along = {"codes": 0, "residual": 0, "planes": 1, "scale": 2 if isinstance(first, BinaryWeight) else 1, "zero": 1, "offset": 1}
-    tensors = {name: torch.cat([part.to_tensors()[name] for part in parts], along[name]) for name in first.to_tensors()}
+    along = {
+        "codes": 0,
+        "residual": 0,
+        "planes": 1,
+        "scale": 2 if isinstance(first, BinaryWeight) else 1,
+        "zero": 1,
+        "offset": 1,
+    }
+    tensors = {
+        name: torch.cat([part.to_tensors()[name] for part in parts], along[name])
+        for name in first.to_tensors()
+    }
     shape = (sum(part.shape[0] for part in parts), first.shape[1])
     return type(first)(shape=shape, grid=first.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def empty_weight(shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False) -> Weight:
+def empty_weight(
+    shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False
+) -> Weight:
     """A weight whose tensors are still to be filled (a checkpoint is about to be read into them)."""
     kind = WEIGHTS[grid.name]
-    tensors = {n: torch.empty(s, dtype=d, device=device) for n, (s, d) in kind.specs(shape, grid, offset).items()}
+    tensors = {
+        n: torch.empty(s, dtype=d, device=device) for n, (s, d) in kind.specs(shape, grid, offset).items()
+    }
     return kind.from_tensors(tensors, shape, grid)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..tensorfile import TensorEntry
+from ..files.tensorfile import TensorEntry
 from .awq import AWQ
 from .base import Incoming, PackedLayer, Reader, natural_scale_dtype
 from .compressed_tensors import CompressedTensorsReader
@@ -25,7 +25,9 @@ READERS: dict[str, Reader] = {"gptq": GPTQ(), "awq": AWQ(), "compressed-tensors"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def collapse(config: Any, entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], Incoming | None]:
+def collapse(
+    config: Any, entries: Mapping[str, TensorEntry]
+) -> tuple[dict[str, TensorEntry], Incoming | None]:
     """(tensor directory with one `<layer>.weight` per packed layer, what was packed).
 
     config: `quantization_config` of config.json, None for a dense checkpoint (then nothing changes). ValueError naming the key,
@@ -61,9 +63,13 @@ def collapse(config: Any, entries: Mapping[str, TensorEntry]) -> tuple[dict[str,
             raise ValueError(f"{name}: has a dense weight and a packed one; the file is damaged")
         first = parts[reader.parts[0]]
         # Dequantized values need more digits than the scales have; fp32 holds every product of a code and a scale.
-        out[f"{name}.weight"] = TensorEntry(first.file, torch.float32, layer.shape, 0, sum(e.nbytes for e in parts.values()))
+        out[f"{name}.weight"] = TensorEntry(
+            first.file, torch.float32, layer.shape, 0, sum(e.nbytes for e in parts.values())
+        )
     if not layers:
-        raise ValueError(f"quantization_config says {reader.method}, but no tensor is called *.{reader.parts[0]}; the folder is damaged")
+        raise ValueError(
+            f"quantization_config says {reader.method}, but no tensor is called *.{reader.parts[0]}; the folder is damaged"
+        )
     return out, Incoming(reader, settings, natural_scale_dtype(reader, layers))
 
 

@@ -1,8 +1,8 @@
 """AWQ files: AutoAWQ's GEMM layout, 4 bit.
 
-    qweight  int32 [K, N / 8]   eight codes per word along N, nibble i holds column ORDER[i] of the eight
-    qzeros   int32 [G, N / 8]   zero points, the same way
-    scales   fp16  [G, N]
+qweight  int32 [K, N / 8]   eight codes per word along N, nibble i holds column ORDER[i] of the eight
+qzeros   int32 [G, N / 8]   zero points, the same way
+scales   fp16  [G, N]
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import lowbit_kernels as kernels
 import torch
 from torch import Tensor
 
-from ..tensorfile import TensorEntry
+from ..files.tensorfile import TensorEntry
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, stored_scale_dtype
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -26,9 +26,13 @@ class AWQ(Reader):
     def check(self, config: Mapping[str, Any]) -> None:
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm" or config.get("backend", "autoawq") != "autoawq":
-            raise ValueError(f"version: got {config.get('version')!r} (backend {config.get('backend', 'autoawq')!r}); allowed: gemm of autoawq")
+            raise ValueError(
+                f"version: got {config.get('version')!r} (backend {config.get('backend', 'autoawq')!r}); allowed: gemm of autoawq"
+            )
         if config.get("bits", config.get("w_bit")) != 4:
-            raise ValueError(f"bits: got {config.get('bits', config.get('w_bit'))!r}; allowed: 4, the only one AWQ's GEMM layout has")
+            raise ValueError(
+                f"bits: got {config.get('bits', config.get('w_bit'))!r}; allowed: 4, the only one AWQ's GEMM layout has"
+            )
         if config.get("zero_point", True) is not True:
             raise ValueError(f"zero_point: got {config['zero_point']!r}; allowed: true")
         self._grid(config, "float16")

@@ -12,9 +12,9 @@ import lowbit_kernels as kernels
 import torch
 from torch import Tensor
 
+from ..files.tensorfile import TensorEntry, read_tensor
 from ..grid import IntGrid, PackedWeight
 from ..grid.estimators import SMALLEST_SCALE
-from ..tensorfile import TensorEntry, pieces
 
 SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -42,7 +42,9 @@ class Reader(ABC):
     """One packed format. Stateless."""
 
     method: ClassVar[str]  # quant_method of config.json
-    parts: ClassVar[tuple[str, ...]]  # local names of a layer's tensors; the first, the codes, is always there
+    parts: ClassVar[
+        tuple[str, ...]
+    ]  # local names of a layer's tensors; the first, the codes, is always there
     scale: ClassVar[str]  # the local name of the scales
     order: ClassVar[str] = ""  # the local name of the groups of the inputs, where the format has one
 
@@ -78,7 +80,9 @@ class Incoming:
     def __str__(self) -> str:
         return self.reader.describe(self.config)
 
-    def weight(self, name: str, grid: IntGrid | None = None, device: torch.device | str = "cpu") -> PackedWeight:
+    def weight(
+        self, name: str, grid: IntGrid | None = None, device: torch.device | str = "cpu"
+    ) -> PackedWeight:
         """The layer as it is in the files: the very codes, zero points and scales. grid: with another scale_dtype than the
         layer's own, which must then hold every scale exactly. ValueError naming the layer."""
         layer = self.layers[name]
@@ -91,14 +95,20 @@ class Incoming:
             )
         file = layer.parts[self.reader.parts[0]].file
         try:
-            found = self.reader.unpack(self.config, layer, {local: read(entry) for local, entry in layer.parts.items()})
+            found = self.reader.unpack(
+                self.config, layer, {local: read_tensor(entry) for local, entry in layer.parts.items()}
+            )
             scale = exact_scales(found.scale, grid.scale_dtype)
             zero = checked_zeros(found.zero, grid)
         except ValueError as error:
             raise ValueError(f"{file}: layer {name}: {error}") from None
         codes = kernels.pack(found.codes, grid.bits)
         return PackedWeight(
-            codes=codes.to(device), scale=scale.to(device), zero=None if zero is None else zero.to(device), shape=layer.shape, grid=grid
+            codes=codes.to(device),
+            scale=scale.to(device),
+            zero=None if zero is None else zero.to(device),
+            shape=layer.shape,
+            grid=grid,
         )
 
     def refuse_order(self) -> None:
@@ -107,34 +117,29 @@ class Incoming:
             entry = layer.parts.get(self.reader.order)
             if entry is not None and self.reader.may_sort(self.config):
                 try:
-                    refuse_order(read(entry), layer.grid.group_size)
+                    refuse_order(read_tensor(entry), layer.grid.group_size)
                 except ValueError as error:
                     raise ValueError(f"{entry.file}: layer {layer.name}: {error}") from None
-
-
-def read(entry: TensorEntry) -> Tensor:
-    """One tensor in its stored dtype, in its own memory."""
-    out = torch.empty(entry.shape, dtype=entry.dtype)
-    flat, position = out.view(-1), 0
-    for piece in pieces(entry):
-        flat[position : position + piece.numel()].copy_(piece)
-        position += piece.numel()
-    return out
 
 
 def natural_scale_dtype(reader: Reader, layers: Mapping[str, PackedLayer]) -> dict[str, PackedLayer]:
     """The layers with the scale dtype they can keep: bfloat16 when the scales of the first layer are bfloat16 values (whatever
     dtype they lie in), else the stored one. It is a guess for the rest, and `exact_scales` refuses where it is wrong."""
     first = next(iter(layers.values()))
-    stored = read(first.parts[reader.scale]).float()
+    stored = read_tensor(first.parts[reader.scale]).float()
     if bool((stored.bfloat16().float() == stored).all()):
-        return {name: replace(layer, grid=replace(layer.grid, scale_dtype="bfloat16")) for name, layer in layers.items()}
+        return {
+            name: replace(layer, grid=replace(layer.grid, scale_dtype="bfloat16"))
+            for name, layer in layers.items()
+        }
     return dict(layers)
 
 
 def stored_scale_dtype(name: str, entry: TensorEntry) -> str:
     if entry.dtype not in SCALE_DTYPES:
-        raise ValueError(f"{name}: scales of dtype {str(entry.dtype).removeprefix('torch.')}; allowed: {', '.join(SCALE_DTYPES.values())}")
+        raise ValueError(
+            f"{name}: scales of dtype {str(entry.dtype).removeprefix('torch.')}; allowed: {', '.join(SCALE_DTYPES.values())}"
+        )
     return SCALE_DTYPES[entry.dtype]
 
 
@@ -173,11 +178,15 @@ def checked_zeros(zero: Tensor | None, grid: IntGrid) -> Tensor | None:
     if zero is None:
         raise ValueError("its settings say asymmetric, but it has no zero points; the file is damaged")
     if bool(((zero < 0) | (zero >= grid.levels)).any()):
-        raise ValueError(f"zero points run from {int(zero.min())} to {int(zero.max())}; allowed: 0 to {grid.levels - 1}")
+        raise ValueError(
+            f"zero points run from {int(zero.min())} to {int(zero.max())}; allowed: 0 to {grid.levels - 1}"
+        )
     return zero.to(torch.uint8).contiguous()
 
 
-def expect(name: str, parts: Mapping[str, TensorEntry], local: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def expect(
+    name: str, parts: Mapping[str, TensorEntry], local: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """ValueError when a tensor of the layer is missing or of another shape or dtype."""
     entry = parts.get(local)
     if entry is None:
@@ -206,5 +215,3 @@ def integer_grid(what: str, **fields: Any) -> IntGrid:
         return IntGrid(residual_bits=0, **fields)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-
-

@@ -18,8 +18,9 @@ import lowbit_kernels as kernels
 import torch
 from torch import Tensor
 
-from ..tensorfile import TensorEntry
-from .base import Codes, PackedLayer, Reader, expect, integer_grid, read, refuse_order, stored_scale_dtype
+from ..files.tensorfile import TensorEntry, read_tensor
+from ..grid.bitstream import unpack_stream
+from .base import Codes, PackedLayer, Reader, expect, integer_grid, refuse_order, stored_scale_dtype
 
 FORMAT = "pack-quantized"
 
@@ -32,7 +33,9 @@ class CompressedTensorsReader(Reader):
 
     def check(self, config: Mapping[str, Any]) -> None:
         groups = config.get("config_groups")
-        if not isinstance(groups, dict) or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values()):
+        if not isinstance(groups, dict) or not all(
+            isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values()
+        ):
             raise ValueError("config_groups: needs an object of groups with `weights`")
         for name, group in groups.items():
             form = group.get("format") or config.get("format")
@@ -40,12 +43,16 @@ class CompressedTensorsReader(Reader):
                 raise ValueError(f"config_groups.{name}: format: got {form!r}; allowed: {FORMAT}")
             for key in ("input_activations", "output_activations"):
                 if group.get(key):
-                    raise ValueError(f"config_groups.{name}.{key}: got a scheme; allowed: null, only weights are quantized here")
+                    raise ValueError(
+                        f"config_groups.{name}.{key}: got a scheme; allowed: null, only weights are quantized here"
+                    )
             weights = group["weights"]
             wanted = {"type": ("int",), "strategy": ("group", "channel"), "dynamic": (False, None)}
             for key, allowed in wanted.items():
                 if weights.get(key) not in allowed:
-                    raise ValueError(f"config_groups.{name}.weights.{key}: got {weights.get(key)!r}; allowed: {', '.join(map(str, allowed))}")
+                    raise ValueError(
+                        f"config_groups.{name}.weights.{key}: got {weights.get(key)!r}; allowed: {', '.join(map(str, allowed))}"
+                    )
             self._grid(name, weights, "bfloat16")
         for key in ("kv_cache_scheme", "transform_config"):
             if config.get(key):
@@ -73,7 +80,7 @@ class CompressedTensorsReader(Reader):
                 "but the files have no weight_g_idx; quantize again with actorder null or weight"
             )
         grid = self._grid(group, weights, stored_scale_dtype(name, parts["weight_scale"]))
-        shape = read(parts["weight_shape"]).tolist()
+        shape = read_tensor(parts["weight_shape"]).tolist()
         if len(shape) != 2 or min(shape) < 1:
             raise ValueError(f"{name}: weight_shape is {shape}; needs [out, in]")
         n, k = shape
@@ -84,13 +91,20 @@ class CompressedTensorsReader(Reader):
         zero = parts.get("weight_zero_point")
         if not grid.symmetric:
             old = zero is not None and zero.dtype == torch.int8
-            expect(name, parts, "weight_zero_point", (n, groups) if old else (-(-n * grid.bits // 32), groups), torch.int8 if old else torch.int32)
+            expect(
+                name,
+                parts,
+                "weight_zero_point",
+                (n, groups) if old else (-(-n * grid.bits // 32), groups),
+                torch.int8 if old else torch.int32,
+            )
         elif zero is not None:
-            raise ValueError(f"{name}: has zero points, but config_groups.{group} says symmetric; the file is damaged")
+            raise ValueError(
+                f"{name}: has zero points, but config_groups.{group} says symmetric; the file is damaged"
+            )
         return PackedLayer(name, (n, k), grid, parts)
 
     def unpack(self, config: Mapping[str, Any], layer: PackedLayer, tensors: Mapping[str, Tensor]) -> Codes:
-        from ..export.compressed_tensors import unpack_stream  # here: exporters may import what imports us
 
         (n, k), bits = layer.shape, layer.grid.bits
         if "weight_g_idx" in tensors:
@@ -114,7 +128,9 @@ def group_of(groups: Mapping[str, Any], layer: str) -> str:
             if by_class is None and target == "Linear":
                 by_class = name
     if by_class is None:
-        raise ValueError(f"{layer}: is packed, but no group of config_groups has it among its targets; the folder is damaged")
+        raise ValueError(
+            f"{layer}: is packed, but no group of config_groups has it among its targets; the folder is damaged"
+        )
     return by_class
 
 
@@ -122,4 +138,6 @@ def _matches(pattern: str, layer: str) -> bool:
     try:
         return re.match(pattern, layer) is not None
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"config_groups: the target 're:{pattern}' is no regular expression ({error})") from None
+        raise ValueError(
+            f"config_groups: the target 're:{pattern}' is no regular expression ({error})"
+        ) from None

@@ -16,7 +16,8 @@ import lowbit_kernels as kernels
 import torch
 from torch import Tensor
 
-from ..tensorfile import TensorEntry
+from ..files.tensorfile import TensorEntry
+from ..grid.bitstream import unpack_stream
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, refuse_order, stored_scale_dtype
 
 FORMATS = ("gptq", "gptq_v2")
@@ -31,7 +32,9 @@ class GPTQ(Reader):
     def check(self, config: Mapping[str, Any]) -> None:
         form = config.get("checkpoint_format") or "gptq"
         if form not in FORMATS or config.get("is_marlin_format"):
-            raise ValueError(f"checkpoint_format: got {'marlin' if config.get('is_marlin_format') else form!r}; allowed: {', '.join(FORMATS)}")
+            raise ValueError(
+                f"checkpoint_format: got {'marlin' if config.get('is_marlin_format') else form!r}; allowed: {', '.join(FORMATS)}"
+            )
         if config.get("pack_dtype", "int32") != "int32":
             raise ValueError(f"pack_dtype: got {config['pack_dtype']!r}; allowed: int32")
         rules = config.get("dynamic")
@@ -64,7 +67,6 @@ class GPTQ(Reader):
         return PackedLayer(name, (n, k), grid, parts)
 
     def unpack(self, config: Mapping[str, Any], layer: PackedLayer, tensors: Mapping[str, Tensor]) -> Codes:
-        from ..export.compressed_tensors import unpack_stream  # here: exporters may import what imports us
 
         (n, k), bits = layer.shape, layer.grid.bits
         if "g_idx" in tensors:

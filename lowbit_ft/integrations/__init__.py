@@ -16,7 +16,9 @@ from types import ModuleType
 
 def register() -> None:
     """Make AutoModelForCausalLM.from_pretrained and PeftModel.from_pretrained read our folders. Idempotent."""
-    after_import("transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers"))
+    after_import(
+        "transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers")
+    )
     after_import("peft", lambda: importlib.import_module("lowbit_ft.integrations.peft"))
 
 

@@ -17,18 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..attach import adapted_names
-from ..files import staged_folder
-from ..recipe_errors import to_problems
-from ..recipe_values import for_method
-from ..recipe_yaml import did_you_mean
-from ..tensorfile import is_finite, read_header
+from ..adapters.attach import adapted_names
+from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
+from ..files.atomic import staged_folder
+from ..files.tensorfile import is_finite, read_header
+from ..names import did_you_mean
+from ..recipe.errors import to_problems
+from ..recipe.values import for_method
 
-CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
 PEFT_TYPE = "LOWBIT"
 # Keys of a recipe that say where an adapter goes and what it started from: target_modules and the tensors tell that here.
 NOT_OPTIONS = ("targets", "init_from")
@@ -65,7 +61,11 @@ def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
 
 
 def write_adapter(
-    folder: str | Path, state: Mapping[str, Tensor], config: AdapterConfig, base_digest: str, base_path: str | Path
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: AdapterConfig,
+    base_digest: str,
+    base_path: str | Path,
 ) -> Path:
     """Write the adapters of an attach()-ed model; `PeftModel.from_pretrained(base, folder)` reads them.
 
@@ -84,7 +84,9 @@ def write_adapter(
         "options": adapter_options(config),
         "base_model_name_or_path": str(base_path),
         "base_digest": base_digest,
-        "target_modules": None if config.targets is None else adapted_names(state),  # None: every packed layer
+        "target_modules": None
+        if config.targets is None
+        else adapted_names(state),  # None: every packed layer
         "exclude_modules": None,
         "inference_mode": True,
         "revision": None,
@@ -119,15 +121,6 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     if broken:
         raise ValueError(f"{tensors}: NaN or Inf in {', '.join(broken[:5])}; this adapter cannot be used")
     return config, state, digest
-
-
-def refuse_pickle(folder: Path) -> None:
-    """ValueError when a folder has its tensors only as a pickle, which may run code when it is read."""
-    if (folder / PICKLE_FILE).exists() and not (folder / TENSOR_FILE).exists():
-        raise ValueError(
-            f"{folder / PICKLE_FILE}: a pickle file, which is never read here; "
-            f"save the adapter as {TENSOR_FILE} (save_pretrained's default)"
-        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

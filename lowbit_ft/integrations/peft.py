@@ -29,8 +29,9 @@ from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
-from ..attach import PEFT_SLOT, base_digest
-from ..linear import PackedEmbedding, PackedLinear
+from ..adapters.attach import PEFT_SLOT, base_digest
+from ..adapters.folder import refuse_pickle
+from ..model.linear import PackedEmbedding, PackedLinear
 from .adapter_files import (
     NOT_OPTIONS,
     PEFT_TYPE,
@@ -38,7 +39,6 @@ from .adapter_files import (
     adapter_options,
     read_adapter,
     refuse_other_base,
-    refuse_pickle,
     write_adapter,
 )
 from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
@@ -87,7 +87,9 @@ class LowBitConfig(PeftConfig):
                 f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"
             )
         if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
-            raise ValueError(f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: train with a recipe)")
+            raise ValueError(
+                f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: train with a recipe)"
+            )
         self.method = method
         self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}))
         everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"

@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters import Adapter, AdapterConfig
-from ..attach import PEFT_SLOT
+from ..adapters.attach import PEFT_SLOT
 from ..grid import Weight
-from ..linear import PackedLinear
+from ..model.linear import PackedLinear
 
 ONE_ACTIVE = (
     "one adapter can be active at a time, got {names}: each decides how the weights are rounded, and "

@@ -19,13 +19,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..attach import adapted_layers, packed_layers
+from ..adapters.attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, VERSION, Native, layers_from_config
+from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
-from ..linear import PackedEmbedding, PackedLinear
-from ..matrices import find_matrices, stand_in
-from ..tensorfile import DTYPES, parse_header
+from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.matrices import find_matrices, stand_in
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -76,7 +76,11 @@ class LowbitQuantizer(HfQuantizer):
                 raise ValueError(
                     f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
                 ) from None
-            found = tuple(linear.weight.shape) if isinstance(linear, nn.Linear | nn.Embedding) else type(linear).__name__
+            found = (
+                tuple(linear.weight.shape)
+                if isinstance(linear, nn.Linear | nn.Embedding)
+                else type(linear).__name__
+            )
             if found != spec.shape:
                 raise ValueError(
                     f"quantization_config: layer {name} is {spec.shape}; this model's is {found}"
@@ -149,7 +153,9 @@ def mark_packed(model: Any) -> None:
     # Not at the top: this module is imported in the middle of transformers' own import.
     from transformers import PreTrainedModel
 
-    for module in model.modules():  # as from_pretrained does: some models then call a layer whose weight they read otherwise
+    for module in (
+        model.modules()
+    ):  # as from_pretrained does: some models then call a layer whose weight they read otherwise
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
 

@@ -183,10 +183,14 @@ def test_batches_of_any_rank_give_the_same_gradients():
 
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale"])
-def test_the_mean_of_cheaper_gradients_is_the_exact_one(method: str, group_size: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_mean_of_cheaper_gradients_is_the_exact_one(
+    method: str, group_size: int, monkeypatch: pytest.MonkeyPatch
+):
     """Over all draws, for every trained tensor of every method: through the adapters, on an asymmetric 2-bit grid."""
     base = base_of(IntGrid(bits=2, group_size=group_size, symmetric=False))
-    cheap = {"scale_grad_tokens": 0.3} | ({} if method == "scale" else {"rank": 5, "low_rank_gradient": "corrected"})
+    cheap = {"scale_grad_tokens": 0.3} | (
+        {} if method == "scale" else {"rank": 5, "low_rank_gradient": "corrected"}
+    )
     torch.manual_seed(1)
     adapter = trained(ADAPTERS[method](**{k: v for k, v in cheap.items() if k == "rank"}), base)
     other = ADAPTERS[method](**cheap).build(base)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowbit_ft.adapters import ADAPTERS, SCALE_PARAMETERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
-from lowbit_ft.linear import PackedLinear
 from lowbit_ft.merge import merged_weight
+from lowbit_ft.model.linear import PackedLinear
 from tests import reference
 from tests.adapters.common import base_of, randomize, trained
 from tests.adapters.test_law import VARIANTS, cases
@@ -216,15 +216,21 @@ def test_nothing_of_the_weights_size_is_saved_for_backward(method: str, dtype: t
 def test_of_what_grows_with_the_tokens_only_x_is_saved(method: str, dtype: torch.dtype):
     """Twice the tokens, and not a byte more but x (lora beside the base: and the low-rank activations)."""
     config = ADAPTERS[method]
-    base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (128, 256))
+    base = base_of(
+        BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (128, 256)
+    )
     layer = PackedLinear(base, torch.randn(128))
     layer.adapter = config(**({"rank": 4} if "rank" in config.model_fields else {})).build(base)
     randomize(layer.adapter)
     sizes = []
     for tokens in (8, 16):
         x = torch.randn(tokens, 256, dtype=dtype, requires_grad=True)
-        saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps an address from being used twice
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: (s.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t):
+        saved: dict[
+            int, Tensor
+        ] = {}  # by storage; holding the tensors keeps an address from being used twice
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: (s.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t
+        ):
             y = layer(x)
         assert y.shape == (tokens, 128) and x.untyped_storage().data_ptr() in saved
         sizes.append(sum(t.untyped_storage().nbytes() for t in saved.values()) - x.untyped_storage().nbytes())

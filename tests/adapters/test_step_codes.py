@@ -20,12 +20,12 @@ import transformers
 from torch import Tensor
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import adapted_layers, adapter_state, attach, begin_step, keep_codes
-from lowbit_ft.data import Batches
+from lowbit_ft.adapters.attach import adapted_layers, adapter_state, attach, begin_step, keep_codes
+from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import IntGrid
-from lowbit_ft.linear import PackedLinear
 from lowbit_ft.merge import merged_weight
-from lowbit_ft.train import train
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.loop import train
 from tests.adapters.common import base_of, trained
 from tests.packed_tools import random_weights
 from tests.toy import examples, quiet, section, state
@@ -70,19 +70,24 @@ def test_forwards_and_backwards_share_the_codes_and_the_bits(method: str, made: 
         for part in torch.randn(2, 5, 200, generator=torch.Generator().manual_seed(3)):
             x = part.clone().requires_grad_()
             layer(x).square().sum().backward()
-    assert sum(made.values()) == (0 if method == "scale" else 1 + 4)  # without: a forward and a backward each, twice
+    assert sum(made.values()) == (
+        0 if method == "scale" else 1 + 4
+    )  # without: a forward and a backward each, twice
     for a, b in zip(kept.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
 
 
 def writes() -> dict[str, Any]:
     """Ways to change what the codes are made of, none of which tells the slot."""
+
     def through_optimizer(layer: PackedLinear) -> None:
         layer(torch.randn(3, 200)).sum().backward()
         torch.optim.AdamW(layer.adapter.parameters(), lr=0.5, fused=True).step()
 
     def through_load(layer: PackedLinear) -> None:
-        layer.load_state_dict({name: t + 0.5 if name == "adapter.A" else t for name, t in layer.state_dict().items()})
+        layer.load_state_dict(
+            {name: t + 0.5 if name == "adapter.A" else t for name, t in layer.state_dict().items()}
+        )
 
     @torch.no_grad()
     def by_hand(layer: PackedLinear) -> None:
@@ -149,9 +154,13 @@ def test_they_are_no_state(tmp_path: Path):
     layer = layer_of()
     names = set(layer.state_dict())
     weight_of(layer)
-    assert set(layer.state_dict()) == names and set(adapter_state(layer)) == {n for n in adapter_state(layer_of())}
+    assert set(layer.state_dict()) == names and set(adapter_state(layer)) == {
+        n for n in adapter_state(layer_of())
+    }
     assert copy.deepcopy(layer).adapter.kept.codes is None
-    assert pickle.loads(pickle.dumps(layer.adapter.kept)).codes is None  # as a spawned data loader would send it
+    assert (
+        pickle.loads(pickle.dumps(layer.adapter.kept)).codes is None
+    )  # as a spawned data loader would send it
     hooks = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
     assert hooks, "nobody listens to optimizers"
     keep_codes(layer, False)
@@ -164,7 +173,12 @@ def test_they_are_no_state(tmp_path: Path):
 
 def llama(method: str, **options: Any) -> Any:
     config = transformers.LlamaConfig(
-        vocab_size=23, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=23,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
@@ -177,7 +191,9 @@ def llama(method: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_makes_them_once_per_weight_and_step(method: str, checkpointing: bool, tmp_path: Path, made: Counter[int]):
+def test_a_run_makes_them_once_per_weight_and_step(
+    method: str, checkpointing: bool, tmp_path: Path, made: Counter[int]
+):
     """Two micro-batches a step, an evaluation and a checkpoint between steps: the same bytes trained, the same losses."""
     found, counts = [], []
     for keep in (False, True):
@@ -196,7 +212,9 @@ def test_a_run_makes_them_once_per_weight_and_step(method: str, checkpointing: b
         assert all(layer.adapter.kept is None for _, layer in adapted_layers(model))
         codes = {name: merged_weight(layer).digest() for name, layer in adapted_layers(model)}
         loss = [line for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        files = [sorted(p.name for p in step.iterdir()) for step in sorted((folder / "checkpoints").iterdir())]
+        files = [
+            sorted(p.name for p in step.iterdir()) for step in sorted((folder / "checkpoints").iterdir())
+        ]
         found.append((state(model), codes, [json.loads(line)["loss"] for line in loss], files))
     assert found[0][0].keys() == found[1][0].keys()
     assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
@@ -204,7 +222,11 @@ def test_a_run_makes_them_once_per_weight_and_step(method: str, checkpointing: b
     if method != "scale":
         micro = 2 * 4
         # The first layer's input has no gradient, and a recomputation stops at the last layer's input.
-        assert min(counts[0].values()) >= micro and max(counts[0].values()) == micro * (2 + checkpointing) and len(counts[0]) == 14
+        assert (
+            min(counts[0].values()) >= micro
+            and max(counts[0].values()) == micro * (2 + checkpointing)
+            and len(counts[0]) == 14
+        )
         assert set(counts[1].values()) == {4} and len(counts[1]) == 14
     else:
         assert not counts[0] and not counts[1], "nothing moves the codes: nobody has to make them"
@@ -230,11 +252,16 @@ def test_a_run_with_drawn_tokens_resumes_bit_equal(checkpointing: bool, tmp_path
     torch.manual_seed(99)
     resumed, other = run("halves", resume=True), run("other", seed=1)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert any(not torch.equal(straight[name], other[name]) for name in straight), "the seed does not reach the draws"
+    assert any(not torch.equal(straight[name], other[name]) for name in straight), (
+        "the seed does not reach the draws"
+    )
 
 
-def test_an_optimizer_that_writes_past_the_versions_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_optimizer_that_writes_past_the_versions_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What bitsandbytes does: the step changes memory that no version counter knows."""
+
     def sly(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
@@ -244,9 +271,14 @@ def test_an_optimizer_that_writes_past_the_versions_is_followed(tmp_path: Path, 
     runs = []
     for keep in (False, True):
         model = llama("lr_qat")
-        train(model, Batches(examples(11), 2, 0, 0), None, section(max_steps=3, keep_codes=keep), tmp_path / str(keep), console=quiet())
+        train(
+            model,
+            Batches(examples(11), 2, 0, 0),
+            None,
+            section(max_steps=3, keep_codes=keep),
+            tmp_path / str(keep),
+            console=quiet(),
+        )
         runs.append(state(model))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     assert any(not torch.equal(runs[0][name], value) for name, value in state(llama("lr_qat")).items())
-
-

@@ -98,8 +98,14 @@ def test_mse_is_never_worse_than_the_full_range(grid: IntGrid, p: float):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("grid", [IntGrid(bits=b, symmetric=s, group_size=32) for b in (2, 3, 4, 8) for s in (True, False)], ids=str)
-def test_groups_left_alone_early_have_the_result_of_the_whole_search(grid: IntGrid, weighted: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "grid",
+    [IntGrid(bits=b, symmetric=s, group_size=32) for b in (2, 3, 4, 8) for s in (True, False)],
+    ids=str,
+)
+def test_groups_left_alone_early_have_the_result_of_the_whole_search(
+    grid: IntGrid, weighted: bool, monkeypatch: pytest.MonkeyPatch
+):
     torch.manual_seed(1)
     groups = torch.randn(7, 33, 32) * torch.rand(7, 33, 1)
     groups[0] *= torch.where(torch.rand(33, 32) < 0.05, 20.0, 1.0)  # outliers: what clipping is for
@@ -107,7 +113,9 @@ def test_groups_left_alone_early_have_the_result_of_the_whole_search(grid: IntGr
     weight = torch.rand(32) if weighted else None
     looked: list[int] = []
     counted = ranges.rounding_error
-    monkeypatch.setattr(ranges, "rounding_error", lambda g, *rest: (looked.append(len(g)), counted(g, *rest))[1])
+    monkeypatch.setattr(
+        ranges, "rounding_error", lambda g, *rest: (looked.append(len(g)), counted(g, *rest))[1]
+    )
     found = []
     for every, elements in ((ranges.PRUNE_EVERY, 5 * 32), (10**9, 1 << 30)):
         monkeypatch.setattr(ranges, "PRUNE_EVERY", every)

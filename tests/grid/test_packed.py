@@ -109,11 +109,16 @@ def test_rows_of_a_weight_are_a_weight(bits: int, symmetric: bool) -> None:
     """As an exporter splits gate and up, and an embedding looks rows up: the same codes, scales and dense rows, nothing rounded anew."""
     from tests.packed_tools import random_weight
 
-    for grid in (IntGrid(bits=bits, group_size=32, symmetric=symmetric, residual_bits=2), BinaryGrid(bits=3, group_size=32)):
+    for grid in (
+        IntGrid(bits=bits, group_size=32, symmetric=symmetric, residual_bits=2),
+        BinaryGrid(bits=3, group_size=32),
+    ):
         weight = random_weight((20, 100), grid, offset=isinstance(grid, IntGrid))
         part = weight.rows(3, 11)
         assert part.shape == (8, 100) and torch.equal(part.dequantize(), weight.dequantize()[3:11])
         back = type(weight).from_tensors(part.to_tensors(), part.shape, grid)  # pyright: ignore[reportArgumentType]
         assert back.digest() == part.digest()
         picked = torch.tensor([7, 0, 7, 19])
-        assert torch.equal(weight.chosen(picked).dequantize(torch.bfloat16), weight.dequantize(torch.bfloat16)[picked])
+        assert torch.equal(
+            weight.chosen(picked).dequantize(torch.bfloat16), weight.dequantize(torch.bfloat16)[picked]
+        )

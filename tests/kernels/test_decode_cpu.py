@@ -35,7 +35,11 @@ def error_bound(x: Tensor, w: PackedWeight) -> Tensor:
     exact, size = w.dequantize(torch.float32).double(), x.double().abs()
     scale = w.scale.double().repeat_interleave(w.grid.group_size, dim=0)  # [K, N]
     magnitude = size @ exact.abs().t()
-    return u * magnitude + 3 * u * (x.double() @ exact.t()).abs() + (k * 2.0**-22 + 4 * u * u) * (magnitude + 8 * size @ scale)
+    return (
+        u * magnitude
+        + 3 * u * (x.double() @ exact.t()).abs()
+        + (k * 2.0**-22 + 4 * u * u) * (magnitude + 8 * size @ scale)
+    )
 
 
 def steps_apart(a: Tensor, b: Tensor) -> Tensor:
@@ -58,7 +62,9 @@ def test_the_weight_is_the_same(grid: IntGrid, n: int) -> None:
     eye, int4 = torch.eye(k, dtype=torch.bfloat16), repacked(w)
     rows = torch.cat([kernels.int4_linear(eye[i : i + 4], int4) for i in range(0, k, 4)])
     expected = w.dequantize(torch.bfloat16).t()
-    assert torch.equal(expected, kernels.packed_matmul(eye, w.codes, w.scale, w.zero, None, grid.bits, grid.group_size))
+    assert torch.equal(
+        expected, kernels.packed_matmul(eye, w.codes, w.scale, w.zero, None, grid.bits, grid.group_size)
+    )
     if int4.rest is None:
         assert torch.equal(rows, expected)
     else:
@@ -69,20 +75,31 @@ def test_the_weight_is_the_same(grid: IntGrid, n: int) -> None:
 def test_every_asymmetric_weight_there_is() -> None:
     """Each zero point with each mantissa a bfloat16 has and each code: shift + rest is scale * (8 - zero) exactly, and the weight
     read out is the packed op's to the last bit of a bfloat16."""
-    scale = (1 + torch.arange(128) / 128).bfloat16().repeat(16)[None] * torch.tensor(2.0**-9, dtype=torch.bfloat16)
+    scale = (1 + torch.arange(128) / 128).bfloat16().repeat(16)[None] * torch.tensor(
+        2.0**-9, dtype=torch.bfloat16
+    )
     zero = torch.arange(16, dtype=torch.uint8).repeat_interleave(128)[None]
     codes = kernels.pack((torch.arange(32) % 16).to(torch.uint8).expand(2048, 32), 4)
     int4 = kernels.int4_weight(codes, scale, zero, 4, 32, 32)
     assert int4.rest is not None
     exact = scale.double() * (8 - zero.double())
-    assert torch.equal(int4.scale_shift[..., 1].double() + int4.rest.double(), exact) and float(int4.rest.abs().max()) > 0
+    assert (
+        torch.equal(int4.scale_shift[..., 1].double() + int4.rest.double(), exact)
+        and float(int4.rest.abs().max()) > 0
+    )
     eye = torch.eye(32, dtype=torch.bfloat16)
     rows = torch.cat([kernels.int4_linear(eye[i : i + 4], int4) for i in range(0, 32, 4)])
     steps = steps_apart(rows, kernels.packed_matmul(eye, codes, scale, zero, None, 4, 32))
     assert int(steps.max()) == 1 and float((steps == 0).double().mean()) > 0.9
 
 
-@given(st.sampled_from(GRIDS), st.integers(1, 4), st.sampled_from([16, 32, 96]), st.sampled_from([256, 512, 768]), st.integers(0, 2**20))
+@given(
+    st.sampled_from(GRIDS),
+    st.integers(1, 4),
+    st.sampled_from([16, 32, 96]),
+    st.sampled_from([256, 512, 768]),
+    st.integers(0, 2**20),
+)
 def test_sums_stay_within_the_bound(grid: IntGrid, m: int, n: int, k: int, seed: int) -> None:
     w = make(grid, n, k, seed)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -109,9 +126,13 @@ def test_shapes_of_x() -> None:
     w = make(IntGrid(bits=4, group_size=64, residual_bits=0), 32, 128)
     x = torch.randn(2, 2, 128).bfloat16()
     y = kernels.int4_linear(x, repacked(w))
-    assert y.shape == (2, 2, 32) and torch.equal(y.view(4, 32), kernels.int4_linear(x.view(4, 128), repacked(w)))
+    assert y.shape == (2, 2, 32) and torch.equal(
+        y.view(4, 32), kernels.int4_linear(x.view(4, 128), repacked(w))
+    )
     strided = torch.randn(128, 3).bfloat16().t()
-    assert torch.equal(kernels.int4_linear(strided, repacked(w)), kernels.int4_linear(strided.contiguous(), repacked(w)))
+    assert torch.equal(
+        kernels.int4_linear(strided, repacked(w)), kernels.int4_linear(strided.contiguous(), repacked(w))
+    )
 
 
 def test_what_does_not_fit() -> None:

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 def backward(args: dict, x: Tensor, dy: Tensor, **options) -> dict[str, Tensor]:
     """Gradients of grid_linear by name."""
-    leaves = {n: args[n].clone().requires_grad_() for n in ("a", "b", "scale", "offset") if args[n] is not None}
+    leaves = {
+        n: args[n].clone().requires_grad_() for n in ("a", "b", "scale", "offset") if args[n] is not None
+    }
     x = x.clone().requires_grad_()
     kernels.grid_linear(x, **{**args, **leaves}, **options).backward(dy)
     return {"x": x.grad, **{n: t.grad for n, t in leaves.items()}}
@@ -37,7 +39,9 @@ def every_start(x: Tensor, dy: Tensor, tokens: float) -> list[tuple[Tensor, floa
     return [((a + b)[None] / 2, (b - a).item()) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
-def mean_over_draws(run, x: Tensor, dy: Tensor, tokens: float, monkeypatch) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+def mean_over_draws(
+    run, x: Tensor, dy: Tensor, tokens: float, monkeypatch
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """The expectation of run() -> gradients by name over the start, and the gradients of every draw."""
     draws, mean = [], {}
     for start, probability in every_start(x, dy, tokens):
@@ -50,18 +54,27 @@ def mean_over_draws(run, x: Tensor, dy: Tensor, tokens: float, monkeypatch) -> t
 
 def unmasked(args: dict, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """dA and dB as if nothing were clipped, float64."""
+
     def wide(t):
         return reference.columns(t, K, args["group_size"])
 
     dw = dy.double().t() @ x.double()
-    factor = {"grid": lambda: wide(args["scale"]), "weight": lambda: wide(args["scale"]) / wide(args["scale0"]), "live": lambda: 1.0}
+    factor = {
+        "grid": lambda: wide(args["scale"]),
+        "weight": lambda: wide(args["scale"]) / wide(args["scale0"]),
+        "live": lambda: 1.0,
+    }
     dd = dw * factor[args["units"]]()
     return {"a": args["gain"] * args["b"].double().t() @ dd, "b": args["gain"] * dd @ args["a"].double().t()}
 
 
-@pytest.mark.parametrize(("group_size", "units"), list(itertools.product((32, 64, 128, -1), ("grid", "weight", "live"))))
+@pytest.mark.parametrize(
+    ("group_size", "units"), list(itertools.product((32, 64, 128, -1), ("grid", "weight", "live")))
+)
 @pytest.mark.parametrize("at_once", [1, 1 << 23], ids=["a group at a time", "all groups"])
-def test_factorised_is_its_own_equation(group_size: int, units: str, at_once: int, monkeypatch: pytest.MonkeyPatch):
+def test_factorised_is_its_own_equation(
+    group_size: int, units: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
     """K = 200 leaves a ragged last group; at g = 32 the cheaper order is through dW, at 64 and more through the groups."""
     monkeypatch.setattr(estimates, "TRANSIENT", at_once)
     args = integer_args(group_size=group_size, units=units, offset=units == "live")
@@ -85,11 +98,15 @@ def test_both_orders_of_contraction_agree(group_size: int, weighted: bool):
         # A low rank makes the groups the cheaper order, whatever their size
         got = estimates.factorised(x, dy, a[:1], b[:, :1], factor, 0.7, group_size, weights)
     assert by_groups.flops < 2 * M * N * K
-    want = estimates._by_rows(x, dy if weights is None else dy * weights, a[:1], 0.7 * b[:, :1], factor, 0.7, group_size)
+    want = estimates._by_rows(
+        x, dy if weights is None else dy * weights, a[:1], 0.7 * b[:, :1], factor, 0.7, group_size
+    )
     assert max(error(g, w.double()) for g, w in zip(got, want, strict=True)) < TOLERANCE
     by_rows = Gemms()
     with by_rows:
-        estimates.factorised(x.repeat(9, 1), dy.repeat(9, 1), a.repeat(20, 1), b.repeat(1, 20), factor, 0.7, group_size, None)
+        estimates.factorised(
+            x.repeat(9, 1), dy.repeat(9, 1), a.repeat(20, 1), b.repeat(1, 20), factor, 0.7, group_size, None
+        )
     assert by_rows.calls.count((N, 9 * M, K)) == 1, "at a rank above the group size, dW is the cheaper way"
 
 
@@ -97,26 +114,44 @@ def test_both_orders_of_contraction_agree(group_size: int, weighted: bool):
     seed=st.integers(0, 2**16), bits=st.sampled_from((2, 3, 4, 8)), group_size=st.sampled_from((32, 64, 128, -1)),
     units=st.sampled_from(("grid", "weight")), zero=st.booleans(), low_rank=st.sampled_from(("factorised", "corrected")),
 )  # fmt: skip
-def test_where_nothing_is_clipped_the_low_rank_gradient_is_the_exact_one(seed, bits, group_size, units, zero, low_rank):
+def test_where_nothing_is_clipped_the_low_rank_gradient_is_the_exact_one(
+    seed, bits, group_size, units, zero, low_rank
+):
     torch.manual_seed(seed)
     args = integer_args(bits=bits, group_size=group_size, units=units, zero=zero)
     args["b"] *= 1e-4  # |D| far below what the residual leaves to the clip
     x, dy = torch.randn(M, K), torch.randn(M, N)
-    got, want = (backward(args, x, dy, low_rank=how, tokens=0.5 if how != "exact" else 1.0) for how in (low_rank, "exact"))
+    got, want = (
+        backward(args, x, dy, low_rank=how, tokens=0.5 if how != "exact" else 1.0)
+        for how in (low_rank, "exact")
+    )
     # corrected: factorised(all) + (exact - factorised)(drawn) cancels to rounding
     assert max(error(got[name], want[name].double()) for name in ("a", "b", "x")) < TOLERANCE
 
 
 # None: a method without A and B, whose grid is frozen
-KINDS = [(units, low_rank) for units in ("grid", "weight", "live") for low_rank in ("factorised", "corrected", None) if low_rank or units == "grid"]
+KINDS = [
+    (units, low_rank)
+    for units in ("grid", "weight", "live")
+    for low_rank in ("factorised", "corrected", None)
+    if low_rank or units == "grid"
+]
 
 
 @pytest.mark.parametrize(("units", "low_rank"), KINDS)
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("tokens", [0.01, 0.3, 0.5, 0.8])
-def test_the_mean_over_all_draws_is_the_whole(units: str, group_size: int, low_rank: str | None, tokens: float, monkeypatch):
+def test_the_mean_over_all_draws_is_the_whole(
+    units: str, group_size: int, low_rank: str | None, tokens: float, monkeypatch
+):
     """The start is the only random thing, and what it can bring is finite: every draw, weighted with its probability."""
-    args = integer_args(group_size=group_size, units=units, low_rank=low_rank is not None, offset=units == "live", clip_first=True)
+    args = integer_args(
+        group_size=group_size,
+        units=units,
+        low_rank=low_rank is not None,
+        offset=units == "live",
+        clip_first=True,
+    )
     x, dy = torch.randn(M, K), torch.randn(M, N) * torch.rand(M, 1)
     options = {"low_rank": low_rank or "exact", "tokens": tokens}
     mean, draws = mean_over_draws(lambda: backward(args, x, dy, **options), x, dy, tokens, monkeypatch)
@@ -146,7 +181,9 @@ def test_every_token_is_drawn_in_proportion_and_weighs_one(tokens: int, share: f
         total += probability * sums
     assert torch.allclose(total, torch.ones(tokens).double(), atol=1e-6)
     size = x.norm(dim=1) * dy.norm(dim=1)
-    assert torch.allclose(length.double() / length.sum(), ((size + 0.1 * size.mean()) / (1.1 * size.sum())).double(), atol=1e-3)
+    assert torch.allclose(
+        length.double() / length.sum(), ((size + 0.1 * size.mean()) / (1.1 * size.sum())).double(), atol=1e-3
+    )
 
 
 def test_tokens_without_gradients_and_tokens_that_are_not_finite():
@@ -157,7 +194,9 @@ def test_tokens_without_gradients_and_tokens_that_are_not_finite():
     dy = torch.randn(8, 4)
     dy[5, 0] = torch.inf
     for start in torch.linspace(0, 0.99, 20):
-        assert 5 in estimates.drawn(estimates.lengths(x, dy), 2, start[None])[0], "an overflow must not be passed by"
+        assert 5 in estimates.drawn(estimates.lengths(x, dy), 2, start[None])[0], (
+            "an overflow must not be passed by"
+        )
 
 
 def test_corrected_from_all_tokens_is_exact():
@@ -174,7 +213,9 @@ def test_draws_follow_the_generator():
     for _ in range(2):
         torch.set_rng_state(state)
         starts.append([backward(args, x, dy, low_rank="factorised", tokens=0.3)["scale"] for _ in range(6)])
-    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True)), "the same generator, the same draws: a resumed run"
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True)), (
+        "the same generator, the same draws: a resumed run"
+    )
     assert len({t.sum().item() for t in starts[0]}) > 1, "every backward draws anew"
 
 
@@ -186,14 +227,21 @@ def test_what_is_not_asked_for_is_not_computed(low_rank: str, train: str):
         args[name].requires_grad_()
     with Gemms() as gemms:
         kernels.grid_linear(torch.randn(M, K), **args, low_rank=low_rank, tokens=0.3).sum().backward()
-    assert (args["scale"].grad is None) == (train != "scale") and (args["a"].grad is None) == (train == "scale")
+    assert (args["scale"].grad is None) == (train != "scale") and (args["a"].grad is None) == (
+        train == "scale"
+    )
     drawn = (N, 2, K)  # dW of 2 of 7 tokens
     assert (drawn in gemms.calls) == (train == "scale" or low_rank == "corrected")
     assert (N, M, K) not in gemms.calls or train != "scale"
 
 
 # What a layer costs in GEMMs of M N K, at sizes where the low-rank product itself (r / M of one) is small beside it.
-WHOLE = {"exact": (3.0, 1.0), "factorised 1/4": (2.5, 0.25), "factorised 1/8": (2.375, 0.125), "corrected 1/4": (2.5, 0.25)}
+WHOLE = {
+    "exact": (3.0, 1.0),
+    "factorised 1/4": (2.5, 0.25),
+    "factorised 1/8": (2.375, 0.125),
+    "corrected 1/4": (2.5, 0.25),
+}
 
 
 @pytest.mark.parametrize("case", WHOLE)
@@ -210,10 +258,21 @@ def test_the_third_gemm_is_gone(case: str):
     x = torch.randn(m, k, requires_grad=True)
     low_rank = case.split()[0]
     codes = kernels.grid_codes(
-        *(args[name] for name in ("codes", "residual", "scale0", "zero0", "a", "b", "scale", "zero", "offset")), 1.0, "grid", 4, 0, k, 128
+        *(
+            args[name]
+            for name in ("codes", "residual", "scale0", "zero0", "a", "b", "scale", "zero", "offset")
+        ),
+        1.0,
+        "grid",
+        4,
+        0,
+        k,
+        128,
     )
     with Gemms() as gemms:
-        y = kernels.grid_linear(x, **args, step_codes=codes, low_rank=low_rank, tokens=1.0 if low_rank == "exact" else tokens)
+        y = kernels.grid_linear(
+            x, **args, step_codes=codes, low_rank=low_rank, tokens=1.0 if low_rank == "exact" else tokens
+        )
         y.backward(torch.randn(m, n))
     assert want <= gemms.flops / (2 * m * n * k) < want + 0.15, gemms.flops / (2 * m * n * k)
     assert ((n, m, k) in gemms.calls) == (case == "exact"), "dW of all tokens"

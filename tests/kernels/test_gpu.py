@@ -19,7 +19,14 @@ pytestmark = [
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 7, 16, 17, 100, 600, 2049]
-GRIDS = [(4, 128, "symmetric"), (4, 32, "float"), (3, 64, "integer"), (2, 32, "float"), (8, -1, "integer"), (2, 256, "float")]
+GRIDS = [
+    (4, 128, "symmetric"),
+    (4, 32, "float"),
+    (3, 64, "integer"),
+    (2, 32, "float"),
+    (8, -1, "integer"),
+    (2, 256, "float"),
+]
 
 
 def reference(op: str, *args):
@@ -148,7 +155,11 @@ def test_grid_estimates_and_no_wait_for_the_device(units, low_rank):
     n, k, g, m = 512, 1100, 64, 300
     args = {**grid_arguments(4, n, k, g, units, rank=16), "group_size": g, "clip_first": False}
     x, dy = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(m, n, device="cuda").bfloat16()
-    codes = lk.grid_codes(**{a: v for a, v in args.items() if a not in ("group_size", "clip_first")}, in_features=k, group_size=g)
+    codes = lk.grid_codes(
+        **{a: v for a, v in args.items() if a not in ("group_size", "clip_first")},
+        in_features=k,
+        group_size=g,
+    )
     exact = lk.grid_estimates(x.float(), dy.float(), None, codes, *args.values(), low_rank, 1.0, True, True)
     got = lk.grid_estimates(x, dy, None, codes, *args.values(), low_rank, 1.0, True, True)
     assert all((a - b).norm() < 1e-2 * b.norm() for a, b in zip(got, exact, strict=True))
@@ -279,7 +290,11 @@ def test_matmul_and_dx(n, k, bits, g, kind, dtype, rows):
     dense = reference("dequantize", *w, bits, k, g, torch.float32).double()
     for m in rows:
         x, dy = torch.randn(m, k, device="cuda").to(dtype), torch.randn(m, n, device="cuda").to(dtype)
-        good(lk.packed_matmul(x, *w, bits, g), reference("packed_matmul", x, *w, bits, g), x.double() @ dense.t())
+        good(
+            lk.packed_matmul(x, *w, bits, g),
+            reference("packed_matmul", x, *w, bits, g),
+            x.double() @ dense.t(),
+        )
         good(
             lk.packed_matmul_dx(dy, *w, bits, k, g),
             reference("packed_matmul_dx", dy, *w, bits, k, g),

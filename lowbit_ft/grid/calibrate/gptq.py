@@ -23,7 +23,9 @@ def inverse_factor(hessian: Tensor, damping: float, diagonal: Tensor | None = No
     diagonal [K]: instead of H's own. fp64, in one K x K matrix that is worked on in place.
     """
     k, info = len(hessian), torch.empty((), dtype=torch.int32, device=hessian.device)
-    h = torch.empty(k, k, dtype=torch.float64, device=hessian.device).t()  # by columns, as LAPACK works: no copy inside
+    h = torch.empty(
+        k, k, dtype=torch.float64, device=hessian.device
+    ).t()  # by columns, as LAPACK works: no copy inside
     for attempt in range(8):
         h.copy_(hessian)
         if diagonal is not None:
@@ -35,7 +37,9 @@ def inverse_factor(hessian: Tensor, damping: float, diagonal: Tensor | None = No
             torch.linalg.cholesky_ex(h, upper=True, out=(h, info))
             if info.item() == 0:
                 return h.float()
-    raise ValueError(f"gptq: the Hessian stays singular with damping {damping * 10**7:g}; give more calibration text")
+    raise ValueError(
+        f"gptq: the Hessian stays singular with damping {damping * 10**7:g}; give more calibration text"
+    )
 
 
 def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:

@@ -44,7 +44,9 @@ def full_range(groups: Tensor, grid: IntGrid) -> tuple[Tensor, Tensor | None]:
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | float, grid: IntGrid, p: float, weight: Tensor | None) -> Tensor:
+def rounding_error(
+    groups: Tensor, scale: Tensor, zero: Tensor | float, grid: IntGrid, p: float, weight: Tensor | None
+) -> Tensor:
     """sum |w - Q(w)|^p over a group, each input weighted by `weight` when given: [..., g] -> [...]."""
     zero = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
     q = (groups / scale.unsqueeze(-1) + zero).round_().clamp_(0, grid.levels - 1).sub_(zero)
@@ -52,7 +54,9 @@ def rounding_error(groups: Tensor, scale: Tensor, zero: Tensor | float, grid: In
     return (error if weight is None else error * weight).sum(-1)
 
 
-def search(groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def search(
+    groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero [...] that minimise `rounding_error` of [..., g] groups over RATIOS of the full range.
 
     Asymmetric: for every ratio the range shrinks about the middle, and the zero points next to that one are tried as well.
@@ -62,7 +66,11 @@ def search(groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None = None
     """
     shape, groups = groups.shape[:-1], groups.reshape(-1, groups.shape[-1])
     # On a CPU few enough groups at a time for the cache: twice as fast.
-    some = max(1, CPU_ELEMENTS * torch.get_num_threads() // groups.shape[1]) if groups.device.type == "cpu" else len(groups)
+    some = (
+        max(1, CPU_ELEMENTS * torch.get_num_threads() // groups.shape[1])
+        if groups.device.type == "cpu"
+        else len(groups)
+    )
     found = [_search(part, grid, p, weight) for part in groups.split(max(1, some))]
     zeros = None if grid.symmetric else torch.cat([zero for _, zero in found if zero is not None]).view(shape)
     return torch.cat([scale for scale, _ in found]).view(shape), zeros
@@ -72,12 +80,17 @@ def _search(groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None) -> t
     """`search` of [n, g] groups at once."""
     scale, zero = full_range(groups, grid)
     half = float(grid.levels // 2)
-    state = _Searched(groups, scale, zero, rounding_error(groups, scale, half if zero is None else zero, grid, p, weight))
+    state = _Searched(
+        groups, scale, zero, rounding_error(groups, scale, half if zero is None else zero, grid, p, weight)
+    )
     full, low, done = scale, groups.amin(-1).clamp_max(0), []
     rows = torch.arange(len(groups), device=groups.device)
     for number, ratio in enumerate(RATIOS):
         if number and number % PRUNE_EVERY == 0:
-            open_ = _clipping_error(state.groups, full * ratio, grid, p, weight, low * ratio) * (1 - 1e-4) < state.best
+            open_ = (
+                _clipping_error(state.groups, full * ratio, grid, p, weight, low * ratio) * (1 - 1e-4)
+                < state.best
+            )
             done.append((rows[~open_], state.of(~open_)))
             rows, state, full, low = rows[open_], state.of(open_), full[open_], low[open_]
             if not len(rows):
@@ -113,10 +126,17 @@ class _Searched:
             self.zero = torch.where(better, zero, self.zero)
 
     def of(self, chosen: Tensor) -> "_Searched":
-        return _Searched(self.groups[chosen], self.scale[chosen], None if self.zero is None else self.zero[chosen], self.best[chosen])
+        return _Searched(
+            self.groups[chosen],
+            self.scale[chosen],
+            None if self.zero is None else self.zero[chosen],
+            self.best[chosen],
+        )
 
 
-def _clipping_error(groups: Tensor, scale: Tensor, grid: IntGrid, p: float, weight: Tensor | None, low: Tensor) -> Tensor:
+def _clipping_error(
+    groups: Tensor, scale: Tensor, grid: IntGrid, p: float, weight: Tensor | None, low: Tensor
+) -> Tensor:
     """No more than `rounding_error` at this scale [n] or any smaller one: what lies beyond the ends of the range, counted from there.
     Three steps are given away at each end of an asymmetric range: for the zero points beside the middle one, and for rounding."""
     if grid.symmetric:
@@ -124,7 +144,11 @@ def _clipping_error(groups: Tensor, scale: Tensor, grid: IntGrid, p: float, weig
     else:
         least, most = low - 3 * scale, low + (grid.levels + 2) * scale
     slack = 1 + 2**-7  # scales are rounded, to bfloat16 at worst
-    outside = torch.maximum(groups - (most * slack).unsqueeze(-1), (least * slack).unsqueeze(-1) - groups).clamp_min_(0).pow_(p)
+    outside = (
+        torch.maximum(groups - (most * slack).unsqueeze(-1), (least * slack).unsqueeze(-1) - groups)
+        .clamp_min_(0)
+        .pow_(p)
+    )
     return (outside if weight is None else outside * weight).sum(-1)
 
 

@@ -82,7 +82,9 @@ def cases() -> list[Case]:
                 )
             )  # fmt: skip
     names = [(case.name, arch) for case in found for arch in case.architectures]
-    assert len(names) == len(set(names)), f"two cases of one name: {sorted(n for n in names if names.count(n) > 1)}"
+    assert len(names) == len(set(names)), (
+        f"two cases of one name: {sorted(n for n in names if names.count(n) > 1)}"
+    )
     return found
 
 

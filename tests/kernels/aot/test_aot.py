@@ -69,12 +69,21 @@ def ones() -> list[Case]:
     found = {}
     for case in cases():
         free = {p.name for p in case.function.params if not p.do_not_specialize}
-        sizes = [name for name in ("M", "N", "groups", "rows", "count") if case.signature.get(name) == "i32" and name in free]
+        sizes = [
+            name
+            for name in ("M", "N", "groups", "rows", "count")
+            if case.signature.get(name) == "i32" and name in free
+        ]
         whole_row = case.constants.get("GROUP") == 0
         key = (case.function.__name__, whole_row)
         if sizes and key not in found:
             signature = {name: kind for name, kind in case.signature.items() if name not in sizes}
-            found[key] = replace(case, signature=signature, constants=case.constants | dict.fromkeys(sizes, 1), name=f"{case.name} ones")
+            found[key] = replace(
+                case,
+                signature=signature,
+                constants=case.constants | dict.fromkeys(sizes, 1),
+                name=f"{case.name} ones",
+            )
     return list(found.values())
 
 

@@ -88,7 +88,9 @@ def test_values_far_outside_clip():
     args["b"] = args["b"] * 1e12
     got = unpack(codes_triton.grid_codes(**args, in_features=K), 4, K)
     product = args["b"] @ args["a"]
-    assert torch.equal(got[product.abs() > 1e3], torch.where(product > 0, 15, 0).to(torch.uint8)[product.abs() > 1e3])
+    assert torch.equal(
+        got[product.abs() > 1e3], torch.where(product > 0, 15, 0).to(torch.uint8)[product.abs() > 1e3]
+    )
 
 
 def test_strided_rows_and_offsets_beyond_int32():

@@ -11,8 +11,23 @@ from tests.kernels.test_ops import dense, error, integer_args
 
 M, N, K = 20, 37, 300
 FORMS = {
-    "chunked": {"form": "chunked", "BLOCK_N": 16, "CHUNK_MB": 0.03, "SPAN": 4, "num_warps": 1, "num_stages": 1},
-    "fused": {"form": "fused", "BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_K": 128, "GROUP_N": 2, "num_warps": 1, "num_stages": 1},
+    "chunked": {
+        "form": "chunked",
+        "BLOCK_N": 16,
+        "CHUNK_MB": 0.03,
+        "SPAN": 4,
+        "num_warps": 1,
+        "num_stages": 1,
+    },
+    "fused": {
+        "form": "fused",
+        "BLOCK_N": 16,
+        "BLOCK_M": 16,
+        "BLOCK_K": 128,
+        "GROUP_N": 2,
+        "num_warps": 1,
+        "num_stages": 1,
+    },
 }
 WHAT = ("scale", "offset", "a", "b")
 CASES = [
@@ -31,12 +46,24 @@ def problem(bits, group_size, f, units, zero, clip_first, *, low_rank=True, rank
     """x, dy, arguments and the float64 gradients; no value near a tie or near an end of the clip."""
     for _ in range(20):
         args = integer_args(
-            bits, group_size, f, units, zero=zero, offset=True, low_rank=low_rank, clip_first=clip_first, shape=shape
+            bits,
+            group_size,
+            f,
+            units,
+            zero=zero,
+            offset=True,
+            low_rank=low_rank,
+            clip_first=clip_first,
+            shape=shape,
         )
         if rank != 3:
             args["a"], args["b"] = torch.randn(rank, shape[1]) / 4, torch.randn(shape[0], rank) / 4
         value, weight, leaves = dense(args, shape[1])
-        ends = torch.minimum(value.abs(), (value - (2**bits - 1)).abs()).min() if low_rank or units == "live" else 1
+        ends = (
+            torch.minimum(value.abs(), (value - (2**bits - 1)).abs()).min()
+            if low_rank or units == "live"
+            else 1
+        )
         if ((value % 1) - 0.5).abs().min() > 3e-6 and ends > 3e-6:
             break
     else:
@@ -66,7 +93,9 @@ def test_every_gradient(form: str, case: tuple):
 @pytest.mark.parametrize(("group_size", "units"), [(32, "grid"), (-1, "grid"), (128, "live")])
 def test_without_a_low_rank_part(form: str, group_size: int, units: str):
     # residual_bits 4: on a frozen grid without D the residual must not be looked at.
-    x, dy, args, want = problem(4, group_size, 4 if units == "live" else 0, units, True, False, low_rank=False)
+    x, dy, args, want = problem(
+        4, group_size, 4 if units == "live" else 0, units, True, False, low_rank=False
+    )
     check(form, x, dy, args, want)
     with dispatch.override("grid_gradients", FORMS[form]):
         da, db = gradients_triton.grid_gradients(x, dy, **args)[2:]

@@ -15,7 +15,7 @@ from lowbit_kernels import dispatch
 from safetensors.torch import load_file
 
 from lowbit_ft import pipeline
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"

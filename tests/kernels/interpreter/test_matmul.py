@@ -68,7 +68,14 @@ def gradient(name: str, dy: Tensor, args: list, bits: int, k: int, group: int) -
 # Ragged on purpose: N no multiple of a block, K of no superblock, of no group. The interpreter is slow, so that shapes and zeros
 # rotate: each regime meets every shape, each bit width every kind of zero.
 SHAPES = [(17, 330, 64, 3), (40, 200, -1, 9), (24, 96, 32, 1), (20, 520, 128, 18), (16, 600, 256, 8)]
-ZEROS = [("none", False), ("integer", False), ("float", False), ("none", True), ("float", True), ("integer", True)]
+ZEROS = [
+    ("none", False),
+    ("integer", False),
+    ("float", False),
+    ("none", True),
+    ("float", True),
+    ("integer", True),
+]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -163,7 +170,9 @@ def test_the_two_stage_regime_in_many_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(matmul_triton, "_COLUMNS", 128)
     chunks = []
     whole = matmul_triton._dequantize_into
-    monkeypatch.setattr(matmul_triton, "_dequantize_into", lambda out, *a: (chunks.append(tuple(out.shape)), whole(out, *a)))
+    monkeypatch.setattr(
+        matmul_triton, "_dequantize_into", lambda out, *a: (chunks.append(tuple(out.shape)), whole(out, *a))
+    )
     config = {"regime": "two_stage", "CHUNK_MB": 128 * 300 * 4 / 2**20}
     with dispatch.override("packed_matmul", config):
         assert error(matmul_triton.packed_matmul(x, *args, 4, 64), x.double() @ dense.t()) < 2e-6
@@ -268,7 +277,8 @@ def run_ptx(text: str, bf16: bool, *inputs: np.ndarray) -> np.ndarray:
             assert operation.endswith("bf16x2" if bf16 else ".f16x2"), operation
             terms = [halves(name) for name in sources]
             low, high = (
-                terms[0][i] * terms[1][i] + terms[2][i] if len(terms) > 2 else terms[0][i] * terms[1][i] for i in (0, 1)
+                terms[0][i] * terms[1][i] + terms[2][i] if len(terms) > 2 else terms[0][i] * terms[1][i]
+                for i in (0, 1)
             )
             result = _to_bits(low, bf16) | _to_bits(high, bf16) << np.uint32(16)
         else:

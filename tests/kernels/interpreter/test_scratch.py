@@ -7,7 +7,7 @@ import torch
 from lowbit_kernels import binary_triton, gradients_triton, matmul_triton, packed_width
 from lowbit_kernels.scratch import scratch
 
-from lowbit_ft.counting import Counter
+from lowbit_ft.plan.counting import Counter
 
 
 def _codes(n: int, k: int, bits: int) -> torch.Tensor:
@@ -26,9 +26,13 @@ def test_matmul_and_its_gradient(m: int) -> None:
     n, k = 256, 256
     scale = torch.ones(k // 128, n)
     args = (torch.randn(m, k), _codes(n, k, 4), scale, None, None, 4, 128)
-    assert _held(matmul_triton.packed_matmul, args) == pytest.approx(scratch("packed_matmul", args, 0), rel=0.05)
+    assert _held(matmul_triton.packed_matmul, args) == pytest.approx(
+        scratch("packed_matmul", args, 0), rel=0.05
+    )
     args = (torch.randn(m, n), _codes(n, k, 4), scale, None, None, 4, k, 128)
-    assert _held(matmul_triton.packed_matmul_dx, args) == pytest.approx(scratch("packed_matmul_dx", args, 0), rel=0.05)
+    assert _held(matmul_triton.packed_matmul_dx, args) == pytest.approx(
+        scratch("packed_matmul_dx", args, 0), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(("rank", "m"), [(0, 12), (8, 12), (80, 12), (8, 40)])
@@ -36,14 +40,38 @@ def test_gradients(rank: int, m: int) -> None:
     n, k = 128, 256
     scale = torch.ones(k // 32, n)
     a, b = (torch.randn(rank, k), torch.randn(n, rank)) if rank else (None, None)
-    args = (torch.randn(m, k), torch.randn(m, n), _codes(n, k, 4), None, scale, None, a, b, scale, None, None, 1.0, "grid", 4, 0, 32, False)
-    assert _held(gradients_triton.grid_gradients, args) == pytest.approx(scratch("grid_gradients", args, 0), rel=0.15)
+    args = (
+        torch.randn(m, k),
+        torch.randn(m, n),
+        _codes(n, k, 4),
+        None,
+        scale,
+        None,
+        a,
+        b,
+        scale,
+        None,
+        None,
+        1.0,
+        "grid",
+        4,
+        0,
+        32,
+        False,
+    )
+    assert _held(gradients_triton.grid_gradients, args) == pytest.approx(
+        scratch("grid_gradients", args, 0), rel=0.15
+    )
 
 
 def test_binary() -> None:
     n, k, m = 96, 512, 40
     planes, alpha = torch.stack([_codes(n, k, 1)] * 2), torch.ones(2, k // 128, n)
     args = (torch.randn(m, k), planes, alpha, None, 128)
-    assert _held(binary_triton.binary_matmul, args) == pytest.approx(scratch("binary_matmul", args, 0), rel=0.05)
+    assert _held(binary_triton.binary_matmul, args) == pytest.approx(
+        scratch("binary_matmul", args, 0), rel=0.05
+    )
     args = (torch.randn(m, n), planes, alpha, None, k, 128)
-    assert _held(binary_triton.binary_matmul_dx, args) == pytest.approx(scratch("binary_matmul_dx", args, 0), rel=0.05)
+    assert _held(binary_triton.binary_matmul_dx, args) == pytest.approx(
+        scratch("binary_matmul_dx", args, 0), rel=0.05
+    )

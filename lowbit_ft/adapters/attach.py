@@ -1,0 +1,165 @@
+"""attach: adapters into PackedLinears, everything else frozen, and the table that says what trains.
+
+State is exchanged by layer name, in the key layout of PEFT ("base_model.model.<layer>.lowbit_adapters.<tensor>"), so the file a
+run writes is the file `PeftModel.from_pretrained` reads.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.linear import PackedEmbedding, PackedLinear
+from . import AdapterConfig
+from .step_codes import StepCodes
+
+PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
+
+
+@dataclass(frozen=True)
+class TrainableRow:
+    """One adapted layer: trainable numbers by tensor name, and the packed bytes below them."""
+
+    layer: str
+    grid: str
+    tensors: dict[str, int]
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainableTable:
+    rows: list[TrainableRow]
+    total_parameters: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(sum(row.tensors.values()) for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "trainable": self.trainable,
+            "total": self.total_parameters,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        share = self.trainable / max(1, self.total_parameters)
+        sums: dict[str, int] = {}
+        for row in self.rows:
+            for name, count in row.tensors.items():
+                sums[name] = sums.get(name, 0) + count
+        parts = ", ".join(f"{name} {count:,}" for name, count in sums.items())
+        return f"trainable: {self.trainable:,} ({share:.2%} of the model's weights) in {len(self.rows)} layers: {parts}"
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """(name, layer) of every PackedLinear, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """(name, layer) of every PackedLinear that has an adapter."""
+    return ((name, layer) for name, layer in packed_layers(model) if layer.adapter is not None)
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig, dense_weight: Callable[[str], Tensor] | None = None
+) -> TrainableTable:
+    """Give every PackedLinear (of config.targets) a fresh adapter and freeze the rest. dense_weight(layer) -> [N, K] is asked only when the
+    config's start needs it (`init: loftq`), one layer at a time. ValueError naming every layer whose grid the method refuses."""
+    # An embedding looks its rows up; there is no product for an adapter to be in.
+    layers = [(name, layer) for name, layer in packed_layers(model) if not isinstance(layer, PackedEmbedding)]
+    if not layers:
+        raise ValueError("attach: the model has no packed layers; quantize it first")
+    names = [name for name, _ in layers]
+    packed = sum(layer.in_features * layer.out_features for _, layer in layers)
+    layers = [(name, layer) for name, layer in layers if config.trains(name)]
+    if not layers:
+        raise ValueError(
+            f"adapter.targets: {config.targets} match none of the {len(names)} packed layers ({', '.join(names[:4])}, ...)"
+        )
+    refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]
+    if refused:
+        raise ValueError(f"adapter {config.method} cannot train this base:\n  " + "\n  ".join(refused))
+    if config.wants_weight and dense_weight is None:
+        raise ValueError(
+            f"adapter {config.method}: this start reads the dense weights, and there is no checkpoint to read"
+        )
+    model.requires_grad_(False)
+    rows = []
+    for name, layer in layers:
+        weight = dense_weight(name) if config.wants_weight and dense_weight else None
+        layer.adapter = config.build(layer.base, weight)
+        tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
+        rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
+    dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return TrainableTable(rows, packed + dense)
+
+
+def begin_step(model: nn.Module, step: int) -> None:
+    """Tell every adapter which optimizer step (0-based) comes next."""
+    for _, layer in adapted_layers(model):
+        assert layer.adapter is not None
+        layer.adapter.begin_step(step, layer.base)
+    drop_codes(model)
+
+
+def keep_codes(model: nn.Module, on: bool) -> None:
+    """Whether every adapter keeps the codes of an optimizer step (adapters/step_codes.py)."""
+    for _, layer in adapted_layers(model):
+        assert layer.adapter is not None
+        layer.adapter.kept = StepCodes() if on else None
+
+
+def drop_codes(model: nn.Module) -> None:
+    """Let go of the codes that are kept: an optimizer step is over."""
+    for _, layer in adapted_layers(model):
+        if layer.adapter is not None and layer.adapter.kept is not None:
+            layer.adapter.kept.drop()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter tensor under its PEFT key."""
+    return {
+        f"{PEFT_PREFIX}{name}.{PEFT_SLOT}.{key}": tensor
+        for name, layer in adapted_layers(model)
+        if layer.adapter is not None
+        for key, tensor in layer.adapter.state_dict().items()
+    }
+
+
+def adapted_names(state: Iterable[str]) -> list[str]:
+    """The layers whose tensors these PEFT keys name, in their order."""
+    return list(dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(f".{PEFT_SLOT}.")[0] for key in state))
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of adapter_state. ValueError naming missing, unknown and misshapen tensors, before anything is copied."""
+    current = adapter_state(model)
+    problems = [f"missing: {key}" for key in current.keys() - state.keys()]
+    problems += [f"unknown: {key}" for key in state.keys() - current.keys()]
+    problems += [
+        f"{key}: got shape {tuple(state[key].shape)}, the adapter has {tuple(tensor.shape)}"
+        for key, tensor in current.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(
+            "these adapter tensors do not fit the model:\n  " + "\n  ".join(sorted(problems)[:20])
+        )
+    for key, tensor in current.items():
+        tensor.copy_(state[key])
+
+
+def base_digest(model: nn.Module) -> str:
+    """sha256 over every packed base by name: an adapter trained on one base refuses another."""
+    sha = hashlib.sha256()
+    for name, layer in packed_layers(model):
+        sha.update(f"{name}:{layer.base.digest()};".encode())
+    return sha.hexdigest()

@@ -1,0 +1,553 @@
+"""The keys of Axolotl and LLaMA-Factory, and what each becomes here.
+
+The adapter becomes `dl_qat`: like a LoRA it counts units of the weight, so rank, alpha and learning rate keep their meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..recipe.yaml import RecipeError
+from ..train.optim import OPTIMIZERS
+from .import_draft import Draft, Rule, Trainer
+
+SCHEDULERS = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}
+OPTIMIZER_NAMES = {
+    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw8bit", "adamw_8bit": "adamw8bit",
+    "paged_adamw_8bit": "paged_adamw8bit", "paged_adamw_32bit": "paged_adamw32bit", "lion_8bit": "lion8bit", "lion_32bit": "lion32bit",
+    "paged_lion_8bit": "paged_lion8bit", "paged_lion_32bit": "paged_lion32bit", "ademamix": "ademamix", "ademamix_8bit": "ademamix8bit",
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def number(ours: str, least: float = 0.0, whole: bool = True) -> Rule:
+    """The number as it is; left when it is below `least` (0 and -1 often mean "off")."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if isinstance(value, bool):
+            raise ValueError("a number is needed")
+        read = float(value)
+        if read < least or not math.isfinite(read):
+            draft.leave(key, f"{ours} is at least {least:g}")
+        elif whole and read != int(read):
+            draft.leave(key, f"{ours} is a whole number")
+        else:
+            draft.set(ours, int(read) if whole else read, key)
+
+    return rule
+
+
+def text(ours: str) -> Rule:
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if not isinstance(value, str) or not value:
+            raise ValueError("text is needed")
+        draft.set(ours, value, key)
+
+    return rule
+
+
+def truth(value: Any) -> bool | None:
+    """True or False, also where it is written as a word or as 1 and 0; None for anything else."""
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+
+
+def flag(ours: str, *on: str) -> Rule:
+    """on: words of theirs that mean true."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        read = True if value in on else truth(value)
+        if read is None:
+            raise ValueError("true or false is needed")
+        draft.set(ours, read, key if isinstance(value, bool) else f"{key}: {value}")
+
+    return rule
+
+
+def chosen(ours: str, table: dict[str, str]) -> Rule:
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if str(value) in table:
+            draft.set(ours, table[str(value)], f"{key}: {value}")
+        else:
+            draft.leave(key, f"{ours} has no such choice; known: {', '.join(table)}")
+
+    return rule
+
+
+def left(why: str) -> Rule:
+    """Not taken over; nothing to tell where it is off."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if value is not False and value != 0 and value not in ({}, [], "none", "no"):
+            draft.leave(key, why)
+
+    return rule
+
+
+def taken_later(draft: Draft, key: str, value: Any) -> None:
+    """A trainer's `finish`, or the rule of `dataset`, looks at it with others."""
+
+
+def if_true(ours: str, value: Any) -> Rule:
+    def rule(draft: Draft, key: str, given: Any) -> None:
+        read = True if given in ("auto", "full") else truth(given)
+        if read is None:
+            raise ValueError("true or false is needed")
+        if read:
+            draft.set(ours, value, f"{key}: {given}")
+
+    return rule
+
+
+def targets(draft: Draft, key: str, value: Any) -> None:
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if names in (["all"], ["all-linear"]) or not names:
+        return  # every packed layer, our default
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("a list of names is needed")
+    draft.set("adapter.targets", names, key)
+
+
+def trackers(draft: Draft, key: str, value: Any) -> None:
+    names = [value] if isinstance(value, str) else list(value)
+    known = [name for name in names if name in ("wandb", "tensorboard", "trackio")]
+    if known:
+        draft.set("train.trackers", known, key)
+    if others := [name for name in names if name not in known and name != "none"]:
+        draft.leave(
+            key,
+            f"no tracker {', '.join(map(str, others))} here; metrics.jsonl and report.html are always written",
+        )
+
+
+RUNTIME = left("how it is run, not what is trained: see the README (torchrun for several GPUs)")
+CACHE = left("prepared rows are kept and checked without being asked")
+EVERY = left("no fraction of an epoch here: set train.eval_every or save_every to a number of steps")
+NO_DROPOUT = left("adapters here have no dropout")
+NO_SPLIT = left("rows are not split here: give a file of its own as data.valid")
+ATTENTION = left(
+    "torch's own attention (sdpa) is used; set model.attention: flash_attention_2 where flash-attn is installed"
+)
+
+SHARED: dict[str, Rule] = {
+    "gradient_accumulation_steps": number("train.gradient_accumulation_steps", 1),
+    "learning_rate": number("train.learning_rate", 1e-12, whole=False),
+    "weight_decay": number("train.weight_decay", whole=False),
+    "adam_epsilon": number("train.eps", 1e-30, whole=False),
+    "max_grad_norm": number("train.max_grad_norm", 1e-9, whole=False),
+    "warmup_ratio": number("train.warmup_ratio", whole=False),
+    "logging_steps": number("train.log_every", 1),
+    "save_steps": number("train.save_every", 1),
+    "eval_steps": number("train.eval_every", 1),
+    "save_total_limit": number("train.keep_checkpoints", 1),
+    "seed": number("train.seed"),
+    "gradient_checkpointing": flag("train.gradient_checkpointing", "unsloth", "offload", "offload_disk", "auto"),
+    "output_dir": text("output"),
+    "bf16": if_true("model.dtype", "bfloat16"),
+    "fp16": if_true("model.dtype", "float16"),
+    "load_best_model_at_end": if_true("train.keep_best", True),
+    "use_tensorboard": if_true("train.trackers", ["tensorboard"]),
+    "adam_beta1": taken_later, "adam_beta2": taken_later, "warmup_steps": taken_later, "max_steps": taken_later,
+    "lora_alpha": taken_later, "lora_dropout": NO_DROPOUT, "eval_strategy": taken_later, "evaluation_strategy": taken_later,
+    "trust_remote_code": left("code of a checkpoint is never run here"),
+    "deepspeed": RUNTIME, "fsdp": RUNTIME, "fsdp_config": RUNTIME, "ddp_timeout": RUNTIME, "local_rank": RUNTIME, "dataloader_num_workers": RUNTIME,
+    "resume_from_checkpoint": left("the same command resumes a run by itself"),
+    "neftune_noise_alpha": left("no noise on embeddings here"),
+    "loraplus_lr_ratio": left("A and B share one rate; scales have train.scale_learning_rate"),
+    "tf32": left("not used: the codes are made in full fp32"),
+    "val_size": NO_SPLIT, "val_set_size": NO_SPLIT,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ Axolotl
+
+AXOLOTL_FORMATS = {
+    "alpaca": "alpaca",
+    "chat_template": "chat",
+    "sharegpt": "chat",
+    "completion": "text",
+    "pretrain": "text",
+}
+
+
+def axolotl_data(draft: Draft, key: str, value: Any) -> None:
+    ours = "data.train" if key == "datasets" else "data.valid"
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        raise ValueError("a list of data sets is needed")
+    for i in range(1, len(value)):
+        draft.leave(f"{key}.{i}", f"{ours} is one source; put the rows together in one file")
+    first = value[0]
+    files = first.get("data_files")
+    path = (
+        files
+        if isinstance(files, str)
+        else files[0]
+        if isinstance(files, list) and files
+        else first.get("path")
+    )
+    draft.set(f"{ours}.path", str(path), f"{key}.0.{'data_files' if files else 'path'}")
+    kind = str(first.get("type", "")).partition(".")[0].partition(":")[0]
+    if kind in AXOLOTL_FORMATS:
+        draft.set(f"{ours}.format", AXOLOTL_FORMATS[kind], f"{key}.0.type: {kind}")
+    else:
+        draft.set(f"{ours}.format", "chat", "a guess")
+        draft.leave(
+            f"{key}.0.type", f"no such format here (chat, completion, alpaca, text); {ours}.format is a guess"
+        )
+    for name in ("split", "name", "revision"):
+        if first.get(name):
+            draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
+    usual = {"field_messages": ("messages", "conversations"), "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
+             "field": ("text",), "ds_type": ("json", "parquet", "csv", "text")}  # fmt: skip
+    for name, given in first.items():
+        read = name in ("path", "type", "data_files", "split", "name", "revision")
+        if not read and given is not None and given not in usual.get(name, ()):
+            draft.leave(f"{key}.0.{name}", "rows are read by the usual names of their fields")
+
+
+def axolotl_adapter(draft: Draft, key: str, value: Any) -> None:
+    if value not in ("lora", "qlora"):
+        draft.leave(key, "only LoRA has a like here; dl_qat is set")
+    elif value == "qlora" and draft.get("quant.bits") is None:
+        draft.set("quant.bits", 4, f"{key}: qlora")
+
+
+def refuse_stage(draft: Draft, key: str, value: Any) -> None:
+    raise RecipeError([f"{key}: got {value!r}; allowed: supervised fine-tuning only; nothing was written"])
+
+
+def if_not_off(rule: Rule) -> Rule:
+    def checked(draft: Draft, key: str, value: Any) -> None:
+        if value:
+            rule(draft, key, value)
+
+    return checked
+
+
+def axolotl_finish(draft: Draft) -> None:
+    theirs = draft.theirs
+    if "adapter" not in theirs or theirs["adapter"] is None:
+        draft.leave(
+            "adapter", "full fine-tuning is not done here: an adapter (dl_qat) trains over the packed model"
+        )
+    targets_given = theirs.get("lora_target_modules")
+    if targets_given and _on(draft, "lora_target_linear"):
+        draft.leave(
+            "lora_target_modules", "lora_target_linear asks for all linear layers, which have adapters here"
+        )
+        draft.values.pop("adapter.targets", None)
+    if _on(draft, "load_in_4bit") and _on(draft, "load_in_8bit"):
+        draft.set("quant.bits", 4, "load_in_4bit")
+        draft.leave(
+            "load_in_8bit", "load_in_4bit is true too, and one of them has to give: set quant.bits to 4 or 8"
+        )
+    everything = _on(draft, "train_on_inputs")
+    finish(
+        draft,
+        everything,
+        rank_key="lora_r",
+        rslora=_on(draft, "peft_use_rslora"),
+        epochs=1.0,
+        epochs_key="num_epochs",
+    )
+
+
+AXOLOTL = SHARED | {
+    "base_model": text("model.path"),
+    "revision_of_model": text("model.revision"),
+    "load_in_4bit": if_true("quant.bits", 4),
+    "load_in_8bit": if_true("quant.bits", 8),
+    "gptq": left("the grid of a quantized checkpoint is read from its config.json"),
+    "datasets": axolotl_data,
+    "test_datasets": axolotl_data,
+    "adapter": axolotl_adapter,
+    "lora_r": number("adapter.rank", 1),
+    "lora_target_modules": targets,
+    "lora_target_linear": taken_later,
+    "lora_model_dir": text("adapter.init_from"),
+    "peft_use_rslora": taken_later,
+    "peft_use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
+    "lora_modules_to_save": left("embeddings and head stay as they are"),
+    "lora_fan_in_fan_out": left("layers are nn.Linear here"),
+    "sequence_len": number("data.sequence_len", 8),
+    "sample_packing": flag("data.packing"),
+    "train_on_inputs": taken_later,
+    "micro_batch_size": number("train.micro_batch_size", 1),
+    "num_epochs": taken_later,
+    "lr_scheduler": chosen("train.scheduler", SCHEDULERS),
+    "optimizer": chosen("train.optimizer", OPTIMIZER_NAMES),
+    "cosine_min_lr_ratio": number("train.min_lr_ratio", whole=False),
+    "wandb_project": if_not_off(lambda draft, key, value: draft.set("train.trackers", ["wandb"], key)),
+    "chat_template": left("the template of the model's own tokenizer is used"),
+    "rl": refuse_stage,
+    "reward_model": if_not_off(refuse_stage),
+    "flash_attention": ATTENTION, "attn_implementation": ATTENTION, "xformers_attention": ATTENTION,
+    "sdp_attention": left("it is the default (model.attention)"),
+    "evals_per_epoch": EVERY, "saves_per_epoch": EVERY,
+    "model_type": left("config.json says so"), "tokenizer_type": left("tokenizer_config.json says so"),
+    "dataset_prepared_path": CACHE, "pad_to_sequence_len": left("windows are padded to the longest of their batch"),
+    "strict": left("a recipe is always checked key by key"),
+    "group_by_length": left("rows are packed instead"),
+    "eval_sample_packing": left("evaluation windows are packed as training's are"),
+    "early_stopping_patience": left("no early stop: train.keep_best ships the best checkpoint"),
+    "special_tokens": left("tokens are the tokenizer's own: change its files"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ LLaMA-Factory
+
+
+def factory_data(draft: Draft, key: str, value: Any) -> None:
+    ours = "data.train" if key == "dataset" else "data.valid"
+    names = (
+        [part.strip() for part in value.split(",")]
+        if isinstance(value, str)
+        else [str(part) for part in value]
+    )
+    for name in names[1:]:
+        draft.leave(key, f"{ours} is one source, so {name} is left; put the rows together in one file")
+    entry, folder = _dataset_info(draft, names[0])
+    if entry is None:
+        draft.set(f"{ours}.path", names[0], f"{key}: {names[0]}")
+        draft.set(f"{ours}.format", "alpaca", "their default")
+        draft.leave(
+            key, f"{names[0]} is not in a dataset_info.json beside this file: set {ours}.path and format"
+        )
+        return
+    where = entry.get("file_name")
+    draft.set(
+        f"{ours}.path",
+        str(folder / where) if where else str(entry.get("hf_hub_url")),
+        f"{key}: {names[0]}, from dataset_info.json",
+    )
+    chat = entry.get("formatting") in ("sharegpt", "openai")
+    draft.set(
+        f"{ours}.format", "chat" if chat else "alpaca", f"formatting: {entry.get('formatting', 'alpaca')}"
+    )
+    for theirs, name in (("subset", "name"), ("split", "split")):
+        if entry.get(theirs):
+            draft.set(f"{ours}.{name}", str(entry[theirs]), f"{names[0]}.{theirs}")
+    if entry.get("columns") or entry.get("tags"):
+        draft.leave(
+            key, f"{names[0]} names its columns: rows are read by the usual names of their fields here"
+        )
+
+
+def _dataset_info(draft: Draft, name: str) -> tuple[dict[str, Any] | None, Path]:
+    """The entry of a data set in dataset_info.json, and the folder its files are named from."""
+    given = Path(str(draft.theirs.get("dataset_dir") or "data"))
+    for folder in (given, draft.folder / given, draft.folder):
+        try:
+            found = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get(name)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found, folder
+    return None, given
+
+
+def factory_stage(draft: Draft, key: str, value: Any) -> None:
+    if value not in ("sft", "pt"):
+        refuse_stage(draft, key, value)
+
+
+def factory_type(draft: Draft, key: str, value: Any) -> None:
+    if value != "lora":
+        draft.leave(
+            key,
+            "full and frozen fine-tuning are not done here: an adapter (dl_qat) trains over the packed model",
+        )
+
+
+def factory_train(draft: Draft, key: str, value: Any) -> None:
+    if truth(value) is not True:
+        draft.leave(key, "a run always trains")
+
+
+def factory_bits(draft: Draft, key: str, value: Any) -> None:
+    if value in (2, 3, 4, 8):
+        draft.set("quant.bits", value, key)
+    else:
+        draft.leave(key, "quant.bits is one of 2, 3, 4, 8")
+
+
+def factory_finish(draft: Draft) -> None:
+    theirs = draft.theirs
+    if theirs.get("stage") == "pt":
+        draft.set("data.train.format", "text", "stage: pt")
+    if "lora_rank" not in theirs:
+        draft.set("adapter.rank", 8, "their default")
+    if "lora_alpha" not in theirs:
+        draft.theirs = theirs | {"lora_alpha": 2 * draft.get("adapter.rank", 8)}
+    if _on(draft, "mask_history"):
+        draft.set("data.train_on", "completion", "mask_history: only the last answer")
+    if theirs.get("gradient_checkpointing") is None:
+        draft.set(
+            "train.gradient_checkpointing",
+            not _on(draft, "disable_gradient_checkpointing"),
+            "their default, or disable_gradient_checkpointing",
+        )
+    if _on(draft, "neat_packing"):
+        draft.set("data.packing", True, "neat_packing: packed rows never see each other here")
+    everything = _on(draft, "train_on_prompt")
+    finish(
+        draft,
+        everything,
+        rank_key="lora_rank",
+        rslora=_on(draft, "use_rslora"),
+        epochs=3.0,
+        epochs_key="num_train_epochs",
+    )
+
+
+FACTORY = SHARED | {
+    "model_name_or_path": text("model.path"),
+    "model_revision": text("model.revision"),
+    "stage": factory_stage,
+    "finetuning_type": factory_type,
+    "quantization_bit": factory_bits,
+    "lora_rank": number("adapter.rank", 1),
+    "lora_target": targets,
+    "adapter_name_or_path": text("adapter.init_from"),
+    "use_rslora": taken_later,
+    "use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
+    "additional_target": left("embeddings and head stay as they are"),
+    "dataset": factory_data,
+    "eval_dataset": factory_data,
+    "dataset_dir": taken_later,
+    "template": left("the chat template of the model's own tokenizer is used"),
+    "cutoff_len": number("data.sequence_len", 8),
+    "max_samples": number("data.train.limit", 1),
+    "packing": flag("data.packing"),
+    "neat_packing": taken_later,
+    "train_on_prompt": taken_later, "mask_history": taken_later, "streaming": flag("data.streaming"),
+    "per_device_train_batch_size": number("train.micro_batch_size", 1),
+    "num_train_epochs": taken_later,
+    "lr_scheduler_type": chosen("train.scheduler", SCHEDULERS),
+    "optim": chosen("train.optimizer", OPTIMIZER_NAMES),
+    "pure_bf16": if_true("model.dtype", "bfloat16"),
+    "flash_attn": ATTENTION,
+    "report_to": trackers,
+    "disable_gradient_checkpointing": taken_later,
+    "do_train": factory_train, "plot_loss": left("report.html has the curves"), "overwrite_cache": CACHE,
+    "overwrite_output_dir": left("no folder is overwritten: the same command goes on with a run"),
+    "preprocessing_num_workers": RUNTIME, "save_only_model": left("checkpoints hold what resuming needs"), "per_device_eval_batch_size": RUNTIME,
+    "quantization_method": left("the base is packed by quant.calibrate"),
+    "quantization_type": left("the grid here is integers (quant)"), "double_quantization": left("scales are bfloat16 here"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ several keys at once
+
+
+def finish(
+    draft: Draft, everything: bool, *, rank_key: str, rslora: bool, epochs: float, epochs_key: str
+) -> None:
+    """The keys that depend on each other: method and alpha, length, warm-up, betas, which tokens learn."""
+    theirs = draft.theirs
+    draft.values = {"adapter.method": ("dl_qat", "a LoRA, inside the integers")} | draft.values
+    if "quant.bits" not in draft.values and not theirs.get("gptq"):
+        draft.set("quant.bits", 4, "no key of theirs")
+    rank = draft.get("adapter.rank", 16)
+    alpha = _number(draft, "lora_alpha")
+    if alpha is not None and alpha > 0:
+        scaled = next((key for key in ("peft_use_rslora", "use_rslora") if key in theirs), "")
+        source = "lora_alpha" if not rslora else f"lora_alpha x sqrt({rank_key}), for {scaled}"
+        draft.set("adapter.alpha", alpha * (math.sqrt(rank) if rslora else 1.0), source)
+
+    steps = _number(draft, "max_steps")
+    given_epochs = _number(draft, epochs_key)
+    if steps is not None and steps >= 1:
+        draft.set("train.max_steps", int(steps), "max_steps")
+        if given_epochs is not None:
+            draft.leave(epochs_key, "max_steps says how long")
+    elif given_epochs is not None and given_epochs > 0:
+        draft.set("train.epochs", given_epochs, epochs_key)
+    else:
+        draft.set("train.epochs", epochs, "their default")
+    warmup = _number(draft, "warmup_steps")
+    if warmup:
+        if "train.max_steps" in draft.values:
+            draft.set(
+                "train.warmup_ratio",
+                round(min(1.0, warmup / draft.get("train.max_steps")), 6),
+                "warmup_steps / max_steps",
+            )
+        else:
+            draft.leave(
+                "warmup_steps",
+                "a share of the steps here, whose number is not in the file: set train.warmup_ratio",
+            )
+    betas = [_number(draft, key) for key in ("adam_beta1", "adam_beta2")]
+    if any(beta is not None for beta in betas):
+        draft.set(
+            "train.betas",
+            [0.9 if betas[0] is None else betas[0], 0.999 if betas[1] is None else betas[1]],
+            "adam_beta1, adam_beta2",
+        )
+    if "data.train_on" not in draft.values:
+        format = draft.get("data.train.format")
+        learned = (
+            "all" if everything or format == "text" else "assistant" if format == "chat" else "completion"
+        )
+        draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
+    strategy_key = next(
+        (key for key in ("eval_strategy", "evaluation_strategy") if theirs.get(key) is not None),
+        "eval_strategy",
+    )
+    strategy = theirs.get(strategy_key)
+    if strategy not in (None, "steps"):
+        draft.values.pop("train.eval_every", None)
+        if strategy is not False and strategy != "no":
+            draft.leave(strategy_key, "counted in steps here: set train.eval_every")
+        elif theirs.get("eval_steps") is not None:
+            draft.leave("eval_steps", f"{strategy_key} is no")
+    elif strategy == "steps" and theirs.get("eval_steps") is None:
+        draft.leave(strategy_key, "eval_steps is not in the file: set train.eval_every")
+    if draft.get("train.eval_every") and "data.valid.path" not in draft.values:
+        draft.values.pop("train.eval_every")
+        draft.leave("eval_steps", "there is no data.valid to measure on")
+    if "data.train.path" not in draft.values:
+        draft.leave("dataset", "no training rows in the file: set data.train")
+
+
+def _number(draft: Draft, key: str) -> float | None:
+    """The number at a key of theirs; None where there is none, and the key is left where it is something else."""
+    value = draft.theirs.get(key)
+    if value is None:
+        return None
+    try:
+        read = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        read = math.nan
+    if math.isfinite(read):
+        return read
+    draft.leave(key, "not readable as what it should be (a number is needed)")
+    return None
+
+
+def _on(draft: Draft, key: str) -> bool:
+    """Whether a key of theirs is true; it is left where it is neither true nor false."""
+    value = draft.theirs.get(key)
+    read = False if value is None else truth(value)
+    if read is None and key not in dict(draft.left):
+        draft.leave(key, "not readable as what it should be (true or false is needed)")
+    return bool(read)
+
+
+TRAINERS = (
+    Trainer("Axolotl", "base_model", AXOLOTL, axolotl_finish),
+    Trainer("LLaMA-Factory", "model_name_or_path", FACTORY, factory_finish),
+)
+
+assert set(OPTIMIZER_NAMES.values()) <= set(OPTIMIZERS), "an optimizer that train.optimizer does not have"

@@ -1,0 +1,327 @@
+"""The command line: `lowbit-ft run recipe.yaml`, and one command per stage.
+
+Every command is a few lines that call the function of the same name in pipeline.py (imported inside, so
+that --help is quick). A user error (ValueError or FileNotFoundError, whose messages say what to do) is
+printed without a traceback and exits with 2; ctrl-C exits with 130; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..recipe.recipe import Recipe
+
+app = typer.Typer(
+    name="lowbit-ft",
+    help="Fine-tune a low-bit language model whose trained integers are the integers that ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe YAML", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="a.b=value: keys set over the recipe", show_default=False)
+]
+Anyway = Annotated[bool, typer.Option("--anyway", help="start even when plan says that it cannot fit")]
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options for every command. `main` looks for --debug itself, because errors pass through there."""
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
+    """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
+    was stopped.
+    """
+    from .. import pipeline
+
+    loaded = _load(recipe, overrides)
+    _refuse_what_cannot_fit(loaded, anyway)
+    pipeline.run(loaded)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="folder with the model's config.json, when the model is not on this disk"
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", min=0.1, help="GB to fit into; default: this machine's GPU, else 24"),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="of a distributed run", envvar="WORLD_SIZE")
+    ] = 1,
+    tokens_per_second: Annotated[
+        float | None, typer.Option("--tokens-per-second", min=0.001, help="for an estimate of the time")
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option("--fit", help="write the recipe to this file, changed so that it fits")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search/--no-search", help="look for the largest batch and length")
+    ] = True,
+) -> None:
+    """Check a recipe and show its layers, its memory against a card, and what to change; nothing is loaded."""
+    from .plan import show_plan, write_fit
+
+    loaded = _load(recipe, overrides, weights=False)
+    show_plan(
+        loaded,
+        folder=config,
+        memory_gb=memory,
+        processes=processes,
+        tokens_per_second=tokens_per_second,
+        search=search,
+    )
+    if fit is not None:
+        write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes)
+
+
+@app.command()
+def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
+    from .. import pipeline
+
+    pipeline.quantize(_load(recipe, overrides))
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
+    """Load, quantize, attach and train; ends with the adapter and the merged weights."""
+    from .. import pipeline
+
+    loaded = _load(recipe, overrides)
+    _refuse_what_cannot_fit(loaded, anyway)
+    pipeline.train(loaded)
+
+
+@app.command()
+def merge(run_dir: RunFolder) -> None:
+    """Merge the trained adapter into the packed integers, and compare with the hash that training wrote."""
+    from .. import pipeline
+
+    pipeline.merge(_folder(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunFolder,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
+    ] = None,
+) -> None:
+    """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
+    from .. import pipeline
+
+    pipeline.export(_folder(run_dir), format)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_default=False)]) -> None:
+    """Reload an exported folder through its real reader and compare codes, scales and logits."""
+    from .. import pipeline
+
+    pipeline.verify(_folder(folder))
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or of one model", show_default=False)],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="lm-eval task or task file; default: eval.tasks")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option("--stage", "-s", help="base, quantized, trained, merged, exported")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="rows of each task")] = None,
+) -> None:
+    """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
+    --stage: only tasks.
+    """
+    from .. import pipeline
+
+    pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="what to answer; - reads standard input", show_default=False)],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="tokens at most")
+    ] = 128,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Answer a prompt."""
+    from .. import pipeline
+
+    answer = pipeline.generate(
+        _folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device
+    )
+    if answer is not None:
+        typer.echo(answer)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
+) -> None:
+    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
+    ...) may follow.
+    """
+    from .serve import serve as serve_folder
+
+    serve_folder(_folder(folder), context.args)
+
+
+@app.command()
+def report(run_dir: RunFolder) -> None:
+    """Write report.html of a run again."""
+    from .. import pipeline
+
+    typer.echo(pipeline.report(_folder(run_dir)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe (for editors: it completes and checks YAML)."""
+    from ..recipe.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def init(
+    model_path: Annotated[str, typer.Argument(help="checkpoint folder or hub id", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+) -> None:
+    """Write a commented recipe for a model."""
+    from .init import write_recipe
+
+    write_recipe(model_path, output, force=force)
+    typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
+
+
+@app.command(name="import-recipe")
+def import_recipe(
+    file: Annotated[Path, typer.Argument(help="YAML of Axolotl or LLaMA-Factory", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+) -> None:
+    """Write a recipe from another trainer's YAML, and list what it could not take over."""
+    from .import_recipe import write_imported
+
+    draft = write_imported(file, output, force=force)
+    for key, why in draft.left:
+        typer.echo(f"left: {key}: {why}", err=True)
+    typer.echo(
+        f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  lowbit-ft plan {output}"
+    )
+
+
+def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
+    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be there, not only its
+    config.json."""
+    from ..recipe.check import notes
+    from ..recipe.recipe import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(path, overrides or [])
+    except RecipeError as error:
+        if weights or not all("no model.safetensors" in problem for problem in error.problems):
+            raise
+        return load_recipe(path, overrides or [], check=False)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        for note in notes(recipe):
+            typer.echo(f"note: {note}", err=True)
+    return recipe
+
+
+def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
+    """ValueError, before anything is read, for a run that plan says has no place on the device it would take."""
+    if anyway:
+        return
+    from .plan import refusal
+
+    if reason := refusal(recipe):
+        raise ValueError(reason)
+
+
+def _folder(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no folder at {path}; give the folder that `lowbit-ft run` wrote")
+    if not path.is_dir():
+        raise ValueError(f"got {path}, a file; give a folder")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `lowbit-ft` command; always leaves through SystemExit (0 fine, 2 user error, 130
+    ctrl-C).
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # the libraries' bars for every reload would bury our own lines
+    try:
+        app([a for a in arguments if a != "--debug"], prog_name="lowbit-ft", standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        sys.exit(2)
+    except Exception as error:
+        if (
+            type(error).__name__ != "RunStopped"
+        ):  # by name: importing the pipeline here would slow every --help
+            raise
+        typer.echo(str(error), err=True)
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # A full disk, a file where a folder should be: what the system says of which file.
+        text = f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or make room or change its permissions there"
+    return "\n" + text if "\n" in text else text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what else fits, what to change.
+
+Made to be read at 100 columns. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from ..files.atomic import write_text
+from ..plan.fixes import (
+    MOST_WINDOWS,
+    Fix,
+    Planner,
+    _yaml,
+    combination,
+    fit,
+    fixes,
+    largest_batch,
+    largest_length,
+)
+from ..plan.model import read_config
+from ..plan.plan import Card, Plan, find_card, plan, plan_folder
+from ..plan.stages import throughput
+from ..recipe.recipe import Recipe
+
+_WORDS = {
+    "codes": "packed integers, the ones that ship",
+    "residual": "bits of the rounding error kept while training",
+    "scales and zeros": "of the packed layers",
+    "embeddings": "",
+    "head": "",
+    "norms and other": "norms, biases, layers left alone, rotary tables",
+    "adapters": "fp32 masters of what trains",
+    "gradients": "fp32, as large as the masters",
+    "optimizer states": "",
+    "kept codes": "train.keep_codes: codes of the step, kept for all its passes",
+    "batch and masks": "token ids, rotary tables, attention mask",
+    "saved layer inputs": "",
+    "one layer": "its activations while it is computed again for backward",
+    "loss": "norm, logits of one chunk and their gradient, some rows in fp32",
+    "workspace": "inside packed ops: a chunk of dW, a chunk of decoded weights",
+    "gathered layers": "train.sharding: two layers and what lies around them, whole",
+    "gradient buckets": "DDP's own copies of the gradients",
+    "context": "",
+}
+
+
+def show_plan(
+    recipe: Recipe, console: Console | None = None, *, folder: Path | None = None, memory_gb: float | None = None,
+    processes: int = 1, tokens_per_second: float | None = None, search: bool = True,
+) -> Plan | None:  # fmt: skip
+    """Print the plan; returns it (None: config.json is not on this disk and no folder with one is given)."""
+    console = console or Console()
+    _show_recipe(recipe, console)
+    card = find_card(recipe, memory_gb)
+    folder = folder or plan_folder(recipe)
+    made = plan(recipe, folder, card, processes)
+    if made is None or folder is None:
+        console.print(
+            f"\n{recipe.model.path} is not on this disk, so its layers and memory are not known. Fetch its config.json "
+            "(a few KB), or give a folder that has it:  lowbit-ft plan RECIPE --config FOLDER",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return None
+    planner = Planner(recipe, folder, card, processes)
+    _show_layers(made, console)
+    _show_parts(made, console)
+    _show_stages(made, console)
+    if search:
+        _show_largest(planner, made, console)
+    _show_needs(recipe, made, console, tokens_per_second)
+    for note in made.notes:
+        _say(console, f"note: {note}")
+    if not made.fits:
+        _show_fixes(planner, made, console)
+    return made
+
+
+def write_fit(
+    recipe: Recipe,
+    output: Path,
+    console: Console | None = None,
+    *,
+    folder: Path | None = None,
+    memory_gb: float | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Write the recipe as the card allows it. ValueError when config.json is not there, or nothing fits."""
+    console = console or Console()
+    folder = folder or plan_folder(recipe)
+    if folder is None:
+        raise ValueError(
+            f"{recipe.model.path} is not on this disk: fetch it, or give a folder with its config.json (--config FOLDER)"
+        )
+    card = find_card(recipe, memory_gb)
+    chosen, made = fit(Planner(recipe, folder, card, processes))
+    text = f"# Written by `lowbit-ft plan --fit` for {card.name}: {made.total / 1e9:.2f} GB at the peak ({made.stage}).\n{chosen.to_yaml()}"
+    write_text(output, text)
+    before, after = recipe.model_dump(mode="json"), chosen.model_dump(mode="json")
+    changes = [
+        f"{section}.{key}: {before[section][key]} -> {value}"
+        for section, values in after.items() if isinstance(values, dict)
+        for key, value in values.items() if before[section].get(key) != value
+    ]  # fmt: skip
+    _say(
+        console,
+        f"\nwrote {output}: {made.total / 1e9:.2f} GB of {card.nbytes / 1e9:.2f} GB; "
+        + ("; ".join(changes) or "nothing had to change"),
+    )
+    return made
+
+
+def refusal(recipe: Recipe) -> str | None:
+    """Why a run of this recipe cannot fit the device that it would take here and now; None when it can, or plan cannot tell.
+
+    Only the training step counts: quantizing and the last evaluation are estimates that err high, and base/ may be there already. On a
+    CPU several processes share the pages of one base, which plan counts once for each. Whatever goes wrong in planning never stands
+    in the way of a run.
+    """
+    try:
+        folder = plan_folder(recipe)
+        card = find_card(recipe, in_use=True)
+        made = plan(recipe, folder, card) if folder is not None else None
+        if (
+            made is None
+            or made.stages["training"] <= card.nbytes
+            or (made.notes and made.certain <= card.nbytes)
+        ):
+            return None
+        if card.arch == 0 and made.processes > 1:
+            return None
+        planner = Planner(recipe, folder, card, made.processes)
+        known = fixes(planner, made)
+        found = combination(planner, made, known)
+    except Exception:
+        return None
+    lines = [
+        f"{recipe.name} needs {made.total / 1e9:.2f} GB at its peak ({made.stage}), and {card.name} has {card.nbytes / 1e9:.2f} GB.",
+        *(f"  {line}" for line in _fix_lines(made, known)),
+    ]
+    if found is not None:
+        lines.append(f"  fits ({found[1].total / 1e9:.2f} GB): {'  '.join(_override(f) for f in found[0])}")
+    lines.append(
+        "`lowbit-ft plan` on the recipe shows where the memory goes; --fit writes a recipe that fits; --anyway starts this one all the same."
+    )
+    return "\n".join(lines)
+
+
+def _show_recipe(recipe: Recipe, console: Console) -> None:
+    train = recipe.train
+    windows = train.micro_batch_size * train.gradient_accumulation_steps
+    length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
+    rates = (
+        f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
+    )
+    for label, text in (
+        ("name", recipe.name),
+        ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
+        (
+            "quant",
+            f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by {recipe.quant.calibrate}",
+        ),
+        ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
+        (
+            "data",
+            f"{recipe.data.train.path} ({recipe.data.train.format}), windows of {recipe.data.sequence_len} tokens",
+        ),
+        ("train", f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, {rates}"),
+        ("export", recipe.export.format),
+        ("output", str(recipe.output)),
+    ):
+        console.print(f"{label:>8}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_layers(made: Plan, console: Console) -> None:
+    table = Table(
+        Column("layer", overflow="fold", min_width=32),
+        Column("count", no_wrap=True),
+        Column("out x in", no_wrap=True),
+        "grid",
+        Column("MB each", no_wrap=True),
+        Column("trained", no_wrap=True),
+        title="linear layers",
+        title_justify="left",
+    )
+    for kind, count, row in made.kinds():
+        size = (row.base_bytes + row.residual_bytes) / 1e6
+        cells = (
+            (row.grid, f"{size:.2f}", f"{row.trainable:,}")
+            if row.reason is None
+            else (f"skipped: {row.reason}", "", "")
+        )
+        table.add_row(kind, str(count), f"{row.out_features} x {row.in_features}", *cells)
+    console.print()
+    console.print(table)
+
+
+def _show_parts(made: Plan, console: Console) -> None:
+    recipe, words = made.recipe, dict(_WORDS)
+    words["context"] = "CUDA context and libraries" if made.card.arch else "Python and libraries"
+    words["optimizer states"] = recipe.train.optimizer + (
+        ": the large ones in CPU memory" if "paged" in recipe.train.optimizer else ""
+    )
+    words["saved layer inputs"] = "kept from forward to backward"
+    if recipe.train.gradient_checkpointing:
+        words["saved layer inputs"] = "input of every layer" + (
+            f", in {recipe.train.offload} memory" if recipe.train.offload != "no" and made.card.arch else ""
+        )
+    else:
+        words["saved layer inputs"] = "activations of every layer: gradient_checkpointing is off"
+        words["one layer"] = "while it is computed"
+    for name, key in (("embeddings", recipe.quant.embeddings), ("head", recipe.quant.lm_head)):
+        words[name] = f"packed to {key} bits" if key is not None else f"in {recipe.model.dtype}"
+    if made.parts["head"] == 0:
+        words["head"] = "the embedding's matrix is the head too"
+    shared = f", by {made.processes} processes, on each" if made.processes > 1 else ""
+    table = Table(
+        "part",
+        Column("GB", justify="right"),
+        "",
+        title=f"peak of a training step: in {made.peak_at}{shared}",
+        title_justify="left",
+    )
+    for name, size in made.parts.items():
+        if size == 0 and name not in ("head", "optimizer states", *made.moments):
+            continue
+        cell, text = f"{size / 1e9:.3f}", words.get(name, "")
+        if name in made.moments:
+            cell, text = "", f"{made.moments[name] / 1e9:.3f} GB, but at another moment ({text})"
+        table.add_row(name, cell, escape(text))
+    table.add_section()
+    table.add_row("total", f"{made.stages['training'] / 1e9:.3f}", f"{made.trainable:,} trained parameters")
+    console.print(table)
+
+
+def _show_stages(made: Plan, console: Console) -> None:
+    card = made.card
+    table = Table(
+        "stage",
+        Column("peak GB", justify="right"),
+        f"of {card.nbytes / 1e9:.2f} GB",
+        title=f"against {card.name}",
+        title_justify="left",
+    )
+    for name, size in made.stages.items():
+        over = size - card.nbytes
+        table.add_row(
+            name,
+            f"{size / 1e9:.2f}",
+            f"{100 * size / card.nbytes:.0f} %" + (f", {over / 1e9:.2f} GB too much" if over > 0 else ""),
+        )
+    console.print(table)
+    word = "fits" if made.fits else "does NOT fit"
+    _say(
+        console, f"{word}: {made.total / 1e9:.2f} GB at the peak ({made.stage}) of {card.nbytes / 1e9:.2f} GB"
+    )
+
+
+def _show_largest(planner: Planner, made: Plan, console: Console) -> None:
+    recipe = planner.recipe
+    values = read_config(planner.folder) if planner.folder is not None else {}
+    text = values.get("text_config")
+    positions = values.get("max_position_embeddings") or (
+        text.get("max_position_embeddings") if isinstance(text, dict) else None
+    )
+    batch, length = largest_batch(planner), largest_length(planner, positions)
+    more = " or more" if batch == MOST_WINDOWS else ""
+    one = (
+        f"{batch:,}{more} at windows of {recipe.data.sequence_len:,} tokens"
+        if batch
+        else f"none at windows of {recipe.data.sequence_len:,} tokens"
+    )
+    other = (
+        f"{length:,} tokens at micro batch {recipe.train.micro_batch_size}"
+        if length
+        else f"none at micro batch {recipe.train.micro_batch_size}"
+    )
+    _say(
+        console,
+        f"largest micro batch that trains: {one}; longest window: {other}"
+        + (" (all positions it has)" if length and length == positions else ""),
+    )
+
+
+def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second: float | None) -> None:
+    needs = made.needs
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.disk.items())
+    _say(console, f"disk: {needs.on_disk / 1e9:.2f} GB ({parts})")
+    away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
+    _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
+    steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
+    if steps is None:
+        _say(
+            console,
+            f"{needs.tokens_per_step:,} tokens per step; the number of steps is known once the data is read ({recipe.train.epochs:g} epochs)",
+        )
+        return
+    tokens = steps * needs.tokens_per_step
+    line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens / 1e6:,.1f} million tokens"
+    if rate:
+        source = "given" if tokens_per_second else f"measured in {recipe.output}"
+        line += f", about {_duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
+    else:
+        line += "; --tokens-per-second, or an earlier run in the same output folder, gives the time"
+    _say(console, line)
+
+
+def _show_fixes(planner: Planner, made: Plan, console: Console) -> None:
+    known = fixes(planner, made)
+    table = Table(
+        Column("change", no_wrap=True),
+        "saves",
+        "costs",
+        title="what would save memory, cheapest first",
+        title_justify="left",
+    )
+    for fix in known:
+        table.add_row(str(fix).replace(", ", "\n"), _saved(made, fix), fix.cost)
+    if known:
+        console.print(table)
+    found = combination(planner, made, known)
+    if found is None:
+        _say(
+            console,
+            "no combination of these was found that fits: take a smaller model, a lower quant.bits, or more GPUs",
+        )
+        return
+    _say(
+        console,
+        f"this fits ({found[1].total / 1e9:.2f} GB):  {'  '.join(_override(fix) for fix in found[0])}",
+    )
+
+
+def _saved(made: Plan, fix: Fix) -> str:
+    """What a fix saves, by stage where the stages differ."""
+    parts: dict[str, list[str]] = {}
+    for stage, size in fix.saves.items():
+        if size > 5e6:
+            parts.setdefault(f"{size / 1e9:.2f} GB", []).append(stage)
+    if len(parts) == 1 and len(next(iter(parts.values()))) == len(fix.saves):
+        return next(iter(parts))
+    return "\n".join(f"{size} ({', '.join(stages)})" for size, stages in parts.items())
+
+
+def _fix_lines(made: Plan, known: list[Fix]) -> list[str]:
+    return [f"{fix} saves {_saved(made, fix)}: {fix.cost}".replace("\n", ", ") for fix in known]
+
+
+def _override(fix: Fix) -> str:
+    """A fix as it is typed behind the recipe."""
+    return "  ".join(
+        f"--processes {value}" if key == "processes" else f"{key}={_yaml(value)}"
+        for key, value in fix.changes.items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+__all__ = ["Card", "refusal", "show_plan", "write_fit"]

@@ -1,0 +1,144 @@
+"""From the data section of a recipe to windows of tokens.
+
+    rows (data_read) -> tokens and loss mask (data_format) -> windows (here) -> batches (data_batches)
+
+A window is one Example of at most `sequence_len` tokens. It is made of segments, stretches of tokens that
+must not see each other: positions restart at each one, and the label of its first token is -100, since what
+stands before it is another text. With packing, rows share windows (best fit over a bounded number of open
+windows, so a stream packs as a file does); texts are instead joined with EOS and cut every `sequence_len`
+tokens. Without it, one row is one window.
+
+Nothing is dropped in silence: DataReport counts every row that was cut, skipped or left without a target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+from ..recipe.sections import DataSection, DataSource
+from .format import BadRow, Formatter
+from .pack import pack, pack_text
+from .read import DataError, read_rows
+from .windows import IGNORE, DataReport, Example, Examples
+
+
+class StreamedExamples(Examples):
+    """Windows made while they are read: iterate as often as needed, each pass reads the source again.
+
+    It has no length and no index. `report` is that of the newest pass, growing with it.
+    """
+
+    streaming = True
+
+    def __init__(self, source: DataSource, section: DataSection, tokenizer: Any):
+        super().__init__(())
+        self._source, self._section, self._tokenizer = source, section, tokenizer
+
+    def __iter__(self) -> Iterator[Example]:
+        self.report = DataReport(sequence_len=self._section.sequence_len)
+        formatter = Formatter(self._source.format, self._section.train_on, self._tokenizer)
+        return _windows(self._source, self._section, formatter, self.report)
+
+    def __len__(self) -> int:
+        raise DataError(
+            "a streamed data set has no length; set train.max_steps instead of epochs", self._source.path
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        raise DataError("a streamed data set has no index; set data.streaming: false", self._source.path)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over where the stream comes from and how it is cut; the content is not known beforehand."""
+        source, section = self._source, self._section
+        parts = [source.path, source.format, source.split, source.name, source.revision, source.limit]
+        parts += [section.sequence_len, section.packing, section.train_on]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def load_examples(source: DataSource, section: DataSection, tokenizer: Any, *, seed: int = 0) -> Examples:
+    """Reads `source` (recipe: data.train, data.valid or eval.data) into windows of at most
+    section.sequence_len tokens.
+
+    `seed` orders the rows before they are packed, so that a window of a file sorted by subject is not of one
+    subject; texts are joined in file order. With section.streaming the result is a StreamedExamples, of which
+    one window is read now to see that there is one. Raises DataError: no such file, a malformed row
+    (on_bad_row: error), no usable row.
+    """
+    if section.sequence_len < 2:
+        raise DataError(f"sequence_len {section.sequence_len}; at least 2, a token and its successor")
+    if section.streaming:
+        stream = StreamedExamples(source, section, tokenizer)
+        if next(iter(stream), None) is None:
+            raise _empty(source.path, stream.report)
+        return stream
+    report = DataReport(sequence_len=section.sequence_len)
+    formatter = Formatter(source.format, section.train_on, tokenizer)
+    if section.packing and source.format != "text":
+        rows = Examples(_rows(source, section, formatter, report))
+        order = list(range(len(rows)))
+        random.Random(seed).shuffle(order)
+        examples = Examples(_counted(pack((rows[i] for i in order), section.sequence_len), report), report)
+    else:
+        examples = Examples(_windows(source, section, formatter, report), report)
+    if not len(examples):
+        raise _empty(source.path, report)
+    return examples
+
+
+def _empty(path: str, report: DataReport) -> DataError:
+    return DataError(
+        f"no usable row.\n{report}" if report.rows else "the data set is empty: it has no row", path
+    )
+
+
+def _windows(source: Any, section: Any, formatter: Formatter, report: DataReport) -> Iterator[Example]:
+    rows = _rows(source, section, formatter, report)
+    if section.packing:
+        rows = (pack_text if source.format == "text" else pack)(rows, section.sequence_len)
+    return _counted(rows, report)
+
+
+def _counted(windows: Iterable[Example], report: DataReport) -> Iterator[Example]:
+    for window in windows:
+        report.windows += 1
+        report.tokens += len(window.input_ids)
+        report.target_tokens += sum(label != IGNORE for label in window.labels)
+        yield window
+
+
+def _rows(source: Any, section: Any, formatter: Formatter, report: DataReport) -> Iterator[Example]:
+    """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
+    and cut."""
+    whole = section.packing and source.format == "text"
+    report.notes = formatter.notes
+    for row in read_rows(source, streaming=section.streaming):
+        report.rows += 1
+        try:
+            if row.value is None:
+                raise BadRow(row.problem)
+            tokens = formatter(row.value)
+        except BadRow as error:
+            bad = DataError(str(error), row.file, row.number)
+            if section.on_bad_row != "skip":
+                hint = f"{error} (data.on_bad_row: skip passes over such rows)"
+                raise DataError(hint, row.file, row.number) from error
+            report.skipped += 1
+            if len(report.problems) < 5:
+                report.problems.append(str(bad))
+            continue
+        ids, learned = tokens.input_ids, tokens.learned
+        cut = not whole and len(ids) > section.sequence_len
+        if cut:
+            ids, learned = ids[: section.sequence_len], learned[: section.sequence_len]
+        labels = [IGNORE, *(i if t else IGNORE for i, t in zip(ids[1:], learned[1:], strict=True))]
+        if all(label == IGNORE for label in labels):
+            report.dropped += 1
+            continue
+        report.truncated += cut
+        report.used += 1
+        yield Example(ids, labels, [len(ids)])

@@ -1,0 +1,129 @@
+"""Find the files of a checkpoint: a local folder, or a hub id fetched at one commit; nothing outside it.
+
+An index file (model.safetensors.index.json) names the shards, and it is data from a stranger: a name with a
+separator or "..", an absolute path, or a link that leaves the folder would make us read (and publish, after
+an export) any file of this machine. Each name is resolved and must stay in the folder; the hub cache's own
+links, from a snapshot to the blobs of the same repository, are the one exception.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..files.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
+
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*\.safetensors")
+
+
+def contained_file(folder: Path, name: Any) -> Path:
+    """The path of file `name` of `folder`; refused unless it is a plain name and a file of that folder.
+
+    A hub snapshot's links into the blobs folder of its own repository are allowed. Raises CheckpointError.
+    """
+    if not isinstance(name, str) or ".." in name or not _PLAIN_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{folder}: the index names the shard {name!r}, "
+            "which is not a plain *.safetensors file name; refused"
+        )
+    folder = folder.resolve()
+    path = folder / name
+    if not path.exists():
+        broken = " (a link that leads nowhere)" if path.is_symlink() else ""
+        raise CheckpointError(f"{path}: missing{broken}. The download is incomplete: get it again.")
+    allowed = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        allowed.append(folder.parent.parent / "blobs")
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise CheckpointError(
+            f"{path}: a link that leaves the folder (to {real}); refused. Put the file itself there, or give "
+            "the folder that has it."
+        )
+    return path
+
+
+def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
+    """{shard file name: tensor names the index promises in it}."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_symlink() or (folder / "model.safetensors").exists():
+        return {"model.safetensors": []}
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards: dict[str, list[str]] = {}
+            for name, shard in weight_map.items():
+                shards.setdefault(shard, []).append(name)
+            return shards
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"{index}: not a weight index ({type(error).__name__}: {error})")
+            return {}
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickles:
+        problems.append(
+            f"{folder}: only pickle weights ({pickles[0]}). Reading a pickle can run code, so it is refused. "
+            'If you trust it, convert it once: python -c "from transformers import '
+            "AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" "
+            "and copy the tokenizer files"
+        )
+    else:
+        others = sorted(p.name for p in folder.glob("*.safetensors"))
+        hint = f" (there is {', '.join(others[:3])}: an adapter, or a renamed file?)" if others else ""
+        problems.append(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}")
+    return {}
+
+
+def tensor_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """(where every tensor of a model folder lies, what is wrong with its weight files), from the headers alone."""
+    entries: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for shard, expected in shards_of(folder, problems).items():
+        try:
+            path = contained_file(folder, shard)
+            start, header = parse_header(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if missing := sorted(set(expected) - set(header)):
+            problems.append(
+                f"{path}: lacks {len(missing)} tensors that the index puts here, such as {missing[0]!r}"
+            )
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            entries[name] = TensorEntry(path, dtype, shape, start + begin, end - begin)
+    return entries, problems
+
+
+def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """(folder, commit): a local folder, or a hub id fetched into the hub cache."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{source}: a local folder has no revision; remove revision {revision!r}")
+        return local.resolve(), None
+    if local.exists():
+        raise CheckpointError(f"{source}: a file; give the folder that has config.json and *.safetensors")
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", source) or source.startswith("."):
+        raise CheckpointError(f"{source}: no such folder (and not a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    def fetch(at: str | None, files: list[str]) -> Path:
+        return Path(snapshot_download(source, revision=at, allow_patterns=files, ignore_patterns=["*/*"]))
+
+    try:
+        folder = fetch(revision, _SMALL_FILES)
+        indexed = [name for name in shards_of(folder, []) if isinstance(name, str)]
+        # Only the shards of the index: some repositories hold a second copy of the weights.
+        folder = fetch(folder.name, _SMALL_FILES + (indexed or ["model.safetensors"]))
+    except Exception as error:  # OSError, ValueError or httpx errors: all for the user to solve
+        detail = (str(error).strip().splitlines() or ["no detail"])[0]
+        raise CheckpointError(
+            f"{source}: no such folder, and as a hub id it could not be fetched "
+            f"({type(error).__name__}: {detail})"
+        ) from error
+    return folder.resolve(), folder.name

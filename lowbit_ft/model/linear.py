@@ -1,0 +1,248 @@
+"""PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an adapter, a bias.
+
+Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict reads
+`<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense `weight` parameter;
+`weight` dequantizes on every read and exists for tools that look at it. Only train/sharding.py turns the buffers into frozen
+Parameters of the same names, because FSDP spreads nothing else.
+
+Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through PyTorch's int4 kernel
+where it can hold the grid: the same weight, repacked at the first such call and kept beside the codes (half a byte per weight more),
+with sums that differ in their rounding (lowbit_kernels/decode_cpu.py says by how much). Everything else is the packed op. What is
+measured or compared must not change path with the number of rows: it runs under `packed_op_only`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lowbit_kernels import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
+from torch import Tensor, nn
+
+from ..grid import WEIGHTS, Grid, IntGrid, PackedWeight, Weight, empty_weight
+
+
+class WeightAdapter(nn.Module):
+    """What a PackedLinear asks of whatever trains its weight. Adapters (adapters/base.py) are such, one floor above."""
+
+    kept: Any = None  # the codes of an optimizer step, where they are kept (adapters/step_codes.py)
+
+    def forward(self, x: Tensor, base: Weight) -> Tensor:
+        """x [..., K] -> [..., N] with the adapted weight."""
+        raise AssertionError(f"{type(self).__name__} has no forward")
+
+    def merge(self, base: Weight) -> Weight:
+        """The adapted weight of the last forward, as it ships."""
+        raise AssertionError(f"{type(self).__name__} has no merge")
+
+    def begin_step(self, step: int, base: Weight) -> None:
+        """Called before optimizer step `step` (0-based)."""
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias, W [N, K] on a grid. With an adapter, W is the adapted weight; the base never changes."""
+
+    bias: nn.Parameter | None
+    fast_decode: bool = True  # `packed_op_only` turns it off
+
+    def __init__(self, base: Weight, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = base.shape
+        self.grid: Grid = base.grid
+        self.adapter: WeightAdapter | None = None
+        self._names = tuple(base.to_tensors())
+        self._repacked: _Repacked | None = None
+        for name, tensor in base.to_tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        grid: Grid,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        offset: bool = False,
+    ) -> "PackedLinear":
+        """A layer whose tensors a checkpoint will fill."""
+        base = empty_weight((out_features, in_features), grid, device, offset)
+        return cls(base, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @property
+    def base(self) -> Weight:
+        """The packed base: a view of the buffers, made on the spot (no copies). Of a sharded layer: the gathered tensors inside
+        its forward and backward, shards (DTensor) outside."""
+        held = self._buffers if self._names[0] in self._buffers else self._parameters
+        tensors = {name: held[name] for name in self._names}
+        shape = (self.out_features, self.in_features)
+        return WEIGHTS[self.grid.name](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def freeze_into_parameters(self) -> None:
+        """The packed buffers become Parameters without gradient, same names and memory: what FSDP can spread."""
+        for name in self._names:
+            tensor = self._buffers.pop(name)
+            assert tensor is not None
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [N, K] in fp32, dequantized on every read (the adapted one when there is an adapter).
+
+        Some models multiply with a layer's weight instead of calling the layer (Mamba's dt_proj). Where gradients are wanted the weight
+        is the layer's answer to the identity: the same bits, and what was read is trained."""
+        if self.adapter is not None and torch.is_grad_enabled():
+            device = self.base.to_tensors()["scale"].device
+            return self.adapter(torch.eye(self.in_features, device=device), self.base).t()
+        return (self.base if self.adapter is None else self.adapter.merge(self.base)).dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.adapter is not None:
+            y = self.adapter(x, self.base)
+        elif (int4 := self._int4_for(x)) is not None:
+            y = int4_linear(x, int4)
+        else:
+            y = self.base.linear(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _int4_for(self, x: Tensor) -> Int4Weight | None:
+        """The repacked weight when this call is one for the int4 kernel. Made again when a buffer is another one, or was written to."""
+        if not self.fast_decode or self.training or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return None
+        if not 0 < x.numel() <= DECODE_ROWS * self.in_features or torch.compiler.is_compiling():
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        if getattr(getattr(self, "_hf_hook", None), "offload_buffers", False):
+            return (
+                None  # accelerate takes the codes out of memory after each call: a copy would keep them there
+            )
+        if self._names[0] not in self._buffers:
+            return None  # sharded: what is gathered for this call is gone after it, a copy would stay
+        tensors = [self._buffers[name] for name in self._names]
+        if self._repacked is None or not self._repacked.made_of(tensors):
+            self._repacked = _Repacked.make(self.base)
+        return self._repacked.weight
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        """Training has no use for the repacked copy: it is let go."""
+        if mode:
+            self._repacked = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        """`.to(dtype)` moves everything and casts the bias only: packed buffers and fp32 masters keep their dtypes."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if tensor is self.bias or out.dtype == tensor.dtype:
+                return out
+            return tensor.to(out.device)
+
+        self._repacked = None
+        return super()._apply(keep, recurse)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, grid={self.grid}"
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first rounding.
+
+    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds models without values.
+    The dtype of the output is that of the model, which `.to(dtype)` changes; `like` is an empty buffer that follows it.
+    """
+
+    like: Tensor
+
+    def __init__(self, base: Weight, dtype: torch.dtype, factor: float | None = None):
+        super().__init__(base)
+        self.factor = factor
+        self.register_buffer(
+            "like", torch.empty(0, dtype=dtype, device=base.to_tensors()["scale"].device), persistent=False
+        )
+
+    @classmethod
+    def in_place_of(cls, embedding: nn.Embedding, base: Weight, dtype: torch.dtype) -> "PackedEmbedding":
+        """What takes the place of a model's own embedding."""
+        return cls(base, dtype, embedding_factor(embedding))
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., H]."""
+        rows = (
+            self.base.chosen(ids.reshape(-1)).dequantize(self.like.dtype).view(*ids.shape, self.in_features)
+        )
+        return (
+            rows
+            if self.factor is None
+            else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
+        )
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._buffers["like"] = fn(self.like)
+        return self
+
+
+def embedding_factor(embedding: nn.Embedding) -> float | None:
+    """What a scaled embedding multiplies its rows with; None for a plain one."""
+    value = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class _Repacked:
+    """What the int4 kernel reads (None: it cannot hold this grid), and which tensors at which version it was made of."""
+
+    weight: Int4Weight | None
+    tensors: list[Tensor]
+    versions: list[int]
+
+    @classmethod
+    def make(cls, base: Weight) -> "_Repacked":
+        tensors = list(base.to_tensors().values())
+        weight, grid = None, base.grid
+        if any(tensor.is_inference() for tensor in tensors):
+            tensors = []  # made under torch.inference_mode: nothing tells when they are written to, so nothing is kept
+        elif isinstance(base, PackedWeight) and isinstance(grid, IntGrid):
+            if fits_int4(base.shape, grid.bits, grid.group_size, base.scale.dtype, base.offset is not None):
+                weight = int4_weight(
+                    base.codes, base.scale, base.zero, grid.bits, base.shape[1], grid.group_size
+                )
+        return cls(weight, tensors, [tensor._version for tensor in tensors])
+
+    def made_of(self, tensors: list[Tensor | None]) -> bool:
+        """Whether these are the tensors it was made of, unchanged since."""
+        if len(tensors) != len(self.tensors):
+            return False
+        return all(
+            a is b and b._version == v for a, b, v in zip(tensors, self.tensors, self.versions, strict=True)
+        )
+
+
+@contextmanager
+def packed_op_only(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer runs the packed op whatever the number of rows: for numbers that are compared between stages."""
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    before = [layer.fast_decode for layer in layers]
+    for layer in layers:
+        layer.fast_decode = False
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.fast_decode = value

@@ -1,0 +1,36 @@
+"""Names as people write them: patterns over layer names, and the known word nearest to a mistyped one.
+
+Below everything that has names: recipes, adapters, exporters and adapter folders all say what was meant with these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer name is meant by `pattern`: its last part(s) ("q_proj"), a glob ("*.layers.0.*"), or a
+    full regex match.
+    """
+    if name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False  # a glob such as "*.mlp.*" is not a regex
+
+
+def nearest(word: object, allowed: Iterable[object]) -> str:
+    """The allowed word closest to what was typed, or '' when none is close."""
+    by_lower = {str(name).lower(): str(name) for name in allowed}
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[close[0]] if close else ""
+
+
+def did_you_mean(word: object, allowed: Iterable[object]) -> str:
+    """ "; did you mean 'x'?" or nothing."""
+    close = nearest(word, allowed)
+    return f"; did you mean '{close}'?" if close else ""

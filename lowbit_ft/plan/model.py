@@ -1,0 +1,334 @@
+"""The model of a recipe without weights: what it will hold, and one packed, adapted decoder layer of each kind.
+
+config.json builds the model on the meta device (transformers' own code, so every architecture is itself), the rule of `quantize`
+says which matrices are packed, and PackedLinears and adapters of the recipe take their places. Bytes are then counted from the
+tensors' shapes, not from formulas. Decoder layers that are alike are built once and multiplied.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import Adapter
+from ..grid import empty_weight
+from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.load import meta_model
+from ..model.matrices import find_matrices, stand_in
+from ..model.walk import decoder_layers
+from ..quantize.quantize import plan_layers
+from ..recipe.layers import Shapes
+from ..recipe.recipe import Recipe
+
+# Bytes by part, in the order in which they are shown.
+PARTS = ("codes", "residual", "scales and zeros", "embeddings", "head", "norms and other", "adapters")
+_PACKED_PARTS = {"codes": "codes", "planes": "codes", "residual": "residual"}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One linear layer: weight [N, K]; `reason` says why it is skipped (None: quantized on `grid`); sizes in
+    bytes, parameters.
+    """
+
+    layer: str
+    out_features: int
+    in_features: int
+    grid: str = ""
+    reason: str | None = None
+    base_bytes: int = 0
+    residual_bytes: int = 0
+    trainable: int = 0
+
+
+@dataclass
+class Block:
+    """A kind of decoder layer: the module (packed and adapted, on meta), its name, and which layers are of this kind. like: the same
+    for layers that differ in nothing but that one of them is the first."""
+
+    name: str
+    module: nn.Module
+    like: str
+    indices: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Skeleton:
+    """A recipe's model: kinds of decoder layers, the rest of the model (its layers are still dense and only stand for their
+    number), bytes by part, and the numbers of elements of every trained tensor."""
+
+    model: Any
+    blocks: list[Block]
+    rows: list[PlanRow]
+    held: dict[str, int]
+    trained: list[int]
+    block_bytes: dict[str, list[int]]  # kind -> [frozen bytes, trained elements] of one layer
+    largest: int  # elements of the largest matrix to be packed
+    dense_block: int  # bytes of the largest decoder layer in model.dtype
+    dense_bytes: int  # bytes of the whole dense model in model.dtype
+    shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.trained)
+
+    @property
+    def layers(self) -> int:
+        return sum(len(block.indices) for block in self.blocks)
+
+
+def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
+    """The model of `recipe` with the config.json of `folder`. ValueError when no model can be made of it, or packed as asked."""
+    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
+    targets, skipped = plan_layers(dense, recipe.quant)
+    prefix, layers = decoder_layers(dense)
+    inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
+    outside = []
+    for name in targets:
+        head, _, tail = name.removeprefix(f"{prefix}.").partition(".")
+        if name.startswith(f"{prefix}.") and head.isdecimal():
+            inside[int(head)].append(tail)
+        else:
+            outside.append(name)
+
+    config, dtype = _start_free(recipe.adapter), getattr(torch, recipe.model.dtype)
+    blocks: dict[str, Block] = {}
+    for index, layer in enumerate(layers):
+        name = f"{prefix}.{index}"
+        grids = [
+            (n, recipe.quant.grid_for(f"{name}.{n}"), config.trains(f"{name}.{n}")) for n in inside[index]
+        ]
+        like = repr((grids, _fingerprint(layer)))
+        key = f"{index == 0} {like}"
+        if key not in blocks:
+            module = copy.deepcopy(layer)
+            stand_in(module, inside[index])
+            _pack(module, grids, config, dtype)
+            blocks[key] = Block(name, module, like)
+        blocks[key].indices.append(index)
+
+    shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
+    rest = _without_layers(shell, prefix)
+    _pack(rest, [(n, recipe.quant.grid_for(n), config.trains(n)) for n in outside], config, dtype)
+    tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
+        n in targets for n in _ends(dense)
+    )
+    return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, bool(tied))
+
+
+def _counted(
+    rest: Any,
+    blocks: list[Block],
+    targets: dict[str, Any],
+    skipped: list[Any],
+    recipe: Recipe,
+    prefix: str,
+    dense: Any,
+    tied: bool,
+) -> Skeleton:
+    held: dict[str, int] = dict.fromkeys(PARTS, 0)
+    trained: list[int] = []
+    per_block: dict[str, list[int]] = {}
+    embedding, head = rest.get_input_embeddings(), rest.get_output_embeddings()
+
+    def part_of(module: nn.Module) -> str:
+        return (
+            "embeddings"
+            if module is embedding
+            else "head"
+            if module is head and not tied
+            else "norms and other"
+        )
+
+    for part, size in _bytes(rest, part_of):
+        held[part] += size
+    trained += [p.numel() for p in rest.parameters() if p.requires_grad]
+    for block in blocks:
+        own = list(_bytes(block.module, lambda _: "norms and other"))
+        for part, size in own:
+            held[part] += size * len(block.indices)
+        masters = [p.numel() for p in block.module.parameters() if p.requires_grad]
+        trained += masters * len(block.indices)
+        per_block[block.name] = [sum(size for part, size in own if part != "adapters"), sum(masters)]
+    rows = [_row(name, matrix, recipe, rest, blocks, prefix) for name, matrix in targets.items()]
+    shapes = {name: matrix.shape for name, matrix in _matrices(dense).items()}
+    left = [row for row in skipped if row.layer in shapes and row.reason != "embedding"]
+    rows += [
+        PlanRow(row.layer, shapes[row.layer][0], shapes[row.layer][1], reason=row.reason) for row in left
+    ]
+    size = getattr(torch, recipe.model.dtype).itemsize
+    dense_block = (
+        max((sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(dense)[1]), default=0)
+        * size
+    )
+    largest = max((m.shape[0] * m.shape[1] for m in targets.values()), default=0)
+    whole = sum(p.numel() for p in dense.parameters()) * size
+    tensors = {name: tuple(p.shape) for name, p in dense.named_parameters()}
+    header = Shapes(Path(), dense.config.get_text_config().to_dict(), tensors, {})
+    return Skeleton(rest, blocks, rows, held, trained, per_block, largest, dense_block, whole, header)
+
+
+def _bytes(module: nn.Module, part_of: Callable[[nn.Module], str]) -> Iterable[tuple[str, int]]:
+    """(part, bytes) of every tensor of a module, tied ones once."""
+    seen: set[int] = set()
+    for owner in module.modules():
+        packed = isinstance(owner, PackedLinear)
+        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            part = part_of(owner)
+            if tensor.requires_grad:
+                part = "adapters"
+            elif packed and part == "norms and other" and name != "bias":
+                part = _PACKED_PARTS.get(name, "scales and zeros")
+            elif part == "norms and other" and _is_adapter(owner):
+                part = "adapters"
+            yield part, tensor.numel() * tensor.element_size()
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return isinstance(module, Adapter)
+
+
+def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block], prefix: str) -> PlanRow:
+    module: nn.Module = rest
+    inner = name
+    head, _, tail = name.removeprefix(f"{prefix}.").partition(".")
+    if name.startswith(f"{prefix}.") and head.isdecimal():
+        module = next(block.module for block in blocks if int(head) in block.indices)
+        inner = tail
+    layer = module.get_submodule(inner)
+    assert isinstance(layer, PackedLinear)
+    sizes = {key: t.numel() * t.element_size() for key, t in layer.base.to_tensors().items()}
+    residual = sizes.pop("residual", 0)
+    count = (
+        sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
+        if layer.adapter is not None
+        else 0
+    )
+    n, k = matrix.shape
+    return PlanRow(name, n, k, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
+
+
+def _pack(module: nn.Module, grids: list[tuple[str, Any, bool]], config: Any, dtype: torch.dtype) -> None:
+    """PackedLinears and adapters on meta in the place of the matrices of these names."""
+    for name, grid, trains in grids:
+        old = module.get_submodule(name)
+        if isinstance(old, nn.Embedding):
+            base = empty_weight((old.num_embeddings, old.embedding_dim), grid, "meta")
+            module.set_submodule(name, PackedEmbedding.in_place_of(old, base, dtype))
+            continue
+        assert isinstance(old, nn.Linear)
+        layer = PackedLinear.empty(
+            old.in_features, old.out_features, old.bias is not None, grid, "meta", dtype
+        )
+        module.set_submodule(name, layer)
+        if trains:
+            if reason := config.reject(grid):
+                raise ValueError(f"adapter {config.method} cannot train {name}: {reason}")
+            with torch.device("meta"):
+                layer.adapter = config.build(layer.base)
+    for name, parameter in module.named_parameters():
+        if ".adapter." not in f".{name}":
+            parameter.requires_grad_(False)
+
+
+def _start_free(config: Any) -> Any:
+    """The adapter section with a start that reads nothing: it changes no shape."""
+    changes = {
+        key: value
+        for key, value in (("init", "zero"), ("init_from", None))
+        if key in type(config).model_fields
+    }
+    return config.model_copy(update=changes)
+
+
+def _matrices(dense: Any) -> dict[str, Any]:
+    return find_matrices(dense)
+
+
+def _ends(model: Any) -> list[str]:
+    """Names of the token embedding and of the output head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not None and any(module is end for end in ends)
+    ]
+
+
+def _without_layers(model: Any, prefix: str) -> Any:
+    """A copy of the model (on meta) whose decoder layers are empty modules of the same number: see step.py, which calls it."""
+    layers = model.get_submodule(prefix)
+    kept = {id(layer): Hollow(layer) for layer in layers}
+    return copy.deepcopy(model, memo=dict(kept))
+
+
+class Hollow(nn.Module):
+    """Stands for a decoder layer: no tensors, but what the model looks at on a layer before calling it (its kind of attention)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for key, value in vars(layer).items():
+            if isinstance(value, str | int | float | bool) and key != "training":
+                setattr(self, key, value)
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden
+
+
+def _fingerprint(layer: nn.Module) -> list[Any]:
+    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its number."""
+    found: list[Any] = []
+    for name, module in layer.named_modules():
+        plain = {
+            k: v for k, v in vars(module).items()
+            if isinstance(v, str | int | float | bool | type(None)) and k not in ("layer_idx", "training", "layer_id", "layer_number")
+        }  # fmt: skip
+        shapes = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters(recurse=False)]
+        found.append((name, type(module).__name__, sorted(plain.items(), key=str), shapes))
+    return found
+
+
+def _stamp(folder: Path) -> int:
+    return (folder / "config.json").stat().st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
+    """The dense model on meta; read only: everybody copies what they change."""
+    from transformers import AutoConfig
+
+    path = Path(folder) / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
+        raise ValueError(
+            f"{path}: cannot be used ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
+    return meta_model(config, getattr(torch, dtype), attention, path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. ValueError when it is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: not readable ({error}); give the folder of a checkpoint, or of its config.json"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'}: got a JSON {type(config).__name__}; allowed: an object")
+    return config

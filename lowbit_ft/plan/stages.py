@@ -1,0 +1,160 @@
+"""The stages of a run beside the training step: what they hold, and what a run needs of disk and RAM.
+
+Optimizer states and files are counted exactly; quantizing and evaluating are estimates on the safe side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..quantize.memory import quantize_memory
+from ..recipe.recipe import Recipe
+from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+from .model import Skeleton
+from .step import Cost, Step
+
+# bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per block of this many.
+_SMALLEST_8BIT, _SMALLEST_PAGED, _BLOCK = 4096, 100_000, 256
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on the disk by folder of the run, and of RAM beside the device's memory; steps (None: unknown before the data is read)
+    and tokens of a step; offloaded: of the RAM, what waits there between forward and backward."""
+
+    disk: dict[str, int]
+    ram: int
+    offloaded: int
+    steps: int | None
+    tokens_per_step: int
+
+    @property
+    def on_disk(self) -> int:
+        return sum(self.disk.values())
+
+
+def optimizer_bytes(name: str) -> int:
+    """Bytes of optimizer state per trained parameter: one state for sign and plain momentum methods, two for
+    Adam, three for AdEMAMix.
+    """
+    states = 3 if "ademamix" in name else 2 if "adam" in name or "lamb" in name else 1
+    return states * (1 if "8bit" in name else 4)
+
+
+def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
+    """Bytes of the states of tensors of these sizes: (on the device, in CPU memory: paged ones)."""
+    if name == "adamw":
+        return sum(8 * n + 4 for n in counts), 0
+    eight = "8bit" in name
+    states = optimizer_bytes(name) // (1 if eight else 4)
+    here = states * 4 * 256 if eight else 0  # what the 8-bit codes mean
+    away = 0
+    for n in counts:
+        size = states * (n + 4 * -(-n // _BLOCK) if eight and n >= _SMALLEST_8BIT else 4 * n)
+        if name.startswith("paged") and n >= _SMALLEST_PAGED:
+            away += size
+        else:
+            here += size
+    return here, away
+
+
+def walk_activations(per_token: float, windows: int, length: int) -> int:
+    """What LayerWalk holds of activations on the device: one batch through one layer; the hidden states of all wait on the CPU."""
+    return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
+
+
+def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
+    """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). gptq: a batch of activations too."""
+    device = quantize_memory(recipe, made.shapes).device
+    if recipe.quant.calibrate != "gptq":
+        return device
+    text = recipe.quant.calibration
+    return device + walk_activations(per_token, text.samples, text.sequence_len)
+
+
+def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
+    """Beyond the trained model: a chunk of logits (of model and reference), some rows in fp32, and the reference's own embedding,
+    head and one dense layer."""
+    size = getattr(torch, recipe.model.dtype).itemsize
+    window, windows = recipe.eval.window, recipe.eval.windows or 1 << 30
+    tokens = window * max(1, min(windows, 4096 // window))
+    elements = tokens * getattr(made.model.config.get_text_config(), "vocab_size", 0)
+    logits, rows = min(elements, LOGITS_AT_A_TIME) * size, 4 * 4 * min(elements, FLOATS_AT_A_TIME)
+    activations = walk_activations(per_token, windows, window)
+    if not recipe.eval.kl:
+        return max(logits + rows, activations)
+    walk = quantize_memory(recipe, made.shapes)
+    return walk.outside + max(walk.layer + activations, 2 * logits + rows, activations)
+
+
+def rough_step(recipe: Recipe, made: Skeleton) -> Step:
+    """The step of a model that does not run without data: the sum over the shapes of a Llama-like layer."""
+    config, size = made.model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize
+
+    def number(*keys: str) -> int:
+        return next((int(v) for v in (getattr(config, key, None) for key in keys) if isinstance(v, int)), 0)
+
+    hidden = number("hidden_size", "n_embd", "d_model")
+    inner = number("intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
+    experts = number("num_experts_per_tok", "num_experts_per_token") or 1
+    tokens = recipe.train.micro_batch_size * recipe.data.sequence_len
+    inputs = tokens * hidden * size
+    # norms, q k v o, attention, residuals; gate, up, product, activation; norms are computed in fp32
+    one = tokens * (10 * hidden + 4 * inner * experts) * size + tokens * hidden * 8
+    logits = min(tokens * number("vocab_size"), LOGITS_AT_A_TIME)
+    tail = Cost(
+        inputs + logits * size,
+        3 * inputs,
+        4 * inputs + 2 * logits * size + 12 * min(logits, FLOATS_AT_A_TIME),
+        0,
+        inputs + logits * size,
+    )
+    kept = inputs if recipe.train.gradient_checkpointing else one
+    count = max(1, made.layers)
+    gradients = 4 * made.trainable // count
+    layer = Cost(one, kept, 2 * one + gradients, gradients, one)
+    return Step(0, inputs, inputs, (layer,) * count, tail)
+
+
+def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int) -> Needs:
+    """Disk, RAM beside a GPU, steps and tokens."""
+    train, held = recipe.train, made.held
+    here, paged = optimizer_state(train.optimizer, made.trained)
+    states = here + paged
+    masters = made.trainable * 4
+    packed = sum(size for part, size in held.items() if part != "adapters")
+    shipped = packed - held["residual"]
+    steps = train.max_steps
+    saved = (
+        1
+        if not train.save_every
+        else min(train.keep_checkpoints, max(1, (steps or 1 << 30) // train.save_every))
+    )
+    checkpoints = (saved + int(train.keep_best)) * (masters + states)
+    disk = {"base/": packed, "checkpoints/": checkpoints, "adapter/": masters, "merged/": shipped}
+    if recipe.export.format != "native":
+        disk["exported/"] = shipped
+    tokens = train.micro_batch_size * recipe.data.sequence_len
+    if train.offload == "disk" and arch:
+        disk["layer inputs"] = len(step.layers) * step.hidden
+    away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
+    waiting = quantize_memory(recipe, made.shapes).cpu  # hidden states of gptq's text, or of evaluation's
+    # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its own size.
+    ram = 3_000_000_000 + away + paged + max(masters + states, waiting, 4 * made.largest)
+    return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
+
+
+def throughput(run: Path) -> float | None:
+    """Tokens per second of an earlier run of the recipe: the median of the second half of its metrics.jsonl; None without one."""
+    import json
+    import statistics
+
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rates = [row["tokens_per_s"] for row in map(json.loads, lines) if "tokens_per_s" in row]
+    except (OSError, ValueError, TypeError):
+        return None
+    return statistics.median(rates[len(rates) // 2 :]) if rates else None

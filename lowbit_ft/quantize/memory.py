@@ -1,0 +1,95 @@
+"""What quantize and the walks of evaluation hold beside the packed result, in bytes, from the recipe and the headers alone.
+
+    CPU      hidden states of the text between two layers: samples x length x width in the model's dtype, with the masks and
+             rotary angles that the model gives its layers (model/walk.py)
+    device   one dense decoder layer, and what packing its largest matrix needs
+
+None of it grows with the number of layers. The packed layers themselves go to base/ one by one (quantize.py).
+"""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from ..recipe.layers import Shapes
+from ..recipe.recipe import Recipe
+
+BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at a time
+HESSIAN_BYTES = (
+    5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
+)
+FACTOR_BYTES = (
+    8 + 4
+)  # per element of a Hessian while it is factored (grid/calibrate/gptq.py): fp64, then the factor in fp32
+CHUNK_BYTES = 300_000_000  # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it (benchmarks/load_memory.py)
+
+_LAYER = re.compile(r"(.*?\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class QuantizeMemory:
+    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after the other. The rest is on the
+    device: outside, what the model has beside its layers (embedding and head), and one dense layer, for both walks; hessians and work
+    while packing."""
+
+    calibration: int
+    reference: int
+    outside: int
+    layer: int
+    hessians: int
+    work: int
+
+    @property
+    def cpu(self) -> int:
+        """The most that waits in CPU memory, beside a few MB of staging."""
+        return max(self.calibration, self.reference)
+
+    @property
+    def device(self) -> int:
+        """The most that packing needs on the device. No packed layer is there: each goes to base/."""
+        return max(self.layer + self.hessians + self.work, self.outside + self.layer)
+
+    @property
+    def reference_device(self) -> int:
+        """What evaluation's walk needs on the device, beside the model that is measured."""
+        return self.outside + self.layer if self.reference else 0
+
+
+def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
+    """The bytes for this recipe on the checkpoint with these headers. Pure; an upper bound, exact for plain decoders in `calibration`."""
+    size = 4 if recipe.model.dtype == "float32" else 2
+    text, walks = recipe.quant.calibration, recipe.quant.calibrate == "gptq"
+    compares = recipe.eval.perplexity and recipe.eval.kl
+    layers: dict[str, int] = {}  # decoder layer -> its bytes when dense; "": everything else
+    for name, shape in shapes.tensors.items():
+        key = found[1] if (found := _LAYER.match(name)) else ""
+        layers[key] = layers.get(key, 0) + prod(shape) * size
+    outside = layers.pop("", 0)
+    packed = [layer for layer in shapes.linears if recipe.quant.skip_reason(layer.name) is None]
+    largest = max((layer.out_features * layer.in_features for layer in packed), default=0)
+    squares: dict[str, list[int]] = {}  # decoder layer -> bytes of the Hessian of each of its linears
+    for layer in packed:
+        squares.setdefault(found[1] if (found := _LAYER.match(layer.name)) else "", []).append(
+            4 * layer.in_features**2
+        )
+    hessian = max((max(sizes) for sizes in squares.values()), default=0)
+    return QuantizeMemory(
+        calibration=_waiting(text.samples, text.sequence_len, shapes, size) if walks else 0,
+        reference=_waiting(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        outside=outside if walks or compares else 0,
+        layer=max(layers.values(), default=0) if walks or compares else 0,
+        hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
+        # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns
+        # Others: a block of rows, as much again for its codes and residual while they are put together.
+        work=FACTOR_BYTES * hessian // 4 + 10 * largest
+        if walks
+        else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest),
+    )
+
+
+def _waiting(samples: int, length: int, shapes: Shapes, size: int) -> int:
+    """Hidden states, masks (a byte per pair of tokens), rotary cosines and sines, and positions (8 bytes) of `samples` windows."""
+    hidden = shapes.number("hidden_size", "n_embd", "d_model") or 0
+    heads = shapes.number("num_attention_heads", "n_head") or 1
+    head = shapes.number("head_dim") or hidden // heads
+    return samples * length * (hidden * size + length + 2 * head * size + 8)

@@ -1,0 +1,167 @@
+"""Which layers quantize packs, and the table that says what became of each.
+
+Every linear layer of the model gets a row: quantized, or skipped and why. Nothing is skipped in silence.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ..model.experts import is_experts
+from ..model.load import Checkpoint
+from ..model.matrices import Matrix, find_matrices, unpackable
+from ..model.walk import text_tower
+from ..recipe.recipe import QuantSection
+from ..recipe.sections import is_head
+
+
+@dataclass(frozen=True)
+class QuantRow:
+    """One layer of the table. error: ||W - W^||^2 / ||W||^2. packed_bytes counts codes, residual, scales and zeros."""
+
+    layer: str
+    action: str
+    reason: str
+    bits: int | None = None
+    group_size: int | None = None
+    error: float | None = None
+    parameters: int = 0
+    packed_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class QuantTable:
+    rows: list[QuantRow]
+
+    @property
+    def quantized(self) -> list[QuantRow]:
+        return [row for row in self.rows if row.action == "quantized"]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        done, skipped = self.quantized, [row for row in self.rows if row.action != "quantized"]
+        weights, held = sum(r.parameters for r in done), sum(r.packed_bytes for r in done)
+        lines = [
+            f"quantized {len(done)} layers: {weights:,} weights, {held * 8 / max(1, weights):.2f} bits each with residual and scales"
+        ]
+        by_reason: dict[str, list[str]] = {}
+        for row in skipped:
+            by_reason.setdefault(row.reason, []).append(row.layer)
+        lines += [f"left alone ({reason}): {some(names)}" for reason, names in by_reason.items()]
+        return "\n".join(lines)
+
+
+def some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _kind(name: str) -> str:
+    """A name with its numbers left out, which is a glob for all modules of that kind."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix], list[QuantRow]]:
+    """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight matrix and is left
+    alone. ValueError naming every module that should be packed and cannot be."""
+    matrices = find_matrices(model)
+    targets: dict[str, Matrix] = {}
+    skipped: list[QuantRow] = []
+    refused: dict[str, str] = {}  # kind of module (its name without numbers) -> why
+    stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
+    text = text_tower(model)
+
+    def skip(name: str, reason: str, parameters: int) -> None:
+        skipped.append(QuantRow(name, "skipped", reason, parameters=parameters))
+
+    for name, matrix in matrices.items():
+        reason = quant.skip_reason(name, embedding=matrix.embedding)
+        if (
+            reason is None
+            and quant.targets == "all-linear"
+            and not name.startswith(text)
+            and not is_head(name)
+        ):
+            reason = "not part of the language model"
+        if matrix.expert is not None:
+            stacks.setdefault(name.rsplit(".", 2)[0], {})[name] = reason
+        if reason is None:
+            targets[name] = matrix
+        else:
+            skip(name, reason, matrix.shape[0] * matrix.shape[1])
+    for stack, linears in stacks.items():
+        left = [name for name, reason in linears.items() if reason is not None]
+        if left and len(left) < len(linears):
+            refused[_kind(stack)] = (
+                f"{len(left)} of its {len(linears)} expert matrices would stay in full precision ({left[0]}: {linears[left[0]]}); "
+                "the experts of a layer are packed together or not at all"
+            )
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if name in matrices or is_experts(module):
+            continue
+        problem, matrix_like = unpackable(module), [p for p in own.values() if p.dim() >= 2]
+        reason = quant.skip_reason(name) or (
+            None if name.startswith(text) else "not part of the language model"
+        )
+        if isinstance(module, nn.Embedding):
+            skip(name, "embedding", module.weight.numel())
+        elif problem is not None and reason is None:
+            refused[_kind(name)] = problem
+        elif isinstance(module, nn.Linear):
+            skip(name, reason or "", module.weight.numel())
+        elif matrix_like:
+            dtype = str(matrix_like[0].dtype).removeprefix("torch.")
+            reason = reason or f"{type(module).__name__}: no linear layer, stays in {dtype}"
+            skipped += [
+                QuantRow(f"{name}.{key}", "skipped", reason, parameters=p.numel())
+                for key, p in own.items()
+                if p.dim() >= 2
+            ]
+    lines = [
+        f"{kind}: {why}; to leave it in full precision: quant.exclude: ['{kind}*']"
+        for kind, why in refused.items()
+    ]
+    for name, module in model.named_modules():
+        if hasattr(module, "layers_are_rescaled"):  # RWKV divides its weights in place for inference
+            lines.append(
+                f"{name}: {type(module).__name__} changes its weights between training and inference; this model cannot be packed"
+            )
+    for key, found in (
+        ("lm_head", any(map(is_head, targets))),
+        ("embeddings", any(m.embedding for m in targets.values())),
+    ):
+        if getattr(quant, key) is not None and not found:
+            lines.append(
+                f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set quant.{key}: null"
+            )
+    if lines:
+        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and exclude: {quant.exclude}; "
+            f"its linears are {some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
+        )
+    return targets, skipped
+
+
+def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
+    """ValueError for every layer whose tensor in the files has not the shape that config.json gives the layer."""
+    problems = []
+    for name, matrix in targets.items():
+        keys = checkpoint.keys_for(matrix.parameter)
+        if len(keys) != 1 or matrix.expert is not None:
+            continue  # put together from several tensors, or a stack: Checkpoint.matrix looks at those
+        found, wanted = checkpoint.shape(keys[0]), matrix.shape[::-1] if matrix.transposed else matrix.shape
+        if found != wanted:
+            problems.append(
+                f"{checkpoint.file(keys[0])}: {keys[0]} of {name} has shape {list(found)}; config.json makes it {list(wanted)}"
+            )
+    if problems:
+        raise ValueError(
+            "\n".join(
+                [*problems, "the files and config.json do not belong together: get this checkpoint again"]
+            )
+        )

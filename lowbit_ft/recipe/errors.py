@@ -1,0 +1,135 @@
+"""From a pydantic error to one line a person can act on: got X; allowed ...; did you mean '...'?; fix.
+
+Pydantic knows what is wrong; it does not know which keys would have been right, and its places name union
+members that nobody wrote. Both are mended here by walking the values that were given and the model they
+were meant for side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from ..adapters import ADAPTERS
+from ..names import did_you_mean, nearest
+from .yaml import KeyPath, Problem
+
+LONGEST = 80  # characters of a wrong value that are shown
+
+
+def shown(value: Any) -> str:
+    """The value as it was read, cut to a readable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = "a number with thousands of digits"
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
+    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter union (chosen by the
+    method that was given).
+    """
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
+    if len(models) > 1 and isinstance(given, dict):
+        return ADAPTERS.get(str(given.get("method")))
+    return models[0] if models else None
+
+
+def written_path(location: tuple[int | str, ...], given: Any) -> KeyPath:
+    """A pydantic location without the union members in it: parts that are not keys of what was written (a
+    missing last key stays).
+    """
+    path: list[str | int] = []
+    for depth, part in enumerate(location):
+        known = (isinstance(given, dict) and part in given) or (
+            isinstance(given, list | tuple) and isinstance(part, int) and part < len(given)
+        )
+        if known:
+            given = given[part]  # type: ignore[index] - checked just above
+            path.append(part)
+        elif depth == len(location) - 1 and isinstance(given, dict):
+            path.append(part)
+    return tuple(path)
+
+
+def to_problems(section: str, annotation: Any, details: list[ErrorDetails], given: Any) -> list[Problem]:
+    """The errors of validating `given` as `annotation`, as Problems of the recipe."""
+    told = (
+        "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
+    )
+    return [_to_problem(section, annotation, detail, given) for detail in details if detail["type"] != told]
+
+
+def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any) -> Problem:
+    location = detail["loc"]
+    kind = detail["type"]
+    method = given.get("method") if isinstance(given, dict) else None
+    if section == "adapter" and location[:1] == (method,):
+        location = location[1:]  # the discriminator's tag
+    inside = written_path(location, given)
+    path: KeyPath = (section, *inside)
+    context = detail.get("ctx", {})
+
+    # The model and the values that the last key of the path belongs to.
+    model, holder = model_of(annotation, given), given
+    for part in inside[:-1]:
+        if model is not None and isinstance(part, str):
+            field = model.model_fields.get(part)
+            model = model_of(field.annotation, None) if field is not None else None
+        holder = holder[part]
+    fields = model.model_fields if model is not None else {}
+
+    if kind == "extra_forbidden":
+        unused = [name for name in fields if not (isinstance(holder, dict) and name in holder)]
+        close = nearest(inside[-1], unused) or nearest(inside[-1], fields)
+        hint = f"; did you mean '{close}'?" if close else ""
+        return Problem(path, f"unknown key{hint}; allowed: {', '.join(fields)}")
+    if kind == "missing":
+        about = fields[str(inside[-1])].description if inside and str(inside[-1]) in fields else ""
+        return Problem(path, f"missing; add `{path[-1]}: ...`{f' ({about})' if about else ''}")
+    if kind == "union_tag_not_found":
+        return Problem((*path, "method"), f"missing; add `method: ...`; allowed: {', '.join(ADAPTERS)}")
+    if kind == "union_tag_invalid":
+        return Problem(
+            (*path, "method"),
+            f"got {shown(method)}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}",
+        )
+
+    got = f"got {shown(detail['input'])}"
+    if kind == "literal_error":
+        field = fields.get(str(inside[-1])) if inside else None
+        allowed = (
+            [value for value in _literals(field.annotation) if value is not None] if field is not None else []
+        )
+        listed = ", ".join(map(str, allowed)) or str(context.get("expected", "")).replace("'", "")
+        return Problem(path, f"{got}; allowed: {listed}{did_you_mean(detail['input'], allowed)}")
+    if kind == "value_error":
+        return Problem(path, f"got {context.get('error', detail['msg'])}")
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        keys = f" with the keys {', '.join(fields)}" if fields else ""
+        return Problem(path, f"{got}; allowed: a mapping{keys}; indent its keys under it")
+    if kind in {"string_type"}:
+        return Problem(path, f"{got}; allowed: text; put it in quotes")
+    if kind == "tuple_type" or kind == "list_type":
+        return Problem(path, f"{got}; allowed: a list; write [a, b]")
+    if kind == "path_type":
+        return Problem(path, f"{got}; allowed: the path of a folder")
+    # pydantic: "Input should be a valid integer, unable to parse string as an integer"
+    message = (
+        detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ").partition(", unable")[0]
+    )
+    message = message.replace("a valid ", "a ").replace("a integer", "an integer")
+    return Problem(path, f"{got}; allowed: {message}")
+
+
+def _literals(annotation: Any) -> list[Any]:
+    """The values of the Literal types in an annotation."""
+    found: list[Any] = []
+    for part in get_args(annotation):
+        found += _literals(part) if get_args(part) or isinstance(part, type) else [part]
+    return found

@@ -1,0 +1,229 @@
+"""The linear layers of a checkpoint, from config.json and safetensors headers alone: names and shapes, no
+tensor is read.
+
+Used by the recipe checks, `plan` and `init`. What a name means (quantized, skipped and why) is
+QuantSection.skip_reason, the same rule the quantizer follows on the real modules.
+
+Layers are named as the model names them where files and model differ in kind: the experts of a mixture are `<experts>.3.gate_up_proj`
+and `<experts>.3.down_proj` whether a file keeps one tensor per expert (gate and up apart) or one stack for all, and GPT-2's Conv1D
+weights, which lie in files as [K, N], have their sides exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..incoming import Incoming, collapse
+from ..model.hub import tensor_entries
+from ..model.matrices import Matrix
+from ..model.names import Part
+from .sections import HEADS, is_token_embedding
+
+_NOT_LINEAR = (
+    "embed",
+    "wte",
+    "wpe",
+    "norm",
+    "rotary",
+    "ln_",
+    "layernorm",
+)  # 2-D weights that are looked up, not multiplied
+
+
+_CONV1D = dict.fromkeys(
+    ("gpt2", "openai-gpt"), ("c_attn", "c_proj", "c_fc", "q_attn")
+)  # model_type -> its layers that are transformers' Conv1D
+_EXPERT = re.compile(
+    r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>w[123]|gate_proj|up_proj|down_proj)\.weight"
+)
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<key>gate_up_proj|up_proj|down_proj)")
+_GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight": "down_proj"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in the files of what it is
+    made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each of its tensors is its own alone."""
+
+    name: str
+    out_features: int
+    in_features: int
+    tensors: tuple[str, ...] = ()
+    expert: int | None = None
+    turned: bool = False
+    whole: bool = True
+
+    @property
+    def matrix(self) -> Matrix:
+        """What the exporters ask about a layer."""
+        return Matrix(self.name, self.name, (self.out_features, self.in_features), self.expert, self.turned)
+
+    @property
+    def parts(self) -> list[Part] | None:
+        """The file tensors that make it, for exporters that write one for each; their rows are not known here."""
+        return [Part(name, 0, 0) for name in self.tensors] if self.whole and not self.turned else None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the headers of a checkpoint say."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+    nbytes: dict[str, int]
+    incoming: Incoming | None = None  # what is packed in the files already
+
+    @property
+    def linears(self) -> list[Layer]:
+        """Every matrix that is multiplied with (not embeddings), in the order of the model."""
+        found = [*self._plain(), *self._experts_apart(), *self._experts_stacked()]
+        return sorted(found, key=lambda found_layer: natural(found_layer.name))
+
+    @property
+    def token_embedding(self) -> Layer | None:
+        """The token embedding as a matrix [V, H]."""
+        for name, shape in self.tensors.items():
+            layer = name.removesuffix(".weight")
+            if (
+                layer != name
+                and len(shape) == 2
+                and is_token_embedding(layer)
+                and not _EXPERT.fullmatch(name)
+            ):
+                return Layer(layer, *shape, tensors=(name,))
+        return None
+
+    @property
+    def head(self) -> Layer | None:
+        """The output head; tied to the embedding it has no tensor of its own."""
+        for layer in self.linears:
+            if layer.name.rpartition(".")[2] in HEADS:
+                return layer
+        embedding = self.token_embedding
+        return None if embedding is None else Layer("lm_head", embedding.out_features, embedding.in_features)
+
+    def _plain(self) -> Iterator[Layer]:
+        turned = _CONV1D.get(self.config.get("model_type", ""), ())
+        for name, shape in self.tensors.items():
+            layer = name.removesuffix(".weight")
+            last = layer.rpartition(".")[2]
+            if (
+                layer == name
+                or len(shape) != 2
+                or any(word in last.lower() for word in _NOT_LINEAR)
+                or _EXPERT.fullmatch(name)
+            ):
+                continue
+            yield Layer(
+                layer, *(shape[::-1] if last in turned else shape), tensors=(name,), turned=last in turned
+            )
+
+    def _experts_apart(self) -> Iterator[Layer]:
+        """One tensor per expert; gate and up are one matrix in the model."""
+        experts: dict[tuple[str, int], dict[str, str]] = {}
+        for name, shape in self.tensors.items():
+            if (found := _EXPERT.fullmatch(name)) and len(shape) == 2:
+                part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(
+                    found["part"], found["part"]
+                )
+                experts.setdefault((found["experts"], int(found["number"])), {})[part] = name
+        for (prefix, number), parts in experts.items():
+            first = "gate_up_proj" if "gate_proj" in parts else "up_proj"
+            for key, names in ((first, ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                tensors = tuple(parts[name] for name in names if name in parts)
+                if tensors:
+                    n, k = sum(self.tensors[name][0] for name in tensors), self.tensors[tensors[0]][1]
+                    model_name = prefix.replace(".block_sparse_moe.", ".mlp.")  # as transformers renames it
+                    yield Layer(f"{model_name}.{number}.{key}", n, k, tensors, number)
+
+    def _experts_stacked(self) -> Iterator[Layer]:
+        """All experts of a layer in one tensor [E, N, K], or [E, K, N]."""
+        hidden = self.number("hidden_size")
+        for name, shape in self.tensors.items():
+            found = _STACK.fullmatch(name)
+            prefix, key = (found["experts"], found["key"]) if found else (None, None)
+            if not found and name.partition("block_sparse_moe.")[2] in _GRANITE_STACK:
+                head, _, tail = name.partition("block_sparse_moe.")
+                prefix, key = f"{head}block_sparse_moe.experts", _GRANITE_STACK[tail]
+            if prefix is None or len(shape) != 3:
+                continue
+            turned = (
+                self.config.get("model_type") == "gpt_oss"
+                or hidden == shape[1 if key != "down_proj" else 2] != shape[2 if key != "down_proj" else 1]
+            )
+            n, k = shape[:0:-1] if turned else shape[1:]
+            for number in range(shape[0]):
+                yield Layer(f"{prefix}.{number}.{key}", n, k, (name,), number, turned, whole=False)
+
+    def number(self, *keys: str) -> int | None:
+        """The first of these integers that config.json has (looked up in text_config too)."""
+        inner = self.config.get("text_config")
+        for values in (self.config, inner if isinstance(inner, dict) else {}):
+            for key in keys:
+                if isinstance(values.get(key), int):
+                    return values[key]
+        return None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def local_folder(path: str, revision: str | None = None) -> Path | None:
+    """The folder a model path means when it is on this disk (a hub id: its snapshot in the hub cache), else
+    None.
+    """
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir():
+            return folder
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except (OSError, ValueError):  # not a path, or not a hub id either
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a checkpoint folder brings a chat template (of its own file, or in its config)."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def read_shapes(folder: Path) -> Shapes:
+    """Read config.json and the safetensors headers of `folder`.
+
+    Raises:
+        ValueError: no config.json, no safetensors, a damaged header; the message names the file and the fix.
+    """
+    config_file = folder / "config.json"
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{config_file}: missing; give the folder of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{config_file}: not readable JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_file}: got a JSON {type(config).__name__}; allowed: an object")
+
+    entries, problems = tensor_entries(folder)
+    if problems:
+        raise ValueError(problems[0])
+    try:
+        entries, incoming = collapse(config.get("quantization_config"), entries)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()}, incoming)

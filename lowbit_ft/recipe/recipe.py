@@ -1,0 +1,149 @@
+"""The recipe: what a run is, in one YAML file, checked as a whole before anything is loaded.
+
+Nested by noun (model, quant, adapter, data, train, eval, export), leaf names as Hugging Face users know
+them, unknown keys refused. The `adapter` section is the config class of its `method`
+(lowbit_ft.adapters.ADAPTERS). The keys are in sections.py, what one section means for another in
+check.py (the disk and the machine: machine.py), lines of the file in yaml.py, wording
+of errors in errors.py. No key of a recipe enables remote code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..adapters import ADAPTERS, AdapterConfig
+from ..names import did_you_mean
+from .check import check
+from .check import check as cross_check
+from .errors import to_problems
+from .incoming import resolve_quant
+from .sections import (
+    CalibrationSection,
+    DataSection,
+    DataSource,
+    EvalSection,
+    ExportSection,
+    ModelSection,
+    OverrideSection,
+    QuantSection,
+    Section,
+    TrainSection,
+)
+from .values import for_method, found
+from .yaml import Problem, RecipeError, apply_override, read_source
+
+__all__ = [
+    "CalibrationSection",
+    "DataSection",
+    "DataSource",
+    "EvalSection",
+    "ExportSection",
+    "ModelSection",
+    "OverrideSection",
+    "QuantSection",
+    "Recipe",
+    "RecipeError",
+    "TrainSection",
+    "check_recipe",
+    "load_recipe",
+    "recipe_schema",
+]
+
+if TYPE_CHECKING:
+    AdapterSection = AdapterConfig
+else:
+    AdapterSection = Annotated[Union[tuple(ADAPTERS.values())], Field(discriminator="method")]  # noqa: UP007 - built from the table
+
+
+class Recipe(Section):
+    """One run. See the sections for what each key means; `load_recipe` reads one from YAML."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[\w.+-]+$", description="of the run, for logs and the model card"
+    )
+    model: ModelSection = Field(description="the checkpoint")
+    quant: QuantSection = Field(default_factory=QuantSection, description="the grid of the base")
+    adapter: AdapterSection = Field(description="the method and its own keys")
+    data: DataSection = Field(description="the data")
+    train: TrainSection = Field(description="the loop")
+    eval: EvalSection = Field(default_factory=EvalSection, description="the measurements")
+    export: ExportSection = Field(default_factory=ExportSection, description="the target")
+    output: Path = Field(description="folder of the run")
+
+    def to_yaml(self) -> str:
+        """Every key with its value, defaults included; `load_recipe` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe; `adapter` is a oneOf by method."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def check_recipe(recipe: Recipe) -> list[Problem]:
+    """What one section means for another, the model and the machine: the problems found, nothing loaded. See
+    check.py.
+    """
+    return check({name: getattr(recipe, name) for name in Recipe.model_fields})
+
+
+def _validator(name: str) -> TypeAdapter[Any]:
+    """The validator of one key of Recipe, bounds and the adapter's discriminator included."""
+    info: Any = Recipe.model_fields[name]
+    return TypeAdapter(Annotated[info.annotation, info])  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
+    """Read a recipe and check it as a whole.
+
+    Relative model and data paths are looked for from the current folder first, then from the recipe's folder.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value` texts, value in YAML, applied in order over the file.
+        check: also run the cross checks (method, grid, layers, files, machine).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecipeError: lists every problem, one per line, with file:line.
+    """
+    source = read_source(Path(path))
+    for override in overrides:
+        apply_override(source, override)
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for key in source.values:
+        if key not in Recipe.model_fields:
+            known = ", ".join(Recipe.model_fields)
+            problems.append(
+                Problem((key,), f"unknown key{did_you_mean(key, Recipe.model_fields)}; allowed: {known}")
+            )
+    for name, info in Recipe.model_fields.items():
+        given = source.values.get(name)
+        if name not in source.values or (
+            given is None and isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        ):
+            given = {}  # a section left out or left empty is judged by what it must hold
+        if name not in source.values and name in ("name", "output"):
+            problems.append(Problem((name,), f"missing; add `{name}: ...` ({info.description})"))
+            continue
+        try:
+            value = for_method(given) if name == "adapter" else given
+            values[name] = _validator(name).validate_python(value)
+        except ValidationError as error:
+            problems += to_problems(name, info.annotation, error.errors(include_url=False), given)
+    values = {name: found(value, Path(path).parent) for name, value in values.items()}
+    if "model" in values and "quant" in values:
+        values["quant"], against = resolve_quant(values["model"], values["quant"])
+        problems += against
+    if check:
+        problems += cross_check(values)
+    lines = source.lines(problems)
+    if lines:
+        raise RecipeError(lines)
+    return Recipe(**values)

@@ -1,0 +1,314 @@
+"""One run as one page: `write_report` reads what the stages left in a run directory and writes report.html.
+
+The page is self-contained (style inside, pictures as data URIs, no script), so it opens from disk or a mail,
+and in ten years. It never invents: a section whose file is missing says what was not run, a file that cannot
+be read says so, and the rest of the page stands. Every text from a run is HTML-escaped.
+
+    file              what is read from it
+    recipe.yaml       shown whole; `name` is the title
+    evaluation.json   {"rows": [{"stage", "perplexity", "kl", "loss"}], "windows", "window"}
+    tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better", "samples"}]}
+    metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
+                      {"step", "valid_loss"}
+    quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
+    moved.json        {layer: share of its codes that training changed, "scale_change": mean |s/s0 - 1|}
+    trainable.json    a list of rows, or an object of facts with its list under "rows"
+    stages.json       [{"stage", "seconds", "peak_memory_gb"}]
+    samples.json      [{"prompt", "before", "after"}]
+    environment.json  one object of versions and machine facts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files.atomic import write_text
+from .files import DIGITS, SHIPPED, STAGES, NotShown, RunFiles, points, values
+from .html import (
+    STYLE,
+    duration,
+    escape,
+    folded,
+    image,
+    is_number,
+    note,
+    number,
+    plain,
+    table,
+    tiles,
+    words,
+)
+from .tasks import tasks_section
+
+REPORT = "report.html"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from the files the stages left there, replacing an older one.
+
+    Missing or unreadable files shorten the page; they never raise. ValueError if run_dir is not a directory.
+    Returns the path of the page.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: not a run directory; give the `output` folder of a run")
+    target = run_dir / REPORT
+    write_text(target, _page(RunFiles(run_dir)))
+    return target
+
+
+def _page(run: RunFiles) -> str:
+    recipe = run.recipe()
+    name = str(recipe.get("name") or run.folder.resolve().name)
+    state, verdict = _verdict(run, recipe)
+    body = "".join(_section(run, key, title, build) for key, title, build in SECTIONS)
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in SECTIONS)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)}: lowbit_ft report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<header>\n<p class="kicker">lowbit_ft run report</p>\n<h1>{escape(name)}</h1>\n'
+        f'<p class="subtitle">{escape(_subtitle(recipe))}</p>\n'
+        f'<p class="verdict {state}">{escape(verdict)}</p>\n'
+        f"{tiles(_headline(run))}\n<nav>{links}</nav>\n</header>\n{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(run: RunFiles, key: str, title: str, build: Callable[[RunFiles], str]) -> str:
+    try:
+        content = build(run)
+    except NotShown as reason:
+        content = f'<p class="missing">Not shown: {escape(str(reason))}</p>'
+    return f'<section id="{key}">\n<h2>{title}</h2>\n{content}\n</section>\n'
+
+
+def _subtitle(recipe: dict[str, Any]) -> str:
+    """Model, method, bits and group size, as much of it as the recipe says."""
+    model, quant, adapter = (
+        part if isinstance(part := recipe.get(key), dict) else {} for key in ("model", "quant", "adapter")
+    )
+    parts = [model.get("path"), adapter.get("method")]
+    if quant.get("bits"):
+        parts.append(f"{quant['bits']} bits, {quant.get('grid', 'integer')} grid")
+    if group := quant.get("group_size"):
+        parts.append("one scale per row" if group == -1 else f"groups of {group}")
+    return "  ·  ".join(str(part) for part in parts if part)
+
+
+def _verdict(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
+    """("good" all equal | "bad" they differ | "open" not known) and the sentence on top of the page.
+
+    In the native format nothing is exported: the merged model is what ships.
+    """
+    export = recipe.get("export")
+    native = isinstance(export, dict) and export.get("format") == "native"
+    shipped = [stage for stage in SHIPPED if not (native and stage == "exported")]
+    try:
+        rows = run.evaluation()
+    except NotShown:
+        return (
+            "open",
+            "Not shown: the evaluation did not run, so trained, merged and exported are not compared.",
+        )
+    found = {stage: rows.get(stage, {}).get("perplexity") for stage in shipped}
+    printed = {stage: number(value, DIGITS) for stage, value in found.items() if is_number(value)}
+    if len(set(printed.values())) > 1:
+        listed = ", ".join(f"{stage} {value}" for stage, value in printed.items())
+        return "bad", f"What ships is not what was trained: the perplexities differ ({listed})."
+    if missing := [stage for stage in shipped if stage not in printed]:
+        return "open", f"Not shown: no perplexity of the {' and the '.join(missing)} model to compare with."
+    return "good", f"What was trained is what ships: {' = '.join(shipped)} perplexity = {printed['trained']}."
+
+
+AS_IT_CAME = "as it came, quantized"
+
+
+def _reference(run: RunFiles) -> str:
+    """What the row "base" is: the full-precision model, or a checkpoint that came quantized."""
+    quant = run.recipe().get("quant")
+    came = isinstance(quant, dict) and quant.get("calibrate") == "from_checkpoint"
+    return AS_IT_CAME if came else STAGES["base"]
+
+
+def _headline(run: RunFiles) -> list[tuple[str, str]]:
+    """The few numbers a reader wants first; each is left out where its file is."""
+    facts = []
+    try:
+        rows = run.evaluation()
+        for stage, label in (
+            ("base", _reference(run)),
+            ("quantized", "quantized only"),
+            ("exported", "shipped"),
+        ):
+            if is_number(perplexity := rows.get(stage, {}).get("perplexity")):
+                facts.append((f"{label}, perplexity", number(perplexity, 3)))
+    except NotShown:
+        facts.clear()
+    try:
+        rows = run.rows("stages.json", "")
+        facts.append(("total time", duration(sum(values(rows, "seconds")))))
+        if peaks := values(rows, "peak_memory_gb"):
+            facts.append(("peak memory", f"{max(peaks):.2f} GB"))
+    except NotShown:
+        return facts
+    return facts
+
+
+# The sections: each returns HTML or raises NotShown. report_plots is imported where it draws, because
+# matplotlib takes a second to load and keeps a font cache in the user's home.
+
+
+def _result(run: RunFiles) -> str:
+    rows = run.evaluation()
+    data = run.json("evaluation.json", "", dict)
+    base = rows.get("base", {}).get("perplexity")
+    reference = _reference(run)
+    lines = []
+    for stage, row in rows.items():
+        perplexity = row.get("perplexity")
+        change = "–"
+        if is_number(perplexity) and is_number(base) and base > 0:
+            change = f"{100 * (perplexity / base - 1):+.2f} %"
+        loss, kl = number(row.get("loss"), DIGITS), number(row.get("kl"), 5)
+        name = reference if stage == "base" else STAGES.get(stage, stage)
+        lines.append([name, number(perplexity, DIGITS), change, loss, kl])
+    text = (
+        f"Perplexity is e to the mean loss per target token. KL is the mean divergence from the model {reference}, in nats per token."
+        if reference == AS_IT_CAME
+        else "Perplexity is e to the mean loss per target token. KL is the mean divergence from the full-precision model, in nats per token."
+    )
+    if is_number(data.get("windows")) and is_number(data.get("window")):
+        text = f"On {number(data['windows'])} windows of {number(data['window'])} tokens. {text}"
+    return table(["model", "perplexity", f"against {reference}", "loss", "KL"], lines) + note(text)
+
+
+def _training(run: RunFiles) -> str:
+    from . import plots as report_plots
+
+    rows = run.metrics()
+    train, valid = points(rows, "loss"), points(rows, "valid_loss")
+    rates = {"learning rate": points(rows, "lr"), "learning rate of the scales": points(rows, "scale_lr")}
+    facts = [("steps", number(max(row["step"] for row in rows)))]
+    if train:
+        facts.append(("last training loss", number(train[-1][1], 4)))
+    if valid:
+        facts.append(("last validation loss", number(valid[-1][1], 4)))
+    if speeds := sorted(values(rows, "tokens_per_s")):
+        facts.append(("tokens per second, median", number(speeds[len(speeds) // 2])))
+    if tokens := values(rows, "tokens"):
+        facts.append(("tokens", number(max(tokens))))
+    if memory := values(rows, "memory_gb"):
+        facts.append(("peak memory", f"{max(memory):.2f} GB"))
+    picture = report_plots.curves(train, valid, rates)
+    return image(picture, "loss and learning rate over the steps") + tiles(facts)
+
+
+def _layers(run: RunFiles) -> str:
+    from . import plots as report_plots
+
+    rows = run.rows("quant.json", "Quantization did not run")
+    quantized = [row for row in rows if row.get("action") == "quantized"]
+    others = [row for row in rows if row.get("action") != "quantized"]
+    weights = number(sum(values(quantized, "parameters")))
+    notes = [f"{len(quantized)} layers quantized ({weights} weights), {len(others)} left alone."]
+    panels: list[tuple[str, dict[str, float], bool]] = []
+    if errors := {str(row.get("layer")): float(row["error"]) for row in rows if is_number(row.get("error"))}:
+        panels.append(("relative squared error of quantization (%)", errors, True))
+    try:
+        moved = run.json("moved.json", "Training did not run to its end", dict)
+        change = moved.pop("scale_change", None)
+        shares = {layer: float(share) for layer, share in moved.items() if is_number(share)}
+        if any(shares.values()):
+            panels.append(("share of codes that training changed (%)", shares, False))
+        elif shares:
+            notes.append("Training changed no code, only scales.")
+        if is_number(change):
+            notes.append(f"Scales moved by {100 * change:.2f} % on average (mean |s/s0 - 1|).")
+    except NotShown as reason:
+        notes.append(f"Codes moved: not shown. {reason}")
+    html = ""
+    if panels:
+        html += image(report_plots.layers(panels), "quantization error and codes moved, per layer")
+    html += "".join(note(text) for text in notes)
+    if others:
+        lines = [[row.get("layer"), row.get("action"), row.get("reason")] for row in others]
+        html += "<h3>Left alone</h3>" + table(["layer", "action", "reason"], lines, words=3)
+    if quantized:
+        columns = ("layer", "bits", "group_size", "parameters", "error")
+        lines = [[row.get(column) for column in columns] for row in quantized]
+        head = ["layer", "bits", "group size", "weights", "relative squared error"]
+        html += folded("every quantized layer", table(head, lines))
+    return html
+
+
+def _trainable(run: RunFiles) -> str:
+    data = run.json("trainable.json", "No adapter was attached", object)
+    facts = data if isinstance(data, dict) else {}
+    listed = facts.get("rows") if facts else data
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    html = tiles(
+        (words(key), plain(value)) for key, value in facts.items() if not isinstance(value, list | dict)
+    )
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        numeric = [c for c in columns if all(row.get(c) is None or is_number(row[c]) for row in rows)]
+        columns = [c for c in columns if c not in numeric] + numeric
+        lines = [[row.get(column) for column in columns] for row in rows]
+        listing = table([words(column) for column in columns], lines, words=len(columns) - len(numeric))
+        html += folded(f"all {len(rows)} rows", listing) if len(rows) > 20 else listing
+    if not html:
+        raise NotShown("No adapter was attached (trainable.json is empty).")
+    return html
+
+
+def _stages(run: RunFiles) -> str:
+    from . import plots as report_plots
+
+    rows = run.rows("stages.json", "No stage finished")
+    bars = []
+    for row in rows:
+        seconds, memory = (
+            float(row[key]) if is_number(row.get(key)) else None for key in ("seconds", "peak_memory_gb")
+        )
+        bars.append((str(row.get("stage")), seconds, memory))
+    lines = [[name, number(seconds, 1), number(memory, 2)] for name, seconds, memory in bars]
+    peak = max(values(rows, "peak_memory_gb"), default=None)
+    lines.append(["all", number(sum(values(rows, "seconds")), 1), number(peak, 2)])
+    picture = image(report_plots.stages(bars), "seconds and peak memory of each stage")
+    return picture + table(["stage", "seconds", "peak memory (GB)"], lines)
+
+
+def _samples(run: RunFiles) -> str:
+    html = ""
+    for row in run.rows("samples.json", "No prompts were given (eval.generate)"):
+        texts = {key: f"<pre>{escape(plain(row.get(key)))}</pre>" for key in ("prompt", "before", "after")}
+        html += (
+            f'<article class="sample"><h3>prompt</h3>{texts["prompt"]}<div class="pair">'
+            f"<div><h3>before training</h3>{texts['before']}</div>"
+            f"<div><h3>after training</h3>{texts['after']}</div></div></article>"
+        )
+    return html
+
+
+def _recipe(run: RunFiles) -> str:
+    return f"<pre>{escape(run.text('recipe.yaml', 'The run has no recipe'))}</pre>"
+
+
+def _environment(run: RunFiles) -> str:
+    facts = run.json("environment.json", "The environment was not recorded", dict)
+    return table(["fact", "value"], [[words(key), plain(value)] for key, value in facts.items()], words=2)
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
+    ("result", "Result", _result),
+    ("tasks", "Tasks", tasks_section),
+    ("training", "Training", _training),
+    ("layers", "Layers", _layers),
+    ("trainable", "What was trained", _trainable),
+    ("stages", "Time and memory", _stages),
+    ("samples", "Samples", _samples),
+    ("recipe", "Recipe", _recipe),
+    ("environment", "Environment", _environment),
+)

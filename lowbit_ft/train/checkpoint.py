@@ -1,0 +1,173 @@
+"""Checkpoints that a killed run can trust.
+
+    checkpoints/step-00000100/
+        adapter.safetensors     the trained tensors, by parameter name
+        optimizer.safetensors   "<parameter>/<key>" of the optimizer, and the generators' states ("rng/...")
+        state.json              step, data position, best validation loss, what it belongs to
+        manifest.json           sha256 and size of each of the above
+
+Written aside and renamed whole (files/atomic.py): a checkpoint under its own name is complete, whenever the process
+or the machine died, and an old one that goes is renamed before it is deleted. Read only after every hash
+agrees; one that does not is renamed to "step-...corrupt", said so, and the one before it is used. Nothing
+here is a pickle: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files.atomic import file_entry, recover_all, remove_folder, staged_folder
+
+FORMAT = 1
+ADAPTER, OPTIMIZER, STATE, MANIFEST = (
+    "adapter.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+)
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as read: trained tensors by parameter name, optimizer and generator tensors, and the
+    JSON state.
+    """
+
+    path: Path
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. `folder` is made on the first save; leftovers of a killed run are removed
+    there.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, max(1, keep)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete-looking checkpoint, rising."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(
+        self,
+        step: int,
+        adapter: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        best: int | None,
+    ) -> Path:
+        """Write the checkpoint of `step`, then remove old ones: the newest `keep` and the one of step
+        `best` stay.
+        """
+        with staged_folder(self.path(step)) as stage:
+            save_file(adapter, stage / ADAPTER)
+            save_file(optimizer, stage / OPTIMIZER)
+            (stage / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
+            files = {name: file_entry(stage / name) for name in (ADAPTER, OPTIMIZER, STATE)}
+            manifest = {"format": FORMAT, "step": step, "files": files}
+            (stage / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for old in self.steps()[: -self.keep]:
+            if old != best:
+                remove_folder(self.path(old))
+        return self.path(step)
+
+    def clean(self) -> None:
+        """Settle what a killed run left half written or half deleted."""
+        recover_all(self.folder)
+
+    def problem(self, step: int) -> str | None:
+        """Why the checkpoint of `step` cannot be trusted, or None. Reads and hashes all of it."""
+        path = self.path(step)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                return f"{path / MANIFEST}: format {manifest['format']!r}; this version reads {FORMAT}"
+            for name in (ADAPTER, OPTIMIZER, STATE):
+                expected, found = manifest["files"][name], file_entry(path / name)
+                if found["bytes"] != expected["bytes"]:
+                    return f"{path / name}: expected {expected['bytes']} bytes, has {found['bytes']}"
+                if found["sha256"] != expected["sha256"]:
+                    return f"{path / name}: damaged (its sha256 is not the one in {MANIFEST})"
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+        except (ValueError, KeyError, TypeError) as error:
+            return f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
+        return None
+
+    def read(self, step: int) -> Saved:
+        """The checkpoint of `step`. Raises ValueError, naming the file, if it is damaged."""
+        if (problem := self.problem(step)) is not None:
+            raise ValueError(problem)
+        path = self.path(step)
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return Saved(path, load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
+
+    def newest_valid(self) -> int | None:
+        """Step of the newest checkpoint whose hashes agree; nothing is changed on disk."""
+        return next((step for step in reversed(self.steps()) if self.problem(step) is None), None)
+
+    def newest(self) -> Saved | None:
+        """The newest valid checkpoint. Damaged newer ones are named in a warning and renamed out of the
+        way.
+        """
+        for step in reversed(self.steps()):
+            problem = self.problem(step)
+            if problem is None:
+                return self.read(step)
+            aside = _free_name(self.path(step).with_suffix(".corrupt"))
+            self.path(step).rename(aside)
+            warnings.warn(f"skipped a damaged checkpoint: {problem}. It is now {aside}", stacklevel=2)
+        return None
+
+
+def rng_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of this process's generators: ({"cpu": uint8 [n], "cuda": uint8 [n]}, python's and numpy's as
+    JSON).
+    """
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy = [name, np.asarray(keys).tolist(), position, has_gauss, cached]
+    return tensors, {"python": [version, list(words), gauss], "numpy": numpy}
+
+
+def set_rng_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> None:
+    """Inverse of `rng_state`; a saved CUDA state is ignored on a CPU."""
+    torch.set_rng_state(tensors["cpu"].clone())  # torch misreads a view that does not start its storage
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"].clone(), device)
+    version, words, gauss = numbers["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = numbers["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _free_name(path: Path) -> Path:
+    candidate, n = path, 1
+    while candidate.exists():
+        candidate, n = path.with_name(f"{path.name}-{n}"), n + 1
+    return candidate

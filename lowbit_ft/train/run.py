@@ -1,0 +1,439 @@
+"""What the training loop (loop.py) calls: one run's state, its steps, evaluation, saving and resuming."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..adapters.attach import keep_codes
+from ..model.attention import segment_attention, segment_inputs
+from ..model.mlp_chunks import cut_mlps
+from ..model.shards import is_sharded, part_like, whole
+from ..model.walk import decoder_layers
+from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
+from .compiling import compile_layers
+from .log import TrainLog
+from .losses import Targets, count_targets, loss_forward
+from .memory import upload
+from .offload import Offload, open_store
+from .optim import build_optimizer, load_optimizer_state, optimizer_state
+from .processes import world
+from .setup import (
+    StopSignal,
+    TrainBatches,
+    TrainError,
+    ValidBatches,
+    activation_checkpointing,
+    make_accelerator,
+    share_frozen,
+    total_steps,
+)
+from .sharding import unshardable
+
+
+@dataclass
+class Progress:
+    """Where a run is: everything of a checkpoint's state.json that the loop itself changes."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    evaluated: int = 0
+    valid_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+
+class Run:
+    """The state of one run and the operations of the loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: TrainBatches,
+        valid: ValidBatches | None,
+        section: Any,
+        run_dir: Path,
+        meta: dict[str, Any],
+        accelerator: Accelerator | None,
+        choose_after: int = 0,
+    ) -> None:
+        if section.keep_best and valid is None:
+            raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
+        self.model, self.batches, self.valid, self.section = model, batches, valid, section
+        self.run_dir, self.now = run_dir, Progress()
+        self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
+        windows = section.micro_batch_size * section.gradient_accumulation_steps * world()
+        self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end sets.
+        homes = {name.rpartition(".")[0] for name in self.names.values()}
+        self.saved_names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
+        }
+        self.sharded = is_sharded(model)
+        if self.sharded and (problems := unshardable(section)):
+            raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+        if section.sharding == "fsdp" and world() > 1 and not self.sharded:
+            raise TrainError(
+                "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first"
+            )
+        if section.compile:
+            try:
+                decoder_layers(model)
+            except ValueError as error:
+                raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
+        self.accelerator = accelerator or make_accelerator(section, run_dir, model)
+        self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
+        self.saved_step: int | None = None
+        self.raw_optimizer = build_optimizer(
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
+        )
+        with ExitStack() as changes:
+            changes.enter_context(segment_attention(model))
+            if section.mlp_chunk is not None:
+                changes.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
+            self.offload = None
+            if section.offload != "no":
+                self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
+                changes.callback(self.offload.store.close)
+            keep_codes(model, section.keep_codes)
+            changes.callback(keep_codes, model, False)
+            loss = loss_forward(model, section.loss)
+            self.restored = changes.pop_all()  # nothing was refused: undone by release()
+        self.own_forward = vars(model).get("forward")
+        model.forward = MethodType(loss, model)
+        if section.gradient_checkpointing:
+            activation_checkpointing(model, True, self.offload)
+        self.undo_compile = compile_layers(model) if section.compile else None
+        with (
+            warnings.catch_warnings()
+        ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            if not self.sharded:
+                share_frozen(model)
+            # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
+            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/ (model/mapped.py).
+            move = None if self.accelerator.device.type != "cpu" else False
+            self.wrapped: Any = self.accelerator.prepare_model(
+                model, device_placement=move, evaluation_mode=self.sharded
+            )
+            self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
+        ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
+        assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"
+        model.train()
+
+    def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:
+        """Seed and begin, or read the newest valid checkpoint and go on."""
+        # Dropout differs between processes; the data order does not, it has its own generator.
+        set_seed(self.section.seed, device_specific=True)
+        if self.main:
+            self.checkpoints.clean()
+        if not resume and self.checkpoints.steps():
+            raise TrainError(
+                f"{self.checkpoints.folder}: has checkpoints of an earlier run (up to step "
+                f"{self.checkpoints.steps()[-1]}); "
+                "resume it, or choose another output folder"
+            )
+        saved = self.checkpoints.newest() if resume and self.main else None
+        self.accelerator.wait_for_everyone()  # the main process has renamed what is damaged
+        if resume and not self.main:
+            saved = self.checkpoints.newest()
+        if saved is not None:
+            self.restore(saved, on_step)
+        if self.section.trackers and self.main:
+            config = {k: v for k, v in _plain(self.section).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("lowbit_ft", config)
+
+    def restore(self, saved: Saved, on_step: Callable[[int], None] | None = None) -> None:
+        """Everything as it was after the step of the checkpoint."""
+        state = saved.state
+        differ = sorted(k for k in {*self.meta, *state["meta"]} if self.meta.get(k) != state["meta"].get(k))
+        if differ:
+            what = "; ".join(f"{k} was {state['meta'].get(k)!r} and is {self.meta.get(k)!r}" for k in differ)
+            raise TrainError(
+                f"{saved.path}: cannot resume: {what}. Use what the run began with (windows per step are micro_batch_size x "
+                "gradient_accumulation_steps x processes), or another output."
+            )
+        progress = Progress(**state["progress"])
+        # Before the weights: a step that restarts a tensor has done so already, and training went on from there.
+        if on_step is not None and progress.step > 0:
+            on_step(progress.step - 1)
+        self.load_weights(saved)
+        rng = {k.removeprefix("rng/"): v for k, v in saved.optimizer.items() if k.startswith("rng/")}
+        tensors = {k: v for k, v in saved.optimizer.items() if not k.startswith("rng/")}
+        load_optimizer_state(self.raw_optimizer, self.names, tensors, state["optimizer"])
+        rank = self.accelerator.process_index
+        if rank < len(rng["cpu"]):  # with more processes than before, the new ones keep their fresh seed
+            set_rng_state({k: v[rank] for k, v in rng.items()}, state["rng"], self.accelerator.device)
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["data"])
+        self.now = progress
+        if state["total_steps"] != self.total:
+            warnings.warn(
+                f"the run was planned for {state['total_steps']} steps and now has {self.total}; "
+                "the learning rate follows the new plan from here",
+                stacklevel=2,
+            )
+        self.saved_step = self.now.step
+
+    @torch.no_grad()
+    def load_weights(self, saved: Saved) -> None:
+        """Copy the tensors of a checkpoint into the model, checked by name and shape."""
+        ours = {name: tuple(p.shape) for p, name in self.saved_names.items()}
+        theirs = {name: tuple(t.shape) for name, t in saved.adapter.items()}
+        if ours != theirs:
+            differ = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+            raise TrainError(
+                f"{saved.path}: cannot resume: it trains other tensors ({len(differ)} differ, such as "
+                f"{differ[0]!r}: "
+                f"{theirs.get(differ[0])} there, {ours.get(differ[0])} here). Use the recipe the run began "
+                "with."
+            )
+        for parameter, name in self.saved_names.items():
+            parameter.copy_(part_like(saved.adapter[name], parameter))
+
+    # ---------------------------------------------------------------- a step
+
+    def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+        """Sum of the token losses of a micro-batch."""
+        model = self.wrapped if model is None else model
+        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for them.
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(
+            self.model, batch.get("position_ids")
+        )
+        device = self.accelerator.device
+        inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return model(
+            **inputs, labels=Targets(batch["labels"], device)
+        )  # its forward is the loss since __init__
+
+    def refuse_unreached(self) -> None:
+        """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
+        layers: dict[str, bool] = {}  # layer -> whether one of its tensors has a gradient
+        for parameter, name in self.names.items():
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers.get(layer, False) or parameter.grad is not None
+        if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
+            raise TrainError(
+                f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this model's forward goes past "
+                f"them, so they would not be trained. Leave them in full precision: quant.exclude: ['*.{missed[0].rpartition('.')[2]}']"
+            )
+
+    def drop_idle_gradients(self) -> None:
+        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part, zeros.
+        Zeros would fill Adam's averages: its first real steps would then be several times too long.
+        """
+        if self.now.step < self.choose_after:
+            for group in self.raw_optimizer.param_groups:
+                for parameter in group["params"] if group["name"] == "scale" else ():
+                    parameter.grad = None
+
+    def clip(self) -> Tensor:
+        """Clip the gradients to max_grad_norm; returns their norm before, fp64, on the device.
+
+        The squares are added in fp64, so that shards, however they are cut, give the factor that whole gradients give.
+        """
+        self.accelerator.unscale_gradients()
+        grads = [p.grad for p in self.names if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local if g.numel()]
+        square = (
+            torch.stack(norms).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        )
+        norm = (self.over_processes(square) if self.sharded else square).sqrt()
+        factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), 1.0).float()
+        for gradient in local:
+            # 16-bit gradients must not round the factor.
+            gradient.mul_(factor) if gradient.dtype == torch.float32 else gradient.copy_(
+                gradient.float() * factor
+            )
+        return norm
+
+    def over_processes(self, value: Tensor) -> Tensor:
+        """A scalar summed over the processes, fp64 on the device; the host does not wait."""
+        return self.accelerator.reduce(upload(value, self.accelerator.device).double(), "sum")  # pyright: ignore
+
+    def read(
+        self, loss_sum: Tensor, norm: Tensor, targets: Tensor, tokens: int, stop: bool
+    ) -> tuple[float, float, int, int, bool]:
+        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the host waits for the device."""
+        mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
+        everyone = self.accelerator.reduce(mine, "sum")
+        total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
+        return total / max(1, goals), size, int(goals), int(count), stops > 0
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value summed over the processes. The host waits: for between the steps."""
+        tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so: a signal may have reached only one of them."""
+        return self.sum(flag)[0] > 0 if self.accelerator.num_processes > 1 else flag
+
+    def bad(self, loss: float, norm: float, targets: float) -> str | None:
+        """Why the step must not be taken, or None."""
+        if not targets:
+            return "no target tokens in the whole batch"
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        return None if math.isfinite(norm) else f"gradient norm is {norm}"
+
+    def count(self, bad: str | None, loss: float, tokens: int, seconds: float) -> None:
+        now = self.now
+        now.step, now.tokens, now.seconds = now.step + 1, now.tokens + tokens, now.seconds + seconds
+        if bad is None:
+            now.loss, now.bad_in_a_row = loss, 0
+            return
+        now.bad_steps += 1
+        # fp16 finds its loss scale by overflowing: only an overflow at scale 1 or below says that something is wrong
+        searching = self.scaler is not None and math.isfinite(loss) and self.scaler.get_scale() > 1
+        now.bad_in_a_row += not searching
+
+    def give_up_if_bad(self) -> None:
+        """Raise TrainError after max_bad_steps bad steps in a row."""
+        if self.now.bad_in_a_row < self.section.max_bad_steps:
+            return
+        good = self.checkpoints.newest_valid()
+        where = (
+            f"The last good checkpoint is {self.checkpoints.path(good)}"
+            if good is not None
+            else "No checkpoint was written yet (see train.save_every)"
+        )
+        raise TrainError(
+            f"{self.now.bad_in_a_row} steps in a row had a loss or gradient that is NaN or infinite (up to "
+            "step "
+            f"{self.now.step}), so training stopped. {where}. Lower train.learning_rate or "
+            "train.scale_learning_rate, "
+            "or use bf16 instead of fp16."
+        )
+
+    # ---------------------------------------------------------------- between steps
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something done every so many steps, and at the end, is to be done now."""
+        step = self.now.step
+        return step > 0 and (step >= self.total or bool(every and step % every == 0))
+
+    def in_step(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The batches; sharded processes, which must run as many forwards as each other, fill up with a token that is no target."""
+        nothing = {
+            "input_ids": torch.zeros(1, 1, dtype=torch.long),
+            "position_ids": torch.zeros(1, 1, dtype=torch.long),
+        }
+        nothing["labels"] = torch.full((1, 1), -100)
+        while True:
+            batch = next(batches, None)
+            go_on = batch is not None
+            if not (self.agree(go_on) if self.sharded else go_on):
+                return
+            yield nothing if batch is None else batch
+
+    @torch.no_grad()
+    def evaluate(self, log: TrainLog, stop: StopSignal) -> None:
+        """Loss per target over one pass of the validation data. After a signal the resumed run does it."""
+        if self.valid is None:
+            return
+        self.model.eval()
+        total, targets = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
+        for batch in self.in_step(self.valid.one_epoch()):
+            if stop.requested and self.accelerator.num_processes == 1:
+                break  # several processes would have to agree on the batch, so they finish instead
+            total += self.loss(batch, self.model)  # not DDP's wrapper: processes may have unequal shares
+            targets += count_targets(batch["labels"])
+        else:
+            total, targets = self.sum(total, targets)
+            now, loss = self.now, total / max(1, targets)
+            if not targets:
+                raise TrainError("the validation data has no target tokens; see data.valid and data.train_on")
+            now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
+            if (
+                self.section.keep_best
+                and now.step > self.choose_after
+                and math.isfinite(loss)
+                and (now.best_loss is None or loss < now.best_loss)
+            ):
+                now.best_step, now.best_loss = now.step, loss
+            log.line({"step": now.step, "valid_loss": now.valid_loss})
+            log.note(f"step {now.step}: validation loss {loss:.4f}")
+            self.track({"step": now.step, "valid_loss": loss})
+        self.model.train()
+
+    def save(self) -> None:
+        """Write a full checkpoint of this moment; once per step."""
+        if self.saved_step == self.now.step:
+            return
+        device, now = self.accelerator.device, self.now
+        rng, numbers = rng_state(device)
+        every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
+        if (
+            self.main or self.sharded
+        ):  # shards are gathered by all: the file holds whole tensors, for any number of processes
+            adapter = {
+                n: whole(p.detach()).to("cpu", copy=True).contiguous() for p, n in self.saved_names.items()
+            }
+            tensors, scalars = optimizer_state(self.raw_optimizer, self.names)
+        else:
+            adapter, tensors, scalars = {}, {}, {}
+        if self.main:
+            state = {
+                "progress": asdict(now), "data": self.batches.state_dict(), "optimizer": scalars, "rng": numbers,
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None, "meta": self.meta,
+                "total_steps": self.total, "processes": self.accelerator.num_processes,
+            }  # fmt: skip
+            tensors |= {f"rng/{key}": value for key, value in every.items()}
+            self.checkpoints.save(now.step, adapter, tensors, state, now.best_step)
+        self.saved_step = now.step
+        self.accelerator.wait_for_everyone()
+
+    def track(self, values: dict[str, Any]) -> None:
+        if self.main and self.section.trackers:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            self.accelerator.log(numbers, step=values["step"])
+
+    def keep_best(self, stopped: bool, log: TrainLog) -> None:
+        """At the end of a run with keep_best, the model gets the weights of the lowest validation loss."""
+        best = self.now.best_step
+        if not stopped and self.section.keep_best and best is not None and best != self.now.step:
+            self.load_weights(self.checkpoints.read(best))
+            log.note(f"kept step {best}: validation loss {self.now.best_loss:.4f}, the lowest")
+
+    def release(self) -> None:
+        """Give the model back as it came: no wrappers, no gradients, in eval mode; close the trackers."""
+        for tracker in self.accelerator.trackers if self.main else []:
+            tracker.finish()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.undo_compile is not None:
+            self.undo_compile()
+        vars(self.model).pop("forward", None)
+        if self.own_forward is not None:
+            self.model.forward = self.own_forward
+        if self.section.gradient_checkpointing:
+            activation_checkpointing(self.model, False)
+        self.restored.close()
+        self.optimizer.zero_grad()
+        self.model.eval()
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return section.model_dump() if hasattr(section, "model_dump") else dict(vars(section))

@@ -1,0 +1,160 @@
+"""The pages of docs/: generated tables are what their script makes, code runs, error texts are the program's."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import transformers
+
+from benchmarks import format_table
+from lowbit_ft import pipeline
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.recipe.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_format_tables_are_what_the_exporters_say() -> None:
+    text = page("choosing-a-format.md")
+    assert format_table.render(text) == text, "run: python -m benchmarks.format_table"
+    for name in EXPORTERS:
+        assert text.count(f"| `{name}` |") == 2, name
+    assert set(EXPORTERS) <= set(format_table.RUNTIMES)
+
+
+def test_a_cell_is_a_question_to_reject() -> None:
+    """One row by hand, against the exporter."""
+    exporter = EXPORTERS["compressed-tensors"]
+    assert format_table.groups_of(exporter, 4, True) == "all"
+    narrow = type(
+        "Narrow",
+        (),
+        {
+            "reject": lambda self, grid: None if grid.group_size == 64 else "no",
+            "reject_width": lambda self, grid, k: None,
+        },
+    )
+    assert format_table.groups_of(narrow(), 4, True) == "64"  # pyright: ignore
+    nothing = type(
+        "Nothing", (), {"reject": lambda self, grid: "no", "reject_width": lambda self, grid, k: None}
+    )
+    assert format_table.groups_of(nothing(), 4, True) == "-"  # pyright: ignore
+
+
+@cache
+def templates() -> list[str]:
+    """Every text of the package, with "..." where a value is put in."""
+    found = []
+    for path in (ROOT / "lowbit_ft").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inner = {
+            id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
+                found.append(node.value)
+    return found
+
+
+def error_keys() -> list[str]:
+    return re.findall(r"^### `(.+)`$", page("faq.md").partition("## Said by other programs")[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize("key", error_keys())
+def test_an_error_text_of_the_faq_is_in_the_code(key: str) -> None:
+    assert len(key) >= 10
+    assert any(key in template for template in templates()), f"no message of the package reads so: {key}"
+
+
+def test_the_faq_has_error_texts_and_others_say_theirs() -> None:
+    assert len(error_keys()) >= 30 and len(set(error_keys())) == len(error_keys())
+    (theirs,) = re.findall(
+        r"^### `(.+)`$", page("faq.md").partition("## Said by other programs")[2], re.MULTILINE
+    )
+    source = (Path(transformers.__file__).parent / "quantizers" / "auto.py").read_text(encoding="utf-8")
+    assert theirs.removesuffix("lowbit_ft") in source
+
+
+def test_every_method_and_every_key_named_exists() -> None:
+    text = page("choosing-a-method.md")
+    rows = re.findall(r"^\| `([\w-]+)` \|", text.partition("## How they differ")[2], re.MULTILINE)
+    assert rows == list(ADAPTERS)
+    sections = load_recipe(ROOT / "recipes" / "quickstart.yaml", check=False).model_dump()
+    keys: dict[str, set[str]] = {
+        name: set(value) for name, value in sections.items() if isinstance(value, dict)
+    }
+    keys["adapter"] = {field for config in ADAPTERS.values() for field in config.model_fields}
+    named = 0
+    for name in DOCS.glob("*.md"):
+        for section, key in re.findall(
+            r"`(model|quant|adapter|data|train|eval|export)\.([a-z_]+)", name.read_text(encoding="utf-8")
+        ):
+            assert key in keys[section], f"{name.name}: {section}.{key}"
+            named += 1
+    assert named > 25
+
+
+def test_every_command_of_ours_exists() -> None:
+    from typer.main import get_command
+
+    from lowbit_ft.cli.main import app
+
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    used = {
+        name
+        for path in DOCS.glob("*.md")
+        for name in re.findall(r"lowbit-ft ([a-z-]+)", path.read_text(encoding="utf-8"))
+    }
+    assert used and used <= known
+
+
+def test_the_table_of_long_sequences_is_what_was_counted() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "long_step.json").read_text())["rows"]
+    cells = re.findall(
+        r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        page("long-context.md").partition("<!-- long -->")[2],
+        re.MULTILINE,
+    )
+    counted = [(row["blocks_gb"], row["away_gb"], row["total_gb"]) for row in rows if row["tokens"] == 65536]
+    assert len(cells) == len(counted) == 3
+    for told, found in zip(cells, counted, strict=True):
+        assert [float(x) for x in told] == [round(x, 1) for x in found]
+
+
+def test_links_lead_somewhere() -> None:
+    links = [
+        (path, link)
+        for path in [*DOCS.glob("*.md"), ROOT / "README.md"]
+        for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", path.read_text(encoding="utf-8"))
+    ]
+    local = [(path, link) for path, link in links if not link.startswith("http")]
+    assert len(local) >= 6
+    assert [f"{path.name}: {link}" for path, link in local if not (path.parent / link).exists()] == []
+
+
+def test_the_python_of_the_serving_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    short = ["train.max_steps=1", "train.micro_batch_size=1", "data.train.limit=20", "data.valid.limit=10", "data.sequence_len=256",
+             "eval.perplexity=false", "eval.generate=[]", "train.eval_every=null"]  # fmt: skip
+    pipeline.run(load_recipe("recipes/quickstart.yaml", [*short, f"output={tmp_path / 'RUN'}"]))
+    blocks = re.findall(r"<!-- run -->\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
+    assert len(blocks) == 3 and page("serving.md").count("```python") == 3
+    monkeypatch.chdir(tmp_path)
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"serving.md, block {number}", "exec"), {"__name__": "docs"})
+    assert isinstance(pipeline.generate(tmp_path / "RUN", "Write", 2), str)

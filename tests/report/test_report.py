@@ -1,0 +1,406 @@
+"""The report page: each section from its file, what it says without it, escaping, no need of a network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from lowbit_ft.report import plots as report_plots
+from lowbit_ft.report.page import write_report
+
+SECTIONS = [
+    "result",
+    "tasks",
+    "training",
+    "layers",
+    "trainable",
+    "stages",
+    "samples",
+    "recipe",
+    "environment",
+]
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """The page as a list of tags and, per section id, its text. Checks that tags close in order."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.section = "head"
+        self.text: dict[str, str] = {}
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "section":
+            self.section = dict(attrs)["id"] or ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text[self.section] = self.text.get(self.section, "") + data + " "
+
+    def images(self) -> list[ElementTree.Element]:
+        """The pictures, decoded and parsed."""
+        sources = [attrs["src"] or "" for tag, attrs in self.tags if tag == "img"]
+        return [ElementTree.fromstring(base64.b64decode(source.partition(",")[2])) for source in sources]
+
+
+def files() -> dict[str, Any]:
+    """A complete made-up run: file name -> content (JSON, or text for the two text files)."""
+    layers = [f"model.layers.{i}.{p}" for i in range(2) for p in ("self_attn.q_proj", "mlp.down_proj")]
+    metrics = [
+        {
+            "step": s,
+            "loss": 5.0 - s / 10,
+            "lr": 1e-3 / s,
+            "scale_lr": 1e-4,
+            "tokens": 100 * s,
+            "tokens_per_s": 1234.0,
+            "memory_gb": 1.5,
+        }
+        for s in range(1, 31)
+    ]
+    return {
+        "recipe.yaml": "name: made-up-run\nadapter:\n  method: lr_qat\nquant:\n  bits: 3\n",
+        "environment.json": {"python": "3.11.7", "gpu": None, "git_commit": "0a1b2c"},
+        "metrics.jsonl": "\n".join(json.dumps(row) for row in [*metrics, {"step": 30, "valid_loss": 2.25}]),
+        "quant.json": [
+            *(
+                {
+                    "layer": n,
+                    "action": "quantized",
+                    "reason": None,
+                    "bits": 3,
+                    "group_size": 128,
+                    "error": 0.02,
+                    "parameters": 65536,
+                }
+                for n in layers
+            ),
+            {"layer": "lm_head", "action": "skipped", "reason": "excluded by name", "parameters": 1000},
+        ],
+        "moved.json": {**dict.fromkeys(layers, 0.125), "scale_change": 0.031},
+        "trainable.json": {
+            "share": 0.0123,
+            "rows": [{"layer": "q_proj", "tensors": {"A": 4096, "B": 12}, "bytes": 9000}],
+        },
+        "tasks.json": {
+            "lm_eval": "0.4.13",
+            "rows": [
+                {
+                    "stage": stage,
+                    "task": "arc<b>",
+                    "metric": metric,
+                    "value": value,
+                    "stderr": stderr,
+                    "higher_is_better": metric == "acc",
+                }
+                for stage, value in {"exported": 0.5, "base": 0.625, "trained": 0.5}.items()
+                for metric, stderr in {"acc": 0.0125, "ppl": None}.items()
+            ],
+        },
+        "evaluation.json": {
+            "rows": [
+                {"stage": s, "perplexity": p, "kl": 0.1, "loss": math.log(p)}
+                for s, p in (
+                    ("exported", 9.87654),
+                    ("base", 9.0),
+                    ("quantized", 12.5),
+                    ("trained", 9.87654),
+                    ("merged", 9.87654),
+                )
+            ],
+            "windows": 64,
+            "window": 256,
+        },
+        "stages.json": [
+            {"stage": "train", "seconds": 90.5, "peak_memory_gb": 1.25},
+            {"stage": "report", "seconds": 1.0, "peak_memory_gb": None},
+        ],
+        "samples.json": [{"prompt": "def f():", "before": "word word", "after": "Return nothing."}],
+    }
+
+
+def run(folder: Path, **changed: Any) -> Page:
+    """Write the run with files replaced (None leaves a file out), build the page, parse it."""
+    for name, content in {
+        **files(),
+        **{key.replace("__", "."): value for key, value in changed.items()},
+    }.items():
+        if content is not None:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_complete_run_fills_every_section(tmp_path: Path):
+    page = run(tmp_path)
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == SECTIONS
+    assert not any("Not shown" in text for text in page.text.values())
+    assert "made-up-run" in page.text["head"] and "lr_qat" in page.text["head"]
+    expected = {
+        "result": ["9.8765", "12.5000", "+38.89 %", "64 windows of 256 tokens"],
+        "training": ["30", "2.0000", "2.2500", "1,234"],
+        "layers": [
+            "4 layers quantized (262,144 weights), 1 left alone",
+            "excluded by name",
+            "3.10 %",
+            "65,536 0.02",
+        ],
+        "trainable": ["q_proj", "A 4,096, B 12", "9,000", "0.0123"],
+        "stages": ["90.5", "91.5", "1.25"],
+        "samples": ["def f():", "word word", "Return nothing."],
+        "recipe": ["method: lr_qat"],
+        "environment": ["3.11.7", "git commit", "0a1b2c"],
+    }
+    for section, words in expected.items():
+        for word in words:
+            assert word in page.text[section], (section, word)
+
+
+def test_the_rows_of_the_result_are_in_the_order_of_the_stages(tmp_path: Path):
+    text = run(tmp_path).text["result"]
+    at = [
+        text.index(word)
+        for word in ("full precision ", "quantized, not", "trained ", "merged", "exported and")
+    ]
+    assert at == sorted(at)
+
+
+def test_the_verdict_compares_the_printed_digits(tmp_path: Path):
+    def verdict(trained: float, merged: float | None, exported: float) -> tuple[str, str]:
+        rows = [
+            {"stage": "trained", "perplexity": trained},
+            {"stage": "merged", "perplexity": merged},
+            {"stage": "exported", "perplexity": exported},
+        ]
+        page = run(tmp_path, evaluation__json={"rows": rows})
+        return next(
+            a["class"] for t, a in page.tags if t == "p" and "verdict" in (a.get("class") or "")
+        ), page.text["head"]
+
+    state, text = verdict(9.87654, 9.87654, 9.876541)
+    assert state == "verdict good" and "trained = merged = exported perplexity = 9.8765" in text
+    state, text = verdict(9.8765, 9.8765, 9.9)
+    assert state == "verdict bad" and "exported 9.9000" in text and "is not what was trained" in text
+    state, text = verdict(9.8765, None, 9.8765)
+    assert state == "verdict open" and "no perplexity of the merged model" in text
+
+
+def test_in_the_native_format_the_merged_model_is_what_ships(tmp_path: Path):
+    rows = [{"stage": stage, "perplexity": 9.5} for stage in ("trained", "merged")]
+    head = run(tmp_path, evaluation__json={"rows": rows}).text["head"]
+    assert "no perplexity of the exported model" in head
+    head = run(tmp_path, evaluation__json={"rows": rows}, recipe__yaml="export: {format: native}").text[
+        "head"
+    ]
+    assert "what ships: trained = merged perplexity = 9.5000" in head
+
+
+def test_long_runs_and_odd_values_stay_readable(tmp_path: Path):
+    stages = [{"stage": "train", "seconds": 7384.0}, {"stage": "export"}]
+    facts = {"flag": True, "nested": {"a": [1, 2]}, "list": ["x", "y"], "share": 0.125}
+    page = run(tmp_path, stages__json=stages, environment__json=facts)
+    assert "2 h 03 min" in page.text["head"]
+    for words in ("true", '{"a": [1, 2]}', "x, y", "0.125"):
+        assert words in page.text["environment"], words
+    (tmp_path / "samples.json").write_bytes(b"\xff\xfe\x00")
+    text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text["samples"]
+    assert "samples.json cannot be read" in text
+
+
+def test_tasks_have_a_column_per_stage(tmp_path: Path):
+    text = " ".join(run(tmp_path).text["tasks"].split())
+    assert "task metric better full precision trained exported and reloaded" in text
+    assert "arc<b> acc higher 0.6250 ± 0.0125 0.5000 ± 0.0125 0.5000 ± 0.0125" in text
+    assert (
+        "arc<b> ppl lower 0.6250 0.5000 0.5000" in text and "lm-eval 0.4.13" in text and "differs" not in text
+    )
+    rows = files()["tasks.json"]["rows"]
+    changed = [
+        {**row, "value": 0.75} if (row["stage"], row["metric"]) == ("exported", "acc") else row
+        for row in rows
+    ]
+    odd = [{"stage": 3, "task": None, "metric": ["x"], "value": 1.0, "stderr": "N/A"}, {"value": "none"}, 7]
+    text = " ".join(run(tmp_path, tasks__json={"rows": [*changed, *odd]}).text["tasks"].split())
+    assert "What ships differs from what was trained in arc<b> acc." in text and "None ['x']" in text
+
+
+def test_tasks_over_other_rows_are_another_line(tmp_path: Path):
+    rows = [{**row, "samples": 48} for row in files()["tasks.json"]["rows"]]
+    limited = {**rows[-1], "samples": 2, "value": 0.015625}
+    text = " ".join(run(tmp_path, tasks__json={"rows": [*rows, limited]}).text["tasks"].split())
+    assert "(48 rows)" in text and "(2 rows)" in text and "differs from what was trained" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("recipe.yaml", "recipe"),
+        ("environment.json", "environment"),
+        ("metrics.jsonl", "training"),
+        ("quant.json", "layers"),
+        ("trainable.json", "trainable"),
+        ("evaluation.json", "result"),
+        ("tasks.json", "tasks"),
+        ("stages.json", "stages"),
+        ("samples.json", "samples"),
+    ],
+)
+@pytest.mark.parametrize("content", [None, '{"cut', "3", "[]"], ids=["missing", "cut", "number", "no-rows"])
+def test_a_file_that_is_missing_or_broken_costs_only_its_section(
+    tmp_path: Path, name: str, section: str, content
+):
+    page = run(tmp_path, **{name.replace(".", "__"): content})
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == SECTIONS
+    without = [key for key in SECTIONS if "Not shown" in page.text[key]]
+    if name == "recipe.yaml" and content is not None:
+        assert without == [] and (content.strip() in page.text["recipe"])  # any text is shown as it is
+    else:
+        assert without == [section], page.text[section]
+        assert name in page.text[section]
+
+
+def test_an_empty_run_directory_says_what_was_not_run(tmp_path: Path):
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert all("Not shown" in page.text[key] for key in SECTIONS)
+    assert tmp_path.name in page.text["head"] and "evaluation did not run" in page.text["head"]
+
+
+def test_a_run_directory_must_exist(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere: not a run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_codes_not_moved_is_said_for_a_method_that_trains_scales(tmp_path: Path):
+    page = run(tmp_path, moved__json={"model.layers.0.mlp.down_proj": 0.0, "scale_change": 0.5})
+    assert "Training changed no code" in page.text["layers"] and "50.00 %" in page.text["layers"]
+    page = run(tmp_path, moved__json="broken")
+    assert "Codes moved: not shown" in page.text["layers"]
+
+
+def test_texts_of_a_run_cannot_become_markup(tmp_path: Path):
+    evil = '<script>alert(1)</script><img src="http://evil.example/x.png" onerror=alert(1)> & "quoted"'
+    page = run(
+        tmp_path,
+        samples__json=[{"prompt": evil, "before": evil, "after": evil}],
+        recipe__yaml=f"name: '{evil}'\n",
+        environment__json={evil: evil},
+        quant__json=[{"layer": evil, "action": "skipped", "reason": evil, "error": 0.1}],
+        stages__json=[{"stage": evil, "seconds": 1}],
+        trainable__json={"rows": [{evil: evil}], evil: evil},
+        evaluation__json={"rows": [{"stage": evil, "perplexity": evil}]},
+    )
+    tags = [tag for tag, _ in page.tags]
+    assert "script" not in tags
+    assert all("onerror" not in attrs for _, attrs in page.tags)
+    for section in ("samples", "environment", "recipe", "layers", "stages", "trainable", "result"):
+        assert evil.split("<img")[0] in page.text[section], section
+
+
+def test_the_page_needs_no_network(tmp_path: Path):
+    page = run(tmp_path)
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    links = [
+        attrs[key] or ""
+        for _, attrs in page.tags
+        for key in ("src", "href", "srcset", "action")
+        if key in attrs
+    ]
+    assert links and all(link.startswith(("data:image/svg+xml;base64,", "#")) for link in links)
+    assert "@import" not in raw and "url(" not in raw
+    assert not any(tag in ("script", "link", "iframe", "object") for tag, _ in page.tags)
+    pictures = page.images()
+    assert len(pictures) == 3
+    for picture in pictures:
+        for element in picture.iter():
+            for key, value in element.attrib.items():
+                if key.rpartition("}")[2] in ("href", "src"):
+                    assert value.startswith(("#", "data:")), value
+
+
+def test_numbers_are_right_aligned_and_words_left(tmp_path: Path):
+    page = run(tmp_path)
+    result = [attrs for tag, attrs in page.tags if tag == "th"][:5]
+    assert [attrs.get("class") for attrs in result] == [None, "n", "n", "n", "n"]
+    assert "th.n, td.n { text-align: right" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_run_gives_the_same_bytes_and_leaves_nothing_beside_it(tmp_path: Path):
+    run(tmp_path)
+    first = (tmp_path / "report.html").read_bytes()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path):
+    """A half line is left out, a repeated step counts once (the later line), NaN is no number."""
+    lines = [
+        '{"step": 1, "loss": 4.0}',
+        '{"step": 2, "loss": 9.0}',
+        '{"step": 3, "lo',
+        '{"step": 2, "loss": 3.5}',
+        '{"step": 3, "loss": NaN}',
+        '{"loss": 1.0}',
+        "[1]",
+    ]
+    page = run(tmp_path, metrics__jsonl="\n".join(lines))
+    assert "3.5000" in page.text["training"] and "9.0000" not in page.text["training"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "place"),
+    [
+        ("model.layers.11.self_attn.q_proj", (11, "q_proj")),
+        ("model.decoder.layers.0.fc1", (0, "fc1")),
+        ("lm_head", (-1, "lm_head")),
+        ("model.layers.3.mlp.experts.7.up_proj", (3, "up_proj")),
+        ("0.proj", (0, "proj")),
+        ("model.visual.2", (-1, "2")),
+    ],
+)
+def test_place_of_a_layer(layer: str, place: tuple[int, str]):
+    assert report_plots.place(layer) == place
+
+
+def test_layer_table_averages_experts_and_marks_gaps():
+    values = {"m.0.experts.0.up": 1.0, "m.0.experts.1.up": 3.0, "m.1.down": 5.0, "m.1.up": math.nan}
+    blocks, columns, rows = report_plots.layer_table(values)
+    assert (blocks, columns) == ([0, 1], ["up", "down"])
+    assert rows[0][0] == 2.0 and rows[1][1] == 5.0
+    assert math.isnan(rows[0][1]) and math.isnan(rows[1][0])
+
+
+def test_smoothing_keeps_a_line_straight_and_skips_what_is_not_a_number():
+    line = [float(x) for x in range(100)]
+    assert report_plots.smooth(line) == pytest.approx(line)  # symmetric windows: no lag, ends included
+    assert report_plots.smooth([1.0, math.nan, 3.0])[1] == 2.0
+    assert math.isnan(report_plots.smooth([math.nan])[0])
+
+
+def test_a_deep_model_is_drawn_with_a_colour_bar_instead_of_numbers():
+    deep = {f"model.layers.{i}.{p}_proj": 0.01 * (i + 1) for i in range(60) for p in "qkvo"}
+    few = {name: value for name, value in deep.items() if ".1." in name}
+    assert report_plots.layers([("error", deep, True)]).count('id="text_') < 60 < len(deep)
+    flat = report_plots.layers([("all equal", few, True), ("all zero", dict.fromkeys(few, 0.0), False)])
+    ElementTree.fromstring(flat)
+    assert flat.count('id="text_') > 2 * len(few)  # two numbers per layer, and the labels
