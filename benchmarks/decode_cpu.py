@@ -1,11 +1,14 @@
-"""Decoding on a CPU: tokens/s of the packed native format against bfloat16 transformers, the same random Llama, one interleaved run.
+"""Decoding on a CPU: tokens/s of the packed native format against bfloat16 transformers, the same random
+Llama, one interleaved run.
 
-    python benchmarks/decode_cpu.py                     # 300M weights, 4 bit, groups of 128; asks for a ratio of 2
+    python benchmarks/decode_cpu.py                     # 300M weights, 4 bit, groups of 128; asks for a ratio
+                                                        of 2
 
-Both models go through `generate` (greedy, one sequence); only the steps after the first are timed, because the first is a prompt and
-runs the packed op (its time is printed too). The head and the embeddings stay bfloat16 in both. Rounds alternate between the two
-models, so that a busy neighbour slows both; the ratio is that of the medians. Exit code 1 when it is below --at-least. One thread by
-default: on a shared machine several wait for each other at every layer, and what is measured is the scheduler.
+Both models go through `generate` (greedy, one sequence); only the steps after the first are timed, because
+the first is a prompt and runs the packed op (its time is printed too). The head and the embeddings stay
+bfloat16 in both. Rounds alternate between the two models, so that a busy neighbour slows both; the ratio is
+that of the medians. Exit code 1 when it is below --at-least. One thread by default: on a shared machine
+several wait for each other at every layer, and what is measured is the scheduler.
 """
 
 import argparse
@@ -48,9 +51,15 @@ class Clock(BaseStreamer):
 def write_dense(folder: Path, layers: int) -> int:
     """A random Llama in bfloat16; returns its number of weights."""
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -62,9 +71,14 @@ def decode(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float]
     """(seconds until the first new token, tokens/s after it)."""
     clock = Clock()
     model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
-        pad_token_id=0, streamer=clock,
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=tokens + 1,
+        max_new_tokens=tokens + 1,
+        pad_token_id=0,
+        streamer=clock,
+    )
     times = clock.times  # of the prompt, which is put before it is read, then of tokens + 1 new ones
     assert len(times) == tokens + 2
     return times[1] - times[0], tokens / (times[-1] - times[1])
@@ -89,9 +103,14 @@ def main() -> None:
         weights = write_dense(dense, o.layers)
         checkpoint = Checkpoint.open(dense)
         section = QuantSection.model_validate(
-            {"bits": o.bits, "group_size": o.group_size, "symmetric": not o.asymmetric, "residual_bits": 0,
-             "calibrate": "minmax" if o.asymmetric else "absmax"}
-        )  # fmt: skip
+            {
+                "bits": o.bits,
+                "group_size": o.group_size,
+                "symmetric": not o.asymmetric,
+                "residual_bits": 0,
+                "calibrate": "minmax" if o.asymmetric else "absmax",
+            }
+        )
         packed, _ = quantize(checkpoint, section, dtype=torch.bfloat16)
         write_model(native, checkpoint, base_weights(packed), EXPORTERS["native"])
         del packed
@@ -117,15 +136,18 @@ def main() -> None:
         "ratios": [a / b for a, b in zip(speed["native"], speed["bf16"], strict=True)],
     }
     print(
-        f"{weights / 1e6:.0f}M weights, {o.threads} threads, {o.tokens} tokens after a prompt of {o.prompt}, {o.rounds} rounds"
+        f"{weights / 1e6:.0f}M weights, {o.threads} threads, {o.tokens} tokens after a prompt of "
+        f"{o.prompt}, {o.rounds} rounds"
     )
     for name in models:
         low, high = result["spread"][name]
         print(
-            f"{name:<8}{result['tokens_per_s'][name]:8.2f} tokens/s ({low:.2f} to {high:.2f}), prompt {result['prompt_seconds'][name]:.2f} s"
+            f"{name:<8}{result['tokens_per_s'][name]:8.2f} tokens/s ({low:.2f} to {high:.2f}), prompt "
+            f"{result['prompt_seconds'][name]:.2f} s"
         )
     print(
-        f"ratio {result['ratio']:.2f} (asked for: {o.at_least}), by round {', '.join(f'{r:.2f}' for r in result['ratios'])}"
+        f"ratio {result['ratio']:.2f} (asked for: {o.at_least}), by round "
+        f"{', '.join(f'{r:.2f}' for r in result['ratios'])}"
     )
     if o.out:
         options = {key: str(value) for key, value in vars(o).items()}

@@ -1,10 +1,12 @@
-"""Peak memory and time of exporting a large checkpoint in each format: one layer at a time, whatever the model's size.
+"""Peak memory and time of exporting a large checkpoint in each format: one layer at a time, whatever the
+model's size.
 
     python benchmarks/export_memory.py --gb 2 --formats compressed-tensors,gguf
 
-Writes a random Llama with layers of an 8B model (bf16, a few of them) and packed layers for it to a temporary folder. Then a fresh
-process per format exports it and prints: the largest layer in bf16, peak over what the process had before, and the difference,
-which must stay below 0.5 GB. `--bits`, `--group` and `--asymmetric` choose the grid.
+Writes a random Llama with layers of an 8B model (bf16, a few of them) and packed layers for it to a temporary
+folder. Then a fresh process per format exports it and prints: the largest layer in bf16, peak over what the
+process had before, and the difference, which must stay below 0.5 GB. `--bits`, `--group` and `--asymmetric`
+choose the grid.
 """
 
 import argparse
@@ -40,22 +42,30 @@ before, start = peak_gb(cpu), time.monotonic()
 write_model(root / name, checkpoint, weights, EXPORTERS[name])
 seconds, peak = time.monotonic() - start, peak_gb(cpu) - before
 size = sum(path.stat().st_size for path in (root / name).iterdir()) / 1e9
-print(json.dumps({"format": name, "checkpoint_gb": checkpoint.nbytes / 1e9, "largest_layer_gb": largest, "written_gb": size,
-                  "peak_gb": peak, "over_gb": peak - largest, "seconds": seconds}))
+row = {"format": name, "checkpoint_gb": checkpoint.nbytes / 1e9, "largest_layer_gb": largest}
+print(json.dumps(row | {"written_gb": size, "peak_gb": peak, "over_gb": peak - largest, "seconds": seconds}))
 """
 
 
 def write_dense(folder: Path, gigabytes: float) -> None:
-    """A Llama of about `gigabytes` in bf16 with the layer shapes of Llama 3.1 8B and the tokenizer of the small asset."""
+    """A Llama of about `gigabytes` in bf16 with the layer shapes of Llama 3.1 8B and the tokenizer of the
+    small asset.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, inner, vocab = 4096, 14336, 8192
     per_layer = 2 * ((2 + 2 * 8 / 32) * hidden * hidden + 3 * hidden * inner)
     layers = max(1, round((gigabytes * 1e9 - 4 * vocab * hidden) / per_layer))
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=vocab, tie_word_embeddings=False, dtype=torch.bfloat16,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -123,8 +133,10 @@ def main() -> None:
             shutil.rmtree(root / name)
             row = rows[-1]
             print(
-                f"{name:<20} checkpoint {row['checkpoint_gb']:.2f} GB, written {row['written_gb']:.2f} GB in {row['seconds']:.0f} s; peak "
-                f"{row['peak_gb']:.3f} GB = largest layer {row['largest_layer_gb']:.3f} GB + {row['over_gb']:.3f} GB",
+                f"{name:<20} checkpoint {row['checkpoint_gb']:.2f} GB, written {row['written_gb']:.2f} GB "
+                f"in {row['seconds']:.0f} s; peak "
+                f"{row['peak_gb']:.3f} GB = largest layer {row['largest_layer_gb']:.3f} GB + "
+                f"{row['over_gb']:.3f} GB",
                 flush=True,
             )
     if o.out:

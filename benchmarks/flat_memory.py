@@ -1,10 +1,12 @@
-"""Memory over a run with many evaluations and checkpoints: after the 50th evaluation it must be what it was after the first ones.
+"""Memory over a run with many evaluations and checkpoints: after the 50th evaluation it must be what it was
+after the first ones.
 
     python benchmarks/flat_memory.py                 # 50 evaluations, 10 checkpoints, on a CPU
 
-Trains the small Llama of the repository, evaluates after every step and saves after every fifth, and reads the resident set of the
-process before every step. Printed: the line fitted through the readings after the first few (which fill the allocator's pools and
-make the optimizer's states), as its rise over the whole run in per cent of the mean. More than --limit fails.
+Trains the small Llama of the repository, evaluates after every step and saves after every fifth, and reads
+the resident set of the process before every step. Printed: the line fitted through the readings after the
+first few (which fill the allocator's pools and make the optimizer's states), as its rise over the whole run
+in per cent of the mean. More than --limit fails.
 """
 
 import argparse
@@ -75,9 +77,13 @@ def main() -> None:
     kept = readings[o.skip :]
     slope = linear_regression(range(len(kept)), kept).slope
     row = {
-        "evals": o.evals, "checkpoints": saved, "mean_gb": mean(kept) / 1e9, "first_gb": kept[0] / 1e9, "last_gb": kept[-1] / 1e9,
+        "evals": o.evals,
+        "checkpoints": saved,
+        "mean_gb": mean(kept) / 1e9,
+        "first_gb": kept[0] / 1e9,
+        "last_gb": kept[-1] / 1e9,
         "rise_percent": 100 * slope * len(kept) / mean(kept),
-    }  # fmt: skip
+    }
     for name, value in row.items():
         print(f"{name:<14}{value:10.3f}")
     if o.out:

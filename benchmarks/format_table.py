@@ -1,4 +1,5 @@
-"""Write the tables of docs/choosing-a-format.md: which grids each format holds, asked of the exporters' own `reject`.
+"""Write the tables of docs/choosing-a-format.md: which grids each format holds, asked of the exporters' own
+`reject`.
 
     python -m benchmarks.format_table
 
@@ -19,7 +20,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing-a-format.md"
 BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 256, -1)
 WIDTH = 1024  # inputs of the layer that reject_width is asked about; a multiple of every group size
 
-# What runs a folder of the format. "tested" says what our own tests load it with; the rest is said by the projects themselves.
+# What runs a folder of the format. "tested" says what our own tests load it with; the rest is said by the
+# projects themselves.
 RUNTIMES = {
     "native": ("transformers after `import lowbit_ft`, packed in memory", "transformers"),
     "compressed-tensors": ("transformers, vLLM, SGLang", "transformers"),

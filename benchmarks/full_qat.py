@@ -1,9 +1,11 @@
-"""Full QAT, the ceiling the adapters are measured against: LSQ fake quantization of every dense weight (arXiv 1902.08153).
+"""Full QAT, the ceiling the adapters are measured against: LSQ fake quantization of every dense weight (arXiv
+1902.08153).
 
-    u = clip(w / S + z, 0, 2^b - 1);   W^ = S * (round(u) - z)        trains w [N, K] and S = s0 * exp(log_scale)
+    u = clip(w / S + z, 0, 2^b - 1);   W^ = S * (round(u) - z)        trains w [N, K] and S = s0 *
+                                       exp(log_scale)
 
-Straight-through on round; the scale's gradient is LSQ's by autograd. It keeps a dense fp32 master of every weight and of its two
-Adam moments, which is what the packed base exists to avoid; for small models only.
+Straight-through on round; the scale's gradient is LSQ's by autograd. It keeps a dense fp32 master of every
+weight and of its two Adam moments, which is what the packed base exists to avoid; for small models only.
 """
 
 import torch
@@ -37,7 +39,9 @@ class FullQATLinear(nn.Module):
 
 
 def unrounded(base: PackedWeight) -> Tensor:
-    """The base's weight with its residual, [N, K] fp32: where a calibrator such as gptq left the weight before rounding."""
+    """The base's weight with its residual, [N, K] fp32: where a calibrator such as gptq left the weight
+    before rounding.
+    """
     from lowbit_kernels.pack import decode_residual
 
     assert base.residual is not None

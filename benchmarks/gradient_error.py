@@ -1,10 +1,12 @@
-"""How far the cheaper gradients are from the exact ones, on a model that has trained a while, and how many weights are clipped there.
+"""How far the cheaper gradients are from the exact ones, on a model that has trained a while, and how many
+weights are clipped there.
 
     python benchmarks/gradient_error.py --method lr_qat --grid 2:64 --steps 40
 
-One batch of training text, gradients of A and B (together) and of the scales by every choice of low_rank_gradient and
-scale_grad_tokens: relative error ||g - g_exact|| / ||g_exact|| and cosine. What is drawn is drawn --draws times and the mean over the draws is
-shown. quality.py says what the difference does to a run; this says what it is.
+One batch of training text, gradients of A and B (together) and of the scales by every choice of
+low_rank_gradient and scale_grad_tokens: relative error ||g - g_exact|| / ||g_exact|| and cosine. What is
+drawn is drawn --draws times and the mean over the draws is shown. quality.py says what the difference does to
+a run; this says what it is.
 """
 
 import argparse
@@ -45,9 +47,23 @@ def clipped_share(model: Any) -> float:
         g, args = base.grid, layer.adapter.grid_args(base)  # pyright: ignore
         for rows in row_chunks(*base.shape):
             value = grid_values(
-                rows, base.codes, base.residual, base.scale, base.zero, args.a, args.b, args.scale, args.zero, args.offset,
-                args.gain, args.units, g.bits, g.residual_bits, base.shape[1], g.group_size,
-            )  # fmt: skip
+                rows,
+                base.codes,
+                base.residual,
+                base.scale,
+                base.zero,
+                args.a,
+                args.b,
+                args.scale,
+                args.zero,
+                args.offset,
+                args.gain,
+                args.units,
+                g.bits,
+                g.residual_bits,
+                base.shape[1],
+                g.group_size,
+            )
             value = ungrouped(value if args.clip_first else value.round(), base.shape[1])
             clipped += int(((value < 0) | (value > (1 << g.bits) - 1)).sum())
             total += value.numel()
@@ -90,9 +106,14 @@ def main() -> None:
     print(f"clipped before training: {clipped_share(model):.2%}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         train(
-            model, Batches(Examples(bench.train), o.batch, 0, seed=0), None, section, folder,
-            on_step=lambda step: begin_step(model, step), console=Console(quiet=True),
-        )  # fmt: skip
+            model,
+            Batches(Examples(bench.train), o.batch, 0, seed=0),
+            None,
+            section,
+            folder,
+            on_step=lambda step: begin_step(model, step),
+            console=Console(quiet=True),
+        )
     print(f"clipped after {mine.steps} steps: {clipped_share(model):.2%}", flush=True)
     batch = next(Batches(Examples(bench.train), o.batch, 0, seed=9))
     exact = gradients(model, batch)

@@ -1,10 +1,11 @@
-"""Kill a run at random moments and resume it; the final adapter must have the bytes of a run that was never stopped.
+"""Kill a run at random moments and resume it; the final adapter must have the bytes of a run that was never
+stopped.
 
     python benchmarks/kill_and_resume.py --times 5 recipes/quickstart.yaml train.max_steps=20
 
-For SIGTERM and for SIGKILL, `--times` times each: start the run in a new folder, kill it at a moment drawn over the whole length of the
-uninterrupted run, start it again and let it finish. Prints each moment, what was on disk then, and whether the adapter has the bytes
-of the uninterrupted run's.
+For SIGTERM and for SIGKILL, `--times` times each: start the run in a new folder, kill it at a moment drawn
+over the whole length of the uninterrupted run, start it again and let it finish. Prints each moment, what was
+on disk then, and whether the adapter has the bytes of the uninterrupted run's.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def main() -> None:
                 same = sha(output) == sha(whole)
                 different += not same
                 print(
-                    f"{kill.name} at {moment:.1f} s, exit {process.returncode}, on disk: {steps[-1] if steps else 'no checkpoint'}; "
+                    f"{kill.name} at {moment:.1f} s, exit {process.returncode}, on disk: "
+                    f"{steps[-1] if steps else 'no checkpoint'}; "
                     f"resumed: {'same bytes' if same else 'DIFFERENT ' + sha(output)}",
                     flush=True,
                 )

@@ -1,10 +1,11 @@
-"""One layer, forward and backward, at a size where its products are what counts: the options of docs/speed.md in products of that size.
+"""One layer, forward and backward, at a size where its products are what counts: the options of docs/speed.md
+in products of that size.
 
     python benchmarks/layer.py --shape 2048 2048 --tokens 1024
 
-Variants are named as in step.py, interleaved in one process; processor time of one thread, which other work on the machine does not
-change much. Everything is counted, the packing and unpacking of codes too, which a GPU does beside its products and a CPU
-before and after them: read ratios, not times.
+Variants are named as in step.py, interleaved in one process; processor time of one thread, which other work
+on the machine does not change much. Everything is counted, the packing and unpacking of codes too, which a
+GPU does beside its products and a CPU before and after them: read ratios, not times.
 """
 
 import argparse
@@ -23,9 +24,17 @@ from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.rundir import environment
 
 VARIANTS = [
-    "lr_qat", "lr_qat+keep", "lr_qat+factorised+tokens=0.25", "lr_qat+keep+factorised+tokens=0.25", "lr_qat+keep+factorised+tokens=0.125",
-    "lr_qat+keep+corrected+tokens=0.25", "l4q", "l4q+keep+corrected+tokens=0.25", "scale", "scale+tokens=0.25",
-]  # fmt: skip
+    "lr_qat",
+    "lr_qat+keep",
+    "lr_qat+factorised+tokens=0.25",
+    "lr_qat+keep+factorised+tokens=0.25",
+    "lr_qat+keep+factorised+tokens=0.125",
+    "lr_qat+keep+corrected+tokens=0.25",
+    "l4q",
+    "l4q+keep+corrected+tokens=0.25",
+    "scale",
+    "scale+tokens=0.25",
+]
 
 
 def main() -> None:
@@ -78,7 +87,8 @@ def main() -> None:
     for row in rows:
         gemms = "" if row["counted"] is None else f"{row['counted']:>8.3g} of them counted"
         print(
-            f"{row['method']:<38}{row['seconds'] * 1e3:>9.1f} ms{row['products']:>7.2f} products{row['lora']:>7.2f}x LoRA{gemms}"
+            f"{row['method']:<38}{row['seconds'] * 1e3:>9.1f} ms{row['products']:>7.2f} "
+            f"products{row['lora']:>7.2f}x LoRA{gemms}"
         )
     if o.out:
         o.out.write_text(

@@ -1,11 +1,13 @@
-"""llama.cpp against transformers: perplexity of the same gguf files on the same tokens, which must agree within half a per cent.
+"""llama.cpp against transformers: perplexity of the same gguf files on the same tokens, which must agree
+within half a per cent.
 
     pip install --no-binary llama-cpp-python llama-cpp-python     # builds llama.cpp, ten minutes on two cores
     python benchmarks/llama_cpp_perplexity.py
 
-Quantizes the small trained checkpoint (Q4_0 from W4 g64, Q8_0 from W8 g64, and Q4_0, Q3_K, Q2_K from 3 and 2 bits), exports it and
-reads the file with both. llama.cpp rounds activations to 8 bits before each product, which is all that may differ: the weights are
-the same numbers. Its tokenizer, the one inside the file, must give the same ids too.
+Quantizes the small trained checkpoint (Q4_0 from W4 g64, Q8_0 from W8 g64, and Q4_0, Q3_K, Q2_K from 3 and 2
+bits), exports it and reads the file with both. llama.cpp rounds activations to 8 bits before each product,
+which is all that may differ: the weights are the same numbers. Its tokenizer, the one inside the file, must
+give the same ids too.
 """
 
 # llama-cpp-python is built by hand.
@@ -55,7 +57,9 @@ def loss(logits: torch.Tensor, ids: list[int]) -> float:
 
 @torch.no_grad()
 def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
-    """Perplexity by transformers and by llama.cpp, how often they choose the same token, and whether both tokenize alike."""
+    """Perplexity by transformers and by llama.cpp, how often they choose the same token, and whether both
+    tokenize alike.
+    """
     from llama_cpp import Llama  # pyright: ignore[reportMissingImports]  (built from source)
     from transformers import AutoTokenizer
 
@@ -91,9 +95,12 @@ def measure(folder: Path, texts: list[list[int]]) -> dict[str, float]:
     )
     other.close()
     return {
-        "transformers": ours_ppl, "llama.cpp": theirs_ppl, "apart": abs(theirs_ppl / ours_ppl - 1), "argmax": same / (count + len(texts)),
+        "transformers": ours_ppl,
+        "llama.cpp": theirs_ppl,
+        "apart": abs(theirs_ppl / ours_ppl - 1),
+        "argmax": same / (count + len(texts)),
         "tokens_alike": float(alike and ends),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -121,7 +128,8 @@ def main() -> None:
             write_model(Path(folder) / "m", checkpoint, merged_weights(model), EXPORTERS["gguf"])
             row = rows[name] = measure(Path(folder) / "m", texts)
         print(
-            f"{name:<14} transformers {row['transformers']:9.4f}  llama.cpp {row['llama.cpp']:9.4f}  {row['apart']:.3%} apart, same argmax "
+            f"{name:<14} transformers {row['transformers']:9.4f}  llama.cpp {row['llama.cpp']:9.4f}  "
+            f"{row['apart']:.3%} apart, same argmax "
             f"{row['argmax']:.1%}, tokenizer {'alike' if row['tokens_alike'] else 'DIFFERS'}",
             flush=True,
         )

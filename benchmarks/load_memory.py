@@ -1,13 +1,16 @@
-"""Peak memory and time of the quantize stage on a large checkpoint, and of the second run that finds base/ there.
+"""Peak memory and time of the quantize stage on a large checkpoint, and of the second run that finds base/
+there.
 
     python benchmarks/load_memory.py --gb 4 --out benchmarks/results/load_memory.json
 
-Writes a random Llama with the layer, embedding and head shapes of Llama 3.1 8B (bf16, a shard per layer, one layer in memory), then
-runs the real stage (`lowbit_ft.pipeline.quantize`) for each calibrator in a fresh process that resets its high-water mark after the
-imports. gptq runs on a checkpoint of one such layer (--gptq-gb 0 leaves it out). Printed, and written as JSON:
+Writes a random Llama with the layer, embedding and head shapes of Llama 3.1 8B (bf16, a shard per layer, one
+layer in memory), then runs the real stage (`lowbit_ft.pipeline.quantize`) for each calibrator in a fresh
+process that resets its high-water mark after the imports. gptq runs on a checkpoint of one such layer
+(--gptq-gb 0 leaves it out). Printed, and written as JSON:
 
     packing      peak resident memory until base/ is written; no packed model is in it
-    stage        the same until the model is mapped and its hash taken: pages of base/ count, the limit is packed + 1 GB
+    stage        the same until the model is mapped and its hash taken: pages of base/ count, the limit is
+                 packed + 1 GB
     second run   seconds to check the hashes and to map; RssAnon (own memory) and RssFile (pages of files)
 """
 
@@ -43,7 +46,9 @@ cpu, row, clock = torch.device("cpu"), {}, {}
 
 def rss():
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {key: int(line.split()[1]) * 1024 / 1e9 for line in lines for key in ("RssAnon", "RssFile") if line.startswith(key)}
+    keys = ("RssAnon", "RssFile")
+    found = [(key, line) for line in lines for key in keys if line.startswith(key)]
+    return {key: int(line.split()[1]) * 1024 / 1e9 for key, line in found}
 
 def timed(name):
     real = getattr(pipeline, name)
@@ -84,14 +89,23 @@ print(json.dumps(row))
 
 
 def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
-    """A Llama of so many layers of an 8B model with random bf16 weights, a shard per layer, and the small asset's tokenizer."""
+    """A Llama of so many layers of an 8B model with random bf16 weights, a shard per layer, and the small
+    asset's tokenizer.
+    """
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=vocabulary, tie_word_embeddings=False, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     shapes: list[dict[str, tuple[int, ...]]] = [{"model.embed_tokens.weight": (vocabulary, HIDDEN)}]
@@ -176,10 +190,14 @@ def measured(checkpoint: Path, root: Path, calibrate: str, options: list[str]) -
     }
     second = row["second_run"]
     print(
-        f"{calibrate}: checkpoint {row['checkpoint_gb']:.2f} GB, packed {row['packed_gb']:.2f} GB; peak {row['peak_packing_gb'] - row['before_gb']:.3f} GB "
-        f"while packing, packed {row['over_packed_gb']:+.3f} GB with the model mapped; {row['pack_s']:.0f} s, "
-        f"{row['pack_s_per_gb_of_linears']:.0f} s per GB of linears, {row['pack_cpu_s_per_gb_of_linears']:.0f} of its own (load {row['load_average']})\n"
-        f"    second run: hashes {second['check_s']:.1f} s, mapped in {second['map_s']:.2f} s; RssAnon grew by {second['rss_anon_grown_gb']:.3f} GB, "
+        f"{calibrate}: checkpoint {row['checkpoint_gb']:.2f} GB, packed {row['packed_gb']:.2f} GB; peak "
+        f"{row['peak_packing_gb'] - row['before_gb']:.3f} GB "
+        f"while packing, packed {row['over_packed_gb']:+.3f} GB with the model mapped; "
+        f"{row['pack_s']:.0f} s, "
+        f"{row['pack_s_per_gb_of_linears']:.0f} s per GB of linears, "
+        f"{row['pack_cpu_s_per_gb_of_linears']:.0f} of its own (load {row['load_average']})\n"
+        f"    second run: hashes {second['check_s']:.1f} s, mapped in {second['map_s']:.2f} s; RssAnon "
+        f"grew by {second['rss_anon_grown_gb']:.3f} GB, "
         f"RssFile {second['rss_file_gb']:.2f} GB",
         flush=True,
     )
@@ -233,7 +251,8 @@ def main() -> None:
         write_checkpoint(root / "dense", layers, vocabulary)
         result |= child(root / "dense", root / "run", "read")
         print(
-            f"reading: {result['read_gb_per_s']:.2f} GB/s, {result['read_gb_per_cpu_s']:.2f} GB per second of its own time",
+            f"reading: {result['read_gb_per_s']:.2f} GB/s, {result['read_gb_per_cpu_s']:.2f} GB per second "
+            "of its own time",
             flush=True,
         )
         for calibrate in filter(None, o.calibrate.split(",")):

@@ -1,13 +1,16 @@
-"""Memory of one training step at length L, counted: a Llama 3.1 8B of two of its 32 blocks, W4, LR-QAT rank 32, one window.
+"""Memory of one training step at length L, counted: a Llama 3.1 8B of two of its 32 blocks, W4, LR-QAT rank
+32, one window.
 
     python benchmarks/long_step.py --tokens 65536
 
-Nothing is computed: tensors are fake, and what every operator makes is counted by storage while it is alive (loss_memory.py). Two
-blocks have all that more would have: what is in use, and the input of the next one on its way back. Each further block adds its own
-trained tensors' gradients only, which are counted apart, as resident. The layer ops are opaque, so their work space is not counted
-(it has no term in tokens; kernels/README.md). The loss is counted by itself, at the end of the forward, where no block is at work.
+Nothing is computed: tensors are fake, and what every operator makes is counted by storage while it is alive
+(loss_memory.py). Two blocks have all that more would have: what is in use, and the input of the next one on
+its way back. Each further block adds its own trained tensors' gradients only, which are counted apart, as
+resident. The layer ops are opaque, so their work space is not counted (it has no term in tokens;
+kernels/README.md). The loss is counted by itself, at the end of the forward, where no block is at work.
 
-    none      gradient checkpointing alone            offload   layer inputs elsewhere            mlp   and MLP and norms in chunks
+    none      gradient checkpointing alone            offload   layer inputs elsewhere            mlp   and
+              MLP and norms in chunks
 """
 
 import argparse
@@ -33,8 +36,13 @@ from lowbit_ft.train.setup import activation_checkpointing
 
 BLOCKS, VOCABULARY = 32, 128256
 SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+)
 
 
 class Elsewhere:
@@ -101,7 +109,9 @@ def resident(model: Any) -> dict[str, int]:
 def block_peak(
     tokens: int, way: str, chunk: int, segments: list[int], bits: int, residual_bits: int
 ) -> tuple[int, int, int]:
-    """(peak of forward and backward of the blocks without gradients of what trains, largest single tensor's elements, bytes away)."""
+    """(peak of forward and backward of the blocks without gradients of what trains, largest single tensor's
+    elements, bytes away).
+    """
     store = Elsewhere()
     with FakeTensorMode():
         model = model_of(bits, residual_bits)
@@ -174,9 +184,15 @@ def main() -> None:
             if way == "none":
                 peak += (BLOCKS - 2) * inputs  # which the other blocks keep
             row = {
-                "tokens": tokens, "way": way, "blocks_gb": peak / 1e9, "loss_gb": loss / 1e9, "away_gb": away / 2 * BLOCKS / 1e9,
-                "largest_elements": largest, "total_gb": (sum(held.values()) + max(peak, loss + (BLOCKS * inputs if way == "none" else 0))) / 1e9,
-            }  # fmt: skip
+                "tokens": tokens,
+                "way": way,
+                "blocks_gb": peak / 1e9,
+                "loss_gb": loss / 1e9,
+                "away_gb": away / 2 * BLOCKS / 1e9,
+                "largest_elements": largest,
+                "total_gb": (sum(held.values()) + max(peak, loss + (BLOCKS * inputs if way == "none" else 0)))
+                / 1e9,
+            }
             assert tokens < 16384 or largest < tokens * tokens, (
                 f"a tensor of {largest} elements: length x length"
             )

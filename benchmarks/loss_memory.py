@@ -1,11 +1,15 @@
-"""Memory of the training loss over the hidden states: logits made whole against logits made in chunks, forward and backward.
+"""Memory of the training loss over the hidden states: logits made whole against logits made in chunks,
+forward and backward.
 
-    python benchmarks/loss_memory.py                                    # counted on meta tensors, so no product is computed
-    python benchmarks/loss_memory.py --device cpu --tokens 600 --width 16   # computed, and counted by the allocator
+    python benchmarks/loss_memory.py                                    # counted on meta tensors, so no
+                                                                        product is computed
+    python benchmarks/loss_memory.py --device cpu --tokens 600 --width 16   # computed, and counted by the
+                                                                            allocator
 
-Counted is everything that is alive at once beyond the hidden states, the head and the labels: logits, their gradient, float32
-rows, and the gradient of the hidden states. On meta tensors the outputs of operators are counted, by storage; on the CPU every
-allocation is, those inside operators too, so a small shape run both ways shows what the first way misses.
+Counted is everything that is alive at once beyond the hidden states, the head and the labels: logits, their
+gradient, float32 rows, and the gradient of the hidden states. On meta tensors the outputs of operators are
+counted, by storage; on the CPU every allocation is, those inside operators too, so a small shape run both
+ways shows what the first way misses.
 """
 
 import argparse
@@ -24,8 +28,8 @@ from lowbit_ft.train.losses import ChunkedHead, Targets, next_token_loss
 
 
 class Counted(TorchDispatchMode):
-    """Bytes of the storages that operators made inside the block and that are alive; `peak` is their maximum, `largest` the most
-    elements that one of them had."""
+    """Bytes of the storages that operators made inside the block and that are alive; `peak` is their maximum,
+    `largest` the most elements that one of them had."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()

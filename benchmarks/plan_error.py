@@ -1,17 +1,20 @@
-"""What `lowbit-ft plan` predicts against bytes that were counted, for five shapes, with and without gradient checkpointing.
+"""What `lowbit-ft plan` predicts against bytes that were counted, for five shapes, with and without gradient
+checkpointing.
 
     python benchmarks/plan_error.py                     # about three minutes on two cores
     python benchmarks/plan_error.py --shapes tiny,25m   # some of them
 
-Counted is every storage that is alive at once (lowbit_ft/plan/counting.py) over three optimizer steps and an evaluation:
+Counted is every storage that is alive at once (lowbit_ft/plan/counting.py) over three optimizer steps and an
+evaluation:
 
     real   training as users run it (lowbit_ft.train.train) on a CPU, inside the packed ops too
-    fake   the same model, loss, backward and optimizer on tensors without data, for shapes that take this machine too long;
-           small shapes are counted both ways, and must agree
+    fake   the same model, loss, backward and optimizer on tensors without data, for shapes that take this
+           machine too long; small shapes are counted both ways, and must agree
     cuda   on a GPU: torch.cuda.max_memory_allocated of real training, limit 8 %
 
-The tiny shape is the quickstart's model on its own data. The prediction is that of `plan`, from config.json and a recipe, without
-what the process holds beside tensors. More than --limit per cent of error in a total fails.
+The tiny shape is the quickstart's model on its own data. The prediction is that of `plan`, from config.json
+and a recipe, without what the process holds beside tensors. More than --limit per cent of error in a total
+fails.
 """
 
 from __future__ import annotations
@@ -64,9 +67,15 @@ def _llama(
     hidden: int, layers: int, heads: int, kv: int, inner: int, vocabulary: int, **more: Any
 ) -> dict[str, Any]:
     return LLAMA | {
-        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
-        "intermediate_size": inner, "vocab_size": vocabulary, "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 # name -> (config.json, None: the quickstart's; recipe overrides; how it is counted)
@@ -74,32 +83,61 @@ SHAPES: dict[str, tuple[dict[str, Any] | None, list[str], tuple[str, ...]]] = {
     "tiny": (None, ["adapter={method: lr_qat, rank: 16}", "train.micro_batch_size=4"], ("real", "fake")),
     "25m": (
         _llama(384, 6, 6, 2, 1152, 8192),
-        ["adapter={method: l4q, rank: 8}", "quant.bits=3", "quant.symmetric=false", "export.format=native", "data.sequence_len=128",
-         "train.micro_batch_size=2", "train.gradient_accumulation_steps=2"],
+        [
+            "adapter={method: l4q, rank: 8}",
+            "quant.bits=3",
+            "quant.symmetric=false",
+            "export.format=native",
+            "data.sequence_len=128",
+            "train.micro_batch_size=2",
+            "train.gradient_accumulation_steps=2",
+        ],
         ("real", "fake"),
     ),
     "100m": (
         _llama(768, 8, 12, 4, 2048, 32000, tie_word_embeddings=True),
-        ["adapter={method: dl_qat, rank: 16}", "quant.bits=2", "quant.group_size=64", "model.dtype=bfloat16", "export.format=native",
-         "data.sequence_len=128", "train.micro_batch_size=1"],
+        [
+            "adapter={method: dl_qat, rank: 16}",
+            "quant.bits=2",
+            "quant.group_size=64",
+            "model.dtype=bfloat16",
+            "export.format=native",
+            "data.sequence_len=128",
+            "train.micro_batch_size=1",
+        ],
         ("real", "fake"),
     ),
     "400m": (
         _llama(1024, 24, 16, 8, 4096, 32000),
-        ["adapter={method: scale}", "model.dtype=bfloat16", "data.sequence_len=1024", "train.micro_batch_size=1", "quant.residual_bits=0"],
+        [
+            "adapter={method: scale}",
+            "model.dtype=bfloat16",
+            "data.sequence_len=1024",
+            "train.micro_batch_size=1",
+            "quant.residual_bits=0",
+        ],
         ("fake",),
     ),
     "1b": (
         _llama(2048, 16, 32, 8, 8192, 128256),
-        [*PLANES, "adapter={method: alpha_tuning}", "quant.bits=3", "model.dtype=bfloat16", "data.sequence_len=2048",
-         "train.micro_batch_size=1", "train.gradient_accumulation_steps=2"],
+        [
+            *PLANES,
+            "adapter={method: alpha_tuning}",
+            "quant.bits=3",
+            "model.dtype=bfloat16",
+            "data.sequence_len=2048",
+            "train.micro_batch_size=1",
+            "train.gradient_accumulation_steps=2",
+        ],
         ("fake",),
     ),
-}  # fmt: skip
+}
 
 
 def recipe_for(shape: str, folder: Path, checkpointing: bool) -> Recipe:
-    """The recipe of a shape; its checkpoint is `folder` (config.json alone for shapes that are only counted without data)."""
+    """The recipe of a shape; its checkpoint is `folder` (config.json alone for shapes that are only counted
+    without data).
+    """
     config, overrides, _ = SHAPES[shape]
     if config is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,9 +162,14 @@ def predicted(recipe: Recipe, masked: bool) -> tuple[Plan, dict[str, int]]:
     evaluation = made.stages["evaluation while training"] - p["context"]
     total = made.stages["training"] - p["context"]
     return made, {
-        "packed base": base, "dense": dense, "adapters": p["adapters"], "optimizer": p["optimizer states"], "step": total - fixed,
-        "evaluation": evaluation - fixed, "total": total,
-    }  # fmt: skip
+        "packed base": base,
+        "dense": dense,
+        "adapters": p["adapters"],
+        "optimizer": p["optimizer states"],
+        "step": total - fixed,
+        "evaluation": evaluation - fixed,
+        "total": total,
+    }
 
 
 def parts_of(model: nn.Module) -> dict[str, int]:
@@ -150,14 +193,18 @@ def counted(model: nn.Module, optimizer: Any, count: Counter) -> dict[str, int]:
     own = sum(parts.values())
     step, evaluation = count.peaks["step"], count.peaks.get("evaluation", 0)
     return parts | {
-        "optimizer": states, "step": step - states, "evaluation": max(0, evaluation - states), "total": own + step,
-    }  # fmt: skip
+        "optimizer": states,
+        "step": step - states,
+        "evaluation": max(0, evaluation - states),
+        "total": own + step,
+    }
 
 
 def real_data(recipe: Recipe, shape: str) -> tuple[Batches, Batches, bool]:
     """(training batches, validation batches, whether rows share windows)."""
     size, length = recipe.train.micro_batch_size, recipe.data.sequence_len
-    if SHAPES[shape][0] is None:
+    shape_keys = SHAPES[shape][0]
+    if shape_keys is None:
         tokenizer = load_tokenizer(Checkpoint.open(recipe.model.path, dtype=recipe.model.dtype))
         rows = [
             load_examples(source, recipe.data, tokenizer)
@@ -166,12 +213,10 @@ def real_data(recipe: Recipe, shape: str) -> tuple[Batches, Batches, bool]:
         ]
         rows = [Examples(examples[i] for i in range(4 * size)) for examples in rows]
         return Batches(rows[0], size, 0, 0), Batches(rows[1], size, 0, 1), True
-    generator = torch.Generator().manual_seed(0)
+    generator, vocabulary = torch.Generator().manual_seed(0), shape_keys["vocab_size"]
     made = []
     for _ in range(2):
-        ids = torch.randint(
-            0, SHAPES[shape][0]["vocab_size"], (4 * size, length), generator=generator
-        ).tolist()  # pyright: ignore
+        ids = torch.randint(0, vocabulary, (4 * size, length), generator=generator).tolist()
         made.append(Examples([Example(row, row, [length // 2, length - length // 2]) for row in ids]))
     return Batches(made[0], size, 0, 0), Batches(made[1], size, 0, 1), True
 
@@ -334,9 +379,10 @@ def main() -> None:
                 path = Path(folder) / shape
                 recipe = recipe_for(shape, path, checkpointing)
                 ways: dict[str, Callable[[], dict[str, int]]] = {
-                    "real": lambda r=recipe, s=shape, f=path: count_real(r, s, f), "fake": lambda r=recipe: count_fake(r, True),
+                    "real": lambda r=recipe, s=shape, f=path: count_real(r, s, f),
+                    "fake": lambda r=recipe: count_fake(r, True),
                     "cuda": lambda r=recipe, s=shape, f=path: count_cuda(r, s, f),
-                }  # fmt: skip
+                }
                 _, guess = predicted(recipe, True)
                 for way in ("cuda",) if o.device == "cuda" else SHAPES[shape][2]:
                     began = time.perf_counter()
@@ -344,17 +390,25 @@ def main() -> None:
                         found = ways[way]()
                     error = 100 * (guess["total"] / found["total"] - 1)
                     worst = max(worst, abs(error))
-                    rows.append({
-                        "shape": shape, "method": recipe.adapter.method, "checkpointing": checkpointing, "counted_by": way, "predicted": guess,
-                        "counted": found, "error_percent": error, "seconds": time.perf_counter() - began,
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "shape": shape,
+                            "method": recipe.adapter.method,
+                            "checkpointing": checkpointing,
+                            "counted_by": way,
+                            "predicted": guess,
+                            "counted": found,
+                            "error_percent": error,
+                            "seconds": time.perf_counter() - began,
+                        }
+                    )
                     cells = "".join(
                         f"{guess.get(n, 0) / 1e6:>13.3f} /{found.get(n, 0) / 1e6:>9.3f}" for n in names
                     )
-                    print(
-                        f"{shape:<7}{recipe.adapter.method:<13}{'yes' if checkpointing else 'no':<6}{way:<9}{cells}{error:>8.2f}%",
-                        flush=True,
+                    start = (
+                        f"{shape:<7}{recipe.adapter.method:<13}{'yes' if checkpointing else 'no':<6}{way:<9}"
                     )
+                    print(f"{start}{cells}{error:>8.2f}%", flush=True)
                     o.out.parent.mkdir(parents=True, exist_ok=True)
                     o.out.write_text(
                         json.dumps(

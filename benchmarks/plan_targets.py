@@ -1,10 +1,11 @@
-"""What plan predicts for the sizes we aim at, and how far off it was where it was counted: the tables of docs/memory.md.
+"""What plan predicts for the sizes we aim at, and how far off it was where it was counted: the tables of
+docs/memory.md.
 
     python -m benchmarks.plan_targets            # print them
     python -m benchmarks.plan_targets --write    # into docs/memory.md
 
-Predicted from shapes (tests/configs) and recipes/llama31-8b-w4-lr-qat.yaml with the changes of each row; nothing here was measured
-on a GPU.
+Predicted from shapes (tests/configs) and recipes/llama31-8b-w4-lr-qat.yaml with the changes of each row;
+nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -35,17 +36,38 @@ TARGETS: list[tuple[str, float, bool, str, list[str]]] = [
     ("", 8.0, False, "llama31_8b", ["quant.residual_bits=1", "train.offload=cpu", "quant.embeddings=8"]),
     ("8B W4, 4 residual bits, 1 x 2048", 12.0, False, "llama31_8b", []),
     ("14B W4, 1 x 8192", 24.0, True, "qwen25_14b", ["quant.residual_bits=1", "data.sequence_len=8192"]),
-    ("", 24.0, True, "qwen25_14b", ["quant.residual_bits=4", "data.sequence_len=8192", "train.offload=cpu", "adapter.rank=16"]),
+    (
+        "",
+        24.0,
+        True,
+        "qwen25_14b",
+        ["quant.residual_bits=4", "data.sequence_len=8192", "train.offload=cpu", "adapter.rank=16"],
+    ),
     ("32B W3, 1 x 2048", 24.0, True, "qwen25_32b", ["quant.residual_bits=0", "quant.bits=3"]),
     (
-        "", 24.0, True, "qwen25_32b",
-        ["quant.residual_bits=1", "quant.bits=3", "train.offload=cpu", "adapter.rank=16", "quant.embeddings=8"],
+        "",
+        24.0,
+        True,
+        "qwen25_32b",
+        [
+            "quant.residual_bits=1",
+            "quant.bits=3",
+            "train.offload=cpu",
+            "adapter.rank=16",
+            "quant.embeddings=8",
+        ],
     ),
-    ("70B W2, one step of 1 x 2048", 24.0, True, "llama31_70b", [*ONE_STEP, "quant.group_size=256", "quant.embeddings=8"]),
+    (
+        "70B W2, one step of 1 x 2048",
+        24.0,
+        True,
+        "llama31_70b",
+        [*ONE_STEP, "quant.group_size=256", "quant.embeddings=8"],
+    ),
     ("", 24.0, True, "llama31_70b", [*ONE_STEP, "quant.group_size=-1", "quant.embeddings=8"]),
     ("8B W4, 1 x 65536", 24.0, True, "llama31_8b", LONG),
     ("", 24.0, True, "llama31_8b", [*LONG, "train.mlp_chunk=4096"]),
-]  # fmt: skip
+]
 
 
 def predicted(shape: str, changes: list[str]) -> Plan:
@@ -55,7 +77,9 @@ def predicted(shape: str, changes: list[str]) -> Plan:
 
 
 def row(target: tuple[str, float, bool, str, list[str]]) -> str:
-    """One line of the table: the peak of a training step, with the card's context where the limit is a card."""
+    """One line of the table: the peak of a training step, with the card's context where the limit is a
+    card.
+    """
     name, limit, with_context, shape, changes = target
     made = predicted(shape, changes)
     size = made.stages["training"] - (0 if with_context else made.parts["context"])
@@ -67,7 +91,10 @@ def row(target: tuple[str, float, bool, str, list[str]]) -> str:
 
 
 def table() -> str:
-    head = "| aim | changes to the recipe | limit GB | predicted GB | met | largest parts, GB |\n| --- | --- | ---: | ---: | --- | --- |\n"
+    head = (
+        "| aim | changes to the recipe | limit GB | predicted GB | met | largest parts, GB |\n| --- | "
+        "--- | ---: | ---: | --- | --- |\n"
+    )
     return head + "\n".join(row(target) for target in TARGETS) + "\n"
 
 
@@ -80,7 +107,10 @@ def errors() -> str:
     ]
     for r in kept["rows"]:
         word = {"real": "training", "fake": "without data"}.get(r["counted_by"], r["counted_by"])
-        sizes = f"{r['predicted']['total'] / 1e6:.1f} | {r['counted']['total'] / 1e6:.1f} | {r['error_percent']:+.2f} %"
+        sizes = (
+            f"{r['predicted']['total'] / 1e6:.1f} | {r['counted']['total'] / 1e6:.1f} | "
+            f"{r['error_percent']:+.2f} %"
+        )
         lines.append(
             f"| {r['shape']} | {r['method']} | {'yes' if r['checkpointing'] else 'no'} | {word} | {sizes} |"
         )

@@ -1,11 +1,13 @@
-"""One recipe trained by one process, by two with DDP and by two with FSDP2: losses, bytes of the base per process, merged hash.
+"""One recipe trained by one process, by two with DDP and by two with FSDP2: losses, bytes of the base per
+process, merged hash.
 
-    python benchmarks/processes.py recipes/quickstart.yaml train.max_steps=6 train.micro_batch_size=2 data.sequence_len=128
+    python benchmarks/processes.py recipes/quickstart.yaml train.max_steps=6 train.micro_batch_size=2
+    data.sequence_len=128
 
-Two processes take half the micro-batches each, so every step sees the same windows. A sum of two gradients has no order, so the
-losses and the merged integers must be the same to the last bit; the script fails when they are not, when FSDP2 holds more than
-0.55 of the packed base on a process, or when the processes did not train the way they were told to. The CPU's processes talk
-through gloo; --device cuda needs two GPUs.
+Two processes take half the micro-batches each, so every step sees the same windows. A sum of two gradients
+has no order, so the losses and the merged integers must be the same to the last bit; the script fails when
+they are not, when FSDP2 holds more than 0.55 of the packed base on a process, or when the processes did not
+train the way they were told to. The CPU's processes talk through gloo; --device cuda needs two GPUs.
 """
 
 import argparse
@@ -53,15 +55,20 @@ def result(output: Path) -> dict[str, Any]:
 
 def show(name: str, found: dict[str, Any]) -> None:
     print(
-        f"{name:24s} losses {' '.join(f'{loss:.6f}' for loss in found['losses'])}  merged {found['merged'][:16]}",
+        f"{name:24s} losses {' '.join(f'{loss:.6f}' for loss in found['losses'])}  merged "
+        f"{found['merged'][:16]}",
         flush=True,
     )
     if found["processes"] is None:
         return
     for rank, row in enumerate(found["processes"]["ranks"]):
         share = row["base"] / row["whole_base"]
-        print(f"    rank {rank} ({found['processes']['type']}): base {row['base']:,} of {row['whole_base']:,} bytes ({share:.3f}), "
-              f"the rest {row['rest']:,} of {row['whole_rest']:,}", flush=True)  # fmt: skip
+        print(
+            f"    rank {rank} ({found['processes']['type']}): base {row['base']:,} of "
+            f"{row['whole_base']:,} bytes ({share:.3f}), "
+            f"the rest {row['rest']:,} of {row['whole_rest']:,}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -86,7 +93,8 @@ def main() -> None:
     types = [found[name]["processes"]["type"] for name in ("ddp", "fsdp")]
     shares = [row["base"] / row["whole_base"] for row in found["fsdp"]["processes"]["ranks"]]
     print(
-        f"same losses and merged bytes: {same}; types {types}; largest share of the packed base {max(shares):.3f}"
+        f"same losses and merged bytes: {same}; types {types}; largest share of the packed base "
+        f"{max(shares):.3f}"
     )
     raise SystemExit(0 if same and max(shares) <= 0.55 and types == ["DDP", "FSDP2"] else 1)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/quality.py --methods gptq lr_qat full_qat --grids 3:128 2:64 --seeds 0 1 2
 
-Windows of plain text for training and validation; every trained method sees the same windows in the same order (one order per
-seed) and the same number of steps. Baselines without training: rtn (absmax or minmax), mse, gptq. `lora` trains a side adapter on
-the rounded base and is measured twice: as trained, and after the requantization its merge needs. `full_qat` trains every dense
-weight behind the same grid (full_qat.py). Defaults are the recipe's defaults, which were found with this script (LOG.md).
+Windows of plain text for training and validation; every trained method sees the same windows in the same
+order (one order per seed) and the same number of steps. Baselines without training: rtn (absmax or minmax),
+mse, gptq. `lora` trains a side adapter on the rounded base and is measured twice: as trained, and after the
+requantization its merge needs. `full_qat` trains every dense weight behind the same grid (full_qat.py).
+Defaults are the recipe's defaults, which were found with this script (LOG.md).
 
 Rows are kept in --out as they come (JSON), so a stopped run goes on; the table is printed from that file.
 """
@@ -119,10 +120,15 @@ class Bench:
         calibrate = {"rtn": "absmax" if symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
             method, self.o.plane_start if binary else self.o.start
         )
-        quant = QuantSection.model_validate({
-            "grid": "binary" if binary else "integer", "bits": bits, "group_size": group, "symmetric": symmetric,
-            "calibrate": calibrate,
-        })  # fmt: skip
+        quant = QuantSection.model_validate(
+            {
+                "grid": "binary" if binary else "integer",
+                "bits": bits,
+                "group_size": group,
+                "symmetric": symmetric,
+                "calibrate": calibrate,
+            }
+        )
         model = self.base(quant)
         start = self.perplexity(model)
         if method in UNTRAINED:
@@ -145,15 +151,24 @@ class Bench:
             )
             rate = self.o.learning_rate
         section = TrainSection(
-            max_steps=self.o.steps, micro_batch_size=self.o.batch, gradient_accumulation_steps=1, learning_rate=rate,
-            scale_learning_rate=self.o.scale_learning_rate, seed=seed,
-        )  # fmt: skip
+            max_steps=self.o.steps,
+            micro_batch_size=self.o.batch,
+            gradient_accumulation_steps=1,
+            learning_rate=rate,
+            scale_learning_rate=self.o.scale_learning_rate,
+            seed=seed,
+        )
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             result = train(
-                model, Batches(Examples(self.train), self.o.batch, 0, seed=seed), None, section, folder,
-                on_step=lambda step: begin_step(model, step), console=Console(quiet=True),
-            )  # fmt: skip
+                model,
+                Batches(Examples(self.train), self.o.batch, 0, seed=seed),
+                None,
+                section,
+                folder,
+                on_step=lambda step: begin_step(model, step),
+                console=Console(quiet=True),
+            )
         if result.stopped:
             raise SystemExit("stopped by a signal; rows that are done are kept")
         seconds = time.perf_counter() - began
@@ -174,7 +189,9 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown: methods x grids, mean perplexity over seeds and its spread; lora shows what trained -> what ships."""
+    """Markdown: methods x grids, mean perplexity over seeds and its spread; lora shows what trained -> what
+    ships.
+    """
     grids = sorted({(-r["bits"], r["group_size"], not r["symmetric"]) for r in rows})
     print("| method | " + " | ".join(f"W{-b} g{g} {'asym' if a else 'sym'}" for b, g, a in grids) + " |")
     print("|---|" + "--:|" * len(grids))
@@ -182,9 +199,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         cells = []
         for b, g, a in grids:
             mine = [
-                r for r in rows
-                if (r["method"], r["note"], r["bits"], r["group_size"], r["symmetric"]) == (name, note, -b, g, not a)
-            ]  # fmt: skip
+                r
+                for r in rows
+                if (r["method"], r["note"], r["bits"], r["group_size"], r["symmetric"])
+                == (name, note, -b, g, not a)
+            ]
             values = [r["perplexity"] for r in mine]
             text = (
                 ""
@@ -219,17 +238,26 @@ def main() -> None:
                     if method == "alpha_tuning" and not symmetric and "sym" in o.symmetry:
                         continue  # sign planes have no zero point: one column holds them
                     fact = {
-                        "method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "seed": seed, "steps": o.steps,
-                        "note": o.note, "learning_rate": o.learning_rate, "scale_learning_rate": o.scale_learning_rate,
-                        "start_calibrator": o.plane_start if method == "alpha_tuning" else o.start, "options": o.set,
-                    }  # fmt: skip
+                        "method": method,
+                        "bits": bits,
+                        "group_size": group,
+                        "symmetric": symmetric,
+                        "seed": seed,
+                        "steps": o.steps,
+                        "note": o.note,
+                        "learning_rate": o.learning_rate,
+                        "scale_learning_rate": o.scale_learning_rate,
+                        "start_calibrator": o.plane_start if method == "alpha_tuning" else o.start,
+                        "options": o.set,
+                    }
                     if key_of(fact) in done:
                         continue
                     row = fact | bench.run(method, bits, group, symmetric, seed)
                     assert math.isfinite(row["perplexity"])
                     rows.append(row)
                     print(
-                        f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: {row['perplexity']:.3f}",
+                        f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: "
+                        f"{row['perplexity']:.3f}",
                         flush=True,
                     )
                     write_text(o.out, json.dumps(stored | {"rows": rows}, indent=1) + "\n")

@@ -1,17 +1,21 @@
-"""Training step of each method against a dense LoRA (peft) of the same rank, dtype and length, interleaved in one process.
+"""Training step of each method against a dense LoRA (peft) of the same rank, dtype and length, interleaved in
+one process.
 
     python benchmarks/step.py --methods lr_qat dl_qat l4q scale lora
-    python benchmarks/step.py --methods lr_qat lr_qat+keep lr_qat+factorised+tokens=0.25 lr_qat+compile --accumulate 2 --checkpointing
+    python benchmarks/step.py --methods lr_qat lr_qat+keep lr_qat+factorised+tokens=0.25 lr_qat+compile
+    --accumulate 2 --checkpointing
 
-Prints the median step and its ratio to LoRA's. A grid-aware backward has three GEMMs per layer (forward, dX, dW) against LoRA's two,
-so 1.5 is the floor of the plain form where the model is all linears. Behind a method's name, each after a +:
+Prints the median step and its ratio to LoRA's. A grid-aware backward has three GEMMs per layer (forward, dX,
+dW) against LoRA's two, so 1.5 is the floor of the plain form where the model is all linears. Behind a
+method's name, each after a +:
 
     factorised, corrected    adapter.low_rank_gradient
     tokens=0.25              adapter.scale_grad_tokens
     keep                     train.keep_codes
     compile                  train.compile
 
-The GEMMs of a column are products of a layer's size, counted by tests/kernels/test_estimates.py; without recomputation.
+The GEMMs of a column are products of a layer's size, counted by tests/kernels/test_estimates.py; without
+recomputation.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""Write docs/models.md: which architectures go through the whole line, found by doing it on a tiny random model of each.
+"""Write docs/models.md: which architectures go through the whole line, found by doing it on a tiny random
+model of each.
 
     python -m benchmarks.support_matrix          from the root of the repository; under a minute on one core
 
-The models and the line are those of tests/model/test_architectures.py, which fails when the page does not say what it finds.
+The models and the line are those of tests/model/test_architectures.py, which fails when the page does not say
+what it finds.
 """
 
 import tempfile
@@ -17,20 +19,22 @@ from tests.architectures import CONFIGS, lines
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """# Models
 
-Written by `python -m benchmarks.support_matrix`, not by hand. Each row is a tiny random model of that architecture (hidden size 64,
-two layers), packed in 4 bits, trained for a step with LR-QAT, merged, exported, and loaded again by transformers {transformers}
-(compressed-tensors {compressed}).
+Written by `python -m benchmarks.support_matrix`, not by hand. Each row is a tiny random model of that
+architecture (hidden size 64, two layers), packed in 4 bits, trained for a step with LR-QAT, merged, exported,
+and loaded again by transformers {transformers} (compressed-tensors {compressed}).
 
-- **packed**: how many matrices, and their share of the matrix weights of the decoder layers. The rest is named in the table that
-  `quantize` prints: routers, convolutions. The head and the token embedding stay in full precision unless `quant.lm_head` or
-  `quant.embeddings` gives them bits.
+- **packed**: how many matrices, and their share of the matrix weights of the decoder layers. The rest is
+  named in the table that `quantize` prints: routers, convolutions. The head and the token embedding stay in
+  full precision unless `quant.lm_head` or `quant.embeddings` gives them bits.
 - **exact**: the logits of the reloaded folder are those of the model in training, bit for bit.
-- **exact weights**: codes, scales and the reader's dense weights are equal bit for bit; its logits agree to rounding, because a dense
-  layer begins its sums with the bias and a packed one ends them with it.
-- **refused**: an error that names the layers and the way out, before anything is trained. Nothing is left out in silence.
+- **exact weights**: codes, scales and the reader's dense weights are equal bit for bit; its logits agree to
+  rounding, because a dense layer begins its sums with the bias and a packed one ends them with it.
+- **refused**: an error that names the layers and the way out, before anything is trained. Nothing is left out
+  in silence.
 
-The experts of a mixture are packed and adapted one by one (`<experts>.3.gate_up_proj`, `<experts>.3.down_proj`); all of a layer or
-none. A refused module can be left in full precision with the `quant.exclude` that the error names: the row "the rest". Of a multimodal model the text tower is tuned.
+The experts of a mixture are packed and adapted one by one (`<experts>.3.gate_up_proj`,
+`<experts>.3.down_proj`); all of a layer or none. A refused module can be left in full precision with the
+`quant.exclude` that the error names: the row "the rest". Of a multimodal model the text tower is tuned.
 
 | model_type | class | packed | native | compressed-tensors |
 | --- | --- | --- | --- | --- |

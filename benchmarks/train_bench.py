@@ -1,18 +1,24 @@
-"""The training step on one GPU: tokens/s, peak memory, longest length, largest model. One command, under nine minutes, no network.
+"""The training step on one GPU: tokens/s, peak memory, longest length, largest model. One command, under nine
+minutes, no network.
 
-    python -m benchmarks.train_bench                 every stage, most valuable first; rows are written as they come
+    python -m benchmarks.train_bench                 every stage, most valuable first; rows are written as
+                                                     they come
     python -m benchmarks.train_bench --dry-run       the same plan on a CPU at tiny sizes; no figures kept
     python -m benchmarks.train_bench --report FILE   table and plot of a results file again
 
 Models have real shapes and random weights (train_models.py). Stages:
 
-    correct   loss and every gradient of each method on the device against the CPU, at a small size; what fails is not timed
-    speed     8B, 1 x 2048, rank 16, checkpointing on: each contender takes turns with QLoRA (NF4, peft) step by step in this process,
-              with the same loss, optimizer and checkpointing code (ours), so that clocks and temperature are the same for both
-    memory    the set-ups the targets name, each alone, the process capped at --cap GB; and what `lowbit-ft plan` predicted
+    correct   loss and every gradient of each method on the device against the CPU, at a small size; what
+              fails is not timed
+    speed     8B, 1 x 2048, rank 16, checkpointing on: each contender takes turns with QLoRA (NF4, peft) step
+              by step in this process, with the same loss, optimizer and checkpointing code (ours), so that
+              clocks and temperature are the same for both
+    memory    the set-ups the targets name, each alone, the process capped at --cap GB; and what `lowbit-ft
+              plan` predicted
     length    8B W4, offload to the CPU: as many tokens as fit
 
-A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train_run. The figure is the median over rounds.
+A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train_run. The figure is
+the median over rounds.
 """
 
 from __future__ import annotations
@@ -168,7 +174,9 @@ class Bench:
     def attempt(
         self, stage: str, case: Case, act: Callable[[Case], dict[str, Any]], seconds: float
     ) -> dict[str, Any] | None:
-        """act(case), written as a row; a row with the reason when there is no time, no memory, no library, or the method was wrong."""
+        """act(case), written as a row; a row with the reason when there is no time, no memory, no library, or
+        the method was wrong.
+        """
         case = case.tiny() if self.dry else case
         reason = self.wrong.get(check_key(case), "")
         if not reason and self.left() < seconds:
@@ -187,7 +195,9 @@ class Bench:
         return values
 
     def predict(self) -> None:
-        """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not be lost to it."""
+        """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not be
+        lost to it.
+        """
         for row in self.rows:
             if row["stage"] in ("memory", "length") and "peak_gb" in row and (self.left() > 30 or self.dry):
                 case = Case(
@@ -309,7 +319,8 @@ def correct(bench: Bench) -> None:
                 abs(other - loss) <= 1e-3 * abs(loss) and worst <= TOLERANCE and want.keys() == got.keys()
             ):
                 raise AssertionError(
-                    f"loss {other} on the device and {loss} on the CPU; worst relative gradient error {worst:.2g}"
+                    f"loss {other} on the device and {loss} on the CPU; worst relative "
+                    f"gradient error {worst:.2g}"
                 )
             return {"loss_error": abs(other - loss) / abs(loss), "gradient_error": worst}
 
@@ -396,15 +407,18 @@ def _timed(
             assert bool(torch.isfinite(loss)), f"{name}: the loss is {float(loss)}"
     return {
         name: {
-            "seconds": median(t), "tokens_per_s": case.length / median(t), "peak_gb": (peaks[name] - others) / 1e9, "all_seconds": t,
+            "seconds": median(t),
+            "tokens_per_s": case.length / median(t),
+            "peak_gb": (peaks[name] - others) / 1e9,
+            "all_seconds": t,
         }
         for name, t in times.items()
-    }  # fmt: skip
+    }
 
 
 def predicted(case: Case, folder: Path, arch: int) -> float:
-    """GB that `lowbit-ft plan` says the steps of a case of lr_qat take at their peak, without the CUDA context, which is not allocated by
-    PyTorch. arch: 10 x compute capability, 0 for a CPU."""
+    """GB that `lowbit-ft plan` says the steps of a case of lr_qat take at their peak, without the CUDA
+    context, which is not allocated by PyTorch. arch: 10 x compute capability, 0 for a CPU."""
     assert case.method == "lr_qat" and case.base == "packed"
     SHAPES[case.shape].config().save_pretrained(folder)
     keys: dict[str, Any] = {
@@ -459,8 +473,13 @@ def _alone(bench: Bench, case: Case, steps: int) -> dict[str, Any]:
         contender.run.release()
     assert bool(torch.isfinite(loss)), f"the loss is {float(loss)}"
     return {
-        "peak_gb": peak / 1e9, "reserved_gb": reserved / 1e9, "optimizer": contender.run.section.optimizer, "rest_gb": rest / 1e9, "seconds": seconds, "tokens_per_s": case.length / seconds,
-    }  # fmt: skip
+        "peak_gb": peak / 1e9,
+        "reserved_gb": reserved / 1e9,
+        "optimizer": contender.run.section.optimizer,
+        "rest_gb": rest / 1e9,
+        "seconds": seconds,
+        "tokens_per_s": case.length / seconds,
+    }
 
 
 def length(bench: Bench) -> None:

@@ -1,11 +1,13 @@
-"""Models of real shapes with random weights, for train_bench.py: no checkpoint is needed and nothing of 16 bit is made on the way.
+"""Models of real shapes with random weights, for train_bench.py: no checkpoint is needed and nothing of 16
+bit is made on the way.
 
     packed(shape, grid)   integers, scales and residual drawn on the device, one layer after the other
     nf4(shape)            bitsandbytes' 4-bit linears with double quantization, as QLoRA has them
     dense(shape)          bfloat16 linears
 
-Everything a config.json would say of the public models is here; embeddings, norms and head are random too. Random integers make
-activations of an ordinary size (a scale of 0.02 over their standard deviation), so no step overflows; the losses mean nothing.
+Everything a config.json would say of the public models is here; embeddings, norms and head are random too.
+Random integers make activations of an ordinary size (a scale of 0.02 over their standard deviation), so no
+step overflows; the losses mean nothing.
 """
 
 from __future__ import annotations
@@ -42,10 +44,18 @@ class Shape:
 
     def config(self) -> PretrainedConfig:
         sizes: dict[str, Any] = {
-            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "intermediate_size": self.intermediate, "vocab_size": self.vocabulary,
-            "tie_word_embeddings": self.tied, "max_position_embeddings": 1 << 20, "bos_token_id": 0, "eos_token_id": 1, "use_cache": False,
-        }  # fmt: skip
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 1 << 20,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "use_cache": False,
+        }
         return {"llama": LlamaConfig, "qwen2": Qwen2Config}[self.kind](**sizes)
 
     def first(self, layers: int) -> Shape:
@@ -75,7 +85,9 @@ def packed(
     head: Grid | None = None,
     attention: str = "sdpa",
 ) -> Any:
-    """A model whose linears are PackedLinears on `grid`; head: the grid of lm_head and embeddings (None: 16 bit)."""
+    """A model whose linears are PackedLinears on `grid`; head: the grid of lm_head and embeddings (None: 16
+    bit).
+    """
 
     def replaced(linear: nn.Linear) -> nn.Module:
         bias = None if linear.bias is None else torch.zeros(linear.out_features, dtype=dtype, device=device)
@@ -128,7 +140,9 @@ def dense(
 
 
 def with_lora(model: Any, rank: int) -> Any:
-    """peft's LoRA on every linear but the head, in fp32 as peft makes it on a quantized base; the model stays a transformers model."""
+    """peft's LoRA on every linear but the head, in fp32 as peft makes it on a quantized base; the model stays
+    a transformers model.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -189,7 +203,8 @@ def _random_dense(like: Tensor, device: torch.device) -> Tensor:
 def _random_weight(shape: tuple[int, int], grid: Grid, device: torch.device) -> Any:
     weight = empty_weight(shape, grid, device)
     top = (1 << grid.bits) - 1
-    # Uniform integers have a standard deviation of sqrt((2^b)^2 - 1) / sqrt(12); b planes of +-alpha have alpha sqrt(b).
+    # Uniform integers have a standard deviation of sqrt((2^b)^2 - 1) / sqrt(12); b planes of +-alpha have
+    # alpha sqrt(b).
     step = (
         DEVIATION / (((top + 1) ** 2 - 1) / 12) ** 0.5
         if isinstance(grid, IntGrid)

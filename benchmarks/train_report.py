@@ -1,4 +1,6 @@
-"""Table and plot of a results file of train_bench.py: what was measured, against what was promised, and what was not measured."""
+"""Table and plot of a results file of train_bench.py: what was measured, against what was promised, and what
+was not measured.
+"""
 
 from __future__ import annotations
 

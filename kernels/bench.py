@@ -1,13 +1,16 @@
 """Measure the kernels on a GPU, next to what they replace.
 
     python kernels/bench.py check                  every op against a reference at one real size
-    python kernels/bench.py run --set targets      times, into kernels/results/<gpu>-<date>.json, a row at a time
-    python kernels/bench.py tune --seconds 80      tile sizes for this GPU, into the user's cache (dispatch.user_cache)
+    python kernels/bench.py run --set targets      times, into kernels/results/<gpu>-<date>.json, a row at a
+                                                   time
+    python kernels/bench.py tune --seconds 80      tile sizes for this GPU, into the user's cache
+                                                   (dispatch.user_cache)
     python kernels/bench.py table                  tables and plots of the results into kernels/README.md
 
-How: ours and its peers take turns in one process, round by round, so that clocks and temperature are the same for all; the
-weights rotate through enough copies that none is in the L2 cache when it is read; calls for 16 rows or fewer run inside a CUDA
-graph, as they do when serving; the figure is the median over rounds. An op whose result is wrong is not timed.
+How: ours and its peers take turns in one process, round by round, so that clocks and temperature are the same
+for all; the weights rotate through enough copies that none is in the L2 cache when it is read; calls for 16
+rows or fewer run inside a CUDA graph, as they do when serving; the figure is the median over rounds. An op
+whose result is wrong is not timed.
 
 --dry-run walks the same code on a CPU with the references, at tiny shapes, and keeps no figures.
 """
@@ -40,15 +43,26 @@ L2_COPIES_BYTES = (
 )  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
 # What a coordinate of a configuration may become while tuning.
 AXES: dict[str, list[int]] = {
-    "BLOCK_M": [8, 16, 32, 64, 128, 256], "BLOCK_N": [16, 32, 64, 128], "BLOCK_K": [64, 128], "SPLIT_K": [0, 1, 2, 4, 8, 16],
-    "SPLIT_N": [0, 1, 2, 4, 8], "UNROLL": [1, 2, 4], "CHUNK_MB": [8, 16, 24, 48, 96], "ROWS": [32, 64, 128],
-    "num_warps": [2, 4, 8], "num_stages": [1, 2, 3, 4, 5],
-}  # fmt: skip
+    "BLOCK_M": [8, 16, 32, 64, 128, 256],
+    "BLOCK_N": [16, 32, 64, 128],
+    "BLOCK_K": [64, 128],
+    "SPLIT_K": [0, 1, 2, 4, 8, 16],
+    "SPLIT_N": [0, 1, 2, 4, 8],
+    "UNROLL": [1, 2, 4],
+    "CHUNK_MB": [8, 16, 24, 48, 96],
+    "ROWS": [32, 64, 128],
+    "num_warps": [2, 4, 8],
+    "num_stages": [1, 2, 3, 4, 5],
+}
 # Whose configurations a case tunes.
 TUNED = {
-    "packed_matmul": "packed_matmul", "packed_matmul_dx": "packed_matmul_dx", "binary_matmul": "binary_matmul",
-    "grid_step": "grid_gradients", "quantize_pack": "quantize_pack", "hadamard": "hadamard",
-}  # fmt: skip
+    "packed_matmul": "packed_matmul",
+    "packed_matmul_dx": "packed_matmul_dx",
+    "binary_matmul": "binary_matmul",
+    "grid_step": "grid_gradients",
+    "quantize_pack": "quantize_pack",
+    "hadamard": "hadamard",
+}
 # Starts of the tuner beyond the packaged table, which has the form that is right without a measurement.
 STARTS: dict[str, list[dict]] = {
     "grid_gradients": [
@@ -162,11 +176,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     except ImportError:
         version = None
     return {
-        "gpu": torch.cuda.get_device_name() if cuda else "cpu", "arch": dispatch.architecture() if cuda else 0,
-        "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "peers": {name: _version(name) for name in ("bitsandbytes", "gemlite")}, "commit": _commit(), "sources": _sources(),
+        "gpu": torch.cuda.get_device_name() if cuda else "cpu",
+        "arch": dispatch.architecture() if cuda else 0,
+        "torch": torch.__version__,
+        "triton": version,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "peers": {name: _version(name) for name in ("bitsandbytes", "gemlite")},
+        "commit": _commit(),
+        "sources": _sources(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
 
 
 def _version(package: str) -> str | None:
@@ -291,9 +311,14 @@ def _entry(case: Case, config: dict, arch: int) -> dict:
     dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
     low = case.m // 2 + 1 if case.m > 1 else 1
     return {
-        "arch": arch, "bits": case.bits, "dtype": dtype, "m": [low, max(low, case.m)], "n": [case.n, case.n],
-        "k": [case.k, case.k], "config": config,
-    }  # fmt: skip
+        "arch": arch,
+        "bits": case.bits,
+        "dtype": dtype,
+        "m": [low, max(low, case.m)],
+        "n": [case.n, case.n],
+        "k": [case.k, case.k],
+        "config": config,
+    }
 
 
 def _starts(op: str, case: Case, arch: int) -> list[dict]:
@@ -310,7 +335,9 @@ def _starts(op: str, case: Case, arch: int) -> list[dict]:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Coordinate descent over AXES from each start, for the targets' ops; the best go to the user's table as they are found."""
+    """Coordinate descent over AXES from each start, for the targets' ops; the best go to the user's table as
+    they are found.
+    """
     device, deadline = device_of(options.dry_run), time.monotonic() + options.seconds
     arch, path = (0 if options.dry_run else dispatch.architecture()), dispatch.user_cache()
     table = dispatch.read_table(path) if path.is_file() and not options.dry_run else {}

@@ -1,7 +1,8 @@
 """What the benchmark measures: problems, our op on each, and the peers it is compared with.
 
-A Case makes its tensors once per copy (several copies are rotated so that no weight is in the L2 cache when its turn comes) and
-gives closures over them. A peer that cannot be built on this machine is left out, with the reason in the results.
+A Case makes its tensors once per copy (several copies are rotated so that no weight is in the L2 cache when
+its turn comes) and gives closures over them. A peer that cannot be built on this machine is left out, with
+the reason in the results.
 """
 
 import importlib
@@ -24,7 +25,9 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the results. bits counts sign planes for the binary ops and is 16 where nothing is packed."""
+    """One row of the results. bits counts sign planes for the binary ops and is 16 where nothing is
+    packed.
+    """
 
     op: str
     bits: int
@@ -38,7 +41,10 @@ class Case:
     @property
     def name(self) -> str:
         rank = f" r{self.rank}" if self.rank else ""
-        return f"{self.op} {self.bits}b g{self.group}{rank} M{self.m} {self.n}x{self.k} {str(self.dtype).removeprefix('torch.')}"
+        return (
+            f"{self.op} {self.bits}b g{self.group}{rank} M{self.m} {self.n}x{self.k} "
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
 
     @property
     def small(self) -> bool:
@@ -112,9 +118,18 @@ def everything() -> list[Case]:
 def tiny(cases: list[Case]) -> list[Case]:
     """The same kinds at sizes a CPU does at once, for the dry run."""
     small = {
-        Case(op=c.op, bits=c.bits, m=min(c.m, 4), n=16, k=64, group=32 if c.group != -1 else -1, rank=min(c.rank, 2), dtype=torch.float32)
+        Case(
+            op=c.op,
+            bits=c.bits,
+            m=min(c.m, 4),
+            n=16,
+            k=64,
+            group=32 if c.group != -1 else -1,
+            rank=min(c.rank, 2),
+            dtype=torch.float32,
+        )
         for c in cases
-    }  # fmt: skip
+    }
     return sorted(small, key=lambda c: c.name)
 
 
@@ -137,14 +152,21 @@ def build(case: Case, device: torch.device, copies: int) -> Built:
     x = torch.randn(case.m, case.k, device=device, generator=g).to(case.dtype)
     dy = torch.randn(case.m, case.n, device=device, generator=g).to(case.dtype)
     {
-        "packed_matmul": _forward, "packed_matmul_dx": _dx, "scale_gradient": _scale_gradient, "grid_step": _grid_step,
-        "binary_matmul": _binary, "quantize_pack": _quantize, "hadamard": _hadamard,
-    }[case.op](made, case, x, dy, copies)  # fmt: skip
+        "packed_matmul": _forward,
+        "packed_matmul_dx": _dx,
+        "scale_gradient": _scale_gradient,
+        "grid_step": _grid_step,
+        "binary_matmul": _binary,
+        "quantize_pack": _quantize,
+        "hadamard": _hadamard,
+    }[case.op](made, case, x, dy, copies)
     return made
 
 
 def _allowed(rounded: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """1.5 times the error of the same computation in torch with equally rounded inputs, plus one rounding of the result."""
+    """1.5 times the error of the same computation in torch with equally rounded inputs, plus one rounding of
+    the result.
+    """
     return 1.5 * relative(rounded, exact) + 4 * torch.finfo(torch.float32).eps
 
 
@@ -214,10 +236,22 @@ def _grid(case: Case, x: Tensor) -> dict:
     a = torch.randn(case.rank, case.k, device=x.device) if case.rank else None
     b = torch.randn(case.n, case.rank, device=x.device) * 0.3 if case.rank else None
     return {
-        "codes": codes, "residual": None, "scale0": scale, "zero0": None, "a": a, "b": b, "scale": scale.float(), "zero": None,
-        "offset": None, "gain": 1.0, "units": "grid", "bits": case.bits, "residual_bits": 0, "group_size": case.group,
+        "codes": codes,
+        "residual": None,
+        "scale0": scale,
+        "zero0": None,
+        "a": a,
+        "b": b,
+        "scale": scale.float(),
+        "zero": None,
+        "offset": None,
+        "gain": 1.0,
+        "units": "grid",
+        "bits": case.bits,
+        "residual_bits": 0,
+        "group_size": case.group,
         "clip_first": False,
-    }  # fmt: skip
+    }
 
 
 def _scale_gradient(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
@@ -237,7 +271,9 @@ def _scale_gradient(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int)
 
 
 def _eager_step(case: Case, base: Tensor, args: dict, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """The same layer as plain autograd writes it: straight-through round, N x K intermediates kept for backward."""
+    """The same layer as plain autograd writes it: straight-through round, N x K intermediates kept for
+    backward.
+    """
     a, b, scale = (args[name].detach().requires_grad_() for name in ("a", "b", "scale"))
     v = base + b @ a
     rounded = v + (v.round() - v).detach()
@@ -337,7 +373,9 @@ def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> No
 
 
 def _optional(made: Built, name: str, make: Callable[[], list[Call]]) -> None:
-    """A peer, where it can be had: an import error, or any failure of foreign code, leaves it out with its reason."""
+    """A peer, where it can be had: an import error, or any failure of foreign code, leaves it out with its
+    reason.
+    """
     try:
         calls = make()
         calls[0]()

@@ -1,6 +1,8 @@
-"""From results to kernels/README.md: the targets with what was measured against each, all shapes, and roofline plots.
+"""From results to kernels/README.md: the targets with what was measured against each, all shapes, and
+roofline plots.
 
-Everything between the markers in the README is written here and never by hand. A target without a result says "not measured".
+Everything between the markers in the README is written here and never by hand. A target without a result says
+"not measured".
 """
 
 import json
@@ -69,7 +71,8 @@ def target_table(rows: dict[str, dict]) -> str:
         times, moved = copied["microseconds"], 4.0 * copied["n"] * copied["k"]
         share = (copied["bytes"] / times["ours"]) / (moved / times["copy"])
         lines.append(
-            f"| quantize and pack | copy bandwidth | >= 85 % | {share:.0%} {'met' if share >= 0.85 else '**missed**'} |"
+            f"| quantize and pack | copy bandwidth | >= 85 % | {share:.0%} "
+            f"{'met' if share >= 0.85 else '**missed**'} |"
         )
     else:
         lines.append("| quantize and pack | copy bandwidth | >= 85 % | not measured |")
@@ -139,7 +142,9 @@ def plot(result: dict, path: Path) -> bool:
 
 
 def between(text: str, body: str, begin: str = BEGIN, end: str = END) -> str:
-    """`text` with what stands between the two markers replaced. ValueError where they are missing or turned round."""
+    """`text` with what stands between the two markers replaced. ValueError where they are missing or turned
+    round.
+    """
     start, stop = text.find(begin), text.find(end)
     if start < 0 or stop < start:
         raise ValueError(f"the markers {begin!r} ... {end!r} must be in the file, in this order")

@@ -3,10 +3,11 @@
     recipe = lowbit_ft.load_recipe("recipes/quickstart.yaml")
     folder = lowbit_ft.run(recipe)            # a Hugging Face folder, ready to serve
 
-The stages of `run` are functions of `lowbit_ft.pipeline` (quantize, train, merge, export, verify, evaluate, generate, report);
-they are not repeated here because the files they call have the same names. Names are resolved on first use: importing the package
-reads no model code and touches no device. It waits for transformers and peft to be imported, and then makes
-`AutoModelForCausalLM.from_pretrained` and `PeftModel.from_pretrained` read our folders.
+The stages of `run` are functions of `lowbit_ft.pipeline` (quantize, train, merge, export, verify, evaluate,
+generate, report); they are not repeated here because the files they call have the same names. Names are
+resolved on first use: importing the package reads no model code and touches no device. It waits for
+transformers and peft to be imported, and then makes `AutoModelForCausalLM.from_pretrained` and
+`PeftModel.from_pretrained` read our folders.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
 """merge: what the adapters trained, written as plain packed integers.
 
-The codes are made by the same op in the same dtype as in the training forward, so nothing is rounded anew and nothing is lost
-(`lora`, whose product is not on the grid, says so itself). A GPU and a CPU may round a tie differently: `train` therefore writes
-the merged folder on the device it trained on, and `verify_merge` tells, for a merge made elsewhere, how many codes differ.
+The codes are made by the same op in the same dtype as in the training forward, so nothing is rounded anew and
+nothing is lost (`lora`, whose product is not on the grid, says so itself). A GPU and a CPU may round a tie
+differently: `train` therefore writes the merged folder on the device it trained on, and `verify_merge` tells,
+for a merge made elsewhere, how many codes differ.
 """
 
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ def base_weights(model: nn.Module) -> Weights:
 
 
 def merged_weights(model: nn.Module) -> Weights:
-    """Layer name -> deployable weight: the adapter's merge, or the base without its residual where there is no adapter.
-    Merged on access, one layer at a time, on the layer's device."""
+    """Layer name -> deployable weight: the adapter's merge, or the base without its residual where there is
+    no adapter. Merged on access, one layer at a time, on the layer's device."""
     layers = dict(packed_layers(model))
     return Weights(
         {name: _shipped(layer) for name, layer in layers.items()}, lambda name: merged_weight(layers[name])
@@ -61,8 +62,8 @@ def merge(
     extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write the merged model as a native folder and return its manifest (lowbit_ft.json: sha256 of every file and of every
-    layer's tensors). ValueError as `write_model`."""
+    """Write the merged model as a native folder and return its manifest (lowbit_ft.json: sha256 of every file
+    and of every layer's tensors). ValueError as `write_model`."""
     extra = dict(extra_files or {})
     if readme is not None:
         extra["README.md"] = readme
@@ -78,7 +79,9 @@ def merge(
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One layer: how many of its codes, and of its other numbers (scales, zero points, offsets), are not the written ones."""
+    """One layer: how many of its codes, and of its other numbers (scales, zero points, offsets), are not the
+    written ones.
+    """
 
     layer: str
     codes: int
@@ -106,7 +109,8 @@ class MergeReport:
             )
         scales = sum(row.different_scales for row in self.rows)
         lines = [
-            f"merge: {changed:,} of {codes:,} codes ({changed / codes:.2e}) and {scales:,} scales in {len(self.different)} of "
+            f"merge: {changed:,} of {codes:,} codes ({changed / codes:.2e}) and {scales:,} scales in "
+            f"{len(self.different)} of "
             f"{len(self.rows)} layers are not the written ones"
         ]
         lines += [
@@ -117,7 +121,8 @@ class MergeReport:
 
 
 def verify_merge(model: nn.Module, folder: str | Path) -> MergeReport:
-    """Merge again, layer by layer, and count what differs from the native folder that was written. Nothing is written.
+    """Merge again, layer by layer, and count what differs from the native folder that was written. Nothing is
+    written.
 
     ValueError when the folder holds other layers or other grids.
     """
@@ -139,8 +144,8 @@ def verify_merge(model: nn.Module, folder: str | Path) -> MergeReport:
 
 
 def moved(model: nn.Module) -> dict[str, float]:
-    """What training moved: {layer: share of its codes that are not the base's}, and "scale_change", mean |s / s0 - 1| over all
-    groups (0 for a layer without an adapter)."""
+    """What training moved: {layer: share of its codes that are not the base's}, and "scale_change", mean |s /
+    s0 - 1| over all groups (0 for a layer without an adapter)."""
     out, change, groups = {}, 0.0, 0
     for name, layer in packed_layers(model):
         base, weight = layer.base, merged_weight(layer)

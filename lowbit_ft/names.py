@@ -1,6 +1,7 @@
 """Names as people write them: patterns over layer names, and the known word nearest to a mistyped one.
 
-Below everything that has names: recipes, adapters, exporters and adapter folders all say what was meant with these.
+Below everything that has names: recipes, adapters, exporters and adapter folders all say what was meant with
+these.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """THE STRAIGHT LINE: load -> quantize -> attach -> train -> merge -> export -> evaluate -> report.
 
-`run` is the whole of it; the other functions are its stages, for the command line. Each stage is one call into the file of its
-name. A stage reads what the one before left in the run folder (rundir.py), so a run that was stopped goes on where it was:
-base/ is written as it is packed, mapped into memory, and reused when it is this very base; training resumes from its newest
-valid checkpoint, later stages are done again.
+`run` is the whole of it; the other functions are its stages, for the command line. Each stage is one call
+into the file of its name. A stage reads what the one before left in the run folder (rundir.py), so a run that
+was stopped goes on where it was: base/ is written as it is packed, mapped into memory, and reused when it is
+this very base; training resumes from its newest valid checkpoint, later stages are done again.
 
-Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a time is on the device:
-the trained one is measured and let go before merged/ and the export are read back. With train.sharding: fsdp the processes
-share one base while they train (train/sharding.py); after it the main one reads base/ again and puts what was trained on it.
+Under torchrun every process trains; only the main one packs, writes, merges and evaluates. One model at a
+time is on the device: the trained one is measured and let go before merged/ and the export are read back.
+With train.sharding: fsdp the processes share one base while they train (train/sharding.py); after it the main
+one reads base/ again and puts what was trained on it.
 """
 
 import gc
@@ -123,8 +124,8 @@ def train(recipe: Recipe) -> Path:
 def merge(run_dir: Path) -> Path:
     """Merge base/ and adapter/; where merged/ is there already, compare with it instead.
 
-    ValueError when it differs from what training wrote on this kind of device. Another kind may round ties differently: then the
-    codes that differ are counted, and merged/ stays the one that was trained.
+    ValueError when it differs from what training wrote on this kind of device. Another kind may round ties
+    differently: then the codes that differ are counted, and merged/ stays the one that was trained.
     """
     session = resume(run_dir)
     model = trained_model(session)
@@ -151,7 +152,8 @@ def export(run_dir: Path, format: str | None = None) -> Path:
         raise ValueError(f"{run_dir} has no merged model yet; run `lowbit-ft train` on its recipe first")
     if session.recipe.export.verify and (reason := EXPORTERS[name].missing(EXPORTERS[name].reads_with)):
         raise ValueError(
-            f"format: {name} is verified through its reader, which {reason}; or set export.verify: false in {run_dir}/recipe.yaml"
+            f"format: {name} is verified through its reader, which {reason}; or set export.verify: false "
+            f"in {run_dir}/recipe.yaml"
         )
     folder = export_stage(session, name)
     session.say(f"{name}: {folder}")
@@ -160,7 +162,9 @@ def export(run_dir: Path, format: str | None = None) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Compare an exported folder of a run with the merged weights next to it. ValueError when anything differs."""
+    """Compare an exported folder of a run with the merged weights next to it. ValueError when anything
+    differs.
+    """
     session = resume(folder.resolve().parent)
     check_export(session, folder)
 
@@ -170,8 +174,9 @@ def evaluate(
 ) -> None:
     """The tables of all stages again: perplexity, KL, samples, and the recipe's lm-eval tasks.
 
-    With tasks or stages only tasks are measured: these (default: the recipe's), on these stages (default: all that are there). A folder
-    that is no run is one model, whose table is printed. limit: rows of each task (default: the recipe's).
+    With tasks or stages only tasks are measured: these (default: the recipe's), on these stages (default: all
+    that are there). A folder that is no run is one model, whose table is printed. limit: rows of each task
+    (default: the recipe's).
     """
     if not (run_dir / "recipe.yaml").is_file():
         return evaluate_folder(run_dir, tasks, limit)
@@ -207,7 +212,9 @@ def report(run_dir: Path) -> Path:
 
 
 def quantize_stage(session: Session) -> Any:
-    """The packed model: from base/ when it was made from this checkpoint with these settings, else packed now and kept."""
+    """The packed model: from base/ when it was made from this checkpoint with these settings, else packed now
+    and kept.
+    """
     recipe, run_dir = session.recipe, session.run
     key, folder = base_key(session), run_dir / "base"
     # A base that is about to be cut waits on the CPU, so that no device has to hold it whole.
@@ -229,13 +236,19 @@ def quantize_stage(session: Session) -> Any:
 
 
 def pack_base(session: Session, folder: Path) -> None:
-    """base/, written layer by layer as it is packed: neither the checkpoint nor the packed model is ever whole in memory."""
+    """base/, written layer by layer as it is packed: neither the checkpoint nor the packed model is ever
+    whole in memory.
+    """
     recipe, run_dir = session.recipe, session.run
     run_dir.write_json("base.json", {})  # a folder that is being replaced belongs to no key
     packing = Packing(
-        session.checkpoint, recipe.quant, device=session.device, dtype=session.dtype, attention=recipe.model.attention,
+        session.checkpoint,
+        recipe.quant,
+        device=session.device,
+        dtype=session.dtype,
+        attention=recipe.model.attention,
         calibration=lambda: calibration_batches(session),
-    )  # fmt: skip
+    )
     weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
     write_model(folder, session.checkpoint, weights, EXPORTERS["native"])
     session.say(packing.table)
@@ -243,7 +256,9 @@ def pack_base(session: Session, folder: Path) -> None:
 
 
 def read_data(session: Session) -> Examples:
-    """The training windows. Before anything is quantized: a malformed row should not cost the hours that came before it."""
+    """The training windows. Before anything is quantized: a malformed row should not cost the hours that came
+    before it.
+    """
     recipe = session.recipe
     examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
     session.say(f"data: {examples.report}")
@@ -257,8 +272,8 @@ def read_data(session: Session) -> Examples:
 
 
 def train_stage(session: Session, model: Any, examples: Examples) -> Any:
-    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on the others.
-    RunStopped when a signal ended it before the last step."""
+    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on
+    the others. RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
     rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
@@ -281,7 +296,8 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
         )
         parts = ", ".join(f"{r['base'] / 1e9:.6f}" for r in ranks)
         session.say(
-            f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} processes: {parts} GB"
+            f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} "
+            f"processes: {parts} GB"
         )
     with run_dir.stage("train", session.device, resumable=True):
         result = train_model(
@@ -315,7 +331,9 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
 
 
 def merge_stage(session: Session, model: Any) -> None:
-    """merged/: the codes and scales of the last forward, on the device that trained them; and what training moved."""
+    """merged/: the codes and scales of the last forward, on the device that trained them; and what training
+    moved.
+    """
     with session.run.stage("merge", session.device):
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -333,13 +351,14 @@ def merge_stage(session: Session, model: Any) -> None:
         if losses:
             mean = sum(loss or 0.0 for loss in losses) / len(losses)
             session.say(
-                f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of what was trained"
+                f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of "
+                "what was trained"
             )
 
 
 def export_stage(session: Session, name: str) -> Path:
-    """exported/: the merged integers in the format of a server, reloaded through its reader and compared. The native format is
-    merged/ itself."""
+    """exported/: the merged integers in the format of a server, reloaded through its reader and compared. The
+    native format is merged/ itself."""
     folder = session.run / ("merged" if name == "native" else "exported")
     with session.run.stage("export", session.device):
         if name != "native":
@@ -357,14 +376,17 @@ def export_stage(session: Session, name: str) -> Path:
                 refused = set_aside(folder)
                 if isinstance(error, ValueError):
                     raise ValueError(
-                        f"{error}\n{folder} was not verified and is no model to serve; what was written is in {refused}"
+                        f"{error}\n{folder} was not verified and is no model to serve; what was written is "
+                        f"in {refused}"
                     ) from error
                 raise
     return folder
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder that failed to <name>.refused, instead of one that failed before. Nothing takes it for a model of the run."""
+    """Rename a folder that failed to <name>.refused, instead of one that failed before. Nothing takes it for
+    a model of the run.
+    """
     refused = folder.with_name(f"{folder.name}.refused")
     if refused.exists():
         shutil.rmtree(refused)
@@ -372,7 +394,9 @@ def set_aside(folder: Path) -> Path:
 
 
 def check_export(session: Session, folder: Path) -> None:
-    """Compare a folder with merged/, through the format's own reader: files, codes, scales, weights, logits."""
+    """Compare a folder with merged/, through the format's own reader: files, codes, scales, weights,
+    logits.
+    """
     merged = session.run / "merged"
     device = reader_device(folder, session)
     session.say(
@@ -430,7 +454,9 @@ def measure_trained(session: Session, model: Any) -> Measured:
 
 
 def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
-    """Rows merged and exported, each read back from its folder; the table, into evaluation.json and the model cards."""
+    """Rows merged and exported, each read back from its folder; the table, into evaluation.json and the model
+    cards.
+    """
     recipe, run_dir = session.recipe, session.run
     if not done.data:
         return []
@@ -442,9 +468,14 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
             model = stage_model(session, stage)
             done.rows.append(measure(model, done.data, stage, done.reference))
             del model
-    run_dir.write_json("evaluation.json", {
-        "rows": [row.to_json() for row in done.rows], "windows": sum(len(b["labels"]) for b in done.data), "window": recipe.eval.window,
-    })  # fmt: skip
+    run_dir.write_json(
+        "evaluation.json",
+        {
+            "rows": [row.to_json() for row in done.rows],
+            "windows": sum(len(b["labels"]) for b in done.data),
+            "window": recipe.eval.window,
+        },
+    )
     session.say(table(done.rows))
     for stage, format in folders.items():
         replace_file(run_dir / stage, "README.md", card(session, format)["README.md"])
@@ -466,9 +497,13 @@ def measure_tasks(
         for stage in stages:
             model = stage_model(session, stage)
             new = run_tasks(
-                model, session.tokenizer, tasks, stage,
-                limit=limit or recipe.eval.task_limit, max_length=max(2048, recipe.data.sequence_len),
-            )  # fmt: skip
+                model,
+                session.tokenizer,
+                tasks,
+                stage,
+                limit=limit or recipe.eval.task_limit,
+                max_length=max(2048, recipe.data.sequence_len),
+            )
             del model
             release_freed()
             rows = merged_rows(rows, new)
@@ -489,7 +524,8 @@ def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> No
     """lm-eval tasks on a model folder of any of our formats (or a plain one), in its own dtype; printed."""
     if not tasks:
         raise ValueError(
-            f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a model folder give --task"
+            f"{folder} is not the folder of a run (no recipe.yaml in it); to measure a "
+            "model folder give --task"
         )
     refuse_tasks(folder)
     loaded = load_tasks(tasks)
@@ -507,7 +543,8 @@ def refuse_tasks(folder: Path) -> None:
     """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
     if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mlx":
         raise ValueError(
-            f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), the equal model"
+            f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), "
+            "the equal model"
         )
 
 
@@ -533,7 +570,9 @@ def stage_model(session: Session, stage: str) -> Any:
 
 
 def trained_model(session: Session) -> Any:
-    """base/ with adapter/ on it. ValueError when the run has not trained, or the adapter belongs to another base."""
+    """base/ with adapter/ on it. ValueError when the run has not trained, or the adapter belongs to another
+    base.
+    """
     run_dir = session.run
     if not (run_dir / "adapter").is_dir():
         raise ValueError(f"{run_dir.path} has no adapter yet; run `lowbit-ft train` on its recipe first")

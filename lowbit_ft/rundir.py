@@ -1,10 +1,11 @@
 """RunDir: the folder of one run, what lies where in it, and the stage clock.
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
-    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json   stages.json   report.html
+    base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
+           stages.json   report.html
 
-One folder holds one run: starting another recipe in it is refused, starting the same one again continues it. Every file is
-written beside its name and renamed, by the main process only.
+One folder holds one run: starting another recipe in it is refused, starting the same one again continues it.
+Every file is written beside its name and renamed, by the main process only.
 """
 
 import json
@@ -24,16 +25,29 @@ from .files.atomic import visible_names, write_text
 from .recipe.recipe import Recipe, load_recipe
 from .train.memory import peak_gb, reset_peak
 
-# Keys that may differ between two starts of one run: they change where it lies and what is measured or kept, not what is trained.
-# Another number of processes needs another split of the windows of a step; that their number stays, the checkpoint checks.
+# Keys that may differ between two starts of one run: they change where it lies and what is measured or kept,
+# not what is trained. Another number of processes needs another split of the windows of a step; that their
+# number stays, the checkpoint checks.
 FREE = (
-    "output", "eval", "export", "model.device", "train.trackers", "train.log_every", "train.save_every", "train.keep_checkpoints",
-    "train.sharding", "train.micro_batch_size", "train.gradient_accumulation_steps", "train.keep_codes",
-)  # fmt: skip
+    "output",
+    "eval",
+    "export",
+    "model.device",
+    "train.trackers",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.sharding",
+    "train.micro_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.keep_codes",
+)
 
 
 class RunDir:
-    """Paths and small files of a run. `main` is false on the other processes of a distributed run: they write nothing."""
+    """Paths and small files of a run. `main` is false on the other processes of a distributed run: they write
+    nothing.
+    """
 
     def __init__(self, path: Path, main: bool = True):
         self.path, self.main = Path(path), main
@@ -55,7 +69,8 @@ class RunDir:
             changed = sorted(
                 key for key in changed if not (f"{key}.").startswith(tuple(f"{free}." for free in FREE))
             )
-            # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is still the right one.
+            # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is
+            # still the right one.
             trained = (run / "adapter").exists() or any((run / "checkpoints").glob("step-*"))
             if changed and trained:
                 raise ValueError(
@@ -90,8 +105,8 @@ class RunDir:
 
     @contextmanager
     def stage(self, name: str, device: torch.device, resumable: bool = False) -> Iterator[None]:
-        """Time and peak memory of a stage, into stages.json. A stage run again replaces its line; a resumable one, which goes on
-        where it was, adds its time to it."""
+        """Time and peak memory of a stage, into stages.json. A stage run again replaces its line; a resumable
+        one, which goes on where it was, adds its time to it."""
         reset_peak(device)
         began = time.perf_counter()
         yield
@@ -105,7 +120,9 @@ class RunDir:
 
 
 def shipped(folder: Path) -> Path:
-    """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as it is."""
+    """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as
+    it is.
+    """
     if not (folder / "recipe.yaml").is_file():
         return folder
     return folder / "exported" if (folder / "exported").is_dir() else folder / "merged"

@@ -1,7 +1,8 @@
-"""Session: what every stage of a run needs, and the small questions they share (which device, which batches, is this the same base).
+"""Session: what every stage of a run needs, and the small questions they share (which device, which batches,
+is this the same base).
 
-A session is opened on a recipe (`start`, which makes or continues the run folder) or on the folder of a run that is there
-(`resume`, which changes nothing in it).
+A session is opened on a recipe (`start`, which makes or continues the run folder) or on the folder of a run
+that is there (`resume`, which changes nothing in it).
 """
 
 import hashlib
@@ -54,7 +55,9 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's padding token; pads are never targets, so the end-of-text token or 0 does as well."""
+        """The tokenizer's padding token; pads are never targets, so the end-of-text token or 0 does as
+        well.
+        """
         return next(
             (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
         )
@@ -69,7 +72,8 @@ def start(recipe: Recipe) -> Session:
     """Make the run folder (or continue in it) and open the checkpoint; no weight is read yet."""
     device = pick_device(recipe)
     main = join(device)
-    # The low-rank product that makes codes is fp32; a process that trained with TF32 would merge other codes without it.
+    # The low-rank product that makes codes is fp32; a process that trained with TF32 would merge other codes
+    # without it.
     torch.set_float32_matmul_precision("highest")
     with main_process_first():
         stored = RunDir(recipe.output, main=False).read_json("environment.json", {})
@@ -90,13 +94,16 @@ def start(recipe: Recipe) -> Session:
             run.write_json("environment.json", environment() | facts)
     session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), device, Console())
     session.say(
-        f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, {recipe.model.dtype}"
+        f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, "
+        f"{recipe.model.dtype}"
     )
     return session
 
 
 def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
-    """The recipe with the quant section of a checkpoint that is quantized already; equal to it when load_recipe has seen to that."""
+    """The recipe with the quant section of a checkpoint that is quantized already; equal to it when
+    load_recipe has seen to that.
+    """
     quant, against = resolve_quant(recipe.model, recipe.quant)
     if against:
         raise RecipeError([str(problem) for problem in against])
@@ -124,7 +131,9 @@ def pick_device(recipe: Recipe) -> torch.device:
 
 
 def base_key(session: Session) -> str:
-    """What the base is made of: the checkpoint's files, the quant section, and the text that gptq looks at."""
+    """What the base is made of: the checkpoint's files, the quant section, and the text that gptq looks
+    at.
+    """
     recipe, reads_text = session.recipe, session.recipe.quant.calibrate == "gptq"
     facts = {
         "quant": recipe.quant.model_dump(mode="json"),
@@ -153,7 +162,9 @@ def load_packed(folder: Path, session: Session, device: str | None = None) -> An
 
 
 def reader_device(folder: Path, session: Session) -> str:
-    """Where to read an exported folder: formats whose transformers reader makes the model dense may not fit the GPU."""
+    """Where to read an exported folder: formats whose transformers reader makes the model dense may not fit
+    the GPU.
+    """
     if (
         session.device.type != "cuda"
         or read_config(folder)["quantization_config"]["quant_method"] == "lowbit_ft"
@@ -171,7 +182,8 @@ def dense_device(session: Session, what: str) -> str:
     if dense * 1.15 < free:
         return str(session.device)
     session.say(
-        f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read on the CPU, slowly"
+        f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read "
+        "on the CPU, slowly"
     )
     return "cpu"
 
@@ -195,21 +207,28 @@ def adapters_off(model: Any) -> Iterator[None]:
 def batches(
     session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False
 ) -> Batches:
-    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not keep packed
-    segments apart by itself."""
+    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not
+    keep packed segments apart by itself."""
     apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
     length = session.recipe.data.sequence_len
     if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
         session.say(f"note: attention holds masks of {length} x {length}: {reason}")
     return Batches(
-        examples, size, session.pad_id, session.recipe.train.seed, rank=0 if alone else rank(), world=1 if alone else world(),
-        shuffle=shuffle, mask_dtype=None if apart else session.dtype,
-    )  # fmt: skip
+        examples,
+        size,
+        session.pad_id,
+        session.recipe.train.seed,
+        rank=0 if alone else rank(),
+        world=1 if alone else world(),
+        shuffle=shuffle,
+        mask_dtype=None if apart else session.dtype,
+    )
 
 
 def unstopped(session: Session) -> str | None:
-    """What the user should know when the model will learn to end its turns with a token that no server stops at; None when all is
-    well. Base models with a chat template are such: the turn ends with one token, the configuration stops at another."""
+    """What the user should know when the model will learn to end its turns with a token that no server stops
+    at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
+    configuration stops at another."""
     if session.recipe.data.train.format != "chat" or not getattr(session.tokenizer, "chat_template", None):
         return None
     ending, stops = (
@@ -220,7 +239,8 @@ def unstopped(session: Session) -> str | None:
         return None
     token = session.tokenizer.convert_ids_to_tokens(ending)
     return (
-        f"assistant turns end with {token} ({ending}), which is not a stop token of this model (eos_token_id {stops}): servers will "
+        f"assistant turns end with {token} ({ending}), which is not a stop token of this model "
+        f"(eos_token_id {stops}): servers will "
         f"write on behind it; set eos_token_id: {[*stops, ending]} in the model's generation_config.json"
     )
 
@@ -235,7 +255,9 @@ def valid_batches(session: Session, model: Any) -> Batches | None:
 
 
 def eval_batches(session: Session, model: Any) -> list[Batch]:
-    """The windows of the table: eval.data, or data.valid, or the training rows; the first eval.windows of eval.window tokens."""
+    """The windows of the table: eval.data, or data.valid, or the training rows; the first eval.windows of
+    eval.window tokens.
+    """
     recipe = session.recipe
     source = recipe.eval.data or recipe.data.valid or recipe.data.train
     chosen = first_windows(session, source, recipe.eval.windows, {"sequence_len": recipe.eval.window})
@@ -244,8 +266,8 @@ def eval_batches(session: Session, model: Any) -> list[Batch]:
 
 
 def calibration_batches(session: Session) -> list[Batch]:
-    """Token windows for gptq, from quant.calibration.path or the training rows: a seeded choice among the first 4 x samples, so that
-    a large or remote data set is not read whole."""
+    """Token windows for gptq, from quant.calibration.path or the training rows: a seeded choice among the
+    first 4 x samples, so that a large or remote data set is not read whole."""
     recipe, wanted = session.recipe, session.recipe.quant.calibration
     source = recipe.data.train
     if wanted.path is not None:

@@ -1,7 +1,8 @@
 """Tiny random models of every architecture we say something about, and the whole line on one of them.
 
-`CONFIGS` is the list; `line` is what tests/model/test_architectures.py asserts and what benchmarks/support_matrix.py writes into
-docs/models.md. A model has hidden size 64 and two layers: wide enough for groups of 32, small enough for a second each.
+`CONFIGS` is the list; `line` is what tests/model/test_architectures.py asserts and what
+benchmarks/support_matrix.py writes into docs/models.md. A model has hidden size 64 and two layers: wide
+enough for groups of 32, small enough for a second each.
 """
 
 from __future__ import annotations
@@ -28,14 +29,25 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import QuantSection
 
 SIZE: dict[str, Any] = dict(
-    vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LLAMA: dict[str, Any] = SIZE | dict(intermediate_size=96, num_key_value_heads=2)
 EXPERTS: dict[str, Any] = LLAMA | dict(num_experts_per_tok=2)
 VISION: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=16,
+)
 
 
 def _of(name: str, fields: dict[str, Any], **more: Any) -> Callable[[], Any]:
@@ -290,8 +302,9 @@ EXACT, ROUNDING = "exact", "exact weights"
 
 @dataclass(frozen=True)
 class Result:
-    """One row of docs/models.md. packed: share of the matrix weights of the decoder layers that are packed, in percent; native and
-    compressed: EXACT, ROUNDING (equal weights, logits within the rounding of the reader's sums), or "refused: why"."""
+    """One row of docs/models.md. packed: share of the matrix weights of the decoder layers that are packed,
+    in percent; native and compressed: EXACT, ROUNDING (equal weights, logits within the rounding of the
+    reader's sums), or "refused: why"."""
 
     name: str
     model: str
@@ -307,7 +320,9 @@ class Result:
 
 
 def checkpoint_of(config: Any, folder: Path, dtype: str = "float32") -> Checkpoint:
-    """A random checkpoint in bfloat16. Biases, which transformers starts at zero, get values; so a lost one is seen."""
+    """A random checkpoint in bfloat16. Biases, which transformers starts at zero, get values; so a lost one
+    is seen.
+    """
     torch.manual_seed(0)
     model: Any = model_class(config).from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -350,14 +365,16 @@ def train(model: Any, steps: int = 1) -> None:
 
 
 def lines(name: str, folder: Path) -> list[Result]:
-    """The row of an architecture; where a module is refused, a second row of the rest, with the exclusion that the error names."""
+    """The row of an architecture; where a module is refused, a second row of the rest, with the exclusion
+    that the error names.
+    """
     first = line(name, folder / "whole")
     return [first, line(name, folder / "rest", exclude=first.fixes)] if first.fixes else [first]
 
 
 def line(name: str, folder: Path, dtype: str = "float32", exclude: tuple[str, ...] = ()) -> Result:
-    """quantize, attach, a step, merge, both exports, each reloaded by transformers and compared. Refusals are results; anything else
-    that goes wrong is an error."""
+    """quantize, attach, a step, merge, both exports, each reloaded by transformers and compared. Refusals are
+    results; anything else that goes wrong is an error."""
     config = CONFIGS[name]()
     attention = "eager" if name in EAGER else "sdpa"
     checkpoint = checkpoint_of(config, folder / "checkpoint", dtype)

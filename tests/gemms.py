@@ -1,4 +1,6 @@
-"""Gemms: counts matrix products, those inside our ops too, which torch.utils.flop_counter does not look into."""
+"""Gemms: counts matrix products, those inside our ops too, which torch.utils.flop_counter does not look
+into.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def reference_of(func: Any) -> Any:
 
 
 class Gemms(TorchDispatchMode):
-    """Inside the block: `flops` of all products (two per multiplication and addition), `calls` their (rows, inner, columns)."""
+    """Inside the block: `flops` of all products (two per multiplication and addition), `calls` their (rows,
+    inner, columns).
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gemms import reference_of
 
-# Python's way to a number. item and the conversions show below as _local_scalar_dense, where they are counted; numpy refuses a tensor
-# on a GPU, so it cannot hide a wait.
+# Python's way to a number. item and the conversions show below as _local_scalar_dense, where they are
+# counted; numpy refuses a tensor on a GPU, so it cannot hide a wait.
 _CALLS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu"}
 # On a GPU these end in a copy to the host, for a value or for the size of the result.
 _OPS = (

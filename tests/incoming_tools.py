@@ -1,4 +1,5 @@
-"""Tiny GPTQ, AWQ and compressed-tensors checkpoints, written from the public description of each layout, one bit at a time.
+"""Tiny GPTQ, AWQ and compressed-tensors checkpoints, written from the public description of each layout, one
+bit at a time.
 
 Nothing of ours packs here: a mistake in our bit streams must not be on both sides of a comparison.
 """
@@ -82,7 +83,9 @@ def quantized_checkpoint(
     settings: dict[str, Any] | None = None,
     names: tuple[str, ...] = PROJECTIONS,
 ) -> dict[str, Layer]:
-    """Write `folder` from a dense checkpoint (default: a random tiny Llama); returns what is in it, by layer."""
+    """Write `folder` from a dense checkpoint (default: a random tiny Llama); returns what is in it, by
+    layer.
+    """
     if source is None:
         source = tiny_checkpoint(folder.parent / f"{folder.name}-dense")
     shutil.copytree(source, folder)
@@ -153,10 +156,25 @@ def method_settings(method: str, bits: int, group_size: int, symmetric: bool) ->
         }
     row = group_size == -1
     weights = {
-        "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if row else "group",
-        "group_size": None if row else group_size, "dynamic": False, "actorder": None,
-    }  # fmt: skip
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if row else "group",
+        "group_size": None if row else group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
     return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+    }

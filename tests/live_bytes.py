@@ -1,4 +1,6 @@
-"""LiveBytes: how many bytes of tensors are alive at once while a block runs. Counted, not measured: the same on every machine."""
+"""LiveBytes: how many bytes of tensors are alive at once while a block runs. Counted, not measured: the same
+on every machine.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Storages that operations inside the block return, outside `allowed`: `peak` is the most of their bytes at one time, after each
-    operation (what an operation of ours uses inside and drops is not seen)."""
+    """Storages that operations inside the block return, outside `allowed`: `peak` is the most of their bytes
+    at one time, after each operation (what an operation of ours uses inside and drops is not seen)."""
 
     def __init__(self) -> None:
         super().__init__()

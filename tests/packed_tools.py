@@ -1,4 +1,6 @@
-"""Tiny checkpoints, packed weights with every code in them, and packed models, for the tests of export, merge and loading."""
+"""Tiny checkpoints, packed weights with every code in them, and packed models, for the tests of export, merge
+and loading.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import Checkpoint, load_model
 
 SIZE: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 IDS = torch.arange(3, 40)[None]
 
 
@@ -36,7 +45,9 @@ def bf16_scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def random_weight(shape: tuple[int, int], grid: Grid, *, offset: bool = False, seed: int = 0) -> Weight:
-    """Every code (and zero point) occurs where there is room for it; scales are values of the grid's scale_dtype."""
+    """Every code (and zero point) occurs where there is room for it; scales are values of the grid's
+    scale_dtype.
+    """
     g = torch.Generator().manual_seed(seed)
     (n, k), groups = shape, kernels.group_count(shape[1], grid.group_size)
     dtype = getattr(torch, grid.scale_dtype)

@@ -1,4 +1,6 @@
-"""Names that would bite: whose `kernels` is imported, where our packages come from, and what importing them does."""
+"""Names that would bite: whose `kernels` is imported, where our packages come from, and what importing them
+does.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_kernels_folder_is_not_a_package():
-    """With an __init__.py it would shadow the `kernels` package of Hugging Face for everybody who has ours."""
+    """With an __init__.py it would shadow the `kernels` package of Hugging Face for everybody who has
+    ours.
+    """
     assert not (ROOT / "kernels" / "__init__.py").exists()
     found = importlib.util.find_spec("kernels")
     assert found is None or found.origin is None or not Path(found.origin).is_relative_to(ROOT)
@@ -38,7 +42,9 @@ def test_recipes_are_files_not_a_package():
 
 @pytest.mark.parametrize("name", ["lowbit_ft", "lowbit_kernels", "lowbit_ft.cli.main"])
 def test_importing_has_no_side_effect(name: str, tmp_path: Path):
-    """In a new process with an empty home: no CUDA start, no Triton, no drawing library, no file, no changed variable."""
+    """In a new process with an empty home: no CUDA start, no Triton, no drawing library, no file, no changed
+    variable.
+    """
     code = f"""
 import json, os, sys, threading
 before = dict(os.environ)
@@ -85,7 +91,9 @@ def test_the_kernels_import_nothing_of_ours():
 
 
 def test_every_dependency_and_test_tool_is_pinned_where_it_was_tested():
-    """constraints.txt names an exact version for each direct requirement of the runtime and of the dev extra."""
+    """constraints.txt names an exact version for each direct requirement of the runtime and of the dev
+    extra.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     canonical = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
@@ -104,7 +112,8 @@ def test_every_dependency_and_test_tool_is_pinned_where_it_was_tested():
 def test_no_text_of_ours_loads_pickles_or_remote_code():
     """Safetensors and JSON only, and no key anywhere that runs a model's own code."""
     banned = re.compile(
-        r"torch\.(load|save)\(|\b(import|from) c?pickle|weights_only=False|shell=True|yaml\.load\(|trust_remote_code=True"
+        r"torch\.(load|save)\(|\b(import|from) "
+        r"c?pickle|weights_only=False|shell=True|yaml\.load\(|trust_remote_code=True"
     )
     files = [p for folder in ("lowbit_ft", "kernels", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
     assert len(files) > 20

@@ -1,4 +1,6 @@
-"""The straight line, end to end on the tiny Llama: every method, resume after a kill, several processes, the files of a run."""
+"""The straight line, end to end on the tiny Llama: every method, resume after a kill, several processes, the
+files of a run.
+"""
 
 import hashlib
 import json
@@ -104,8 +106,12 @@ def test_the_whole_line(method: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     names |= {"evaluation.json", "samples.json", "report.html"}
     assert names <= {p.name for p in out.iterdir()}
     assert [s["stage"] for s in json.loads((out / "stages.json").read_text())] == [
-        "quantize", "train", "merge", "export", "evaluate",
-    ]  # fmt: skip
+        "quantize",
+        "train",
+        "merge",
+        "export",
+        "evaluate",
+    ]
     moved = json.loads((out / "moved.json").read_text())
     assert moved["scale_change"] > 0 or method == "lora"
     for name in (
@@ -308,9 +314,13 @@ def child(out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[st
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
     return subprocess.Popen(
-        [sys.executable, *launch], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        [sys.executable, *launch],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -359,24 +369,41 @@ def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Packed experts to a server's format, and with a packed head and embedding to our own; the trained loss ships in both."""
+    """Packed experts to a server's format, and with a packed head and embedding to our own; the trained loss
+    ships in both.
+    """
     torch.manual_seed(0)
     tokens = ROOT / "recipes" / "assets" / "tiny-llama"
     config = json.loads((tokens / "config.json").read_text())
     folder = tmp_path / "mixtral"
-    AutoModelForCausalLM.from_config(MixtralConfig(
-        vocab_size=config["vocab_size"], hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
-        bos_token_id=config["bos_token_id"], eos_token_id=config["eos_token_id"],
-    )).save_pretrained(folder)  # fmt: skip
+    AutoModelForCausalLM.from_config(
+        MixtralConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=256,
+            bos_token_id=config["bos_token_id"],
+            eos_token_id=config["eos_token_id"],
+        )
+    ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokens / name).is_file():
             (folder / name).write_bytes((tokens / name).read_bytes())
     served = ["export.format=compressed-tensors", "train.gradient_checkpointing=true"]
     ours = [
-        "export.format=native", "quant.lm_head=8", "quant.embeddings=4", "quant.calibrate=gptq", "quant.calibration.samples=4",
-        "quant.calibration.sequence_len=64", "adapter={method: l4q, rank: 2, warmup_steps: 1}",
-    ]  # fmt: skip
+        "export.format=native",
+        "quant.lm_head=8",
+        "quant.embeddings=4",
+        "quant.calibrate=gptq",
+        "quant.calibration.samples=4",
+        "quant.calibration.sequence_len=64",
+        "adapter={method: l4q, rank: 2, warmup_steps: 1}",
+    ]
     for name, own in (("served", served), ("ours", ours)):
         out = tmp_path / name
         made = recipe(out, f"model.path={folder}", "quant.group_size=32", "train.learning_rate=0.3", *own)

@@ -1,4 +1,6 @@
-"""A model small enough to train in milliseconds, with the parameter names of the adapters, and data for it."""
+"""A model small enough to train in milliseconds, with the parameter names of the adapters, and data for
+it.
+"""
 
 from __future__ import annotations
 

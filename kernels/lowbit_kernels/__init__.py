@@ -1,8 +1,8 @@
 """Packed low-bit linear algebra for PyTorch: P16 packing, matmul from packed codes, gradients on the grid.
 
-Plain tensors, ints and strings only; nothing here knows about models. Every op is a torch.library op (namespace `lowbit`):
-reference implementation for any device, fake for torch.compile, autograd where it has a gradient, and a Triton kernel for CUDA
-tensors that is imported at the first call (dispatch.py).
+Plain tensors, ints and strings only; nothing here knows about models. Every op is a torch.library op
+(namespace `lowbit`): reference implementation for any device, fake for torch.compile, autograd where it has a
+gradient, and a Triton kernel for CUDA tensors that is imported at the first call (dispatch.py).
 """
 
 from . import dispatch

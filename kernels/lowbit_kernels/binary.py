@@ -1,11 +1,13 @@
 """binary_matmul: y = x W^T with W = sum_k alpha_k b_k + offset, b_k in {-1, +1} stored as sign planes.
 
-Binary-coding quantization as AlphaTuning trains it (arXiv 2210.03858, Eq. 1-4): the bits are frozen and shared by all tasks,
-the plane scales alpha [q, G, N] carry a task. No rounding, so no straight-through: with dW = dY^T X, sums over a group,
+Binary-coding quantization as AlphaTuning trains it (arXiv 2210.03858, Eq. 1-4): the bits are frozen and
+shared by all tasks, the plane scales alpha [q, G, N] carry a task. No rounding, so no straight-through: with
+dW = dY^T X, sums over a group,
 
     dalpha_k = sum dW b_k        doffset = sum dW        dX = dY W
 
-Bit 1 means +1, bit 0 means -1. planes: int16 [q, N, packed_width(K, 1)]. Nothing of size N x K is saved for backward.
+Bit 1 means +1, bit 0 means -1. planes: int16 [q, N, packed_width(K, 1)]. Nothing of size N x K is saved for
+backward.
 """
 
 import torch
@@ -97,7 +99,9 @@ def _(dy, planes, alpha, offset, in_features, group_size):
 def binary_gradients(
     x: Tensor, dy: Tensor, planes: Tensor, group_size: int, trained: int
 ) -> tuple[Tensor, Tensor]:
-    """dalpha [trained, G, N] of the first `trained` planes and doffset [G, N], fp32, from x [M, K] and dy [M, N]."""
+    """dalpha [trained, G, N] of the first `trained` planes and doffset [G, N], fp32, from x [M, K] and dy [M,
+    N].
+    """
     (q, n), k = planes.shape[:2], x.shape[-1]
     assert 0 <= trained <= q
     groups = 1 if group_size == -1 else -(-k // group_size)

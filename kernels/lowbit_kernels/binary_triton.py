@@ -1,23 +1,25 @@
 """Sign planes on a GPU: y = x W^T, dX and the gradients of the plane scales, W = sum_k alpha_k b_k + offset.
 
-One half-word holds the signs of 16 runs of 32 channels (layout.py). Turning a bit into +-1.0 is a shift and one logic operation
-on two numbers at a time, so a plane costs about 1.2 instructions per weight; alpha_k never touches a weight where it can meet the
-sum over a group instead. Regimes, chosen by configs.json:
+One half-word holds the signs of 16 runs of 32 channels (layout.py). Turning a bit into +-1.0 is a shift and
+one logic operation on two numbers at a time, so a plane costs about 1.2 instructions per weight; alpha_k
+never touches a weight where it can meet the sum over a group instead. Regimes, chosen by configs.json:
 
-    decode      M <= 16. Operand +-1, exact; one accumulator per plane, scaled by alpha_k in fp32 when a group ends. K is split
-                over programs and the last to arrive adds the parts in order. The offset meets the group sums of x.
-    fused       mid M. Operand sum_k alpha_k b_k + offset in 16 bits, rounded after every plane: 1.5 instructions per plane and
-                weight instead of the 3 of an fp32 sum, and the scales lose nothing, since this regime takes only 16-bit ones.
-    two_stage   large M, and every dX: the weight is written chunk by chunk into a scratch, and cuBLAS multiplies it. dX takes
-                chunks of channels, so that its sums over N are never cut.
+    decode      M <= 16. Operand +-1, exact; one accumulator per plane, scaled by alpha_k in fp32 when a group
+                ends. K is split over programs and the last to arrive adds the parts in order. The offset
+                meets the group sums of x.
+    fused       mid M. Operand sum_k alpha_k b_k + offset in 16 bits, rounded after every plane: 1.5
+                instructions per plane and weight instead of the 3 of an fp32 sum, and the scales lose
+                nothing, since this regime takes only 16-bit ones.
+    two_stage   large M, and every dX: the weight is written chunk by chunk into a scratch, and cuBLAS
+                multiplies it. dX takes chunks of channels, so that its sums over N are never cut.
 
-The gradients are sums of dW = dY^T X over groups, weighted with +-1. Either cuBLAS makes dW chunk by chunk (chunked), or the
-tile of dW never leaves the chip and its epilogue sums it (fused; groups of 32, 64, 128). Both write each result once, no
-atomics: the same bits in every run.
+The gradients are sums of dW = dY^T X over groups, weighted with +-1. Either cuBLAS makes dW chunk by chunk
+(chunked), or the tile of dW never leaves the chip and its epilogue sums it (fused; groups of 32, 64, 128).
+Both write each result once, no atomics: the same bits in every run.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -103,7 +105,9 @@ def _weight(words, alphas, offset, FIELD: tl.constexpr, Q: tl.constexpr, OFFSET:
 def _packed_weight(
     words, alphas, offset, FIELD: tl.constexpr, Q: tl.constexpr, OFFSET: tl.constexpr, CT: tl.constexpr
 ):
-    """The same in 16 bits, two numbers per instruction, rounded after every plane; for scales that are 16 bits themselves."""
+    """The same in 16 bits, two numbers per instruction, rounded after every plane; for scales that are 16
+    bits themselves.
+    """
     first = signs(words[0], FIELD, CT, True)
     if OFFSET:
         weight = fma16(first, alphas[0].to(CT)[:, None], offset.to(CT)[:, None], CT, True)
@@ -126,10 +130,26 @@ def _x(xp, in_m, block, K, FIELD: tl.constexpr, TAIL: tl.constexpr, CT: tl.const
 
 @triton.jit
 def _decode_block(
-    accs, words, alpha, xp, block, rows, in_m, N, K, groups,
-    Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, TAIL: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """One superblock of the decode regime. accs: the scaled sum, or with one group per row the bare sum of each plane."""
+    accs,
+    words,
+    alpha,
+    xp,
+    block,
+    rows,
+    in_m,
+    N,
+    K,
+    groups,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    TAIL: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One superblock of the decode regime. accs: the scaled sum, or with one group per row the bare sum of
+    each plane.
+    """
     for run in tl.static_range(FIELDS // RUN):
         parts = ()
         for k in tl.static_range(Q):
@@ -159,12 +179,34 @@ def _decode_block(
 
 @triton.jit(do_not_specialize=["M", "groups", "per_part"])
 def decode_kernel(
-    x, planes, alpha, offset, xsum, y, work, arrived,
-    M, N, K, stride_x, stride_w, groups, per_part,
-    Q: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, EVEN_K: tl.constexpr, CT: tl.constexpr,
-    ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """y [M, N] for M <= BLOCK_M. grid (N / BLOCK_N, PARTS); a part is per_part superblocks of K. xsum [G, M]."""
+    x,
+    planes,
+    alpha,
+    offset,
+    xsum,
+    y,
+    work,
+    arrived,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    groups,
+    per_part,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """y [M, N] for M <= BLOCK_M. grid (N / BLOCK_N, PARTS); a part is per_part superblocks of K. xsum [G,
+    M].
+    """
     RUN: tl.constexpr = _run(GROUP)
     tile, part = tl.program_id(0), tl.program_id(1)
     rm = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -214,10 +256,25 @@ def decode_kernel(
 
 @triton.jit
 def _fused_block(
-    acc, words, alpha, offset, xp, block, rows, in_m, N, K, groups,
-    Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, OFFSET: tl.constexpr, TAIL: tl.constexpr, CT: tl.constexpr,
+    acc,
+    words,
+    alpha,
+    offset,
+    xp,
+    block,
+    rows,
+    in_m,
+    N,
+    K,
+    groups,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TAIL: tl.constexpr,
+    CT: tl.constexpr,
     ASM: tl.constexpr,
-):  # fmt: skip
+):
     """acc [BLOCK_N, BLOCK_M] += one superblock of the weight times x^T."""
     for run in tl.static_range(FIELDS // RUN):
         group = 0
@@ -239,12 +296,29 @@ def _fused_block(
 
 @triton.jit
 def fused_kernel(
-    x, planes, alpha, offset, y,
-    M, N, K, stride_x, stride_w, groups,
-    Q: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, EVEN_K: tl.constexpr, CT: tl.constexpr,
-    ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One [BLOCK_N, BLOCK_M] tile of y^T. grid (M tiles * N tiles), M fastest: neighbours share the planes' rows."""
+    x,
+    planes,
+    alpha,
+    offset,
+    y,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    groups,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One [BLOCK_N, BLOCK_M] tile of y^T. grid (M tiles * N tiles), M fastest: neighbours share the planes'
+    rows.
+    """
     RUN: tl.constexpr = _run(GROUP)
     tiles_m = tl.cdiv(M, BLOCK_M)
     rm = (tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -306,11 +380,25 @@ def fused_kernel(
 
 @triton.jit
 def dequantize_kernel(
-    planes, alpha, offset, out, first_row, stop_row, first_block, N, K, stride_w, stride_out, groups,
-    Q: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Rows first_row..stop_row of W from superblock first_block on, one superblock per program of grid (row tiles, blocks),
-    into out, whose [0, 0] is the weight's [first_row, first_block * 512]."""
+    planes,
+    alpha,
+    offset,
+    out,
+    first_row,
+    stop_row,
+    first_block,
+    N,
+    K,
+    stride_w,
+    stride_out,
+    groups,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Rows first_row..stop_row of W from superblock first_block on, one superblock per program of grid (row
+    tiles, blocks), into out, whose [0, 0] is the weight's [first_row, first_block * 512]."""
     RUN: tl.constexpr = _run(GROUP)
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = first_row + rn < stop_row
@@ -336,11 +424,23 @@ def dequantize_kernel(
 
 @triton.jit
 def group_sums_kernel(
-    dw, planes, da, dt, first_row, stop_row, N, K, stride_dw, stride_w, groups, per_group,
-    Q: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """da [Q, G, N] and dt [G, N] of rows first_row.., from dw [rows, K]. grid (row tiles, G); a group is per_group runs of 32
-    channels."""
+    dw,
+    planes,
+    da,
+    dt,
+    first_row,
+    stop_row,
+    N,
+    K,
+    stride_dw,
+    stride_w,
+    groups,
+    per_group,
+    Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """da [Q, G, N] and dt [G, N] of rows first_row.., from dw [rows, K]. grid (row tiles, G); a group is
+    per_group runs of 32 channels."""
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.program_id(1)
     in_n = first_row + rn < stop_row
@@ -375,11 +475,28 @@ def group_sums_kernel(
 
 @triton.jit
 def gradients_kernel(
-    x, dy, planes, da, dt, M, N, K, stride_x, stride_y, stride_w, groups,
-    Q: tl.constexpr, GROUP: tl.constexpr, CT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """da and dt from a tile [BLOCK_N, BLOCK_K] of dY^T X that is summed where it was computed; GROUP divides BLOCK_K."""
+    x,
+    dy,
+    planes,
+    da,
+    dt,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_y,
+    stride_w,
+    groups,
+    Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    CT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """da and dt from a tile [BLOCK_N, BLOCK_K] of dY^T X that is summed where it was computed; GROUP divides
+    BLOCK_K.
+    """
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_n, in_k = rn < N, rk < K
@@ -430,9 +547,23 @@ def _dequantize(
     (q, n, width), tile = planes.shape, warps["BLOCK_N"]
     blocks = triton.cdiv(out.shape[1], superblock(1))
     dequantize_kernel[(triton.cdiv(rows.stop - rows.start, tile), blocks)](
-        planes, alpha, alpha if offset is None else offset, out, rows.start, rows.stop, block, n, k, width, out.stride(0),
-        alpha.shape[1], Q=q, GROUP=plane_group(group_size, k), OFFSET=offset is not None, **warps,
-    )  # fmt: skip
+        planes,
+        alpha,
+        alpha if offset is None else offset,
+        out,
+        rows.start,
+        rows.stop,
+        block,
+        n,
+        k,
+        width,
+        out.stride(0),
+        alpha.shape[1],
+        Q=q,
+        GROUP=plane_group(group_size, k),
+        OFFSET=offset is not None,
+        **warps,
+    )
 
 
 def _tile(dtype: torch.dtype, m: int, n: int, k: int) -> dict:
@@ -482,9 +613,12 @@ def binary_matmul(x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | Non
     regime = settings.pop("regime")
     given = alpha if offset is None else offset
     shared = {
-        "Q": q, "GROUP": plane_group(group_size, k), "OFFSET": offset is not None,
-        "EVEN_K": k % superblock(1) == 0, "CT": COMPUTE[compute_dtype(x.dtype)],
-    }  # fmt: skip
+        "Q": q,
+        "GROUP": plane_group(group_size, k),
+        "OFFSET": offset is not None,
+        "EVEN_K": k % superblock(1) == 0,
+        "CT": COMPUTE[compute_dtype(x.dtype)],
+    }
     if regime == "decode" and m <= settings["BLOCK_M"]:
         tiles, blocks = triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, superblock(1))
         parts = min(blocks, settings.pop("SPLIT_K") or dispatch.split_k(tiles, blocks))
@@ -494,15 +628,44 @@ def binary_matmul(x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | Non
         arrived = y if parts == 1 else counters(tiles, x.device)
         xsum = alpha if offset is None else _group_sums_of_x(flat, group_size)
         decode_kernel[(tiles, parts)](
-            flat, planes, alpha, given, xsum, y, work, arrived, m, n, k, flat.stride(0), width, alpha.shape[1], per_part,
-            ASM=use_asm(x.dtype), PARTS=parts, **shared, **settings,
-        )  # fmt: skip
+            flat,
+            planes,
+            alpha,
+            given,
+            xsum,
+            y,
+            work,
+            arrived,
+            m,
+            n,
+            k,
+            flat.stride(0),
+            width,
+            alpha.shape[1],
+            per_part,
+            ASM=use_asm(x.dtype),
+            PARTS=parts,
+            **shared,
+            **settings,
+        )
     elif regime == "fused" and (not use_asm(x.dtype) or alpha.element_size() == 2):
         grid = (triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"]),)
         fused_kernel[grid](
-            flat, planes, alpha, given, y, m, n, k, flat.stride(0), width, alpha.shape[1],
-            ASM=use_asm(x.dtype), **shared, **settings,
-        )  # fmt: skip
+            flat,
+            planes,
+            alpha,
+            given,
+            y,
+            m,
+            n,
+            k,
+            flat.stride(0),
+            width,
+            alpha.shape[1],
+            ASM=use_asm(x.dtype),
+            **shared,
+            **settings,
+        )
     else:
         step = min(n, _step(settings.get("CHUNK_MB", 24), k, x.element_size(), 128))
         scratch, tile = x.new_empty(step, k), _tile(x.dtype, m, n, k)
@@ -551,9 +714,23 @@ def binary_gradients(
     form, chunk = settings.pop("form"), settings.pop("CHUNK_MB", 24)
     if form == "fused" and group and settings["BLOCK_K"] % group == 0:
         gradients_kernel[(triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, settings["BLOCK_K"]))](
-            x, dy, planes, da, dt, m, n, k, x.stride(0), dy.stride(0), width, groups,
-            Q=trained, GROUP=group, CT=COMPUTE[compute_dtype(x.dtype)], **settings,
-        )  # fmt: skip
+            x,
+            dy,
+            planes,
+            da,
+            dt,
+            m,
+            n,
+            k,
+            x.stride(0),
+            dy.stride(0),
+            width,
+            groups,
+            Q=trained,
+            GROUP=group,
+            CT=COMPUTE[compute_dtype(x.dtype)],
+            **settings,
+        )
         return da, dt
     tile = _tile(x.dtype, m, n, k)
     step = min(n, _step(chunk, k, x.element_size(), 128))
@@ -564,12 +741,25 @@ def binary_gradients(
         dw = scratch[: stop - start]
         torch.mm(dy[:, start:stop].t(), x, out=dw)
         group_sums_kernel[(triton.cdiv(stop - start, tile["BLOCK_N"]), groups)](
-            dw, planes, da, dt, start, stop, n, k, k, width, groups, per_group, Q=trained, **tile,
-        )  # fmt: skip
+            dw,
+            planes,
+            da,
+            dt,
+            start,
+            stop,
+            n,
+            k,
+            k,
+            width,
+            groups,
+            per_group,
+            Q=trained,
+            **tile,
+        )
     return da, dt
 
 
-# ------------------------------------------------------------------------------------------------ what we ship
+# ----------------------------------------------------------------------------------------------- what we ship
 
 
 _SIZES = dict.fromkeys(("M", "N", "K", "stride_x", "stride_w", "groups"), "i32")
@@ -584,9 +774,15 @@ def _matmul_case(dtype: str, q: int, group: int, m: int, arch: int) -> tuple:
     regime, rows, columns = config["regime"], config["BLOCK_M"], config["BLOCK_N"]
     signature = {"x": "*" + dtype, **_VALUES, "y": "*" + dtype, **_SIZES}
     constants = {
-        "Q": q, "GROUP": group, "OFFSET": regime == "fused", "EVEN_K": True, "CT": tl.bfloat16 if dtype == "bf16" else tl.float16,
-        "ASM": True, "BLOCK_M": rows, "BLOCK_N": columns,
-    }  # fmt: skip
+        "Q": q,
+        "GROUP": group,
+        "OFFSET": regime == "fused",
+        "EVEN_K": True,
+        "CT": tl.bfloat16 if dtype == "bf16" else tl.float16,
+        "ASM": True,
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+    }
     if regime == "decode":
         signature |= {"xsum": "*fp32", "work": "*fp32", "arrived": "*i32", "per_part": "i32"}
         constants["PARTS"] = 4

@@ -1,17 +1,20 @@
 """grid_codes: where the adapter wants each weight to be, rounded onto the grid. The integers that ship.
 
-In unsigned code units, with c the base code, rho its decoded residual, z0 and s0 the base grid, D = gain * B A (the low-rank
-product, fp32) and (S, z, T) the grid being trained:
+In unsigned code units, with c the base code, rho its decoded residual, z0 and s0 the base grid, D = gain * B
+A (the low-rank product, fp32) and (S, z, T) the grid being trained:
 
     units = "grid"      v = c + rho + D                                    LR-QAT: D counts grid steps
-    units = "weight"    v = c + rho + D / s0                               DL-QAT: D is in weight units, the grid is frozen
-    units = "live"      v = (s0 (c - z0 + rho) + D - T) / S + z            L4Q: the base is re-gridded with the live scale
+    units = "weight"    v = c + rho + D / s0                               DL-QAT: D is in weight units, the
+                        grid is frozen
+    units = "live"      v = (s0 (c - z0 + rho) + D - T) / S + z            L4Q: the base is re-gridded with
+                        the live scale
 
     code = clip(round_half_even(v), 0, 2^bits - 1)
 
-`round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut (gradients.py).
-D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by layout.CHUNK_ELEMENTS, so training,
-evaluation and merge, which all call this op, agree bit for bit. Clamping happens on the float, before the integer cast.
+`round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut
+(gradients.py). D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by
+layout.CHUNK_ELEMENTS, so training, evaluation and merge, which all call this op, agree bit for bit. Clamping
+happens on the float, before the integer cast.
 """
 
 import torch
@@ -93,8 +96,8 @@ def grid_codes(
     """The codes of the adapted weight, packed (see the file's head for the equation).
 
     codes int16 [N, W], residual int16 [N, W_f] or None, scale0 [G, N], zero0 [G, N] or None: the frozen base.
-    a [r, K], b [N, r] or None (no low-rank part). scale, zero, offset [G, N]: the trained grid; zero None is 2^(bits-1).
-    units is one of UNITS. Returns int16 [N, W].
+    a [r, K], b [N, r] or None (no low-rank part). scale, zero, offset [G, N]: the trained grid; zero None is
+    2^(bits-1). units is one of UNITS. Returns int16 [N, W].
     """
     if units not in UNITS:
         raise ValueError(f"units={units!r}: allowed are {UNITS}")
@@ -103,9 +106,23 @@ def grid_codes(
     out, top = [], (1 << bits) - 1
     for rows in row_chunks(codes.shape[0], in_features):
         value = grid_values(
-            rows, codes, residual, scale0, zero0, a, b, scale, zero, offset,
-            gain, units, bits, residual_bits, in_features, group_size,
-        )  # fmt: skip
+            rows,
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            in_features,
+            group_size,
+        )
         code = value.round_().clamp_(0, top)
         out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), bits))
     return torch.cat(out)

@@ -1,20 +1,24 @@
-"""K7: grid_codes on a GPU. Low-rank product, round, clip and P16 packing in one pass: 16-bit weights never exist.
+"""K7: grid_codes on a GPU. Low-rank product, round, clip and P16 packing in one pass: 16-bit weights never
+exist.
 
-A program owns BLOCK_N rows of one superblock. For each plane (32 channels) it makes D on the tensor cores, adds the base, rounds
-and ors the codes into the half-words it writes at the end.
+A program owns BLOCK_N rows of one superblock. For each plane (32 channels) it makes D on the tensor cores,
+adds the base, rounds and ors the codes into the half-words it writes at the end.
 
 Train, evaluation and merge must give the same bits, so every float operation is pinned down:
-  * D[n, k] is one chain of dot products over the rank in blocks of RANK_BLOCK, ascending, fp32 accumulation, never split. RANK_BLOCK is a
-    constant of this file, not of the configuration table, and the table is asked with nothing of the shape but the rank:
-    M does not enter at all, and a slice of a layer gives the codes of the whole layer.
-  * everything after D is the reference's operations in its order, each rounded to nearest: FP_OPTIONS forbids contraction to
-    fused multiply-add, division is the IEEE one. Given the same fp32 D the codes are the reference's, bit for bit.
+  * D[n, k] is one chain of dot products over the rank in blocks of RANK_BLOCK, ascending, fp32 accumulation,
+    never split. RANK_BLOCK is a constant of this file, not of the configuration table, and the table is asked
+    with nothing of the shape but the rank: M does not enter at all, and a slice of a layer gives the codes of
+    the whole layer.
+  * everything after D is the reference's operations in its order, each rounded to nearest: FP_OPTIONS forbids
+    contraction to fused multiply-add, division is the IEEE one. Given the same fp32 D the codes are the
+    reference's, bit for bit.
 
-The helpers here (bit_field, float_of, low_rank, grid_value, code_bits) are what gradients_triton.py and pack_triton.py use too.
+The helpers here (bit_field, float_of, low_rank, grid_value, code_bits) are what gradients_triton.py and
+pack_triton.py use too.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -38,7 +42,7 @@ _MAGIC = tl.constexpr(
 )  # 1.5 * 2^23: adding it rounds half to even and leaves the integer in the low mantissa bits
 
 
-# ---------------------------------------------------------------------------------------------------- shared by kernels
+# ------------------------------------------------------------------------------------------ shared by kernels
 
 
 @triton.constexpr_function
@@ -49,22 +53,27 @@ def channels_of(bits):
 
 @triton.jit
 def bit_field(words, shift, BITS: tl.constexpr):
-    """Bit fields of P16 half-words, int32. int16 >> is arithmetic after widening; the mask drops the sign copies."""
+    """Bit fields of P16 half-words, int32. int16 >> is arithmetic after widening; the mask drops the sign
+    copies.
+    """
     return (words.to(tl.int32) >> shift) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def float_of(field):
-    """A non-negative int32 below 2^23 as fp32, exact. Through the mantissa: the conversion unit is 4 to 8 times slower."""
+    """A non-negative int32 below 2^23 as fp32, exact. Through the mantissa: the conversion unit is 4 to 8
+    times slower.
+    """
     return (field | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
 def code_bits(value, BITS: tl.constexpr):
-    """clip(round_half_even(value), 0, 2^BITS - 1) in the low 22 bits of an int32; the bits above are not zero.
+    """clip(round_half_even(value), 0, 2^BITS - 1) in the low 22 bits of an int32; the bits above are not
+    zero.
 
-    The bounds are integers and rounding is monotone, so clipping first gives the same code and keeps any float, however large,
-    inside the range where the magic number rounds.
+    The bounds are integers and rounding is monotone, so clipping first gives the same code and keeps any
+    float, however large, inside the range where the magic number rounds.
     """
     inside = tl.minimum(tl.maximum(value, 0.0), ((1 << BITS) - 1) * 1.0)
     return (inside + _MAGIC).to(tl.int32, bitcast=True)
@@ -78,8 +87,9 @@ def _base_magic(residual_bits):
 
 @triton.jit
 def base_value(words, shift, fraction, shift_f, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """code + (field + 1/2) / 2^f - 1/2 as fp32, exact, f = RESIDUAL_BITS: the base in unsigned grid units. words and fraction are
-    int32 half-words, their fields at the given shifts (fraction is not read when f = 0: the value is the code).
+    """code + (field + 1/2) / 2^f - 1/2 as fp32, exact, f = RESIDUAL_BITS: the base in unsigned grid units.
+    words and fraction are int32 half-words, their fields at the given shifts (fraction is not read when f =
+    0: the value is the code).
 
     One float operation: the sum, in units of 2^-(f + 1), is put together in a mantissa.
     """
@@ -98,9 +108,10 @@ def upper(v):
 
 @triton.jit
 def dot_split(left, right, total):
-    """total + left @ right for fp32, by three tensor-core products: about 2^-21 relative, against 2^-10 of plain tf32. The CUDA
-    cores would be exact to 2^-24 but take longer than all other work of the layer at rank 64. Small terms first. Triton's own
-    "tf32x3" does the same but spends as much again on infinities, with which no training survives."""
+    """total + left @ right for fp32, by three tensor-core products: about 2^-21 relative, against 2^-10 of
+    plain tf32. The CUDA cores would be exact to 2^-24 but take longer than all other work of the layer at
+    rank 64. Small terms first. Triton's own "tf32x3" does the same but spends as much again on infinities,
+    with which no training survives."""
     left_high, right_high = upper(left), upper(right)
     total = tl.dot(left - left_high, right_high, total, input_precision="tf32")
     total = tl.dot(left_high, right - right_high, total, input_precision="tf32")
@@ -109,7 +120,9 @@ def dot_split(left, right, total):
 
 @triton.jit
 def rank_rows(b, gain, rn, N, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """gain * B of some rows and one block of the rank, fp32 [BLOCK_N, BLOCK_R]. The gain is on the small factor, as in the reference."""
+    """gain * B of some rows and one block of the rank, fp32 [BLOCK_N, BLOCK_R]. The gain is on the small
+    factor, as in the reference.
+    """
     rr = r0 + tl.arange(0, BLOCK_R)
     at = b + rn.to(tl.int64)[:, None] * R + rr[None, :]
     return tl.load(at, mask=(rn < N)[:, None] & (rr < R)[None, :], other=0.0).to(tl.float32) * gain
@@ -125,9 +138,18 @@ def rank_columns(a, kk, K, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.conste
 
 @triton.jit
 def low_rank(
-    a, b, gain, rn, kk, N, K,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    gain,
+    rn,
+    kk,
+    N,
+    K,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """D = gain * B A of a tile, fp32 [BLOCK_N, WIDTH], in the one order of the file's head."""
     product = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     for r0 in tl.static_range(0, R, BLOCK_R):
@@ -139,8 +161,8 @@ def low_rank(
 
 @triton.jit
 def group_row(k0, K, GROUP: tl.constexpr):
-    """Index of the group of channel k0, int64, for offsets into [G, N]; GROUP 0 is one group per row. A plane of padding alone
-    may lie past the last group: it reads the last one."""
+    """Index of the group of channel k0, int64, for offsets into [G, N]; GROUP 0 is one group per row. A plane
+    of padding alone may lie past the last group: it reads the last one."""
     if GROUP == 0:
         return tl.zeros((), tl.int64)
     else:
@@ -155,10 +177,22 @@ def group_values(values, at, live_rows, other: tl.constexpr):
 
 @triton.jit
 def grid_value(
-    base, delta, scale0, zero0, scale, zero, offset, at, live_rows,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """v of codes.py from code + residual and D, both fp32 tiles within one group: the reference's operations in its order."""
+    base,
+    delta,
+    scale0,
+    zero0,
+    scale,
+    zero,
+    offset,
+    at,
+    live_rows,
+    UNITS_LIVE: tl.constexpr,
+    UNITS_WEIGHT: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """v of codes.py from code + residual and D, both fp32 tiles within one group: the reference's operations
+    in its order.
+    """
     value = base
     if UNITS_LIVE:
         if zero0 is None:
@@ -183,18 +217,39 @@ def grid_value(
     return value
 
 
-# ---------------------------------------------------------------------------------------------------- the kernel
+# ------------------------------------------------------------------------------------------------- the kernel
 
 
 @triton.jit
 def grid_codes_kernel(
-    codes, residual, scale0, zero0, a, b, scale, zero, offset, out, gain,
-    N, K, codes_row, residual_row, out_row,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
-    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
-    """Grid (superblocks, row blocks). *_row are row strides in half-words; GROUP a multiple of 32 or 0; EVEN_K: K fills
-    its last superblock."""
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    out,
+    gain,
+    N,
+    K,
+    codes_row,
+    residual_row,
+    out_row,
+    UNITS_LIVE: tl.constexpr,
+    UNITS_WEIGHT: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Grid (superblocks, row blocks). *_row are row strides in half-words; GROUP a multiple of 32 or 0;
+    EVEN_K: K fills its last superblock."""
     PLANES: tl.constexpr = 16 // BITS
     S: tl.constexpr = channels_of(BITS)
     SF: tl.constexpr = channels_of(RESIDUAL_BITS)
@@ -216,8 +271,9 @@ def grid_codes_kernel(
         kk = k0 + lane
         fraction = words
         if RESIDUAL_BITS:
-            # The residual's planes have the same 32 channels; only its superblock has another length. Its half-words are read
-            # again for each plane in them (from L1). Planes of padding may lie past its end.
+            # The residual's planes have the same 32 channels; only its superblock has another length. Its
+            # half-words are read again for each plane in them (from L1). Planes of padding may lie past its
+            # end.
             at = residual + rows * residual_row + (k0 // SF * LANE + lane)[None, :]
             fraction = tl.load(at, mask=live_rows[:, None] & (k0 < K), other=0).to(tl.int32)
         base = base_value(words, BITS * p, fraction, RESIDUAL_BITS * (k0 % SF // 32), BITS, RESIDUAL_BITS)
@@ -239,7 +295,7 @@ def grid_codes_kernel(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- launcher
+# --------------------------------------------------------------------------------------------------- launcher
 
 
 def row_dense(tensor: Tensor) -> Tensor:
@@ -262,10 +318,22 @@ def rank_block(rank: int) -> int:
 
 
 def grid_codes(
-    codes: Tensor, residual: Tensor | None, scale0: Tensor, zero0: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: Tensor, zero: Tensor | None, offset: Tensor | None,
-    gain: float, units: str, bits: int, residual_bits: int, in_features: int, group_size: int,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
     """The op of codes.py: int16 [N, W]. Same arguments, same errors; group_size a multiple of 32 or -1."""
     if units not in UNITS:
         raise ValueError(f"units={units!r}: allowed are {UNITS}")
@@ -277,27 +345,48 @@ def grid_codes(
     span = plane_group(group_size, in_features)
     base = row_dense(codes)
     fraction = row_dense(residual) if residual is not None and residual_bits else None
-    # Only what the units read is given to the kernel: a value that is not read must not ask for another compile.
+    # Only what the units read is given to the kernel: a value that is not read must not ask for another
+    # compile.
     live = units == "live"
     state = (
-        dense(scale0), dense(zero0) if live else None, dense(a) if low else None, dense(b) if low else None,
-        dense(scale), dense(zero) if live else None, dense(offset) if live else None,
-    )  # fmt: skip
+        dense(scale0),
+        dense(zero0) if live else None,
+        dense(a) if low else None,
+        dense(b) if low else None,
+        dense(scale),
+        dense(zero) if live else None,
+        dense(offset) if live else None,
+    )
     # Only the rank is told to the table: see the file's head.
     config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, rank), N=1, K=1)
     grid = (out.shape[1] // 32, triton.cdiv(n, config["BLOCK_N"]))
     grid_codes_kernel[grid](
-        base, fraction, *state, out, gain,
-        n, in_features, base.stride(0), fraction.stride(0) if fraction is not None else 0, out.stride(0),
-        UNITS_LIVE=live, UNITS_WEIGHT=units == "weight", BITS=bits,
+        base,
+        fraction,
+        *state,
+        out,
+        gain,
+        n,
+        in_features,
+        base.stride(0),
+        fraction.stride(0) if fraction is not None else 0,
+        out.stride(0),
+        UNITS_LIVE=live,
+        UNITS_WEIGHT=units == "weight",
+        BITS=bits,
         RESIDUAL_BITS=residual_bits if fraction is not None else 0,
-        GROUP=span, R=rank, BLOCK_R=rank_block(rank), BLOCK_N=config["BLOCK_N"],
-        EVEN_K=in_features % superblock(bits) == 0, **launch_options(config), **FP_OPTIONS,
-    )  # fmt: skip
+        GROUP=span,
+        R=rank,
+        BLOCK_R=rank_block(rank),
+        BLOCK_N=config["BLOCK_N"],
+        EVEN_K=in_features % superblock(bits) == 0,
+        **launch_options(config),
+        **FP_OPTIONS,
+    )
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- what we ship
+# ----------------------------------------------------------------------------------------------- what we ship
 
 
 def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
@@ -318,9 +407,16 @@ def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
     sizes = dict.fromkeys(("N", "K", "codes_row", "residual_row", "out_row"), "i32")
     absent = {name: None for name in ("residual", "zero0", "zero", "offset") if name not in pointers}
     constants = absent | {
-        "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "BITS": bits, "RESIDUAL_BITS": residual_bits, "GROUP": 128,
-        "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_N": config["BLOCK_N"], "EVEN_K": True,
-    }  # fmt: skip
+        "UNITS_LIVE": live,
+        "UNITS_WEIGHT": units == "weight",
+        "BITS": bits,
+        "RESIDUAL_BITS": residual_bits,
+        "GROUP": 128,
+        "R": rank,
+        "BLOCK_R": rank_block(rank),
+        "BLOCK_N": config["BLOCK_N"],
+        "EVEN_K": True,
+    }
     options = {**launch_options(config), **FP_OPTIONS}
     name = f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}"
     return (

@@ -1,19 +1,21 @@
 """Which implementation of an op runs, and with which tile sizes.
 
-Every op is declared with its reference beside it, and the reference is the default for all devices. This module adds the
-Triton implementation for CUDA tensors (`register`, called once on import of the package): a thin function that imports the
-`*_triton` module at the first CUDA call, so that importing the package needs neither Triton nor a GPU. Where Triton is missing
-the reference runs instead, after one warning.
+Every op is declared with its reference beside it, and the reference is the default for all devices. This
+module adds the Triton implementation for CUDA tensors (`register`, called once on import of the package): a
+thin function that imports the `*_triton` module at the first CUDA call, so that importing the package needs
+neither Triton nor a GPU. Where Triton is missing the reference runs instead, after one warning.
 
-Tile sizes come from a table, never from a search at run time: the first call costs a compile and nothing else. An entry of
-the table says for which architecture, bits, dtype and range of M, N, K it was made; a missing field means any. `config`
-returns, of those that fit, the one made for the nearest case. The packaged table is configs.json; `bench.py tune` measures on a machine at hand and writes the
-same format to the user's cache, which is read after it and wins ties.
+Tile sizes come from a table, never from a search at run time: the first call costs a compile and nothing
+else. An entry of the table says for which architecture, bits, dtype and range of M, N, K it was made; a
+missing field means any. `config` returns, of those that fit, the one made for the nearest case. The packaged
+table is configs.json; `bench.py tune` measures on a machine at hand and writes the same format to the user's
+cache, which is read after it and wins ties.
 
-    {"packed_matmul": [{"arch": 90, "bits": 4, "dtype": "bf16", "m": [1, 16], "config": {"BLOCK_N": 128, ...}}, ...], ...}
+    {"packed_matmul": [{"arch": 90, "bits": 4, "dtype": "bf16", "m": [1, 16], "config": {"BLOCK_N": 128,
+    ...}}, ...], ...}
 
-Architecture 0 is the Triton interpreter on a CPU: small tiles, because it is slow. It takes no entry that is open
-to every architecture.
+Architecture 0 is the Triton interpreter on a CPU: small tiles, because it is slow. It takes no entry that is
+open to every architecture.
 """
 
 import contextlib
@@ -38,10 +40,12 @@ INTERPRETER = 0
 # Streaming multiprocessors of the usual board of an architecture, for split-K where no device can be asked.
 _PROCESSORS = {INTERPRETER: 4, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# What `override` puts in front of the tables. For all threads: a backward pass on a GPU runs on a thread of its own.
+# What `override` puts in front of the tables. For all threads: a backward pass on a GPU runs on a thread of
+# its own.
 _override: dict[str, dict[str, Any]] = {}
 
-# op name -> (module of the reference, module of the launcher). The launcher has the op's name and its arguments.
+# op name -> (module of the reference, module of the launcher). The launcher has the op's name and its
+# arguments.
 KERNELS = {
     "packed_matmul": ("matmul", "matmul_triton"),
     "packed_matmul_dx": ("matmul", "matmul_triton"),
@@ -63,8 +67,8 @@ KERNELS = {
 
 
 def architecture() -> int:
-    """Compute capability of the current CUDA device as 10 * major + minor; INTERPRETER without one. Call it inside the
-    device guard: with several different GPUs the answer depends on the current one."""
+    """Compute capability of the current CUDA device as 10 * major + minor; INTERPRETER without one. Call it
+    inside the device guard: with several different GPUs the answer depends on the current one."""
     if not torch.cuda.is_available():
         return INTERPRETER
     return _capability(torch.cuda.current_device())
@@ -89,8 +93,8 @@ def processors(arch: int | None = None) -> int:
 
 
 def split_k(blocks: int, steps: int, arch: int | None = None, waves: float = 2.0) -> int:
-    """In how many parts to split `steps` K steps so that `blocks` output blocks fill `waves` waves of the device: a power
-    of two, at least 1, at most the number of steps."""
+    """In how many parts to split `steps` K steps so that `blocks` output blocks fill `waves` waves of the
+    device: a power of two, at least 1, at most the number of steps."""
     want = max(1.0, waves * processors(arch) / max(1, blocks))
     return max(1, min(1 << int(math.log2(want)), 1 << int(math.log2(max(1, steps)))))
 
@@ -161,13 +165,16 @@ def reload() -> None:
     _remembered.cache_clear()
 
 
-# What an entry pays for each field it leaves open, in octaves of N or K: one made for the case at hand wins. The dtype pays
-# most, so that fp32 inputs, for which the BLAS is right everywhere, need one entry and not one per architecture.
+# What an entry pays for each field it leaves open, in octaves of N or K: one made for the case at hand wins.
+# The dtype pays most, so that fp32 inputs, for which the BLAS is right everywhere, need one entry and not one
+# per architecture.
 _OPEN = {"dtype": 16.0, "arch": 8.0, "bits": 2.0, "n": 4.0, "k": 4.0}
 
 
 def _distance(entry: dict[str, Any], call: dict[str, Any]) -> float:
-    """How far an entry is from a call, in octaves of N and K; infinite where another field is not the call's."""
+    """How far an entry is from a call, in octaves of N and K; infinite where another field is not the
+    call's.
+    """
     if call["arch"] == INTERPRETER and "arch" not in entry:
         return math.inf
     cost = 0.0
@@ -227,7 +234,9 @@ def packaged(op: str, bits: int, dtype: torch.dtype, M: int, N: int, K: int, arc
 
 @contextlib.contextmanager
 def override(op: str, values: dict[str, Any]) -> Iterator[None]:
-    """Inside the block `config(op, ...)` returns `values`, on every thread: for the tuner and for tests of one configuration."""
+    """Inside the block `config(op, ...)` returns `values`, on every thread: for the tuner and for tests of
+    one configuration.
+    """
     before = dict(_override)
     _override[op] = values
     try:
@@ -237,13 +246,13 @@ def override(op: str, values: dict[str, Any]) -> Iterator[None]:
         _override.update(before)
 
 
-# ------------------------------------------------------------------------------------------------ implementations
+# -------------------------------------------------------------------------------------------- implementations
 
 
 @functools.cache
 def launcher(op: str) -> Callable[..., Any] | None:
-    """The Triton launcher of an op, imported now. None where $LOWBIT_KERNELS says reference (to tell a kernel's mistake from
-    another), and, after one warning for all ops, where Triton cannot be imported."""
+    """The Triton launcher of an op, imported now. None where $LOWBIT_KERNELS says reference (to tell a
+    kernel's mistake from another), and, after one warning for all ops, where Triton cannot be imported."""
     wanted = os.environ.get("LOWBIT_KERNELS", "triton")
     if wanted not in ("triton", "reference"):
         raise ValueError(f"LOWBIT_KERNELS={wanted!r}: allowed are triton (the default) and reference")
@@ -258,7 +267,8 @@ def _has_triton() -> bool:
         importlib.import_module("triton.language")
     except ImportError as error:
         warnings.warn(
-            f"Triton cannot be imported ({error}): lowbit_kernels runs its reference implementations on the GPU, which are "
+            f"Triton cannot be imported ({error}): lowbit_kernels runs its reference implementations on "
+            "the GPU, which are "
             "correct but several times slower. Install triton to use the kernels.",
             RuntimeWarning,
             stacklevel=3,
@@ -273,8 +283,9 @@ def definition(op: str) -> Any:
 
 
 def takes(arguments: dict[str, Any]) -> bool:
-    """Whether the kernels can take a call. They read floats of at most 32 bits, and groups that are a multiple of 32 channels
-    or the whole row, so that a run of 32 channels never needs two scales. The reference takes everything else."""
+    """Whether the kernels can take a call. They read floats of at most 32 bits, and groups that are a
+    multiple of 32 channels or the whole row, so that a run of 32 channels never needs two scales. The
+    reference takes everything else."""
     x = arguments.get("x", arguments.get("dy", arguments.get("weight")))
     if x is not None and x.dtype not in _DTYPES or arguments.get("dtype", torch.float32) not in _DTYPES:
         return False
@@ -295,8 +306,8 @@ def _implementation(op: str) -> Callable[..., Any]:
         if kernel is None or not takes({**dict(zip(names, args, strict=False)), **kwargs}):
             return reference(*args, **kwargs)
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        # Triton launches on the current device and its current stream, whatever device the tensors are on. A CPU tensor gets
-        # here only under the interpreter.
+        # Triton launches on the current device and its current stream, whatever device the tensors are on. A
+        # CPU tensor gets here only under the interpreter.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return _apart(kernel(*args, **kwargs))
 
@@ -304,7 +315,9 @@ def _implementation(op: str) -> Callable[..., Any]:
 
 
 def _apart(result: Any) -> Any:
-    """Results that share memory, copied apart: an op may not return two views of one buffer, which launchers like to cut."""
+    """Results that share memory, copied apart: an op may not return two views of one buffer, which launchers
+    like to cut.
+    """
     if not isinstance(result, tuple):
         return result
     seen: set[int] = set()
@@ -317,7 +330,8 @@ def _apart(result: Any) -> Any:
 
 
 def register(device_type: str = "cuda") -> None:
-    """Put the Triton implementation of every op behind its name for tensors of a device type. "cpu" is for the interpreter
-    (TRITON_INTERPRET=1 before the first import), where it replaces the reference for the rest of the process."""
+    """Put the Triton implementation of every op behind its name for tensors of a device type. "cpu" is for
+    the interpreter (TRITON_INTERPRET=1 before the first import), where it replaces the reference for the rest
+    of the process."""
     for op in KERNELS:
         definition(op).register_kernel(device_type)(_implementation(op))

@@ -1,9 +1,11 @@
-"""grid_estimates: gradients of everything trained without dW = dY^T X of all tokens, the third GEMM of a layer.
+"""grid_estimates: gradients of everything trained without dW = dY^T X of all tokens, the third GEMM of a
+layer.
 
-Letters: M tokens, N out features, K in features, G groups of g inputs, r rank; X_g, A_g are the columns of one group;
-F is the factor between dW and dD: S (units "grid"), S / s0 ("weight"), 1 ("live").
+Letters: M tokens, N out features, K in features, G groups of g inputs, r rank; X_g, A_g are the columns of
+one group; F is the factor between dW and dD: S (units "grid"), S / s0 ("weight"), 1 ("live").
 
-Low rank. Without the mask M of the clip, dD = F dW, and F is one number per row and group. So the sum over tokens goes last:
+Low rank. Without the mask M of the clip, dD = F dW, and F is one number per row and group. So the sum over
+tokens goes last:
 
     dB = gain sum_g F_g * (dY^T P_g)        P_g = X_g A_g^T          [M, r] per group
     dA_g = gain Q_g^T X_g                   Q_g = dY (F_g * B)       [M, r] per group
@@ -12,19 +14,21 @@ which is 2 r / g of a GEMM (2 r / K with one factor per row) where dW is a whole
 
     factorised    these equations: entries where the clip is active get a gradient too
     corrected     the clipped part is taken from the tokens drawn below, as a control variate:
-                  factorised(all) + exact(drawn) - factorised(drawn), the drawn weighted as below: its mean over the draws is the
-                  exact gradient. The first and the last term are one pass in which token m has weight 1 - (sum of its draws' weights)
+                  factorised(all) + exact(drawn) - factorised(drawn), the drawn weighted as below: its mean
+                  over the draws is the exact gradient. The first and the last term are one pass in which
+                  token m has weight 1 - (sum of its draws' weights)
 
-A sparse correction (gather dY[:, n] X[:, k] of each clipped entry) reads 4 M bytes an entry: by the bandwidth of an H200, 1 % clipped would
-take as long as three to four GEMMs (a CPU took 1.9), and their number is known to the device only. Hence the control variate: no new
-kernel, no wait for the device.
+A sparse correction (gather dY[:, n] X[:, k] of each clipped entry) reads 4 M bytes an entry: by the bandwidth
+of an H200, 1 % clipped would take as long as three to four GEMMs (a CPU took 1.9), and their number is known
+to the device only. Hence the control variate: no new kernel, no wait for the device.
 
-Scales (and offsets) from n = round(tokens M) draws of the M tokens. Token m has the share s_m of a line of length one, in proportion to
-|dY_m| |X_m|, the size of its part of dW, plus a tenth of their mean; n equidistant points with one random start mark who is drawn; a draw
-weighs 1 / (n s_m). Every token is drawn n s_m times on average, so the estimate is unbiased, and tokens with small gradients are
-left out first: at the same n the error was a quarter smaller than with equal shares (LOG.md). Shares are integers, so their
-running sum does not depend on the order of additions. The start comes from the default generator of the device, which checkpoints
-keep and in which processes differ.
+Scales (and offsets) from n = round(tokens M) draws of the M tokens. Token m has the share s_m of a line of
+length one, in proportion to |dY_m| |X_m|, the size of its part of dW, plus a tenth of their mean; n
+equidistant points with one random start mark who is drawn; a draw weighs 1 / (n s_m). Every token is drawn n
+s_m times on average, so the estimate is unbiased, and tokens with small gradients are left out first: at the
+same n the error was a quarter smaller than with equal shares (LOG.md). Shares are integers, so their running
+sum does not depend on the order of additions. The start comes from the default generator of the device, which
+checkpoints keep and in which processes differ.
 
 One group per row and a frozen grid need no tokens: with the layer's own output, Y = S X (code - z)^T + T X 1,
 
@@ -49,7 +53,9 @@ def drawn_count(tokens: int, share: float) -> int:
 
 
 def lengths(x: Tensor, dy: Tensor) -> Tensor:
-    """Int64 [M]: the length of each token on the line, at least 1. A token that is not finite has half of the line: it must be seen."""
+    """Int64 [M]: the length of each token on the line, at least 1. A token that is not finite has half of the
+    line: it must be seen.
+    """
     size = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * torch.linalg.vector_norm(
         dy, dim=1, dtype=torch.float32
     )
@@ -64,7 +70,9 @@ def lengths(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def drawn(length: Tensor, count: int, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows int64 [count], their weights [count], the weights' sum by token [M]) in fp32, from lengths [M] and start [1] in [0, 1)."""
+    """(rows int64 [count], their weights [count], the weights' sum by token [M]) in fp32, from lengths [M]
+    and start [1] in [0, 1).
+    """
     ends = length.cumsum(0).double()  # integers below 2^53: exact
     points = (start.double() + torch.arange(count, device=length.device)) * (ends[-1] / count)
     rows = torch.searchsorted(ends, points, right=True).clamp_(max=len(length) - 1)
@@ -89,7 +97,8 @@ def factorised(
     group_size: int,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dA [r, K] and dB [N, r] in fp32 as if nothing were clipped. factor [G, N] or None (1); weights [M, 1] or None (1): of the tokens.
+    """dA [r, K] and dB [N, r] in fp32 as if nothing were clipped. factor [G, N] or None (1); weights [M, 1]
+    or None (1): of the tokens.
 
     In the order that costs less: P and Q per group, or dW in chunks of rows.
     """
@@ -123,7 +132,9 @@ def factorised(
 
 
 def _spans(groups: int, k: int, group_size: int, at_once: int) -> list[tuple[int, int, int]]:
-    """(first group, last group + 1, channels per group): at most `at_once` groups together, a ragged last one alone."""
+    """(first group, last group + 1, channels per group): at most `at_once` groups together, a ragged last one
+    alone.
+    """
     if groups == 1:
         return [(0, 1, k)]
     whole = k // group_size
@@ -173,9 +184,11 @@ def grid_estimates(
     need_low_rank: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N]; what is not needed has shape [0].
+    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N]; what is not needed has
+    shape [0].
 
-    y [M, N]: the layer's output, for the row-wise identity (else None). step_codes: what grid_codes gives, needed for a frozen grid.
+    y [M, N]: the layer's output, for the row-wise identity (else None). step_codes: what grid_codes gives,
+    needed for a frozen grid.
     """
     assert low_rank in LOW_RANK, low_rank
     exact_op = torch.ops.lowbit.grid_gradients  # late: grid_linear.py, which declares it, imports this file
@@ -216,7 +229,8 @@ def grid_estimates(
         if correct:
             da, db = (da.add_(more_a), db.add_(more_b)) if part else (more_a, more_b)
     elif need_scale and not identity:
-        # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank product again.
+        # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank
+        # product again.
         assert step_codes is not None
         ds, dt, _, _ = exact_op(
             xs,
@@ -250,9 +264,30 @@ def grid_estimates(
 
 @grid_estimates.register_fake
 def _(
-    x, dy, y, step_codes, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits,
-    group_size, clip_first, low_rank, tokens, need_low_rank, need_scale,
-):  # fmt: skip
+    x,
+    dy,
+    y,
+    step_codes,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    units,
+    bits,
+    residual_bits,
+    group_size,
+    clip_first,
+    low_rank,
+    tokens,
+    need_low_rank,
+    need_scale,
+):
     def like(t, wanted):
         return x.new_empty(t.shape if wanted and t is not None else (0,), dtype=torch.float32)
 

@@ -1,25 +1,27 @@
 """K5/K6: grid_gradients on a GPU: dS, dT, dA, dB from x and dY without keeping anything of size N x K.
 
-Everything behind dW = dY^T X is one epilogue over a tile of dW (`epilogue`): recompute v and its code, mask by the clip, sum over the
-inputs of a group, project the masked gradient on A and B. Two forms feed it:
+Everything behind dW = dY^T X is one epilogue over a tile of dW (`epilogue`): recompute v and its code, mask
+by the clip, sum over the inputs of a group, project the masked gradient on A and B. Two forms feed it:
 
     chunked   dW of a chunk of rows by the BLAS into scratch, then one pass of the epilogue over it
     fused     dW accumulates on chip over M and never leaves it
 
-Both are deterministic: a group sum and a projection are written as partial sums, each by the one program that owns it, and added
-by torch in a fixed order. The epilogue works on strips of 32 channels, one P16 plane, which no group splits: scale and zero
-are vectors over rows, and the fields of a strip have one shift. D comes from
-codes_triton.low_rank, as in the forward, so the recomputed codes are the forward's.
+Both are deterministic: a group sum and a projection are written as partial sums, each by the one program that
+owns it, and added by torch in a fixed order. The epilogue works on strips of 32 channels, one P16 plane,
+which no group splits: scale and zero are vectors over rows, and the fields of a strip have one shift. D comes
+from codes_triton.low_rank, as in the forward, so the recomputed codes are the forward's.
 
-Scale-only training with one group per row needs no dW at all: with Yq = X (code - z)^T, one product from packed codes,
+Scale-only training with one group per row needs no dW at all: with Yq = X (code - z)^T, one product from
+packed codes,
 
     dS[n] = sum_m dY[m, n] Yq[m, n]        dT[n] = sum_m dY[m, n] sum_k X[m, k]
 
-With smaller groups dT could still be had from a product with K / g columns, but dS needs dW, in whose pass dT is free.
+With smaller groups dT could still be had from a product with K / g columns, but dS needs dW, in whose pass dT
+is free.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -55,7 +57,9 @@ EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the
 
 @triton.jit
 def plane_words(packed, row, rn, k0, N, K, BITS: tl.constexpr):
-    """The half-words that hold channels k0..k0+31 of some rows, int32 [BLOCK_N, 32], and the shift of their fields."""
+    """The half-words that hold channels k0..k0+31 of some rows, int32 [BLOCK_N, 32], and the shift of their
+    fields.
+    """
     S: tl.constexpr = channels_of(BITS)
     at = packed + rn.to(tl.int64)[:, None] * row + (k0 // S * LANE + tl.arange(0, LANE))[None, :]
     words = tl.load(at, mask=(rn < N)[:, None] & (k0 < K), other=0).to(tl.int32)
@@ -64,8 +68,8 @@ def plane_words(packed, row, rn, k0, N, K, BITS: tl.constexpr):
 
 @triton.jit
 def project(left, right, total, EXACT: tl.constexpr):
-    """total + left @ right in fp32. dW of 16-bit inputs carries an error of 2^-9 or more, to which plain tf32 (2^-11) adds nothing;
-    EXACT is for fp32 inputs."""
+    """total + left @ right in fp32. dW of 16-bit inputs carries an error of 2^-9 or more, to which plain tf32
+    (2^-11) adds nothing; EXACT is for fp32 inputs."""
     if EXACT:
         return dot_split(left, right, total)
     else:
@@ -74,15 +78,43 @@ def project(left, right, total, EXACT: tl.constexpr):
 
 @triton.jit
 def epilogue(
-    dw, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-    sum_s, sum_t, part_a, N, K, codes_row, residual_row,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    dw,
+    strip,
+    rn,
+    row_block,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    sum_s,
+    sum_t,
+    part_a,
+    N,
+    K,
+    codes_row,
+    residual_row,
+    UNITS_LIVE: tl.constexpr,
+    UNITS_WEIGHT: tl.constexpr,
+    CLIP_FIRST: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """dw fp32 [BLOCK_N, 32], zero outside the matrix, of rows rn and channels 32 * strip and up.
 
-    Writes sum_s, sum_t [strips, N] and part_a [row blocks, R, K]; returns the masked gradient dD [BLOCK_N, 32].
+    Writes sum_s, sum_t [strips, N] and part_a [row blocks, R, K]; returns the masked gradient dD [BLOCK_N,
+    32].
     """
     TOP: tl.constexpr = ((1 << BITS) - 1) * 1.0
     HALF: tl.constexpr = (1 << (BITS - 1)) * 1.0
@@ -108,7 +140,8 @@ def epilogue(
         value = grid_value(
             code, delta, scale0, zero0, scale, zero, offset, at, live, UNITS_LIVE, UNITS_WEIGHT, BITS
         )
-        # Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the same.
+        # Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the
+        # same.
         rounded = round_even(tl.minimum(tl.maximum(value, -1.0), TOP + 1.0))
         if CLIP_FIRST:
             inside = (value >= 0.0) & (value <= TOP)
@@ -158,12 +191,40 @@ def store_part_b(part_b, piece, slot, rn, r0: tl.constexpr, N, R: tl.constexpr, 
 
 @triton.jit
 def chunked_kernel(
-    dw, start, rows, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-    sum_s, sum_t, part_a, part_b, N, K, codes_row, residual_row,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    dw,
+    start,
+    rows,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    sum_s,
+    sum_t,
+    part_a,
+    part_b,
+    N,
+    K,
+    codes_row,
+    residual_row,
+    UNITS_LIVE: tl.constexpr,
+    UNITS_WEIGHT: tl.constexpr,
+    CLIP_FIRST: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """Grid (spans of SPAN strips, row blocks of the chunk). dw [rows, K] is dW of rows start..start+rows-1.
 
     dB is summed over a span in registers, which needs the whole rank in two blocks when SPAN > 1.
@@ -182,10 +243,39 @@ def chunked_kernel(
             tl.float32
         )
         masked = epilogue(
-            piece, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-            sum_s, sum_t, part_a, N, K, codes_row, residual_row,
-            UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P, BLOCK_N, EXACT,
-        )  # fmt: skip
+            piece,
+            strip,
+            rn,
+            row_block,
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            sum_s,
+            sum_t,
+            part_a,
+            N,
+            K,
+            codes_row,
+            residual_row,
+            UNITS_LIVE,
+            UNITS_WEIGHT,
+            CLIP_FIRST,
+            BITS,
+            RESIDUAL_BITS,
+            GROUP,
+            R,
+            BLOCK_R,
+            BLOCK_P,
+            BLOCK_N,
+            EXACT,
+        )
         if R > 0:
             if SPAN > 1:
                 total = project_b(masked, a, kk, K, total, 0, R, BLOCK_P, EXACT)
@@ -204,8 +294,8 @@ def chunked_kernel(
 
 @triton.jit
 def strips_of(tile, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile [BLOCK_N, 32, 64 or 128] as a tuple of strips [BLOCK_N, 32], in order. The epilogue works strip by strip: a whole
-    tile of every intermediate would not fit in registers."""
+    """A tile [BLOCK_N, 32, 64 or 128] as a tuple of strips [BLOCK_N, 32], in order. The epilogue works strip
+    by strip: a whole tile of every intermediate would not fit in registers."""
     if BLOCK_K == 32:
         return (tile,)
     else:
@@ -220,14 +310,48 @@ def strips_of(tile, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def fused_kernel(
-    x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-    sum_s, sum_t, part_a, part_b, M, N, K, x_row, dy_row, codes_row, residual_row,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr,
-    CT: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Grid (channel tiles * row blocks). x [M, K], dy [M, N]; each program makes one tile of dW over all of M.
+    x,
+    dy,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    sum_s,
+    sum_t,
+    part_a,
+    part_b,
+    M,
+    N,
+    K,
+    x_row,
+    dy_row,
+    codes_row,
+    residual_row,
+    UNITS_LIVE: tl.constexpr,
+    UNITS_WEIGHT: tl.constexpr,
+    CLIP_FIRST: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    CT: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Grid (channel tiles * row blocks). x [M, K], dy [M, N]; each program makes one tile of dW over all of
+    M.
 
     Programs walk GROUP_N row blocks together, so that the tiles of x and dy in flight stay in L2.
     """
@@ -258,10 +382,39 @@ def fused_kernel(
         strip = first + i
         if strip * LANE < K:
             masked = epilogue(
-                pieces[i], strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-                sum_s, sum_t, part_a, N, K, codes_row, residual_row,
-                UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P, BLOCK_N, EXACT,
-            )  # fmt: skip
+                pieces[i],
+                strip,
+                rn,
+                row_block,
+                codes,
+                residual,
+                scale0,
+                zero0,
+                a,
+                b,
+                scale,
+                zero,
+                offset,
+                gain,
+                sum_s,
+                sum_t,
+                part_a,
+                N,
+                K,
+                codes_row,
+                residual_row,
+                UNITS_LIVE,
+                UNITS_WEIGHT,
+                CLIP_FIRST,
+                BITS,
+                RESIDUAL_BITS,
+                GROUP,
+                R,
+                BLOCK_R,
+                BLOCK_P,
+                BLOCK_N,
+                EXACT,
+            )
             if R > 0:
                 columns = strip * LANE + tl.arange(0, LANE)
                 sum_b = project_b(masked, a, columns, K, sum_b, 0, R, BLOCK_P, EXACT)
@@ -273,7 +426,7 @@ def fused_kernel(
             store_part_b(part_b, more, tile, rn, BLOCK_P, N, R, BLOCK_P)
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# -------------------------------------------------------------------------------------------------- launchers
 
 
 def projection_block(rank: int) -> int:
@@ -294,7 +447,8 @@ def _row_scale_gradients(
     x: Tensor, dy: Tensor, codes: Tensor, zero: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
     """dS and dT [1, N] of a frozen grid with one group per row (the identity at the file's head)."""
-    # A power of two brings the product, whose codes are integers, into the range of fp16 and is taken back exactly.
+    # A power of two brings the product, whose codes are integers, into the range of fp16 and is taken back
+    # exactly.
     unit = torch.full((1, codes.shape[0]), 0.5**bits, device=x.device)
     product = packed_matmul(x, codes, unit, zero, None, bits, -1)
     ds = torch.linalg.vecdot(dy.t().float(), product.t().float()).mul_(2.0**bits)
@@ -303,11 +457,27 @@ def _row_scale_gradients(
 
 
 def grid_gradients(
-    x: Tensor, dy: Tensor, codes: Tensor, residual: Tensor | None, scale0: Tensor, zero0: Tensor | None,
-    a: Tensor | None, b: Tensor | None, scale: Tensor, zero: Tensor | None, offset: Tensor | None,
-    gain: float, units: str, bits: int, residual_bits: int, group_size: int, clip_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op of grid_linear.py: dS, dT [G, N], dA [r, K], dB [N, r], fp32. group_size a multiple of 32 or -1."""
+    x: Tensor,
+    dy: Tensor,
+    codes: Tensor,
+    residual: Tensor | None,
+    scale0: Tensor,
+    zero0: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    offset: Tensor | None,
+    gain: float,
+    units: str,
+    bits: int,
+    residual_bits: int,
+    group_size: int,
+    clip_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op of grid_linear.py: dS, dT [G, N], dA [r, K], dB [N, r], fp32. group_size a multiple of 32 or
+    -1.
+    """
     (m, k), n = x.shape, codes.shape[0]
     low, live = a is not None and b is not None, units == "live"
     span = plane_group(group_size, k)
@@ -322,15 +492,33 @@ def grid_gradients(
     base = row_dense(codes)
     fraction = row_dense(residual) if residual is not None and residual_bits and (low or live) else None
     state = (
-        base, fraction, dense(scale0), dense(zero0) if live else None, dense(a) if low else None, dense(b) if low else None,
-        dense(scale), dense(zero), dense(offset) if live else None, gain,
-    )  # fmt: skip
+        base,
+        fraction,
+        dense(scale0),
+        dense(zero0) if live else None,
+        dense(a) if low else None,
+        dense(b) if low else None,
+        dense(scale),
+        dense(zero),
+        dense(offset) if live else None,
+        gain,
+    )
     strides = (base.stride(0), fraction.stride(0) if fraction is not None else 0)
     static: dict[str, Any] = {
-        "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": clip_first, "BITS": bits,
-        "RESIDUAL_BITS": residual_bits if fraction is not None else 0, "GROUP": span, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
-        "BLOCK_N": config["BLOCK_N"], "EXACT": exact, **launch_options(config), **FP_OPTIONS,
-    }  # fmt: skip
+        "UNITS_LIVE": live,
+        "UNITS_WEIGHT": units == "weight",
+        "CLIP_FIRST": clip_first,
+        "BITS": bits,
+        "RESIDUAL_BITS": residual_bits if fraction is not None else 0,
+        "GROUP": span,
+        "R": rank,
+        "BLOCK_R": rank_block(rank),
+        "BLOCK_P": projection_block(rank),
+        "BLOCK_N": config["BLOCK_N"],
+        "EXACT": exact,
+        **launch_options(config),
+        **FP_OPTIONS,
+    }
     strips = triton.cdiv(k, 32)
     sums = torch.empty(2, strips, n, dtype=torch.float32, device=x.device)
     # On chip, dB is summed over a tile in registers: the rank must be one or two blocks.
@@ -361,10 +549,26 @@ def _fused(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor, T
     part_a = sums.new_empty(row_blocks, rank, k)
     part_b = sums.new_empty(tiles, n, rank)
     fused_kernel[(tiles * row_blocks,)](
-        x, dy, *state, sums[0], sums[1], part_a, part_b, m, n, k, x.stride(0), dy.stride(0), *strides,
-        BLOCK_K=width, BLOCK_M=config["BLOCK_M"], GROUP_N=config.get("GROUP_N", 8), CT=COMPUTE[compute_dtype(x.dtype)],
-        PRODUCT="ieee" if x.dtype == torch.float32 else "tf32", **static,
-    )  # fmt: skip
+        x,
+        dy,
+        *state,
+        sums[0],
+        sums[1],
+        part_a,
+        part_b,
+        m,
+        n,
+        k,
+        x.stride(0),
+        dy.stride(0),
+        *strides,
+        BLOCK_K=width,
+        BLOCK_M=config["BLOCK_M"],
+        GROUP_N=config.get("GROUP_N", 8),
+        CT=COMPUTE[compute_dtype(x.dtype)],
+        PRODUCT="ieee" if x.dtype == torch.float32 else "tf32",
+        **static,
+    )
     return part_a.sum(0), part_b.sum(0)
 
 
@@ -390,7 +594,7 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
     return da, part_b.sum(0)
 
 
-# ---------------------------------------------------------------------------------------------------- what we ship
+# ----------------------------------------------------------------------------------------------- what we ship
 
 
 def _case(
@@ -411,10 +615,18 @@ def _case(
         name: None for name in ("residual", "zero0", "a", "b", "zero", "offset") if name not in pointers
     }
     constants = absent | {
-        "UNITS_LIVE": live, "UNITS_WEIGHT": units == "weight", "CLIP_FIRST": live, "BITS": 4, "RESIDUAL_BITS": fraction,
-        "GROUP": 128, "R": rank, "BLOCK_R": rank_block(rank), "BLOCK_P": projection_block(rank),
-        "BLOCK_N": rows, "EXACT": exact,
-    }  # fmt: skip
+        "UNITS_LIVE": live,
+        "UNITS_WEIGHT": units == "weight",
+        "CLIP_FIRST": live,
+        "BITS": 4,
+        "RESIDUAL_BITS": fraction,
+        "GROUP": 128,
+        "R": rank,
+        "BLOCK_R": rank_block(rank),
+        "BLOCK_P": projection_block(rank),
+        "BLOCK_N": rows,
+        "EXACT": exact,
+    }
     if form == "fused":
         pointers |= {"x": "*bf16", "dy": "*bf16"}
         sizes |= dict.fromkeys(("M", "x_row", "dy_row"), "i32")
@@ -425,7 +637,8 @@ def _case(
         constants["SPAN"] = 32 if rank <= 2 * PROJECTION_BLOCK else 1
     options = {**launch_options(config), **FP_OPTIONS}
     kernel = fused_kernel if form == "fused" else chunked_kernel
-    # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per weight.
+    # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per
+    # weight.
     weights = None if form == "fused" else rows * 32
     case = (
         f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}",
@@ -439,7 +652,9 @@ def _case(
 
 
 def aot_cases() -> list[tuple]:
-    """What the AOT gate compiles: the chunked form as the table has it, and the fused form at the tiles a tuner starts from."""
+    """What the AOT gate compiles: the chunked form as the table has it, and the fused form at the tiles a
+    tuner starts from.
+    """
     table = dispatch.packaged("grid_gradients", 4, torch.bfloat16, 4096, 4096, 4096, 90)
     assert table["form"] == "chunked"
     wide = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}

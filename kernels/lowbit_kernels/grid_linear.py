@@ -1,10 +1,11 @@
 """grid_linear: a linear layer whose weight is trained on its integer grid, as one differentiable op.
 
-Forward is two ops and nothing else:   codes = grid_codes(base, A, B, S, z, T);   y = packed_matmul(x, codes, S, z, T)
-so what training multiplies with is what merge() writes. For backward only x and the small tensors are saved: codes are
-recomputed, and dW = dY^T X exists one chunk of rows at a time (`grid_gradients`). Straight-through on round, true gradient
-of clip. With q = code - z, v from codes.py, M = 1 where the clip is inactive (tested on round(v) for round_then_clip, on v
-for clip_then_round), sums over the inputs of a group:
+Forward is two ops and nothing else:   codes = grid_codes(base, A, B, S, z, T);   y = packed_matmul(x, codes,
+                                       S, z, T)
+so what training multiplies with is what merge() writes. For backward only x and the small tensors are saved:
+codes are recomputed, and dW = dY^T X exists one chunk of rows at a time (`grid_gradients`). Straight-through
+on round, true gradient of clip. With q = code - z, v from codes.py, M = 1 where the clip is inactive (tested
+on round(v) for round_then_clip, on v for clip_then_round), sums over the inputs of a group:
 
     frozen grid (units "grid", "weight")    dS = sum dW q                       dT = sum dW
                                             dD = S M dW  (times 1/s0 for "weight")
@@ -12,12 +13,13 @@ for clip_then_round), sums over the inputs of a group:
                                             dD = M dW
     dA = gain B^T dD        dB = gain dD A^T        dX = dY W
 
-In the live case z may be a rounded trained value: its gradient is -S dT, which the caller gets by passing T = -S (z - sg(z)).
-The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about 250-fold).
+In the live case z may be a rounded trained value: its gradient is -S dT, which the caller gets by passing T =
+-S (z - sg(z)). The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about
+250-fold).
 
-`step_codes`, when given, are the codes that grid_codes makes of these very arguments, made once for all forwards and backwards of
-an optimizer step; they are taken on trust. `low_rank` and `tokens` choose cheaper gradients (estimates.py): "exact" with a
-low-rank part is the equations above.
+`step_codes`, when given, are the codes that grid_codes makes of these very arguments, made once for all
+forwards and backwards of an optimizer step; they are taken on trust. `low_rank` and `tokens` choose cheaper
+gradients (estimates.py): "exact" with a low-rank part is the equations above.
 """
 
 import torch
@@ -50,9 +52,11 @@ def grid_gradients(
     group_size: int,
     clip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N] (equations at the file's head).
+    """dS [G, N], dT [G, N], dA [r, K], dB [N, r] in fp32 from x [M, K] and dy [M, N] (equations at the file's
+    head).
 
-    dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of layout.CHUNK_ELEMENTS.
+    dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of
+    layout.CHUNK_ELEMENTS.
     """
     (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
     trained = units == "live" or a is not None
@@ -69,9 +73,23 @@ def grid_gradients(
             dt[:, rows] = dw.sum(-1).t()
             continue
         value = grid_values(
-            rows, codes, residual, scale0, zero0, a, b, scale, zero, offset,
-            gain, units, bits, residual_bits, k, group_size,
-        )  # fmt: skip
+            rows,
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            k,
+            group_size,
+        )
         rounded = value.round()
         inside = value if clip_first else rounded
         mask = (inside >= 0) & (inside <= top)
@@ -142,7 +160,9 @@ def grid_linear(
     low_rank: str = "exact",
     tokens: float = 1.0,
 ) -> Tensor:
-    """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file head)."""
+    """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file
+    head).
+    """
     if low_rank not in LOW_RANK or not 0 < tokens <= 1:
         raise ValueError(
             f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1"
@@ -171,14 +191,33 @@ def grid_linear(
 
 @grid_linear.register_fake
 def _(
-    x, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits, group_size, clip_first,
-    step_codes=None, low_rank="exact", tokens=1.0,
-):  # fmt: skip
+    x,
+    codes,
+    residual,
+    scale0,
+    zero0,
+    a,
+    b,
+    scale,
+    zero,
+    offset,
+    gain,
+    units,
+    bits,
+    residual_bits,
+    group_size,
+    clip_first,
+    step_codes=None,
+    low_rank="exact",
+    tokens=1.0,
+):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
-    """Whether the cheaper gradients are asked for. Exact ones of a low-rank part need dW of every token, and the scales' is then free."""
+    """Whether the cheaper gradients are asked for. Exact ones of a low-rank part need dW of every token, and
+    the scales' is then free.
+    """
     return low_rank != "exact" or (a is None and tokens < 1)
 
 
@@ -221,15 +260,50 @@ def _backward(ctx, dy):
         dx = packed_matmul_dx(dy, new, scale, zero, offset, bits, k, group_size)
     if estimated and (low or scales):
         ds, dt, da, db = grid_estimates(
-            x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]), None if y is None else y.reshape(-1, y.shape[-1]), new,
-            codes, residual, scale0, zero0, a, b, scale, zero, offset,
-            gain, units, bits, residual_bits, group_size, clip_first, low_rank, tokens, low, scales,
-        )  # fmt: skip
+            x.reshape(-1, k),
+            dy.reshape(-1, dy.shape[-1]),
+            None if y is None else y.reshape(-1, y.shape[-1]),
+            new,
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            group_size,
+            clip_first,
+            low_rank,
+            tokens,
+            low,
+            scales,
+        )
     elif low or scales:
         ds, dt, da, db = grid_gradients(
-            x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]), codes, residual, scale0, zero0, a, b, scale, zero, offset,
-            gain, units, bits, residual_bits, group_size, clip_first,
-        )  # fmt: skip
+            x.reshape(-1, k),
+            dy.reshape(-1, dy.shape[-1]),
+            codes,
+            residual,
+            scale0,
+            zero0,
+            a,
+            b,
+            scale,
+            zero,
+            offset,
+            gain,
+            units,
+            bits,
+            residual_bits,
+            group_size,
+            clip_first,
+        )
     grads = [dx, None, None, None, None, da, db, ds, None, dt]
     for index, tensor in ((5, a), (6, b), (7, scale), (9, offset)):
         # A custom op must return None, not a tensor, for what was not asked for or not given.

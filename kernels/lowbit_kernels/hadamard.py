@@ -1,15 +1,19 @@
-"""hadamard: y = x H / sqrt(D) along the last axis, in blocks of D channels. Orthonormal, symmetric, its own inverse.
+"""hadamard: y = x H / sqrt(D) along the last axis, in blocks of D channels. Orthonormal, symmetric, its own
+inverse.
 
-A Hadamard matrix has entries +-1 and orthogonal rows; multiplying by it spreads an outlier channel over all D channels. Written
-D = m * 2^p with m = 1 or a multiple of 4, the matrix here is H_m (x) H_2 (x) ... (x) H_2 (Kronecker), where H_m is one of
-Paley's two matrices over a finite field of q elements, chi(a) = 1, -1, 0 for a square, a non-square, zero:
+A Hadamard matrix has entries +-1 and orthogonal rows; multiplying by it spreads an outlier channel over all D
+channels. Written D = m * 2^p with m = 1 or a multiple of 4, the matrix here is H_m (x) H_2 (x) ... (x) H_2
+(Kronecker), where H_m is one of Paley's two matrices over a finite field of q elements, chi(a) = 1, -1, 0 for
+a square, a non-square, zero:
 
     q = 3 mod 4, m = q + 1:      [[1, 1'], [1, C]],  C[a, b] = chi(a + b) - [a + b = 0]
-    q = 1 mod 4, m = 2 (q + 1):  S (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]],  S = [[0, 1'], [1, chi(a - b)]]
+    q = 1 mod 4, m = 2 (q + 1):  S (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]],  S = [[0, 1'], [1, chi(a
+                                 - b)]]
 
-(Paley 1933; the first is usually written with a - b, and a + b is the same matrix with its columns reordered so that it is
-symmetric). Symmetric means that the op is its own gradient: dX = hadamard(dY). m is the smallest order that divides D in such
-a way that D / m is a power of two: 4096 = 2^12, 14336 = 28 * 2^9, 5120 = 20 * 2^8, 11008 = 344 * 2^5.
+(Paley 1933; the first is usually written with a - b, and a + b is the same matrix with its columns reordered
+so that it is symmetric). Symmetric means that the op is its own gradient: dX = hadamard(dY). m is the
+smallest order that divides D in such a way that D / m is a power of two: 4096 = 2^12, 14336 = 28 * 2^9, 5120
+= 20 * 2^8, 11008 = 344 * 2^5.
 """
 
 import functools
@@ -56,13 +60,16 @@ def factors(block: int) -> tuple[int, int]:
             return m, block // m
         m *= 2
     raise ValueError(
-        f"no Hadamard matrix for {block} = {odd} * {power} channels is built in; choose a block that divides it, for "
+        f"no Hadamard matrix for {block} = {odd} * {power} channels is built in; choose a block that "
+        "divides it, for "
         f"example the power of two {power}"
     )
 
 
 def _squares(p: int, e: int) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Elements of the field of p^e as coefficient tuples (lowest degree first), and the non-zero squares among them."""
+    """Elements of the field of p^e as coefficient tuples (lowest degree first), and the non-zero squares
+    among them.
+    """
     elements = [tuple(reversed(c)) for c in itertools.product(range(p), repeat=e)]
     # x^e = low(x) where x^e - low(x) has no root: for degree 2 and 3 that makes it irreducible.
     low = next(
@@ -88,8 +95,8 @@ def _squares(p: int, e: int) -> tuple[list[tuple[int, ...]], set[tuple[int, ...]
 
 @functools.cache
 def matrix(m: int) -> Tensor:
-    """The symmetric Hadamard matrix of order m (1, a power of two, or one of Paley's), int8 [m, m] on the CPU. Do not write
-    into it: it is shared."""
+    """The symmetric Hadamard matrix of order m (1, a power of two, or one of Paley's), int8 [m, m] on the
+    CPU. Do not write into it: it is shared."""
     if m & (m - 1) == 0:
         h = torch.ones(1, 1, dtype=torch.int8)
         while h.shape[0] < m:
@@ -131,8 +138,9 @@ def resolved(block: int, channels: int) -> int:
 @torch.library.custom_op("lowbit::hadamard", mutates_args=())
 @outside_autocast
 def hadamard(x: Tensor, block: int) -> Tensor:
-    """x [..., K] float times the orthonormal Hadamard matrix of order `block` on each run of `block` channels (-1: K), in
-    x's dtype. Computed in fp32 and rounded once. Differentiable; hadamard(hadamard(x)) is x up to rounding."""
+    """x [..., K] float times the orthonormal Hadamard matrix of order `block` on each run of `block` channels
+    (-1: K), in x's dtype. Computed in fp32 and rounded once. Differentiable; hadamard(hadamard(x)) is x up to
+    rounding."""
     block = resolved(block, x.shape[-1])
     m, power = factors(block)
     value = x.to(torch.float32).reshape(-1, block)

@@ -1,9 +1,10 @@
 """The Hadamard transform as two tensor-core products per tile, one read and one write of x.
 
-With D = d1 * d2 the D channels of one run form a d1 x d2 matrix X (d2 a power of two), and H_D = H_d1 (x) H_d2 acts as
-H_d1 X H_d2. Several runs lie behind each other in memory, so a tile is simply ROWS consecutive rows of d2 numbers, ROWS a
-multiple of d1, and the left matrix is the block diagonal of H_d1's. +-1 is exact in 16 bits, and so is x; the intermediate
-sum is not, therefore it is cut into PARTS bf16 numbers (8 bits each) whose products are added in fp32.
+With D = d1 * d2 the D channels of one run form a d1 x d2 matrix X (d2 a power of two), and H_D = H_d1 (x)
+H_d2 acts as H_d1 X H_d2. Several runs lie behind each other in memory, so a tile is simply ROWS consecutive
+rows of d2 numbers, ROWS a multiple of d1, and the left matrix is the block diagonal of H_d1's. +-1 is exact
+in 16 bits, and so is x; the intermediate sum is not, therefore it is cut into PARTS bf16 numbers (8 bits
+each) whose products are added in fp32.
 
     D            d2     d1           left matrix
     <= 64        D      1            none
@@ -11,8 +12,8 @@ sum is not, therefore it is cut into PARTS bf16 numbers (8 bits each) whose prod
     14336        64     28 * 8       H_28 (x) H_8, rows padded from 224 to 256
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -41,12 +42,26 @@ def _split(value, PARTS: tl.constexpr, PT: tl.constexpr, part: tl.constexpr):
 
 @triton.jit
 def hadamard_kernel(
-    x, y, left, right, rows, factor,
-    D2: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    LEFT: tl.constexpr, IN_PARTS: tl.constexpr, PARTS: tl.constexpr, IT: tl.constexpr, PT: tl.constexpr,
-):  # fmt: skip
-    """x, y [rows, D2]; left [ROWS, ROWS] and right [WIDTH, WIDTH] of +-1, zero outside. One program: TILE rows of x.
-    WIDTH and ROWS are D2 and TILE padded to what tl.dot takes; IT the type of x's pieces, PT of the intermediate's."""
+    x,
+    y,
+    left,
+    right,
+    rows,
+    factor,
+    D2: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    LEFT: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    IT: tl.constexpr,
+    PT: tl.constexpr,
+):
+    """x, y [rows, D2]; left [ROWS, ROWS] and right [WIDTH, WIDTH] of +-1, zero outside. One program: TILE
+    rows of x. WIDTH and ROWS are D2 and TILE padded to what tl.dot takes; IT the type of x's pieces, PT of
+    the intermediate's."""
     start = tl.program_id(0).to(tl.int64) * TILE
     column = tl.arange(0, WIDTH)
     h = tl.load(right + column[:, None] * WIDTH + column[None, :])
@@ -72,7 +87,9 @@ def hadamard_kernel(
 
 
 def plan(block: int, wanted_rows: int) -> tuple[int, int, int, int]:
-    """(d1, d2, rows per tile, rows padded to a power of two) for runs of `block` channels and about `wanted_rows` rows."""
+    """(d1, d2, rows per tile, rows padded to a power of two) for runs of `block` channels and about
+    `wanted_rows` rows.
+    """
     m, power = factors(block)
     d2 = min(power, 64)
     while d2 < min(power, 128) and block // d2 > 128:
@@ -93,7 +110,9 @@ def _matrices(
     dtype: torch.dtype,
     part: torch.dtype,
 ):
-    """(left [rows, rows] in `part`, right [max(16, d2)]^2 in `dtype`). A few hundred KB per block size and device."""
+    """(left [rows, rows] in `part`, right [max(16, d2)]^2 in `dtype`). A few hundred KB per block size and
+    device.
+    """
     m, power = factors(block)
     small = torch.kron(matrix(m), matrix(power // d2)) if d1 > 1 else matrix(1)
     left = torch.zeros(rows, rows)
@@ -120,12 +139,24 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     left, right = _matrices(block, d1, d2, tile, rows, x.device, first, between)
     count = source.numel() // d2
     hadamard_kernel[(triton.cdiv(count, tile),)](
-        source, y, left, right, count, block**-0.5,
-        D2=d2, WIDTH=max(16, d2), TILE=tile, ROWS=rows, STEP=step if d1 > 1 else rows, LEFT=d1 > 1,
+        source,
+        y,
+        left,
+        right,
+        count,
+        block**-0.5,
+        D2=d2,
+        WIDTH=max(16, d2),
+        TILE=tile,
+        ROWS=rows,
+        STEP=step if d1 > 1 else rows,
+        LEFT=d1 > 1,
         IN_PARTS=3 if x.dtype == torch.float32 and not INTERPRETED else 1,
         PARTS=1 if INTERPRETED else 3 if x.dtype == torch.float32 else 2,
-        IT=COMPUTE[first], PT=COMPUTE[between], **settings,
-    )  # fmt: skip
+        IT=COMPUTE[first],
+        PT=COMPUTE[between],
+        **settings,
+    )
     return y
 
 
@@ -141,10 +172,17 @@ def _case(dtype: str, block: int) -> tuple:
         "right": "*fp16" if dtype == "fp16" else "*bf16",
     }
     constants = {
-        "D2": d2, "WIDTH": max(16, d2), "TILE": tile, "ROWS": padded, "STEP": min(padded, settings["STEP"]) if d1 > 1 else padded,
-        "LEFT": d1 > 1, "IN_PARTS": 3 if dtype == "fp32" else 1, "PARTS": 3 if dtype == "fp32" else 2,
-        "IT": it, "PT": tl.bfloat16,
-    }  # fmt: skip
+        "D2": d2,
+        "WIDTH": max(16, d2),
+        "TILE": tile,
+        "ROWS": padded,
+        "STEP": min(padded, settings["STEP"]) if d1 > 1 else padded,
+        "LEFT": d1 > 1,
+        "IN_PARTS": 3 if dtype == "fp32" else 1,
+        "PARTS": 3 if dtype == "fp32" else 2,
+        "IT": it,
+        "PT": tl.bfloat16,
+    }
     signature = {**pointers, "rows": "i32", "factor": "fp32"}
     return f"hadamard-{block}-{dtype}", hadamard_kernel, signature, constants, launch_options(settings), None
 

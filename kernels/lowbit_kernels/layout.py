@@ -1,20 +1,23 @@
 """P16: low-bit codes as planes inside 16-bit half-words.
 
-A weight row of K codes is cut into superblocks of S = 32 * P codes, P = codes per half-word. A superblock is 32 half-words;
-bit-field p of half-word j holds the code of input channel k = block * S + 32 * p + j. So a plane (one bit-field of all 32
-half-words) is 32 consecutive channels: a group whose size is a multiple of 32 never splits a plane, x needs no permutation,
-and the same buffer feeds W and W^T tiles. K is padded to S in storage with code 0; N never is.
+A weight row of K codes is cut into superblocks of S = 32 * P codes, P = codes per half-word. A superblock is
+32 half-words; bit-field p of half-word j holds the code of input channel k = block * S + 32 * p + j. So a
+plane (one bit-field of all 32 half-words) is 32 consecutive channels: a group whose size is a multiple of 32
+never splits a plane, x needs no permutation, and the same buffer feeds W and W^T tiles. K is padded to S in
+storage with code 0; N never is.
 
     bits        1     2     3     4     8
-    P          16     8     5     4     2      codes per half-word (3 bit: 15 of 16 bits used, 3.2 bits per weight)
+    P          16     8     5     4     2      codes per half-word (3 bit: 15 of 16 bits used, 3.2 bits per
+               weight)
     S         512   256   160   128    64
 
-Letters in this package: M rows of x, N out features, K in features, g group size, G = ceil(K / g) groups, r rank.
-Group tensors (scale, zero, offset) are [G, N]. Codes are unsigned; the weight a code stands for is
+Letters in this package: M rows of x, N out features, K in features, g group size, G = ceil(K / g) groups, r
+rank. Group tensors (scale, zero, offset) are [G, N]. Codes are unsigned; the weight a code stands for is
 
     W = scale * (code - zero) + offset          zero = 2^(bits-1) when it is not given (symmetric grid)
 
-computed in fp32 and rounded once to the compute dtype. `dequantize_rows` is the only place where this happens.
+computed in fp32 and rounded once to the compute dtype. `dequantize_rows` is the only place where this
+happens.
 """
 
 import functools
@@ -30,15 +33,17 @@ R = TypeVar("R")
 LANES = 32
 CODES_PER_HALFWORD = {1: 16, 2: 8, 3: 5, 4: 4, 8: 2}
 
-# Rows of W handled at once by the reference ops: 2^22 elements, 16 MB in fp32, which bounds the transient memory of every op and
-# stays near the L2/L3 sizes of current CPUs. The low-rank product is computed per chunk, so this constant is part of the
-# reproducibility of codes: changing it may change the order of additions in the BLAS call.
+# Rows of W handled at once by the reference ops: 2^22 elements, 16 MB in fp32, which bounds the transient
+# memory of every op and stays near the L2/L3 sizes of current CPUs. The low-rank product is computed per
+# chunk, so this constant is part of the reproducibility of codes: changing it may change the order of
+# additions in the BLAS call.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
-    """An op's implementation with autocast off. Autocast stays on inside a custom op and would run the low-rank product in
-    bfloat16 while training, but not while merging: the codes that ship would not be the codes that trained."""
+    """An op's implementation with autocast off. Autocast stays on inside a custom op and would run the
+    low-rank product in bfloat16 while training, but not while merging: the codes that ship would not be the
+    codes that trained."""
 
     @functools.wraps(op)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -87,7 +92,9 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """[n, packed_width] int16 -> [n, K] codes in the asked dtype (floats are exact: codes are at most 255)."""
+    """[n, packed_width] int16 -> [n, K] codes in the asked dtype (floats are exact: codes are at most
+    255).
+    """
     n, planes, mask = packed.shape[0], CODES_PER_HALFWORD[bits], (1 << bits) - 1
     words = packed.view(n, -1, LANES)
     out = torch.empty(n, words.shape[1], planes, LANES, dtype=dtype, device=packed.device)
@@ -134,7 +141,9 @@ def dequantize_rows(
     rows: slice,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight of some rows: [n, K] in dtype. Every forward, backward, merge and export check goes through here."""
+    """The weight of some rows: [n, K] in dtype. Every forward, backward, merge and export check goes through
+    here.
+    """
     codes = grouped(unpack_rows(packed[rows], bits, in_features, torch.float32), group_size)
     weight = centred(codes, zero, bits, rows).mul_(per_group(scale, rows))
     if offset is not None:

@@ -1,7 +1,7 @@
 """packed_matmul: y = x W^T from packed codes, and its input gradient dX = dY W from the same buffer.
 
-The reference dequantizes a chunk of rows (layout.CHUNK_ELEMENTS weights), rounds it to the dtype of x and multiplies; no more
-than one chunk of W exists at a time, and the backward keeps nothing of size N x K.
+The reference dequantizes a chunk of rows (layout.CHUNK_ELEMENTS weights), rounds it to the dtype of x and
+multiplies; no more than one chunk of W exists at a time, and the backward keeps nothing of size N x K.
 """
 
 import torch
@@ -23,8 +23,8 @@ def packed_matmul(
 ) -> Tensor:
     """x [..., K] times the packed weight [N, K] -> [..., N] in x's dtype.
 
-    codes int16 [N, W] (P16), scale [G, N], zero [G, N] or None, offset [G, N] or None. Differentiable in x only; a trained
-    scale or offset goes through `grid_linear`, and asking for its gradient here is an error.
+    codes int16 [N, W] (P16), scale [G, N], zero [G, N] or None, offset [G, N] or None. Differentiable in x
+    only; a trained scale or offset goes through `grid_linear`, and asking for its gradient here is an error.
     """
     k = x.shape[-1]
     args = (codes, scale, zero, offset, bits, k, group_size)

@@ -1,22 +1,26 @@
 """packed_matmul, its input gradient and dequantize on a GPU, all from the one packed buffer.
 
-Both products are computed transposed, with the weight as the first operand of the tensor core: a plane of 32 channels of
-BLOCK_N rows is one [BLOCK_N, 32] operand, unpacked in registers (triton_common.py), for y^T = W x^T; and W^T takes its place
-for dX^T = W^T dY^T. Three regimes, chosen by the table in configs.json and never by a search at run time:
+Both products are computed transposed, with the weight as the first operand of the tensor core: a plane of 32
+channels of BLOCK_N rows is one [BLOCK_N, 32] operand, unpacked in registers (triton_common.py), for y^T = W
+x^T; and W^T takes its place for dX^T = W^T dY^T. Three regimes, chosen by the table in configs.json and never
+by a search at run time:
 
-    decode      M <= 16. The operand is the integer code - zero, exact in 16 bits; the scale multiplies the fp32 accumulator
-                once per group. K is split over programs; the last to arrive adds the parts in order: one launch, and the
-                same bits in every run.
-    fused       mid M. The operand is the weight itself, rounded to the compute dtype as the reference rounds it.
-    two_stage   large M. A chunk of the weight is dequantized into a scratch that fits in half of the L2 cache, and cuBLAS
-                multiplies it. dX takes chunks of channels, not of rows, so that no partial sum is ever rounded or re-read.
+    decode      M <= 16. The operand is the integer code - zero, exact in 16 bits; the scale multiplies the
+                fp32 accumulator once per group. K is split over programs; the last to arrive adds the parts
+                in order: one launch, and the same bits in every run.
+    fused       mid M. The operand is the weight itself, rounded to the compute dtype as the reference rounds
+                it.
+    two_stage   large M. A chunk of the weight is dequantized into a scratch that fits in half of the L2
+                cache, and cuBLAS multiplies it. dX takes chunks of channels, not of rows, so that no partial
+                sum is ever rounded or re-read.
 
-A zero that is not an integer tensor, or an offset, makes the weight affine: scale * code' + t, code' = code - 2^(bits-1) and
-t = offset - scale * (zero - 2^(bits-1)). Where the scale is on the accumulator t meets the sums of x over each group.
+A zero that is not an integer tensor, or an offset, makes the weight affine: scale * code' + t, code' = code -
+2^(bits-1) and t = offset - scale * (zero - 2^(bits-1)). Where the scale is on the accumulator t meets the
+sums of x over each group.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -62,10 +66,20 @@ def _run(bits_fields, group):
 
 @triton.jit
 def _group_values(
-    source, plane, rows, mask, N, last_group,
-    COUNT: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, HAVE: tl.constexpr,
-):  # fmt: skip
-    """One row vector of `source` [G, N] per run of the COUNT planes from `plane`, as loaded; zeros where there is none."""
+    source,
+    plane,
+    rows,
+    mask,
+    N,
+    last_group,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    HAVE: tl.constexpr,
+):
+    """One row vector of `source` [G, N] per run of the COUNT planes from `plane`, as loaded; zeros where
+    there is none.
+    """
     values = ()
     for run in tl.static_range(COUNT // RUN):
         if not HAVE:
@@ -91,13 +105,23 @@ def _code_operand(
 
 @triton.jit
 def _weight_operand(
-    q, scale, zero, offset,
-    PLANE: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Plane PLANE of the weight, [rows, 32] in CT, from half-words q and the group's values [rows]: rounded once to CT.
+    q,
+    scale,
+    zero,
+    offset,
+    PLANE: tl.constexpr,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Plane PLANE of the weight, [rows, 32] in CT, from half-words q and the group's values [rows]: rounded
+    once to CT.
 
-    A 16-bit scale times an integer of at most 8 bits is exact in fp32, so the packed product is the reference's own. An fp32
-    scale is split in two, which costs one more instruction and keeps the single rounding but for ties.
+    A 16-bit scale times an integer of at most 8 bits is exact in fp32, so the packed product is the
+    reference's own. An fp32 scale is split in two, which costs one more instruction and keeps the single
+    rounding but for ties.
     """
     if ZERO == 2 or OFFSET:
         value = codes_raw(q, PLANE, BITS, CT, ASM).to(tl.float32)
@@ -121,15 +145,35 @@ def _weight_operand(
 
 @triton.jit
 def _step(
-    acc, wp, xp, xsum, scales, zeros, offsets, plane, rm, in_m, K, groups, last_group,
-    BITS: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
-    ZERO: tl.constexpr, OFFSET: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr, ON_ACC: tl.constexpr,
+    acc,
+    wp,
+    xp,
+    xsum,
+    scales,
+    zeros,
+    offsets,
+    plane,
+    rm,
+    in_m,
+    K,
+    groups,
+    last_group,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    ON_ACC: tl.constexpr,
     TAIL: tl.constexpr,
-):  # fmt: skip
+):
     """acc [BLOCK_N, BLOCK_M] += COUNT planes (whole superblocks) of the weight from `plane`, times x^T.
 
-    RUN planes in a row share a group, whose values are one entry of scales, zeros and offsets. TAIL: some channels may lie
-    beyond K.
+    RUN planes in a row share a group, whose values are one entry of scales, zeros and offsets. TAIL: some
+    channels may lie beyond K.
     """
     lane = tl.arange(0, LANE)
     q = tl.load(wp)
@@ -153,8 +197,17 @@ def _step(
                 w = _code_operand(q, zeros[run], (run * RUN + i) % PLANES, BITS, ZERO, CT, ASM)
             else:
                 w = _weight_operand(
-                    q, scales[run], zeros[run], offsets[run], (run * RUN + i) % PLANES, BITS, ZERO, OFFSET, CT, ASM
-                )  # fmt: skip
+                    q,
+                    scales[run],
+                    zeros[run],
+                    offsets[run],
+                    (run * RUN + i) % PLANES,
+                    BITS,
+                    ZERO,
+                    OFFSET,
+                    CT,
+                    ASM,
+                )
             part = tl.dot(w, x, part, input_precision="ieee")
         if ON_ACC and GROUP != 0:
             scale = scales[run].to(tl.float32)
@@ -184,15 +237,41 @@ def _shift(scale, zero, offset, BITS: tl.constexpr, ZERO: tl.constexpr, OFFSET: 
 
 @triton.jit(do_not_specialize=["M", "groups", "per_part"])
 def forward_kernel(
-    x, codes, scale, zero, offset, xsum, y, work, arrived,
-    M, N, K, stride_x, stride_w, groups, per_part,
-    BITS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    ON_ACC: tl.constexpr, EVEN_K: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scale,
+    zero,
+    offset,
+    xsum,
+    y,
+    work,
+    arrived,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    groups,
+    per_part,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ON_ACC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """y [M, N] = x [M, K] W^T, one [BLOCK_N, BLOCK_M] tile of y^T (or a part of its sum over K) per program.
 
-    grid (tiles, PARTS); a part is per_part superblocks. ON_ACC: the decode regime. EVEN_K: K fills its superblocks.
+    grid (tiles, PARTS); a part is per_part superblocks. ON_ACC: the decode regime. EVEN_K: K fills its
+    superblocks.
     """
     COUNT: tl.constexpr = UNROLL * PLANES  # planes per step
     RUN: tl.constexpr = _run(COUNT, GROUP)
@@ -225,9 +304,10 @@ def forward_kernel(
     last_group = groups - 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
-    # Scales (2 bytes a thread) are too narrow for asynchronous copies. Decode, which waits for memory, loads them one step
-    # ahead; the fused regime does not, because a scale that travels through the loop sends the whole operand through shared
-    # memory where 8 warps share it (sm_90: 4.6 instead of 4.0 instructions per weight).
+    # Scales (2 bytes a thread) are too narrow for asynchronous copies. Decode, which waits for memory, loads
+    # them one step ahead; the fused regime does not, because a scale that travels through the loop sends the
+    # whole operand through shared memory where 8 warps share it (sm_90: 4.6 instead of 4.0 instructions per
+    # weight).
     plane = first * PLANES
     scales = _group_values(scale, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, True)
     zeros = _group_values(zero, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, ZERO != 0)
@@ -245,9 +325,31 @@ def forward_kernel(
         if not ON_ACC:
             scales, zeros, offsets = s_next, z_next, o_next
         acc = _step(
-            acc, wp, xp, xsum, scales, zeros, offsets, plane, rm, in_m, K, groups, last_group,
-            BITS, PLANES, COUNT, GROUP, RUN, ZERO, OFFSET, CT, ASM, ON_ACC, False,
-        )  # fmt: skip
+            acc,
+            wp,
+            xp,
+            xsum,
+            scales,
+            zeros,
+            offsets,
+            plane,
+            rm,
+            in_m,
+            K,
+            groups,
+            last_group,
+            BITS,
+            PLANES,
+            COUNT,
+            GROUP,
+            RUN,
+            ZERO,
+            OFFSET,
+            CT,
+            ASM,
+            ON_ACC,
+            False,
+        )
         if ON_ACC:
             scales, zeros, offsets = s_next, z_next, o_next
         wp += UNROLL * LANE
@@ -262,9 +364,31 @@ def forward_kernel(
                     zeros = _group_values(zero, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, ZERO != 0)
                     offsets = _group_values(offset, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, OFFSET)
                 acc = _step(
-                    acc, wp, xp, xsum, scales, zeros, offsets, main * PLANES, rm, in_m, K, groups, last_group,
-                    BITS, PLANES, COUNT, GROUP, RUN, ZERO, OFFSET, CT, ASM, ON_ACC, True,
-                )  # fmt: skip
+                    acc,
+                    wp,
+                    xp,
+                    xsum,
+                    scales,
+                    zeros,
+                    offsets,
+                    main * PLANES,
+                    rm,
+                    in_m,
+                    K,
+                    groups,
+                    last_group,
+                    BITS,
+                    PLANES,
+                    COUNT,
+                    GROUP,
+                    RUN,
+                    ZERO,
+                    OFFSET,
+                    CT,
+                    ASM,
+                    ON_ACC,
+                    True,
+                )
     else:
         SHORT: tl.constexpr = _run(PLANES, GROUP)
         for block in tl.range(main, stop, num_stages=1):
@@ -273,9 +397,31 @@ def forward_kernel(
             z_tail = _group_values(zero, plane, rn, in_n, N, last_group, PLANES, GROUP, SHORT, ZERO != 0)
             o_tail = _group_values(offset, plane, rn, in_n, N, last_group, PLANES, GROUP, SHORT, OFFSET)
             acc = _step(
-                acc, wp, xp, xsum, s_tail, z_tail, o_tail, plane, rm, in_m, K, groups, last_group,
-                BITS, PLANES, PLANES, GROUP, SHORT, ZERO, OFFSET, CT, ASM, ON_ACC, True,
-            )  # fmt: skip
+                acc,
+                wp,
+                xp,
+                xsum,
+                s_tail,
+                z_tail,
+                o_tail,
+                plane,
+                rm,
+                in_m,
+                K,
+                groups,
+                last_group,
+                BITS,
+                PLANES,
+                PLANES,
+                GROUP,
+                SHORT,
+                ZERO,
+                OFFSET,
+                CT,
+                ASM,
+                ON_ACC,
+                True,
+            )
             wp += LANE
             xp += S
     if ON_ACC and GROUP == 0:
@@ -314,13 +460,34 @@ def _join(planes, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _dx_step(
-    acc, wp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
-    COUNT: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    CT: tl.constexpr, ASM: tl.constexpr, JOIN: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """acc += rows n.. of the weight, COUNT planes, with their columns of dY. TAIL: some rows may lie beyond N.
+    acc,
+    wp,
+    yp,
+    scale,
+    zero,
+    offset,
+    group_rows,
+    right,
+    rows,
+    n,
+    N,
+    in_m,
+    stride_w,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    RUN: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    JOIN: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """acc += rows n.. of the weight, COUNT planes, with their columns of dY. TAIL: some rows may lie beyond
+    N.
 
-    Those read row N-1 (finite) with scale, zero and dY 0. `right`: bits to drop, where a program has not the first planes.
+    Those read row N-1 (finite) with scale, zero and dY 0. `right`: bits to drop, where a program has not the
+    first planes.
     """
     at = n + rows
     if TAIL:
@@ -361,17 +528,41 @@ def _dx_step(
 
 @triton.jit(do_not_specialize=["M", "groups", "per_part"])
 def dx_kernel(
-    dy, codes, scale, zero, offset, dx, work, arrived,
-    M, N, K, stride_y, stride_w, groups, per_part,
-    BITS: tl.constexpr, PLANES: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    OFFSET: tl.constexpr, EVEN_N: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr, JOIN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """dx [M, K] = dy [M, N] W: BLOCK_M rows by COUNT planes of a superblock (or a part of the sum over N) per program.
+    dy,
+    codes,
+    scale,
+    zero,
+    offset,
+    dx,
+    work,
+    arrived,
+    M,
+    N,
+    K,
+    stride_y,
+    stride_w,
+    groups,
+    per_part,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    JOIN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """dx [M, K] = dy [M, N] W: BLOCK_M rows by COUNT planes of a superblock (or a part of the sum over N) per
+    program.
 
-    grid (tiles, PARTS); a part is per_part blocks of BLOCK_N rows of the weight. JOIN: the planes side by side are the second
-    operand of one wide product (wgmma reads it from shared memory); otherwise each plane, transposed in registers by
-    ldmatrix, is the first operand of its own.
+    grid (tiles, PARTS); a part is per_part blocks of BLOCK_N rows of the weight. JOIN: the planes side by
+    side are the second operand of one wide product (wgmma reads it from shared memory); otherwise each plane,
+    transposed in registers by ldmatrix, is the first operand of its own.
     """
     RUN: tl.constexpr = _run(COUNT, GROUP)
     CHUNKS: tl.constexpr = PLANES // COUNT
@@ -414,16 +605,56 @@ def dx_kernel(
     main = first + tl.maximum(stop - first, 0) // BLOCK_N * BLOCK_N
     for n in range(first, main, BLOCK_N):
         acc = _dx_step(
-            acc, wp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
-            COUNT, BITS, RUN, ZERO, OFFSET, CT, ASM, JOIN, False,
-        )  # fmt: skip
+            acc,
+            wp,
+            yp,
+            scale,
+            zero,
+            offset,
+            group_rows,
+            right,
+            rows,
+            n,
+            N,
+            in_m,
+            stride_w,
+            COUNT,
+            BITS,
+            RUN,
+            ZERO,
+            OFFSET,
+            CT,
+            ASM,
+            JOIN,
+            False,
+        )
         yp += BLOCK_N
     if not EVEN_N:
         if main < stop:
             acc = _dx_step(
-                acc, wp, yp, scale, zero, offset, group_rows, right, rows, main, N, in_m, stride_w,
-                COUNT, BITS, RUN, ZERO, OFFSET, CT, ASM, JOIN, True,
-            )  # fmt: skip
+                acc,
+                wp,
+                yp,
+                scale,
+                zero,
+                offset,
+                group_rows,
+                right,
+                rows,
+                main,
+                N,
+                in_m,
+                stride_w,
+                COUNT,
+                BITS,
+                RUN,
+                ZERO,
+                OFFSET,
+                CT,
+                ASM,
+                JOIN,
+                True,
+            )
 
     size = tl.cast(M, tl.int64) * K
     if JOIN:
@@ -451,14 +682,33 @@ def dx_kernel(
 
 @triton.jit(do_not_specialize=["N", "blocks", "first_block", "groups"])
 def dequantize_kernel(
-    codes, scale, zero, offset, out, N, K, stride_w, stride_o, blocks, first_block, groups,
-    BITS: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
-    CT: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, SCALE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """out [N, columns of `blocks` superblocks from first_block] = the weight, computed in fp32 and rounded once.
+    codes,
+    scale,
+    zero,
+    offset,
+    out,
+    N,
+    K,
+    stride_w,
+    stride_o,
+    blocks,
+    first_block,
+    groups,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+):
+    """out [N, columns of `blocks` superblocks from first_block] = the weight, computed in fp32 and rounded
+    once.
 
-    `codes` starts at the first row of the chunk and `SCALE_ROWS` apart are the groups of its (full-height) group tensors,
-    which start there too. One program: BLOCK_N rows of one superblock.
+    `codes` starts at the first row of the chunk and `SCALE_ROWS` apart are the groups of its (full-height)
+    group tensors, which start there too. One program: BLOCK_N rows of one superblock.
     """
     RUN: tl.constexpr = _run(PLANES, GROUP)
     pid = tl.program_id(0)
@@ -540,8 +790,9 @@ class _Weight:
 
 
 def _launch(config: dict, fusion: bool = False) -> dict:
-    """The launch options of a table entry. Without fusion a multiplication and an addition stay two roundings, so that the
-    weight has the reference's bits; the decode regime, whose weight is an integer, may contract them."""
+    """The launch options of a table entry. Without fusion a multiplication and an addition stay two
+    roundings, so that the weight has the reference's bits; the decode regime, whose weight is an integer, may
+    contract them."""
     return {**launch_options(config), "enable_fp_fusion": fusion}
 
 
@@ -579,7 +830,9 @@ def packed_matmul(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [..., K] times the packed weight [N, K] -> [..., N] in x's dtype. Arguments as the op of this name (matmul.py)."""
+    """x [..., K] times the packed weight [N, K] -> [..., N] in x's dtype. Arguments as the op of this name
+    (matmul.py).
+    """
     k, n = x.shape[-1], codes.shape[0]
     shape, dtype = (*x.shape[:-1], n), x.dtype
     flat = rows_of(x.detach()).to(compute_dtype(dtype))
@@ -605,11 +858,27 @@ def _forward(x: Tensor, weight: _Weight, config: dict, group_size: int) -> Tenso
     work, arrived = _workspace(parts, tiles, m * n, x.device)
     sums = group_sums(x, group_size) if on_acc and weight.affine else x
     forward_kernel[(tiles, parts)](
-        x, *weight.tensors, sums, y, y if work is None else work, y if arrived is None else arrived,
-        m, n, k, x.stride(0), weight.codes.stride(0), weight.groups, per_part,
-        **weight.constants, **tile, EVEN_K=k % block == 0, CT=COMPUTE[x.dtype], ASM=use_asm(x.dtype), PARTS=parts,
+        x,
+        *weight.tensors,
+        sums,
+        y,
+        y if work is None else work,
+        y if arrived is None else arrived,
+        m,
+        n,
+        k,
+        x.stride(0),
+        weight.codes.stride(0),
+        weight.groups,
+        per_part,
+        **weight.constants,
+        **tile,
+        EVEN_K=k % block == 0,
+        CT=COMPUTE[x.dtype],
+        ASM=use_asm(x.dtype),
+        PARTS=parts,
         **_launch(config, on_acc),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -622,9 +891,12 @@ def _forward_tile(config: dict, m: int) -> dict:
             rows, 8
         )  # tensor cores take 8 columns of the second operand; the interpreter's dot does not
     return {
-        "ON_ACC": decode, "BLOCK_M": rows, "BLOCK_N": config["BLOCK_N"], "GROUP_M": config.get("GROUP_M", 8),
+        "ON_ACC": decode,
+        "BLOCK_M": rows,
+        "BLOCK_N": config["BLOCK_N"],
+        "GROUP_M": config.get("GROUP_M", 8),
         "UNROLL": config.get("UNROLL", 1),
-    }  # fmt: skip
+    }
 
 
 def _dequantize_into(
@@ -635,10 +907,23 @@ def _dequantize_into(
     codes = weight.codes[first_row : first_row + rows]
     group_values = [values[:, first_row : first_row + rows] for values in weight.tensors[1:]]
     dequantize_kernel[(-(-rows // config["BLOCK_N"]) * blocks,)](
-        codes, *group_values, out, rows, weight.k, codes.stride(0), out.stride(0), blocks, first_block, weight.groups,
-        **weight.constants, CT=COMPUTE[out.dtype], ASM=use_asm(out.dtype), BLOCK_N=config["BLOCK_N"], SCALE_ROWS=weight.n,
+        codes,
+        *group_values,
+        out,
+        rows,
+        weight.k,
+        codes.stride(0),
+        out.stride(0),
+        blocks,
+        first_block,
+        weight.groups,
+        **weight.constants,
+        CT=COMPUTE[out.dtype],
+        ASM=use_asm(out.dtype),
+        BLOCK_N=config["BLOCK_N"],
+        SCALE_ROWS=weight.n,
         **_launch(config),
-    )  # fmt: skip
+    )
 
 
 def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -696,18 +981,34 @@ def _dx(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
     dx = dy.new_empty(m, k)
     work, arrived = _workspace(parts, tiles * (1 if tile["JOIN"] else count), m * k, dy.device)
     dx_kernel[(tiles, parts)](
-        dy, *weight.tensors, dx, dx if work is None else work, dx if arrived is None else arrived,
-        m, n, k, dy.stride(0), weight.codes.stride(0), weight.groups, per_part,
-        **weight.constants, **tile, EVEN_N=n % tile["BLOCK_N"] == 0, CT=COMPUTE[dy.dtype], ASM=use_asm(dy.dtype),
-        PARTS=parts, **_launch(config),
-    )  # fmt: skip
+        dy,
+        *weight.tensors,
+        dx,
+        dx if work is None else work,
+        dx if arrived is None else arrived,
+        m,
+        n,
+        k,
+        dy.stride(0),
+        weight.codes.stride(0),
+        weight.groups,
+        per_part,
+        **weight.constants,
+        **tile,
+        EVEN_N=n % tile["BLOCK_N"] == 0,
+        CT=COMPUTE[dy.dtype],
+        ASM=use_asm(dy.dtype),
+        PARTS=parts,
+        **_launch(config),
+    )
     return dx
 
 
 def _dx_tile(config: dict, bits: int, arch: int) -> dict:
     """The constants of dx_kernel that a table entry decides."""
     planes = fields(bits)
-    # wgmma and its successor want one wide product; mma.sync wants the weight in registers. 5 planes are no power of two.
+    # wgmma and its successor want one wide product; mma.sync wants the weight in registers. 5 planes are no
+    # power of two.
     join = config.get("JOIN", arch // 10 in (9, 10)) and planes != 5
     count = 5 if planes == 5 else min(config.get("PLANES", 4), planes)
     return {"COUNT": count, "JOIN": join, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}
@@ -740,7 +1041,9 @@ def dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The dense weight [N, K] in dtype, bit for bit the reference's. Arguments as the op of this name (pack.py)."""
+    """The dense weight [N, K] in dtype, bit for bit the reference's. Arguments as the op of this name
+    (pack.py).
+    """
     weight = _Weight(codes, scale.detach(), zero, offset, bits, in_features, group_size)
     out = torch.empty(weight.n, in_features, dtype=compute_dtype(dtype), device=codes.device)
     if weight.n:
@@ -749,7 +1052,7 @@ def dequantize(
     return out.to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------ what the AOT gate compiles
+# --------------------------------------------------------------------------------- what the AOT gate compiles
 
 
 def _case(
@@ -763,12 +1066,20 @@ def _case(
     tile: dict,
     only: tuple = (),
 ) -> tuple:
-    """One entry of aot_cases: a kernel as its launcher would start it, with K and N that fill their blocks except for 3 bits."""
+    """One entry of aot_cases: a kernel as its launcher would start it, with K and N that fill their blocks
+    except for 3 bits.
+    """
     planes, compute = fields(bits), {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
     constants = {
-        "BITS": bits, "PLANES": planes, "GROUP": group, "ZERO": {"": SYMMETRIC, "uint8": INTEGER, "float": FLOAT}[zero],
-        "OFFSET": zero == "float", "CT": compute, "ASM": dtype != "fp32", **tile,
-    }  # fmt: skip
+        "BITS": bits,
+        "PLANES": planes,
+        "GROUP": group,
+        "ZERO": {"": SYMMETRIC, "uint8": INTEGER, "float": FLOAT}[zero],
+        "OFFSET": zero == "float",
+        "CT": compute,
+        "ASM": dtype != "fp32",
+        **tile,
+    }
     values = {
         "codes": "*i16",
         "scale": f"*{scale}",
@@ -820,7 +1131,9 @@ _GATED = (80, 86, 89, 90, 120)
 
 
 def _table_kernels() -> dict[tuple, list[int]]:
-    """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers can be given."""
+    """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers can
+    be given.
+    """
     found: dict[tuple, list[int]] = {}
     for op, bits, m, arch in itertools.product(
         ("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED
@@ -836,18 +1149,25 @@ def _table_kernels() -> dict[tuple, list[int]]:
 
 
 def aot_cases() -> list[tuple]:
-    """What the AOT gate compiles: the table's, and the other dtypes, zeros and groups that make another kernel of an entry."""
+    """What the AOT gate compiles: the table's, and the other dtypes, zeros and groups that make another
+    kernel of an entry.
+    """
     cases = [
         _case(kind, bits, "bf16", "bf16", "", 128, dict(config), dict(tile), tuple(archs))
         for (kind, bits, config, tile), archs in _table_kernels().items()
     ]
     for m, dtype, scale, zero, group in (
-        (1, "bf16", "bf16", "uint8", 128), (1, "bf16", "fp32", "float", 128), (1, "fp16", "bf16", "", 128),
-        (128, "bf16", "fp32", "float", 128), (64, "fp16", "bf16", "uint8", 64), (64, "bf16", "bf16", "", 0),
-    ):  # fmt: skip
+        (1, "bf16", "bf16", "uint8", 128),
+        (1, "bf16", "fp32", "float", 128),
+        (1, "fp16", "bf16", "", 128),
+        (128, "bf16", "fp32", "float", 128),
+        (64, "fp16", "bf16", "uint8", 64),
+        (64, "bf16", "bf16", "", 0),
+    ):
         config = dispatch.packaged("packed_matmul", 4, torch.bfloat16, m, 4096, 4096, 80)
         cases.append(_case(config["regime"], 4, dtype, scale, zero, group, config, _forward_tile(config, m)))
-    # Group values of 4 bytes for every plane take the most shared memory: what a training layer of small groups asks for.
+    # Group values of 4 bytes for every plane take the most shared memory: what a training layer of small
+    # groups asks for.
     for (kind, bits, config, tile), archs in _table_kernels().items():
         if kind == "fused":
             cases.append(

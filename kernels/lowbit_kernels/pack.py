@@ -1,7 +1,8 @@
 """Ops on codes alone: pack, unpack, quantize_pack, dequantize.
 
-Each op is declared once with torch.library: the reference below is the default implementation (and the fast CPU path), the
-fake gives shapes to torch.compile, and a device kernel may be registered on top without touching a caller.
+Each op is declared once with torch.library: the reference below is the default implementation (and the fast
+CPU path), the fake gives shapes to torch.compile, and a device kernel may be registered on top without
+touching a caller.
 """
 
 import torch
@@ -21,7 +22,9 @@ from .layout import (
 
 @torch.library.custom_op("lowbit::pack", mutates_args=())
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes. codes: uint8 [N, K], each below 2^bits. Returns int16 [N, packed_width(K, bits)] (P16, see layout.py)."""
+    """Pack codes. codes: uint8 [N, K], each below 2^bits. Returns int16 [N, packed_width(K, bits)] (P16, see
+    layout.py).
+    """
     return torch.cat([pack_rows(codes[rows], bits) for rows in row_chunks(*codes.shape)])
 
 
@@ -51,14 +54,15 @@ def quantize_pack(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight onto a given grid and pack it.
 
-    weight [N, K] any float; scale [G, N]; zero [G, N] integers or None (symmetric). With v = weight / scale + zero:
+    weight [N, K] any float; scale [G, N]; zero [G, N] integers or None (symmetric). With v = weight / scale +
+    zero:
 
         code     = clip(round_half_even(v), 0, 2^bits - 1)
         residual = clip(floor(2^f * (v - code + 1/2)), 0, 2^f - 1)      f = residual_bits in 0, 1, 2, 4
 
-    The residual is the fraction that rounding threw away, mid-rise: it decodes to (residual + 1/2) / 2^f - 1/2, which lies
-    strictly inside (-1/2, 1/2), so code + decoded residual always rounds back to code and never sits on a tie.
-    Returns codes int16 [N, W], residual int16 [N, W_f] (shape [0] when f = 0).
+    The residual is the fraction that rounding threw away, mid-rise: it decodes to (residual + 1/2) / 2^f -
+    1/2, which lies strictly inside (-1/2, 1/2), so code + decoded residual always rounds back to code and
+    never sits on a tie. Returns codes int16 [N, W], residual int16 [N, W_f] (shape [0] when f = 0).
     """
     n, k = weight.shape
     codes, residuals = [], []
@@ -108,7 +112,9 @@ def _(codes, scale, zero, offset, bits, in_features, group_size, dtype):
 
 
 def decode_residual(packed: Tensor, residual_bits: int, in_features: int) -> Tensor:
-    """Mid-rise residual of some rows in grid units: int16 [n, W_f] -> fp32 [n, K] strictly inside (-1/2, 1/2)."""
+    """Mid-rise residual of some rows in grid units: int16 [n, W_f] -> fp32 [n, K] strictly inside (-1/2,
+    1/2).
+    """
     levels = 1 << residual_bits
     fraction = unpack_rows(packed, residual_bits, in_features, torch.float32)
     return fraction.add_(0.5).div_(levels).sub_(0.5)

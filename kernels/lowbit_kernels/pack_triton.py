@@ -1,15 +1,18 @@
-"""K9: quantize_pack, pack and unpack on a GPU. Bandwidth-bound: every input is read once, every output written once.
+"""K9: quantize_pack, pack and unpack on a GPU. Bandwidth-bound: every input is read once, every output
+written once.
 
-A program owns BLOCK_N rows and a span of whole superblocks; planes (32 channels) are the unit of loads, so a half-word is built in
-a register and stored when its last plane is in. quantize_pack writes codes and residual, whose superblocks differ in length,
-from one read of the weight: its span is their least common multiple. Only 3 bit with a 1- or 2-bit residual would need a span
-of 1280 and more channels; there the two outputs are made by two launches.
+A program owns BLOCK_N rows and a span of whole superblocks; planes (32 channels) are the unit of loads, so a
+half-word is built in a register and stored when its last plane is in. quantize_pack writes codes and
+residual, whose superblocks differ in length, from one read of the weight: its span is their least common
+multiple. Only 3 bit with a 1- or 2-bit residual would need a span of 1280 and more channels; there the two
+outputs are made by two launches.
 
-Operations and their order are the reference's (pack.py), with IEEE division and no contraction, so the bits are the reference's.
+Operations and their order are the reference's (pack.py), with IEEE division and no contraction, so the bits
+are the reference's.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -42,10 +45,25 @@ _MOST_PLANES = 24
 
 @triton.jit
 def quantize_pack_kernel(
-    weight, scale, zero, codes, residual, N, K, weight_row, W, WF,
-    PLANES: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Grid (spans of PLANES * 32 channels, row blocks). codes [N, W], residual [N, WF] dense; None is not written."""
+    weight,
+    scale,
+    zero,
+    codes,
+    residual,
+    N,
+    K,
+    weight_row,
+    W,
+    WF,
+    PLANES: tl.constexpr,
+    BITS: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid (spans of PLANES * 32 channels, row blocks). codes [N, W], residual [N, WF] dense; None is not
+    written.
+    """
     PER: tl.constexpr = channels_of(BITS) // 32
     PER_F: tl.constexpr = channels_of(RESIDUAL_BITS) // 32
     LEVELS: tl.constexpr = 1 << RESIDUAL_BITS
@@ -126,7 +144,7 @@ def unpack_kernel(packed, out, N, K, packed_row, BITS: tl.constexpr, BLOCK_N: tl
         tl.store(out + rows * K + kk[None, :], code, mask=live & (kk < K)[None, :])
 
 
-# ---------------------------------------------------------------------------------------------------- launchers
+# -------------------------------------------------------------------------------------------------- launchers
 
 
 def _options(config: dict) -> dict:
@@ -136,7 +154,9 @@ def _options(config: dict) -> dict:
 def quantize_pack(
     weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, residual_bits: int
 ) -> tuple[Tensor, Tensor]:
-    """The op of pack.py: codes int16 [N, W] and residual int16 [N, W_f] ([0] without one); group_size a multiple of 32 or -1."""
+    """The op of pack.py: codes int16 [N, W] and residual int16 [N, W_f] ([0] without one); group_size a
+    multiple of 32 or -1.
+    """
     (n, k), span = weight.shape, plane_group(group_size, weight.shape[1])
     weight = row_dense(weight)
     scale, zero = dense(scale), dense(zero)
@@ -153,9 +173,23 @@ def quantize_pack(
     for coarse, rest, count in parts:
         grid = (triton.cdiv(k, 32 * count), triton.cdiv(n, options["BLOCK_N"]))
         quantize_pack_kernel[grid](
-            weight, scale, zero, coarse, rest, n, k, weight.stride(0), codes.shape[1], residual.shape[-1],
-            PLANES=count, BITS=bits, RESIDUAL_BITS=residual_bits, GROUP=span, **options, **FP_OPTIONS,
-        )  # fmt: skip
+            weight,
+            scale,
+            zero,
+            coarse,
+            rest,
+            n,
+            k,
+            weight.stride(0),
+            codes.shape[1],
+            residual.shape[-1],
+            PLANES=count,
+            BITS=bits,
+            RESIDUAL_BITS=residual_bits,
+            GROUP=span,
+            **options,
+            **FP_OPTIONS,
+        )
     return codes, residual
 
 
@@ -181,7 +215,7 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- what we ship
+# ----------------------------------------------------------------------------------------------- what we ship
 
 _PACK_SIZES = dict.fromkeys(("N", "K"), "i32")
 
@@ -200,8 +234,12 @@ def _case(bits: int, residual_bits: int, asymmetric: bool) -> tuple:
     absent = {name: None for name in ("residual", "zero") if name not in pointers}
     config = dispatch.packaged("quantize_pack", bits, torch.bfloat16, 1, 4096, 4096, 80)
     constants = absent | {
-        "PLANES": planes, "BITS": bits, "RESIDUAL_BITS": residual_bits, "GROUP": 128, "BLOCK_N": config["BLOCK_N"],
-    }  # fmt: skip
+        "PLANES": planes,
+        "BITS": bits,
+        "RESIDUAL_BITS": residual_bits,
+        "GROUP": 128,
+        "BLOCK_N": config["BLOCK_N"],
+    }
     sizes = _PACK_SIZES | dict.fromkeys(("weight_row", "W", "WF"), "i32")
     name = f"quantize-pack-{bits}bit-f{residual_bits}{'-zero' if asymmetric else ''}"
     return name, quantize_pack_kernel, pointers | sizes, constants, launch_options(config) | FP_OPTIONS, None

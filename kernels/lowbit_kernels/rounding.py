@@ -1,8 +1,9 @@
-"""Two elementwise ops that a compiler must leave alone: rounding a scale to its shipping dtype, and exp of its master.
+"""Two elementwise ops that a compiler must leave alone: rounding a scale to its shipping dtype, and exp of
+its master.
 
-TorchInductor computes chains of elementwise ops in fp32 and drops a rounding to bfloat16 in their middle; its exp may differ
-from eager's in the last bit. Either would make the scale of a compiled forward another number than the one merge() ships. As
-torch.library ops they are opaque: compiled or not, the same code runs.
+TorchInductor computes chains of elementwise ops in fp32 and drops a rounding to bfloat16 in their middle; its
+exp may differ from eager's in the last bit. Either would make the scale of a compiled forward another number
+than the one merge() ships. As torch.library ops they are opaque: compiled or not, the same code runs.
 """
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 @torch.library.custom_op("lowbit::round_values", mutates_args=())
 def round_values(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded to the values of `dtype`, in its own dtype. Straight-through: the gradient is the identity."""
+    """`value` rounded to the values of `dtype`, in its own dtype. Straight-through: the gradient is the
+    identity.
+    """
     return value.to(dtype).to(value.dtype) if dtype != value.dtype else value.clone()
 
 

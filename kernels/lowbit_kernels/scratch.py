@@ -1,8 +1,9 @@
-"""Scratch memory of the Triton launchers, from shapes alone: the rules they cut their work by, and what they hold at their peak.
+"""Scratch memory of the Triton launchers, from shapes alone: the rules they cut their work by, and what they
+hold at their peak.
 
-Needs no Triton and no GPU, so that memory can be planned anywhere; the launchers call the same rules. `scratch` answers for one
-call of an op: bytes beyond its arguments, outputs included, at the worst moment. The reference implementations have no rules
-here: what they hold is found by running them on meta tensors.
+Needs no Triton and no GPU, so that memory can be planned anywhere; the launchers call the same rules.
+`scratch` answers for one call of an op: bytes beyond its arguments, outputs included, at the worst moment.
+The reference implementations have no rules here: what they hold is found by running them on meta tensors.
 """
 
 import math
@@ -17,11 +18,14 @@ from .layout import LANES, group_count, packed_width, superblock
 PROJECTION_BLOCK = (
     32  # columns of dB summed together in registers, twice; larger ranks write dB strip by strip
 )
-COLUMNS = 256  # the narrowest chunk of channels that is worth a product of its own, even where it outgrows its share of L2
+# the narrowest chunk of channels that is worth a product of its own, even where it outgrows its share of L2
+COLUMNS = 256
 
 
 def even_steps(total: int, most: int, multiple: int) -> int:
-    """The size of equal chunks of `total`, each a multiple of `multiple` and, if that can be, at most `most`."""
+    """The size of equal chunks of `total`, each a multiple of `multiple` and, if that can be, at most
+    `most`.
+    """
     chunks = -(-total // max(multiple, most // multiple * multiple))
     each = -(-total // chunks)
     return -(-each // multiple) * multiple
@@ -38,7 +42,9 @@ def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any],
 
 
 def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, Any]) -> tuple[int, int]:
-    """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of the chunked form."""
+    """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of the
+    chunked form.
+    """
     block, strips = config["BLOCK_N"], -(-k // LANES)
     span = (
         min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
@@ -56,7 +62,8 @@ def binary_rows(megabytes: int, other: int, itemsize: int, multiple: int) -> int
 
 
 def scratch(op: str, args: tuple[Any, ...], arch: int) -> int:
-    """Bytes that the Triton launcher of `op` holds at its peak beyond its arguments, on architecture `arch`; -1: no rule.
+    """Bytes that the Triton launcher of `op` holds at its peak beyond its arguments, on architecture `arch`;
+    -1: no rule.
 
     args: the op's arguments; only shapes and dtypes of the tensors are read.
     """
@@ -147,6 +154,11 @@ def _binary_gradients(args: tuple[Any, ...], arch: int) -> int:
 
 
 _RULES = {
-    "packed_matmul": _matmul, "packed_matmul_dx": _matmul_dx, "grid_codes": _codes, "grid_gradients": _gradients,
-    "binary_matmul": _binary, "binary_matmul_dx": _binary_dx, "binary_gradients": _binary_gradients,
-}  # fmt: skip
+    "packed_matmul": _matmul,
+    "packed_matmul_dx": _matmul_dx,
+    "grid_codes": _codes,
+    "grid_gradients": _gradients,
+    "binary_matmul": _binary,
+    "binary_matmul_dx": _binary_dx,
+    "binary_gradients": _binary_gradients,
+}

@@ -1,17 +1,19 @@
-"""What the Triton kernels share: reading P16 codes as exact floats, rounding, split sums, and facts about the launch.
+"""What the Triton kernels share: reading P16 codes as exact floats, rounding, split sums, and facts about the
+launch.
 
-Unpacking without integer-to-float conversion. A 16-bit float with a fixed exponent is an integer in its low bits: or-ing a field
-of the half-word into 128.0 (bf16, 7 mantissa bits) or 1024.0 (fp16, 10 bits) gives 128 + 2^r code at once, r the place of the
-field in the mantissa, and one fused multiply-add subtracts 128 and the zero and undoes 2^r, exactly. Both work on two
-half-words per register (lop3, fma.bf16x2), so a code costs about one instruction. Several fields fit in one mantissa
-(`_window`), so most planes need no shift at all. The inline assembly is lane-wise: it never looks across the two halves.
+Unpacking without integer-to-float conversion. A 16-bit float with a fixed exponent is an integer in its low
+bits: or-ing a field of the half-word into 128.0 (bf16, 7 mantissa bits) or 1024.0 (fp16, 10 bits) gives 128 +
+2^r code at once, r the place of the field in the mantissa, and one fused multiply-add subtracts 128 and the
+zero and undoes 2^r, exactly. Both work on two half-words per register (lop3, fma.bf16x2), so a code costs
+about one instruction. Several fields fit in one mantissa (`_window`), so most planes need no shift at all.
+The inline assembly is lane-wise: it never looks across the two halves.
 
-Every such helper has a plain twin, chosen by the constexpr ASM: for fp32 compute, for the interpreter (which knows neither
-inline assembly nor bfloat16 arithmetic) and for targets that are not NVIDIA's.
+Every such helper has a plain twin, chosen by the constexpr ASM: for fp32 compute, for the interpreter (which
+knows neither inline assembly nor bfloat16 arithmetic) and for targets that are not NVIDIA's.
 """
 
-# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a number on the host is a
-# constexpr in a signature.
+# Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
+# number on the host is a constexpr in a signature.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
@@ -26,7 +28,8 @@ from torch import Tensor
 
 from .layout import CODES_PER_HALFWORD, LANES
 
-# Whether this process interprets kernels on the CPU. Triton decides it when a kernel is decorated, so it is read once.
+# Whether this process interprets kernels on the CPU. Triton decides it when a kernel is decorated, so it is
+# read once.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 LANE = tl.constexpr(LANES)  # half-words per superblock of one row = input channels per plane
@@ -47,8 +50,8 @@ def use_asm(dtype: torch.dtype) -> bool:
 
 
 def launch_options(config: dict) -> dict:
-    """What of a table entry is for the compiler. maxnreg: left alone, ptxas aims at more programs per multiprocessor on some
-    architectures and spills for it."""
+    """What of a table entry is for the compiler. maxnreg: left alone, ptxas aims at more programs per
+    multiprocessor on some architectures and spills for it."""
     return {name: config[name] for name in ("num_warps", "num_stages", "maxnreg") if name in config}
 
 
@@ -84,8 +87,9 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def persistent(make: Callable[[], Any], device: torch.device) -> Any:
-    """What outlives the call that needs it first: made on a thread and a stream of its own, and finished. So it lands in no memory
-    pool that a CUDA graph or torch.compile is filling on this thread, and whoever reads it on another stream finds it written."""
+    """What outlives the call that needs it first: made on a thread and a stream of its own, and finished. So
+    it lands in no memory pool that a CUDA graph or torch.compile is filling on this thread, and whoever reads
+    it on another stream finds it written."""
     if device.type != "cuda":
         return make()
     if torch.cuda.is_current_stream_capturing():
@@ -108,7 +112,9 @@ _COUNTERS = 1 << 20
 
 
 class _Counters:
-    """One pool of zeros, given out front to back: a slice per stream, and one per kernel captured in a graph."""
+    """One pool of zeros, given out front to back: a slice per stream, and one per kernel captured in a
+    graph.
+    """
 
     def __init__(self, device: torch.device):
         self.pool: Tensor = persistent(
@@ -138,16 +144,18 @@ _POOLS: dict[torch.device, _Counters] = {}
 
 
 def drop_counters() -> None:
-    """Forget every pool. For a process that captures graphs without end (the tuner), when none of them will run again."""
+    """Forget every pool. For a process that captures graphs without end (the tuner), when none of them will
+    run again.
+    """
     _POOLS.clear()
 
 
 def counters(count: int, device: torch.device) -> Tensor:
     """`count` int32 zeros that no kernel running at the same time uses. Each user must leave zeros behind.
 
-    Kernels of one stream run one after the other and share a slice. A CUDA graph may be replayed on any stream, so what it
-    captured keeps its slice for ever; when the pool is used up, or was not there before the capture began, the graph gets
-    its own zeros, at the price of a memset.
+    Kernels of one stream run one after the other and share a slice. A CUDA graph may be replayed on any
+    stream, so what it captured keeps its slice for ever; when the pool is used up, or was not there before
+    the capture began, the graph gets its own zeros, at the price of a memset.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -169,7 +177,9 @@ def _bf16(dtype) -> bool:
 
 @triton.constexpr_function
 def _window(bits, plane, bf16):
-    """(shift, r): field `plane` is brought to bit r of the mantissa by a right shift; planes of one window share the shift."""
+    """(shift, r): field `plane` is brought to bit r of the mantissa by a right shift; planes of one window
+    share the shift.
+    """
     bits, plane = int(bits), int(plane)
     per = (7 if bf16 else 10) // bits
     shift = plane // per * per * bits
@@ -203,13 +213,13 @@ def _base(bits, plane, bf16):
 
 @triton.constexpr_function
 def _magic_text(bits, plane, zero, bf16):
-    """PTX from a pair of half-words $1 to a pair of floats $0 = field `plane` - zero; the zero is the number given, or, where
-    that is None, -(base + zero) comes in as $2."""
+    """PTX from a pair of half-words $1 to a pair of floats $0 = field `plane` - zero; the zero is the number
+    given, or, where that is None, -(base + zero) comes in as $2."""
     bits, plane = int(bits), int(plane)
     kind = "bf16x2" if bf16 else "f16x2"
     if bits == 8 and bf16:
-        # 8 bits do not fit in 7: the low seven make t = 128..255, the top bit, inverted, picks h = -256 (0) or -128 (1), and
-        # t + h = code - 128 is an exact integer.
+        # 8 bits do not fit in 7: the low seven make t = 128..255, the top bit, inverted, picks h = -256 (0)
+        # or -128 (1), and t + h = code - 128 is an exact integer.
         add = f"mov.b32 a,{_twice(_float_bits(128.0 - zero, True))};" if zero is not None else "mov.b32 a,$2;"
         move = "mov.b32 u,$1;" if plane == 0 else "shr.u32 u,$1,8;"
         tail = "mov.b32 $0,t;" if zero == 128 else f"fma.rn.{kind} $0,t,m,a;"
@@ -244,7 +254,8 @@ def _sign_text(plane, bf16):
     one = _twice(0x3F80 if bf16 else 0x3C00)
     shift = 15 - int(plane)
     move = f"shl.b32 u,$1,{shift};" if shift else "mov.b32 u,$1;"
-    # (not u & 0x8000) | 1.0: bit 1 means +1. Truth table of (~a & b) | c with a = 0xF0, b = 0xCC, c = 0xAA: 0xAE.
+    # (not u & 0x8000) | 1.0: bit 1 means +1. Truth table of (~a & b) | c with a = 0xF0, b = 0xCC, c = 0xAA:
+    # 0xAE.
     return "{ .reg .b32 u; " + move + " lop3.b32 $0,u,0x80008000," + one + ",0xae; }"
 
 
@@ -267,8 +278,9 @@ def _fma_text(bf16):
 
 @triton.jit
 def round_even(v):
-    """Round half to even, as torch.round, for |v| < 2^22 (fp32): adding 1.5 * 2^23 leaves no fraction bits. NaN stays NaN;
-    larger values must be clamped by the caller first where they matter (they come out as large as they were)."""
+    """Round half to even, as torch.round, for |v| < 2^22 (fp32): adding 1.5 * 2^23 leaves no fraction bits.
+    NaN stays NaN; larger values must be clamped by the caller first where they matter (they come out as large
+    as they were)."""
     return (v + 12582912.0) - 12582912.0
 
 
@@ -280,7 +292,9 @@ def field(q, PLANE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def codes_symmetric(q, PLANE: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Plane PLANE of half-words q (int16, any shape) as code - 2^(BITS-1), exact, in CT. All planes of 1, 2, 3, 4, 8 bits."""
+    """Plane PLANE of half-words q (int16, any shape) as code - 2^(BITS-1), exact, in CT. All planes of 1, 2,
+    3, 4, 8 bits.
+    """
     if ASM:
         text: tl.constexpr = _magic_text(BITS, PLANE, 1 << (BITS - 1), _bf16(CT))
         if CT == tl.bfloat16:
@@ -306,7 +320,9 @@ def codes_raw(q, PLANE: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM:
 
 @triton.jit
 def codes_minus(q, zero, PLANE: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
-    """Plane PLANE of q as code - zero, exact, in CT. zero: fp32 integers in 0..2^BITS-1, broadcastable to q's shape."""
+    """Plane PLANE of q as code - zero, exact, in CT. zero: fp32 integers in 0..2^BITS-1, broadcastable to q's
+    shape.
+    """
     if ASM:
         text: tl.constexpr = _magic_text(BITS, PLANE, None, _bf16(CT))
         if BITS == 8 and CT == tl.bfloat16:
@@ -370,9 +386,10 @@ def fma16(a, b, c, CT: tl.constexpr, ASM: tl.constexpr):
 def add_in_order(part, offsets, mask, work, arrived, slot, size, PARTS: tl.constexpr, index):
     """Sum the tiles of PARTS programs, deterministically and in one launch.
 
-    Each program writes its tile `part` to work[index * size + offsets]; the one that arrives last (counter arrived[slot]) reads
-    all of them back in the order 0..PARTS-1 and returns (sum, 1); the others return (part, 0). The counter is left at zero.
-    The barrier makes every thread's tile precede the counter, whose acquire-release order carries it to the last program.
+    Each program writes its tile `part` to work[index * size + offsets]; the one that arrives last (counter
+    arrived[slot]) reads all of them back in the order 0..PARTS-1 and returns (sum, 1); the others return
+    (part, 0). The counter is left at zero. The barrier makes every thread's tile precede the counter, whose
+    acquire-release order carries it to the last program.
     """
     tl.store(work + index.to(tl.int64) * size + offsets, part, mask=mask, cache_modifier=".cg")
     tl.debug_barrier()

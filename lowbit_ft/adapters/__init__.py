@@ -1,7 +1,8 @@
-"""Adapters: one method per file, its equation in the docstring. ADAPTERS is the list: method name -> config class.
+"""Adapters: one method per file, its equation in the docstring. ADAPTERS is the list: method name -> config
+class.
 
-A new method is a file with a config (`build`, `reject`) and a module (`grid_args`), and one line in this table; the recipe, the
-PEFT integration, the law test and the quality benchmark read the table.
+A new method is a file with a config (`build`, `reject`) and a module (`grid_args`), and one line in this
+table; the recipe, the PEFT integration, the law test and the quality benchmark read the table.
 """
 
 from .alpha_tuning import AlphaTuningConfig

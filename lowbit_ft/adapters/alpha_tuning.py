@@ -1,10 +1,11 @@
 """AlphaTuning: frozen sign planes, trained plane scales (arXiv 2210.03858, Eq. 1-4).
 
-    W^ = sum_k alpha_k b_k,  b_k in {-1, +1};    alpha_k = alpha0_k * exp(plane_scale_k);    dalpha_k = sum dW b_k
+    W^ = sum_k alpha_k b_k,  b_k in {-1, +1};    alpha_k = alpha0_k * exp(plane_scale_k);    dalpha_k = sum dW
+                             b_k
 
-`planes: first` trains alpha_1 only (the paper's choice: the largest plane), `all` every plane. The bits are shared: a task is a
-set of plane scales, and switching tasks swaps them. Merging is exact by definition. The start (greedy or alternating) is
-quant.calibrate.
+`planes: first` trains alpha_1 only (the paper's choice: the largest plane), `all` every plane. The bits are
+shared: a task is a set of plane scales, and switching tasks swaps them. Merging is exact by definition. The
+start (greedy or alternating) is quant.calibrate.
 """
 
 from typing import ClassVar, Literal

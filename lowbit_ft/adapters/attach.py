@@ -1,7 +1,8 @@
 """attach: adapters into PackedLinears, everything else frozen, and the table that says what trains.
 
-State is exchanged by layer name, in the key layout of PEFT ("base_model.model.<layer>.lowbit_adapters.<tensor>"), so the file a
-run writes is the file `PeftModel.from_pretrained` reads.
+State is exchanged by layer name, in the key layout of PEFT
+("base_model.model.<layer>.lowbit_adapters.<tensor>"), so the file a run writes is the file
+`PeftModel.from_pretrained` reads.
 """
 
 import hashlib
@@ -52,7 +53,10 @@ class TrainableTable:
             for name, count in row.tensors.items():
                 sums[name] = sums.get(name, 0) + count
         parts = ", ".join(f"{name} {count:,}" for name, count in sums.items())
-        return f"trainable: {self.trainable:,} ({share:.2%} of the model's weights) in {len(self.rows)} layers: {parts}"
+        return (
+            f"trainable: {self.trainable:,} ({share:.2%} of the model's weights) in {len(self.rows)} "
+            f"layers: {parts}"
+        )
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
@@ -70,8 +74,9 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 def attach(
     model: nn.Module, config: AdapterConfig, dense_weight: Callable[[str], Tensor] | None = None
 ) -> TrainableTable:
-    """Give every PackedLinear (of config.targets) a fresh adapter and freeze the rest. dense_weight(layer) -> [N, K] is asked only when the
-    config's start needs it (`init: loftq`), one layer at a time. ValueError naming every layer whose grid the method refuses."""
+    """Give every PackedLinear (of config.targets) a fresh adapter and freeze the rest. dense_weight(layer) ->
+    [N, K] is asked only when the config's start needs it (`init: loftq`), one layer at a time. ValueError
+    naming every layer whose grid the method refuses."""
     # An embedding looks its rows up; there is no product for an adapter to be in.
     layers = [(name, layer) for name, layer in packed_layers(model) if not isinstance(layer, PackedEmbedding)]
     if not layers:
@@ -81,7 +86,8 @@ def attach(
     layers = [(name, layer) for name, layer in layers if config.trains(name)]
     if not layers:
         raise ValueError(
-            f"adapter.targets: {config.targets} match none of the {len(names)} packed layers ({', '.join(names[:4])}, ...)"
+            f"adapter.targets: {config.targets} match none of the {len(names)} packed layers "
+            f"({', '.join(names[:4])}, ...)"
         )
     refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]
     if refused:
@@ -140,7 +146,9 @@ def adapted_names(state: Iterable[str]) -> list[str]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of adapter_state. ValueError naming missing, unknown and misshapen tensors, before anything is copied."""
+    """The inverse of adapter_state. ValueError naming missing, unknown and misshapen tensors, before anything
+    is copied.
+    """
     current = adapter_state(model)
     problems = [f"missing: {key}" for key in current.keys() - state.keys()]
     problems += [f"unknown: {key}" for key in state.keys() - current.keys()]

@@ -1,9 +1,11 @@
 """What every adapter is: a config that can refuse a grid, and a module that owns only trainable tensors.
 
-An adapter says what it wants of the base through `grid_args` (integers) or `plane_args` (sign planes). The forward and the
-merge are written once, here, and both hand the same arguments to the same ops: that is why what is trained is what ships.
+An adapter says what it wants of the base through `grid_args` (integers) or `plane_args` (sign planes). The
+forward and the merge are written once, here, and both hand the same arguments to the same ops: that is why
+what is trained is what ships.
 
-Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32 whatever the model's dtype.
+Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32 whatever the
+model's dtype.
 """
 
 import math
@@ -32,13 +34,15 @@ class AdapterConfig(BaseModel):
     grid_name: ClassVar[str] = "integer"
     exact_merge: ClassVar[bool] = True
 
-    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such product.
+    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
+    # product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
 
     method: str
     targets: list[str] | None = Field(
         default=None,
-        description="names, globs or regexes of packed layers that train; null: all. The others ship the codes they came with",
+        description="names, globs or regexes of packed layers that train; null: all. The others ship the "
+        "codes they came with",
     )
 
     def trains(self, layer_name: str) -> bool:
@@ -61,7 +65,9 @@ class AdapterConfig(BaseModel):
         return False
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Adapter":
-        """A fresh adapter for one layer. weight [N, K] is the dense weight, read only when `wants_weight` is true."""
+        """A fresh adapter for one layer. weight [N, K] is the dense weight, read only when `wants_weight` is
+        true.
+        """
         raise AssertionError(f"{type(self).__name__} must define build")
 
     @property
@@ -84,8 +90,10 @@ class ScaleOptions(AdapterConfig):
         1.0,
         gt=0,
         le=1,
-        description="share of the tokens, drawn anew in every backward, that scales and offsets learn from (unbiased): the product "
-        "that their gradient costs shrinks to that share. Methods with A and B: with low_rank_gradient factorised or corrected",
+        description="share of the tokens, drawn anew in every backward, that scales and offsets learn from "
+        "(unbiased): the product "
+        "that their gradient costs shrinks to that share. Methods with A and B: with low_rank_gradient "
+        "factorised or corrected",
     )
 
     def gradient_options(self) -> dict[str, Any]:
@@ -122,7 +130,8 @@ class LowRankOptions(ScaleOptions):
     init_from: str | None = init_from_field()
     low_rank_gradient: Literal["exact", "factorised", "corrected"] = Field(
         "exact",
-        description="of A and B. exact: a third GEMM per layer; factorised: 2 rank / group of one, as if nothing were clipped; "
+        description="of A and B. exact: a third GEMM per layer; factorised: 2 rank / group of one, as if "
+        "nothing were clipped; "
         "corrected: the same, and the clipped entries from the tokens of scale_grad_tokens",
     )
 
@@ -130,8 +139,10 @@ class LowRankOptions(ScaleOptions):
     def _cheaper_gradients(self) -> "LowRankOptions":
         if self.low_rank_gradient == "exact" and self.scale_grad_tokens < 1:
             raise ValueError(
-                f"scale_grad_tokens {self.scale_grad_tokens:g} with low_rank_gradient exact, whose third GEMM is of all tokens and gives the "
-                "scales' gradient too; set low_rank_gradient: factorised (or corrected), or scale_grad_tokens: 1"
+                f"scale_grad_tokens {self.scale_grad_tokens:g} with low_rank_gradient exact, whose third "
+                "GEMM is of all tokens and gives the "
+                "scales' gradient too; set low_rank_gradient: factorised (or corrected), or "
+                "scale_grad_tokens: 1"
             )
         return self
 
@@ -139,7 +150,9 @@ class LowRankOptions(ScaleOptions):
         return {**super().gradient_options(), "low_rank_gradient": self.low_rank_gradient}
 
     def gradient_cost(self, grid: IntGrid) -> float:
-        """What the gradients of A, B and the scales cost, in GEMMs of the layer, beside the two of forward and input: 1 where exact."""
+        """What the gradients of A, B and the scales cost, in GEMMs of the layer, beside the two of forward
+        and input: 1 where exact.
+        """
         if self.low_rank_gradient == "exact":
             return 1.0
         row_wise = grid.group_size == -1
@@ -167,7 +180,10 @@ class LowRankOptions(ScaleOptions):
                 "set quant.residual_bits: 0, or adapter.init: svd"
             )
         if self.init == "svd" and not grid.residual_bits:
-            return "adapter.init: svd reads the rounding error from the residual: set quant.residual_bits: 4, or adapter.init: loftq"
+            return (
+                "adapter.init: svd reads the rounding error from the residual: set quant.residual_bits: "
+                "4, or adapter.init: loftq"
+            )
         return None
 
 
@@ -200,7 +216,9 @@ class Adapter(WeightAdapter):
         return self.kept.get(base, args, self.parameters())
 
     def refresh_codes(self, base: Weight) -> None:
-        """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward that is compiled."""
+        """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward
+        that is compiled.
+        """
         if (
             self.kept is not None
             and self.training
@@ -220,15 +238,16 @@ class Adapter(WeightAdapter):
         return base.merged(self.grid_args(base))
 
     def begin_step(self, step: int, base: Weight) -> None:
-        """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it keeps besides tensors
-        is a function of `step` alone; it may write tensors. So a resume calls it with the last step done and then reads the tensors."""
+        """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it
+        keeps besides tensors is a function of `step` alone; it may write tensors. So a resume calls it with
+        the last step done and then reads the tensors."""
 
 
 class ScaledAdapter(Adapter):
     """Owns `log_scale` [G, N]: S = s0 * exp(log_scale), rounded to the shipping dtype in the forward.
 
-    The papers train S itself. A relative master makes one learning rate fit every layer (Adam's step is then a share of the
-    scale) and keeps S positive; measured against an absolute master in LOG.md.
+    The papers train S itself. A relative master makes one learning rate fit every layer (Adam's step is then
+    a share of the scale) and keeps S positive; measured against an absolute master in LOG.md.
     """
 
     def __init__(self, config: ScaleOptions, base: Weight):
@@ -254,7 +273,8 @@ class LowRank:
     ) -> tuple[nn.Parameter, nn.Parameter]:
         """unit [G, N] turns grid steps into the unit of D (None: D counts grid steps)."""
         (n, k), device = base.shape, base.codes.device
-        # Drawn on the CPU: the same start wherever the layer lies (train/sharding.py cuts models that lie on the CPU).
+        # Drawn on the CPU: the same start wherever the layer lies (train/sharding.py cuts models that lie on
+        # the CPU).
         a = torch.empty(config.rank, k, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         a = a.to(device)
@@ -265,8 +285,8 @@ class LowRank:
                 error = error * _expand(unit, k, base.grid.group_size)
             q = min(config.rank, *error.shape)
             if 4 * (q + 8) < min(error.shape):
-                # Randomized (Halko et al., arXiv 0909.4061): only the top of a long spectrum is wanted, at a fraction of the time
-                # (1024 x 4096, rank 16, two cores: 0.1 s against 2.5 s).
+                # Randomized (Halko et al., arXiv 0909.4061): only the top of a long spectrum is wanted, at a
+                # fraction of the time (1024 x 4096, rank 16, two cores: 0.1 s against 2.5 s).
                 u, s, v = torch.svd_lowrank(error, q=q + 8, niter=4)
             else:
                 u, s, vh = torch.linalg.svd(error, full_matrices=False)
@@ -286,7 +306,9 @@ def _expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
 
 
 def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
-    """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when there is none."""
+    """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when
+    there is none.
+    """
     from lowbit_kernels.pack import decode_residual
 
     k, f = base.shape[1], base.grid.residual_bits

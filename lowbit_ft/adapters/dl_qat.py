@@ -1,10 +1,12 @@
-"""DL-QAT: a trained magnitude per group outside, a low-rank update of the weight inside a frozen grid (arXiv 2504.09223).
+"""DL-QAT: a trained magnitude per group outside, a low-rank update of the weight inside a frozen grid (arXiv
+2504.09223).
 
     W^ = m * s0 * clip(round(Phi0 + alpha/r * B A / s0))        m starts at 1
 
-The paper's body gives the decomposition in words (group-wise magnitude; LoRA inside a predefined quantization space); this is
-our reading of it. D is in units of the weight, so groups with a small scale move more steps per unit of D: the only difference
-from LR-QAT besides the scale's parameter. Gradients: dm = s0 * sum dW q, dD = m M dW.
+The paper's body gives the decomposition in words (group-wise magnitude; LoRA inside a predefined quantization
+space); this is our reading of it. D is in units of the weight, so groups with a small scale move more steps
+per unit of D: the only difference from LR-QAT besides the scale's parameter. Gradients: dm = s0 * sum dW q,
+dD = m M dW.
 """
 
 from typing import Literal

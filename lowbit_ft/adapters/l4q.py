@@ -1,19 +1,24 @@
-"""L4Q: the merged weight is quantized with a live, trained scale and offset, LSQ style (arXiv 2402.04902, Eq. 5-12).
+"""L4Q: the merged weight is quantized with a live, trained scale and offset, LSQ style (arXiv 2402.04902, Eq.
+5-12).
 
     Wc = s0 Phi0 + alpha/r * B A;    q = round(clip((Wc - T) / S + z)) - z;    W^ = S q + T
 
-S = s0 * exp(log_scale). Because the base is re-gridded with S, the scale's gradient is LSQ's: sum dW (q - (Wc - T) / S) inside the
-range, sum dW q outside. The paper keeps W0 in 16 bit; here Wc is the (bits + residual_bits) proxy, so residual_bits >= 2: with
-none, (Wc - T) / S is an integer at the start and that gradient is zero.
+S = s0 * exp(log_scale). Because the base is re-gridded with S, the scale's gradient is LSQ's: sum dW (q - (Wc
+- T) / S) inside the range, sum dW q outside. The paper keeps W0 in 16 bit; here Wc is the (bits +
+residual_bits) proxy, so residual_bits >= 2: with none, (Wc - T) / S is an integer at the start and that
+gradient is zero.
 
-`offset` (the paper's beta, trained in grid steps of s0 from 0; on an asymmetric base it is counted from the base's zero point):
+`offset` (the paper's beta, trained in grid steps of s0 from 0; on an asymmetric base it is counted from the
+base's zero point):
     none      T = 0, z = base's: ships in the base's own format
-    integer   z = clip(round(z0 - offset)): beta tied to -S z, ships in integer-zero formats (an asymmetric grid)
+    integer   z = clip(round(z0 - offset)): beta tied to -S z, ships in integer-zero formats (an asymmetric
+              grid)
     float     T = s0 * offset, rounded to the scale's dtype: the paper's; only the native format can hold it
     auto      none on a symmetric grid, integer on an asymmetric one
 
 `warmup_steps` (the paper's T_wp): that many steps of plain LoRA on the unrounded proxy, then S restarts as
-max(|min Wc / Qn|, |max Wc / Qp|) per group (L4Qinit, Eq. 15) of the warmed-up weight. Default 0: keep the calibrated scale.
+max(|min Wc / Qn|, |max Wc / Qp|) per group (L4Qinit, Eq. 15) of the warmed-up weight. Default 0: keep the
+calibrated scale.
 """
 
 from typing import ClassVar, Literal
@@ -44,7 +49,8 @@ class L4QConfig(LowRankOptions):
         assert isinstance(grid, IntGrid)
         if grid.residual_bits < 2:
             return (
-                f"l4q re-grids the base with a live scale: with quant.residual_bits: {grid.residual_bits} its scale gradient is "
+                f"l4q re-grids the base with a live scale: with quant.residual_bits: {grid.residual_bits} "
+                "its scale gradient is "
                 "zero at the start; set quant.residual_bits: 4 (2 at least), or use lr_qat"
             )
         return None
@@ -75,7 +81,8 @@ class L4Q(ScaledAdapter):
         super().__init__(config, base)
         self.A, self.B = LowRank.build(config, base, weight, unit=base.scale)
         self.kind = config.offset_kind(base.grid.symmetric)
-        # Off until begin_step says otherwise: an adapter that is loaded to be evaluated or merged is past its warm-up.
+        # Off until begin_step says otherwise: an adapter that is loaded to be evaluated or merged is past its
+        # warm-up.
         self.warming = False
         if self.kind != "none":
             self.offset = nn.Parameter(torch.zeros_like(self.log_scale), requires_grad=config.train_scale)
@@ -118,7 +125,8 @@ class L4Q(ScaledAdapter):
         none = torch.zeros_like(step)
         y = y + packed_matmul(x, base.residual, step, none, shift, f, g.group_size)
         b = self.B
-        # DDP refuses trained tensors that the loss does not use: there these get a gradient of zeros (train drops it again).
+        # DDP refuses trained tensors that the loss does not use: there these get a gradient of zeros (train
+        # drops it again).
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             b = b + 0.0 * sum(p.sum() for name, p in self.named_parameters() if name in SCALE_PARAMETERS)
         side = (x @ self.A.to(x.dtype).t()) @ b.to(x.dtype).t()
@@ -127,8 +135,10 @@ class L4Q(ScaledAdapter):
     def merge(self, base: Weight) -> Weight:
         if self.warming:
             raise ValueError(
-                f"l4q: the adapter is still in its warm-up of {self.config.warmup_steps} steps, where nothing is rounded, so what "
-                "it computes cannot be merged: train on, calling begin_step(step) before every optimizer step, or set "
+                f"l4q: the adapter is still in its warm-up of {self.config.warmup_steps} steps, where "
+                "nothing is rounded, so what "
+                "it computes cannot be merged: train on, calling begin_step(step) before every optimizer "
+                "step, or set "
                 "warmup_steps: 0"
             )
         return super().merge(base)
@@ -148,9 +158,23 @@ class L4Q(ScaledAdapter):
         out = torch.empty_like(self.log_scale)
         for rows in row_chunks(*base.shape):
             value = grid_values(
-                rows, base.codes, base.residual, base.scale, base.zero, args.a, args.b, args.scale, args.zero, args.offset,
-                args.gain, "live", g.bits, g.residual_bits, base.shape[1], g.group_size,
-            )  # fmt: skip
+                rows,
+                base.codes,
+                base.residual,
+                base.scale,
+                base.zero,
+                args.a,
+                args.b,
+                args.scale,
+                args.zero,
+                args.offset,
+                args.gain,
+                "live",
+                g.bits,
+                g.residual_bits,
+                base.shape[1],
+                g.group_size,
+            )
             zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
             weight = (value - zero) * args.scale[:, rows].t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group

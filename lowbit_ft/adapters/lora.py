@@ -2,9 +2,10 @@
 
     y = x W_base^T + alpha/r * (x A^T) B^T
 
-Its merge is NOT exact, and says so: W_base + alpha/r * B A is rounded again (mse search), which throws away most of what a small
-update changed. `merge` warns and keeps the measured loss (`rounding_loss`: the size of the rounding error over the size of the
-update, often above 1); the methods next to this file exist because of that number.
+Its merge is NOT exact, and says so: W_base + alpha/r * B A is rounded again (mse search), which throws away
+most of what a small update changed. `merge` warns and keeps the measured loss (`rounding_loss`: the size of
+the rounding error over the size of the update, often above 1); the methods next to this file exist because of
+that number.
 """
 
 import math

@@ -1,14 +1,19 @@
-"""A and B from an existing PEFT LoRA: an adapter that was trained beside a 16-bit (or QLoRA) base goes on inside the integers.
+"""A and B from an existing PEFT LoRA: an adapter that was trained beside a 16-bit (or QLoRA) base goes on
+inside the integers.
 
-A PEFT LoRA adds gain B A to a weight, in units of the weight (gain = alpha / r, alpha / sqrt(r) with rslora). What a method makes of it:
+A PEFT LoRA adds gain B A to a weight, in units of the weight (gain = alpha / r, alpha / sqrt(r) with rslora).
+What a method makes of it:
 
-    dl_qat, l4q, lora   D counts weight units too: A and B are taken over, B times the quotient of the gains. Exact in fp32.
-    lr_qat              D counts grid steps, so the product wanted is gain B A / S, which has rank r only where S is an outer product
-                        u v^T. The best product of adapter.rank in that sense is taken (SVD of u (gain B A / S) v, u v^T the geometric
-                        means of S); its relative error is reported, falls as adapter.rank grows, and is 0 from r times the groups of a row.
+    dl_qat, l4q, lora   D counts weight units too: A and B are taken over, B times the quotient of the gains.
+                        Exact in fp32.
+    lr_qat              D counts grid steps, so the product wanted is gain B A / S, which has rank r only
+                        where S is an outer product u v^T. The best product of adapter.rank in that sense is
+                        taken (SVD of u (gain B A / S) v, u v^T the geometric means of S); its relative error
+                        is reported, falls as adapter.rank grows, and is 0 from r times the groups of a row.
 
-Either way the forward then rounds: of an update smaller than half a step, a base without residual shows nothing at step 0. How
-much of the LoRA the rounded weights have is reported too (`shown`). Only safetensors are read.
+Either way the forward then rounds: of an update smaller than half a step, a base without residual shows
+nothing at step 0. How much of the LoRA the rounded weights have is reported too (`shown`). Only safetensors
+are read.
 """
 
 import json
@@ -30,19 +35,30 @@ from .folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 
 # Keys of adapter_config.json that change what the tensors mean, and their values for a plain LoRA.
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None), "modules_to_save": (None, []), "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None), "target_parameters": (None, []), "trainable_token_indices": (None, []), "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []), "layer_replication": (None, []),
-}  # fmt: skip
-# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) take their first B A out of it, so the adapter
-# only means something over that changed base (peft/tuners/lora/layer.py). PEFT's False is a random start.
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+}
+# Starts that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) take their first B A
+# out of it, so the adapter only means something over that changed base (peft/tuners/lora/layer.py). PEFT's
+# False is a random start.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
 class PeftLora:
-    """A LoRA folder: base model's name, and by layer (name in the model) where A [r, K] and B [N, r] lie, and the gain."""
+    """A LoRA folder: base model's name, and by layer (name in the model) where A [r, K] and B [N, r] lie, and
+    the gain.
+    """
 
     folder: Path
     base: str
@@ -63,7 +79,9 @@ class PeftLora:
 
 
 def read_lora(folder: str | Path) -> PeftLora:
-    """The LoRA in a folder of PEFT's save_pretrained: config and headers. ValueError for anything but a plain LoRA of linears."""
+    """The LoRA in a folder of PEFT's save_pretrained: config and headers. ValueError for anything but a plain
+    LoRA of linears.
+    """
     folder = Path(folder).expanduser()
     path = folder / CONFIG_FILE
     try:
@@ -78,13 +96,16 @@ def read_lora(folder: str | Path) -> PeftLora:
     for key, plain in PLAIN.items():
         if key in settings and settings[key] not in plain or key == "peft_type" and key not in settings:
             raise ValueError(
-                f"{path}: {key}: got {settings.get(key)!r}; allowed: {plain[0]!r}, a plain LoRA of linear layers"
+                f"{path}: {key}: got {settings.get(key)!r}; allowed: {plain[0]!r}, a plain "
+                "LoRA of linear layers"
             )
     if (init := settings.get("init_lora_weights")) not in PLAIN_STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights: got {init!r}; allowed: true, false, gaussian, eva, orthogonal, mica; "
+            f"{path}: init_lora_weights: got {init!r}; allowed: true, false, gaussian, "
+            "eva, orthogonal, mica; "
             "other starts change the base, so this LoRA is the difference to a base that is not here; "
-            "convert it to a plain one with PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter before training>), "
+            "convert it to a plain one with PEFT, save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=<the adapter before training>), "
             "or merge it into its own base and start from that checkpoint"
         )
     refuse_pickle(folder)
@@ -95,7 +116,8 @@ def read_lora(folder: str | Path) -> PeftLora:
         found = _KEY.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{file}: got the tensor {name!r}; a plain LoRA has base_model.model.<layer>.lora_A.weight and lora_B.weight only"
+                f"{file}: got the tensor {name!r}; a plain LoRA has base_model.model.<layer>.lora_A.weight "
+                "and lora_B.weight only"
             )
         begin, end = entry["data_offsets"]
         halves.setdefault(found[1], {})[found[2]] = TensorEntry(
@@ -106,7 +128,8 @@ def read_lora(folder: str | Path) -> PeftLora:
         a, b = half.get("A"), half.get("B")
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(
-                f"{file}: {layer}: needs lora_A [r, in] and lora_B [out, r]; got {[e.shape for e in half.values()]}"
+                f"{file}: {layer}: needs lora_A [r, in] and lora_B [out, r]; got "
+                f"{[e.shape for e in half.values()]}"
             )
         pairs[layer], gains[layer] = (a, b), _gain(path, settings, layer, a.shape[0])
     if not pairs:
@@ -115,7 +138,9 @@ def read_lora(folder: str | Path) -> PeftLora:
 
 
 def _gain(path: Path, facts: dict[str, Any], layer: str, rank: int) -> float:
-    """alpha / r (alpha / sqrt(r) with rslora), alpha from alpha_pattern where a pattern matches the end of the layer's name."""
+    """alpha / r (alpha / sqrt(r) with rslora), alpha from alpha_pattern where a pattern matches the end of
+    the layer's name.
+    """
     alpha: Any = facts.get("lora_alpha")
     for pattern, value in (facts.get("alpha_pattern") or {}).items():
         try:
@@ -133,8 +158,8 @@ def _gain(path: Path, facts: dict[str, Any], layer: str, rank: int) -> float:
 
 @dataclass(frozen=True)
 class LoraStartRow:
-    """error: ||D - LoRA|| / ||LoRA|| in weight units before rounding. shown: the share of the LoRA that the rounded weights have,
-    <W - W0, LoRA> / ||LoRA||^2 (None for lora, which is not rounded)."""
+    """error: ||D - LoRA|| / ||LoRA|| in weight units before rounding. shown: the share of the LoRA that the
+    rounded weights have, <W - W0, LoRA> / ||LoRA||^2 (None for lora, which is not rounded)."""
 
     layer: str
     rank: int
@@ -161,12 +186,14 @@ class LoraStart:
         errors = [row.error for row in self.rows]
         exact = max(errors) <= 1e-6
         lines = [
-            f"start: {len(self.rows)} layers from the LoRA {self.lora} (trained on {self.base or 'an unnamed base'})"
+            f"start: {len(self.rows)} layers from the LoRA {self.lora} (trained on "
+            f"{self.base or 'an unnamed base'})"
         ]
         lines.append(
             "  A and B are the LoRA's own, in weight units: exact"
             if exact
-            else f"  in grid steps it is approximate: relative error {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most "
+            else f"  in grid steps it is approximate: relative error {sum(errors) / len(errors):.2%} on "
+            f"average, {max(errors):.2%} at most "
             "(a larger adapter.rank lowers it; dl_qat takes it over exactly)"
         )
         shown = [row.shown for row in self.rows if row.shown is not None]
@@ -174,7 +201,8 @@ class LoraStart:
             lines.append(f"  the rounded weights show {sum(shown) / len(shown):.0%} of it at step 0")
         if self.fresh:
             lines.append(
-                f"  {len(self.fresh)} adapted layers have none and start fresh: {', '.join(self.fresh[:4])}{', ...' * (len(self.fresh) > 4)}"
+                f"  {len(self.fresh)} adapted layers have none and start fresh: "
+                f"{', '.join(self.fresh[:4])}{', ...' * (len(self.fresh) > 4)}"
             )
         return "\n".join(lines)
 
@@ -189,13 +217,15 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
         )
     if strays := [layer for layer in lora.pairs if layer not in shapes]:
         problems.append(
-            f"the LoRA has {len(strays)} layers that get no adapter here, such as {strays[0]}; it was trained on another model, or adapter.targets "
+            f"the LoRA has {len(strays)} layers that get no adapter here, such as {strays[0]}; it was "
+            "trained on another model, or adapter.targets "
             f"or quant.targets and exclude leave them out (adapted here: {', '.join(list(shapes)[:3])}, ...)"
         )
     for layer, (a, b) in lora.pairs.items():
         if layer in shapes and (b.shape[0], a.shape[1]) != shapes[layer]:
             problems.append(
-                f"{layer} is {list(shapes[layer])} here, [{b.shape[0]}, {a.shape[1]}] in the LoRA; it was trained on another model"
+                f"{layer} is {list(shapes[layer])} here, [{b.shape[0]}, {a.shape[1]}] in the LoRA; it was "
+                "trained on another model"
             )
             break
     return problems
@@ -203,7 +233,9 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
 
 @torch.no_grad()
 def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> LoraStart:
-    """Fill A and B of an attach()-ed model. ValueError, before anything is changed, when ranks, layers or shapes do not fit."""
+    """Fill A and B of an attach()-ed model. ValueError, before anything is changed, when ranks, layers or
+    shapes do not fit.
+    """
     layers = {name: layer for name, layer in packed_layers(model) if layer.adapter is not None}
     if problems := lora_problems(lora, config, {name: layer.base.shape for name, layer in layers.items()}):
         raise ValueError(f"adapter.init_from: {lora.folder}: " + "\n  ".join(problems))
@@ -240,7 +272,8 @@ def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> 
 def in_grid_steps(update: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(b [N, q], a [q, K]) with scale * (b a) near update [N, K], q <= rank; scale [N, K].
 
-    With scale = u v^T exactly the error is that of the best product of rank q; else u and v are its geometric means.
+    With scale = u v^T exactly the error is that of the best product of rank q; else u and v are its geometric
+    means.
     """
     log = scale.log()
     u = (log.mean(1, keepdim=True) - log.mean() / 2).exp()  # [N, 1]

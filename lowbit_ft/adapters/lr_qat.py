@@ -2,10 +2,11 @@
 
     W^ = S * clip(round(Phi0 + alpha/r * B A))        S = s0 * exp(log_scale)
 
-Phi0 = code + residual is the frozen base in grid units (the paper's fixed-point downcast Q_b.f with f = residual_bits; ours is
-mid-rise, so step 0 is round-to-nearest without ties). D counts grid steps: a weight moves to the next code when |D| crosses
-what its residual leaves. Gradients: dS = sum dW q (not LSQ's: the grid inside the rounding is frozen), dD = S M dW.
-With residual_bits 0 no code moves until |D| > 1/2: then start from `init: loftq`, or raise the learning rate.
+Phi0 = code + residual is the frozen base in grid units (the paper's fixed-point downcast Q_b.f with f =
+residual_bits; ours is mid-rise, so step 0 is round-to-nearest without ties). D counts grid steps: a weight
+moves to the next code when |D| crosses what its residual leaves. Gradients: dS = sum dW q (not LSQ's: the
+grid inside the rounding is frozen), dD = S M dW. With residual_bits 0 no code moves until |D| > 1/2: then
+start from `init: loftq`, or raise the learning rate.
 """
 
 from typing import ClassVar, Literal
@@ -21,8 +22,8 @@ class LRQATConfig(LowRankOptions):
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "grid"
 
     method: Literal["lr_qat"] = "lr_qat"
-    # Twice the rank: D counts grid steps here, and at 2 and 3 bit a learning rate of 2e-3 at gain 1 beat 1e-3 (LOG.md). The gain
-    # carries that factor, so one train.learning_rate suits every method.
+    # Twice the rank: D counts grid steps here, and at 2 and 3 bit a learning rate of 2e-3 at gain 1 beat 1e-3
+    # (LOG.md). The gain carries that factor, so one train.learning_rate suits every method.
     alpha: float = Field(32.0, gt=0, description="D = alpha / rank * B A, in grid steps")
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "LRQAT":

@@ -1,4 +1,5 @@
-"""scale: only the group scales train, the codes stay (PEQA, arXiv 2305.14152, Eq. 2). AlphaTuning's idea on a uniform grid.
+"""scale: only the group scales train, the codes stay (PEQA, arXiv 2305.14152, Eq. 2). AlphaTuning's idea on a
+uniform grid.
 
     W^ = S * (code - zero)        S = s0 * exp(log_scale);    dS = sum dW (code - zero)
 

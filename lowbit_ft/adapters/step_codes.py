@@ -1,11 +1,15 @@
-"""StepCodes: the codes of one layer, made once per optimizer step and used by every forward, recomputation and backward of it.
+"""StepCodes: the codes of one layer, made once per optimizer step and used by every forward, recomputation
+and backward of it.
 
-Codes are a function of the trained tensors and the base, which change between steps only. With train.keep_codes the first forward of
-a step (training mode, gradients on) keeps them: b bits per weight, until the step ends. Nobody has to say when:
+Codes are a function of the trained tensors and the base, which change between steps only. With
+train.keep_codes the first forward of a step (training mode, gradients on) keeps them: b bits per weight,
+until the step ends. Nobody has to say when:
 
-    versions    each tensor must be the very one they were made of, in the same memory and at the same version, so whoever writes
-                to one (a loaded checkpoint, a method's schedule, a hand) makes them void
-    optimizers  write past the versions (torch's fused AdamW, bitsandbytes): after the step of any optimizer they are dropped
+    versions    each tensor must be the very one they were made of, in the same memory and at the same
+                version, so whoever writes to one (a loaded checkpoint, a method's schedule, a hand) makes
+                them void
+    optimizers  write past the versions (torch's fused AdamW, bitsandbytes): after the step of any optimizer
+                they are dropped
     begin_step  drops them too (attach.py): for what writes through a raw pointer and is no torch optimizer
 
 They are no part of a module's state: not in state dicts, not in copies, not used in eval mode or by merge.
@@ -23,7 +27,9 @@ from ..grid import GridArgs, PackedWeight
 
 
 class StepCodes:
-    """The slot. `checked_outside`: somebody calls `refresh` before every forward, which a compiled forward cannot do itself."""
+    """The slot. `checked_outside`: somebody calls `refresh` before every forward, which a compiled forward
+    cannot do itself.
+    """
 
     def __init__(self) -> None:
         self.codes: Tensor | None = None
@@ -34,7 +40,9 @@ class StepCodes:
         weakref.finalize(self, hook.remove)
 
     def get(self, base: PackedWeight, args: GridArgs, trained: Iterable[Tensor]) -> Tensor | None:
-        """The codes of linear(x, args): kept ones if they hold, else made now. None where versions are not counted (inference mode)."""
+        """The codes of linear(x, args): kept ones if they hold, else made now. None where versions are not
+        counted (inference mode).
+        """
         tensors = [*trained, *base.to_tensors().values()]
         if any(tensor.is_inference() for tensor in tensors):
             self.drop()

@@ -1,4 +1,6 @@
-"""A recipe in the making, and what another trainer's keys are to it: what import_keys.py fills in and import_recipe.py writes down."""
+"""A recipe in the making, and what another trainer's keys are to it: what import_keys.py fills in and
+import_recipe.py writes down.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 
 @dataclass
 class Draft:
-    """A recipe in the making. values: key of ours -> (value, what it came from). left: [(key of theirs, why)]."""
+    """A recipe in the making. values: key of ours -> (value, what it came from). left: [(key of theirs,
+    why)].
+    """
 
     trainer: str
     theirs: dict[str, Any]

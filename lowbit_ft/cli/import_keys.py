@@ -1,6 +1,7 @@
 """The keys of Axolotl and LLaMA-Factory, and what each becomes here.
 
-The adapter becomes `dl_qat`: like a LoRA it counts units of the weight, so rank, alpha and learning rate keep their meaning.
+The adapter becomes `dl_qat`: like a LoRA it counts units of the weight, so rank, alpha and learning rate keep
+their meaning.
 """
 
 from __future__ import annotations
@@ -22,10 +23,20 @@ SCHEDULERS = {
     "warmup_stable_decay": "wsd",
 }
 OPTIMIZER_NAMES = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_bnb_8bit": "adamw8bit", "adamw_8bit": "adamw8bit",
-    "paged_adamw_8bit": "paged_adamw8bit", "paged_adamw_32bit": "paged_adamw32bit", "lion_8bit": "lion8bit", "lion_32bit": "lion32bit",
-    "paged_lion_8bit": "paged_lion8bit", "paged_lion_32bit": "paged_lion32bit", "ademamix": "ademamix", "ademamix_8bit": "ademamix8bit",
-}  # fmt: skip
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_bnb_8bit": "adamw8bit",
+    "adamw_8bit": "adamw8bit",
+    "paged_adamw_8bit": "paged_adamw8bit",
+    "paged_adamw_32bit": "paged_adamw32bit",
+    "lion_8bit": "lion8bit",
+    "lion_32bit": "lion32bit",
+    "paged_lion_8bit": "paged_lion8bit",
+    "paged_lion_32bit": "paged_lion32bit",
+    "ademamix": "ademamix",
+    "ademamix_8bit": "ademamix8bit",
+}
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -126,7 +137,8 @@ def trackers(draft: Draft, key: str, value: Any) -> None:
     if others := [name for name in names if name not in known and name != "none"]:
         draft.leave(
             key,
-            f"no tracker {', '.join(map(str, others))} here; metrics.jsonl and report.html are always written",
+            f"no tracker {', '.join(map(str, others))} here; metrics.jsonl and "
+            "report.html are always written",
         )
 
 
@@ -136,7 +148,8 @@ EVERY = left("no fraction of an epoch here: set train.eval_every or save_every t
 NO_DROPOUT = left("adapters here have no dropout")
 NO_SPLIT = left("rows are not split here: give a file of its own as data.valid")
 ATTENTION = left(
-    "torch's own attention (sdpa) is used; set model.attention: flash_attention_2 where flash-attn is installed"
+    "torch's own attention (sdpa) is used; set model.attention: flash_attention_2 where "
+    "flash-attn is installed"
 )
 
 SHARED: dict[str, Rule] = {
@@ -151,22 +164,36 @@ SHARED: dict[str, Rule] = {
     "eval_steps": number("train.eval_every", 1),
     "save_total_limit": number("train.keep_checkpoints", 1),
     "seed": number("train.seed"),
-    "gradient_checkpointing": flag("train.gradient_checkpointing", "unsloth", "offload", "offload_disk", "auto"),
+    "gradient_checkpointing": flag(
+        "train.gradient_checkpointing", "unsloth", "offload", "offload_disk", "auto"
+    ),
     "output_dir": text("output"),
     "bf16": if_true("model.dtype", "bfloat16"),
     "fp16": if_true("model.dtype", "float16"),
     "load_best_model_at_end": if_true("train.keep_best", True),
     "use_tensorboard": if_true("train.trackers", ["tensorboard"]),
-    "adam_beta1": taken_later, "adam_beta2": taken_later, "warmup_steps": taken_later, "max_steps": taken_later,
-    "lora_alpha": taken_later, "lora_dropout": NO_DROPOUT, "eval_strategy": taken_later, "evaluation_strategy": taken_later,
+    "adam_beta1": taken_later,
+    "adam_beta2": taken_later,
+    "warmup_steps": taken_later,
+    "max_steps": taken_later,
+    "lora_alpha": taken_later,
+    "lora_dropout": NO_DROPOUT,
+    "eval_strategy": taken_later,
+    "evaluation_strategy": taken_later,
     "trust_remote_code": left("code of a checkpoint is never run here"),
-    "deepspeed": RUNTIME, "fsdp": RUNTIME, "fsdp_config": RUNTIME, "ddp_timeout": RUNTIME, "local_rank": RUNTIME, "dataloader_num_workers": RUNTIME,
+    "deepspeed": RUNTIME,
+    "fsdp": RUNTIME,
+    "fsdp_config": RUNTIME,
+    "ddp_timeout": RUNTIME,
+    "local_rank": RUNTIME,
+    "dataloader_num_workers": RUNTIME,
     "resume_from_checkpoint": left("the same command resumes a run by itself"),
     "neftune_noise_alpha": left("no noise on embeddings here"),
     "loraplus_lr_ratio": left("A and B share one rate; scales have train.scale_learning_rate"),
     "tf32": left("not used: the codes are made in full fp32"),
-    "val_size": NO_SPLIT, "val_set_size": NO_SPLIT,
-}  # fmt: skip
+    "val_size": NO_SPLIT,
+    "val_set_size": NO_SPLIT,
+}
 
 
 # ------------------------------------------------------------------------------------------------ Axolotl
@@ -207,8 +234,13 @@ def axolotl_data(draft: Draft, key: str, value: Any) -> None:
     for name in ("split", "name", "revision"):
         if first.get(name):
             draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
-    usual = {"field_messages": ("messages", "conversations"), "message_field_role": ("role", "from"), "message_field_content": ("content", "value"),
-             "field": ("text",), "ds_type": ("json", "parquet", "csv", "text")}  # fmt: skip
+    usual = {
+        "field_messages": ("messages", "conversations"),
+        "message_field_role": ("role", "from"),
+        "message_field_content": ("content", "value"),
+        "field": ("text",),
+        "ds_type": ("json", "parquet", "csv", "text"),
+    }
     for name, given in first.items():
         read = name in ("path", "type", "data_files", "split", "name", "revision")
         if not read and given is not None and given not in usual.get(name, ()):
@@ -291,20 +323,25 @@ AXOLOTL = SHARED | {
     "chat_template": left("the template of the model's own tokenizer is used"),
     "rl": refuse_stage,
     "reward_model": if_not_off(refuse_stage),
-    "flash_attention": ATTENTION, "attn_implementation": ATTENTION, "xformers_attention": ATTENTION,
+    "flash_attention": ATTENTION,
+    "attn_implementation": ATTENTION,
+    "xformers_attention": ATTENTION,
     "sdp_attention": left("it is the default (model.attention)"),
-    "evals_per_epoch": EVERY, "saves_per_epoch": EVERY,
-    "model_type": left("config.json says so"), "tokenizer_type": left("tokenizer_config.json says so"),
-    "dataset_prepared_path": CACHE, "pad_to_sequence_len": left("windows are padded to the longest of their batch"),
+    "evals_per_epoch": EVERY,
+    "saves_per_epoch": EVERY,
+    "model_type": left("config.json says so"),
+    "tokenizer_type": left("tokenizer_config.json says so"),
+    "dataset_prepared_path": CACHE,
+    "pad_to_sequence_len": left("windows are padded to the longest of their batch"),
     "strict": left("a recipe is always checked key by key"),
     "group_by_length": left("rows are packed instead"),
     "eval_sample_packing": left("evaluation windows are packed as training's are"),
     "early_stopping_patience": left("no early stop: train.keep_best ships the best checkpoint"),
     "special_tokens": left("tokens are the tokenizer's own: change its files"),
-}  # fmt: skip
+}
 
 
-# ------------------------------------------------------------------------------------------------ LLaMA-Factory
+# ---------------------------------------------------------------------------------------------- LLaMA-Factory
 
 
 def factory_data(draft: Draft, key: str, value: Any) -> None:
@@ -430,7 +467,9 @@ FACTORY = SHARED | {
     "max_samples": number("data.train.limit", 1),
     "packing": flag("data.packing"),
     "neat_packing": taken_later,
-    "train_on_prompt": taken_later, "mask_history": taken_later, "streaming": flag("data.streaming"),
+    "train_on_prompt": taken_later,
+    "mask_history": taken_later,
+    "streaming": flag("data.streaming"),
     "per_device_train_batch_size": number("train.micro_batch_size", 1),
     "num_train_epochs": taken_later,
     "lr_scheduler_type": chosen("train.scheduler", SCHEDULERS),
@@ -439,15 +478,20 @@ FACTORY = SHARED | {
     "flash_attn": ATTENTION,
     "report_to": trackers,
     "disable_gradient_checkpointing": taken_later,
-    "do_train": factory_train, "plot_loss": left("report.html has the curves"), "overwrite_cache": CACHE,
+    "do_train": factory_train,
+    "plot_loss": left("report.html has the curves"),
+    "overwrite_cache": CACHE,
     "overwrite_output_dir": left("no folder is overwritten: the same command goes on with a run"),
-    "preprocessing_num_workers": RUNTIME, "save_only_model": left("checkpoints hold what resuming needs"), "per_device_eval_batch_size": RUNTIME,
+    "preprocessing_num_workers": RUNTIME,
+    "save_only_model": left("checkpoints hold what resuming needs"),
+    "per_device_eval_batch_size": RUNTIME,
     "quantization_method": left("the base is packed by quant.calibrate"),
-    "quantization_type": left("the grid here is integers (quant)"), "double_quantization": left("scales are bfloat16 here"),
-}  # fmt: skip
+    "quantization_type": left("the grid here is integers (quant)"),
+    "double_quantization": left("scales are bfloat16 here"),
+}
 
 
-# ------------------------------------------------------------------------------------------------ several keys at once
+# --------------------------------------------------------------------------------------- several keys at once
 
 
 def finish(
@@ -522,7 +566,9 @@ def finish(
 
 
 def _number(draft: Draft, key: str) -> float | None:
-    """The number at a key of theirs; None where there is none, and the key is left where it is something else."""
+    """The number at a key of theirs; None where there is none, and the key is left where it is something
+    else.
+    """
     value = draft.theirs.get(key)
     if value is None:
         return None

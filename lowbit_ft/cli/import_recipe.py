@@ -1,8 +1,9 @@
 """`lowbit-ft import-recipe`: a recipe from another trainer's YAML, and a list of what it could not take over.
 
-Axolotl and LLaMA-Factory files are told apart by the key that names their model. Each key of theirs has a rule in
-import_keys.py: it sets a key of ours, or is left with a reason; a key without a rule is left too, so nothing disappears in
-silence. The file is read as recipes are (safe YAML, with its size and its aliases bounded), and nothing in it is run.
+Axolotl and LLaMA-Factory files are told apart by the key that names their model. Each key of theirs has a
+rule in import_keys.py: it sets a key of ours, or is left with a reason; a key without a rule is left too, so
+nothing disappears in silence. The file is read as recipes are (safe YAML, with its size and its aliases
+bounded), and nothing in it is run.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SECTIONS = ("model", "quant", "adapter", "data", "train", "eval", "export")
 
 
 def import_recipe(path: Path) -> Draft:
-    """Read another trainer's YAML. RecipeError (a ValueError) when it is no YAML, or of neither trainer, or of a stage that is
-    not supervised fine-tuning.
+    """Read another trainer's YAML. RecipeError (a ValueError) when it is no YAML, or of neither trainer, or
+    of a stage that is not supervised fine-tuning.
     """
     source = read_source(path)
     if source.problems:
@@ -57,7 +58,8 @@ def import_recipe(path: Path) -> Draft:
     if "model.path" not in draft.values:
         raise RecipeError(
             [
-                f"{source.place((trainer.model_key,))}: {trainer.model_key}: got {shown(source.values[trainer.model_key])}; allowed: a folder or a hub id"
+                f"{source.place((trainer.model_key,))}: {trainer.model_key}: got "
+                f"{shown(source.values[trainer.model_key])}; allowed: a folder or a hub id"
             ]
         )
     trainer.finish(draft)
@@ -68,9 +70,11 @@ def render(draft: Draft, source: Path, output: Path) -> str:
     """The YAML of a recipe, each key with what it came from, and what was left."""
     name = re.sub(r"[^\w.+-]+", "-", source.stem).strip("-.") or "imported"
     lines = [
-        f"# From the {draft.trainer} file {_comment(str(source))}. Every key says what it came from; what was left is listed at the end.",
+        f"# From the {draft.trainer} file {_comment(str(source))}. Every key says what it came from; what "
+        "was left is listed at the end.",
         "#",
-        f"#     lowbit-ft plan {_comment(str(output))}        # check everything, show layers and memory; loads nothing",
+        f"#     lowbit-ft plan {_comment(str(output))}        # check everything, show layers and memory; "
+        "loads nothing",
         f"#     lowbit-ft run  {_comment(str(output))}",
         "",
         f"name: {json.dumps(name)}",

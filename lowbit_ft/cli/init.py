@@ -1,4 +1,6 @@
-"""`lowbit-ft init`: a commented recipe that fits a given checkpoint (group size, window, memory from its headers)."""
+"""`lowbit-ft init`: a commented recipe that fits a given checkpoint (group size, window, memory from its
+headers).
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ quant:
   grid: integer                      # binary: sums of sign planes, for adapter.method alpha_tuning
   bits: 4                            # 8, 4, 3 or 2: 4 loses little, 3 and 2 need the training
   group_size: {group:<4}                   # {group_why}
-  symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers load it
-  residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept while training; they never ship
+  symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers
+  residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept for training; never ship
   calibrate: mse                     # absmax, minmax, mse, gptq (better at 2 and 3 bits, takes minutes)
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
@@ -83,7 +85,7 @@ eval:
   generate: ["Once upon a time"]     # prompts answered before and after training
 
 export:
-  format: compressed-tensors         # vLLM, SGLang, transformers; gguf: llama.cpp; gptq, awq, mlx; native holds every grid
+  format: compressed-tensors         # vLLM, SGLang; gguf: llama.cpp; gptq, awq, mlx; native: every grid
   verify: true                       # reload and compare codes, scales and logits
 
 output: runs/{name}
@@ -92,13 +94,13 @@ output: runs/{name}
 
 QUANTIZED = """\
 quant:
-  calibrate: from_checkpoint         # bits, group size and layers are the checkpoint's; another value is an error
+  calibrate: from_checkpoint         # bits, group size, layers: the checkpoint's; others are an error
 
 adapter:
   method: dl_qat                     # lr_qat, dl_qat, scale or lora: the checkpoint has no residual for l4q
   rank: 16                           # more moves more weights, and costs memory
   alpha: 16                          # the low-rank product is scaled by alpha / rank
-  targets: null                      # or names, globs, regexes: other layers ship the very codes they came with
+  targets: null                      # or names, globs, regexes: the others ship the codes they came with
   # init_from: path/to/lora          # start A and B from a PEFT LoRA
 """
 
@@ -107,7 +109,8 @@ def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
     """Write a recipe for the model at `model_path` (folder or hub id) to `output`.
 
     Raises:
-        ValueError: `output` exists (and not `force`), or the path is neither a checkpoint folder nor a hub id.
+        ValueError: `output` exists (and not `force`), or the path is neither a checkpoint folder nor a hub
+        id.
     """
     if output.exists() and not force:
         raise ValueError(
@@ -116,7 +119,8 @@ def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
     folder = local_folder(model_path)
     if folder is None and (not HUB_ID.fullmatch(model_path) or "/" not in model_path):
         raise ValueError(
-            f"model path: got {model_path!r}; there is no such folder; give a checkpoint folder or a hub id owner/name"
+            f"model path: got {model_path!r}; there is no such folder; give a checkpoint folder or a hub "
+            "id owner/name"
         )
     text = _render(model_path, output, read_shapes(folder) if folder is not None else None)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,10 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
         2048,
         True,
     )
-    facts = f"{model_path} is not on this disk, so that its layer widths were not looked at: `plan` checks them once it is."
+    facts = (
+        f"{model_path} is not on this disk, so that its layer widths were not looked at: `plan` checks "
+        "them once it is."
+    )
     if shapes is not None:
         widths = [
             layer.in_features for layer in shapes.linears if QuantSection().skip_reason(layer.name) is None

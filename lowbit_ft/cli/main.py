@@ -91,7 +91,9 @@ def plan(
         bool, typer.Option("--search/--no-search", help="look for the largest batch and length")
     ] = True,
 ) -> None:
-    """Check a recipe and show its layers, its memory against a card, and what to change; nothing is loaded."""
+    """Check a recipe and show its layers, its memory against a card, and what to change; nothing is
+    loaded.
+    """
     from .plan import show_plan, write_fit
 
     loaded = _load(recipe, overrides, weights=False)
@@ -247,13 +249,14 @@ def import_recipe(
     for key, why in draft.left:
         typer.echo(f"left: {key}: {why}", err=True)
     typer.echo(
-        f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  lowbit-ft plan {output}"
+        f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  "
+        f"lowbit-ft plan {output}"
     )
 
 
 def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
-    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be there, not only its
-    config.json."""
+    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
+    there, not only its config.json."""
     from ..recipe.check import notes
     from ..recipe.recipe import RecipeError, load_recipe
 
@@ -270,7 +273,9 @@ def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Reci
 
 
 def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
-    """ValueError, before anything is read, for a run that plan says has no place on the device it would take."""
+    """ValueError, before anything is read, for a run that plan says has no place on the device it would
+    take.
+    """
     if anyway:
         return
     from .plan import refusal
@@ -319,7 +324,10 @@ def _message(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         # A full disk, a file where a folder should be: what the system says of which file.
-        text = f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or make room or change its permissions there"
+        text = (
+            f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
+            "make room or change its permissions there"
+        )
     return "\n" + text if "\n" in text else text
 
 

@@ -1,4 +1,5 @@
-"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what else fits, what to change.
+"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what else fits,
+what to change.
 
 Made to be read at 100 columns. GB are 10^9 bytes.
 """
@@ -51,9 +52,15 @@ _WORDS = {
 
 
 def show_plan(
-    recipe: Recipe, console: Console | None = None, *, folder: Path | None = None, memory_gb: float | None = None,
-    processes: int = 1, tokens_per_second: float | None = None, search: bool = True,
-) -> Plan | None:  # fmt: skip
+    recipe: Recipe,
+    console: Console | None = None,
+    *,
+    folder: Path | None = None,
+    memory_gb: float | None = None,
+    processes: int = 1,
+    tokens_per_second: float | None = None,
+    search: bool = True,
+) -> Plan | None:
     """Print the plan; returns it (None: config.json is not on this disk and no folder with one is given)."""
     console = console or Console()
     _show_recipe(recipe, console)
@@ -62,10 +69,13 @@ def show_plan(
     made = plan(recipe, folder, card, processes)
     if made is None or folder is None:
         console.print(
-            f"\n{recipe.model.path} is not on this disk, so its layers and memory are not known. Fetch its config.json "
+            f"\n{recipe.model.path} is not on this disk, so its layers and memory are not known. Fetch its "
+            "config.json "
             "(a few KB), or give a folder that has it:  lowbit-ft plan RECIPE --config FOLDER",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         return None
     planner = Planner(recipe, folder, card, processes)
     _show_layers(made, console)
@@ -95,18 +105,24 @@ def write_fit(
     folder = folder or plan_folder(recipe)
     if folder is None:
         raise ValueError(
-            f"{recipe.model.path} is not on this disk: fetch it, or give a folder with its config.json (--config FOLDER)"
+            f"{recipe.model.path} is not on this disk: fetch it, or give a folder with its config.json "
+            "(--config FOLDER)"
         )
     card = find_card(recipe, memory_gb)
     chosen, made = fit(Planner(recipe, folder, card, processes))
-    text = f"# Written by `lowbit-ft plan --fit` for {card.name}: {made.total / 1e9:.2f} GB at the peak ({made.stage}).\n{chosen.to_yaml()}"
+    text = (
+        f"# Written by `lowbit-ft plan --fit` for {card.name}: {made.total / 1e9:.2f} GB at the peak "
+        f"({made.stage}).\n{chosen.to_yaml()}"
+    )
     write_text(output, text)
     before, after = recipe.model_dump(mode="json"), chosen.model_dump(mode="json")
     changes = [
         f"{section}.{key}: {before[section][key]} -> {value}"
-        for section, values in after.items() if isinstance(values, dict)
-        for key, value in values.items() if before[section].get(key) != value
-    ]  # fmt: skip
+        for section, values in after.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+        if before[section].get(key) != value
+    ]
     _say(
         console,
         f"\nwrote {output}: {made.total / 1e9:.2f} GB of {card.nbytes / 1e9:.2f} GB; "
@@ -116,11 +132,12 @@ def write_fit(
 
 
 def refusal(recipe: Recipe) -> str | None:
-    """Why a run of this recipe cannot fit the device that it would take here and now; None when it can, or plan cannot tell.
+    """Why a run of this recipe cannot fit the device that it would take here and now; None when it can, or
+    plan cannot tell.
 
-    Only the training step counts: quantizing and the last evaluation are estimates that err high, and base/ may be there already. On a
-    CPU several processes share the pages of one base, which plan counts once for each. Whatever goes wrong in planning never stands
-    in the way of a run.
+    Only the training step counts: quantizing and the last evaluation are estimates that err high, and base/
+    may be there already. On a CPU several processes share the pages of one base, which plan counts once for
+    each. Whatever goes wrong in planning never stands in the way of a run.
     """
     try:
         folder = plan_folder(recipe)
@@ -140,13 +157,15 @@ def refusal(recipe: Recipe) -> str | None:
     except Exception:
         return None
     lines = [
-        f"{recipe.name} needs {made.total / 1e9:.2f} GB at its peak ({made.stage}), and {card.name} has {card.nbytes / 1e9:.2f} GB.",
+        f"{recipe.name} needs {made.total / 1e9:.2f} GB at its peak ({made.stage}), and {card.name} has "
+        f"{card.nbytes / 1e9:.2f} GB.",
         *(f"  {line}" for line in _fix_lines(made, known)),
     ]
     if found is not None:
         lines.append(f"  fits ({found[1].total / 1e9:.2f} GB): {'  '.join(_override(f) for f in found[0])}")
     lines.append(
-        "`lowbit-ft plan` on the recipe shows where the memory goes; --fit writes a recipe that fits; --anyway starts this one all the same."
+        "`lowbit-ft plan` on the recipe shows where the memory goes; --fit writes a recipe that fits; "
+        "--anyway starts this one all the same."
     )
     return "\n".join(lines)
 
@@ -163,12 +182,14 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
         (
             "quant",
-            f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by {recipe.quant.calibrate}",
+            f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
+            f"{recipe.quant.calibrate}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
             "data",
-            f"{recipe.data.train.path} ({recipe.data.train.format}), windows of {recipe.data.sequence_len} tokens",
+            f"{recipe.data.train.path} ({recipe.data.train.format}), windows of "
+            f"{recipe.data.sequence_len} tokens",
         ),
         ("train", f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, {rates}"),
         ("export", recipe.export.format),
@@ -297,7 +318,8 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     if steps is None:
         _say(
             console,
-            f"{needs.tokens_per_step:,} tokens per step; the number of steps is known once the data is read ({recipe.train.epochs:g} epochs)",
+            f"{needs.tokens_per_step:,} tokens per step; the number of steps is known once the data is "
+            f"read ({recipe.train.epochs:g} epochs)",
         )
         return
     tokens = steps * needs.tokens_per_step
@@ -327,7 +349,8 @@ def _show_fixes(planner: Planner, made: Plan, console: Console) -> None:
     if found is None:
         _say(
             console,
-            "no combination of these was found that fits: take a smaller model, a lower quant.bits, or more GPUs",
+            "no combination of these was found that fits: take a smaller model, a lower "
+            "quant.bits, or more GPUs",
         )
         return
     _say(

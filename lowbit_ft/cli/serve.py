@@ -1,8 +1,9 @@
-"""serve: an OpenAI-compatible server for a folder of ours. It is `transformers serve`, with our format known to it.
+"""serve: an OpenAI-compatible server for a folder of ours. It is `transformers serve`, with our format known
+to it.
 
-Started by itself, `transformers serve` never imports this package, and transformers only warns about a format it does not know: it
-would answer from random weights. Endpoints, options and their defaults are those of transformers. A request's "model" is the folder
-as it was given here, or left out.
+Started by itself, `transformers serve` never imports this package, and transformers only warns about a format
+it does not know: it would answer from random weights. Endpoints, options and their defaults are those of
+transformers. A request's "model" is the folder as it was given here, or left out.
 """
 
 import importlib.util
@@ -18,9 +19,11 @@ NOT_TRANSFORMERS = ("gguf", "mlx")  # it would warn, and answer from random weig
 
 
 def serve(folder: Path, options: list[str]) -> None:
-    """Serve a model folder, or the model of a run folder, until it is stopped. options: further ones of `transformers serve` (--port, --device, ...).
+    """Serve a model folder, or the model of a run folder, until it is stopped. options: further ones of
+    `transformers serve` (--port, --device, ...).
 
-    Raises ValueError for a folder without a model or of a format that `transformers serve` cannot load, and for missing packages.
+    Raises ValueError for a folder without a model or of a format that `transformers serve` cannot load, and
+    for missing packages.
     """
     if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise ValueError(f"serving needs {', '.join(missing)}; run pip install 'lowbit-ft[serve]'")
@@ -33,7 +36,9 @@ def serve(folder: Path, options: list[str]) -> None:
 
 
 def refuse_format(folder: Path) -> None:
-    """ValueError when `transformers serve`, which gets a folder and nothing else, would not load this one as it was written."""
+    """ValueError when `transformers serve`, which gets a folder and nothing else, would not load this one as
+    it was written.
+    """
     config = read_config(folder).get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
     for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][
@@ -42,12 +47,15 @@ def refuse_format(folder: Path) -> None:
         merged = "serve merged/ of its run, which is the same model: lowbit-ft serve RUN/merged"
         if exporter.name in NOT_TRANSFORMERS:
             raise ValueError(
-                f"{folder}: {exporter.name} is not served by transformers; run {exporter.serve(str(folder))}, or {merged}"
+                f"{folder}: {exporter.name} is not served by transformers; run "
+                f"{exporter.serve(str(folder))}, or {merged}"
             )
         if reason := exporter.missing(exporter.reads_with):
             raise ValueError(f"{folder}: reading {exporter.name} {reason}; or {merged}")
         if exporter.load_options(config or {}, folder):
             raise ValueError(
-                f"{folder}: transformers reads this {exporter.name} folder only with options that its server does not take "
-                f"(asymmetric grids are decoded while loading); run {exporter.serve(str(folder))}, or {merged}"
+                f"{folder}: transformers reads this {exporter.name} folder only with options that its "
+                "server does not take "
+                "(asymmetric grids are decoded while loading); run "
+                f"{exporter.serve(str(folder))}, or {merged}"
             )

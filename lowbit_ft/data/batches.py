@@ -6,8 +6,8 @@ process with W * a sees, and a position is one pair (epoch, windows consumed by 
 go on, bit for bit. An epoch that does not divide runs over into the next: no window is left out and no batch
 is short.
 
-Segments. Most models attend segment by segment, without any mask (model/attention.py). Of the others, transformers
-builds a block-diagonal causal mask when it gets position_ids that restart, no attention_mask and
+Segments. Most models attend segment by segment, without any mask (model/attention.py). Of the others,
+transformers builds a block-diagonal causal mask when it gets position_ids that restart, no attention_mask and
 use_cache=False; for flex attention in blocks, for eager and sdpa as [B, 1, L, L]. A few do not even that.
 `keeps_segments_apart` asks the model itself; where it says no, Batches(..., mask_dtype=model.dtype) adds an
 explicit [B, 1, L, L] mask, which sdpa and eager take as it is.
@@ -121,8 +121,11 @@ class Batches:
         # every rank walks over the windows of all, and builds its own only
         walked = [self._advance() for _ in range(size * self.world)]
         mine = walked[self.rank * size : (self.rank + 1) * size]
-        return collate([self.examples[w] if isinstance(w, int) else w for w in mine], self.pad_id,
-                       mask_dtype=self.mask_dtype)  # fmt: skip
+        return collate(
+            [self.examples[w] if isinstance(w, int) else w for w in mine],
+            self.pad_id,
+            mask_dtype=self.mask_dtype,
+        )
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank, the last one counted whole. DataError for a stream."""

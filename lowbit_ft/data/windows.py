@@ -1,4 +1,6 @@
-"""What training runs on: an Example is one window of tokens, Examples are all windows of a source, with what became of its rows."""
+"""What training runs on: an Example is one window of tokens, Examples are all windows of a source, with what
+became of its rows.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """generate: text from a model, one prompt at a time.
 
-Greedy by default, whatever the folder's generation_config says: samples before and after training are then comparable. One
-prompt at a time, because padding in a batch changes low bits of the logits and with them, now and then, a greedy choice.
+Greedy by default, whatever the folder's generation_config says: samples before and after training are then
+comparable. One prompt at a time, because padding in a batch changes low bits of the logits and with them, now
+and then, a greedy choice.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ def generate(
     """The continuation of each prompt, without the prompt and without special tokens.
 
     chat: wrap each prompt as a user
-    message in the tokenizer's chat template; None does so when there is one. sample: draw at `temperature` from `seed`.
-    Raises ValueError for a missing tokenizer, template or prompt.
+    message in the tokenizer's chat template; None does so when there is one. sample: draw at `temperature`
+    from `seed`. Raises ValueError for a missing tokenizer, template or prompt.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts: got one string; give a list of prompts")
@@ -46,7 +47,8 @@ def generate(
     runner: Any = model
     where, training = next(runner.parameters()).device, runner.training
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
-    # A sampling setting of generation_config.json would only cause a warning when greedy; pad is for models without one.
+    # A sampling setting of generation_config.json would only cause a warning when greedy; pad is for models
+    # without one.
     options |= {"temperature": temperature} if sample else {"temperature": None, "top_p": None, "top_k": None}
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         options["pad_token_id"] = tokenizer.eos_token_id

@@ -1,9 +1,10 @@
 """evaluate: loss, perplexity and KL to the full-precision model, the same windows for every stage of a run.
 
-The full-precision reference is walked layer by layer once (model/walk.py); only its final hidden states are kept, so measuring
-against it costs one layer of dense memory and its head. Everything is a mean over target tokens (labels other than -100), summed
-in float64, so two models with the same weights print the same digits. Logits exist for some targets at a time, as in the
-training loss (train/losses.py), and attention needs no mask (model/attention.py): measuring takes less memory than a step.
+The full-precision reference is walked layer by layer once (model/walk.py); only its final hidden states are
+kept, so measuring against it costs one layer of dense memory and its head. Everything is a mean over target
+tokens (labels other than -100), summed in float64, so two models with the same weights print the same digits.
+Logits exist for some targets at a time, as in the training loss (train/losses.py), and attention needs no
+mask (model/attention.py): measuring takes less memory than a step.
 
     loss = mean -log p(target)     perplexity = exp(loss)     KL = mean sum_v p_fp(v) log(p_fp(v) / p(v))
 """
@@ -43,7 +44,8 @@ class EvalRow:
 class Reference:
     """The full-precision model's logits on some batches, without the full-precision model in memory.
 
-    segments: attend segment by segment; the model of these batches was asked (attention.why_not), this one has no layers to ask.
+    segments: attend segment by segment; the model of these batches was asked (attention.why_not), this one
+    has no layers to ask.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Reference:
 
 @torch.no_grad()
 def evaluate(model: Any, batches: list[Batch], stage: str, reference: Reference | None = None) -> EvalRow:
-    """One line of the table. batches: input_ids, labels, position_ids (and masks) [B, L]; the model is left in its mode."""
+    """One line of the table. batches: input_ids, labels, position_ids (and masks) [B, L]; the model is left
+    in its mode.
+    """
     device = (
         next(iter(model.buffers())).device
         if not list(model.parameters())

@@ -1,11 +1,14 @@
-"""lm-eval tasks (https://github.com/EleutherAI/lm-evaluation-harness, extra `eval`) on the model of any stage, as it is in memory.
+"""lm-eval tasks (https://github.com/EleutherAI/lm-evaluation-harness, extra `eval`) on the model of any
+stage, as it is in memory.
 
-A task is a name lm-eval knows (hellaswag, mmlu, ...) or a YAML file of its format. Data files that a YAML names are looked for from the
-current folder, then beside the YAML, so a task and its rows can be kept together and run without a network. Files that use lm-eval's
-own `include` or `!function` are handed to it as they are.
+A task is a name lm-eval knows (hellaswag, mmlu, ...) or a YAML file of its format. Data files that a YAML
+names are looked for from the current folder, then beside the YAML, so a task and its rows can be kept
+together and run without a network. Files that use lm-eval's own `include` or `!function` are handed to it as
+they are.
 
-Everything is loaded before anything is computed (`load_tasks`), and the same tasks then measure every stage: same rows, same batches,
-same path through the layers (`packed_op_only`), so what was trained and what ships must print the same numbers.
+Everything is loaded before anything is computed (`load_tasks`), and the same tasks then measure every stage:
+same rows, same batches, same path through the layers (`packed_op_only`), so what was trained and what ships
+must print the same numbers.
 """
 
 import functools
@@ -35,7 +38,9 @@ BATCH_TOKENS = 8192  # rows per batch times their largest length
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One number: a metric of a task on the model of a stage. stderr None: lm-eval has none for this metric."""
+    """One number: a metric of a task on the model of a stage. stderr None: lm-eval has none for this
+    metric.
+    """
 
     stage: str
     task: str
@@ -92,14 +97,21 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
                 found.append((i, f"got {name!r}: {error}"))
                 continue
         elif name not in known_tasks():
-            found.append((i, f"got {name!r}, which lm-eval {version('lm-eval')} does not know{did_you_mean(name, known_tasks())}; "
-                             "`lm-eval ls tasks` lists the names; a file ends in .yaml"))  # fmt: skip
+            found.append(
+                (
+                    i,
+                    f"got {name!r}, which lm-eval {version('lm-eval')} does not "
+                    f"know{did_you_mean(name, known_tasks())}; "
+                    "`lm-eval ls tasks` lists the names; a file ends in .yaml",
+                )
+            )
             continue
         if own in seen:
             found.append(
                 (
                     i,
-                    f"got {name!r}, a second task named {own!r} (eval.tasks.{seen[own]} is the first); remove one",
+                    f"got {name!r}, a second task named {own!r} (eval.tasks.{seen[own]} is "
+                    "the first); remove one",
                 )
             )
         seen.setdefault(own, i)
@@ -123,7 +135,9 @@ def _lm_eval(module: str = "") -> Any:
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """lm-eval's task and group objects, their data loaded. ValueError naming the task that cannot be loaded, or the package."""
+    """lm-eval's task and group objects, their data loaded. ValueError naming the task that cannot be loaded,
+    or the package.
+    """
     if problems := task_problems(names):
         raise ValueError("\n".join(text for _, text in problems))
     manager = _manager(not all(name.lower().endswith(TASK_FILES) for name in names))
@@ -136,7 +150,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
             one = manager.load([spec])
         except Exception as error:  # datasets and hub clients raise what they like
             raise ValueError(
-                f"task {name!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:500]})"
+                f"task {name!r} cannot be loaded ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:500]})"
             ) from error
         for kind, found in loaded.items():
             found.update(one[kind])
@@ -160,7 +175,9 @@ def _holds(value: Any, wanted: object) -> bool:
 
 
 def _with_data(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The task with data files that only exist beside its YAML given from there. ValueError for one that is nowhere."""
+    """The task with data files that only exist beside its YAML given from there. ValueError for one that is
+    nowhere.
+    """
 
     def found(value: Any) -> Any:
         if isinstance(value, dict):
@@ -195,7 +212,8 @@ def run_tasks(
     limit: int | None = None,
     max_length: int = 2048,
 ) -> list[TaskRow]:
-    """Measure one model. tasks: of `load_tasks`; limit: rows per task (None: all); max_length: tokens of context at most.
+    """Measure one model. tasks: of `load_tasks`; limit: rows per task (None: all); max_length: tokens of
+    context at most.
 
     A group that lm-eval averages is one row; its members are not listed then.
     """
@@ -246,21 +264,23 @@ def run_tasks(
                     None if stderr is None or isinstance(stderr, str) else float(stderr),
                     higher.get(name),
                     samples,
-                )  # fmt: skip
+                )
             )
     return rows
 
 
 def merged_rows(before: list[TaskRow], new: list[TaskRow]) -> list[TaskRow]:
-    """All rows in the order of the stages; those measured again replace the old ones of the same stage and task."""
+    """All rows in the order of the stages; those measured again replace the old ones of the same stage and
+    task.
+    """
     again = {(row.stage, row.task) for row in new}
     kept = [row for row in before if (row.stage, row.task) not in again]
     return sorted(kept + new, key=lambda row: STAGES.index(row.stage))
 
 
 def by_task(rows: Iterable[TaskRow]) -> tuple[list[str], dict[tuple[str, str], dict[str, TaskRow]]]:
-    """(stages in the order they came, {(task, metric): {stage: row}}). Rows measured on another number of samples (`--limit`) are
-    another line, with the number beside the metric: they are not to be compared."""
+    """(stages in the order they came, {(task, metric): {stage: row}}). Rows measured on another number of
+    samples (`--limit`) are another line, with the number beside the metric: they are not to be compared."""
     rows = list(rows)
     counts: dict[tuple[str, str], set[int | None]] = {}
     for row in rows:

@@ -1,7 +1,7 @@
 """Exporters: the formats a packed model can be written in. One file per format; EXPORTERS is the list.
 
-To add one: a subclass of Exporter (pack, its inverse unpack, reject with a way out, the config entry) in its own file and one
-line in EXPORTERS; the recipe check, the writer and the round-trip tests then know it.
+To add one: a subclass of Exporter (pack, its inverse unpack, reject with a way out, the config entry) in its
+own file and one line in EXPORTERS; the recipe check, the writer and the round-trip tests then know it.
 """
 
 from .awq import Awq

@@ -1,8 +1,9 @@
-"""What a person sees of an export: the same answers to the same prompts, and the same special tokens. For verify.
+"""What a person sees of an export: the same answers to the same prompts, and the same special tokens. For
+verify.
 
-A greedy answer of the packed model is fed to the exported one in a single pass. At every token that one either chooses the same, or
-its favourite is ahead by no more than the tolerance of the logits: then the two are a tie for it, and the comparison goes on behind
-the tie, where two separate generations would have parted.
+A greedy answer of the packed model is fed to the exported one in a single pass. At every token that one
+either chooses the same, or its favourite is ahead by no more than the tolerance of the logits: then the two
+are a tie for it, and the comparison goes on behind the tie, where two separate generations would have parted.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """tokens of the answers, those the reader chose too, and how far its favourite was ahead at worst, as a share of `allowed`."""
+    """tokens of the answers, those the reader chose too, and how far its favourite was ahead at worst, as a
+    share of `allowed`.
+    """
 
     prompts: int
     tokens: int
@@ -65,12 +68,17 @@ class Answers:
     def __str__(self) -> str:
         text = f"{self.same} of {self.tokens} tokens of {self.prompts} greedy answers chosen alike"
         if self.same < self.tokens:
-            text += f"; the others {'are ties within the tolerance' if self.ok else 'differ'} ({self.worst:.2g} of it)"
+            text += (
+                f"; the others {'are ties within the tolerance' if self.ok else 'differ'} "
+                f"({self.worst:.2g} of it)"
+            )
         return text
 
 
 def prompt_ids(exporter: Exporter, folder: str | Path) -> list[Tensor]:
-    """The prompts as ids [1, P], in the chat template where there is one; none without a tokenizer. folder: the model's own."""
+    """The prompts as ids [1, P], in the chat template where there is one; none without a tokenizer. folder:
+    the model's own.
+    """
     tokenizer = Exporter.tokenizer(exporter, Path(folder))
     if tokenizer is None:
         return []
@@ -88,7 +96,9 @@ def answer(logits: Logits, prompt: Tensor, stops: list[int]) -> Answer:
 
 
 def compare_tokens(exporter: Exporter, folder: Path, source: str | Path) -> list[str] | None:
-    """What the format's users get in another way than the model had it; None when the model has no tokenizer."""
+    """What the format's users get in another way than the model had it; None when the model has no
+    tokenizer.
+    """
     source = Path(source)
     own = Exporter.tokenizer(exporter, source)
     if own is None:
@@ -106,8 +116,9 @@ def compare_tokens(exporter: Exporter, folder: Path, source: str | Path) -> list
         sorted(stops),
         sorted({*exporter.stops(folder)} | ({theirs.eos_token_id} - {None})),
     )
-    # Text and special tokens apart: whether a SentencePiece tokenizer puts a space behind a special token is a choice of the
-    # library (llama.cpp and older Llama tokenizers do, transformers' reader of gguf does not), not of the file.
+    # Text and special tokens apart: whether a SentencePiece tokenizer puts a space behind a special token is
+    # a choice of the library (llama.cpp and older Llama tokenizers do, transformers' reader of gguf does
+    # not), not of the file.
     for prompt in PROMPTS:
         pairs[f"ids of {prompt!r}"] = tuple(
             t(prompt, add_special_tokens=False)["input_ids"] for t in (own, theirs)

@@ -4,8 +4,9 @@
     qzeros   int32 [G, N / 8]   zero points, packed alike
     scales   fp16  [G, N]
 
-The order lets a GPU take two neighbours out of a word with one mask. Only the layout is AWQ's: no activation scaling was done, so
-none has to be undone. Logits agree within 1e-2 of the largest: the reader multiplies in an order of its own.
+The order lets a GPU take two neighbours out of a word with one mask. Only the layout is AWQ's: no activation
+scaling was done, so none has to be undone. Logits agree within 1e-2 of the largest: the reader multiplies in
+an order of its own.
 """
 
 # The reader is an optional package.
@@ -38,7 +39,10 @@ class Awq(Exporter):
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         if isinstance(grid, IntGrid) and grid.bits != 4:
-            return f"awq holds 4 bits, not {grid.bits}; set quant.bits: 4, or export.format: compressed-tensors, gptq_v2 or native"
+            return (
+                f"awq holds 4 bits, not {grid.bits}; set quant.bits: 4, or export.format: "
+                "compressed-tensors, gptq_v2 or native"
+            )
         return reject_float16(self.name, grid, offset)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:

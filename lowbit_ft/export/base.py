@@ -1,9 +1,12 @@
-"""What an exporter is: two inverse pure functions on one layer, a predicate that refuses with a way out, and a config entry.
+"""What an exporter is: two inverse pure functions on one layer, a predicate that refuses with a way out, and
+a config entry.
 
-    pack(weight) -> {local name: tensor}        unpack(tensors, layer) -> weight        unpack(pack(w), spec) == w, bit for bit
+    pack(weight) -> {local name: tensor}        unpack(tensors, layer) -> weight        unpack(pack(w), spec)
+                                                == w, bit for bit
 
-`LayerSpec` is what is known of a layer before its tensors exist, and `Weights` is many layers of which one at a time is in
-memory: the writer computes every offset of every file from the specs, then asks for the weights one by one.
+`LayerSpec` is what is known of a layer before its tensors exist, and `Weights` is many layers of which one at
+a time is in memory: the writer computes every offset of every file from the specs, then asks for the weights
+one by one.
 """
 
 import json
@@ -46,7 +49,8 @@ class LayerSpec:
 
 
 class Weights(Mapping[str, Weight]):
-    """Layer name -> Weight, made anew on every access: `.items()` holds one layer at a time. `.specs` costs nothing.
+    """Layer name -> Weight, made anew on every access: `.items()` holds one layer at a time. `.specs` costs
+    nothing.
 
     A layer whose weight does not match its spec is our own mistake (AssertionError).
     """
@@ -80,7 +84,9 @@ class Weights(Mapping[str, Weight]):
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What the format's own reader finds in a file: codes uint8 [N, K] (planes [q, N, K]), scale and zero as in the weight."""
+    """What the format's own reader finds in a file: codes uint8 [N, K] (planes [q, N, K]), scale and zero as
+    in the weight.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -93,37 +99,48 @@ class Exporter(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str]  # of config.json, by which a folder is recognised
-    # Whether packed tensors are named as the checkpoint names its layers (for readers that know the checkpoint) or as the model
-    # does. The two differ only for checkpoints that were saved without the model's prefix or under older names.
+    # Whether packed tensors are named as the checkpoint names its layers (for readers that know the
+    # checkpoint) or as the model does. The two differ only for checkpoints that were saved without the
+    # model's prefix or under older names.
     checkpoint_names: ClassVar[bool] = False
-    # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture) beside packed layers.
+    # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
+    # beside packed layers.
     dense_experts: ClassVar[bool] = True
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
-    # Under which key config.json says how the layers are packed; all formats have quantization_config, to be recognised by.
+    # Under which key config.json says how the layers are packed; all formats have quantization_config, to be
+    # recognised by.
     config_key: ClassVar[str] = "quantization_config"
-    # Modules that writing (and reading back) needs beyond our own requirements, and the extra of ours that installs them.
+    # Modules that writing (and reading back) needs beyond our own requirements, and the extra of ours that
+    # installs them.
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
-    # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are the same numbers.
+    # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are
+    # the same numbers.
     tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
-        """Why this format cannot hold the grid (offset: with a float offset per group), with the way out; None when it can."""
+        """Why this format cannot hold the grid (offset: with a float offset per group), with the way out;
+        None when it can.
+        """
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
-        """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it can."""
+        """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it
+        can.
+        """
         return None
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
-        """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16", ...), with the way
-        out; None when they do not."""
+        """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16",
+        ...), with the way out; None when they do not."""
         return None
 
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
-        """Every reason why this format cannot hold these layers together, each naming a layer; empty when it can."""
+        """Every reason why this format cannot hold these layers together, each naming a layer; empty when it
+        can.
+        """
         problems = []
         for name, spec in layers.items():
             reason = self.reject(spec.grid, spec.offset) or self.reject_width(spec.grid, spec.shape[1])
@@ -132,12 +149,16 @@ class Exporter(ABC):
         return problems
 
     def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
-        """Why this format cannot hold a matrix that is no plain nn.Linear (experts of a mixture, Conv1D, an embedding), with the way
-        out; None when it can. parts: the file tensors that make it, None when the files keep it in another way."""
+        """Why this format cannot hold a matrix that is no plain nn.Linear (experts of a mixture, Conv1D, an
+        embedding), with the way out; None when it can. parts: the file tensors that make it, None when the
+        files keep it in another way."""
         if matrix.plain and not matrix.embedding:
             if parts is not None and len(parts) == 1:
                 return None
-            return f"{self.name} has one tensor per layer, as the checkpoint does not; exclude it, or set export.format: native"
+            return (
+                f"{self.name} has one tensor per layer, as the checkpoint does not; exclude it, or set "
+                "export.format: native"
+            )
         what = (
             "an embedding"
             if matrix.embedding
@@ -148,25 +169,31 @@ class Exporter(ABC):
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
 
     def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
-        """Why this format cannot hold these layers together, packed experts among them, with the way out; None when it can."""
+        """Why this format cannot hold these layers together, packed experts among them, with the way out;
+        None when it can.
+        """
         return None
 
     def reader_config(self, config: dict[str, Any], model_type: str, experts: bool) -> dict[str, Any]:
-        """`model_config` for a model of this type, perhaps with packed experts: what its reader must be told besides."""
+        """`model_config` for a model of this type, perhaps with packed experts: what its reader must be told
+        besides.
+        """
         return config
 
     def stored_dtype(self, local: str, dtype: torch.dtype, expert: bool, trained: torch.dtype) -> torch.dtype:
-        """dtype in the file of a tensor that `pack` makes in `dtype`, for a model that was trained in `trained`. The values are the
-        same: a dtype that cannot hold them is not allowed."""
+        """dtype in the file of a tensor that `pack` makes in `dtype`, for a model that was trained in
+        `trained`. The values are the same: a dtype that cannot hold them is not allowed."""
         return dtype
 
     def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
-        """Why this format cannot hold a model of this configuration (config.json with its defaults), each with the way out. folder:
-        where its tokenizer is; None: not here yet."""
+        """Why this format cannot hold a model of this configuration (config.json with its defaults), each
+        with the way out. folder: where its tokenizer is; None: not here yet."""
         return []
 
     def missing(self, modules: Sequence[str]) -> str | None:
-        """The sentence about those of `modules` that are not installed, with what installs them; None when all are there."""
+        """The sentence about those of `modules` that are not installed, with what installs them; None when
+        all are there.
+        """
         absent = [name for name in modules if find_spec(name) is None]
         if not absent:
             return None
@@ -190,7 +217,9 @@ class Exporter(ABC):
 
     @abstractmethod
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
-        """One layer's tensors through the code of the format's own library, not ours (verify compares it with the weight)."""
+        """One layer's tensors through the code of the format's own library, not ours (verify compares it with
+        the weight).
+        """
 
     def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Arguments that from_pretrained needs for this folder, whose quantization_config is `config`."""
@@ -205,8 +234,8 @@ class Exporter(ABC):
         return None
 
     def dense(self, model: Any, layer: str, matrix: Matrix | None, dtype: torch.dtype) -> Tensor | None:
-        """The weight [N, K] that a layer of the reader's model multiplies with; None when it never has one. matrix: where the model
-        keeps it; None: in a module of the reader's own, under the layer's name."""
+        """The weight [N, K] that a layer of the reader's model multiplies with; None when it never has one.
+        matrix: where the model keeps it; None: in a module of the reader's own, under the layer's name."""
         if matrix is None:
             return model.get_submodule(layer).weight.to(dtype)
         value = model.get_parameter(matrix.parameter)
@@ -271,7 +300,9 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: TensorSpecs, what: str)
 
 
 def check_values(weight: Weight) -> None:
-    """ValueError for values that no writer of ours makes: scales that are not finite, zero points beyond the codes."""
+    """ValueError for values that no writer of ours makes: scales that are not finite, zero points beyond the
+    codes.
+    """
     if not bool(torch.isfinite(weight.scale.float()).all()):
         raise ValueError("scale has NaN or Inf; the file is damaged")
     if isinstance(weight, PackedWeight):
@@ -279,5 +310,6 @@ def check_values(weight: Weight) -> None:
             raise ValueError("offset has NaN or Inf; the file is damaged")
         if weight.zero is not None and weight.zero.numel() and int(weight.zero.max()) >= weight.grid.levels:
             raise ValueError(
-                f"zero is {int(weight.zero.max())} on a grid of {weight.grid.levels} codes; the file is damaged"
+                f"zero is {int(weight.zero.max())} on a grid of {weight.grid.levels} "
+                "codes; the file is damaged"
             )

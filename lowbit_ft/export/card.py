@@ -1,4 +1,6 @@
-"""The model card (README.md) of a shipped folder: what it is, how it was trained, what was measured, how to serve it."""
+"""The model card (README.md) of a shipped folder: what it is, how it was trained, what was measured, how to
+serve it.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from . import EXPORTERS
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the one that ships."""
+    """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
+    one that ships.
+    """
 
     name: str
     base: str
@@ -25,12 +29,16 @@ def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
     """How to use the folder, for the console. vLLM serves asymmetric grids at 4 and 8 bit only."""
     grid = facts.grid
     if format == "compressed-tensors" and isinstance(grid, IntGrid) and not grid.symmetric and grid.bits < 4:
-        return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") (vLLM has no asymmetric {grid.bits} bit yet)'
+        return (
+            f'use it: AutoModelForCausalLM.from_pretrained("{folder}") (vLLM has no asymmetric '
+            f"{grid.bits} bit yet)"
+        )
     return f"serve it: {EXPORTERS[format].serve(str(folder))}"
 
 
 USE = {
-    "native": """The layers stay packed in memory. `lowbit_ft` must be imported: without it transformers does not know the format and
+    "native": """The layers stay packed in memory. `lowbit_ft` must be imported: \
+without it transformers does not know the format and
 would start from random weights.
 
 ```python
@@ -46,7 +54,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install compressed-tensors
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```""",
-    "gguf": """`model.gguf` is all that llama.cpp, Ollama and LM Studio need; tokenizer and chat template are in it.
+    "gguf": """`model.gguf` is all that llama.cpp, Ollama and LM Studio need; \
+tokenizer and chat template are in it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,7 +76,9 @@ for _name in ("gptq", "gptq_v2", "awq", "torchao"):
 
 
 def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
-    """Markdown with the hub's front matter. rows, tasks: the measured tables; empty before they were measured."""
+    """Markdown with the hub's front matter. rows, tasks: the measured tables; empty before they were
+    measured.
+    """
     base = facts.base
     front = [
         "---",
@@ -82,8 +93,10 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "---",
         f"# {facts.name}",
         "",
-        f"`{Path(base).name if Path(base).exists() else base}` fine-tuned with lowbit_ft: method `{facts.method}`, grid {facts.grid}.",
-        "The weights in this folder are the integers and scales the training forward ran on; nothing was rounded afterwards."
+        f"`{Path(base).name if Path(base).exists() else base}` fine-tuned with lowbit_ft: method "
+        f"`{facts.method}`, grid {facts.grid}.",
+        "The weights in this folder are the integers and scales the training forward ran on; nothing was "
+        "rounded afterwards."
         if facts.exact_merge
         else "The adapter was trained beside the quantizer, so merging it rounded the weights once more.",
         "",

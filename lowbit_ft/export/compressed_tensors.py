@@ -1,31 +1,39 @@
-"""compressed-tensors `pack-quantized`: the format transformers, vLLM and SGLang read. Integer grids, lossless.
+"""compressed-tensors `pack-quantized`: the format transformers, vLLM and SGLang read. Integer grids,
+lossless.
 
-    weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first (3 bit straddles words)
+    weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first
+                       (3 bit straddles words)
     weight_scale       fp32  [N, G]                bf16-valued (fp16-valued over a GPTQ or AWQ base)
     weight_zero_point  int32 [ceil(N b / 32), G]   asymmetric only; the same bit stream, along N
     weight_shape       int64 [2]                   (N, K)
 
-W = (code - zero) * scale on their side too, so equal codes, zeros and scales are an equal weight. The bit stream is written here
-with no library, so that writing needs none; the tests compare it with the library's own `pack_to_int32`.
+W = (code - zero) * scale on their side too, so equal codes, zeros and scales are an equal weight. The bit
+stream is written here with no library, so that writing needs none; the tests compare it with the library's
+own `pack_to_int32`.
 
-Why scales are stored as fp32 although their values are bfloat16: a reader multiplies in the dtype the scale has in the file when
-it dequantizes while loading (transformers, dequantize=True), so a model asked for in fp32 would get weights rounded to bf16
-products. With fp32 scales the product is exact and rounded once, to the dtype of the model; readers that cast scales to the
-model's dtype first (transformers' default mode, vLLM) lose nothing either, because the values are bfloat16; where they are float16
-or float32 the model's dtype must be as wide (`reject_dtype`). Tried with
-compressed-tensors 0.20 and transformers 5.23, in fp32 and bf16. It costs 16 bits per group (0.125 bit per weight at g128).
+Why scales are stored as fp32 although their values are bfloat16: a reader multiplies in the dtype the scale
+has in the file when it dequantizes while loading (transformers, dequantize=True), so a model asked for in
+fp32 would get weights rounded to bf16 products. With fp32 scales the product is exact and rounded once, to
+the dtype of the model; readers that cast scales to the model's dtype first (transformers' default mode, vLLM)
+lose nothing either, because the values are bfloat16; where they are float16 or float32 the model's dtype must
+be as wide (`reject_dtype`). Tried with compressed-tensors 0.20 and transformers 5.23, in fp32 and bf16. It
+costs 16 bits per group (0.125 bit per weight at g128).
 
 What transformers 5.23 does with these files (its default mode is CompressedTensorsConfig(dequantize=False)):
 
     symmetric,  one grid        exact in both modes
-    symmetric,  several grids   exact in the default mode; dequantize=True decodes every layer with the first group: wrong
-    asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files too
+    symmetric,  several grids   exact in the default mode; dequantize=True decodes every layer with the first
+                group: wrong
+    asymmetric, one grid        exact with dequantize=True; the default mode fails on the library's own files
+                                too
     asymmetric, several grids   readable in neither mode: refused here
-    experts, symmetric          exact with dequantize=True, which the folder's config.json asks for (reader_config)
+    experts, symmetric          exact with dequantize=True, which the folder's config.json asks for
+                                (reader_config)
     experts that stay dense     it looks for packed ones and fails: refused here
 
-config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no group, so a reader that
-knows layers by other classes (vLLM's fused ones) finds each layer in exactly one place: in one group, or in `ignore`.
+config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no
+group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in exactly one
+place: in one group, or in `ignore`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +50,8 @@ from ..model.matrices import Matrix
 from ..model.names import Part
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 
-# Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while loading, there is one.
+# Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while
+# loading, there is one.
 _INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
 
 
@@ -56,7 +65,10 @@ class CompressedTensors(Exporter):
         if isinstance(grid, BinaryGrid):
             return "compressed-tensors has no sign planes; set export.format: native"
         if offset:
-            return "compressed-tensors holds no float offset per group; set export.format: native, or train an integer offset"
+            return (
+                "compressed-tensors holds no float offset per group; set export.format: native, or "
+                "train an integer offset"
+            )
         return None
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
@@ -65,7 +77,8 @@ class CompressedTensors(Exporter):
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         if grid.group_size != -1 and in_features % grid.group_size:
             return (
-                f"compressed-tensors needs whole groups, and group size {grid.group_size} does not divide {in_features} inputs; "
+                f"compressed-tensors needs whole groups, and group size {grid.group_size} does not divide "
+                f"{in_features} inputs; "
                 "choose a group size that does (or -1), or set export.format: native"
             )
         return None
@@ -73,13 +86,25 @@ class CompressedTensors(Exporter):
     def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
         native = "set export.format: native"
         if matrix.embedding:
-            return f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out quant.embeddings"
+            return (
+                f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out "
+                "quant.embeddings"
+            )
         if matrix.transposed and matrix.expert is None:
-            return f"a Conv1D keeps its weight turned, and compressed-tensors groups along the other side; {native}"
+            return (
+                "a Conv1D keeps its weight turned, and compressed-tensors groups along the "
+                f"other side; {native}"
+            )
         if matrix.expert is not None and parts is None:
-            return f"its readers know packed experts only where a checkpoint has one tensor per expert, as this one has not; {native}"
+            return (
+                "its readers know packed experts only where a checkpoint has one tensor per expert, as "
+                f"this one has not; {native}"
+            )
         if matrix.expert is not None and isinstance(grid, IntGrid) and not grid.symmetric:
-            return f"transformers reads packed experts without their zero points; use quant.symmetric: true, or {native}"
+            return (
+                "transformers reads packed experts without their zero points; use quant.symmetric: "
+                f"true, or {native}"
+            )
         return None
 
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
@@ -88,7 +113,8 @@ class CompressedTensors(Exporter):
         mixed = [grid for grid in grids if isinstance(grid, IntGrid) and not grid.symmetric]
         if len(grids) > 1 and mixed:
             problems.append(
-                f"{len(grids)} different grids, of which {len(mixed)} asymmetric: no mode of transformers reads such a file; "
+                f"{len(grids)} different grids, of which {len(mixed)} asymmetric: no mode of transformers "
+                "reads such a file; "
                 "use one grid for all layers, symmetric grids, or export.format: native"
             )
         return problems
@@ -96,15 +122,19 @@ class CompressedTensors(Exporter):
     def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
         if len({spec.grid for spec in layers.values()}) == 1:
             return None
-        return "transformers reads packed experts only where all layers have one grid; drop quant.overrides, or set export.format: native"
+        return (
+            "transformers reads packed experts only where all layers have one grid; drop "
+            "quant.overrides, or set export.format: native"
+        )
 
     def reader_config(self, config: dict[str, Any], model_type: str, experts: bool) -> dict[str, Any]:
         # This key makes a plain from_pretrained decode while loading. vLLM and SGLang take named keys only.
         return config | {"dequantize": True} if experts or model_type in _INIT_READS_WEIGHTS else config
 
     def stored_dtype(self, local: str, dtype: torch.dtype, expert: bool, trained: torch.dtype) -> torch.dtype:
-        # transformers gives decoded experts the dtype of their scales, not of the model: fp32 experts in a bf16 model. The product
-        # of a bf16 scale and a code of at most 8 bits is rounded once in either dtype.
+        # transformers gives decoded experts the dtype of their scales, not of the model: fp32 experts in a
+        # bf16 model. The product of a bf16 scale and a code of at most 8 bits is rounded once in either
+        # dtype.
         return trained if expert and local == "weight_scale" else dtype
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:
@@ -160,7 +190,8 @@ class CompressedTensors(Exporter):
             assert isinstance(grid, IntGrid)
             row = grid.group_size == -1
             groups[f"group_{i}"] = {
-                # One grid: every Linear that `ignore` does not name, which every reader understands. Several: by name.
+                # One grid: every Linear that `ignore` does not name, which every reader understands. Several:
+                # by name.
                 "targets": ["Linear"] if len(names) == 1 else targets,
                 "weights": {
                     "num_bits": grid.bits,
@@ -222,8 +253,10 @@ def reject_cast(grid: Grid, dtype: str) -> str | None:
     if grid.scale_dtype in ("bfloat16", dtype) or dtype == "float32":
         return None
     return (
-        f"its readers cast scales to the model's dtype, and {grid.scale_dtype} scales do not survive {dtype}; "
-        f"set model.dtype: {'float32' if grid.scale_dtype == 'float32' else 'float32 (or float16)'}, or export.format: native"
+        f"its readers cast scales to the model's dtype, and {grid.scale_dtype} scales do "
+        f"not survive {dtype}; "
+        f"set model.dtype: {'float32' if grid.scale_dtype == 'float32' else 'float32 (or float16)'}, or "
+        "export.format: native"
     )
 
 
@@ -232,8 +265,8 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused_conflict(grids: Mapping[str, Grid | None]) -> str | None:
-    """A sentence about the first layers that vLLM and SGLang fuse although their grids differ; None when there are none.
-    grids: every linear layer -> its grid, None: dense."""
+    """A sentence about the first layers that vLLM and SGLang fuse although their grids differ; None when
+    there are none. grids: every linear layer -> its grid, None: dense."""
     for name, grid in grids.items():
         stem, _, last = name.rpartition(".")
         for members in FUSED:
@@ -242,7 +275,8 @@ def fused_conflict(grids: Mapping[str, Grid | None]) -> str | None:
                 if last in members and theirs != grid:
                     both = f"{name} is {grid or 'dense'} and {other} {theirs or 'dense'}"
                     return (
-                        f"vLLM and SGLang run {', '.join(members)} as one layer, and {both}: they refuse such a folder; "
+                        f"vLLM and SGLang run {', '.join(members)} as one layer, and {both}: they refuse "
+                        "such a folder; "
                         "transformers reads it. Give the members one grid to serve it there"
                     )
     return None

@@ -1,7 +1,7 @@
 """A model folder of ours: a manifest that says what we wrote and what it must hash to.
 
-lowbit_ft.json lists every file with its size and sha256 and, per layer, its name in the files and the sha256 of every tensor of the
-weight. It is why a folder can be replaced safely: only one that is wholly ours is.
+lowbit_ft.json lists every file with its size and sha256 and, per layer, its name in the files and the sha256
+of every tensor of the weight. It is why a folder can be replaced safely: only one that is wholly ours is.
 """
 
 import hashlib
@@ -20,13 +20,29 @@ from ..grid import Weight
 
 MANIFEST = "lowbit_ft.json"
 
-# Files of a checkpoint that belong to the model and are not weights. By name, not "*.json": a folder may hold optimizer states,
-# trainer logs and adapters, which are not this model.
+# Files of a checkpoint that belong to the model and are not weights. By name, not "*.json": a folder may hold
+# optimizer states, trainer logs and adapters, which are not this model.
 COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "*.model",
-    "*.tiktoken", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -49,7 +65,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def check_files(folder: str | Path) -> dict[str, Any]:
-    """Read every file of the folder and compare it with the manifest. ValueError naming what is missing or changed."""
+    """Read every file of the folder and compare it with the manifest. ValueError naming what is missing or
+    changed.
+    """
     manifest, problems = read_manifest(folder), []
     for name, entry in manifest["files"].items():
         path = Path(folder) / name
@@ -65,8 +83,9 @@ def check_files(folder: str | Path) -> dict[str, Any]:
 def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
     """Replace (or add) an extra file, such as README.md, in a folder of ours, and its entry in the manifest.
 
-    Whenever the process dies, the folder is still wholly ours: the entry is empty, which matches any content, while the file
-    changes. ValueError for a folder that is not ours or a file that `write_model` makes itself.
+    Whenever the process dies, the folder is still wholly ours: the entry is empty, which matches any content,
+    while the file changes. ValueError for a folder that is not ours or a file that `write_model` makes
+    itself.
     """
     folder = Path(folder)
     manifest, (data,) = read_manifest(folder), check_extra({name: content}).values()
@@ -101,8 +120,8 @@ def json_bytes(data: Any) -> bytes:
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """The files to copy. A link is followed only inside the folder, or from a hub snapshot to its own blobs: an export must not
-    publish another file of this machine."""
+    """The files to copy. A link is followed only inside the folder, or from a hub snapshot to its own blobs:
+    an export must not publish another file of this machine."""
     root, found = folder.resolve(), []
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
@@ -138,18 +157,22 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ValueError(
-            f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; make room there"
+            f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
+            "free; make room there"
         )
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """What the disk says while a folder is written (full, read-only, no permission), as a ValueError that names the folder."""
+    """What the disk says while a folder is written (full, read-only, no permission), as a ValueError that
+    names the folder.
+    """
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"{folder}: could not be written ({error}); nothing was left behind, and what was there before is untouched. "
+            f"{folder}: could not be written ({error}); nothing was left behind, and what was there before "
+            "is untouched. "
             "Make room or choose another place, then run the same command again"
         ) from error
 
@@ -175,7 +198,8 @@ def check_target(folder: Path) -> None:
             continue  # a process was killed in replace_file
         if path.name not in files:
             raise ValueError(
-                f"{path}: was added to this folder after it was written; nothing is overwritten: move it or the folder"
+                f"{path}: was added to this folder after it was written; nothing is overwritten: move it "
+                "or the folder"
             )
         entry = files[path.name]
         if not path.is_file() or entry and path.stat().st_size != entry.get("bytes"):

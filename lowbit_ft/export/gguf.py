@@ -1,17 +1,20 @@
-"""gguf: the one file llama.cpp, Ollama and LM Studio read. Symmetric integer grids, lossless, one block type per layer.
+"""gguf: the one file llama.cpp, Ollama and LM Studio read. Symmetric integer grids, lossless, one block type
+per layer.
 
     W8                       Q8_0   32 codes and a float16 scale in 34 bytes
-    W4, W3, W2               Q4_0   32 codes and a float16 scale in 18 bytes: a 2- or 3-bit code is a 4-bit code too
+    W4, W3, W2               Q4_0   32 codes and a float16 scale in 18 bytes: a 2- or 3-bit code is a 4-bit
+                             code too
     W3, g256 or whole row    Q3_K   256 codes and a float16 scale in 110 bytes
     W2, g256 or whole row    Q2_K   256 codes and a float16 scale in 84 bytes
 
-A scale of our group is repeated in each of its blocks. K-quants have a second level of integer scales, one per 16 codes, which is
-1 throughout here; Q2_K subtracts a minimum, which is 2 scales here, so that d q - 2 d is the symmetric value. Every product is
-exact in fp32, so llama.cpp starts from the very weights that were trained (it then rounds activations to 8 bits, its own choice).
-An asymmetric grid does not fit: Q4_1 keeps -scale * zero as one float16 number, which is exact for two groups in five only.
+A scale of our group is repeated in each of its blocks. K-quants have a second level of integer scales, one
+per 16 codes, which is 1 throughout here; Q2_K subtracts a minimum, which is 2 scales here, so that d q - 2 d
+is the symmetric value. Every product is exact in fp32, so llama.cpp starts from the very weights that were
+trained (it then rounds activations to 8 bits, its own choice). An asymmetric grid does not fit: Q4_1 keeps
+-scale * zero as one float16 number, which is exact for two groups in five only.
 
-Never made here: a quantization of the dequantized model (what `llama-quantize` does), which would round the trained weights anew.
-Block layouts: ggml-common.h of llama.cpp; the tests decode them with the gguf package.
+Never made here: a quantization of the dequantized model (what `llama-quantize` does), which would round the
+trained weights anew. Block layouts: ggml-common.h of llama.cpp; the tests decode them with the gguf package.
 """
 
 import tempfile
@@ -80,12 +83,18 @@ class Gguf(Exporter):
                 "gguf holds no float offset per group; set export.format: native, or train an integer offset"
             )
         if grid.scale_dtype == "float32":
-            return "gguf has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or export.format: native"
+            return (
+                "gguf has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or "
+                "export.format: native"
+            )
         return None
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         if in_features % 32:
-            return f"gguf needs a multiple of 32 inputs, and this layer has {in_features}; exclude it, or set export.format: native"
+            return (
+                f"gguf needs a multiple of 32 inputs, and this layer has {in_features}; exclude it, or "
+                "set export.format: native"
+            )
         return None
 
     def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
@@ -128,7 +137,8 @@ class Gguf(Exporter):
         )
         if not torch.equal(whole, blocks):
             raise ValueError(
-                f"{layer}: blocks of one group differ in scale, or scales are not {grid.scale_dtype}; not a file of ours"
+                f"{layer}: blocks of one group differ in scale, or scales are not {grid.scale_dtype}; not "
+                "a file of ours"
             )
         weight = PackedWeight(codes=codes, scale=scale, shape=(n, k), grid=grid)
         check_values(weight)
@@ -157,7 +167,9 @@ class Gguf(Exporter):
         return ReadBack((q + layer.grid.levels // 2).to(torch.uint8), d[:, first].t())
 
     def load_options(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """The file is the checkpoint; what transformers' reader takes from its metadata is completed from config.json."""
+        """The file is the checkpoint; what transformers' reader takes from its metadata is completed from
+        config.json.
+        """
         return {"gguf_file": FILE, "config": reader_config(folder)}
 
     def tokenizer(self, folder: Path) -> Any:
@@ -183,7 +195,9 @@ class Gguf(Exporter):
 
 
 def float16_scale(weight: PackedWeight) -> Tensor:
-    """[N, G] float16. ValueError when that changes a scale: bfloat16 has a wider range (exact from 2^-17 to 65504)."""
+    """[N, G] float16. ValueError when that changes a scale: bfloat16 has a wider range (exact from 2^-17 to
+    65504).
+    """
     half = weight.scale.half()
     if not torch.equal(half.float(), weight.scale.float()):
         wrong = half.float() != weight.scale.float()
@@ -202,7 +216,9 @@ def _group_of(grid: Grid, in_features: int, kind: BlockType) -> list[int]:
 
 
 def _fields(kind: BlockType, q: Tensor, d: Tensor) -> list[Tensor]:
-    """The parts of every block in file order, uint8 [N, blocks, *]. q: codes [N, blocks, size]; d: the scale's two bytes."""
+    """The parts of every block in file order, uint8 [N, blocks, *]. q: codes [N, blocks, size]; d: the
+    scale's two bytes.
+    """
     if kind is Q8_0:
         return [d, q ^ 0x80]  # two's complement of q - 128
     if kind is Q4_0:

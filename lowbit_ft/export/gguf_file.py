@@ -1,7 +1,8 @@
 """The gguf container: one file, its tensors in one row, written and read one at a time.
 
-`GgufFile` is what writer.py calls for a format whose container is "gguf"; `GgufTensors` gives verify the packed layers back, with
-their rows in the model's order. The gguf package makes the header and the metadata and pads the tensors.
+`GgufFile` is what writer.py calls for a format whose container is "gguf"; `GgufTensors` gives verify the
+packed layers back, with their rows in the model's order. The gguf package makes the header and the metadata
+and pads the tensors.
 """
 
 from collections.abc import Mapping
@@ -24,13 +25,16 @@ _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class GgufFile:
-    """The plan of one file. `nbytes` is what it needs on the disk; `write` makes it and returns the digests of every layer."""
+    """The plan of one file. `nbytes` is what it needs on the disk; `write` makes it and returns the digests
+    of every layer.
+    """
 
     def __init__(self, layout: Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
         self.config = checkpoint.config.to_dict()
         self.names = Names(self.config)
         self.layout, self.checkpoint, self.exporter = layout, checkpoint, exporter
-        # Tied tensors are stored once, as in the checkpoint; those the model does not use (old rotary buffers) stay behind.
+        # Tied tensors are stored once, as in the checkpoint; those the model does not use (old rotary
+        # buffers) stay behind.
         self.dense = {slot: layout.parameters.get(slot.source) for slot in layout.slots if slot.layer is None}
         self.dense = {slot: name for slot, name in self.dense.items() if name is not None}
         for name in [*(f"{layer}.weight" for layer in layout.layers), *self.dense.values()]:
@@ -38,7 +42,8 @@ class GgufFile:
         for slot in self.dense:
             if slot.dtype not in _TYPES:
                 raise ValueError(
-                    f"{slot.source}: gguf does not hold {slot.dtype}; set export.format: compressed-tensors or native"
+                    f"{slot.source}: gguf does not hold {slot.dtype}; set export.format: "
+                    "compressed-tensors or native"
                 )
 
     @property
@@ -88,7 +93,9 @@ class GgufFile:
         return digests
 
     def _announce(self, writer: Any, parameter: str, shape: tuple[int, ...], kind: str) -> None:
-        """Tell the writer of a tensor that comes later. shape: in bytes for block types, as the package wants it."""
+        """Tell the writer of a tensor that comes later. shape: in bytes for block types, as the package wants
+        it.
+        """
         import gguf
         import numpy as np
 

@@ -1,16 +1,20 @@
 """What a gguf file says about a model besides its matrices: architecture, tensor names, row order, metadata.
 
-Names come from the gguf package's own map, so a tensor llama.cpp does not know is refused instead of dropped. What is written here:
+Names come from the gguf package's own map, so a tensor llama.cpp does not know is refused instead of dropped.
+What is written here:
 
-    llama, mistral      architecture "llama". Rows of q and k are reordered inside each head: llama.cpp rotates neighbours
-                        (x0, x1), Hugging Face halves (x0, x_d/2). Whole rows move, so packed blocks do too.
+    llama, mistral      architecture "llama". Rows of q and k are reordered inside each head: llama.cpp
+                        rotates neighbours (x0, x1), Hugging Face halves (x0, x_d/2). Whole rows move, so
+                        packed blocks do too.
     qwen2, qwen3        as they are
     gemma2, gemma3      norms hold weight + 1, which is what llama.cpp multiplies with
 
-    rope "llama3"       one divisor per frequency, the tensor rope_freqs.weight; "linear": a factor in the metadata
+    rope "llama3"       one divisor per frequency, the tensor rope_freqs.weight; "linear": a factor in the
+                        metadata
 
-Everything llama.cpp would compute in another way than transformers (a sliding window in llama, other rope scalings, another
-activation) is refused by `reject`, before a model is trained for it. Facts: convert_hf_to_gguf.py and llama-model.cpp of llama.cpp.
+Everything llama.cpp would compute in another way than transformers (a sliding window in llama, other rope
+scalings, another activation) is refused by `reject`, before a model is trained for it. Facts:
+convert_hf_to_gguf.py and llama-model.cpp of llama.cpp.
 """
 
 import json
@@ -29,7 +33,9 @@ WAY_OUT = "set export.format: compressed-tensors or native"
 
 @dataclass(frozen=True)
 class Architecture:
-    """name in gguf files; whether q and k rows are reordered; what is added to norm weights; the activation it computes."""
+    """name in gguf files; whether q and k rows are reordered; what is added to norm weights; the activation
+    it computes.
+    """
 
     name: str
     rotates_neighbours: bool = False
@@ -59,7 +65,8 @@ def reject(config: Mapping[str, Any]) -> list[str]:
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if activation != ARCHITECTURES[kind].activation:
         problems.append(
-            f"llama.cpp computes {ARCHITECTURES[kind].activation} in {kind} models, and this one has {activation!r}"
+            f"llama.cpp computes {ARCHITECTURES[kind].activation} in {kind} models, and this one has "
+            f"{activation!r}"
         )
     rope = config["rope_parameters"]
     ropes = list(rope.values()) if isinstance(next(iter(rope.values())), dict) else [rope]
@@ -74,7 +81,8 @@ def reject(config: Mapping[str, Any]) -> list[str]:
         windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
         if windowed:
             problems.append(
-                f"llama.cpp has no sliding window in {kind} models (config.json: sliding_window: {config['sliding_window']})"
+                f"llama.cpp has no sliding window in {kind} models (config.json: sliding_window: "
+                f"{config['sliding_window']})"
             )
     else:
         layers, local = config["num_hidden_layers"], "sliding_attention"
@@ -135,7 +143,9 @@ class Names:
         return torch.arange(count).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
     def dense(self, parameter: str, tensor: Tensor) -> Tensor:
-        """A tensor that stays dense, as it is stored: vectors in fp32 (llama.cpp has no others), rows in order, norms offset."""
+        """A tensor that stays dense, as it is stored: vectors in fp32 (llama.cpp has no others), rows in
+        order, norms offset.
+        """
         order = self.rows(parameter, len(tensor))
         tensor = tensor if order is None else tensor[order]
         if tensor.dim() > 1:
@@ -175,7 +185,9 @@ def describe(writer: Any, config: Mapping[str, Any], name: str) -> None:
 
 
 def rope_divisors(config: Mapping[str, Any]) -> Tensor | None:
-    """rope_freqs.weight, fp32 [head_dim / 2]: what each frequency is divided by under rope scaling "llama3"."""
+    """rope_freqs.weight, fp32 [head_dim / 2]: what each frequency is divided by under rope scaling
+    "llama3".
+    """
     rope = config["rope_parameters"]
     if rope.get("rope_type") != "llama3":
         return None
@@ -183,22 +195,33 @@ def rope_divisors(config: Mapping[str, Any]) -> Tensor | None:
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     divisors = []
     for i in range(0, head, 2):
-        # How often this frequency turns within the context it was trained on: often stays, seldom is slowed, between is blended.
+        # How often this frequency turns within the context it was trained on: often stays, seldom is slowed,
+        # between is blended.
         turns = rope["original_max_position_embeddings"] * rope["rope_theta"] ** (-i / head) / (2 * math.pi)
         blend = min(1.0, max(0.0, (turns - low) / (high - low)))
         divisors.append(1 / ((1 - blend) / factor + blend))
     return torch.tensor(divisors, dtype=torch.float32)
 
 
-# Facts that are in the metadata (or in config.json beside it) and that transformers' reader does not take over.
+# Facts that are in the metadata (or in config.json beside it) and that transformers' reader does not take
+# over.
 _NOT_READ = (
-    "head_dim", "rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "layer_types", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping",
-)  # fmt: skip
+    "head_dim",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
 
 
 def reader_config(folder: Path) -> Any:
-    """The configuration that transformers reads from the file, completed from config.json by what its reader leaves out."""
+    """The configuration that transformers reads from the file, completed from config.json by what its reader
+    leaves out.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(

@@ -1,9 +1,10 @@
 """The tokenizer inside a gguf file: vocabulary, merges, token types, special and stop tokens, chat template.
 
-llama.cpp has no pluggable tokenizers: a byte-level BPE names the rule that splits text into words before merging ("pre"), and a
-name it does not know is an error there. So the rule in tokenizer.json must be one of PRE; another is refused. The other kind is
-SentencePiece BPE (Llama 2, Mistral, Gemma), whose merges are given by scores: the score of a piece is minus the place of the first
-merge that makes it, which is the order SentencePiece gave them.
+llama.cpp has no pluggable tokenizers: a byte-level BPE names the rule that splits text into words before
+merging ("pre"), and a name it does not know is an error there. So the rule in tokenizer.json must be one of
+PRE; another is refused. The other kind is SentencePiece BPE (Llama 2, Mistral, Gemma), whose merges are given
+by scores: the score of a piece is minus the place of the first merge that makes it, which is the order
+SentencePiece gave them.
 """
 
 import json
@@ -41,8 +42,8 @@ def reject(folder: Path) -> list[str]:
 
 
 def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Put the tokenizer of `folder` into a gguf.GGUFWriter. vocab_size: rows of the embedding; rows without a token get one
-    that is never used. ValueError for a tokenizer llama.cpp does not have."""
+    """Put the tokenizer of `folder` into a gguf.GGUFWriter. vocab_size: rows of the embedding; rows without a
+    token get one that is never used. ValueError for a tokenizer llama.cpp does not have."""
     from gguf import SpecialVocab
 
     tokenizer = _json(folder / "tokenizer.json")
@@ -78,7 +79,8 @@ def stops(folder: Path) -> list[int]:
     found = list(dict.fromkeys([*own, *ids]))
     if len(found) > len(STOPS):
         raise ValueError(
-            f"{generation}: eos_token_id has {len(found)} tokens, and gguf has room for {len(STOPS)}; shorten the list, or {WAY_OUT}"
+            f"{generation}: eos_token_id has {len(found)} tokens, and gguf has room for {len(STOPS)}; "
+            f"shorten the list, or {WAY_OUT}"
         )
     return found
 
@@ -88,7 +90,8 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: missing; a gguf file holds its tokenizer, made from this file (AutoTokenizer's save_pretrained writes it); or {WAY_OUT}"
+            f"{path}: missing; a gguf file holds its tokenizer, made from this file (AutoTokenizer's "
+            f"save_pretrained writes it); or {WAY_OUT}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
@@ -125,7 +128,8 @@ def _kind(tokenizer: dict[str, Any]) -> tuple[str, str]:
         if rule in PRE:
             return "gpt2", PRE[rule]
     raise ValueError(
-        f"llama.cpp has no name for the way this tokenizer splits words ({json.dumps(tokenizer.get('pre_tokenizer'))}); {WAY_OUT}"
+        "llama.cpp has no name for the way this tokenizer splits words "
+        f"({json.dumps(tokenizer.get('pre_tokenizer'))}); {WAY_OUT}"
     )
 
 

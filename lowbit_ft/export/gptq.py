@@ -1,14 +1,16 @@
-"""gptq and gptq_v2: the checkpoint layout of AutoGPTQ and GPTQModel; transformers (with gptqmodel), ExLlama, vLLM (4 and 8 bit).
+"""gptq and gptq_v2: the checkpoint layout of AutoGPTQ and GPTQModel; transformers (with gptqmodel), ExLlama,
+vLLM (4 and 8 bit).
 
     qweight  int32 [K b / 32, N]   unsigned codes, a bit stream along K for every output, lowest bit first
     qzeros   int32 [G, N b / 32]   zero points, the same stream along N; version 1 stores them less one
     scales   fp16  [G, N]
     g_idx    int32 [K]             the group of every input
 
-Only the layout is GPTQ's: the codes are the trained ones. Version 1 readers add the one back to whole 32-bit words, so a zero point
-of 0, stored as all ones, carries into its neighbour: `gptq` holds symmetric grids only, `gptq_v2` both. Streams fill whole words:
-K and N must be multiples of 32 / b (of 32 at 3 bit). One grid for the whole model, and in every block the same layers: that is what
-the configuration can say. Logits agree within 1e-2 of the largest: the reader multiplies in an order of its own.
+Only the layout is GPTQ's: the codes are the trained ones. Version 1 readers add the one back to whole 32-bit
+words, so a zero point of 0, stored as all ones, carries into its neighbour: `gptq` holds symmetric grids
+only, `gptq_v2` both. Streams fill whole words: K and N must be multiples of 32 / b (of 32 at 3 bit). One grid
+for the whole model, and in every block the same layers: that is what the configuration can say. Logits agree
+within 1e-2 of the largest: the reader multiplies in an order of its own.
 """
 
 # The reader is an optional package.
@@ -40,7 +42,10 @@ def reject_float16(name: str, grid: Grid, offset: bool) -> str | None:
             f"{name} holds no float offset per group; set export.format: native, or train an integer offset"
         )
     if grid.scale_dtype == "float32":
-        return f"{name} has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or set export.format: native"
+        return (
+            f"{name} has float16 scales, which changes float32 ones; use scale_dtype bfloat16, or set "
+            "export.format: native"
+        )
     return None
 
 
@@ -59,7 +64,8 @@ def reject_mixture(name: str, layers: Mapping[str, LayerSpec]) -> list[str]:
     problems = []
     if len(grids := {spec.grid for layer, spec in layers.items() if not layer.endswith("lm_head")}) > 1:
         problems.append(
-            f"{name} holds one grid for all layers, and here are {len(grids)}; remove quant.overrides, or {OTHERS}"
+            f"{name} holds one grid for all layers, and here are {len(grids)}; remove "
+            f"quant.overrides, or {OTHERS}"
         )
     problems += [
         f"{n}: {name} readers keep the head dense; quant.lm_head: null (or exclude it), or {OTHERS}"
@@ -90,13 +96,19 @@ class Gptq(Exporter):
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         if self.less_one and isinstance(grid, IntGrid) and not grid.symmetric:
-            return "gptq (version 1) cannot store a zero point of 0; set export.format: gptq_v2, compressed-tensors or native"
+            return (
+                "gptq (version 1) cannot store a zero point of 0; set export.format: gptq_v2, "
+                "compressed-tensors or native"
+            )
         return reject_float16(self.name, grid, offset)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         whole = 32 if grid.bits == 3 else 32 // grid.bits
         if in_features % whole:
-            return f"{self.name} needs a multiple of {whole} inputs at {grid.bits} bit, not {in_features}; exclude it, or {OTHERS}"
+            return (
+                f"{self.name} needs a multiple of {whole} inputs at {grid.bits} bit, not {in_features}; "
+                f"exclude it, or {OTHERS}"
+            )
         return reject_groups(self.name, grid, in_features)
 
     def reject_model(self, layers: Mapping[str, LayerSpec]) -> list[str]:
@@ -105,14 +117,16 @@ class Gptq(Exporter):
             whole = 32 if spec.grid.bits == 3 else 32 // spec.grid.bits
             if spec.shape[0] % whole:
                 problems.append(
-                    f"{layer}: {self.name} needs a multiple of {whole} outputs at {spec.grid.bits} bit, not {spec.shape[0]}; exclude it, or {OTHERS}"
+                    f"{layer}: {self.name} needs a multiple of {whole} outputs at {spec.grid.bits} bit, "
+                    f"not {spec.shape[0]}; exclude it, or {OTHERS}"
                 )
         blocks = block_layers(
             {layer: spec for layer, spec in layers.items() if not layer.endswith("lm_head")}
         )
         every = set().union(*blocks.values())
         problems += [
-            f"{layer}: {self.name} needs it packed in all blocks or in none, and block {min(every - where)} leaves it dense; "
+            f"{layer}: {self.name} needs it packed in all blocks or in none, and block "
+            f"{min(every - where)} leaves it dense; "
             f"exclude it everywhere, or {OTHERS}"
             for layer, where in blocks.items()
             if where != every
@@ -218,8 +232,8 @@ class GptqV2(Gptq):
 
 
 def from_parts(layer: LayerSpec, codes: Tensor, scales: Tensor, zero: Tensor) -> PackedWeight:
-    """codes uint8 [N, K], float16 scales [G, N], zero uint8 [G, N], as read from a file -> the weight. ValueError for values that no
-    writer of ours makes."""
+    """codes uint8 [N, K], float16 scales [G, N], zero uint8 [G, N], as read from a file -> the weight.
+    ValueError for values that no writer of ours makes."""
     grid = layer.grid
     assert isinstance(grid, IntGrid)
     scale = scales.to(getattr(torch, grid.scale_dtype))

@@ -1,7 +1,7 @@
 """Where every tensor of a model will lie in the files of a format, known before anything is written.
 
-Packed layers take the names and shapes their exporter gives; everything else keeps its name and dtype. What the format cannot
-hold is refused here, while nothing has been trained yet.
+Packed layers take the names and shapes their exporter gives; everything else keeps its name and dtype. What
+the format cannot hold is refused here, while nothing has been trained yet.
 """
 
 import json
@@ -20,7 +20,9 @@ from .base import Exporter, LayerSpec
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the output: its key in the file, and where it comes from (a layer's local name, or a checkpoint tensor)."""
+    """One tensor of the output: its key in the file, and where it comes from (a layer's local name, or a
+    checkpoint tensor).
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -77,7 +79,8 @@ class Layout:
                 raise ValueError(f"{name}: the checkpoint's model has no such layer")
             if known[name].shape != spec.shape:
                 raise ValueError(
-                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has {known[name].shape}"
+                    f"{name}: the packed weight is {list(spec.shape)}, the checkpoint's model has "
+                    f"{known[name].shape}"
                 )
         return {name: known[name] for name in self.layers}
 
@@ -87,11 +90,13 @@ class Layout:
 
         checkpoint, exporter = self.checkpoint, self.exporter
         dense = sorted(set(checkpoint.converted()) - self.packed)
-        # Modules that transformers builds another way when it reads a quantized folder, and then finds no tensors for (Llama 4).
+        # Modules that transformers builds another way when it reads a quantized folder, and then finds no
+        # tensors for (Llama 4).
         dense += [name for name, module in model.named_modules() if type(module).__name__ in PATCHED]
         if dense and not exporter.dense_experts:
             raise ValueError(
-                f"{exporter.name} cannot hold this model: transformers does not read dense experts ({dense[0]}, ...) "
+                f"{exporter.name} cannot hold this model: transformers does not read dense experts "
+                f"({dense[0]}, ...) "
                 "beside packed layers of that format; set export.format: native"
             )
         refused: dict[str, list[str]] = {}  # reason -> layers
@@ -105,7 +110,8 @@ class Layout:
                 and (exporter.checkpoint_names or not self.users[keys[0]].keys() <= self.packed)
             ):
                 raise ValueError(
-                    f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it cannot be exchanged "
+                    f"{name}: its weight is not one tensor of the checkpoint ({len(keys)} make it), so it "
+                    "cannot be exchanged "
                     f"for a packed one; leave it dense: quant.exclude: [{name}]"
                 )
         if self.experts and (reason := exporter.reject_experts(self.layers)):
@@ -144,7 +150,9 @@ class Layout:
         return slots
 
     def _dense_slots(self) -> list[Slot]:
-        """Everything that is not packed, copied. Of a tied pair of which one is packed, the rest goes by the name of the other."""
+        """Everything that is not packed, copied. Of a tied pair of which one is packed, the rest goes by the
+        name of the other.
+        """
         checkpoint, slots = self.checkpoint, []
         for key in checkpoint.names():
             users = self.users.get(key, {}).keys()
@@ -173,8 +181,8 @@ class Layout:
 
 
 def _dense_layers(model: nn.Module, packed: set[str]) -> list[str]:
-    """Modules with a matrix that stays dense: what a reader must not expect to be packed. Stacks of experts, whose members other
-    readers see as layers of their own, are named by a pattern too."""
+    """Modules with a matrix that stays dense: what a reader must not expect to be packed. Stacks of experts,
+    whose members other readers see as layers of their own, are named by a pattern too."""
     skipped = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):

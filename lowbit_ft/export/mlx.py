@@ -1,14 +1,18 @@
-"""mlx: the affine layout of Apple's MLX, for mlx-lm and LM Studio on a Mac. Symmetric grids of 2, 3, 4 and 8 bits, lossless.
+"""mlx: the affine layout of Apple's MLX, for mlx-lm and LM Studio on a Mac. Symmetric grids of 2, 3, 4 and 8
+bits, lossless.
 
-    weight  uint32 [N, K b / 32]   unsigned codes, a bit stream along K, lowest bit first (3 bit straddles words)
+    weight  uint32 [N, K b / 32]   unsigned codes, a bit stream along K, lowest bit first (3 bit straddles
+            words)
     scales  [N, G]                 in the dtype of our scales
     biases  [N, G]                 -scale * 2^(b-1): W = scale * code + bias
 
-The bias of a symmetric grid is a power of two times the scale, so it is exact in any dtype. That of an asymmetric one,
-scale * zero, is not: refused. MLX has kernels for groups of 32, 64 and 128. Checked on mlx 0.32: `mx.dequantize` gives our codes.
+The bias of a symmetric grid is a power of two times the scale, so it is exact in any dtype. That of an
+asymmetric one, scale * zero, is not: refused. MLX has kernels for groups of 32, 64 and 128. Checked on mlx
+0.32: `mx.dequantize` gives our codes.
 
-The reader is mlx-lm, not transformers; `MlxModel` lets verify and evaluate ask it for logits. It multiplies in the dtype of the
-activations, so logits agree within a tolerance: 1e-2 of the largest where the model is fp32.
+The reader is mlx-lm, not transformers; `MlxModel` lets verify and evaluate ask it for logits. It multiplies
+in the dtype of the activations, so logits agree within a tolerance: 1e-2 of the largest where the model is
+fp32.
 """
 
 # The reader is an optional package.
@@ -48,11 +52,14 @@ class Mlx(Exporter):
             return "mlx has no sign planes; set export.format: native"
         if not grid.symmetric:
             return (
-                "mlx keeps scale * zero as one number, which changes asymmetric weights; set quant.symmetric: true, or "
-                + OTHERS[4:]
+                "mlx keeps scale * zero as one number, which changes asymmetric weights; set "
+                "quant.symmetric: true, or " + OTHERS[4:]
             )
         if offset:
-            return "mlx holds no float offset of ours per group; set export.format: native, or train an integer offset"
+            return (
+                "mlx holds no float offset of ours per group; set export.format: native, or train an "
+                "integer offset"
+            )
         if grid.group_size not in GROUPS:
             group = "the whole row" if grid.group_size == -1 else str(grid.group_size)
             return f"mlx has groups of 32, 64 and 128, not {group}; set quant.group_size, or {OTHERS}"
@@ -92,7 +99,9 @@ class Mlx(Exporter):
         return weight
 
     def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
-        """The most frequent grid, and by name the layers on another one. What has no scales in the files stays dense."""
+        """The most frequent grid, and by name the layers on another one. What has no scales in the files
+        stays dense.
+        """
         grids = [spec.grid for spec in layers.values()]
         usual = max(set(grids), key=grids.count)
         others = {
@@ -143,7 +152,8 @@ class MlxModel(nn.Module):
         from mlx.utils import tree_map
 
         kind = getattr(mx, str(dtype).removeprefix("torch."))
-        # What the checkpoint stores in 16 bit is computed in the dtype of training, as everywhere; packed codes stay.
+        # What the checkpoint stores in 16 bit is computed in the dtype of training, as everywhere; packed
+        # codes stay.
         model.update(
             tree_map(
                 lambda a: a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()
@@ -153,7 +163,9 @@ class MlxModel(nn.Module):
         self.nothing = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask a model for its device
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
-        """.logits fp32 [B, L, V]. Where position_ids restart in a row, another text begins, which does not see the one before."""
+        """.logits fp32 [B, L, V]. Where position_ids restart in a row, another text begins, which does not
+        see the one before.
+        """
         rows = []
         for i, ids in enumerate(input_ids):
             starts = (
@@ -175,7 +187,9 @@ class MlxModel(nn.Module):
         return torch.from_numpy(np.array(self.model[0](mx.array(ids[None].numpy())).astype(mx.float32)))[0]
 
     def generate(self, ids: Tensor, *, max_new_tokens: int, do_sample: bool = False, **_: Any) -> Tensor:
-        """Greedy, ids [1, L] -> [1, L + new], to the first stop token or max_new_tokens. ValueError for sampling, which is mlx-lm's own business."""
+        """Greedy, ids [1, L] -> [1, L + new], to the first stop token or max_new_tokens. ValueError for
+        sampling, which is mlx-lm's own business.
+        """
         if do_sample:
             raise ValueError("sampling from an mlx folder: use mlx_lm.generate")
         for _step in range(max_new_tokens):

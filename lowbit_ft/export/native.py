@@ -1,11 +1,14 @@
 """native: the tensors as they are in memory (P16 planes), every grid, residual and float offset included.
 
-    <layer>.codes int16 [N, W]   .scale [G, N]   .zero uint8 [G, N]?   .residual int16 [N, W_f]?   .offset [G, N]?
-    <layer>.planes int16 [q, N, W]   .scale [q, G, N]                                              (binary grid)
+    <layer>.codes int16 [N, W]   .scale [G, N]   .zero uint8 [G, N]?   .residual int16 [N, W_f]?   .offset [G,
+                                 N]?
+    <layer>.planes int16 [q, N, W]   .scale [q, G, N]                                              (binary
+                                     grid)
 
-Packing is the identity. This is the format of a run's `base/` (with the residual, so it can be trained again) and `merged/`;
-after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays packed. config.json lists the
-layers of each grid by name: nothing is matched by pattern, so nothing is quantized or skipped by accident.
+Packing is the identity. This is the format of a run's `base/` (with the residual, so it can be trained again)
+and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
+packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
+quantized or skipped by accident.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +80,8 @@ def layers_from_config(config: Any) -> dict[str, LayerSpec]:
         )
     if config.get("version") != VERSION or isinstance(config["version"], bool):
         raise ValueError(
-            f"quantization_config.version: got {config.get('version')!r}; this lowbit_ft reads version {VERSION}; "
+            f"quantization_config.version: got {config.get('version')!r}; this lowbit_ft "
+            f"reads version {VERSION}; "
             "install the version that wrote the folder"
         )
     grids = config.get("grids")

@@ -1,10 +1,11 @@
 """Sign planes in integer formats: exact where the scales of a group are tied, refused elsewhere.
 
-    W = sum_k alpha_k b_k, b_k = +-1.  Tied: sorted, alpha = s (1, 2, 4, ...).  Then W / s is an odd integer between +-(2^q - 1)
+    W = sum_k alpha_k b_k, b_k = +-1.  Tied: sorted, alpha = s (1, 2, 4, ...).  Then W / s is an odd integer
+                                       between +-(2^q - 1)
 
-so W lies on the symmetric integer grid of q + 1 bits with scale s, bit for bit (odd numbers only: the step of q bits is 2 s, but its
-zero would lie between two codes). One plane is always tied. AlphaTuning trains the scales of several planes apart, so those ship in
-the native format, packed, through `import lowbit_ft`.
+so W lies on the symmetric integer grid of q + 1 bits with scale s, bit for bit (odd numbers only: the step of
+q bits is 2 s, but its zero would lie between two codes). One plane is always tied. AlphaTuning trains the
+scales of several planes apart, so those ship in the native format, packed, through `import lowbit_ft`.
 """
 
 from dataclasses import replace
@@ -31,7 +32,9 @@ def integer_grid(grid: BinaryGrid) -> IntGrid:
 
 
 def held(exporter: Exporter, grid: Grid) -> Grid:
-    """The grid a format would hold this one as: one plane as integers where the format has no planes, else the grid itself."""
+    """The grid a format would hold this one as: one plane as integers where the format has no planes, else
+    the grid itself.
+    """
     if isinstance(grid, BinaryGrid) and grid.bits == 1 and exporter.reject(grid):
         return integer_grid(grid)
     return grid
@@ -48,7 +51,8 @@ def to_integers(weight: BinaryWeight) -> PackedWeight:
     """The same weight on `integer_grid`. ValueError when it is not tied."""
     if not tied(weight):
         raise ValueError(
-            "its plane scales are not tied (each plane twice another in every group), so no integer grid holds it; "
+            "its plane scales are not tied (each plane twice another in every group), so no "
+            "integer grid holds it; "
             "set export.format: native, which transformers serves packed after `import lowbit_ft`"
         )
     grid, (n, k) = integer_grid(weight.grid), weight.shape
@@ -61,8 +65,8 @@ def to_integers(weight: BinaryWeight) -> PackedWeight:
 
 
 def as_integers(weights: Weights, exporter: Exporter) -> Weights:
-    """The weights with planes as integers where the format has no planes. ValueError naming the layers that cannot be, before any
-    is asked for."""
+    """The weights with planes as integers where the format has no planes. ValueError naming the layers that
+    cannot be, before any is asked for."""
     planes = [
         name
         for name, spec in weights.specs.items()
@@ -79,8 +83,10 @@ def as_integers(weights: Weights, exporter: Exporter) -> Weights:
                 problems.append(name)
     if problems:
         raise ValueError(
-            f"{exporter.name} has no sign planes, and the scales of {len(problems)} layers ({problems[0]}, ...) are not tied (each plane "
-            "twice another in every group), so no integer grid holds them; set export.format: native, which transformers serves "
+            f"{exporter.name} has no sign planes, and the scales of {len(problems)} layers ({problems[0]}, "
+            "...) are not tied (each plane "
+            "twice another in every group), so no integer grid holds them; set export.format: native, "
+            "which transformers serves "
             "packed after `import lowbit_ft`"
         )
     specs: dict[str, LayerSpec] = dict(weights.specs)

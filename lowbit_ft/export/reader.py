@@ -1,8 +1,9 @@
-"""Reading back what writer.py wrote: `read_weights` (layers of a native folder, no model is built) and `load_exported` (a model).
+"""Reading back what writer.py wrote: `read_weights` (layers of a native folder, no model is built) and
+`load_exported` (a model).
 
-`read_weights` is how `base/` and `merged/` of a run are used again, one layer at a time straight from the files. What is in a
-file is data from a stranger: headers are checked before anything is read, every tensor against the layer's spec, and values for
-what no writer of ours makes.
+`read_weights` is how `base/` and `merged/` of a run are used again, one layer at a time straight from the
+files. What is in a file is data from a stranger: headers are checked before anything is read, every tensor
+against the layer's spec, and values for what no writer of ours makes.
 """
 
 import json
@@ -37,7 +38,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weights:
-    """The packed layers of a native folder; each access reads that layer's tensors. Headers are checked here and now.
+    """The packed layers of a native folder; each access reads that layer's tensors. Headers are checked here
+    and now.
 
     ValueError naming the folder and layer for anything that does not fit.
     """
@@ -58,7 +60,8 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
                 raise ValueError(f"{root}: layer {name} ({spec}) has no tensor {name}.{local} in the files")
             if entry.shape != shape or entry.dtype != dtype:
                 raise ValueError(
-                    f"{entry.file}: {name}.{local} is {entry.dtype} {entry.shape}; {spec} of shape {spec.shape} needs {dtype} {shape}"
+                    f"{entry.file}: {name}.{local} is {entry.dtype} {entry.shape}; {spec} of shape "
+                    f"{spec.shape} needs {dtype} {shape}"
                 )
 
     def make(name: str) -> Weight:
@@ -75,10 +78,12 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
 def load_exported(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", attention: str | None = None
 ) -> Any:
-    """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval mode.
+    """The model in a folder of any of our formats (or a plain one), by transformers' from_pretrained, in eval
+    mode.
 
-    dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors ones become dense.
-    What is packed is not copied on a CPU: it stays in the pages of the files (model/mapped.py).
+    dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors
+    ones become dense. What is packed is not copied on a CPU: it stays in the pages of the files
+    (model/mapped.py).
     """
     from transformers import AutoConfig
 

@@ -1,12 +1,14 @@
-"""torchao: `IntxUnpackedToInt8Tensor`, which transformers loads with torchao and torch.export takes to ExecuTorch.
+"""torchao: `IntxUnpackedToInt8Tensor`, which transformers loads with torchao and torch.export takes to
+ExecuTorch.
 
     _weight_qdata       int8 [N, K]   code - 2^(b-1); one byte per code, whatever the bits
     _weight_scale       [N, G]        in the dtype of our scales
     _weight_zero_point  int8 [N, G]   zero - 2^(b-1)
 
-What the three are (bits, group, dtype) stands in the metadata of every safetensors file, as torchao's own save writes it; without it
-they do not load. The file is as large as 8 bits: this format is for tools that read torchao, not for saving memory on a disk.
-W = (qdata - zero_point) * scale there too, in the model's dtype, so weights and logits are equal bit for bit.
+What the three are (bits, group, dtype) stands in the metadata of every safetensors file, as torchao's own
+save writes it; without it they do not load. The file is as large as 8 bits: this format is for tools that
+read torchao, not for saving memory on a disk. W = (qdata - zero_point) * scale there too, in the model's
+dtype, so weights and logits are equal bit for bit.
 """
 
 # The reader is an optional package.
@@ -38,7 +40,10 @@ class Torchao(Exporter):
         if isinstance(grid, BinaryGrid):
             return "torchao has no sign planes; set export.format: native"
         if offset:
-            return "torchao holds no float offset per group; set export.format: native, or train an integer offset"
+            return (
+                "torchao holds no float offset per group; set export.format: native, or train an "
+                "integer offset"
+            )
         return None
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:

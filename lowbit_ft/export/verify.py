@@ -2,19 +2,23 @@
 
     files     every sha256 of the manifest
     codes     integers, scales and zero points of each layer, unpacked by the format's own library
-    weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same dtype
+    weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same
+              dtype
     logits    of the loaded model, against the packed model's on the same tokens
-    answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose the same tokens
+    answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose
+              the same tokens
     tokens    special tokens, stop tokens, chat template and the prompts' ids, as the format's users get them
 
-Weights are compared bit for bit, whatever their size. Logits must be equal bit for bit on a CPU where the packed matmul does a
-layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make the same call. Where it works in chunks of rows, or
-on a GPU with kernels of its own, or where a reader makes a layer with a bias dense (whose sums then begin with the bias), sums may
-be added in another order; logits may then differ by LOGIT_TOLERANCE of the largest.
-Formats whose reader multiplies in another order everywhere name a tolerance of their own, and never have a dense weight to compare.
+Weights are compared bit for bit, whatever their size. Logits must be equal bit for bit on a CPU where the
+packed matmul does a layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make the same
+call. Where it works in chunks of rows, or on a GPU with kernels of its own, or where a reader makes a layer
+with a bias dense (whose sums then begin with the bias), sums may be added in another order; logits may then
+differ by LOGIT_TOLERANCE of the largest. Formats whose reader multiplies in another order everywhere name a
+tolerance of their own, and never have a dense weight to compare.
 
-Answers are not generated twice: the reader reads prompt and answer in one pass, and where it would have chosen another token, the
-two must be as close as the tolerance of the logits. That is greedy decoding, and it does not stop at the first tie.
+Answers are not generated twice: the reader reads prompt and answer in one pass, and where it would have
+chosen another token, the two must be as close as the tolerance of the logits. That is greedy decoding, and it
+does not stop at the first tie.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,8 +42,9 @@ from .planes import as_integers
 from .reader import load_exported, read_config
 from .writer import check_files
 
-# Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4 of the largest logit, bf16
-# below 3e-2; a wrong code or scale in one layer gives more than that, and the exact comparison of weights has found it before.
+# Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
+# of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the
+# exact comparison of weights has found it before.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -59,8 +64,9 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """rows: one per layer. logit_difference: the largest |difference|, None when no packed model was given to compare with.
-    tokens: what differs in special tokens, stop tokens and template, one sentence each; None when there is no tokenizer."""
+    """rows: one per layer. logit_difference: the largest |difference|, None when no packed model was given to
+    compare with. tokens: what differs in special tokens, stop tokens and template, one sentence each; None
+    when there is no tokenizer."""
 
     folder: str
     reader: str
@@ -134,13 +140,15 @@ def verify(
     device: str = "cpu",
     source: str | Path | None = None,
 ) -> VerifyReport:
-    """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as its reader holds it.
+    """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as
+    its reader holds it.
 
-    reference: layer name -> the weight that ships (`merged_weights(model)`). model: the packed model (with its adapters, or
-    merged), on any device and in `dtype`, or a function that loads it (then it is gone again before the folder is read, which for a
-    dense format is the larger of the two); without it logits and answers are not compared. input_ids [B, L]; default 32 tokens of the
-    vocabulary. dtype None: that of the folder's config.json. source: the folder of the model's own tokenizer; None: the files beside
-    the weights. Raises ValueError, listing layers, for any difference.
+    reference: layer name -> the weight that ships (`merged_weights(model)`). model: the packed model (with
+    its adapters, or merged), on any device and in `dtype`, or a function that loads it (then it is gone again
+    before the folder is read, which for a dense format is the larger of the two); without it logits and
+    answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
+    folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
+    Raises ValueError, listing layers, for any difference.
     """
     folder = Path(folder)
     manifest = check_files(folder)
@@ -210,9 +218,16 @@ def verify(
             bound = LOGIT_TOLERANCE[kind] * largest
     elements = sum(spec.elements for spec in weights.specs.values())
     report = VerifyReport(
-        str(folder), exporter.reader(), str(kind).removeprefix("torch."), elements, rows, difference, bound, answers,
+        str(folder),
+        exporter.reader(),
+        str(kind).removeprefix("torch."),
+        elements,
+        rows,
+        difference,
+        bound,
+        answers,
         compare_tokens(exporter, folder, source or folder),
-    )  # fmt: skip
+    )
     if not report.ok:
         raise ValueError(str(report))
     return report

@@ -1,11 +1,13 @@
-"""write_model: a complete Hugging Face folder from a checkpoint and packed layers, with one tensor in memory at a time.
+"""write_model: a complete Hugging Face folder from a checkpoint and packed layers, with one tensor in memory
+at a time.
 
-Every shape and dtype is known from the specs, so the headers of all shards are written first and each tensor goes straight to
-its final place in its file. Packed layers come from `weights`; everything else is copied from the checkpoint in the dtype it is
-stored in. config.json's dtype becomes the one the model was trained in, because that is the dtype in which what ships is what
-was trained.
+Every shape and dtype is known from the specs, so the headers of all shards are written first and each tensor
+goes straight to its final place in its file. Packed layers come from `weights`; everything else is copied
+from the checkpoint in the dtype it is stored in. config.json's dtype becomes the one the model was trained
+in, because that is the dtype in which what ships is what was trained.
 
-The folder is there whole or not at all, and takes the place of another only when we wrote all of that one (folder.py).
+The folder is there whole or not at all, and takes the place of another only when we wrote all of that one
+(folder.py).
 """
 
 import json
@@ -69,9 +71,10 @@ def write_model(
 ) -> dict[str, Any]:
     """Write `folder` and return its manifest (the content of lowbit_ft.json).
 
-    weights: layer name in the model -> weight; a `Weights` is read one layer at a time. extra_files: name -> content of further
-    files (README.md, recipe.yaml). Raises ValueError before anything is written when the format cannot hold a layer, a layer is
-    not one of the checkpoint's, the disk is too small, or the folder exists and is not wholly ours.
+    weights: layer name in the model -> weight; a `Weights` is read one layer at a time. extra_files: name ->
+    content of further files (README.md, recipe.yaml). Raises ValueError before anything is written when the
+    format cannot hold a layer, a layer is not one of the checkpoint's, the disk is too small, or the folder
+    exists and is not wholly ours.
     """
     folder, stream = Path(folder), as_integers(Weights.of(weights), exporter)
     check_target(folder)
@@ -110,8 +113,8 @@ def write_model(
 
 
 def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> Layout:
-    """Where everything will lie in the files. ValueError when the format cannot hold these layers of this checkpoint: worth asking
-    before they are trained."""
+    """Where everything will lie in the files. ValueError when the format cannot hold these layers of this
+    checkpoint: worth asking before they are trained."""
     if not layers:
         raise ValueError(f"{checkpoint.source}: there is no packed layer to write")
     layers = {name: replace(spec, grid=held(exporter, spec.grid)) for name, spec in layers.items()}
@@ -133,8 +136,8 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
 
 
 class _SafetensorsFiles:
-    """The container of most formats: model.safetensors, or numbered shards with their index. `nbytes` is what it needs on the disk;
-    `write` makes it and returns the digests of every layer."""
+    """The container of most formats: model.safetensors, or numbered shards with their index. `nbytes` is what
+    it needs on the disk; `write` makes it and returns the digests of every layer."""
 
     def __init__(self, layout: Layout, checkpoint: Checkpoint, exporter: Exporter, max_shard_bytes: int):
         self.shards = _shards(layout.slots, max_shard_bytes)
@@ -156,7 +159,9 @@ CONTAINERS = {"safetensors": _SafetensorsFiles, "gguf": GgufFile}  # by Exporter
 
 
 def _shards(slots: list[Slot], max_bytes: int) -> dict[str, list[Slot]]:
-    """File name -> its tensors, in model order over the files; in a file the widest dtypes first, so that each is aligned."""
+    """File name -> its tensors, in model order over the files; in a file the widest dtypes first, so that
+    each is aligned.
+    """
     parts: list[list[Slot]] = [[]]
     filled = 0
     for slot in slots:

@@ -1,1 +1,3 @@
-"""Files that a kill cannot leave half written (atomic.py), and safetensors headers that are checked (tensorfile.py)."""
+"""Files that a kill cannot leave half written (atomic.py), and safetensors headers that are checked
+(tensorfile.py).
+"""

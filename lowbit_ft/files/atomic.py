@@ -1,14 +1,16 @@
 """Files and folders that a killed process cannot leave half written.
 
-Whatever is written is made beside its place under a hidden name, fsynced and renamed. A folder cannot be renamed over a full
-one, so the old one steps aside first; what stands beside `name` after a kill tells how far it came:
+Whatever is written is made beside its place under a hidden name, fsynced and renamed. A folder cannot be
+renamed over a full one, so the old one steps aside first; what stands beside `name` after a kill tells how
+far it came:
 
     .name.partial    being written: deleted at the next use
-    .name.replaced   the old folder while the new one moves in: moved back if `name` is not there, else deleted
+    .name.replaced   the old folder while the new one moves in: moved back if `name` is not there, else
+                     deleted
     .name.removed    being deleted: deleted at the next use
 
-So at every instant the old or the new content, whole, is at `name`, or comes back to it by `recover`, which the next
-`staged_folder` calls first. One process writes a name at a time.
+So at every instant the old or the new content, whole, is at `name`, or comes back to it by `recover`, which
+the next `staged_folder` calls first. One process writes a name at a time.
 """
 
 import hashlib
@@ -24,7 +26,9 @@ _LEFTOVER = re.compile(r"\.(.+)\.(?:partial|replaced|removed)", re.DOTALL)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` in UTF-8: a reader sees the old content or the new, never half of it."""
+    """Replace the file `path` by `text` in UTF-8: a reader sees the old content or the new, never half of
+    it.
+    """
     write_bytes(path, text.encode())
 
 
@@ -77,7 +81,9 @@ def remove_folder(target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Settle what a killed process left beside `target`: the old folder comes back if no new one is there, the rest goes."""
+    """Settle what a killed process left beside `target`: the old folder comes back if no new one is there,
+    the rest goes.
+    """
     replaced = _beside(target, "replaced")
     for left in ("partial", "removed"):
         _delete(_beside(target, left))
@@ -96,13 +102,17 @@ def recover_all(folder: Path) -> None:
 
 
 def leftover_of(name: str) -> str | None:
-    """The file or folder that a killed process was writing or deleting under this hidden name; None for other names."""
+    """The file or folder that a killed process was writing or deleting under this hidden name; None for other
+    names.
+    """
     match = _LEFTOVER.fullmatch(name)
     return match[1] if match else None
 
 
 def visible_names(folder: Path) -> list[str]:
-    """The names in a folder, sorted, without hidden ones: a leftover of a kill does not make a folder somebody's."""
+    """The names in a folder, sorted, without hidden ones: a leftover of a kill does not make a folder
+    somebody's.
+    """
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 

@@ -3,8 +3,8 @@
 Layout: 8 bytes header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, then the
 data, whose offsets count from the end of the header. The library reads files through a memory map; here
 plain reads go through one small staging buffer instead, because mapped pages count as the process's memory
-(see model/load.py for the measurement), and because the checks below give a message with a file and a byte count
-where the library says "invalid header".
+(see model/load.py for the measurement), and because the checks below give a message with a file and a byte
+count where the library says "invalid header".
 """
 
 from __future__ import annotations
@@ -19,11 +19,22 @@ import torch
 from torch import Tensor
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 STAGE = 4 << 20  # bytes of the staging buffer: stays in the cache (16 MB reads at half the speed)
 

@@ -1,6 +1,8 @@
-"""Grids: what a code means. `IntGrid` and `BinaryGrid` are facts, `PackedWeight` and `BinaryWeight` the tensors on them.
+"""Grids: what a code means. `IntGrid` and `BinaryGrid` are facts, `PackedWeight` and `BinaryWeight` the
+tensors on them.
 
-A new grid is a frozen dataclass (one file), a weight class with the verbs of packed.py, and one line in GRIDS and WEIGHTS.
+A new grid is a frozen dataclass (one file), a weight class with the verbs of packed.py, and one line in GRIDS
+and WEIGHTS.
 """
 
 from typing import Any

@@ -1,9 +1,10 @@
-"""BinaryGrid: a weight as a sum of sign planes, W = sum_k alpha_k b_k with b_k in {-1, +1}. A fact without tensors.
+"""BinaryGrid: a weight as a sum of sign planes, W = sum_k alpha_k b_k with b_k in {-1, +1}. A fact without
+tensors.
 
     weight [N, K], q planes, group_size g  ->  planes: q x N x K bits, scale [q, G, N]
 
-Binary-coding quantization (Xu et al. 2018, arXiv 1802.00150), the grid of AlphaTuning and LUT-GEMM. With q planes a group
-has 2^q levels, symmetric about 0 and not equally spaced.
+Binary-coding quantization (Xu et al. 2018, arXiv 1802.00150), the grid of AlphaTuning and LUT-GEMM. With q
+planes a group has 2^q levels, symmetric about 0 and not equally spaced.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,4 +1,5 @@
-"""Codes as one bit stream, lowest bit first: how compressed-tensors, GPTQ and MLX store integers (3 bits straddle words).
+"""Codes as one bit stream, lowest bit first: how compressed-tensors, GPTQ and MLX store integers (3 bits
+straddle words).
 
 Both sides use it: exporters write such streams, and checkpoints that come in quantized are read from them.
 """

@@ -1,19 +1,23 @@
 """Straight-through estimators: the forward rounds, the backward is the identity.
 
-`cast` is why a scale that ships is the scale that trained: the master copy stays fp32 (a bfloat16 scale does not move under a
-learning rate of 1e-5: the step is below half an ulp), the forward sees the value rounded to the shipping dtype.
+`cast` is why a scale that ships is the scale that trained: the master copy stays fp32 (a bfloat16 scale does
+not move under a learning rate of 1e-5: the step is below half an ulp), the forward sees the value rounded to
+the shipping dtype.
 """
 
 import torch
 from lowbit_kernels import round_values
 from torch import Tensor
 
-# The smallest scale whose bfloat16 value is still exact in float16 (formats such as GGUF and GPTQ keep float16 scales).
+# The smallest scale whose bfloat16 value is still exact in float16 (formats such as GGUF and GPTQ keep
+# float16 scales).
 SMALLEST_SCALE = 2.0**-17
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded` in the forward, gradient to `value`. The sum of value and (rounded - value) would not be exactly rounded."""
+    """`rounded` in the forward, gradient to `value`. The sum of value and (rounded - value) would not be
+    exactly rounded.
+    """
     return _StraightThrough.apply(value, rounded)  # pyright: ignore[reportReturnType]  autograd.Function is untyped
 
 
@@ -33,7 +37,9 @@ def cast(value: Tensor, dtype: str) -> Tensor:
 
 
 def cast_scale(value: Tensor, dtype: str) -> Tensor:
-    """`cast` for scales: also kept at or above SMALLEST_SCALE, so that a scale never reaches zero or turns negative."""
+    """`cast` for scales: also kept at or above SMALLEST_SCALE, so that a scale never reaches zero or turns
+    negative.
+    """
     return cast(value.clamp_min(SMALLEST_SCALE), dtype)
 
 
@@ -43,7 +49,9 @@ def round_clip(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """`value` unchanged in the forward, its gradient times `factor` (LSQ's gradient scale, arXiv 1902.08153, section 2.2)."""
+    """`value` unchanged in the forward, its gradient times `factor` (LSQ's gradient scale, arXiv 1902.08153,
+    section 2.2).
+    """
     return _ScaleGradient.apply(value, factor)  # pyright: ignore[reportReturnType]  autograd.Function is untyped
 
 

@@ -1,4 +1,5 @@
-"""IntGrid: b-bit integers with one scale (and zero point) per group of inputs. A fact about a layer, without tensors.
+"""IntGrid: b-bit integers with one scale (and zero point) per group of inputs. A fact about a layer, without
+tensors.
 
 weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / g)
     IntGrid(group_size=128): [4096, 4096] -> scale [32, 4096]
@@ -25,9 +26,9 @@ def require(name: str, value: object, allowed: tuple[object, ...]) -> None:
 class IntGrid:
     """W = scale * (code - zero), code in 0..2^bits-1; zero is 2^(bits-1) when symmetric.
 
-    residual_bits f keeps f more bits of every weight during training (the fraction that rounding threw away); they never
-    ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16 values are exact in every
-    format we export.
+    residual_bits f keeps f more bits of every weight during training (the fraction that rounding threw away);
+    they never ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16
+    values are exact in every format we export.
     """
 
     name: ClassVar[str] = "integer"

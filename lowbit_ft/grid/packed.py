@@ -1,8 +1,10 @@
-"""A weight on its grid, packed: PackedWeight (integers) and BinaryWeight (sign planes). Frozen tensors and arithmetic, no modules.
+"""A weight on its grid, packed: PackedWeight (integers) and BinaryWeight (sign planes). Frozen tensors and
+arithmetic, no modules.
 
 Both answer the same verbs, so adapters, merge and exporters need to know nothing else about a base:
 
-    linear(x, args)   the layer's output; args (GridArgs / PlaneArgs) is what an adapter wants of the grid, None the base itself
+    linear(x, args)   the layer's output; args (GridArgs / PlaneArgs) is what an adapter wants of the grid,
+                      None the base itself
     merged(args)      a new weight holding exactly the codes and scales that linear(x, args) used
     dequantize(dtype) the dense weight, bit for bit what linear multiplies x with in that dtype
     to_tensors / from_tensors   plain named tensors for safetensors files and module buffers
@@ -24,7 +26,9 @@ from .integer import IntGrid
 
 @dataclass(frozen=True, kw_only=True)
 class GridArgs:
-    """What an adapter asks of an integer base. Shapes [G, N] unless said; see lowbit_kernels/codes.py for the equation."""
+    """What an adapter asks of an integer base. Shapes [G, N] unless said; see lowbit_kernels/codes.py for the
+    equation.
+    """
 
     scale: Tensor  # S, already rounded to the shipping dtype
     zero: Tensor | None  # z, integers; None = 2^(bits-1)
@@ -62,7 +66,9 @@ class _Tensors:
         return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
 
     def digest(self) -> str:
-        """sha256 over shape, grid, names, dtypes and bytes: two weights with one digest are the same bit for bit."""
+        """sha256 over shape, grid, names, dtypes and bytes: two weights with one digest are the same bit for
+        bit.
+        """
         sha = hashlib.sha256(
             f"{tuple(self.shape)} {json.dumps(self.grid.to_json(), sort_keys=True)};".encode()
         )
@@ -83,8 +89,8 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[tor
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight(_Tensors):
-    """Integers on an IntGrid. codes int16 [N, W] and residual int16 [N, W_f] in P16, scale [G, N], zero uint8 [G, N] | None,
-    offset [G, N] | None (only a merged L4Q with a float offset has one), shape (N, K)."""
+    """Integers on an IntGrid. codes int16 [N, W] and residual int16 [N, W_f] in P16, scale [G, N], zero uint8
+    [G, N] | None, offset [G, N] | None (only a merged L4Q with a float offset has one), shape (N, K)."""
 
     codes: Tensor
     scale: Tensor
@@ -96,7 +102,9 @@ class PackedWeight(_Tensors):
 
     @classmethod
     def quantize(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid) -> "PackedWeight":
-        """Round weight [N, K] onto the grid given by scale and zero [G, N]; the residual is what rounding threw away."""
+        """Round weight [N, K] onto the grid given by scale and zero [G, N]; the residual is what rounding
+        threw away.
+        """
         n, k = weight.shape
         kept = scale.to(getattr(torch, grid.scale_dtype)).contiguous()
         zeros = None if zero is None else zero.to(torch.uint8).contiguous()
@@ -136,7 +144,9 @@ class PackedWeight(_Tensors):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: IntGrid
     ) -> "PackedWeight":
-        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
+        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or
+        dtype.
+        """
         wanted = cls.specs(shape, grid, offset="offset" in tensors)
         if set(wanted) != set(tensors):
             raise ValueError(f"packed weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")
@@ -152,19 +162,48 @@ class PackedWeight(_Tensors):
                 x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size
             )
         return kernels.grid_linear(
-            x, self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
-            args.gain, args.units, g.bits, g.residual_bits, g.group_size, args.clip_first,
-            step_codes, args.low_rank_gradient, args.scale_grad_tokens,
-        )  # fmt: skip
+            x,
+            self.codes,
+            self.residual,
+            self.scale,
+            self.zero,
+            args.a,
+            args.b,
+            args.scale,
+            args.zero,
+            args.offset,
+            args.gain,
+            args.units,
+            g.bits,
+            g.residual_bits,
+            g.group_size,
+            args.clip_first,
+            step_codes,
+            args.low_rank_gradient,
+            args.scale_grad_tokens,
+        )
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:
         """The packed codes that linear(x, args) multiplies with, int16 [N, W]."""
         g = self.grid
         return kernels.grid_codes(
-            self.codes, self.residual, self.scale, self.zero, args.a, args.b, args.scale, args.zero, args.offset,
-            args.gain, args.units, g.bits, g.residual_bits, self.shape[1], g.group_size,
-        )  # fmt: skip
+            self.codes,
+            self.residual,
+            self.scale,
+            self.zero,
+            args.a,
+            args.b,
+            args.scale,
+            args.zero,
+            args.offset,
+            args.gain,
+            args.units,
+            g.bits,
+            g.residual_bits,
+            self.shape[1],
+            g.group_size,
+        )
 
     @torch.no_grad()
     def merged(self, args: GridArgs) -> "PackedWeight":
@@ -186,7 +225,9 @@ class PackedWeight(_Tensors):
         return PackedWeight(codes=codes, scale=scale, zero=zero, offset=offset, shape=self.shape, grid=grid)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """scale * (code - zero) + offset, [N, K]. The residual plays no part: it is not a part of the deployed weight."""
+        """scale * (code - zero) + offset, [N, K]. The residual plays no part: it is not a part of the
+        deployed weight.
+        """
         g, k = self.grid, self.shape[1]
         return kernels.dequantize(
             self.codes, self.scale, self.zero, self.offset, g.bits, k, g.group_size, dtype
@@ -197,7 +238,9 @@ class PackedWeight(_Tensors):
         return kernels.unpack(self.codes, self.grid.bits, self.shape[1])
 
     def rows(self, first: int, last: int) -> "PackedWeight":
-        """Rows [first, last) of the matrix, as a weight of their own: groups lie along K, so nothing is rounded anew."""
+        """Rows [first, last) of the matrix, as a weight of their own: groups lie along K, so nothing is
+        rounded anew.
+        """
         return self.chosen(torch.arange(first, last, device=self.codes.device))
 
     def chosen(self, rows: Tensor) -> "PackedWeight":
@@ -245,7 +288,9 @@ class BinaryWeight(_Tensors):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], grid: BinaryGrid
     ) -> "BinaryWeight":
-        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or dtype."""
+        """The inverse of to_tensors. ValueError when a tensor is missing, unknown or of the wrong shape or
+        dtype.
+        """
         wanted = cls.specs(shape, grid)
         if set(wanted) != set(tensors):
             raise ValueError(f"binary weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")

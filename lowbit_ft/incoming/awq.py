@@ -27,11 +27,13 @@ class AWQ(Reader):
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm" or config.get("backend", "autoawq") != "autoawq":
             raise ValueError(
-                f"version: got {config.get('version')!r} (backend {config.get('backend', 'autoawq')!r}); allowed: gemm of autoawq"
+                f"version: got {config.get('version')!r} (backend {config.get('backend', 'autoawq')!r}); "
+                "allowed: gemm of autoawq"
             )
         if config.get("bits", config.get("w_bit")) != 4:
             raise ValueError(
-                f"bits: got {config.get('bits', config.get('w_bit'))!r}; allowed: 4, the only one AWQ's GEMM layout has"
+                f"bits: got {config.get('bits', config.get('w_bit'))!r}; allowed: 4, the only one AWQ's "
+                "GEMM layout has"
             )
         if config.get("zero_point", True) is not True:
             raise ValueError(f"zero_point: got {config['zero_point']!r}; allowed: true")

@@ -1,6 +1,8 @@
-"""What reads a packed checkpoint: settings from config.json, shapes from headers, one layer's integers at a time.
+"""What reads a packed checkpoint: settings from config.json, shapes from headers, one layer's integers at a
+time.
 
-Letters: N out features, K in features, G groups per row, g group size, b bits. W = scale * (code - zero) in every format read here.
+Letters: N out features, K in features, G groups per row, g group size, b bits. W = scale * (code - zero) in
+every format read here.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +23,9 @@ SCALE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A packed layer of the files: what stands before ".qweight", its shape (N, K), its grid, and where its tensors lie."""
+    """A packed layer of the files: what stands before ".qweight", its shape (N, K), its grid, and where its
+    tensors lie.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -31,7 +35,9 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Codes:
-    """A layer unpacked: codes uint8 [N, K], scale [G, N] as stored, zero int [G, N] or None (2^(b-1) everywhere)."""
+    """A layer unpacked: codes uint8 [N, K], scale [G, N] as stored, zero int [G, N] or None (2^(b-1)
+    everywhere).
+    """
 
     codes: Tensor
     scale: Tensor
@@ -54,7 +60,9 @@ class Reader(ABC):
 
     @abstractmethod
     def layer(self, config: Mapping[str, Any], name: str, parts: Mapping[str, TensorEntry]) -> PackedLayer:
-        """Shape and grid of one layer from its headers. ValueError, naming the layer, when they do not fit the settings."""
+        """Shape and grid of one layer from its headers. ValueError, naming the layer, when they do not fit
+        the settings.
+        """
 
     @abstractmethod
     def unpack(self, config: Mapping[str, Any], layer: PackedLayer, tensors: Mapping[str, Tensor]) -> Codes:
@@ -83,14 +91,16 @@ class Incoming:
     def weight(
         self, name: str, grid: IntGrid | None = None, device: torch.device | str = "cpu"
     ) -> PackedWeight:
-        """The layer as it is in the files: the very codes, zero points and scales. grid: with another scale_dtype than the
-        layer's own, which must then hold every scale exactly. ValueError naming the layer."""
+        """The layer as it is in the files: the very codes, zero points and scales. grid: with another
+        scale_dtype than the layer's own, which must then hold every scale exactly. ValueError naming the
+        layer."""
         layer = self.layers[name]
         stored = SCALE_DTYPES[layer.parts[self.reader.scale].dtype]
         grid = grid or replace(layer.grid, scale_dtype=stored)
         if replace(grid, scale_dtype=layer.grid.scale_dtype) != layer.grid:
             raise ValueError(
-                f"layer {name}: quant makes it {grid} with {grid.residual_bits} residual bits, the {self} checkpoint has it as {layer.grid} "
+                f"layer {name}: quant makes it {grid} with {grid.residual_bits} residual bits, the {self} "
+                f"checkpoint has it as {layer.grid} "
                 "with none; leave `quant` out of the recipe (from Python: recipe_incoming.resolve_quant)"
             )
         file = layer.parts[self.reader.parts[0]].file
@@ -112,7 +122,9 @@ class Incoming:
         )
 
     def refuse_order(self) -> None:
-        """ValueError naming the first layer whose inputs were sorted (act-order). Small reads; only where the settings announce it."""
+        """ValueError naming the first layer whose inputs were sorted (act-order). Small reads; only where the
+        settings announce it.
+        """
         for layer in self.layers.values():
             entry = layer.parts.get(self.reader.order)
             if entry is not None and self.reader.may_sort(self.config):
@@ -123,8 +135,9 @@ class Incoming:
 
 
 def natural_scale_dtype(reader: Reader, layers: Mapping[str, PackedLayer]) -> dict[str, PackedLayer]:
-    """The layers with the scale dtype they can keep: bfloat16 when the scales of the first layer are bfloat16 values (whatever
-    dtype they lie in), else the stored one. It is a guess for the rest, and `exact_scales` refuses where it is wrong."""
+    """The layers with the scale dtype they can keep: bfloat16 when the scales of the first layer are bfloat16
+    values (whatever dtype they lie in), else the stored one. It is a guess for the rest, and `exact_scales`
+    refuses where it is wrong."""
     first = next(iter(layers.values()))
     stored = read_tensor(first.parts[reader.scale]).float()
     if bool((stored.bfloat16().float() == stored).all()):
@@ -138,21 +151,26 @@ def natural_scale_dtype(reader: Reader, layers: Mapping[str, PackedLayer]) -> di
 def stored_scale_dtype(name: str, entry: TensorEntry) -> str:
     if entry.dtype not in SCALE_DTYPES:
         raise ValueError(
-            f"{name}: scales of dtype {str(entry.dtype).removeprefix('torch.')}; allowed: {', '.join(SCALE_DTYPES.values())}"
+            f"{name}: scales of dtype {str(entry.dtype).removeprefix('torch.')}; allowed: "
+            f"{', '.join(SCALE_DTYPES.values())}"
         )
     return SCALE_DTYPES[entry.dtype]
 
 
 def exact_scales(scale: Tensor, dtype: str) -> Tensor:
-    """scale [G, N] in `dtype`, every value unchanged. ValueError where that cannot be, or where training could not keep it."""
+    """scale [G, N] in `dtype`, every value unchanged. ValueError where that cannot be, or where training
+    could not keep it.
+    """
     value = scale.float()
     if not bool(torch.isfinite(value).all()):
         raise ValueError("scales have NaN or Inf; the file is damaged")
     low = int((value < SMALLEST_SCALE).sum())
     if low:
         raise ValueError(
-            f"{low} of {value.numel()} scales are below {SMALLEST_SCALE:.3g} (the least is {float(value.min()):.3g}), and training would have "
-            "to change them: negative scales come from AutoRound's symmetric mode, tiny ones from groups without weights; "
+            f"{low} of {value.numel()} scales are below {SMALLEST_SCALE:.3g} (the least is "
+            f"{float(value.min()):.3g}), and training would have "
+            "to change them: negative scales come from AutoRound's symmetric mode, tiny ones from groups "
+            "without weights; "
             "quantize the full-precision checkpoint instead"
         )
     kept = scale.to(getattr(torch, dtype)).contiguous()
@@ -166,13 +184,17 @@ def exact_scales(scale: Tensor, dtype: str) -> Tensor:
 
 
 def checked_zeros(zero: Tensor | None, grid: IntGrid) -> Tensor | None:
-    """uint8 [G, N], or None on a symmetric grid. ValueError when the file's zero points are not the grid's."""
+    """uint8 [G, N], or None on a symmetric grid. ValueError when the file's zero points are not the
+    grid's.
+    """
     middle = grid.levels // 2
     if grid.symmetric:
         if zero is not None and bool((zero != middle).any()):
             raise ValueError(
-                f"its settings say symmetric, but {int((zero != middle).sum())} of {zero.numel()} zero points are not {middle}; "
-                "they are wrong about this file: set sym (or symmetric) to false in quantization_config of config.json"
+                f"its settings say symmetric, but {int((zero != middle).sum())} of {zero.numel()} zero "
+                f"points are not {middle}; "
+                "they are wrong about this file: set sym (or symmetric) to false in "
+                "quantization_config of config.json"
             )
         return None
     if zero is None:
@@ -204,7 +226,8 @@ def refuse_order(g_idx: Tensor, group_size: int) -> None:
     plain = torch.arange(k, device=g_idx.device) // (k if group_size == -1 else group_size)
     if not bool((g_idx < 0).all()) and not torch.equal(g_idx.long(), plain):
         raise ValueError(
-            f"g_idx puts {int((g_idx != plain).sum())} of {k} inputs into groups of non-neighbours (desc_act / act-order), which no grid "
+            f"g_idx puts {int((g_idx != plain).sum())} of {k} inputs into groups of non-neighbours "
+            "(desc_act / act-order), which no grid "
             "here has; use a checkpoint made with desc_act: false (actorder: null or static)"
         )
 

@@ -1,13 +1,15 @@
-"""compressed-tensors files in the format `pack-quantized` (llm-compressor, and our own exports), weights only.
+"""compressed-tensors files in the format `pack-quantized` (llm-compressor, and our own exports), weights
+only.
 
     weight_packed      int32 [N, ceil(K b / 32)]   a bit stream along K
     weight_scale       [N, G]                      fp16, bf16 or fp32
-    weight_zero_point  int32 [ceil(N b / 32), G]   a bit stream along N; int8 [N, G], counted from the middle, in older files
+    weight_zero_point  int32 [ceil(N b / 32), G]   a bit stream along N; int8 [N, G], counted from the middle,
+                       in older files
     weight_shape       int [2]                     (N, K)
     weight_g_idx       int32 [K]                   act-order; only k // g is taken
 
-Several config_groups (mixed bits) are read; which group a layer belongs to is what its `targets` say: a layer's name or "re:..."
-before a class name.
+Several config_groups (mixed bits) are read; which group a layer belongs to is what its `targets` say: a
+layer's name or "re:..." before a class name.
 """
 
 import re
@@ -44,14 +46,16 @@ class CompressedTensorsReader(Reader):
             for key in ("input_activations", "output_activations"):
                 if group.get(key):
                     raise ValueError(
-                        f"config_groups.{name}.{key}: got a scheme; allowed: null, only weights are quantized here"
+                        f"config_groups.{name}.{key}: got a scheme; allowed: null, only weights are "
+                        "quantized here"
                     )
             weights = group["weights"]
             wanted = {"type": ("int",), "strategy": ("group", "channel"), "dynamic": (False, None)}
             for key, allowed in wanted.items():
                 if weights.get(key) not in allowed:
                     raise ValueError(
-                        f"config_groups.{name}.weights.{key}: got {weights.get(key)!r}; allowed: {', '.join(map(str, allowed))}"
+                        f"config_groups.{name}.weights.{key}: got {weights.get(key)!r}; allowed: "
+                        f"{', '.join(map(str, allowed))}"
                     )
             self._grid(name, weights, "bfloat16")
         for key in ("kv_cache_scheme", "transform_config"):
@@ -64,9 +68,12 @@ class CompressedTensorsReader(Reader):
     def _grid(self, group: str, weights: Mapping[str, Any], scale_dtype: str) -> Any:
         size = weights.get("group_size") if weights.get("strategy") == "group" else -1
         return integer_grid(
-            f"config_groups.{group}.weights", bits=weights.get("num_bits"), group_size=size, symmetric=weights.get("symmetric", True),
+            f"config_groups.{group}.weights",
+            bits=weights.get("num_bits"),
+            group_size=size,
+            symmetric=weights.get("symmetric", True),
             scale_dtype=scale_dtype,
-        )  # fmt: skip
+        )
 
     def layer(self, config: Mapping[str, Any], name: str, parts: Mapping[str, TensorEntry]) -> PackedLayer:
         for local in ("weight_packed", "weight_scale", "weight_shape"):
@@ -76,7 +83,8 @@ class CompressedTensorsReader(Reader):
         weights = config["config_groups"][group]["weights"]
         if weights.get("actorder") in ("group", True) and "weight_g_idx" not in parts:
             raise ValueError(
-                f"{name}: config_groups.{group} says actorder {weights['actorder']!r}, so its groups are not in the order of the inputs, "
+                f"{name}: config_groups.{group} says actorder {weights['actorder']!r}, so its groups are "
+                "not in the order of the inputs, "
                 "but the files have no weight_g_idx; quantize again with actorder null or weight"
             )
         grid = self._grid(group, weights, stored_scale_dtype(name, parts["weight_scale"]))
@@ -85,7 +93,8 @@ class CompressedTensorsReader(Reader):
             raise ValueError(f"{name}: weight_shape is {shape}; needs [out, in]")
         n, k = shape
         groups = kernels.group_count(k, grid.group_size)
-        # Another width than the bit stream's: 3-bit files of compressed-tensors before 0.9 put ten codes into a word.
+        # Another width than the bit stream's: 3-bit files of compressed-tensors before 0.9 put ten codes into
+        # a word.
         expect(name, parts, "weight_packed", (n, -(-k * grid.bits // 32)), torch.int32)
         expect(name, parts, "weight_scale", (n, groups), parts["weight_scale"].dtype)
         zero = parts.get("weight_zero_point")
@@ -129,7 +138,8 @@ def group_of(groups: Mapping[str, Any], layer: str) -> str:
                 by_class = name
     if by_class is None:
         raise ValueError(
-            f"{layer}: is packed, but no group of config_groups has it among its targets; the folder is damaged"
+            f"{layer}: is packed, but no group of config_groups has it among its targets; "
+            "the folder is damaged"
         )
     return by_class
 

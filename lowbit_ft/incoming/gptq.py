@@ -1,12 +1,14 @@
 """GPTQ files: AutoGPTQ's and GPTQModel's layout, 2, 3, 4 and 8 bit.
 
     qweight  int32 [K b / 32, N]   codes as one bit stream along K, lowest bit first
-    qzeros   int32 [G, N b / 32]   zero points along N; v1 ("gptq") stores zero - 1, v2 ("gptq_v2") stores zero
+    qzeros   int32 [G, N b / 32]   zero points along N; v1 ("gptq") stores zero - 1, v2 ("gptq_v2") stores
+             zero
     scales   fp16  [G, N]
     g_idx    int32 [K]             the group of every input; only k // g is taken (desc_act sorts them)
 
-A v1 field that is all ones is a zero point of 2^b for some readers, 0 for others, and a carry into the next field for a third:
-such a file is refused. Settings: bits, group_size, sym, checkpoint_format, dynamic (GPTQModel's rules per layer).
+A v1 field that is all ones is a zero point of 2^b for some readers, 0 for others, and a carry into the next
+field for a third: such a file is refused. Settings: bits, group_size, sym, checkpoint_format, dynamic
+(GPTQModel's rules per layer).
 """
 
 from collections.abc import Mapping
@@ -33,22 +35,27 @@ class GPTQ(Reader):
         form = config.get("checkpoint_format") or "gptq"
         if form not in FORMATS or config.get("is_marlin_format"):
             raise ValueError(
-                f"checkpoint_format: got {'marlin' if config.get('is_marlin_format') else form!r}; allowed: {', '.join(FORMATS)}"
+                f"checkpoint_format: got {'marlin' if config.get('is_marlin_format') else form!r}; "
+                f"allowed: {', '.join(FORMATS)}"
             )
         if config.get("pack_dtype", "int32") != "int32":
             raise ValueError(f"pack_dtype: got {config['pack_dtype']!r}; allowed: int32")
         rules = config.get("dynamic")
         if isinstance(rules, dict) and (other := [rule for rule in rules if not str(rule).startswith("-:")]):
             raise ValueError(
-                f"dynamic: got the rule {other[0]!r}, other bits for some layers; allowed: rules that start with '-:' (layers left alone)"
+                f"dynamic: got the rule {other[0]!r}, other bits for some layers; allowed: rules that "
+                "start with '-:' (layers left alone)"
             )
         self._grid(config, "float16")
 
     def _grid(self, config: Mapping[str, Any], scale_dtype: str) -> Any:
         return integer_grid(
-            "quantization_config of this GPTQ checkpoint", bits=config.get("bits"), group_size=config.get("group_size", 128),
-            symmetric=config.get("sym", True), scale_dtype=scale_dtype,
-        )  # fmt: skip
+            "quantization_config of this GPTQ checkpoint",
+            bits=config.get("bits"),
+            group_size=config.get("group_size", 128),
+            symmetric=config.get("sym", True),
+            scale_dtype=scale_dtype,
+        )
 
     def layer(self, config: Mapping[str, Any], name: str, parts: Mapping[str, TensorEntry]) -> PackedLayer:
         for local in ("qweight", "scales"):
@@ -77,7 +84,8 @@ class GPTQ(Reader):
             full = int((zero == layer.grid.levels - 1).sum())
             if full:
                 raise ValueError(
-                    f"{full} zero points are stored as {layer.grid.levels - 1}, which the readers of GPTQ v1 do not agree on "
+                    f"{full} zero points are stored as {layer.grid.levels - 1}, which the readers of GPTQ "
+                    "v1 do not agree on "
                     f"(0, {layer.grid.levels}, or a carry); save it again as checkpoint_format: gptq_v2"
                 )
             zero = zero + 1

@@ -1,8 +1,9 @@
-"""Integrations: our names in other libraries' tables, put there when (and only when) those libraries are imported.
+"""Integrations: our names in other libraries' tables, put there when (and only when) those libraries are
+imported.
 
-`register()` runs at `import lowbit_ft`. Registering needs `transformers.quantizers`, whose import takes about two seconds, and a
-program that only reads a recipe needs none of it; so a finder on sys.meta_path waits for that import and registers right
-behind it. Where transformers is imported already, it registers at once.
+`register()` runs at `import lowbit_ft`. Registering needs `transformers.quantizers`, whose import takes about
+two seconds, and a program that only reads a recipe needs none of it; so a finder on sys.meta_path waits for
+that import and registers right behind it. Where transformers is imported already, it registers at once.
 """
 
 import importlib
@@ -15,7 +16,9 @@ from types import ModuleType
 
 
 def register() -> None:
-    """Make AutoModelForCausalLM.from_pretrained and PeftModel.from_pretrained read our folders. Idempotent."""
+    """Make AutoModelForCausalLM.from_pretrained and PeftModel.from_pretrained read our folders.
+    Idempotent.
+    """
     after_import(
         "transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers")
     )

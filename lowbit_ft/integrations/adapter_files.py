@@ -26,7 +26,8 @@ from ..recipe.errors import to_problems
 from ..recipe.values import for_method
 
 PEFT_TYPE = "LOWBIT"
-# Keys of a recipe that say where an adapter goes and what it started from: target_modules and the tensors tell that here.
+# Keys of a recipe that say where an adapter goes and what it started from: target_modules and the tensors
+# tell that here.
 NOT_OPTIONS = ("targets", "init_from")
 
 
@@ -55,7 +56,8 @@ def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
     if found != wanted:
         raise ValueError(
             f"{adapter}: trained on the packed base {wanted[:12]}..., this model's base is {found[:12]}...: "
-            "their integers differ, and an adapter only means something on its own base. Load the base named in "
+            "their integers differ, and an adapter only means something on its own base. "
+            "Load the base named in "
             f"{CONFIG_FILE} (base_model_name_or_path), or train the adapter again on this one"
         )
 
@@ -69,9 +71,9 @@ def write_adapter(
 ) -> Path:
     """Write the adapters of an attach()-ed model; `PeftModel.from_pretrained(base, folder)` reads them.
 
-    state: attach.adapter_state(model), its tensors whole; base_digest: attach.base_digest(model); base_path: where the packed
-    base is, for AutoPeft. A folder that is there is replaced as a whole: a reader never sees new tensors beside an old config.
-    Returns the folder.
+    state: attach.adapter_state(model), its tensors whole; base_digest: attach.base_digest(model); base_path:
+    where the packed base is, for AutoPeft. A folder that is there is replaced as a whole: a reader never sees
+    new tensors beside an old config. Returns the folder.
     """
     folder = Path(folder)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}

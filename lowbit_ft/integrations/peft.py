@@ -88,7 +88,8 @@ class LowBitConfig(PeftConfig):
             )
         if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
             raise ValueError(
-                f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: train with a recipe)"
+                f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: "
+                "train with a recipe)"
             )
         self.method = method
         self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}))
@@ -202,9 +203,15 @@ class LowBitModel(BaseTuner):
         return check_target_module_exists(peft_config.matcher, key)
 
     def _create_and_replace(
-        self, peft_config: LowBitConfig, adapter_name: str, target: nn.Module, target_name: str,
-        parent: nn.Module, current_key: str, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        peft_config: LowBitConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(target, LowBitLinear):
             assert isinstance(target, PackedLinear), "_prepare_model lets only packed layers through"
             wrapped = LowBitLinear(target).train(target.training)

@@ -1,7 +1,8 @@
 """LowBitLinear: a PackedLinear inside PEFT. The base below, named adapters beside it, one of them in use.
 
 PEFT's own helpers read `base_layer.weight` for a device or a dtype, which would dequantize the layer, and
-cast what they move; the ones that matter are replaced here. Adapters keep fp32 masters, the base its integers.
+cast what they move; the ones that matter are replaced here. Adapters keep fp32 masters, the base its
+integers.
 """
 
 from dataclasses import replace

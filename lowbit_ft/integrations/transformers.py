@@ -1,13 +1,15 @@
-"""transformers: `AutoModelForCausalLM.from_pretrained(native folder)` gives a model of PackedLinears, packed from disk to forward.
+"""transformers: `AutoModelForCausalLM.from_pretrained(native folder)` gives a model of PackedLinears, packed
+from disk to forward.
 
-Importing this module registers `quant_method: lowbit_ft`; `import lowbit_ft` does so (see __init__.py). Without it transformers
-only warns about an unknown quantization type and initialises the layers at random.
+Importing this module registers `quant_method: lowbit_ft`; `import lowbit_ft` does so (see __init__.py).
+Without it transformers only warns about an unknown quantization type and initialises the layers at random.
 
-Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong shape or dtype, or a
-truncated file is an error that names the layer and the file. (transformers itself would warn, and fill in random numbers.)
-The layers accept `dtype=` of any kind: packed tensors and scales keep their own, and the forward follows its input. `device_map` is
-transformers' own; packed tensors are buffers, so a map that offloads needs `offload_buffers=True` to move them too. `generate`,
-`pipeline` and (through `lowbit-ft serve`) `transformers serve` need nothing of their own.
+Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong
+shape or dtype, or a truncated file is an error that names the layer and the file. (transformers itself would
+warn, and fill in random numbers.) The layers accept `dtype=` of any kind: packed tensors and scales keep
+their own, and the forward follows its input. `device_map` is transformers' own; packed tensors are buffers,
+so a map that offloads needs `offload_buffers=True` to move them too. `generate`, `pipeline` and (through
+`lowbit-ft serve`) `transformers serve` need nothing of their own.
 """
 
 import re
@@ -61,7 +63,8 @@ class LowbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any):
         if not kwargs.get("pre_quantized", True):
             raise ValueError(
-                f"{METHOD} reads packed folders and does not pack while loading: run `lowbit-ft quantize` on a recipe with this "
+                f"{METHOD} reads packed folders and does not pack while loading: run `lowbit-ft quantize` "
+                "on a recipe with this "
                 "checkpoint, and load the base/ folder it writes"
             )
         super().__init__(quantization_config, **kwargs)
@@ -115,10 +118,13 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Runs at the start of save_pretrained: the layers' grids may have changed since loading (a merge drops residuals)."""
+        """Runs at the start of save_pretrained: the layers' grids may have changed since loading (a merge
+        drops residuals).
+        """
         if names := [name for name, _ in adapted_layers(model)]:
             raise ValueError(
-                f"{len(names)} layers have adapters ({names[0]}, ...), which save_pretrained cannot keep: merge them first "
+                f"{len(names)} layers have adapters ({names[0]}, ...), which save_pretrained cannot keep: "
+                "merge them first "
                 "(lowbit_ft.merge writes the merged folder)"
             )
         self.quantization_config = model.config.quantization_config = LowbitConfig.of(model)
@@ -134,8 +140,9 @@ class LowbitQuantizer(HfQuantizer):
 
 
 def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
-    """The layers under the names they have in this model. A folder written with the head on is also read without it (AutoModel), and
-    the other way round: the decoder's prefix is then one more, or one less, in the names."""
+    """The layers under the names they have in this model. A folder written with the head on is also read
+    without it (AutoModel), and the other way round: the decoder's prefix is then one more, or one less, in
+    the names."""
     prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
 
     def here(name: str) -> str:
@@ -145,8 +152,8 @@ def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
 
 
 def mark_packed(model: Any) -> None:
-    """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its save_pretrained then writes a
-    native folder."""
+    """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its
+    save_pretrained then writes a native folder."""
     model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     model.config.quantization_config = model.hf_quantizer.quantization_config
@@ -161,7 +168,8 @@ def mark_packed(model: Any) -> None:
 
 
 def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -> None:
-    """Compare the files' headers with the model that is about to be filled. ValueError listing every difference.
+    """Compare the files' headers with the model that is about to be filled. ValueError listing every
+    difference.
 
     Names go through transformers' own renaming, as they will when it loads.
     """
@@ -208,7 +216,7 @@ def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -
         raise ValueError("these files do not hold this model:\n  " + "\n  ".join(problems[:20]) + more)
 
 
-# Not the register_* functions of transformers as decorators: they refuse a second time, and a module may be imported again
-# (importlib.reload, a notebook); the two dicts are what those functions fill.
+# Not the register_* functions of transformers as decorators: they refuse a second time, and a module may be
+# imported again (importlib.reload, a notebook); the two dicts are what those functions fill.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowbitConfig
 AUTO_QUANTIZER_MAPPING[METHOD] = LowbitQuantizer

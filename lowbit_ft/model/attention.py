@@ -3,15 +3,16 @@
     row     | segment 1 | segment 2       | segment 3 (and the padding behind it) |
     calls     sdpa        sdpa              sdpa                 causal, no mask
 
-transformers answers position_ids that restart with a dense mask [B, 1, L, L] for sdpa (4.3 GB at L = 65,536, beside which only
-slower kernels run), and finds the restarts on the device, which the host then waits for. Here the lengths are read off the
-position_ids while those are on the CPU (`segment_inputs`), travel through the model's forward as a keyword, as transformers'
-lengths for flash attention do, and a registered attention function cuts queries, keys and values at them. flash_attention_2 gets
-the same lengths as cu_seq_lens.
+transformers answers position_ids that restart with a dense mask [B, 1, L, L] for sdpa (4.3 GB at L = 65,536,
+beside which only slower kernels run), and finds the restarts on the device, which the host then waits for.
+Here the lengths are read off the position_ids while those are on the CPU (`segment_inputs`), travel through
+the model's forward as a keyword, as transformers' lengths for flash attention do, and a registered attention
+function cuts queries, keys and values at them. flash_attention_2 gets the same lengths as cu_seq_lens.
 
-A function registered without a mask function is given no mask, so it must know all that a mask says: that is the contract which a
-model keeps for flash attention (`_supports_flash_attn`): causal, `sliding_window`, `softcap`, sinks. `why_not` asks the class, and
-then the model itself on six tokens. Where a segment is longer than its window, or scores are capped, attention runs in tiles
+A function registered without a mask function is given no mask, so it must know all that a mask says: that is
+the contract which a model keeps for flash attention (`_supports_flash_attn`): causal, `sliding_window`,
+`softcap`, sinks. `why_not` asks the class, and then the model itself on six tokens. Where a segment is longer
+than its window, or scores are capped, attention runs in tiles
 
     rows [q0, q1) x keys [k0, q1)        each made again in the backward
 
@@ -38,8 +39,8 @@ WINDOW_TILE = (
 
 
 class Segments:
-    """rows: the lengths of the segments of each row of a batch. An object, not a tuple: wrappers that move and compilers that guard
-    their inputs leave it alone."""
+    """rows: the lengths of the segments of each row of a batch. An object, not a tuple: wrappers that move
+    and compilers that guard their inputs leave it alone."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = rows
@@ -54,7 +55,9 @@ def segment_lengths(position_ids: Tensor) -> list[list[int]]:
 
 
 def segment_inputs(model: Any, position_ids: Tensor | None) -> dict[str, Any]:
-    """What the attention of `model` is to be told beside position_ids [B, L] (on the CPU): keywords for its forward."""
+    """What the attention of `model` is to be told beside position_ids [B, L] (on the CPU): keywords for its
+    forward.
+    """
     chosen = _chosen(model)
     if position_ids is None:
         return {}
@@ -96,7 +99,9 @@ def switch(decoder: Any) -> None:
 
 @functools.cache
 def _outside_of_graphs() -> Any:
-    """`attend`, called from compiled code as Python: its loop over lengths is not for a compiler. The one break train/compiling.py allows."""
+    """`attend`, called from compiled code as Python: its loop over lengths is not for a compiler. The one
+    break train/compiling.py allows.
+    """
     called = torch.compiler.disable(attend)
 
     def from_anywhere(*args: Any, **kwargs: Any) -> Any:
@@ -109,8 +114,8 @@ def _outside_of_graphs() -> Any:
 
 
 def without_masks(model: Any) -> bool:
-    """Whether a model of this class trains without masks over pairs of tokens, by what its class says: for planning, where nothing runs.
-    flash and flex attention have none anyway."""
+    """Whether a model of this class trains without masks over pairs of tokens, by what its class says: for
+    planning, where nothing runs. flash and flex attention have none anyway."""
     chosen = _chosen(model)
     if chosen not in ("sdpa", "eager"):
         return True
@@ -124,7 +129,9 @@ def without_masks(model: Any) -> bool:
 
 
 def why_not(model: Any) -> str:
-    """Why this model cannot be made to attend segment by segment; "" when it can. Runs a few forwards of six tokens."""
+    """Why this model cannot be made to attend segment by segment; "" when it can. Runs a few forwards of six
+    tokens.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -171,7 +178,8 @@ def _differs(model: Any, decoder: Any, chosen: str) -> str:
         (got - want).abs().max() > 2e-2 * want.abs().max()
     ):  # the same numbers in another order of sums, 8 bits of them in bf16
         return f"{type(model).__name__} attends otherwise without a mask"
-    # Experts may round otherwise beside other tokens: that is not nothing, but nothing like what a joined segment does.
+    # Experts may round otherwise beside other tokens: that is not nothing, but nothing like what a joined
+    # segment does.
     apart = spread(got) <= 1e-2 * spread(joined)
     return "" if apart else f"{type(model).__name__} mixes segments in other layers than attention"
 
@@ -213,9 +221,11 @@ def attend(
     segments: Segments | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, L, D], key and value [B, H / n, L, D] -> [B, L, H, D], as transformers' attention functions.
+    """query [B, H, L, D], key and value [B, H / n, L, D] -> [B, L, H, D], as transformers' attention
+    functions.
 
-    sliding_window: a query sees that many keys, itself among them. s_aux [H]: a sink per head, a score beside the keys'.
+    sliding_window: a query sees that many keys, itself among them. s_aux [H]: a sink per head, a score beside
+    the keys'.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -240,7 +250,8 @@ def attend(
             )[0]
         if dropout:
             raise ValueError(
-                f"attention_dropout {dropout} with a sliding window or capped scores: set it to 0 in the model's config.json"
+                f"attention_dropout {dropout} with a sliding window or capped scores: set it to 0 in the "
+                "model's config.json"
             )
         return _Tiled.apply(q, k, v, s_aux, window, softcap, scale).transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -256,7 +267,9 @@ def attend(
 
 
 class _Tiled(torch.autograd.Function):
-    """One segment per row, q [B, H, n, D], k and v [B, H / groups, n, D] -> [B, H, n, Dv], tile by tile; keeps its inputs only."""
+    """One segment per row, q [B, H, n, D], k and v [B, H / groups, n, D] -> [B, H, n, Dv], tile by tile;
+    keeps its inputs only.
+    """
 
     @staticmethod
     def forward(

@@ -1,13 +1,15 @@
-"""Experts: the experts of one mixture layer as separate linears, so that each can be packed, adapted and merged.
+"""Experts: the experts of one mixture layer as separate linears, so that each can be packed, adapted and
+merged.
 
-transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj [E, 2 I, H] and down_proj [E, H, I] (gpt-oss: the last
-two turned), and multiplies with slices of them. Here expert 3 is two linears, `3.gate_up_proj` and `3.down_proj`. Everything else
-is the model's own: the activation and the gate (its `_apply_gate`, which may interleave and clamp), the biases, which stay
-parameters of the layer ([E, N], not packed), and what the router hands over.
+transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj [E, 2 I, H] and down_proj [E, H,
+I] (gpt-oss: the last two turned), and multiplies with slices of them. Here expert 3 is two linears,
+`3.gate_up_proj` and `3.down_proj`. Everything else is the model's own: the activation and the gate (its
+`_apply_gate`, which may interleave and clamp), the biases, which stay parameters of the layer ([E, N], not
+packed), and what the router hands over.
 
-The forward sorts the chosen (token, expert) pairs by expert, runs each expert once on its tokens, and adds the k answers of a
-token in the order in which they were chosen: the order of additions of transformers' own `grouped_mm`, so that a dense reader of
-the exported weights gives the same numbers.
+The forward sorts the chosen (token, expert) pairs by expert, runs each expert once on its tokens, and adds
+the k answers of a token in the order in which they were chosen: the order of additions of transformers' own
+`grouped_mm`, so that a dense reader of the exported weights gives the same numbers.
 """
 
 from collections.abc import Iterator
@@ -20,12 +22,14 @@ _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 class StandIn(nn.Linear):
-    """A linear whose weight the dense model keeps in another form: read it with Checkpoint.matrix, not by the parameter's name."""
+    """A linear whose weight the dense model keeps in another form: read it with Checkpoint.matrix, not by the
+    parameter's name.
+    """
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Experts as transformers' own expert functions understand them: they may run any that has these flags. Whatever else keeps 3-D
-    parameters is none."""
+    """Experts as transformers' own expert functions understand them: they may run any that has these flags.
+    Whatever else keeps 3-D parameters is none."""
     if isinstance(module, Experts) or not all(
         hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")
     ):
@@ -40,9 +44,11 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 
 class Experts(nn.Module):
-    """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]. Children `0`, `1`, ... hold the two linears of an expert.
+    """hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]. Children `0`, `1`, ... hold the
+    two linears of an expert.
 
-    Made from the model's fused module, whose 3-D parameters it drops: the linears are StandIns on the meta device.
+    Made from the model's fused module, whose 3-D parameters it drops: the linears are StandIns on the meta
+    device.
     """
 
     num_experts: int
@@ -75,7 +81,8 @@ class Experts(nn.Module):
         counts = self.counts(expert)
         assert len(counts) == self.num_experts, "the router chose an expert that is not there"
         parts = hidden_states[order // chosen].split(counts)
-        # In training every expert runs, on no token too: then every adapter has a gradient in every step, which DDP waits for.
+        # In training every expert runs, on no token too: then every adapter has a gradient in every step,
+        # which DDP waits for.
         everyone = self.training and torch.is_grad_enabled()
         outputs = torch.cat([self._run(e, x) for e, x in enumerate(parts) if len(x) or everyone])
         if getattr(self, "has_post_expert_norm", False):

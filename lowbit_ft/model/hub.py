@@ -78,7 +78,9 @@ def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
 
 
 def tensor_entries(folder: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    """(where every tensor of a model folder lies, what is wrong with its weight files), from the headers alone."""
+    """(where every tensor of a model folder lies, what is wrong with its weight files), from the headers
+    alone.
+    """
     entries: dict[str, TensorEntry] = {}
     problems: list[str] = []
     for shard, expected in shards_of(folder, problems).items():

@@ -1,14 +1,17 @@
-"""PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an adapter, a bias.
+"""PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an
+adapter, a bias.
 
-Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict reads
-`<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense `weight` parameter;
-`weight` dequantizes on every read and exists for tools that look at it. Only train/sharding.py turns the buffers into frozen
-Parameters of the same names, because FSDP spreads nothing else.
+Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict
+reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
+`weight` parameter; `weight` dequantizes on every read and exists for tools that look at it. Only
+train/sharding.py turns the buffers into frozen Parameters of the same names, because FSDP spreads nothing
+else.
 
-Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through PyTorch's int4 kernel
-where it can hold the grid: the same weight, repacked at the first such call and kept beside the codes (half a byte per weight more),
-with sums that differ in their rounding (lowbit_kernels/decode_cpu.py says by how much). Everything else is the packed op. What is
-measured or compared must not change path with the number of rows: it runs under `packed_op_only`.
+Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through
+PyTorch's int4 kernel where it can hold the grid: the same weight, repacked at the first such call and kept
+beside the codes (half a byte per weight more), with sums that differ in their rounding
+(lowbit_kernels/decode_cpu.py says by how much). Everything else is the packed op. What is measured or
+compared must not change path with the number of rows: it runs under `packed_op_only`.
 """
 
 from collections.abc import Iterator
@@ -24,7 +27,9 @@ from ..grid import WEIGHTS, Grid, IntGrid, PackedWeight, Weight, empty_weight
 
 
 class WeightAdapter(nn.Module):
-    """What a PackedLinear asks of whatever trains its weight. Adapters (adapters/base.py) are such, one floor above."""
+    """What a PackedLinear asks of whatever trains its weight. Adapters (adapters/base.py) are such, one floor
+    above.
+    """
 
     kept: Any = None  # the codes of an optimizer step, where they are kept (adapters/step_codes.py)
 
@@ -41,7 +46,9 @@ class WeightAdapter(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias, W [N, K] on a grid. With an adapter, W is the adapted weight; the base never changes."""
+    """y = x W^T + bias, W [N, K] on a grid. With an adapter, W is the adapted weight; the base never
+    changes.
+    """
 
     bias: nn.Parameter | None
     fast_decode: bool = True  # `packed_op_only` turns it off
@@ -74,15 +81,17 @@ class PackedLinear(nn.Module):
 
     @property
     def base(self) -> Weight:
-        """The packed base: a view of the buffers, made on the spot (no copies). Of a sharded layer: the gathered tensors inside
-        its forward and backward, shards (DTensor) outside."""
+        """The packed base: a view of the buffers, made on the spot (no copies). Of a sharded layer: the
+        gathered tensors inside its forward and backward, shards (DTensor) outside."""
         held = self._buffers if self._names[0] in self._buffers else self._parameters
         tensors = {name: held[name] for name in self._names}
         shape = (self.out_features, self.in_features)
         return WEIGHTS[self.grid.name](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def freeze_into_parameters(self) -> None:
-        """The packed buffers become Parameters without gradient, same names and memory: what FSDP can spread."""
+        """The packed buffers become Parameters without gradient, same names and memory: what FSDP can
+        spread.
+        """
         for name in self._names:
             tensor = self._buffers.pop(name)
             assert tensor is not None
@@ -90,10 +99,12 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [N, K] in fp32, dequantized on every read (the adapted one when there is an adapter).
+        """The dense weight [N, K] in fp32, dequantized on every read (the adapted one when there is an
+        adapter).
 
-        Some models multiply with a layer's weight instead of calling the layer (Mamba's dt_proj). Where gradients are wanted the weight
-        is the layer's answer to the identity: the same bits, and what was read is trained."""
+        Some models multiply with a layer's weight instead of calling the layer (Mamba's dt_proj). Where
+        gradients are wanted the weight is the layer's answer to the identity: the same bits, and what was
+        read is trained."""
         if self.adapter is not None and torch.is_grad_enabled():
             device = self.base.to_tensors()["scale"].device
             return self.adapter(torch.eye(self.in_features, device=device), self.base).t()
@@ -112,7 +123,9 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _int4_for(self, x: Tensor) -> Int4Weight | None:
-        """The repacked weight when this call is one for the int4 kernel. Made again when a buffer is another one, or was written to."""
+        """The repacked weight when this call is one for the int4 kernel. Made again when a buffer is another
+        one, or was written to.
+        """
         if not self.fast_decode or self.training or x.dtype != torch.bfloat16 or x.device.type != "cpu":
             return None
         if not 0 < x.numel() <= DECODE_ROWS * self.in_features or torch.compiler.is_compiling():
@@ -137,7 +150,9 @@ class PackedLinear(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        """`.to(dtype)` moves everything and casts the bias only: packed buffers and fp32 masters keep their dtypes."""
+        """`.to(dtype)` moves everything and casts the bias only: packed buffers and fp32 masters keep their
+        dtypes.
+        """
 
         def keep(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -149,14 +164,19 @@ class PackedLinear(nn.Module):
         return super()._apply(keep, recurse)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, grid={self.grid}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, grid={self.grid}"
+        )
 
 
 class PackedEmbedding(PackedLinear):
-    """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first rounding.
+    """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first
+    rounding.
 
-    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds models without values.
-    The dtype of the output is that of the model, which `.to(dtype)` changes; `like` is an empty buffer that follows it.
+    factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds
+    models without values. The dtype of the output is that of the model, which `.to(dtype)` changes; `like` is
+    an empty buffer that follows it.
     """
 
     like: Tensor
@@ -206,7 +226,9 @@ def embedding_factor(embedding: nn.Embedding) -> float | None:
 
 @dataclass(frozen=True)
 class _Repacked:
-    """What the int4 kernel reads (None: it cannot hold this grid), and which tensors at which version it was made of."""
+    """What the int4 kernel reads (None: it cannot hold this grid), and which tensors at which version it was
+    made of.
+    """
 
     weight: Int4Weight | None
     tensors: list[Tensor]
@@ -217,7 +239,8 @@ class _Repacked:
         tensors = list(base.to_tensors().values())
         weight, grid = None, base.grid
         if any(tensor.is_inference() for tensor in tensors):
-            tensors = []  # made under torch.inference_mode: nothing tells when they are written to, so nothing is kept
+            # made under torch.inference_mode: nothing tells when they are written to, so nothing is kept
+            tensors = []
         elif isinstance(base, PackedWeight) and isinstance(grid, IntGrid):
             if fits_int4(base.shape, grid.bits, grid.group_size, base.scale.dtype, base.offset is not None):
                 weight = int4_weight(
@@ -236,7 +259,9 @@ class _Repacked:
 
 @contextmanager
 def packed_op_only(model: nn.Module) -> Iterator[None]:
-    """Inside, every layer runs the packed op whatever the number of rows: for numbers that are compared between stages."""
+    """Inside, every layer runs the packed op whatever the number of rows: for numbers that are compared
+    between stages.
+    """
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
     before = [layer.fast_decode for layer in layers]
     for layer in layers:

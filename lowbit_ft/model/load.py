@@ -12,8 +12,9 @@ is.
 no file holds (rotary inv_freq, gemma's embedding scale) are computed by the model's own code, not by a copy
 of it here. `materialize` then fills one module. Key names go through transformers' own conversion table
 (renames, the base-model prefix, per-expert weights fused into one 3-D parameter), so what loads here is
-what `from_pretrained` loads. A checkpoint that is quantized already (GPTQ, AWQ, compressed-tensors: incoming/) looks the same from
-here; its packed layers are dequantized one at a time where a dense weight is asked for, and `packed_weight` gives their integers.
+what `from_pretrained` loads. A checkpoint that is quantized already (GPTQ, AWQ, compressed-tensors:
+incoming/) looks the same from here; its packed layers are dequantized one at a time where a dense weight is
+asked for, and `packed_weight` gives their integers.
 
 Checkpoints are data from a stranger: only safetensors and JSON are read, no code in the folder is run, and
 every file name in the index must lead to a file in the folder itself.
@@ -41,8 +42,14 @@ from .matrices import Matrix, find_matrices
 from .names import Part, Source, expert_keys, file_parts, weight_sources
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "load_model", "load_tokenizer", "materialize", "model_class", "read_header",
-]  # fmt: skip
+    "Checkpoint",
+    "CheckpointError",
+    "load_model",
+    "load_tokenizer",
+    "materialize",
+    "model_class",
+    "read_header",
+]
 
 
 class Checkpoint:
@@ -114,8 +121,8 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def keys_for(self, name: str) -> list[str]:
-        """The file tensors that the model's parameter or buffer `name` is made of; more than one, or one that is changed on the
-        way, when transformers converts it. Empty when the files have none."""
+        """The file tensors that the model's parameter or buffer `name` is made of; more than one, or one that
+        is changed on the way, when transformers converts it. Empty when the files have none."""
         source = self._sources().get(name)
         return [] if source is None else [key for key, _ in source.keys]
 
@@ -124,7 +131,9 @@ class Checkpoint:
         return sorted(name for name, source in self._sources().items() if source.converter is not None)
 
     def packed_key(self, name: str) -> str | None:
-        """The packed layer of the files (its name there) that the model's parameter `name` is, when it is one and nothing else."""
+        """The packed layer of the files (its name there) that the model's parameter `name` is, when it is one
+        and nothing else.
+        """
         keys = self.keys_for(name)
         source = self._sources().get(name)
         if self.incoming is None or source is None or source.converter is not None or len(keys) != 1:
@@ -133,7 +142,9 @@ class Checkpoint:
         return key if key in self.incoming.layers else None
 
     def packed_weight(self, name: str, grid: IntGrid, device: str | torch.device = "cpu") -> PackedWeight:
-        """The packed layer whose weight is the model's parameter `name`, on its grid, as it is in the files (incoming/)."""
+        """The packed layer whose weight is the model's parameter `name`, on its grid, as it is in the files
+        (incoming/).
+        """
         key = self.packed_key(name)
         assert self.incoming is not None and key is not None, name
         return self.incoming.weight(key, grid, device)
@@ -143,7 +154,9 @@ class Checkpoint:
         return self._entry(name).dtype
 
     def fingerprint(self) -> list[list[Any]]:
-        """[name, size, modification time] of every weight file and config.json: changes when one is replaced."""
+        """[name, size, modification time] of every weight file and config.json: changes when one is
+        replaced.
+        """
         files = sorted({entry.file for entry in self._entries.values()} | {self.folder / "config.json"})
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
@@ -156,8 +169,8 @@ class Checkpoint:
         row: int | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The tensor called `name` in the files, contiguous, in its own memory, on `device`; with `row`, only tensor[row], with
-        `rows` (first, last), only tensor[first:last].
+        """The tensor called `name` in the files, contiguous, in its own memory, on `device`; with `row`, only
+        tensor[row], with `rows` (first, last), only tensor[first:last].
 
         dtype None keeps the stored one; else floating tensors are converted on the way, 4 MB at a time, so a
         full-precision copy is never whole in memory. Raises CheckpointError for NaN or Inf, naming tensor and
@@ -191,7 +204,9 @@ class Checkpoint:
         return out
 
     def stored_pieces(self, name: str) -> Iterator[Tensor]:
-        """The values of `read(name)` in order, flat, a few MB at a time; a piece is valid until the next is asked for."""
+        """The values of `read(name)` in order, flat, a few MB at a time; a piece is valid until the next is
+        asked for.
+        """
         packed = name.removesuffix(".weight")
         if self.incoming is not None and packed != name and packed in self.incoming.layers:
             return iter([self.read(name).view(-1)])
@@ -231,8 +246,8 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts. rows: of one that
-        `row_blocks` cuts.
+        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts. rows:
+        of one that `row_blocks` cuts.
 
         dtype None means the checkpoint's `dtype`, for floating tensors. Raises CheckpointError if no file has
         it.
@@ -263,14 +278,17 @@ class Checkpoint:
         return self._matrices
 
     def stored_matrix_dtype(self, layer: str) -> torch.dtype:
-        """The dtype in which `matrix` can be read as it is in the files: theirs, or a wider one for bytes and for doubles fp32."""
+        """The dtype in which `matrix` can be read as it is in the files: theirs, or a wider one for bytes and
+        for doubles fp32.
+        """
         dtypes = {self.stored_dtype(key) for key in self.keys_for(self.matrices[layer].parameter)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         return torch.bfloat16 if dtype.itemsize == 1 else torch.float32 if dtype.itemsize > 4 else dtype
 
     def row_blocks(self, layer: str, limit: int | None) -> list[tuple[int, int] | None]:
-        """(first, last) rows of the matrix of a linear that `matrix` can read by themselves, each of about `limit` bytes in the files;
-        [None], all at once, where it is small, kept in another way than as one tensor, or limit is None."""
+        """(first, last) rows of the matrix of a linear that `matrix` can read by themselves, each of about
+        `limit` bytes in the files; [None], all at once, where it is small, kept in another way than as one
+        tensor, or limit is None."""
         matrix = self.matrices[layer]
         source = self._sources().get(matrix.parameter)
         n = matrix.shape[0]
@@ -294,8 +312,9 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The matrix [N, K] of a linear, however the files and the model keep it (turned, one expert of a stack). Of a stack of
-        experts only the one that is asked for is read. rows: only these, one of `row_blocks`."""
+        """The matrix [N, K] of a linear, however the files and the model keep it (turned, one expert of a
+        stack). Of a stack of experts only the one that is asked for is read. rows: only these, one of
+        `row_blocks`."""
         matrix = self.matrices[layer]
         if rows is not None:
             return self.weight_for(matrix.parameter, device=device, dtype=dtype, rows=rows)
@@ -306,13 +325,16 @@ class Checkpoint:
         value = value.t().contiguous() if matrix.transposed else value
         if value.shape != matrix.shape:
             raise CheckpointError(
-                f"{self.origin(matrix.parameter)} makes a matrix {list(value.shape)}, but config.json makes the model's {layer!r} "
+                f"{self.origin(matrix.parameter)} makes a matrix {list(value.shape)}, but config.json "
+                f"makes the model's {layer!r} "
                 f"{list(matrix.shape)}. The files and config.json do not belong together."
             )
         return value
 
     def parts(self, layer: str) -> list[Part] | None:
-        """The file tensors that, one below the other, are the matrix [N, K] of a linear; None when the files keep it in another way."""
+        """The file tensors that, one below the other, are the matrix [N, K] of a linear; None when the files
+        keep it in another way.
+        """
         matrix = self.matrices[layer]
         source = self._sources().get(matrix.parameter)
         return None if source is None else file_parts(matrix, source, self._entries)
@@ -342,7 +364,8 @@ class Checkpoint:
     def _same_count(self, matrix: Matrix, found: int, wanted: int) -> None:
         if found != wanted:
             raise CheckpointError(
-                f"{self.folder}: the files have {found} experts for {matrix.parameter!r}, config.json says {wanted}. "
+                f"{self.folder}: the files have {found} experts for {matrix.parameter!r}, "
+                f"config.json says {wanted}. "
                 "The files and config.json do not belong together."
             )
 
@@ -424,8 +447,8 @@ def materialize(
 
 
 def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) -> Any:
-    """The causal language model of a configuration (left as it is): parameters on meta, tied ones one object, real buffers.
-    CheckpointError naming `source` when transformers cannot build it."""
+    """The causal language model of a configuration (left as it is): parameters on meta, tied ones one object,
+    real buffers. CheckpointError naming `source` when transformers cannot build it."""
     from accelerate import init_empty_weights
 
     try:
@@ -434,9 +457,11 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) ->
                 copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except (ValueError, ImportError) as error:
-        fix = "this model has no such attention in transformers; set model.attention: eager. " if (
-            attention != "eager" and "attn_implementation" in str(error)
-        ) else ""  # fmt: skip
+        fix = (
+            "this model has no such attention in transformers; set model.attention: eager. "
+            if (attention != "eager" and "attn_implementation" in str(error))
+            else ""
+        )
         raise CheckpointError(
             f"{source}: no model can be built with attention={attention!r}: {fix}{error}"
         ) from error
@@ -469,8 +494,8 @@ def load_model(
 
 
 def model_class(config: Any) -> Any:
-    """The auto class that builds and loads the model of a configuration: a causal language model, or, for checkpoints with other
-    towers beside the text (images), the class that has them all."""
+    """The auto class that builds and loads the model of a configuration: a causal language model, or, for
+    checkpoints with other towers beside the text (images), the class that has them all."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -1,12 +1,14 @@
 """Mapped: the packed base as pages of its file, not as memory of this process.
 
-safetensors maps a file privately, and transformers keeps what needs no conversion as views of that map. So on a CPU a packed model
-that was read from base/ has no copy of its integers: they are pages of the file, which all processes of a machine share and which
-the system takes back when memory is short. They are copy-on-write: who writes to one gets a page of its own, the file never
-changes. Only whole files are mapped: headers are compared with the file's size before (tensorfile.parse_header), hashes by
-`check_files`, and our writers never change a file in place, they rename a new one over it.
+safetensors maps a file privately, and transformers keeps what needs no conversion as views of that map. So on
+a CPU a packed model that was read from base/ has no copy of its integers: they are pages of the file, which
+all processes of a machine share and which the system takes back when memory is short. They are copy-on-write:
+who writes to one gets a page of its own, the file never changes. Only whole files are mapped: headers are
+compared with the file's size before (tensorfile.parse_header), hashes by `check_files`, and our writers never
+change a file in place, they rename a new one over it.
 
-On the way to a GPU each tensor's pages are given back as soon as it is there (`to_device`), so that CPU memory stays free too.
+On the way to a GPU each tensor's pages are given back as soon as it is there (`to_device`), so that CPU
+memory stays free too.
 """
 
 import ctypes
@@ -24,8 +26,8 @@ _DONTNEED = (
 
 
 class Range(NamedTuple):
-    """A part of the address space that is a map of `file`. resident: its bytes in memory; own: those of them that are this process's
-    alone, because it wrote to them."""
+    """A part of the address space that is a map of `file`. resident: its bytes in memory; own: those of them
+    that are this process's alone, because it wrote to them."""
 
     first: int
     last: int
@@ -35,7 +37,9 @@ class Range(NamedTuple):
 
 
 def mapped_ranges(folder: str | Path) -> list[Range]:
-    """Where the safetensors files of a folder are mapped in this process (empty where the system does not tell: not Linux)."""
+    """Where the safetensors files of a folder are mapped in this process (empty where the system does not
+    tell: not Linux).
+    """
     root, found, current = Path(folder).resolve(), [], None
     try:
         lines = _MAPS.read_text().splitlines()
@@ -65,7 +69,9 @@ def is_mapped(tensor: Tensor, ranges: list[Range]) -> bool:
 
 
 def to_device(model: Any, device: torch.device | str, folder: str | Path) -> Any:
-    """Move a model that was read from `folder` on the CPU, one tensor at a time, giving back the pages of each. Returns it."""
+    """Move a model that was read from `folder` on the CPU, one tensor at a time, giving back the pages of
+    each. Returns it.
+    """
     ranges = mapped_ranges(folder)
 
     def move(tensor: Tensor) -> Tensor:
@@ -80,7 +86,9 @@ def to_device(model: Any, device: torch.device | str, folder: str | Path) -> Any
 
 
 def _give_back(tensor: Tensor) -> None:
-    """Take the pages of a mapped tensor out of this process. They come back from the file when somebody looks again."""
+    """Take the pages of a mapped tensor out of this process. They come back from the file when somebody looks
+    again.
+    """
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page

@@ -1,14 +1,18 @@
-"""Which matrices of a model can be packed, and the plain nn.Linear that stands in for one that is kept another way.
+"""Which matrices of a model can be packed, and the plain nn.Linear that stands in for one that is kept
+another way.
 
 Three ways of keeping a matrix occur in transformers, and all become one before anything is packed:
 
     nn.Linear                weight [N, K]                                               as it is
-    Conv1D (GPT-2)           weight [K, N]                                               a StandIn: nn.Linear, transposed
-    experts of a mixture     gate_up_proj [E, N, K] (gpt-oss: [E, K, N]), down_proj      experts.Experts: 2 E StandIns
+    Conv1D (GPT-2)           weight [K, N]                                               a StandIn: nn.Linear,
+                             transposed
+    experts of a mixture     gate_up_proj [E, N, K] (gpt-oss: [E, K, N]), down_proj      experts.Experts: 2 E
+                             StandIns
 
-So quantize, gptq, attach, merge and the readers see linears with names, `<experts>.3.down_proj` among them, and PackedLinear stays
-the one layer class. `find_matrices` says which parameter of the dense model each of them is (a part of); `refused` names what has
-the look of a weight matrix and can be packed in none of these ways. Letters: N out features, K in features, E experts.
+So quantize, gptq, attach, merge and the readers see linears with names, `<experts>.3.down_proj` among them,
+and PackedLinear stays the one layer class. `find_matrices` says which parameter of the dense model each of
+them is (a part of); `refused` names what has the look of a weight matrix and can be packed in none of these
+ways. Letters: N out features, K in features, E experts.
 """
 
 from collections.abc import Collection
@@ -24,8 +28,9 @@ _PLAIN_FORWARDS = frozenset({"FalconLinear"})
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix [N, K] that is multiplied with. name: the linear's; parameter: the dense model's parameter that it is, or (expert not
-    None) the row of it that it is; transposed: kept there as [K, N]. embedding: it is looked up, not multiplied with."""
+    """A matrix [N, K] that is multiplied with. name: the linear's; parameter: the dense model's parameter
+    that it is, or (expert not None) the row of it that it is; transposed: kept there as [K, N]. embedding: it
+    is looked up, not multiplied with."""
 
     name: str
     parameter: str
@@ -41,7 +46,9 @@ class Matrix:
 
 
 def find_matrices(model: nn.Module) -> dict[str, Matrix]:
-    """Every matrix of a dense model (on any device) that can be packed, by the name of its linear, in model order."""
+    """Every matrix of a dense model (on any device) that can be packed, by the name of its linear, in model
+    order.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -93,7 +100,9 @@ def embedding_problem(embedding: nn.Embedding) -> str | None:
 
 
 def unpackable(module: nn.Module) -> str | None:
-    """Why the matrices of this module (its own, not its children's) can be packed in no way; None when it has none, or they can."""
+    """Why the matrices of this module (its own, not its children's) can be packed in no way; None when it has
+    none, or they can.
+    """
     if isinstance(module, nn.Linear):
         return linear_problem(module)
     if (
@@ -105,17 +114,22 @@ def unpackable(module: nn.Module) -> str | None:
     held = [name for name, parameter in module.named_parameters(recurse=False) if _is_large(parameter)]
     if not held:
         return None
-    return f"{type(module).__name__} multiplies with weights of its own ({', '.join(held)}) in a way that is not known here"
+    return (
+        f"{type(module).__name__} multiplies with weights of its own ({', '.join(held)}) in a way that "
+        "is not known here"
+    )
 
 
 def _is_large(parameter: nn.Parameter) -> bool:
-    """Two dimensions of a group or more: a matrix, or a stack of them; not a table of a few numbers per channel."""
+    """Two dimensions of a group or more: a matrix, or a stack of them; not a table of a few numbers per
+    channel.
+    """
     return sum(size >= 32 for size in parameter.shape) >= 2
 
 
 def stand_in(model: nn.Module, names: Collection[str]) -> None:
-    """Exchange the Conv1Ds and experts that hold matrices of these names for StandIns: linears on the meta device, of the dtype of
-    what they stand for. Experts are exchanged whole."""
+    """Exchange the Conv1Ds and experts that hold matrices of these names for StandIns: linears on the meta
+    device, of the dtype of what they stand for. Experts are exchanged whole."""
     wanted = set(names)
     for name, module in list(model.named_modules()):
         if is_conv1d(module) and name in wanted:

@@ -1,16 +1,19 @@
 """The MLP of a decoder layer, and its norms, some tokens at a time: train.mlp_chunk.
 
-An MLP looks at one token at a time, and its inner width is the largest of a layer: at 65,536 tokens and 14,336 channels each of
-the six tensors alive in its backward is 1.9 GB, more than the packed weights of the model together. Cut along the tokens,
+An MLP looks at one token at a time, and its inner width is the largest of a layer: at 65,536 tokens and
+14,336 channels each of the six tensors alive in its backward is 1.9 GB, more than the packed weights of the
+model together. Cut along the tokens,
 
     forward     for each chunk: y = mlp(x)                          nothing of inner width outlives it
     backward    for each chunk: mlp(x) again, then its gradients    x is all that was kept
 
-which is what gradient checkpointing does to the layer, and must not be done twice. So x is kept by a node of its own that comes
-before the products: when the layer is recomputed, checkpointing stops at the last tensor that was kept (early stop), which is x
-where nothing behind the MLP keeps anything (a residual sum does not, a norm does), and the products run once, here.
+which is what gradient checkpointing does to the layer, and must not be done twice. So x is kept by a node of
+its own that comes before the products: when the layer is recomputed, checkpointing stops at the last tensor
+that was kept (early stop), which is x where nothing behind the MLP keeps anything (a residual sum does not, a
+norm does), and the products run once, here.
 
-Norms are next in size: the backward of an RMSNorm holds seven float32 copies of the hidden states at once (7.5 GB at that length).
+Norms are next in size: the backward of an RMSNorm holds seven float32 copies of the hidden states at once
+(7.5 GB at that length).
 
 Gradients of the trained tensors are summed over the chunks and handed on once, as DDP and FSDP expect.
 """
@@ -32,7 +35,9 @@ NAMES = ("mlp", "feed_forward", "ffn")  # what decoder layers call it
 
 
 class _Kept(torch.autograd.Function):
-    """x -> x. Keeps x, takes the gradient of mlp(x) for that of its output (see _Made), and turns it into those of x and the tensors."""
+    """x -> x. Keeps x, takes the gradient of mlp(x) for that of its output (see _Made), and turns it into
+    those of x and the tensors.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Callable[[Tensor], Tensor], chunk: int, x: Tensor, *trained: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,12 +85,15 @@ class _Made(torch.autograd.Function):
 
 
 def _cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """x [B, L, H] along its tokens, in views of at most `chunk` of them (of all rows together, one of each at least)."""
+    """x [B, L, H] along its tokens, in views of at most `chunk` of them (of all rows together, one of each at
+    least).
+    """
     return x.split(max(1, chunk // len(x)), dim=1)
 
 
 def cut_mlps(model: Any, layers: nn.ModuleList, chunk: int) -> Callable[[], None]:
-    """From here on the MLPs of `layers`, and the norms there and of the decoder, run `chunk` tokens at a time; returns what ends that.
+    """From here on the MLPs of `layers`, and the norms there and of the decoder, run `chunk` tokens at a
+    time; returns what ends that.
 
     Raises ValueError when there is no MLP that can be cut (`refuses` says why).
     """
@@ -100,7 +108,8 @@ def cut_mlps(model: Any, layers: nn.ModuleList, chunk: int) -> Callable[[], None
     if not cut:
         why = next(iter(reasons.values()), f"its layers have none of {', '.join(NAMES)}")
         raise ValueError(
-            f"train.mlp_chunk: got {chunk}, but no MLP of {type(model).__name__} can be cut ({why}); set it to null"
+            f"train.mlp_chunk: got {chunk}, but no MLP of {type(model).__name__} can be cut "
+            f"({why}); set it to null"
         )
     # torch's own LayerNorm is one operator and holds no copies
     return run_in_chunks(
@@ -109,7 +118,9 @@ def cut_mlps(model: Any, layers: nn.ModuleList, chunk: int) -> Callable[[], None
 
 
 def run_in_chunks(mlps: list[nn.Module], chunk: int) -> Callable[[], None]:
-    """From here on these modules, each a function of one token at a time, take `chunk` tokens at a time; returns what ends that."""
+    """From here on these modules, each a function of one token at a time, take `chunk` tokens at a time;
+    returns what ends that.
+    """
     for mlp in mlps:
         assert "forward" not in vars(mlp), "somebody else replaces its forward"
         mlp.forward = MethodType(_in_chunks(mlp.forward, chunk), mlp)
@@ -134,7 +145,9 @@ def _in_chunks(plain: Callable[[Tensor], Tensor], chunk: int) -> Callable[..., T
 
 
 def cuttable(owner: nn.Module) -> list[nn.Module]:
-    """The children of a decoder layer, or of the decoder, that `cut_mlps` cuts, by what can be told without running them."""
+    """The children of a decoder layer, or of the decoder, that `cut_mlps` cuts, by what can be told without
+    running them.
+    """
     named = [
         child for name, child in owner.named_children() if name in NAMES or "Norm" in type(child).__name__
     ]
@@ -149,8 +162,8 @@ def _at_sight(mlp: nn.Module) -> str:
 
 @torch.no_grad()
 def refuses(mlp: nn.Module, model: Any) -> str:
-    """Why an MLP cannot be cut; "" when it can: it takes x alone, draws no random numbers, and on five tokens gives what it gives on
-    two and three."""
+    """Why an MLP cannot be cut; "" when it can: it takes x alone, draws no random numbers, and on five tokens
+    gives what it gives on two and three."""
     if reason := _at_sight(mlp):
         return reason
     if is_sharded(mlp):

@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint's files make which parameter of the model.
 
-Most often the names are equal. The rest is transformers' own business, so its own table decides: renames between
-versions, the base-model prefix ("decoder." in a file, "model.decoder." in the model), per-expert weights that are
-fused into one 3-D parameter, parameters that are tied.
+Most often the names are equal. The rest is transformers' own business, so its own table decides: renames
+between versions, the base-model prefix ("decoder." in a file, "model.decoder." in the model), per-expert
+weights that are fused into one 3-D parameter, parameters that are tied.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Part(NamedTuple):
 
 
 def expert_keys(source: Source, expert: int, count: int) -> list[tuple[str, str]] | None:
-    """The (file tensor, pattern) pairs of one expert of `count`; None when the files do not keep one tensor per expert."""
+    """The (file tensor, pattern) pairs of one expert of `count`; None when the files do not keep one tensor
+    per expert.
+    """
     by_pattern: dict[str, list[str]] = {}
     for key, pattern in source.keys:  # in the order of the expert's number
         by_pattern.setdefault(pattern, []).append(key)

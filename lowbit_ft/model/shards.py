@@ -1,4 +1,6 @@
-"""A tensor, or this process's part of it: what code must know that meets models whose layers FSDP2 has spread (train/sharding.py)."""
+"""A tensor, or this process's part of it: what code must know that meets models whose layers FSDP2 has spread
+(train/sharding.py).
+"""
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -9,7 +11,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor gathered from all processes (collective), or itself when it is not sharded. Not for int16: gloo has none."""
+    """The tensor gathered from all processes (collective), or itself when it is not sharded. Not for int16:
+    gloo has none.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

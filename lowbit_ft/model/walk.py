@@ -1,16 +1,18 @@
 """LayerWalk: run text through a full-precision model one decoder layer at a time.
 
-The dense model is never whole in memory: a layer is read from the checkpoint, all the batches pass through it, and it is dropped.
-Two users: GPTQ (which packs the layer before going on) and evaluation (which wants the full-precision logits as the reference).
+The dense model is never whole in memory: a layer is read from the checkpoint, all the batches pass through
+it, and it is dropped. Two users: GPTQ (which packs the layer before going on) and evaluation (which wants the
+full-precision logits as the reference).
 
-How: the decoder layers are stood in for by stubs that record the arguments the model gives each of them (attention masks and
-rotary positions differ by layer in some models) and pass the hidden states on. Then layer i is called with its own recorded
-arguments. `logits` runs the model once more with stubs, the last of which hands over the final hidden states, so whatever the
-model does after its layers (norm, head, soft caps) is its own code.
+How: the decoder layers are stood in for by stubs that record the arguments the model gives each of them
+(attention masks and rotary positions differ by layer in some models) and pass the hidden states on. Then
+layer i is called with its own recorded arguments. `logits` runs the model once more with stubs, the last of
+which hands over the final hidden states, so whatever the model does after its layers (norm, head, soft caps)
+is its own code.
 
-On the device are one layer, the text of one batch, and what the model has beside its layers. Between layers the hidden states of
-all batches wait in CPU memory, samples x length x width in the model's dtype, and so do the recorded arguments (`held_bytes`
-counts both; quantize/memory.py says beforehand).
+On the device are one layer, the text of one batch, and what the model has beside its layers. Between layers
+the hidden states of all batches wait in CPU memory, samples x length x width in the model's dtype, and so do
+the recorded arguments (`held_bytes` counts both; quantize/memory.py says beforehand).
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +27,16 @@ Batch = dict[str, Any]  # tensors, and what segment_inputs adds
 
 
 def text_tower(model: Any) -> str:
-    """The prefix of the names of everything in the decoder that reads text ("" when that is the whole model): a multimodal model has
-    other towers beside it."""
+    """The prefix of the names of everything in the decoder that reads text ("" when that is the whole model):
+    a multimodal model has other towers beside it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds the decoder layers: the longest one of the text tower that is not inside another, and its name."""
+    """The ModuleList that holds the decoder layers: the longest one of the text tower that is not inside
+    another, and its name.
+    """
     text = text_tower(model)
     lists = [
         (name, m)
@@ -42,14 +46,15 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outer = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other, _ in lists)]
     if not outer:
         raise ValueError(
-            f"{type(model).__name__}: no list of decoder layers found; this model cannot be walked layer by layer"
+            f"{type(model).__name__}: no list of decoder layers found; this model cannot be "
+            "walked layer by layer"
         )
     return max(outer, key=lambda item: len(item[1]))
 
 
 class LayerWalk:
-    """model: from Checkpoint.empty_model, everything on meta. batches: dicts of input_ids [B, L] and friends. logits: whether
-    `logits` will be asked for; without them an output head that is not tied stays unread."""
+    """model: from Checkpoint.empty_model, everything on meta. batches: dicts of input_ids [B, L] and friends.
+    logits: whether `logits` will be asked for; without them an output head that is not tied stays unread."""
 
     @torch.no_grad()
     def __init__(
@@ -80,7 +85,9 @@ class LayerWalk:
         self._record()
 
     def __iter__(self) -> Iterator[tuple[int, str, nn.Module]]:
-        """(index, name, layer) with the layer's weights read and its forward its own. Call `advance` before going on."""
+        """(index, name, layer) with the layer's weights read and its forward its own. Call `advance` before
+        going on.
+        """
         for index, layer in enumerate(self.layers):
             name = f"{self.name}.{index}"
             materialize(layer, self.checkpoint, name, self.device, self.dtype)
@@ -134,12 +141,16 @@ class LayerWalk:
 
     @torch.no_grad()
     def logits(self, number: int) -> Tensor:
-        """The model's logits [B, L, V] for batch `number`, from the hidden states that left the last layer."""
+        """The model's logits [B, L, V] for batch `number`, from the hidden states that left the last
+        layer.
+        """
         self.hand_over(number)
         return self.model(**self.batches[number], use_cache=False).logits
 
     def hand_over(self, number: int | None) -> None:
-        """From here on a forward of `model` ends with the final hidden states of batch `number`; None: with what came in."""
+        """From here on a forward of `model` ends with the final hidden states of batch `number`; None: with
+        what came in.
+        """
         for layer in self.layers:
             layer.forward = lambda hidden, *args, **kwargs: self._like_layer(hidden)
         if number is not None:
@@ -171,7 +182,9 @@ class LayerWalk:
                 pass
 
     def _first_layer_returns_tuple(self) -> bool:
-        """Some models' layers return a tuple, some a tensor: ask the first one, for real, on the first batch."""
+        """Some models' layers return a tuple, some a tensor: ask the first one, for real, on the first
+        batch.
+        """
         layer, seen = self.layers[0], []
         materialize(layer, self.checkpoint, f"{self.name}.0", self.device, self.dtype)
 
@@ -196,7 +209,9 @@ class _Seen(Exception):
 def _moved(
     value: Any, device: torch.device, memo: dict[int, Any], see: Callable[[Tensor], Any] | None = None
 ) -> Any:
-    """The tensors in nested tuples, lists and dicts on `device`; one that occurs twice (memo) is moved once. see: called with each."""
+    """The tensors in nested tuples, lists and dicts on `device`; one that occurs twice (memo) is moved once.
+    see: called with each.
+    """
     if isinstance(value, Tensor):
         if id(value) not in memo:
             memo[id(value)] = (value, value.to(device))  # held, so that no other tensor comes by this id

@@ -5,10 +5,11 @@
             loss.backward()
     count.peak, count.peaks["backward"], count.live
 
-What existed before is not counted. Three kinds of tensors can be counted: real ones on a CPU; fake ones (FakeTensorMode), for
-which a step of an 8B model costs a second and no memory; meta ones. The packed ops (namespace `lowbit`) are opaque to PyTorch's
-dispatcher: on real tensors their reference implementation runs here, inside the count; for fake ones `workspace` says what the
-op holds at its peak beyond its arguments (reference_workspace: found by running that same reference on meta tensors).
+What existed before is not counted. Three kinds of tensors can be counted: real ones on a CPU; fake ones
+(FakeTensorMode), for which a step of an 8B model costs a second and no memory; meta ones. The packed ops
+(namespace `lowbit`) are opaque to PyTorch's dispatcher: on real tensors their reference implementation runs
+here, inside the count; for fake ones `workspace` says what the op holds at its peak beyond its arguments
+(reference_workspace: found by running that same reference on meta tensors).
 
 Memory that operators of PyTorch take and give back inside themselves (a BLAS packing buffer) is not seen.
 """
@@ -30,10 +31,11 @@ Workspace = Callable[[str, tuple[Any, ...]], int]
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of storages made inside that are alive (`live`), their maximum (`peak`), and the maximum in each phase (`peaks`).
+    """Bytes of storages made inside that are alive (`live`), their maximum (`peak`), and the maximum in each
+    phase (`peaks`).
 
-    workspace(op name, arguments) -> bytes beyond the arguments at the op's peak, for packed ops on tensors without data; None:
-    run their reference implementation and count inside it.
+    workspace(op name, arguments) -> bytes beyond the arguments at the op's peak, for packed ops on tensors
+    without data; None: run their reference implementation and count inside it.
     """
 
     def __init__(self, workspace: Workspace | None = None) -> None:
@@ -119,7 +121,8 @@ def reference(name: str) -> Callable[..., Any]:
 
 
 def reference_workspace(leaf: Workspace | None = None) -> Workspace:
-    """A rule for packed ops: their reference implementation is run on meta tensors and counted, once per shapes.
+    """A rule for packed ops: their reference implementation is run on meta tensors and counted, once per
+    shapes.
 
     leaf: what to ask first (the rules of another implementation); a negative answer means that it has none.
     """

@@ -1,4 +1,5 @@
-"""What fits on a card, and what to change when a recipe does not: every figure is the plan of the changed recipe.
+"""What fits on a card, and what to change when a recipe does not: every figure is the plan of the changed
+recipe.
 
 Fixes are tried in the order of what they cost: first those that only cost time, then those that cost quality.
 """
@@ -24,8 +25,8 @@ _VERIFIED = 24  # combinations that are really planned before the search gives u
 
 @dataclass(frozen=True)
 class Fix:
-    """changes: recipe keys with their new values (or `processes`); cost: in words; saves: bytes by stage, for the stages that do not
-    fit, by its own plan; quality: it costs quality, not only time."""
+    """changes: recipe keys with their new values (or `processes`); cost: in words; saves: bytes by stage, for
+    the stages that do not fit, by its own plan; quality: it costs quality, not only time."""
 
     changes: Changes
     cost: str
@@ -87,8 +88,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe | None:
 
 
 def largest(planner: Planner, key: str, step: int, most: int) -> int | None:
-    """The largest value of an integer key (a multiple of `step`, at most `most`) with which training fits, whatever the stages after
-    it need; None when even `step` does not."""
+    """The largest value of an integer key (a multiple of `step`, at most `most`) with which training fits,
+    whatever the stages after it need; None when even `step` does not."""
     start = getattr(getattr(planner.recipe, key.partition(".")[0]), key.partition(".")[2])
     budget = planner.card.nbytes
 
@@ -153,15 +154,21 @@ def largest_length(planner: Planner, positions: int | None = None) -> int | None
 
 
 def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tuple[Changes, str, bool]]:
-    """(changes, what they cost, whether that is quality), cheapest first; each of them saves memory in some recipe."""
+    """(changes, what they cost, whether that is quality), cheapest first; each of them saves memory in some
+    recipe.
+    """
     train, quant = recipe.train, recipe.quant
     batch, length = train.micro_batch_size, recipe.data.sequence_len
     divisors = [d for d in range(batch - 1, 0, -1) if batch % d == 0]
     for smaller in dict.fromkeys([*divisors[:1], *divisors[-1:]]):
         yield (
-            {"train.micro_batch_size": smaller, "train.gradient_accumulation_steps": train.gradient_accumulation_steps * batch // smaller},
-            "the same steps in more, smaller forwards", False,
-        )  # fmt: skip
+            {
+                "train.micro_batch_size": smaller,
+                "train.gradient_accumulation_steps": train.gradient_accumulation_steps * batch // smaller,
+            },
+            "the same steps in more, smaller forwards",
+            False,
+        )
     if not train.gradient_checkpointing:
         yield {"train.gradient_checkpointing": True}, "about 30 % slower", False
     if on_gpu and train.optimizer in ("adamw", "adamw32bit", "adam", "adam32bit"):
@@ -204,7 +211,9 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
 
 
 def fixes(planner: Planner, now: Plan) -> list[Fix]:
-    """The fixes that save something, in the order of their cost; each planned. Those that the recipe's other keys forbid are left out."""
+    """The fixes that save something, in the order of their cost; each planned. Those that the recipe's other
+    keys forbid are left out.
+    """
     before = _problems(planner.recipe)
     found: list[Fix] = []
     for changes, cost, quality in candidates(planner.recipe, planner.card.arch > 0, planner.processes):
@@ -255,8 +264,9 @@ def combination(planner: Planner, now: Plan, known: list[Fix]) -> tuple[list[Fix
 
 
 def fit(planner: Planner, tell: Callable[[str], None] = lambda _: None) -> tuple[Recipe, Plan]:
-    """A recipe chosen by the card: the most residual bits with which it fits, with as few as possible of the fixes that only cost
-    time; then fixes that cost quality; then train.keep_codes where there is room. ValueError when nothing fits."""
+    """A recipe chosen by the card: the most residual bits with which it fits, with as few as possible of the
+    fixes that only cost time; then fixes that cost quality; then train.keep_codes where there is room.
+    ValueError when nothing fits."""
     recipe, quant = planner.recipe, planner.recipe.quant
     bits = (
         [b for b in (4, 2, 1, 0) if b <= max(4, quant.residual_bits)]
@@ -280,7 +290,8 @@ def fit(planner: Planner, tell: Callable[[str], None] = lambda _: None) -> tuple
     made = _smallest_change(planner, start, quality=True, before=before)
     if made is None:
         raise ValueError(
-            f"no fix found with which {recipe.name} fits {planner.card.name}: take a smaller model, fewer quant.bits, a shorter "
+            f"no fix found with which {recipe.name} fits {planner.card.name}: take a smaller model, fewer "
+            "quant.bits, a shorter "
             "data.sequence_len, or several GPUs with train.sharding: fsdp"
         )
     return _with_kept_codes(planner, *made)
@@ -289,7 +300,9 @@ def fit(planner: Planner, tell: Callable[[str], None] = lambda _: None) -> tuple
 def _smallest_change(
     planner: Planner, start: Changes, quality: bool, before: set[str]
 ) -> tuple[Changes, Plan] | None:
-    """`start` and the fewest further fixes; None when they do not do, or the recipe's other keys forbid `start`."""
+    """`start` and the fewest further fixes; None when they do not do, or the recipe's other keys forbid
+    `start`.
+    """
     recipe = changed(planner.recipe, start)
     now = planner(start)
     if recipe is None or now is None or _problems(recipe) - before:

@@ -1,8 +1,10 @@
-"""The model of a recipe without weights: what it will hold, and one packed, adapted decoder layer of each kind.
+"""The model of a recipe without weights: what it will hold, and one packed, adapted decoder layer of each
+kind.
 
-config.json builds the model on the meta device (transformers' own code, so every architecture is itself), the rule of `quantize`
-says which matrices are packed, and PackedLinears and adapters of the recipe take their places. Bytes are then counted from the
-tensors' shapes, not from formulas. Decoder layers that are alike are built once and multiplied.
+config.json builds the model on the meta device (transformers' own code, so every architecture is itself), the
+rule of `quantize` says which matrices are packed, and PackedLinears and adapters of the recipe take their
+places. Bytes are then counted from the tensors' shapes, not from formulas. Decoder layers that are alike are
+built once and multiplied.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ class PlanRow:
 
 @dataclass
 class Block:
-    """A kind of decoder layer: the module (packed and adapted, on meta), its name, and which layers are of this kind. like: the same
-    for layers that differ in nothing but that one of them is the first."""
+    """A kind of decoder layer: the module (packed and adapted, on meta), its name, and which layers are of
+    this kind. like: the same for layers that differ in nothing but that one of them is the first."""
 
     name: str
     module: nn.Module
@@ -62,8 +64,8 @@ class Block:
 
 @dataclass
 class Skeleton:
-    """A recipe's model: kinds of decoder layers, the rest of the model (its layers are still dense and only stand for their
-    number), bytes by part, and the numbers of elements of every trained tensor."""
+    """A recipe's model: kinds of decoder layers, the rest of the model (its layers are still dense and only
+    stand for their number), bytes by part, and the numbers of elements of every trained tensor."""
 
     model: Any
     blocks: list[Block]
@@ -86,7 +88,9 @@ class Skeleton:
 
 
 def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
-    """The model of `recipe` with the config.json of `folder`. ValueError when no model can be made of it, or packed as asked."""
+    """The model of `recipe` with the config.json of `folder`. ValueError when no model can be made of it, or
+    packed as asked.
+    """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
     targets, skipped = plan_layers(dense, recipe.quant)
@@ -268,14 +272,18 @@ def _ends(model: Any) -> list[str]:
 
 
 def _without_layers(model: Any, prefix: str) -> Any:
-    """A copy of the model (on meta) whose decoder layers are empty modules of the same number: see step.py, which calls it."""
+    """A copy of the model (on meta) whose decoder layers are empty modules of the same number: see step.py,
+    which calls it.
+    """
     layers = model.get_submodule(prefix)
     kept = {id(layer): Hollow(layer) for layer in layers}
     return copy.deepcopy(model, memo=dict(kept))
 
 
 class Hollow(nn.Module):
-    """Stands for a decoder layer: no tensors, but what the model looks at on a layer before calling it (its kind of attention)."""
+    """Stands for a decoder layer: no tensors, but what the model looks at on a layer before calling it (its
+    kind of attention).
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -288,13 +296,17 @@ class Hollow(nn.Module):
 
 
 def _fingerprint(layer: nn.Module) -> list[Any]:
-    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its number."""
+    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its
+    number.
+    """
     found: list[Any] = []
     for name, module in layer.named_modules():
         plain = {
-            k: v for k, v in vars(module).items()
-            if isinstance(v, str | int | float | bool | type(None)) and k not in ("layer_idx", "training", "layer_id", "layer_number")
-        }  # fmt: skip
+            k: v
+            for k, v in vars(module).items()
+            if isinstance(v, str | int | float | bool | type(None))
+            and k not in ("layer_idx", "training", "layer_id", "layer_number")
+        }
         shapes = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters(recurse=False)]
         found.append((name, type(module).__name__, sorted(plain.items(), key=str), shapes))
     return found
@@ -314,7 +326,8 @@ def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
         raise ValueError(
-            f"{path}: cannot be used ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''})"
+            f"{path}: cannot be used ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''})"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
@@ -327,7 +340,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'config.json'}: not readable ({error}); give the folder of a checkpoint, or of its config.json"
+            f"{folder / 'config.json'}: not readable ({error}); give the folder of a checkpoint, "
+            "or of its config.json"
         ) from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'}: got a JSON {type(config).__name__}; allowed: an object")

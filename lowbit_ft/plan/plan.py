@@ -1,14 +1,15 @@
 """What a run will hold in memory, worked out from config.json and the recipe; nothing is loaded.
 
     model.py   the model on the meta device, packed and adapted: bytes by part
-    step.py    one step run on tensors without data: what is kept for backward, the recompute of a layer, the loss
+    step.py    one step run on tensors without data: what is kept for backward, the recompute of a layer, the
+               loss
     stages.py  the other stages: quantizing, evaluating; disk, RAM
     plan.py         all of it together, against a card
     fixes.py   what fits, and what to change when it does not
     cli/plan.py     how it is shown
 
-The prediction is tested: benchmarks/plan_error.py counts the bytes of real steps beside it. Not in it: fragmentation of the
-allocator, and what PyTorch's own operators take and give back inside themselves.
+The prediction is tested: benchmarks/plan_error.py counts the bytes of real steps beside it. Not in it:
+fragmentation of the allocator, and what PyTorch's own operators take and give back inside themselves.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ from .step import Setting, Step, step_costs
 __all__ = ["Card", "Plan", "PlanRow", "find_card", "plan", "plan_folder"]
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
-# What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to 0.6 GB on current drivers.
+# What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
+# 0.6 GB on current drivers.
 CUDA_CONTEXT = 500_000_000
 PROCESS = 700_000_000  # Python, PyTorch, transformers and the tokenizer of a process on a CPU
 
 
 @dataclass(frozen=True)
 class Card:
-    """Where the run is to fit: bytes, what it is called, and its kind (arch: 10 x compute capability, 0: a CPU)."""
+    """Where the run is to fit: bytes, what it is called, and its kind (arch: 10 x compute capability, 0: a
+    CPU).
+    """
 
     nbytes: int
     name: str
@@ -52,8 +56,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: bytes by name at the peak of a training step (they add up to stages["training"]); moments: what is largest at another
-    moment; stages: peak by stage of the run, context included; notes: what is an estimate, and why."""
+    """parts: bytes by name at the peak of a training step (they add up to stages["training"]); moments: what
+    is largest at another moment; stages: peak by stage of the run, context included; notes: what is an
+    estimate, and why."""
 
     recipe: Recipe
     card: Card
@@ -103,7 +108,8 @@ class Plan:
 
 
 def find_card(recipe: Recipe, memory_gb: float | None = None, in_use: bool = False) -> Card:
-    """Where the recipe will run: the GPU of this machine, its CPU when the recipe says so, else a card of `memory_gb` (default 24).
+    """Where the recipe will run: the GPU of this machine, its CPU when the recipe says so, else a card of
+    `memory_gb` (default 24).
 
     in_use: the device that a run started here and now would take; never a card that is not there.
     """
@@ -126,7 +132,9 @@ def find_card(recipe: Recipe, memory_gb: float | None = None, in_use: bool = Fal
 
 
 def free_ram() -> int:
-    """Bytes that a process may still take on this machine: what the system says is available, and the limit of its cgroup."""
+    """Bytes that a process may still take on this machine: what the system says is available, and the limit
+    of its cgroup.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -166,10 +174,12 @@ def plan(
     processes: int | None = None,
     packed_rows: bool = True,
 ) -> Plan | None:
-    """The plan of a recipe; None when its config.json is not on this disk (a hub id that was not fetched) and no folder is given.
+    """The plan of a recipe; None when its config.json is not on this disk (a hub id that was not fetched) and
+    no folder is given.
 
-    folder: where config.json is (default: model.path). processes: of a distributed run (default: WORLD_SIZE). packed_rows: rows
-    shorter than a window share it, so that attention has a mask (the usual case, and the larger one).
+    folder: where config.json is (default: model.path). processes: of a distributed run (default: WORLD_SIZE).
+    packed_rows: rows shorter than a window share it, so that attention has a mask (the usual case, and the
+    larger one).
 
     Raises:
         ValueError: config.json makes no model, or one that cannot be packed as the recipe says.
@@ -209,9 +219,17 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
     """The traced step, or an estimate and the note that says so."""
     train, model = recipe.train, recipe.model
     setting = Setting(
-        train.micro_batch_size, recipe.data.sequence_len, model.dtype, train.mixed_precision, train.gradient_checkpointing,
-        train.gradient_accumulation_steps > 1, masked and not without_masks(made.model), model.attention, arch, train.mlp_chunk,
-    )  # fmt: skip
+        train.micro_batch_size,
+        recipe.data.sequence_len,
+        model.dtype,
+        train.mixed_precision,
+        train.gradient_checkpointing,
+        train.gradient_accumulation_steps > 1,
+        masked and not without_masks(made.model),
+        model.attention,
+        arch,
+        train.mlp_chunk,
+    )
     key = (folder, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
     if key not in _TRACED:
         if len(_TRACED) > 512:
@@ -225,9 +243,11 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
                 recipe.adapter.model_dump_json(),
             )
             _TRACED[key] = step_costs(made, setting, _TAILS.setdefault(ends, {}))
-        except Exception as error:  # whatever a model's own code raises without data: the plan becomes an estimate, never an error
+        # whatever a model's own code raises without data: the plan becomes an estimate, never an error
+        except Exception as error:
             _TRACED[key] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
+                f"{type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
             )
     found = _TRACED[key]
     if isinstance(found, Step):
@@ -294,9 +314,11 @@ def _training(
         own = cost.kept if not train.gradient_checkpointing else 0
         inside = cost.backward_ops
         moment(
-            f"the backward of layer {i}", saved + own, later[i],
+            f"the backward of layer {i}",
+            saved + own,
+            later[i],
             {"one layer": cost.backward - own - inside - fresh, "workspace": inside},
-        )  # fmt: skip
+        )
     _, peak_at, at_peak = max(moments, key=lambda m: m[0])
 
     optimizer, _ = optimizer_state(train.optimizer, made.trained)
@@ -326,8 +348,8 @@ def _training(
 
 
 def _sharded(parts: dict[str, int], made: Skeleton, processes: int) -> dict[str, int]:
-    """FSDP2: everything of the model and what trains divided, the layer at work and the one fetched ahead gathered, and what lies
-    around the layers (embeddings, head) gathered from forward to backward."""
+    """FSDP2: everything of the model and what trains divided, the layer at work and the one fetched ahead
+    gathered, and what lies around the layers (embeddings, head) gathered from forward to backward."""
     spread = {*PARTS, "gradients", "optimizer states", "kept codes"}
     out = {name: -(-size // processes) if name in spread else size for name, size in parts.items()}
     block = max((frozen + 4 * masters for frozen, masters in made.block_bytes.values()), default=0)

@@ -16,14 +16,16 @@ from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from .model import Skeleton
 from .step import Cost, Step
 
-# bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per block of this many.
+# bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
+# block of this many.
 _SMALLEST_8BIT, _SMALLEST_PAGED, _BLOCK = 4096, 100_000, 256
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes on the disk by folder of the run, and of RAM beside the device's memory; steps (None: unknown before the data is read)
-    and tokens of a step; offloaded: of the RAM, what waits there between forward and backward."""
+    """Bytes on the disk by folder of the run, and of RAM beside the device's memory; steps (None: unknown
+    before the data is read) and tokens of a step; offloaded: of the RAM, what waits there between forward and
+    backward."""
 
     disk: dict[str, int]
     ram: int
@@ -62,12 +64,16 @@ def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
 
 
 def walk_activations(per_token: float, windows: int, length: int) -> int:
-    """What LayerWalk holds of activations on the device: one batch through one layer; the hidden states of all wait on the CPU."""
+    """What LayerWalk holds of activations on the device: one batch through one layer; the hidden states of
+    all wait on the CPU.
+    """
     return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
 
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
-    """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). gptq: a batch of activations too."""
+    """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). gptq: a batch of
+    activations too.
+    """
     device = quantize_memory(recipe, made.shapes).device
     if recipe.quant.calibrate != "gptq":
         return device
@@ -76,8 +82,8 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
 
 
 def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
-    """Beyond the trained model: a chunk of logits (of model and reference), some rows in fp32, and the reference's own embedding,
-    head and one dense layer."""
+    """Beyond the trained model: a chunk of logits (of model and reference), some rows in fp32, and the
+    reference's own embedding, head and one dense layer."""
     size = getattr(torch, recipe.model.dtype).itemsize
     window, windows = recipe.eval.window, recipe.eval.windows or 1 << 30
     tokens = window * max(1, min(windows, 4096 // window))
@@ -142,13 +148,16 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
         disk["layer inputs"] = len(step.layers) * step.hidden
     away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
     waiting = quantize_memory(recipe, made.shapes).cpu  # hidden states of gptq's text, or of evaluation's
-    # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its own size.
+    # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its
+    # own size.
     ram = 3_000_000_000 + away + paged + max(masters + states, waiting, 4 * made.largest)
     return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
 
 
 def throughput(run: Path) -> float | None:
-    """Tokens per second of an earlier run of the recipe: the median of the second half of its metrics.jsonl; None without one."""
+    """Tokens per second of an earlier run of the recipe: the median of the second half of its metrics.jsonl;
+    None without one.
+    """
     import json
     import statistics
 

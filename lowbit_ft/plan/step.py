@@ -1,15 +1,17 @@
-"""What one training step holds at its peak: each kind of decoder layer, and what lies around them, run on tensors without data.
+"""What one training step holds at its peak: each kind of decoder layer, and what lies around them, run on
+tensors without data.
 
-A fake tensor has a shape, a dtype and a storage of the right size, but no memory; autograd, checkpointing and every operator of
-the model run on it as they do for real, and counting.py counts. So nothing is assumed about an architecture. One layer of each
-kind is run forward and backward by itself, and the step is put together:
+A fake tensor has a shape, a dtype and a storage of the right size, but no memory; autograd, checkpointing and
+every operator of the model run on it as they do for real, and counting.py counts. So nothing is assumed about
+an architecture. One layer of each kind is run forward and backward by itself, and the step is put together:
 
     forward through layer i     context + sum of what layers before i keep + peak of i
     loss                        context + what all layers keep + peak of norm, head and loss
     backward through layer i    context + what layers up to i keep + gradients there are + peak of i
 
-context: the batch, rotary tables, attention mask. With several micro-batches per step the last one has all gradients beside it.
-A long sequence's loss is measured on two and on four chunks of logits and continued in a straight line, which it is.
+context: the batch, rotary tables, attention mask. With several micro-batches per step the last one has all
+gradients beside it. A long sequence's loss is measured on two and on four chunks of logits and continued in a
+straight line, which it is.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from ..train.losses import LOGITS_AT_A_TIME, ChunkedHead, Targets, next_token_lo
 from .counting import Counter, reference_workspace
 from .model import Skeleton
 
-_MANY = 16  # decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
+# decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
+_MANY = 16
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of a stretch of the step. forward: peak, its input included; kept: from forward to backward; backward: peak, with what
-    was kept and the incoming gradient; gradients: what it leaves in .grad; evaluation: peak of the forward where no gradient is
-    wanted; forward_ops and backward_ops: the part of the two peaks that is inside packed ops."""
+    """Bytes of a stretch of the step. forward: peak, its input included; kept: from forward to backward;
+    backward: peak, with what was kept and the incoming gradient; gradients: what it leaves in .grad;
+    evaluation: peak of the forward where no gradient is wanted; forward_ops and backward_ops: the part of the
+    two peaks that is inside packed ops."""
 
     forward: int
     kept: int
@@ -70,8 +74,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Step:
-    """context, the input of a layer, the costs by layer and of the tail (norm, head, loss); frame: what the model's own forward holds
-    beside the context while its layers run (embeddings that a variable keeps)."""
+    """context, the input of a layer, the costs by layer and of the tail (norm, head, loss); frame: what the
+    model's own forward holds beside the context while its layers run (embeddings that a variable keeps)."""
 
     context: int
     hidden: int
@@ -107,9 +111,11 @@ class _End(torch.autograd.Function):
 
 
 def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None) -> Step:
-    """Run the step of a skeleton on fake tensors. Whatever the model raises there is raised here (the caller knows an estimate).
+    """Run the step of a skeleton on fake tensors. Whatever the model raises there is raised here (the caller
+    knows an estimate).
 
-    tails: keeps what does not depend on the length of the sequence, for the next step of a model with the same head.
+    tails: keeps what does not depend on the length of the sequence, for the next step of a model with the
+    same head.
     """
     rules = _rules(s.arch)
     rest, modules = copy.deepcopy(made.model), [copy.deepcopy(block.module) for block in made.blocks]
@@ -141,7 +147,9 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
 
 @functools.cache
 def _rules(arch: int) -> Callable[[str, tuple[Any, ...]], int]:
-    """What packed ops hold inside: the Triton launchers' rules for a GPU, the reference implementation on a CPU."""
+    """What packed ops hold inside: the Triton launchers' rules for a GPU, the reference implementation on a
+    CPU.
+    """
     return reference_workspace((lambda name, args: scratch(name, args, arch)) if arch else None)
 
 
@@ -211,7 +219,9 @@ class _Layers:
         last: Callable[[Any], Any],
         see: Callable[[int, Any, Any], None],
     ) -> Any:
-        """The model's forward with its layers passing through; `see` is told their arguments, `last` gives the last one's answer."""
+        """The model's forward with its layers passing through; `see` is told their arguments, `last` gives
+        the last one's answer.
+        """
 
         def stub(hidden: Tensor, *args: Any, number: int, **kwargs: Any) -> Any:
             see(number, (hidden, *args), kwargs)
@@ -243,7 +253,9 @@ class _Layers:
 
     @functools.cached_property
     def decoder(self) -> Any:
-        """The module whose output the model makes its logits of: as in train/losses.py, the base model, or what get_decoder gives."""
+        """The module whose output the model makes its logits of: as in train/losses.py, the base model, or
+        what get_decoder gives.
+        """
         for base in (self.model.base_model, self.model.get_decoder()):
             if base is not self.model and self._makes_logits_of(base):
                 return base
@@ -273,7 +285,9 @@ class _Layers:
         return ChunkedHead(self.decoder, self.model.forward, self.model.config.get_text_config().vocab_size)
 
     def record(self, s: Setting, first: nn.Module, rules: Any) -> tuple[dict[int, Any], int, int, int]:
-        """What each layer is called with, the bytes of that, of a layer's input, and of what else is held while the layers run."""
+        """What each layer is called with, the bytes of that, of a layer's input, and of what else is held
+        while the layers run.
+        """
         calls: dict[int, Any] = {}
         hidden = [torch.empty(())]
 
@@ -325,8 +339,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _masked(kwargs: dict[str, Any], s: Setting) -> dict[str, Any]:
-    """The keyword arguments of a layer without the mask over pairs of tokens that models make of position ids they cannot read, where
-    this step has none."""
+    """The keyword arguments of a layer without the mask over pairs of tokens that models make of position ids
+    they cannot read, where this step has none."""
     found = kwargs.get("attention_mask")
     if not s.masked and s.attention != "eager" and isinstance(found, Tensor) and found.dim() == 4:
         return {**kwargs, "attention_mask": None}
@@ -336,7 +350,9 @@ def _masked(kwargs: dict[str, Any], s: Setting) -> dict[str, Any]:
 def _layer(
     module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hidden: int, first: bool
 ) -> Cost:
-    """One layer forward and backward. The first one's input comes from the embedding and wants no gradient."""
+    """One layer forward and backward. The first one's input comes from the embedding and wants no
+    gradient.
+    """
     module.train()
     if s.mlp_chunk is not None:
         run_in_chunks([part for part in cuttable(module) if "forward" not in vars(part)], s.mlp_chunk)
@@ -368,9 +384,14 @@ def _layer(
     del size
     own = sum(p.numel() * p.element_size() for p in trained) if s.accumulate else 0
     return Cost(
-        count.peaks["forward"], kept, max(kept, count.peaks["backward"]), own or gradients, evaluated.peak,
-        count.inside.get("forward", 0), count.inside.get("backward", 0),
-    )  # fmt: skip
+        count.peaks["forward"],
+        kept,
+        max(kept, count.peaks["backward"]),
+        own or gradients,
+        evaluated.peak,
+        count.inside.get("forward", 0),
+        count.inside.get("backward", 0),
+    )
 
 
 def _input(args: Any, kwargs: Any, s: Setting, hidden: int) -> tuple[tuple[int, ...], torch.dtype]:
@@ -397,9 +418,14 @@ def _tail(around: _Layers, s: Setting, rules: Any, known: dict[Any, Cost]) -> Co
         return round(low + (high - low) * (tokens - near) / (far - near))
 
     return Cost(
-        at("forward"), at("kept"), at("backward"), at("gradients"), at("evaluation"),
-        max(a.forward_ops, b.forward_ops), max(a.backward_ops, b.backward_ops),
-    )  # fmt: skip
+        at("forward"),
+        at("kept"),
+        at("backward"),
+        at("gradients"),
+        at("evaluation"),
+        max(a.forward_ops, b.forward_ops),
+        max(a.backward_ops, b.backward_ops),
+    )
 
 
 def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int) -> Cost:
@@ -441,6 +467,11 @@ def _tail_of(around: _Layers, s: Setting, rules: Any, windows: int, length: int)
         del loss
         gradients = sum(p.numel() * p.element_size() for p in trained)
     return Cost(
-        count.peaks["forward"] - before, kept, max(kept, count.peaks["backward"] - before), gradients, evaluation,
-        count.inside.get("forward", 0), count.inside.get("backward", 0),
-    )  # fmt: skip
+        count.peaks["forward"] - before,
+        kept,
+        max(kept, count.peaks["backward"] - before),
+        gradients,
+        evaluation,
+        count.inside.get("forward", 0),
+        count.inside.get("backward", 0),
+    )

@@ -1,4 +1,6 @@
-"""adopt: may the model of a checkpoint that is quantized already be made of its own integers, layer by layer?"""
+"""adopt: may the model of a checkpoint that is quantized already be made of its own integers, layer by
+layer?
+"""
 
 from __future__ import annotations
 
@@ -9,24 +11,28 @@ from ..model.matrices import Matrix
 
 
 def check_adopted(checkpoint: Checkpoint, model: Any, targets: dict[str, Matrix]) -> None:
-    """ValueError naming the layers when `targets` are others than are packed, or a packed one is not a linear of `model` (on meta)
-    without what a packed layer has no place for."""
+    """ValueError naming the layers when `targets` are others than are packed, or a packed one is not a linear
+    of `model` (on meta) without what a packed layer has no place for."""
     incoming = checkpoint.incoming
     assert incoming is not None
     source = f"{checkpoint.source} ({incoming})"
     keys = {name: checkpoint.packed_key(matrix.parameter) for name, matrix in targets.items()}
     if dense := [name for name, key in keys.items() if key is None]:
         raise ValueError(
-            f"{source}: {_some(dense)} are not packed there, but quant.targets and exclude choose them; leave both out"
+            f"{source}: {_some(dense)} are not packed there, but quant.targets and exclude choose them; "
+            "leave both out"
         )
     if left := sorted(set(incoming.layers) - set(keys.values())):
         raise ValueError(
-            f"{source}: the packed layers {_some(left)} are no linear of {type(model).__name__} that quant chooses (experts that "
-            "transformers fuses, or left out by quant.targets and exclude); they would have to become dense, which is not done"
+            f"{source}: the packed layers {_some(left)} are no linear of {type(model).__name__} that quant "
+            "chooses (experts that "
+            "transformers fuses, or left out by quant.targets and exclude); they would have to become "
+            "dense, which is not done"
         )
     if turned := [name for name, matrix in targets.items() if not matrix.plain or matrix.embedding]:
         raise ValueError(
-            f"{source}: {_some(turned)} are packed there, but are no plain linears (a Conv1D, an embedding): not taken over"
+            f"{source}: {_some(turned)} are packed there, but are no plain linears (a Conv1D, an "
+            "embedding): not taken over"
         )
     for name in targets:
         stray = f"{keys[name]}.bias"
@@ -36,7 +42,8 @@ def check_adopted(checkpoint: Checkpoint, model: Any, targets: dict[str, Matrix]
             and bool(checkpoint.read(stray).any())
         ):
             raise ValueError(
-                f"{checkpoint.file(stray)}: {stray} is not zero, but this {type(model).__name__} has no bias there"
+                f"{checkpoint.file(stray)}: {stray} is not zero, but this "
+                f"{type(model).__name__} has no bias there"
             )
 
 

@@ -1,7 +1,8 @@
-"""What quantize and the walks of evaluation hold beside the packed result, in bytes, from the recipe and the headers alone.
+"""What quantize and the walks of evaluation hold beside the packed result, in bytes, from the recipe and the
+headers alone.
 
-    CPU      hidden states of the text between two layers: samples x length x width in the model's dtype, with the masks and
-             rotary angles that the model gives its layers (model/walk.py)
+    CPU      hidden states of the text between two layers: samples x length x width in the model's dtype, with
+             the masks and rotary angles that the model gives its layers (model/walk.py)
     device   one dense decoder layer, and what packing its largest matrix needs
 
 None of it grows with the number of layers. The packed layers themselves go to base/ one by one (quantize.py).
@@ -21,16 +22,18 @@ HESSIAN_BYTES = (
 FACTOR_BYTES = (
     8 + 4
 )  # per element of a Hessian while it is factored (grid/calibrate/gptq.py): fp64, then the factor in fp32
-CHUNK_BYTES = 300_000_000  # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it (benchmarks/load_memory.py)
+# at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
+# (benchmarks/load_memory.py)
+CHUNK_BYTES = 300_000_000
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after the other. The rest is on the
-    device: outside, what the model has beside its layers (embedding and head), and one dense layer, for both walks; hessians and work
-    while packing."""
+    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after
+    the other. The rest is on the device: outside, what the model has beside its layers (embedding and head),
+    and one dense layer, for both walks; hessians and work while packing."""
 
     calibration: int
     reference: int
@@ -56,7 +59,9 @@ class QuantizeMemory:
 
 
 def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
-    """The bytes for this recipe on the checkpoint with these headers. Pure; an upper bound, exact for plain decoders in `calibration`."""
+    """The bytes for this recipe on the checkpoint with these headers. Pure; an upper bound, exact for plain
+    decoders in `calibration`.
+    """
     size = 4 if recipe.model.dtype == "float32" else 2
     text, walks = recipe.quant.calibration, recipe.quant.calibrate == "gptq"
     compares = recipe.eval.perplexity and recipe.eval.kl
@@ -88,7 +93,9 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
 
 
 def _waiting(samples: int, length: int, shapes: Shapes, size: int) -> int:
-    """Hidden states, masks (a byte per pair of tokens), rotary cosines and sines, and positions (8 bytes) of `samples` windows."""
+    """Hidden states, masks (a byte per pair of tokens), rotary cosines and sines, and positions (8 bytes) of
+    `samples` windows.
+    """
     hidden = shapes.number("hidden_size", "n_embd", "d_model") or 0
     heads = shapes.number("num_attention_heads", "n_head") or 1
     head = shapes.number("head_dim") or hidden // heads

@@ -1,12 +1,14 @@
 """quantize: a checkpoint becomes packed integers, without the dense model ever being in memory.
 
-`Packing` makes the packed layers one after the other and keeps none of them: what writes them to base/ as they come needs the
-memory of one layer, whatever the size of the model. `quantize` keeps them: the model with PackedLinears.
+`Packing` makes the packed layers one after the other and keeps none of them: what writes them to base/ as
+they come needs the memory of one layer, whatever the size of the model. `quantize` keeps them: the model with
+PackedLinears.
 
-Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of rows: it is read,
-calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read, the inputs of its linears are summed into
-Hessians, its linears are packed in place, and the text goes on through the packed layer, so later layers see the errors of
-earlier ones. A checkpoint that is quantized already (incoming/) is not calibrated: its codes are repacked as they are.
+Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of
+rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read,
+the inputs of its linears are summed into Hessians, its linears are packed in place, and the text goes on
+through the packed layer, so later layers see the errors of earlier ones. A checkpoint that is quantized
+already (incoming/) is not calibrated: its codes are repacked as they are.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -34,11 +36,12 @@ __all__ = ["Packing", "QuantRow", "QuantTable", "plan_layers", "quantize"]
 
 
 class Packing:
-    """The packed layers of a checkpoint, made one at a time in the order of `specs`. To be iterated once: (name, weight) pairs.
+    """The packed layers of a checkpoint, made one at a time in the order of `specs`. To be iterated once:
+    (name, weight) pairs.
 
-    specs: layer -> (shape [N, K], grid), known beforehand. keep: the weights also go into `model`, the others then being read too
-    (`finished`). calibration() gives the token batches of gptq; it is called only when the calibrator needs text. ValueError
-    where the recipe's choice cannot be packed.
+    specs: layer -> (shape [N, K], grid), known beforehand. keep: the weights also go into `model`, the others
+    then being read too (`finished`). calibration() gives the token batches of gptq; it is called only when
+    the calibrator needs text. ValueError where the recipe's choice cannot be packed.
     """
 
     def __init__(
@@ -64,7 +67,8 @@ class Packing:
             check_adopted(checkpoint, self.model, self.targets)
         elif quant.from_checkpoint:
             raise ValueError(
-                f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of {', '.join(CALIBRATORS)}"
+                f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of "
+                f"{', '.join(CALIBRATORS)}"
             )
         else:
             check_shapes(checkpoint, self.targets)
@@ -143,7 +147,9 @@ class Packing:
                 walk.drop(index)
 
     def _pack(self, name: str, hessian: Tensor | None = None) -> Weight:
-        """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless a Hessian is factored for them."""
+        """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless a Hessian is
+        factored for them.
+        """
         grid, matrix, run, note = self.quant.grid_for(name), self.targets[name], self.calibrator, ""
         if run.needs_text and hessian is None:
             run, note = CALIBRATORS["mse"], "outside the decoder layers: calibrated by mse"
@@ -152,7 +158,8 @@ class Packing:
         stats = Stats(hessian=hessian, p=self.quant.mse_p, damping=self.quant.calibration.damping)
         parts, error, size = [], 0.0, 0.0
         for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if hessian is None else None):
-            # As stored, whatever the model's dtype: scales are searched on these weights, in fp32, some rows at a time.
+            # As stored, whatever the model's dtype: scales are searched on these weights, in fp32, some rows
+            # at a time.
             weight = self.checkpoint.matrix(
                 name, device=self.device, dtype=self.checkpoint.stored_matrix_dtype(name), rows=rows
             )
@@ -203,8 +210,8 @@ def quantize(
     calibration: Callable[[], list[Batch]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Any, QuantTable]:
-    """The model with PackedLinears, in eval mode on `device`, everything unquantized in `dtype`; and the table. Arguments as
-    `Packing`."""
+    """The model with PackedLinears, in eval mode on `device`, everything unquantized in `dtype`; and the
+    table. Arguments as `Packing`."""
     packing = Packing(
         checkpoint,
         quant,
@@ -232,8 +239,8 @@ def _squares(weight: Tensor, base: Weight) -> tuple[float, float]:
 
 
 def _passes(linears: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """The linears of a layer in groups whose Hessians fit HESSIAN_BYTES (those of the experts of a large mixture do not), in order.
-    What is shared is counted twice: that is known only once text has passed."""
+    """The linears of a layer in groups whose Hessians fit HESSIAN_BYTES (those of the experts of a large
+    mixture do not), in order. What is shared is counted twice: that is known only once text has passed."""
     part: dict[str, nn.Module] = {}
     used = 0
     for name, linear in linears.items():
@@ -250,8 +257,9 @@ def _passes(linears: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 def _hessians(
     walk: LayerWalk, index: int, linears: dict[str, nn.Module], experts: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer. Linears that are given one and the same
-    tensor (q, k and v; gate and up) share one sum. Of `experts`, those that no token reached have none."""
+    """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer. Linears that are given
+    one and the same tensor (q, k and v; gate and up) share one sum. Of `experts`, those that no token reached
+    have none."""
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(linears, 0)
     owner: dict[str, str] = {}  # linear -> the one whose sum it shares

@@ -18,7 +18,9 @@ from ..recipe.sections import is_head
 
 @dataclass(frozen=True)
 class QuantRow:
-    """One layer of the table. error: ||W - W^||^2 / ||W||^2. packed_bytes counts codes, residual, scales and zeros."""
+    """One layer of the table. error: ||W - W^||^2 / ||W||^2. packed_bytes counts codes, residual, scales and
+    zeros.
+    """
 
     layer: str
     action: str
@@ -45,7 +47,8 @@ class QuantTable:
         done, skipped = self.quantized, [row for row in self.rows if row.action != "quantized"]
         weights, held = sum(r.parameters for r in done), sum(r.packed_bytes for r in done)
         lines = [
-            f"quantized {len(done)} layers: {weights:,} weights, {held * 8 / max(1, weights):.2f} bits each with residual and scales"
+            f"quantized {len(done)} layers: {weights:,} weights, {held * 8 / max(1, weights):.2f} bits "
+            "each with residual and scales"
         ]
         by_reason: dict[str, list[str]] = {}
         for row in skipped:
@@ -64,8 +67,8 @@ def _kind(name: str) -> str:
 
 
 def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix], list[QuantRow]]:
-    """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight matrix and is left
-    alone. ValueError naming every module that should be packed and cannot be."""
+    """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight
+    matrix and is left alone. ValueError naming every module that should be packed and cannot be."""
     matrices = find_matrices(model)
     targets: dict[str, Matrix] = {}
     skipped: list[QuantRow] = []
@@ -95,7 +98,8 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
         left = [name for name, reason in linears.items() if reason is not None]
         if left and len(left) < len(linears):
             refused[_kind(stack)] = (
-                f"{len(left)} of its {len(linears)} expert matrices would stay in full precision ({left[0]}: {linears[left[0]]}); "
+                f"{len(left)} of its {len(linears)} expert matrices would stay in full precision "
+                f"({left[0]}: {linears[left[0]]}); "
                 "the experts of a layer are packed together or not at all"
             )
     for name, module in model.named_modules():
@@ -127,7 +131,8 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
     for name, module in model.named_modules():
         if hasattr(module, "layers_are_rescaled"):  # RWKV divides its weights in place for inference
             lines.append(
-                f"{name}: {type(module).__name__} changes its weights between training and inference; this model cannot be packed"
+                f"{name}: {type(module).__name__} changes its weights between training and inference; this "
+                "model cannot be packed"
             )
     for key, found in (
         ("lm_head", any(map(is_head, targets))),
@@ -135,20 +140,24 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
     ):
         if getattr(quant, key) is not None and not found:
             lines.append(
-                f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set quant.{key}: null"
+                f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set "
+                f"quant.{key}: null"
             )
     if lines:
         raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
     if not targets:
         raise ValueError(
-            f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and exclude: {quant.exclude}; "
+            f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and "
+            f"exclude: {quant.exclude}; "
             f"its linears are {some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
         )
     return targets, skipped
 
 
 def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
-    """ValueError for every layer whose tensor in the files has not the shape that config.json gives the layer."""
+    """ValueError for every layer whose tensor in the files has not the shape that config.json gives the
+    layer.
+    """
     problems = []
     for name, matrix in targets.items():
         keys = checkpoint.keys_for(matrix.parameter)
@@ -157,7 +166,8 @@ def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
         found, wanted = checkpoint.shape(keys[0]), matrix.shape[::-1] if matrix.transposed else matrix.shape
         if found != wanted:
             problems.append(
-                f"{checkpoint.file(keys[0])}: {keys[0]} of {name} has shape {list(found)}; config.json makes it {list(wanted)}"
+                f"{checkpoint.file(keys[0])}: {keys[0]} of {name} has shape {list(found)}; config.json "
+                f"makes it {list(wanted)}"
             )
     if problems:
         raise ValueError(

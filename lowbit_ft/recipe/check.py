@@ -43,7 +43,9 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 def check(values: dict[str, Any]) -> list[Problem]:
-    """Run every check whose sections are in `values` ({section name: section}); returns the problems found."""
+    """Run every check whose sections are in `values` ({section name: section}); returns the problems
+    found.
+    """
     sections = SimpleNamespace(**values)
     problems: list[Problem] = []
     for needs, run in CHECKS:
@@ -94,7 +96,8 @@ def check_grid(r: Any) -> Problems:
             other = "integer" if quant.grid == "binary" else "binary"
             yield Problem(
                 (*path, "bits"),
-                f"got {bits}; allowed on quant.grid {quant.grid}: {_list(allowed)}; or use quant.grid: {other}",
+                f"got {bits}; allowed on quant.grid {quant.grid}: {_list(allowed)}; or "
+                f"use quant.grid: {other}",
             )
     if quant.grid == "binary" and not quant.symmetric:
         yield Problem(
@@ -130,7 +133,10 @@ def check_method(r: Any) -> Problems:
     """The method against the grid of every layer."""
     config = r.adapter
     if config.grid_name != r.quant.grid:
-        message = f"got {config.method!r}, which works on quant.grid: {config.grid_name}; the recipe has {r.quant.grid}"
+        message = (
+            f"got {config.method!r}, which works on quant.grid: {config.grid_name}; the recipe has "
+            f"{r.quant.grid}"
+        )
         yield Problem(
             ("adapter", "method"),
             f"{message}; set quant.grid: {config.grid_name} or choose {_list(_methods_on(r.quant.grid))}",
@@ -164,15 +170,20 @@ def _gradient_cost(r: Any, config: Any) -> Problems:
             where = "" if path == ("quant",) else f" (for {_path(path)})"
             yield Problem(
                 ("adapter", "low_rank_gradient"),
-                f"got {config.low_rank_gradient!r}{where}, which with rank {config.rank}, group size {grid.group_size} and scale_grad_tokens "
-                f"{config.scale_grad_tokens:g} costs {cost:.2f} products of a layer's size where exact costs 1 (2 rank / group_size, and the "
-                "share of the tokens that scales learn from); set scale_grad_tokens: 0.25 or less, a smaller rank, or low_rank_gradient: exact",
+                f"got {config.low_rank_gradient!r}{where}, which with rank {config.rank}, group size "
+                f"{grid.group_size} and scale_grad_tokens "
+                f"{config.scale_grad_tokens:g} costs {cost:.2f} products of a layer's size where exact "
+                "costs 1 (2 rank / group_size, and the "
+                "share of the tokens that scales learn from); set scale_grad_tokens: 0.25 or less, a "
+                "smaller rank, or low_rank_gradient: exact",
             )
             return
 
 
 def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
-    """Why a method cannot train on a base that came quantized: there is no residual, and no dense weight to make one from."""
+    """Why a method cannot train on a base that came quantized: there is no residual, and no dense weight to
+    make one from.
+    """
     start = getattr(config, "init", "zero")
     plain = config.model_copy(update={"init": "zero"}) if start != "zero" else config
     if plain.reject(grid):
@@ -181,9 +192,15 @@ def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
             for name, kind in ADAPTERS.items()
             if kind.grid_name == grid.name and not kind(method=name).reject(grid)
         ]
-        why = f"{config.method} needs the fraction that rounding threw away, which {r.model.path if hasattr(r, 'model') else 'a quantized checkpoint'} does not have"
+        why = (
+            f"{config.method} needs the fraction that rounding threw away, which "
+            f"{r.model.path if hasattr(r, 'model') else 'a quantized checkpoint'} does not have"
+        )
     elif start != "zero":
-        return f"adapter.init: {start} reads the rounding error, which a quantized checkpoint does not have; set adapter.init: zero"
+        return (
+            f"adapter.init: {start} reads the rounding error, which a quantized checkpoint does not "
+            "have; set adapter.init: zero"
+        )
     else:
         return None
     return f"{why}; use {_list(fit)}, or give the full-precision checkpoint as model.path"
@@ -216,7 +233,8 @@ def check_adapter_layers(r: Any) -> Problems:
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {source!r}: {error}")
         return
-    # A file may name its layers without the model's prefix; then the check waits for the model (adapters/lora_start.py).
+    # A file may name its layers without the model's prefix; then the check waits for the model
+    # (adapters/lora_start.py).
     named = any(name in layers for name in lora.pairs)
     adapted = {name: (x.out_features, x.in_features) for name, x in layers.items() if config.trains(name)}
     for problem in lora_problems(
@@ -239,7 +257,10 @@ def check_export(r: Any) -> Problems:
     yield from _check_reader(r, EXPORTERS[name])
     config = getattr(r, "adapter", None)
     if config is not None and config.ships_offset and name != "native":
-        message = f"got {name!r}, which holds no float offset per group; {config.method} with this adapter.offset ships one"
+        message = (
+            f"got {name!r}, which holds no float offset per group; {config.method} with this "
+            "adapter.offset ships one"
+        )
         yield Problem(("export", "format"), f"{message}; set adapter.offset: auto, or export.format: native")
     for path, grid in _grids(r):
         if config is not None and config.grid_name == grid.name:
@@ -292,7 +313,9 @@ def check_export(r: Any) -> Problems:
 
 
 def _packed(quant: Any, shapes: Shapes) -> list[Layer]:
-    """Every matrix that will be packed: linears, then a head that is tied (no tensor of its own), then the embedding."""
+    """Every matrix that will be packed: linears, then a head that is tied (no tensor of its own), then the
+    embedding.
+    """
     layers = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
     if quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
         layers.append(head)
@@ -313,7 +336,8 @@ def _check_reader(r: Any, exporter: Any) -> Problems:
     if r.export.verify and (reason := exporter.missing(exporter.reads_with)):
         yield Problem(
             ("export", "verify"),
-            f"got true, and reading {exporter.name} {reason}; or set export.verify: false and check the folder elsewhere",
+            f"got true, and reading {exporter.name} {reason}; or set export.verify: false and check the "
+            "folder elsewhere",
         )
     folder = local_folder(r.model.path, r.model.revision) if hasattr(r, "model") else None
     if folder is None:
@@ -360,7 +384,8 @@ def check_tasks_reader(r: Any) -> Problems:
     if r.eval.tasks and r.export.format == "mlx":
         yield Problem(
             ("eval", "tasks"),
-            "lm-eval cannot measure an export.format mlx; set export.format: native, which measures merged/, the equal model, "
+            "lm-eval cannot measure an export.format mlx; set export.format: native, which measures "
+            "merged/, the equal model, "
             "and write mlx afterwards with `lowbit-ft export RUN --format mlx`; or remove the tasks",
         )
 
@@ -376,11 +401,14 @@ def _shapes(model: Any) -> Shapes | None:
     try:
         return read_shapes(folder)
     except (OSError, ValueError):
-        return None  # a local folder: check_model tells; a hub id half downloaded: model/load.py fetches the rest
+        # a local folder: check_model tells; a hub id half downloaded: model/load.py fetches the rest
+        return None
 
 
 def check_model(r: Any) -> Problems:
-    """That a path which is meant as a folder is a checkpoint that can be read (a quantized one: in a format of incoming/)."""
+    """That a path which is meant as a folder is a checkpoint that can be read (a quantized one: in a format
+    of incoming/).
+    """
     path = r.model.path
     here = ("model", "path")
     folder = Path(path).expanduser()
@@ -390,7 +418,8 @@ def check_model(r: Any) -> Problems:
         elif not HUB_ID.fullmatch(path) or path_is(folder.parent, "dir") and len(folder.parts) > 1:
             yield Problem(
                 here,
-                f"got {path!r}; there is no such folder{near_names(folder)}; give a checkpoint folder or a hub id owner/name",
+                f"got {path!r}; there is no such folder{near_names(folder)}; give a checkpoint folder or a "
+                "hub id owner/name",
             )
         return
     if r.model.revision is not None:
@@ -417,7 +446,8 @@ def check_layers(r: Any) -> Problems:
                 ("quant", key),
                 f"got {getattr(quant, key)}, but this model's files have no such tensor; set it to null",
             )
-    head = "lm_head"  # tied to the embedding it has no weight of its own in the file, but it is a layer all the same
+    # tied to the embedding it has no weight of its own in the file, but it is a layer all the same
+    head = "lm_head"
     for key in ("targets", "exclude"):
         patterns = getattr(quant, key)
         for i, pattern in enumerate(patterns if isinstance(patterns, list) else []):
@@ -432,7 +462,10 @@ def check_layers(r: Any) -> Problems:
         )
     for i, override in enumerate(quant.overrides):
         if not any(matches(override.match, layer.name) for layer in targets):
-            message = f"got {override.match!r}, which matches no quantized layer{_nearest_layers(override.match, names)}"
+            message = (
+                f"got {override.match!r}, which matches no quantized "
+                f"layer{_nearest_layers(override.match, names)}"
+            )
             yield Problem(("quant", "overrides", i, "match"), message)
     if hasattr(r, "export") and r.export.format != "native":
         yield from _check_groups(r, _packed(quant, shapes))
@@ -456,8 +489,10 @@ def _check_groups(r: Any, targets: list[Layer]) -> Problems:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield Problem(
             ("quant", "group_size"),
-            f"got {size}, which does not divide the {width} inputs of {names[0]}{more}; allowed for all layers: {', '.join(fits)}; "
-            f"or an override for these layers ({', '.join(alone)}), or export.format: native (its last group may be shorter)",
+            f"got {size}, which does not divide the {width} inputs of {names[0]}{more}; allowed for all "
+            f"layers: {', '.join(fits)}; "
+            f"or an override for these layers ({', '.join(alone)}), or export.format: native (its last "
+            "group may be shorter)",
         )
 
 
@@ -474,7 +509,8 @@ def check_lengths(r: Any) -> Problems:
         if length > limit:
             yield Problem(
                 path,
-                f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or less, or extend them in the model's "
+                f"got {length}; allowed: at most the {limit} positions of the model; set it to {limit} or "
+                "less, or extend them in the model's "
                 "config.json (rope_parameters, then max_position_embeddings)",
             )
 
@@ -495,8 +531,10 @@ def check_offload(r: Any) -> Problems:
     if free < needed:
         yield Problem(
             ("train", "offload"),
-            f"got 'disk', which needs {needed / 1e9:.3g} GB ({layers} layers x {tokens} tokens x {width} x {size} bytes), and "
-            f"{str(folder)!r} has {free / 1e9:.3g} GB free; choose another `output`, or set train.offload: cpu",
+            f"got 'disk', which needs {needed / 1e9:.3g} GB ({layers} layers x {tokens} tokens x {width} x "
+            f"{size} bytes), and "
+            f"{str(folder)!r} has {free / 1e9:.3g} GB free; choose another `output`, or "
+            "set train.offload: cpu",
         )
 
 
@@ -531,18 +569,21 @@ def notes(recipe: Any) -> list[str]:
         found.append(f"{recipe.output} holds a run already: it is continued from its newest valid checkpoint")
     if not recipe.adapter.exact_merge:
         found.append(
-            f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and the loss of that is measured"
+            f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and "
+            "the loss of that is measured"
         )
     if recipe.quant.from_checkpoint and recipe.adapter.delta_unit is not None and recipe.adapter.exact_merge:
         found.append(
-            f"{recipe.model.path} comes quantized, without residual bits: a code moves once the low-rank product passes half a step; "
+            f"{recipe.model.path} comes quantized, without residual bits: a code moves once the low-rank "
+            "product passes half a step; "
             "where few do (the report counts them), raise train.learning_rate"
         )
     if (source := getattr(recipe.adapter, "init_from", None)) is not None:
         base, ours = read_lora(source).base, recipe.model.path
         if Path(base).name.lower() != Path(ours).name.lower():
             found.append(
-                f"the LoRA {source} was trained on {base or 'an unnamed base'}, this run starts from {ours}: the same weights?"
+                f"the LoRA {source} was trained on {base or 'an unnamed base'}, this run starts from "
+                f"{ours}: the same weights?"
             )
     if local_folder(recipe.model.path, recipe.model.revision) is None:
         found.append(

@@ -1,8 +1,10 @@
-"""The quant section of a recipe whose checkpoint is quantized already: the checkpoint decides, the recipe may only agree.
+"""The quant section of a recipe whose checkpoint is quantized already: the checkpoint decides, the recipe may
+only agree.
 
-Leave `quant` out. What it would say (bits, group size, symmetry, scale dtype, which layers, residual_bits: 0) is read from the
-checkpoint's config.json and headers and written into the resolved recipe, with `calibrate: from_checkpoint`. A key that is
-written down and says something else is an error with its line: nothing is ever requantized on the way in.
+Leave `quant` out. What it would say (bits, group size, symmetry, scale dtype, which layers, residual_bits: 0)
+is read from the checkpoint's config.json and headers and written into the resolved recipe, with `calibrate:
+from_checkpoint`. A key that is written down and says something else is an error with its line: nothing is
+ever requantized on the way in.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from .yaml import Problem
 
 
 def resolve_quant(model: ModelSection, quant: QuantSection) -> tuple[QuantSection, list[Problem]]:
-    """The section as the checkpoint has it, and what the recipe says against it. A dense checkpoint changes nothing, one that is
-    not on this disk (a hub id) waits until it is; one that cannot be read is told by check_model."""
+    """The section as the checkpoint has it, and what the recipe says against it. A dense checkpoint changes
+    nothing, one that is not on this disk (a hub id) waits until it is; one that cannot be read is told by
+    check_model."""
     folder = local_folder(model.path, model.revision)
     if folder is None:
         return quant, []
@@ -31,7 +34,10 @@ def resolve_quant(model: ModelSection, quant: QuantSection) -> tuple[QuantSectio
     if shapes.incoming is not None:
         return _resolved(quant, shapes, shapes.incoming, Path(model.path).name)
     if quant.from_checkpoint:
-        message = f"got '{FROM_CHECKPOINT}', but {model.path} is not quantized; remove the key, or give a GPTQ, AWQ or compressed-tensors checkpoint"
+        message = (
+            f"got '{FROM_CHECKPOINT}', but {model.path} is not quantized; remove the key, or give a "
+            "GPTQ, AWQ or compressed-tensors checkpoint"
+        )
         return quant, [Problem(("quant", "calibrate"), message)]
     return quant, []
 
@@ -43,16 +49,24 @@ def _resolved(
     symmetric = {grid.symmetric for grid in grids.values()}
     if len(symmetric) > 1:
         odd = next(layer for layer, grid in grids.items() if not grid.symmetric)
-        message = f"got {name!r}, where some layers are symmetric and others ({odd}, ...) are not; quant has one `symmetric` for all"
+        message = (
+            f"got {name!r}, where some layers are symmetric and others ({odd}, ...) are not; quant "
+            "has one `symmetric` for all"
+        )
         return quant, [
             Problem(("model", "path"), f"{message}: give a checkpoint of one kind, or the full-precision one")
         ]
     (bits, group_size), _ = Counter((grid.bits, grid.group_size) for grid in grids.values()).most_common(1)[0]
     first = next(iter(grids.values()))
     facts: dict[str, Any] = {
-        "grid": "integer", "bits": bits, "group_size": group_size, "symmetric": symmetric.pop(), "residual_bits": 0,
-        "calibrate": FROM_CHECKPOINT, "scale_dtype": first.scale_dtype,
-    }  # fmt: skip
+        "grid": "integer",
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric.pop(),
+        "residual_bits": 0,
+        "calibrate": FROM_CHECKPOINT,
+        "scale_dtype": first.scale_dtype,
+    }
     problems = []
     for key, value in facts.items():
         given = getattr(quant, key)
@@ -76,7 +90,8 @@ def _resolved(
             problems.append(
                 Problem(
                     ("quant", key),
-                    f"set, but {name} is quantized already ({incoming}): nothing is calibrated or packed; remove the key",
+                    f"set, but {name} is quantized already ({incoming}): nothing is calibrated or packed; "
+                    "remove the key",
                 )
             )
     names = [layer.name for layer in shapes.linears]
@@ -91,7 +106,10 @@ def _resolved(
     elif wrong := [
         layer for layer, grid in grids.items() if _size(resolved, layer) != (grid.bits, grid.group_size)
     ]:
-        message = f"makes {wrong[0]} {_size(resolved, wrong[0])[0]} bit, group {_size(resolved, wrong[0])[1]}; {name} has it as {grids[wrong[0]]}"
+        message = (
+            f"makes {wrong[0]} {_size(resolved, wrong[0])[0]} bit, group "
+            f"{_size(resolved, wrong[0])[1]}; {name} has it as {grids[wrong[0]]}"
+        )
         problems.append(Problem(("quant", "overrides"), f"{message}; remove the key"))
     if not {"targets", "exclude"} & quant.model_fields_set:
         resolved = resolved.model_copy(update=_selection(resolved, names, set(grids)))
@@ -104,7 +122,9 @@ def _resolved(
 
 
 def _selection(quant: QuantSection, names: list[str], packed: set[str]) -> dict[str, Any]:
-    """targets and exclude that choose exactly the packed layers: the defaults, else the ends of names, else names."""
+    """targets and exclude that choose exactly the packed layers: the defaults, else the ends of names, else
+    names.
+    """
 
     def chooses(targets: Any, exclude: list[str]) -> bool:
         section = quant.model_copy(update={"targets": targets, "exclude": exclude})

@@ -4,9 +4,10 @@ tensor is read.
 Used by the recipe checks, `plan` and `init`. What a name means (quantized, skipped and why) is
 QuantSection.skip_reason, the same rule the quantizer follows on the real modules.
 
-Layers are named as the model names them where files and model differ in kind: the experts of a mixture are `<experts>.3.gate_up_proj`
-and `<experts>.3.down_proj` whether a file keeps one tensor per expert (gate and up apart) or one stack for all, and GPT-2's Conv1D
-weights, which lie in files as [K, N], have their sides exchanged.
+Layers are named as the model names them where files and model differ in kind: the experts of a mixture are
+`<experts>.3.gate_up_proj` and `<experts>.3.down_proj` whether a file keeps one tensor per expert (gate and up
+apart) or one stack for all, and GPT-2's Conv1D weights, which lie in files as [K, N], have their sides
+exchanged.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ _GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight":
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in the files of what it is
-    made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each of its tensors is its own alone."""
+    """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in
+    the files of what it is made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each
+    of its tensors is its own alone."""
 
     name: str
     out_features: int
@@ -65,7 +67,9 @@ class Layer:
 
     @property
     def parts(self) -> list[Part] | None:
-        """The file tensors that make it, for exporters that write one for each; their rows are not known here."""
+        """The file tensors that make it, for exporters that write one for each; their rows are not known
+        here.
+        """
         return [Part(name, 0, 0) for name in self.tensors] if self.whole and not self.turned else None
 
 
@@ -193,7 +197,9 @@ def local_folder(path: str, revision: str | None = None) -> Path | None:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer of a checkpoint folder brings a chat template (of its own file, or in its config)."""
+    """Whether the tokenizer of a checkpoint folder brings a chat template (of its own file, or in its
+    config).
+    """
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:

@@ -54,7 +54,8 @@ def check_data(r: Any) -> Problems:
             if not _globs(path):
                 yield Problem(
                     (*where, "path"),
-                    f"got {path!r}; no file matches{near_names(Path(path))}; check the folder and the pattern",
+                    f"got {path!r}; no file matches{near_names(Path(path))}; check the "
+                    "folder and the pattern",
                 )
         elif (
             path.lower().endswith(DATA_SUFFIXES)
@@ -63,7 +64,8 @@ def check_data(r: Any) -> Problems:
         ):
             yield Problem(
                 (*where, "path"),
-                f"got {path!r}; there is no such file{near_names(Path(path))}; give a file, glob, folder or hub id",
+                f"got {path!r}; there is no such file{near_names(Path(path))}; give a file, "
+                "glob, folder or hub id",
             )
 
 
@@ -71,10 +73,16 @@ def check_train(r: Any) -> Problems:
     """Training options that need something else: a validation set, a known length, a package."""
     train = r.train
     if train.optimizer not in OPTIMIZERS:
-        message = f"got {train.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
+        message = (
+            f"got {train.optimizer!r}; allowed: "
+            f"{', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
+        )
         yield Problem(("train", "optimizer"), message)
     elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
-        message = f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install bitsandbytes, or set adamw"
+        message = (
+            f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install "
+            "bitsandbytes, or set adamw"
+        )
         yield Problem(("train", "optimizer"), message)
     if train.loss == "liger":
         yield from _check_liger(r)
@@ -172,12 +180,14 @@ def check_device(r: Any) -> Problems:
         path = ("train", "mixed_precision") if mixed == "fp16" else ("model", "dtype")
         yield Problem(
             path,
-            "got fp16 on a CPU, where training in it overflows; allowed: bfloat16, float32; set model.dtype: float32",
+            "got fp16 on a CPU, where training in it overflows; allowed: bfloat16, float32; set "
+            "model.dtype: float32",
         )
     if model.attention == "flex_attention" and not on_gpu:
         yield Problem(
             ("model", "attention"),
-            "got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa (packed windows segment by segment, without a "
+            "got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa (packed "
+            "windows segment by segment, without a "
             "mask, on every device), eager; set sdpa",
         )
     if hasattr(r, "train") and r.train.compile:
@@ -209,7 +219,8 @@ def check_output(r: Any) -> Problems:
         if inside and not RUN_FILES & set(inside):
             yield Problem(
                 ("output",),
-                f"got {str(output)!r}, which holds other files ({inside[0]}, ...); choose a new or empty folder",
+                f"got {str(output)!r}, which holds other files ({inside[0]}, ...); choose "
+                "a new or empty folder",
             )
     elif path_is(output, "any"):
         yield Problem(("output",), f"got {str(output)!r}, a file; choose a folder")

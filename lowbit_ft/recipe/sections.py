@@ -70,7 +70,8 @@ class ModelSection(Section):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         default="sdpa",
-        description="attention implementation of transformers; sdpa trains packed windows segment by segment, without a mask",
+        description="attention implementation of transformers; sdpa trains packed windows segment by "
+        "segment, without a mask",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: the GPU when there is one"
@@ -120,12 +121,14 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default_factory=lambda data: "greedy" if data.get("grid") == "binary" else "mse",
-        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating (default greedy); "
+        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
+        "(default greedy); "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
-        description="dtype of the scales that train and ship: bfloat16 values fit every format; a quantized checkpoint brings its own",
+        description="dtype of the scales that train and ship: bfloat16 values fit every format; a "
+        "quantized checkpoint brings its own",
     )
     mse_p: Positive = Field(
         default=2.4, description="mse: the error norm |w - w_hat|^p that the clipping search minimises"
@@ -135,7 +138,8 @@ class QuantSection(Section):
     )
     targets: Literal["all-linear"] | list[str] = Field(
         default="all-linear",
-        description="all-linear (attention and MLP linears of the decoder layers), or names, globs, regexes of layers",
+        description="all-linear (attention and MLP linears of the decoder layers), or names, globs, "
+        "regexes of layers",
     )
     exclude: list[str] = Field(
         default=["lm_head"], description="layers left in full precision: names, globs or regexes"
@@ -145,7 +149,8 @@ class QuantSection(Section):
     )
     lm_head: Literal[4, 8] | None = Field(
         default=None,
-        description="bits of the output head, packed and trained too (whatever exclude says); null: full precision",
+        description="bits of the output head, packed and trained too (whatever exclude says); "
+        "null: full precision",
     )
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
@@ -178,7 +183,9 @@ class QuantSection(Section):
         return self.calibrate == FROM_CHECKPOINT
 
     def skip_reason(self, layer_name: str, embedding: bool = False) -> str | None:
-        """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is quantized."""
+        """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is
+        quantized.
+        """
         if embedding:
             if self.embeddings is None or not is_token_embedding(layer_name):
                 return "embedding"
@@ -307,16 +314,19 @@ class TrainSection(Section):
     )
     offload: Literal["no", "cpu", "disk"] = Field(
         default="no",
-        description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the device; cpu, in CPU memory; "
+        description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the "
+        "device; cpu, in CPU memory; "
         "disk, in a file of the run folder: for long sequences on a GPU",
     )
     loss: Literal["chunked", "liger"] = Field(
         default="chunked",
-        description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel (extra liger, a GPU, a plain head)",
+        description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
+        "(extra liger, a GPU, a plain head)",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
-        description="tokens that go through the MLP and the norms of a layer at a time; null: all. For long sequences: they hold most of what "
+        description="tokens that go through the MLP and the norms of a layer at a time; null: all. For "
+        "long sequences: they hold most of what "
         "a layer needs, and its products run no more often than under gradient_checkpointing",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
@@ -324,16 +334,19 @@ class TrainSection(Section):
     )
     sharding: Literal["none", "fsdp"] = Field(
         default="none",
-        description="with several processes: none, each holds the whole base (DDP); fsdp, they share one (FSDP2)",
+        description="with several processes: none, each holds the whole base (DDP); fsdp, "
+        "they share one (FSDP2)",
     )
     keep_codes: bool = Field(
         default=False,
-        description="keep the trained integers of every layer for the whole optimizer step instead of making them anew in each forward and "
+        description="keep the trained integers of every layer for the whole optimizer step instead of "
+        "making them anew in each forward and "
         "backward: bits per trained weight of memory",
     )
     compile: bool = Field(
         default=False,
-        description="torch.compile of the decoder layers; the same integers, see docs/speed.md for where it helps",
+        description="torch.compile of the decoder layers; the same integers, see "
+        "docs/speed.md for where it helps",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="of the start of A, the data order and dropout"
@@ -365,7 +378,8 @@ class TrainSection(Section):
     def _offload(self) -> TrainSection:
         if self.offload != "no" and not self.gradient_checkpointing:
             raise ValueError(
-                f"offload {self.offload} moves what gradient_checkpointing keeps, and that is off; set gradient_checkpointing: true, "
+                f"offload {self.offload} moves what gradient_checkpointing keeps, and that is off; set "
+                "gradient_checkpointing: true, "
                 "or offload: no"
             )
         return self
@@ -374,7 +388,8 @@ class TrainSection(Section):
     def _compile(self) -> TrainSection:
         if self.compile and self.mlp_chunk is not None:
             raise ValueError(
-                f"compile and mlp_chunk {self.mlp_chunk} do not go together: the chunks run their own backward, which is not for a compiler; set "
+                f"compile and mlp_chunk {self.mlp_chunk} do not go together: the chunks run their own "
+                "backward, which is not for a compiler; set "
                 "compile: false, or mlp_chunk: null"
             )
         return self
@@ -383,7 +398,8 @@ class TrainSection(Section):
     def _length(self) -> TrainSection:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(
-                f"max_steps {self.max_steps} and epochs {self.epochs}; allowed: exactly one of them; set max_steps or epochs"
+                f"max_steps {self.max_steps} and epochs {self.epochs}; allowed: exactly one of them; set "
+                "max_steps or epochs"
             )
         return self
 
@@ -414,7 +430,8 @@ class ExportSection(Section):
 
     format: str = Field(
         default="compressed-tensors",
-        description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, gptq_v2, awq, mlx (mlx-lm), torchao, "
+        description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
+        "gptq_v2, awq, mlx (mlx-lm), torchao, "
         "or native (every grid)",
     )
     verify: bool = Field(default=True, description="reload the export and compare codes, scales and logits")

@@ -1,4 +1,6 @@
-"""Small readings of recipe values: numbers as PyYAML leaves them, paths beside the recipe, patterns over layer names."""
+"""Small readings of recipe values: numbers as PyYAML leaves them, paths beside the recipe, patterns over
+layer names.
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def read_source(path: Path) -> Source:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RecipeError: it is not UTF-8 text, not YAML, or not a mapping. Problems that leave a usable rest are in `.problems`.
+        RecipeError: it is not UTF-8 text, not YAML, or not a mapping. Problems that leave a usable rest are
+        in `.problems`.
     """
     source = Source(str(path))
     try:
@@ -103,7 +104,8 @@ def read_source(path: Path) -> Source:
     if len(data) > MAX_BYTES:
         raise RecipeError(
             [
-                f"{path}: got {len(data)} bytes; a recipe has at most {MAX_BYTES}; is this another kind of file?"
+                f"{path}: got {len(data)} bytes; a recipe has at most {MAX_BYTES}; is this "
+                "another kind of file?"
             ]
         )
     try:
@@ -265,7 +267,8 @@ class _Reader:
                 self.problem(
                     node,
                     path,
-                    f"got {node.value[:60]!r}, which is not a readable {kind}; put it in quotes if it is text",
+                    f"got {node.value[:60]!r}, which is not a readable {kind}; put it in "
+                    "quotes if it is text",
                 )
                 return None
         if kind in {"timestamp", "value"} and node.tag.startswith("tag:yaml.org,2002:"):
@@ -273,7 +276,8 @@ class _Reader:
         self.problem(
             node,
             path,
-            f"got the tag {node.tag!r}; a recipe holds text, numbers, true/false, null, lists and mappings only",
+            f"got the tag {node.tag!r}; a recipe holds text, numbers, true/false, null, "
+            "lists and mappings only",
         )
         return None
 

@@ -7,7 +7,8 @@ be read says so, and the rest of the page stands. Every text from a run is HTML-
     file              what is read from it
     recipe.yaml       shown whole; `name` is the title
     evaluation.json   {"rows": [{"stage", "perplexity", "kl", "loss"}], "windows", "window"}
-    tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better", "samples"}]}
+    tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better",
+                      "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
@@ -175,9 +176,11 @@ def _result(run: RunFiles) -> str:
         name = reference if stage == "base" else STAGES.get(stage, stage)
         lines.append([name, number(perplexity, DIGITS), change, loss, kl])
     text = (
-        f"Perplexity is e to the mean loss per target token. KL is the mean divergence from the model {reference}, in nats per token."
+        "Perplexity is e to the mean loss per target token. KL is the mean divergence from the model "
+        f"{reference}, in nats per token."
         if reference == AS_IT_CAME
-        else "Perplexity is e to the mean loss per target token. KL is the mean divergence from the full-precision model, in nats per token."
+        else "Perplexity is e to the mean loss per target token. KL is the mean divergence from the "
+        "full-precision model, in nats per token."
     )
     if is_number(data.get("windows")) and is_number(data.get("window")):
         text = f"On {number(data['windows'])} windows of {number(data['window'])} tokens. {text}"

@@ -43,7 +43,10 @@ def tasks_section(run: RunFiles) -> str:
         )
         if len({same[stage]["value"] for stage in SHIPPED if stage in same}) > 1:
             differ.append(f"{task} {metric}")
-    text = f"Measured by lm-eval {plain(data.get('lm_eval'))}; ± is the standard error over the rows of the task."
+    text = (
+        f"Measured by lm-eval {plain(data.get('lm_eval'))}; ± is the standard error over "
+        "the rows of the task."
+    )
     if differ:
         text += f" What ships differs from what was trained in {', '.join(differ)}."
     return table(["task", "metric", "better", *(STAGES.get(s, s) for s in stages)], lines, words=3) + note(

@@ -6,10 +6,10 @@
         state.json              step, data position, best validation loss, what it belongs to
         manifest.json           sha256 and size of each of the above
 
-Written aside and renamed whole (files/atomic.py): a checkpoint under its own name is complete, whenever the process
-or the machine died, and an old one that goes is renamed before it is deleted. Read only after every hash
-agrees; one that does not is renamed to "step-...corrupt", said so, and the one before it is used. Nothing
-here is a pickle: tensors are safetensors, the rest is JSON.
+Written aside and renamed whole (files/atomic.py): a checkpoint under its own name is complete, whenever the
+process or the machine died, and an old one that goes is renamed before it is deleted. Read only after every
+hash agrees; one that does not is renamed to "step-...corrupt", said so, and the one before it is used.
+Nothing here is a pickle: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """train.compile: torch.compile of the decoder layers, one by one.
 
-Layer by layer, because what lies between them is not for a compiler: recomputation, offload and the gathering of shards are hooks around a
-layer's forward. All layers run the same code, so they share what is compiled: one graph where the input wants a gradient and one
-where it does not (the first layer), however many layers there are. A second length of batch compiles once more, with lengths as
-variables. Our ops are torch.library ops with fakes, so one thing alone stays outside of the graphs: attention over the segments of a packed
-window, whose lengths are Python's (model/attention.py). A layer that would break elsewhere (experts whose tokens are counted on the host) is refused
-rather than run in pieces.
+Layer by layer, because what lies between them is not for a compiler: recomputation, offload and the gathering
+of shards are hooks around a layer's forward. All layers run the same code, so they share what is compiled:
+one graph where the input wants a gradient and one where it does not (the first layer), however many layers
+there are. A second length of batch compiles once more, with lengths as variables. Our ops are torch.library
+ops with fakes, so one thing alone stays outside of the graphs: attention over the segments of a packed
+window, whose lengths are Python's (model/attention.py). A layer that would break elsewhere (experts whose
+tokens are counted on the host) is refused rather than run in pieces.
 
-What trains stays what ships: codes come from an opaque op, and the scales' rounding and exp are opaque too (lowbit_kernels/rounding.py).
-Losses may differ from the plain run in their last bits, because norms and activations are fused.
+What trains stays what ships: codes come from an opaque op, and the scales' rounding and exp are opaque too
+(lowbit_kernels/rounding.py). Losses may differ from the plain run in their last bits, because norms and
+activations are fused.
 
-Only training forwards are compiled; evaluation runs the plain code. Names of modules and parameters do not change.
+Only training forwards are compiled; evaluation runs the plain code. Names of modules and parameters do not
+change.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+from ..adapters.base import Adapter
 from ..model.linear import PackedLinear
 from ..model.walk import decoder_layers
 
-# Graphs of one layer's code: with and without a gradient of the input, with and without a mask, lengths fixed and then variable, and as
-# many again for each other kind of layer (sliding windows, wider MLPs). torch's own limit of 8 would end a run in its middle.
+# Graphs of one layer's code: with and without a gradient of the input, with and without a mask, lengths fixed
+# and then variable, and as many again for each other kind of layer (sliding windows, wider MLPs). torch's own
+# limit of 8 would end a run in its middle.
 GRAPHS = 64
 
 
@@ -49,9 +54,11 @@ def missing_compiler(on_gpu: bool) -> str | None:
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> Callable[[], None]:
-    """Compile the training forward of every decoder layer, in place; returns what undoes it. After recomputation is switched on.
+    """Compile the training forward of every decoder layer, in place; returns what undoes it. After
+    recomputation is switched on.
 
-    ValueError where the model has no list of decoder layers, or (at the first forward) a layer cannot be compiled whole.
+    ValueError where the model has no list of decoder layers, or (at the first forward) a layer cannot be
+    compiled whole.
     """
     undo: list[Callable[[], None]] = []
     made: dict[Any, Any] = {}  # one compiled function per kind of layer
@@ -61,7 +68,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> Callable[[], 
             made[plain] = torch.compile(plain, backend=backend)
         run = _checked(layer, made[plain])
         if getattr(layer, "gradient_checkpointing", False):
-            # transformers hands what is to be recomputed to this function; its hooks stay outside of what is compiled.
+            # transformers hands what is to be recomputed to this function; its hooks stay outside of what is
+            # compiled.
             recompute: Any = layer._gradient_checkpointing_func
             undo.append(_replaced(layer, "_gradient_checkpointing_func", _recomputing(recompute, run)))
         else:
@@ -75,7 +83,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> Callable[[], 
 
 
 def _inner_forward(layer: nn.Module) -> Callable[..., Any]:
-    """The forward of the layer's class below what transformers wraps around it for recomputation (FSDP's subclass has that twice)."""
+    """The forward of the layer's class below what transformers wraps around it for recomputation (FSDP's
+    subclass has that twice).
+    """
     forward: Any = type(layer).forward
     while (
         getattr(forward, "__name__", "") == "forward"
@@ -86,10 +96,11 @@ def _inner_forward(layer: nn.Module) -> Callable[..., Any]:
 
 
 def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled forward of one layer. Codes that are kept for the step are looked at before it: compiled code cannot."""
-    adapted = [
-        (m, m.adapter) for m in layer.modules() if isinstance(m, PackedLinear) and m.adapter is not None
-    ]
+    """The compiled forward of one layer. Codes that are kept for the step are looked at before it: compiled
+    code cannot.
+    """
+    hosts = [m for m in layer.modules() if isinstance(m, PackedLinear)]
+    adapted = [(m, m.adapter) for m in hosts if isinstance(m.adapter, Adapter)]
     for _, adapter in adapted:
         if adapter.kept is not None:
             adapter.kept.checked_outside = True
@@ -105,7 +116,8 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
                 (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
             )
             raise ValueError(
-                f"train.compile: {type(layer).__name__} cannot be compiled whole ({what}); set train.compile: false"
+                f"train.compile: {type(layer).__name__} cannot be compiled whole ({what}); set "
+                "train.compile: false"
             ) from error
 
     return run

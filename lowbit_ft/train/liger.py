@@ -1,8 +1,9 @@
-"""train.loss: liger: the head's product and the token loss in one of Liger's Triton kernels (extra `liger`, NVIDIA GPUs).
+"""train.loss: liger: the head's product and the token loss in one of Liger's Triton kernels (extra `liger`,
+NVIDIA GPUs).
 
-It makes the gradient of the hidden states in the forward, so the head's product runs once less than in the chunks of losses.py
-(two instead of three), and holds about as much. It multiplies with a plain weight: heads that are packed, adapted, scaled or
-soft-capped are refused by name, and keep the chunks.
+It makes the gradient of the hidden states in the forward, so the head's product runs once less than in the
+chunks of losses.py (two instead of three), and holds about as much. It multiplies with a plain weight: heads
+that are packed, adapted, scaled or soft-capped are refused by name, and keep the chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def liger_loss(model: Any, logits_of: Callable[[Tensor], Tensor]) -> Fused:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"{key}, which multiplies with a plain weight, and the head of this model is a {type(head).__name__}; {way_out}"
+            f"{key}, which multiplies with a plain weight, and the head of this model is a "
+            f"{type(head).__name__}; {way_out}"
         )
     hidden = (
         torch.sin(torch.arange(4 * head.in_features, device=head.weight.device))
@@ -37,7 +39,8 @@ def liger_loss(model: Any, logits_of: Callable[[Tensor], Tensor]) -> Fused:
         plain, real = head(hidden), logits_of(hidden)
     if not torch.equal(plain, real):
         raise ValueError(
-            f"{key}, which knows no scaling and no soft cap of logits, and {type(model).__name__} has one; {way_out}"
+            f"{key}, which knows no scaling and no soft cap of logits, and "
+            f"{type(model).__name__} has one; {way_out}"
         )
     try:
         kernels = importlib.import_module("liger_kernel.transformers")

@@ -11,9 +11,10 @@ kill loses the steps since the last checkpoint. `resume` goes on bit-equal: weig
 rate (a function of the step), generators, data position. A step whose loss or gradient is NaN or infinite
 changes nothing but the position.
 
-The host never waits for the device within a step but once: at its end the loss, the gradient norm and what all
-processes need to know of each other come in one read (`Run.read`), whatever the number of micro-batches. (A model
-may wait by itself; docs/speed.md has what transformers does. With fp16 the loss scaler reads once more.)
+The host never waits for the device within a step but once: at its end the loss, the gradient norm and what
+all processes need to know of each other come in one read (`Run.read`), whatever the number of micro-batches.
+(A model may wait by itself; docs/speed.md has what transformers does. With fp16 the loss scaler reads once
+more.)
 
 The model is any module that returns `.logits` for input_ids, position_ids, use_cache=False (and
 attention_mask when the batch has one); what trains is what requires a gradient; only the modules that hold
@@ -156,10 +157,20 @@ def _loop(
             run.count(bad, loss, tokens, seconds)
 
             # 5. Tell.
-            values = {"step": now.step, "skipped": bad} if bad else {
-                "step": now.step, "loss": loss, **rates, "grad_norm": norm, "tokens": now.tokens,
-                "tokens_per_s": tokens / seconds, "memory_gb": peak_gb(accelerator.device), "seconds": now.seconds,
-            }  # fmt: skip
+            values = (
+                {"step": now.step, "skipped": bad}
+                if bad
+                else {
+                    "step": now.step,
+                    "loss": loss,
+                    **rates,
+                    "grad_norm": norm,
+                    "tokens": now.tokens,
+                    "tokens_per_s": tokens / seconds,
+                    "memory_gb": peak_gb(accelerator.device),
+                    "seconds": now.seconds,
+                }
+            )
             if bad or now.step % section.log_every == 0 or now.step == total:
                 log.line(values)
                 run.track(values)

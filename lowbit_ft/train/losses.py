@@ -36,8 +36,8 @@ from .memory import upload
 
 IGNORE = -100  # labels that are not targets
 FLOATS_AT_A_TIME = 1 << 22  # float32 elements at a time (16 MB)
-# Logits at a time: 256 rows of a 128k vocabulary, 67 MB in bf16. Fewer rows would read the head more often than
-# a GPU can hide behind the products.
+# Logits at a time: 256 rows of a 128k vocabulary, 67 MB in bf16. Fewer rows would read the head more often
+# than a GPU can hide behind the products.
 LOGITS_AT_A_TIME = 1 << 25
 _SMALL_VOCABULARY = 512  # below it a chunk would be 65,536 tokens or more: batches have fewer
 
@@ -96,7 +96,8 @@ def _targets(labels: Tensor) -> Tensor:
 
 
 class Targets:
-    """The targets of a batch: how many, and where, is known to the host. An object that wrappers of models leave as it is.
+    """The targets of a batch: how many, and where, is known to the host. An object that wrappers of models
+    leave as it is.
 
     labels [B, L] int64 on the CPU, not shifted; device: where the loss is computed.
     """
@@ -113,8 +114,8 @@ class Targets:
         )
 
     def stretches(self, rows: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """The B L positions cut so that each stretch has `rows` targets, the last one what is left: the lengths of the stretches,
-        and of each its targets' places within it and their tokens."""
+        """The B L positions cut so that each stretch has `rows` targets, the last one what is left: the
+        lengths of the stretches, and of each its targets' places within it and their tokens."""
         starts = [0, *self.where[rows::rows], self.labels.numel()]
         lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
         return lengths, [
@@ -134,9 +135,9 @@ def count_targets(labels: Tensor) -> int:
 
 
 def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:
-    """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) -> the sum
-    of `next_token_loss`, a scalar. Without labels it is the model's own forward. kind: train.loss; ValueError for a "liger" that
-    this model cannot have.
+    """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) ->
+    the sum of `next_token_loss`, a scalar. Without labels it is the model's own forward. kind: train.loss;
+    ValueError for a "liger" that this model cannot have.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP.
     """
@@ -145,11 +146,12 @@ def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:
     if kind == "liger":
         if head is None:
             raise ValueError(
-                f"train.loss: got 'liger', but the head cannot be taken off: {reason}; set train.loss: chunked"
+                f"train.loss: got 'liger', but the head cannot be taken off: {reason}; "
+                "set train.loss: chunked"
             )
-        output = type(
-            head.base(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), use_cache=False)
-        )  # pyright: ignore
+        owner: Any = model
+        probe = torch.zeros((1, 1), dtype=torch.int64, device=owner.device)
+        output = type(head.base(input_ids=probe, use_cache=False))
         head.fused = liger_loss(model, lambda hidden: head.logits(hidden, output))
 
     def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
@@ -170,8 +172,9 @@ def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:
 
 
 def target_logits(model: nn.Module) -> Callable[[dict[str, Any], Targets], Iterator[tuple[Tensor, Tensor]]]:
-    """f(inputs, targets) -> the logits [r, V] that predict them and their tokens [r], so many targets at a time as a chunk of the
-    loss has; r is the same for every model of a vocabulary. For measuring: nothing here is differentiable.
+    """f(inputs, targets) -> the logits [r, V] that predict them and their tokens [r], so many targets at a
+    time as a chunk of the loss has; r is the same for every model of a vocabulary. For measuring: nothing
+    here is differentiable.
     """
     plain = model.forward
     head, _ = _head_of(model)

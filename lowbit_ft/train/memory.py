@@ -1,7 +1,7 @@
 """Peak memory of a stage, in GB: the GPU's allocator when there is one, the process's resident set otherwise.
 
-Linux keeps a resettable high-water mark (VmHWM, reset by writing 5 to clear_refs), so each stage gets its own peak; elsewhere
-the peak of the whole process is what can be told.
+Linux keeps a resettable high-water mark (VmHWM, reset by writing 5 to clear_refs), so each stage gets its own
+peak; elsewhere the peak of the whole process is what can be told.
 """
 
 import ctypes
@@ -44,8 +44,9 @@ def peak_gb(device: torch.device) -> float:
 def release_freed() -> None:
     """Give memory that was freed back to the system (glibc's malloc_trim; nothing elsewhere).
 
-    Packing allocates a few fp32 chunks per layer between tensors that stay. glibc keeps what is freed in between: quantizing a
-    1 GB checkpoint then peaks 0.69 GB over its packed size, and 0.1 GB when this is called after every layer.
+    Packing allocates a few fp32 chunks per layer between tensors that stay. glibc keeps what is freed in
+    between: quantizing a 1 GB checkpoint then peaks 0.69 GB over its packed size, and 0.1 GB when this is
+    called after every layer.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -54,7 +55,9 @@ def release_freed() -> None:
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. From pinned memory, because a copy to a GPU from any other makes the host wait until it is done."""
+    """The tensor on the device. From pinned memory, because a copy to a GPU from any other makes the host
+    wait until it is done.
+    """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

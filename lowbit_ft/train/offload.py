@@ -1,14 +1,18 @@
-"""Where the inputs of the layers wait between forward and backward, when gradient checkpointing keeps nothing else: train.offload.
+"""Where the inputs of the layers wait between forward and backward, when gradient checkpointing keeps nothing
+else: train.offload.
 
-    cpu     in CPU memory; for a model on a GPU in pinned buffers that every step uses again, copied on a stream of their own, and
-            fetched one layer ahead of the backward
-    disk    in a file of the run folder that has no name: the system takes the space back whenever the process ends, killed or not
+    cpu     in CPU memory; for a model on a GPU in pinned buffers that every step uses again, copied on a
+            stream of their own, and fetched one layer ahead of the backward
+    disk    in a file of the run folder that has no name: the system takes the space back whenever the process
+            ends, killed or not
 
-What comes back is what went, bit for bit. torch's save_on_cpu makes a new pinned buffer for every tensor and has the backward
-wait for each copy. At 65,536 tokens of width 4096 the inputs of 32 layers are 17 GB; here two of them (1 GB) are on the GPU.
+What comes back is what went, bit for bit. torch's save_on_cpu makes a new pinned buffer for every tensor and
+has the backward wait for each copy. At 65,536 tokens of width 4096 the inputs of 32 layers are 17 GB; here
+two of them (1 GB) are on the GPU.
 
     forward    layer 0   layer 1   ...           compute stream
-                  put 0     put 1                copy stream: waits for the compute stream, which does not wait for it
+                  put 0     put 1                copy stream: waits for the compute stream, which does not
+                            wait for it
     backward   layer n     layer n - 1  ...      waits for its own input, which was asked for one layer ago
                get n - 1   get n - 2
 """
@@ -29,7 +33,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Store(Protocol):
-    """Holds the bytes of tensors. `ahead`: whether asking early is worth it, that is, whether `get` returns before it is done."""
+    """Holds the bytes of tensors. `ahead`: whether asking early is worth it, that is, whether `get` returns
+    before it is done.
+    """
 
     ahead: bool
 
@@ -48,8 +54,8 @@ class Offload:
         self._newest: weakref.ref[_Away] | None = None
 
     def wrap(self, recompute: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpointing function whose saved inputs are in the store. What the layer itself saves is not touched: inside it
-        the hooks of the recomputation are the innermost, and they keep nothing."""
+        """A checkpointing function whose saved inputs are in the store. What the layer itself saves is not
+        touched: inside it the hooks of the recomputation are the innermost, and they keep nothing."""
 
         def offloaded(*args: Any, **kwargs: Any) -> Any:
             with saved_tensors_hooks(self.pack, self.unpack):
@@ -98,7 +104,9 @@ class _Away:
 
 
 def open_store(where: str, device: torch.device, folder: Path) -> Store:
-    """The store of train.offload `where` ("cpu" or "disk") for a model on `device`; `folder`: where a file may be."""
+    """The store of train.offload `where` ("cpu" or "disk") for a model on `device`; `folder`: where a file
+    may be.
+    """
     if where == "disk":
         return FileStore(folder, device)
     return PinnedStore(device) if device.type == "cuda" else MemoryStore()
@@ -126,9 +134,10 @@ class MemoryStore:
 
 
 class PinnedStore:
-    """Pinned CPU memory, copied to and from on one stream: copies of a buffer are in the order in which they were asked for, so a
-    buffer that is free again may be written to while its last reader has not run yet. A layer must not write into its input;
-    autograd refuses that without offload, and here the copy might see it.
+    """Pinned CPU memory, copied to and from on one stream: copies of a buffer are in the order in which they
+    were asked for, so a buffer that is free again may be written to while its last reader has not run yet. A
+    layer must not write into its input; autograd refuses that without offload, and here the copy might see
+    it.
     """
 
     ahead = True
@@ -191,7 +200,8 @@ class FileStore:
         except OSError as error:
             self.free[size].append(slot)
             raise ValueError(
-                f"train.offload: disk could not write {size} bytes in {self.folder} ({error.strerror}); free space there, put `output` on "
+                f"train.offload: disk could not write {size} bytes in {self.folder} ({error.strerror}); "
+                "free space there, put `output` on "
                 "a larger disk, or set train.offload: cpu"
             ) from error
         return slot

@@ -59,8 +59,9 @@ def _adagrad(section: Any) -> dict[str, Any]:
     return {"eps": section.eps}
 
 
-# recipe name -> (class name in bitsandbytes.optim, or "" for torch; what it takes beside lr and weight_decay).
-# Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix is 32 bit as it is.
+# recipe name -> (class name in bitsandbytes.optim, or "" for torch; what it takes beside lr and
+# weight_decay). Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix
+# is 32 bit as it is.
 OPTIMIZERS: dict[str, tuple[str, Arguments]] = {
     "adamw": ("", _adam),
     "adamw32bit": ("AdamW32bit", _adam),
@@ -150,7 +151,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
 
 
 def _try(name: str, kind: Any, settings: dict[str, Any], largest: Tensor) -> None:
-    """One step of a tensor of its own, so that what bitsandbytes cannot do on this device is known before the first batch.
+    """One step of a tensor of its own, so that what bitsandbytes cannot do on this device is known before the
+    first batch.
 
     ValueError when it fails. 8-bit states begin at 4096 elements, paged ones at 100,000.
     """
@@ -162,7 +164,8 @@ def _try(name: str, kind: Any, settings: dict[str, Any], largest: Tensor) -> Non
         done = bool((small != 1).all())
     except Exception as error:  # a library that is not built for a device raises anything, NameError too
         raise ValueError(
-            f"train.optimizer: {name!r} does not run on {device} ({type(error).__name__}: {error}); install a bitsandbytes that is built for "
+            f"train.optimizer: {name!r} does not run on {device} ({type(error).__name__}: {error}); "
+            "install a bitsandbytes that is built for "
             "it, or set optimizer: adamw"
         ) from error
     if not done:

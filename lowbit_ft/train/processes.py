@@ -1,6 +1,7 @@
 """The processes of a distributed run (torchrun): which one am I, and letting the main one go first.
 
-One process is the ordinary case and none of this then does anything. torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
+One process is the ordinary case and none of this then does anything. torchrun sets RANK, WORLD_SIZE and
+LOCAL_RANK.
 """
 
 import os
@@ -25,7 +26,8 @@ def world() -> int:
 def join(device: torch.device) -> bool:
     """Start the process group when there are several; True on the main process, the only one that writes."""
     if world() > 1:
-        # The others wait while the main process quantizes, which takes longer than NCCL's ten minutes on a large model.
+        # The others wait while the main process quantizes, which takes longer than NCCL's ten minutes on a
+        # large model.
         PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=24))
     return rank() == 0
 

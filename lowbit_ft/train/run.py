@@ -81,7 +81,8 @@ class Run:
         windows = section.micro_batch_size * section.gradient_accumulation_steps * world()
         self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end sets.
+        # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end
+        # sets.
         homes = {name.rpartition(".")[0] for name in self.names.values()}
         self.saved_names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
@@ -91,7 +92,8 @@ class Run:
             raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
         if section.sharding == "fsdp" and world() > 1 and not self.sharded:
             raise TrainError(
-                "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, device) first"
+                "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, "
+                "device) first"
             )
         if section.compile:
             try:
@@ -129,7 +131,8 @@ class Run:
             if not self.sharded:
                 share_frozen(model)
             # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
-            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/ (model/mapped.py).
+            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/
+            # (model/mapped.py).
             move = None if self.accelerator.device.type != "cpu" else False
             self.wrapped: Any = self.accelerator.prepare_model(
                 model, device_placement=move, evaluation_mode=self.sharded
@@ -168,11 +171,13 @@ class Run:
         if differ:
             what = "; ".join(f"{k} was {state['meta'].get(k)!r} and is {self.meta.get(k)!r}" for k in differ)
             raise TrainError(
-                f"{saved.path}: cannot resume: {what}. Use what the run began with (windows per step are micro_batch_size x "
+                f"{saved.path}: cannot resume: {what}. Use what the run began with (windows per step are "
+                "micro_batch_size x "
                 "gradient_accumulation_steps x processes), or another output."
             )
         progress = Progress(**state["progress"])
-        # Before the weights: a step that restarts a tensor has done so already, and training went on from there.
+        # Before the weights: a step that restarts a tensor has done so already, and training went on from
+        # there.
         if on_step is not None and progress.step > 0:
             on_step(progress.step - 1)
         self.load_weights(saved)
@@ -215,7 +220,8 @@ class Run:
     def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
         """Sum of the token losses of a micro-batch."""
         model = self.wrapped if model is None else model
-        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for them.
+        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for
+        # them.
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(
             self.model, batch.get("position_ids")
         )
@@ -226,20 +232,24 @@ class Run:
         )  # its forward is the loss since __init__
 
     def refuse_unreached(self) -> None:
-        """TrainError when the first backward passed layers by: they would ship as they are, and nobody would know."""
+        """TrainError when the first backward passed layers by: they would ship as they are, and nobody would
+        know.
+        """
         layers: dict[str, bool] = {}  # layer -> whether one of its tensors has a gradient
         for parameter, name in self.names.items():
             layer = name.rpartition(".")[0]
             layers[layer] = layers.get(layer, False) or parameter.grad is not None
         if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
             raise TrainError(
-                f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this model's forward goes past "
-                f"them, so they would not be trained. Leave them in full precision: quant.exclude: ['*.{missed[0].rpartition('.')[2]}']"
+                f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this "
+                "model's forward goes past "
+                "them, so they would not be trained. Leave them in full precision: quant.exclude: "
+                f"['*.{missed[0].rpartition('.')[2]}']"
             )
 
     def drop_idle_gradients(self) -> None:
-        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part, zeros.
-        Zeros would fill Adam's averages: its first real steps would then be several times too long.
+        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part,
+        zeros. Zeros would fill Adam's averages: its first real steps would then be several times too long.
         """
         if self.now.step < self.choose_after:
             for group in self.raw_optimizer.param_groups:
@@ -249,7 +259,8 @@ class Run:
     def clip(self) -> Tensor:
         """Clip the gradients to max_grad_norm; returns their norm before, fp64, on the device.
 
-        The squares are added in fp64, so that shards, however they are cut, give the factor that whole gradients give.
+        The squares are added in fp64, so that shards, however they are cut, give the factor that whole
+        gradients give.
         """
         self.accelerator.unscale_gradients()
         grads = [p.grad for p in self.names if p.grad is not None]
@@ -276,7 +287,9 @@ class Run:
     def read(
         self, loss_sum: Tensor, norm: Tensor, targets: Tensor, tokens: int, stop: bool
     ) -> tuple[float, float, int, int, bool]:
-        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the host waits for the device."""
+        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the
+        host waits for the device.
+        """
         mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
         everyone = self.accelerator.reduce(mine, "sum")
         total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
@@ -306,7 +319,8 @@ class Run:
             now.loss, now.bad_in_a_row = loss, 0
             return
         now.bad_steps += 1
-        # fp16 finds its loss scale by overflowing: only an overflow at scale 1 or below says that something is wrong
+        # fp16 finds its loss scale by overflowing: only an overflow at scale 1 or below says that something
+        # is wrong
         searching = self.scaler is not None and math.isfinite(loss) and self.scaler.get_scale() > 1
         now.bad_in_a_row += not searching
 
@@ -336,7 +350,9 @@ class Run:
         return step > 0 and (step >= self.total or bool(every and step % every == 0))
 
     def in_step(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The batches; sharded processes, which must run as many forwards as each other, fill up with a token that is no target."""
+        """The batches; sharded processes, which must run as many forwards as each other, fill up with a token
+        that is no target.
+        """
         nothing = {
             "input_ids": torch.zeros(1, 1, dtype=torch.long),
             "position_ids": torch.zeros(1, 1, dtype=torch.long),
@@ -397,10 +413,15 @@ class Run:
             adapter, tensors, scalars = {}, {}, {}
         if self.main:
             state = {
-                "progress": asdict(now), "data": self.batches.state_dict(), "optimizer": scalars, "rng": numbers,
-                "scaler": self.scaler.state_dict() if self.scaler is not None else None, "meta": self.meta,
-                "total_steps": self.total, "processes": self.accelerator.num_processes,
-            }  # fmt: skip
+                "progress": asdict(now),
+                "data": self.batches.state_dict(),
+                "optimizer": scalars,
+                "rng": numbers,
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                "meta": self.meta,
+                "total_steps": self.total,
+                "processes": self.accelerator.num_processes,
+            }
             tensors |= {f"rng/{key}": value for key, value in every.items()}
             self.checkpoints.save(now.step, adapter, tensors, state, now.best_step)
         self.saved_step = now.step

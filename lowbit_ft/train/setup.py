@@ -1,4 +1,6 @@
-"""What a training run is set up with: the accelerator, signals, the number of steps, and what it needs of its data."""
+"""What a training run is set up with: the accelerator, signals, the number of steps, and what it needs of its
+data.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def total_steps(section: Any, batches: TrainBatches, choose_after: int = 0) -> i
         total = max(1, math.ceil(section.epochs * len(batches) / section.gradient_accumulation_steps))
     if choose_after >= total:
         raise TrainError(
-            f"adapter.warmup_steps: got {choose_after}, but the run has {total} steps, so the model that ships would "
+            f"adapter.warmup_steps: got {choose_after}, but the run has {total} steps, so the model that "
+            "ships would "
             "never be trained; lower it, or raise train.max_steps or train.epochs"
         )
     return total
@@ -98,23 +101,27 @@ def make_accelerator(section: Any, run_dir: Path, model: nn.Module) -> Accelerat
         mixed_precision=section.mixed_precision,
         log_with=list(section.trackers) or None,
         project_dir=run_dir / "trackers" if section.trackers else None,
-        # Buffers are the packed base: the same everywhere and never changed, so not sent around at every forward.
+        # Buffers are the packed base: the same everywhere and never changed, so not sent around at every
+        # forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     used, count = accelerator.distributed_type, accelerator.num_processes
     plain = used.name.startswith("MULTI_") or (used == DistributedType.NO and count == 1)
     if not plain or count != world():
         raise TrainError(
-            f"accelerate has set up {used.name} with {count} processes, and {world()} were launched. Launch with torchrun or with a "
-            "plain multi-GPU configuration (docs/many-gpus.md) and choose train.sharding in the recipe: accelerate's own FSDP and "
+            f"accelerate has set up {used.name} with {count} processes, and {world()} were launched. "
+            "Launch with torchrun or with a "
+            "plain multi-GPU configuration (docs/many-gpus.md) and choose train.sharding in the recipe: "
+            "accelerate's own FSDP and "
             "DeepSpeed settings do not know packed integers"
         )
     return accelerator
 
 
 def share_frozen(model: nn.Module) -> None:
-    """Tell DistributedDataParallel to leave frozen parameters alone. It would write rank 0's over everybody's at its start: they are
-    the same already, read from one base/, and may be pages of its files, which each process would then copy.
+    """Tell DistributedDataParallel to leave frozen parameters alone. It would write rank 0's over everybody's
+    at its start: they are the same already, read from one base/, and may be pages of its files, which each
+    process would then copy.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
@@ -129,8 +136,8 @@ def activation_checkpointing(model: Any, on: bool, offload: Offload | None = Non
     new = getattr(model, f"activation_checkpointing_{verb}", None)
     (new or getattr(model, f"gradient_checkpointing_{verb}"))()
     if on and hasattr(model, "disable_input_require_grads"):
-        # They also make the embedding's output require a gradient, for the reentrant kind; it costs a backward
-        # into the first layer and would stay after training.
+        # They also make the embedding's output require a gradient, for the reentrant kind; it costs a
+        # backward into the first layer and would stay after training.
         model.disable_input_require_grads()
     if on and offload is not None:
         for module in model.modules():

@@ -1,15 +1,18 @@
 """Sharding: one packed base spread over all processes (FSDP2, torch's `fully_shard`).
 
-    each decoder layer             a group: gathered before its forward and before its backward, dropped after each
+    each decoder layer             a group: gathered before its forward and before its backward, dropped after
+                                   each
     embeddings, last norm, head    a group that stays gathered from the forward to the end of the backward
 
-fully_shard spreads Parameters and leaves buffers whole on every process, so the packed tensors of a PackedLinear become
-frozen integer Parameters under the names they had. What is gathered has the bytes it had, and with them the forward of
-every method is what it is in one process; what trains (A, B, scales), its gradients and AdamW's averages are spread too.
+fully_shard spreads Parameters and leaves buffers whole on every process, so the packed tensors of a
+PackedLinear become frozen integer Parameters under the names they had. What is gathered has the bytes it had,
+and with them the forward of every method is what it is in one process; what trains (A, B, scales), its
+gradients and AdamW's averages are spread too.
 
-A tensor is cut along its first dimension that the number of processes divides: scales [G, N] along N where G is small.
-The model may lie on the CPU: each layer goes to `device` when it is its turn to be cut, so no device ever holds more than its
-share and one layer. Sharding is not undone; who needs the whole model reads the packed base again and loads what trained.
+A tensor is cut along its first dimension that the number of processes divides: scales [G, N] along N where G
+is small. The model may lie on the CPU: each layer goes to `device` when it is its turn to be cut, so no
+device ever holds more than its share and one layer. Sharding is not undone; who needs the whole model reads
+the packed base again and loads what trained.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from .processes import world
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that this process holds between steps, and bytes of the whole model: packed base and everything else."""
+    """Bytes that this process holds between steps, and bytes of the whole model: packed base and everything
+    else.
+    """
 
     base: int
     whole_base: int
@@ -42,17 +47,27 @@ def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], 
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
     if train.optimizer != "adamw":
-        message = f"{train.optimizer!r} (bitsandbytes) cannot step on shards; set optimizer: adamw, whose averages are sharded, or sharding: none"
+        message = (
+            f"{train.optimizer!r} (bitsandbytes) cannot step on shards; set optimizer: adamw, whose "
+            "averages are sharded, or sharding: none"
+        )
         problems.append((("train", "optimizer"), message))
     if train.mixed_precision == "fp16":
-        message = "'fp16' scales its loss per process, shards would disagree; set mixed_precision: bf16, or sharding: none"
+        message = (
+            "'fp16' scales its loss per process, shards would disagree; set mixed_precision: bf16, "
+            "or sharding: none"
+        )
         problems.append((("train", "mixed_precision"), message))
     if getattr(train, "keep_codes", False):
-        message = "true with train.sharding: fsdp, where no process holds whole layers between their turns; set keep_codes: false, or sharding: none"
+        message = (
+            "true with train.sharding: fsdp, where no process holds whole layers between their "
+            "turns; set keep_codes: false, or sharding: none"
+        )
         problems.append((("train", "keep_codes"), message))
     if getattr(adapter, "warmup_steps", 0):
         message = (
-            f"{adapter.warmup_steps} with train.sharding: fsdp: the end of the warm-up reads whole layers between steps; "
+            f"{adapter.warmup_steps} with train.sharding: fsdp: the end of the warm-up reads whole layers "
+            "between steps; "
             "set warmup_steps: 0, or sharding: none"
         )
         problems.append((("adapter", "warmup_steps"), message))
@@ -62,7 +77,8 @@ def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], 
 def shard(model: nn.Module, device: torch.device) -> None:
     """Spread `model` (adapters attached, the same on every process) over all processes, in place. Collective.
 
-    What trains starts as it is on rank 0. Every process must call this, and from then on run the same number of forwards.
+    What trains starts as it is on rank 0. Every process must call this, and from then on run the same number
+    of forwards.
     """
     assert world() > 1 and torch.distributed.is_initialized(), "join() first, under torchrun"
     with torch.no_grad():

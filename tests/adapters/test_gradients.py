@@ -186,7 +186,9 @@ def test_batches_of_any_rank_give_the_same_gradients():
 def test_the_mean_of_cheaper_gradients_is_the_exact_one(
     method: str, group_size: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Over all draws, for every trained tensor of every method: through the adapters, on an asymmetric 2-bit grid."""
+    """Over all draws, for every trained tensor of every method: through the adapters, on an asymmetric 2-bit
+    grid.
+    """
     base = base_of(IntGrid(bits=2, group_size=group_size, symmetric=False))
     cheap = {"scale_grad_tokens": 0.3} | (
         {} if method == "scale" else {"rank": 5, "low_rank_gradient": "corrected"}

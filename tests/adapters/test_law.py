@@ -238,8 +238,11 @@ def test_a_new_process_reads_the_same_weights(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.adapters.law_reader", str(path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == wanted.keys()

@@ -1,4 +1,6 @@
-"""Starting A and B from a PEFT LoRA: exact where the units are the same, measured where they are not, refused where it does not fit."""
+"""Starting A and B from a PEFT LoRA: exact where the units are the same, measured where they are not, refused
+where it does not fit.
+"""
 
 from __future__ import annotations
 
@@ -156,8 +158,10 @@ def test_a_lora_over_a_base_that_its_start_changed_is_refused(init: str, dense: 
     """PEFT itself moves the base at such a start, and its own conversion makes a plain LoRA of it."""
     before = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     torch.manual_seed(0)
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
-                          LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init))  # fmt: skip
+    made = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init),
+    )
     name = "model.layers.0.self_attn.q_proj"
     moved = made.base_model.model.get_submodule(name).base_layer.weight - before.get_submodule(name).weight
     assert moved.abs().max() > 1e-3
@@ -167,7 +171,8 @@ def test_a_lora_over_a_base_that_its_start_changed_is_refused(init: str, dense: 
     made.save_pretrained(tmp_path / "lora")
     with pytest.raises(
         ValueError,
-        match=rf"adapter_config.json: init_lora_weights: got '{init}'; allowed.*path_initial_model_for_weight_conversion",
+        match=rf"adapter_config.json: init_lora_weights: got '{init}'; "
+        rf"allowed.*path_initial_model_for_weight_conversion",
     ):
         read_lora(tmp_path / "lora")
     made.save_pretrained(

@@ -1,4 +1,6 @@
-"""train.keep_codes: one grid_codes per weight and optimizer step, void as soon as anything they are made of changes."""
+"""train.keep_codes: one grid_codes per weight and optimizer step, void as soon as anything they are made of
+changes.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +196,9 @@ def llama(method: str, **options: Any) -> Any:
 def test_a_run_makes_them_once_per_weight_and_step(
     method: str, checkpointing: bool, tmp_path: Path, made: Counter[int]
 ):
-    """Two micro-batches a step, an evaluation and a checkpoint between steps: the same bytes trained, the same losses."""
+    """Two micro-batches a step, an evaluation and a checkpoint between steps: the same bytes trained, the
+    same losses.
+    """
     found, counts = [], []
     for keep in (False, True):
         model, folder = llama(method), tmp_path / str(keep)
@@ -205,9 +209,14 @@ def test_a_run_makes_them_once_per_weight_and_step(
             begin_step(model, step)
 
         train(
-            model, Batches(examples(11), 2, 0, 0), None, section(max_steps=4, gradient_checkpointing=checkpointing, keep_codes=keep, save_every=2),
-            folder, on_step=on_step, console=quiet(),
-        )  # fmt: skip
+            model,
+            Batches(examples(11), 2, 0, 0),
+            None,
+            section(max_steps=4, gradient_checkpointing=checkpointing, keep_codes=keep, save_every=2),
+            folder,
+            on_step=on_step,
+            console=quiet(),
+        )
         counts.append(made.copy())
         assert all(layer.adapter.kept is None for _, layer in adapted_layers(model))
         codes = {name: merged_weight(layer).digest() for name, layer in adapted_layers(model)}
@@ -234,7 +243,9 @@ def test_a_run_makes_them_once_per_weight_and_step(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_run_with_drawn_tokens_resumes_bit_equal(checkpointing: bool, tmp_path: Path):
-    """The draws come from the generator that checkpoints keep; without it the second half would draw other tokens."""
+    """The draws come from the generator that checkpoints keep; without it the second half would draw other
+    tokens.
+    """
     cheap = {"low_rank_gradient": "corrected", "scale_grad_tokens": 0.3}
 
     def run(folder: str, seed: int = 0, stop: bool = False, resume: bool = False) -> Any:
@@ -242,9 +253,15 @@ def test_a_run_with_drawn_tokens_resumes_bit_equal(checkpointing: bool, tmp_path
         data = Batches(examples(11), 2, 0, 0)
         on_step = (lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None) if stop else None
         train(
-            model, data, None, section(max_steps=4, gradient_checkpointing=checkpointing, keep_codes=True, seed=seed), tmp_path / folder,
-            on_step=on_step, resume=resume, console=quiet(),
-        )  # fmt: skip
+            model,
+            data,
+            None,
+            section(max_steps=4, gradient_checkpointing=checkpointing, keep_codes=True, seed=seed),
+            tmp_path / folder,
+            on_step=on_step,
+            resume=resume,
+            console=quiet(),
+        )
         return state(model)
 
     straight = run("straight")

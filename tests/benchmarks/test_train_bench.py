@@ -1,4 +1,6 @@
-"""benchmarks/train_bench.py without a GPU: its shapes are the public ones, its contenders really step, its table says what it must."""
+"""benchmarks/train_bench.py without a GPU: its shapes are the public ones, its contenders really step, its
+table says what it must.
+"""
 
 from __future__ import annotations
 

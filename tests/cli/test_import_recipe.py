@@ -1,4 +1,6 @@
-"""import-recipe: what Axolotl and LLaMA-Factory files become, and that nothing of them is dropped in silence."""
+"""import-recipe: what Axolotl and LLaMA-Factory files become, and that nothing of them is dropped in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -185,11 +187,30 @@ def test_the_rarer_keys(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text(
         json.dumps({"hub": {"hf_hub_url": "org/rows", "subset": "en", "columns": {"prompt": "q"}}})
     )
-    draft = import_recipe(written(tmp_path, {
-        "model_name_or_path": "org/model", "stage": "pt", "finetuning_type": "full", "dataset": "hub", "eval_dataset": "hub", "quantization_bit": 5,
-        "report_to": ["wandb", "mlflow"], "use_rslora": True, "lora_rank": 16, "lora_alpha": 4, "max_steps": -1, "warmup_steps": 20,
-        "save_steps": 0.1, "eval_steps": 5, "optim": "adafactor", "lora_target": "q_proj, v_proj", "disable_gradient_checkpointing": True,
-    }))  # fmt: skip
+    draft = import_recipe(
+        written(
+            tmp_path,
+            {
+                "model_name_or_path": "org/model",
+                "stage": "pt",
+                "finetuning_type": "full",
+                "dataset": "hub",
+                "eval_dataset": "hub",
+                "quantization_bit": 5,
+                "report_to": ["wandb", "mlflow"],
+                "use_rslora": True,
+                "lora_rank": 16,
+                "lora_alpha": 4,
+                "max_steps": -1,
+                "warmup_steps": 20,
+                "save_steps": 0.1,
+                "eval_steps": 5,
+                "optim": "adafactor",
+                "lora_target": "q_proj, v_proj",
+                "disable_gradient_checkpointing": True,
+            },
+        )
+    )
     left = dict(draft.left)
     assert (draft.get("data.train.path"), draft.get("data.train.name"), draft.get("data.train.format")) == (
         "org/rows",
@@ -213,8 +234,19 @@ def test_the_rarer_keys(tmp_path: Path) -> None:
     assert {"finetuning_type", "quantization_bit", "warmup_steps", "save_steps", "optim", "dataset"} <= set(
         left
     )
-    draft = import_recipe(written(tmp_path, {"base_model": "org/model", "adapter": "ia3", "lora_target_linear": True, "lora_target_modules": ["q_proj"],
-                                             "eval_steps": 5, "datasets": [{"path": "a/b", "type": "input_output", "revision": "x"}]}))  # fmt: skip
+    draft = import_recipe(
+        written(
+            tmp_path,
+            {
+                "base_model": "org/model",
+                "adapter": "ia3",
+                "lora_target_linear": True,
+                "lora_target_modules": ["q_proj"],
+                "eval_steps": 5,
+                "datasets": [{"path": "a/b", "type": "input_output", "revision": "x"}],
+            },
+        )
+    )
     left = dict(draft.left)
     assert (
         draft.get("data.train.format") == "chat"
@@ -226,10 +258,22 @@ def test_the_rarer_keys(tmp_path: Path) -> None:
     ) is None
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("lora_alpha", "sixteen"), ("max_steps", "many"), ("warmup_steps", True), ("adam_beta1", "high"), ("num_epochs", [1]), ("max_steps", float("inf")),
-    ("sample_packing", "maybe"), ("gradient_checkpointing", "maybe"), ("bf16", "maybe"), ("train_on_inputs", "maybe"), ("peft_use_rslora", "maybe"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", "sixteen"),
+        ("max_steps", "many"),
+        ("warmup_steps", True),
+        ("adam_beta1", "high"),
+        ("num_epochs", [1]),
+        ("max_steps", float("inf")),
+        ("sample_packing", "maybe"),
+        ("gradient_checkpointing", "maybe"),
+        ("bf16", "maybe"),
+        ("train_on_inputs", "maybe"),
+        ("peft_use_rslora", "maybe"),
+    ],
+)
 def test_what_cannot_be_read_is_listed_once(key: str, value: Any, tmp_path: Path) -> None:
     draft = import_recipe(written(tmp_path, {"base_model": "a/b", "adapter": "lora", key: value}))
     assert [why for name, why in draft.left if name == key and "is needed" in why] and [
@@ -239,8 +283,20 @@ def test_what_cannot_be_read_is_listed_once(key: str, value: Any, tmp_path: Path
 
 
 def test_true_and_false_as_words(tmp_path: Path) -> None:
-    draft = import_recipe(written(tmp_path, {"base_model": "a/b", "adapter": "lora", "sample_packing": "false", "gradient_checkpointing": "unsloth",
-                                             "train_on_inputs": "true", "bf16": "auto", "fp16": "false"}))  # fmt: skip
+    draft = import_recipe(
+        written(
+            tmp_path,
+            {
+                "base_model": "a/b",
+                "adapter": "lora",
+                "sample_packing": "false",
+                "gradient_checkpointing": "unsloth",
+                "train_on_inputs": "true",
+                "bf16": "auto",
+                "fp16": "false",
+            },
+        )
+    )
     assert draft.get("data.packing") is False and draft.get("train.gradient_checkpointing") is True
     assert draft.get("data.train_on") == "all" and draft.get("model.dtype") == "bfloat16"
 
@@ -297,7 +353,9 @@ def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) ->
 
 @pytest.mark.parametrize("values", [AXOLOTL_FILE, FACTORY_FILE], ids=["axolotl", "llamafactory"])
 def test_every_key_is_used_or_listed(values: dict[str, Any], tmp_path: Path) -> None:
-    """A key that is set to something changes the recipe or is named in its list; the exceptions say nothing about training."""
+    """A key that is set to something changes the recipe or is named in its list; the exceptions say nothing
+    about training.
+    """
     silent = {"do_train"}
     off = {key for key, value in values.items() if value in (None, False, 0, "none", "all")}
     draft = import_recipe(written(tmp_path, values))
@@ -308,7 +366,9 @@ def test_every_key_is_used_or_listed(values: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
-    """Both tables, key by key, over a file with only the model: whatever a rule sets must be a key of the schema."""
+    """Both tables, key by key, over a file with only the model: whatever a rule sets must be a key of the
+    schema.
+    """
     from lowbit_ft.recipe.recipe import recipe_schema
 
     schema = recipe_schema()
@@ -351,22 +411,38 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
         ("model: {path: x}\ntrain: {}\n", "got a recipe of ours"),
         ("base_model: a\nrl: dpo\n", "theirs.yml:2: rl: got 'dpo'; allowed: supervised fine-tuning only"),
         ("model_name_or_path: a\nstage: dpo\n", "theirs.yml:2: stage: got 'dpo'"),
-        ("base_model: !!python/object/apply:os.system [ls]\n", "base_model: got .'ls'.; allowed: a folder or a hub id"),
+        (
+            "base_model: !!python/object/apply:os.system [ls]\n",
+            "base_model: got .'ls'.; allowed: a folder or a hub id",
+        ),
         ("base_model: !!python/name:os.system x\n", "the tag 'tag:yaml.org,2002:python/name:os.system'"),
         ("base_model: a\nbase_model: b\n", "the key twice"),
         ("- a\n", "got a list"),
         ("base_model: [\n", "not YAML"),
-        ("a: &a [1,2,3,4,5,6,7,8,9]\n" + "".join(f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefg", "bcdefgh", strict=True)), "more than"),
+        (
+            "a: &a [1,2,3,4,5,6,7,8,9]\n"
+            + "".join(
+                f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefg", "bcdefgh", strict=True)
+            ),
+            "more than",
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
         import_recipe(written(tmp_path, text))
 
 
 def test_text_that_would_break_a_comment_or_the_yaml(tmp_path: Path) -> None:
-    values = {"base_model": str(TINY), "datasets": [{"path": str(CHAT), "type": "chat_template"}], "max_steps": 3, "sequence_len": 64, "chat_template_jinja": "a\n# b: c\nname: x",
-              "output_dir": "a: b # c\nname: evil", "adapter": "lora"}  # fmt: skip
+    values = {
+        "base_model": str(TINY),
+        "datasets": [{"path": str(CHAT), "type": "chat_template"}],
+        "max_steps": 3,
+        "sequence_len": 64,
+        "chat_template_jinja": "a\n# b: c\nname: x",
+        "output_dir": "a: b # c\nname: evil",
+        "adapter": "lora",
+    }
     recipe, left = imported(tmp_path, values)
     assert recipe.name == "theirs" and str(recipe.output) == "a: b # c\nname: evil"
     assert "chat_template_jinja" in left

@@ -1,4 +1,6 @@
-"""`lowbit-ft serve`: a native folder answers over HTTP, offline, in its own process, with what `generate` says."""
+"""`lowbit-ft serve`: a native folder answers over HTTP, offline, in its own process, with what `generate`
+says.
+"""
 
 from __future__ import annotations
 
@@ -61,12 +63,31 @@ def test_a_native_folder_answers_over_http(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     server = subprocess.Popen(
-        [sys.executable, "-m", "lowbit_ft", "serve", str(tmp_path), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "lowbit_ft",
+            "serve",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+    )
     messages = [{"role": "user", "content": "def f(x): return x"}]
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
@@ -103,7 +124,8 @@ def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (
             "gguf",
             True,
-            r"gguf is not served by transformers; run llama-server -m .*, or serve merged/.*lowbit-ft serve RUN/merged",
+            r"gguf is not served by transformers; run llama-server -m .*, or serve merged/.*lowbit-ft "
+            r"serve RUN/merged",
         ),
         (
             "mlx",

@@ -129,10 +129,15 @@ def test_a_model_that_ignores_positions_is_found_out(attention):
     apart."""
     torch.manual_seed(0)
     config = OPTConfig(
-        vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         word_embed_proj_dim=16,
-        max_position_embeddings=64, init_std=0.5,
-    )  # fmt: skip
+        max_position_embeddings=64,
+        init_std=0.5,
+    )
     opt = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
     llama = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16, attn_implementation=attention)
     assert not keeps_segments_apart(opt) and not keeps_segments_apart(opt, 2) and opt.training

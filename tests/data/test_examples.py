@@ -213,8 +213,10 @@ def test_slow_tokenizer_is_exact_or_refused(tmp_path):
     tokens = Formatter("chat", "assistant", CharacterTokenizer(pairs=False))(row)
     assert "".join(chr(i) for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t) == "you;"
     with pytest.raises(DataError, match=r"rows.jsonl:1: this tokenizer gives no character offsets"):
-        load(write(tmp_path, [{"messages": [{"role": "user", "content": "hi"}, row["messages"][1]]}]),
-             CharacterTokenizer(pairs=True))  # fmt: skip
+        load(
+            write(tmp_path, [{"messages": [{"role": "user", "content": "hi"}, row["messages"][1]]}]),
+            CharacterTokenizer(pairs=True),
+        )
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,9 @@ def test_text_files_are_documents_cut_at_line_ends(tokenizer, tmp_path):
     (tmp_path / "b.md").write_text("# other\n")
     examples = load(tmp_path, tokenizer, "text")
     assert [tokenizer.decode(e.input_ids) for e in examples] == [
-        "first line\n\nsecond\n<|endoftext|>", "# other\n<|endoftext|>",
-    ]  # fmt: skip
+        "first line\n\nsecond\n<|endoftext|>",
+        "# other\n<|endoftext|>",
+    ]
     line = "x" * 1023 + "\n"
     (tmp_path / "big.txt").write_text(line * (TEXT_PIECE // 1024 + 10))
     rows = list(read_rows(SimpleNamespace(path=str(tmp_path / "big.txt"), limit=None)))
@@ -258,17 +259,32 @@ anything = st.recursive(
 role = (
     st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt"]) | st.text(max_size=5) | anything
 )
-message = st.fixed_dictionaries({}, optional={
-    "role": role, "content": st.text(max_size=20) | anything, "from": role, "value": anything,
-    "tool_calls": anything,
-    "reasoning_content": anything, "name": anything,
-})  # fmt: skip
-some_row = anything | st.fixed_dictionaries({}, optional={
-    "messages": st.lists(message, max_size=4) | anything,
-    "conversations": st.lists(message, max_size=4) | anything,
-    "prompt": st.text() | anything, "completion": st.text() | anything, "instruction": st.text() | anything,
-    "input": anything, "output": st.text() | anything, "text": st.text() | anything, "tools": anything,
-})  # fmt: skip
+message = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": role,
+        "content": st.text(max_size=20) | anything,
+        "from": role,
+        "value": anything,
+        "tool_calls": anything,
+        "reasoning_content": anything,
+        "name": anything,
+    },
+)
+some_row = anything | st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(message, max_size=4) | anything,
+        "conversations": st.lists(message, max_size=4) | anything,
+        "prompt": st.text() | anything,
+        "completion": st.text() | anything,
+        "instruction": st.text() | anything,
+        "input": anything,
+        "output": st.text() | anything,
+        "text": st.text() | anything,
+        "tools": anything,
+    },
+)
 form = st.sampled_from(["chat", "completion", "alpaca", "text"])
 
 
@@ -289,10 +305,13 @@ def survives(path: Path, tokenizer: Any, format: str, packing: bool, bad: str, t
 
 @settings(QUICK, max_examples=300)
 @given(
-    rows=st.lists(some_row, max_size=5), format=form, packing=st.booleans(),
+    rows=st.lists(some_row, max_size=5),
+    format=form,
+    packing=st.booleans(),
     bad=st.sampled_from(["error", "skip"]),
-    train_on=st.sampled_from(["assistant", "completion", "all"]), whole=st.booleans(),
-)  # fmt: skip
+    train_on=st.sampled_from(["assistant", "completion", "all"]),
+    whole=st.booleans(),
+)
 def test_fuzz_rows(rows, format, packing, bad, train_on, whole, tokenizer, tmp_path):
     path = tmp_path / ("fuzz.json" if whole else "fuzz.jsonl")
     path.write_text(json.dumps(rows) if whole else "\n".join(map(json.dumps, rows)))
@@ -303,9 +322,11 @@ def test_fuzz_rows(rows, format, packing, bad, train_on, whole, tokenizer, tmp_p
 @given(
     content=st.binary(max_size=300) | st.text(max_size=200).map(lambda s: s.encode("utf-8", "surrogatepass")),
     suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt"]),
-    format=form, packing=st.booleans(),
-    bad=st.sampled_from(["error", "skip"]), head=st.sampled_from([b"", b"text\n", b'{"text": "']),
-)  # fmt: skip
+    format=form,
+    packing=st.booleans(),
+    bad=st.sampled_from(["error", "skip"]),
+    head=st.sampled_from([b"", b"text\n", b'{"text": "']),
+)
 def test_fuzz_bytes(content, suffix, format, packing, bad, head, tokenizer, tmp_path):
     path = tmp_path / f"fuzz{suffix}"
     path.write_bytes(head + content)

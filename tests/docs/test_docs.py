@@ -1,4 +1,6 @@
-"""The pages of docs/: generated tables are what their script makes, code runs, error texts are the program's."""
+"""The pages of docs/: generated tables are what their script makes, code runs, error texts are the
+program's.
+"""
 
 from __future__ import annotations
 
@@ -149,8 +151,16 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_python_of_the_serving_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    short = ["train.max_steps=1", "train.micro_batch_size=1", "data.train.limit=20", "data.valid.limit=10", "data.sequence_len=256",
-             "eval.perplexity=false", "eval.generate=[]", "train.eval_every=null"]  # fmt: skip
+    short = [
+        "train.max_steps=1",
+        "train.micro_batch_size=1",
+        "data.train.limit=20",
+        "data.valid.limit=10",
+        "data.sequence_len=256",
+        "eval.perplexity=false",
+        "eval.generate=[]",
+        "train.eval_every=null",
+    ]
     pipeline.run(load_recipe("recipes/quickstart.yaml", [*short, f"output={tmp_path / 'RUN'}"]))
     blocks = re.findall(r"<!-- run -->\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
     assert len(blocks) == 3 and page("serving.md").count("```python") == 3

@@ -1,4 +1,6 @@
-"""The README is checked against the tree: its code runs, its file map is the files, its arithmetic is recomputed."""
+"""The README is checked against the tree: its code runs, its file map is the files, its arithmetic is
+recomputed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def parse_map(readme: str) -> dict[str, str]:
-    """The file map: path -> description. A path that ends in "/" is a package and stands for its __init__.py."""
+    """The file map: path -> description. A path that ends in "/" is a package and stands for its
+    __init__.py.
+    """
     block = re.search(r"<!-- map -->\n```text\n(.*?)```", readme, re.DOTALL)
     assert block, "README.md has no file map"
     rows = [line.split(None, 1) for line in block[1].splitlines() if line.strip()]

@@ -1,4 +1,6 @@
-"""lm-eval on every stage: offline from local files, the trained numbers equal to the shipped ones, and what is refused beforehand."""
+"""lm-eval on every stage: offline from local files, the trained numbers equal to the shipped ones, and what
+is refused beforehand.
+"""
 
 from __future__ import annotations
 
@@ -93,9 +95,18 @@ def tasks(tmp_path: Path) -> list[str]:
 
 def recipe(output: Path, tasks: list[str], *overrides: str) -> Any:
     quick = [
-        "train.max_steps=6", "train.micro_batch_size=2", "train.learning_rate=0.02", "train.eval_every=null", "train.keep_best=false",
-        "data.train.limit=60", "data.valid.limit=4", "data.sequence_len=128", "eval.windows=2", "eval.window=64", "eval.generate=[]",
-    ]  # fmt: skip
+        "train.max_steps=6",
+        "train.micro_batch_size=2",
+        "train.learning_rate=0.02",
+        "train.eval_every=null",
+        "train.keep_best=false",
+        "data.train.limit=60",
+        "data.valid.limit=4",
+        "data.sequence_len=128",
+        "eval.windows=2",
+        "eval.window=64",
+        "eval.generate=[]",
+    ]
     return load_recipe(
         "recipes/quickstart.yaml", [*quick, f"eval.tasks={json.dumps(tasks)}", f"output={output}", *overrides]
     )
@@ -182,7 +193,9 @@ def packed() -> Any:
 def test_measuring_never_takes_the_decode_path(
     packed: Any, tasks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A question of two tokens and a window of eight would go through the int4 kernel in a packed model, and not in a dense one."""
+    """A question of two tokens and a window of eight would go through the int4 kernel in a packed model, and
+    not in a dense one.
+    """
     model, tokenizer = packed
     Path(tasks[0]).with_name("choice.jsonl").write_text(
         json.dumps({"question": "x", "choices": [" y", " z"], "label": 0}) + "\n"
@@ -272,7 +285,9 @@ def test_rows_measured_again_replace_the_old_ones() -> None:
 
 
 def test_rows_over_another_number_of_samples_are_another_line() -> None:
-    """`lowbit-ft eval --limit 2` on one stage must not stand beside a full measurement of another as if they compared."""
+    """`lowbit-ft eval --limit 2` on one stage must not stand beside a full measurement of another as if they
+    compared.
+    """
     rows = [
         TaskRow("base", "a", "acc", 0.1, None, True, 48),
         TaskRow("trained", "a", "acc", 0.5, None, True, 2),
@@ -286,7 +301,7 @@ def test_rows_over_another_number_of_samples_are_another_line() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------ refused when the recipe is loaded
+# -------------------------------------------------------------------------- refused when the recipe is loaded
 
 
 def refused(tmp_path: Path, tasks: list[str]) -> str:
@@ -349,7 +364,8 @@ def test_a_name_lm_eval_does_not_know(tmp_path: Path) -> None:
 def test_an_mlx_export_is_refused_before_anything_is_measured(tmp_path: Path, tasks: list[str]) -> None:
     with pytest.raises(
         RecipeError,
-        match="eval.tasks: lm-eval cannot measure an export.format mlx; set export.format: native, which measures merged/",
+        match="eval.tasks: lm-eval cannot measure an export.format mlx; set export.format: native, which "
+        "measures merged/",
     ):
         recipe(tmp_path / "run", tasks, "export.format=mlx", "export.verify=false")
     (tmp_path / "m").mkdir()

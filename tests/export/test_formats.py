@@ -1,7 +1,8 @@
-"""The formats of other people's servers: every grid one accepts comes back bit for bit, and its real reader agrees.
+"""The formats of other people's servers: every grid one accepts comes back bit for bit, and its real reader
+agrees.
 
-gguf is read by transformers here. The readers of gptq, awq and mlx are large and pin other versions, so these tests skip where they
-are not installed; run this file in an environment that has them.
+gguf is read by transformers here. The readers of gptq, awq and mlx are large and pin other versions, so these
+tests skip where they are not installed; run this file in an environment that has them.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def test_scales_that_float16_has_not_are_refused() -> None:
     assert GGUF.unpack(GGUF.pack(weight), LayerSpec.of(weight)).digest() == weight.digest()
 
 
-# ------------------------------------------------------------------------------------------ gguf through transformers
+# ---------------------------------------------------------------------------------- gguf through transformers
 
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if g.symmetric], ids=str)
@@ -221,8 +222,13 @@ def test_transformers_reads_gguf_with_equal_logits(grid: Any, source: Checkpoint
 TINY = WIDE | dict(num_hidden_layers=2)
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)  # fmt: skip
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 ARCHITECTURES: dict[str, Any] = {
     "llama, biases": transformers.LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
     "llama, rope of llama 3": transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3),
@@ -297,7 +303,9 @@ def test_the_rope_divisors_are_those_of_transformers() -> None:
 
 
 def sentencepiece_tokenizer(folder: Path) -> int:
-    """A tokenizer as Llama 2 has it (BPE of words with a leading space, bytes for the rest), into `folder`; its vocabulary."""
+    """A tokenizer as Llama 2 has it (BPE of words with a leading space, bytes for the rest), into `folder`;
+    its vocabulary.
+    """
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore
@@ -414,7 +422,7 @@ def test_the_splitting_rules_are_those_of_transformers_reader() -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------ compressed-tensors for vLLM
+# -------------------------------------------------------------------------------- compressed-tensors for vLLM
 
 
 def test_every_layer_is_in_one_group_or_ignored_by_the_librarys_own_matching(tmp_path: Path) -> None:
@@ -620,8 +628,18 @@ def test_a_recipe_learns_of_a_format_before_anything_is_loaded(
     accepted("export.format=compressed-tensors", "quant.bits=1", *alpha)
     accepted("export.format=gguf", "quant.bits=1", *alpha)
     refused("sign planes", "export.format=gguf", "quant.bits=2", *alpha)
-    opt = checkpoint(tmp_path / "opt", transformers.OPTConfig(vocab_size=4096, hidden_size=256, num_hidden_layers=1, ffn_dim=256,
-        num_attention_heads=4, word_embed_proj_dim=256, max_position_embeddings=512))  # fmt: skip
+    opt = checkpoint(
+        tmp_path / "opt",
+        transformers.OPTConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            num_hidden_layers=1,
+            ffn_dim=256,
+            num_attention_heads=4,
+            word_embed_proj_dim=256,
+            max_position_embeddings=512,
+        ),
+    )
     refused("gguf is written for llama, mistral", "export.format=gguf", f"model.path={opt.folder}")
     accepted("export.format=native", f"model.path={opt.folder}")
     monkeypatch.setattr(base, "find_spec", lambda name: None)

@@ -1,4 +1,6 @@
-"""An export that does not come to its end leaves nothing that looks like a model: killed, out of disk, not allowed to write."""
+"""An export that does not come to its end leaves nothing that looks like a model: killed, out of disk, not
+allowed to write.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def make(name):
     if len(asked) == 4:
         os.kill(os.getpid(), getattr(signal, sys.argv[4]))
     return weights[name]
-write_model(sys.argv[2], source, Weights({n: LayerSpec.of(w) for n, w in weights.items()}, make), EXPORTERS[sys.argv[3]])
+specs = {n: LayerSpec.of(w) for n, w in weights.items()}
+write_model(sys.argv[2], source, Weights(specs, make), EXPORTERS[sys.argv[3]])
 """
 
 

@@ -1,4 +1,6 @@
-"""The gguf files in llama.cpp itself. Slow, and only where llama-cpp-python is installed (it builds from source)."""
+"""The gguf files in llama.cpp itself. Slow, and only where llama-cpp-python is installed (it builds from
+source).
+"""
 
 import importlib.util
 import os

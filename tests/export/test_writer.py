@@ -1,4 +1,6 @@
-"""Formats: pack and unpack are inverse, what cannot be held is refused with a way out, and the writer is careful."""
+"""Formats: pack and unpack are inverse, what cannot be held is refused with a way out, and the writer is
+careful.
+"""
 
 from __future__ import annotations
 
@@ -183,9 +185,14 @@ def test_the_folder_is_complete_and_everything_dense_is_copied_bit_for_bit(
         target = tmp_path / name
         manifest = write_model(target, source, weights, exporter, extra_files={"README.md": "hello"})
         assert {p.name for p in target.iterdir()} == {
-            "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md",
-            "model.safetensors", "lowbit_ft.json",
-        }  # fmt: skip
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "README.md",
+            "model.safetensors",
+            "lowbit_ft.json",
+        }
         assert check_files(target) == manifest == read_manifest(target)
         assert set(manifest["layers"]) == set(weights) and manifest["format"] == name
         config = json.loads((target / "config.json").read_text())
@@ -332,9 +339,17 @@ def test_a_link_that_leaves_the_checkpoint_is_not_published(tmp_path: Path, weig
 
 
 OPT: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=128, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, ffn_dim=128, word_embed_proj_dim=128,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    ffn_dim=128,
+    word_embed_proj_dim=128,
+)
 SHAPES: dict[str, Any] = {
     "tied": dict(tie_word_embeddings=True),
     "biases": dict(config=transformers.Qwen2Config(**SIZE)),
@@ -443,11 +458,14 @@ def native_folder(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
 @settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_file_is_an_error_of_ours_never_a_crash(native_folder: Path, data: st.DataObject) -> None:
-    """Bytes changed, cut off or added anywhere: ValueError, or weights of the announced grids; and the hashes tell always."""
+    """Bytes changed, cut off or added anywhere: ValueError, or weights of the announced grids; and the hashes
+    tell always.
+    """
     name = data.draw(st.sampled_from(["model.safetensors", "config.json", "lowbit_ft.json"]))
     path = native_folder / name
     original = path.read_bytes()
-    # Most of the damage in the header and in the JSON, where it can be misread; the tensors' bytes are all alike.
+    # Most of the damage in the header and in the JSON, where it can be misread; the tensors' bytes are all
+    # alike.
     reach = data.draw(st.sampled_from([8, 5000, len(original)]))
     content = bytearray(original)
     kind = data.draw(st.sampled_from(["change", "cut", "grow", "text"]))

@@ -1,4 +1,6 @@
-"""files.py: whatever moment a process is killed at, the old or the new content is there, whole, or comes back."""
+"""files.py: whatever moment a process is killed at, the old or the new content is there, whole, or comes
+back.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from lowbit_ft.files.atomic import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-# Forks a process per folder "1", "2", ...; the n-th kills itself before its n-th file operation, which the interpreter
-# reports to an audit hook. Prints how many died; the one after them finished.
+# Forks a process per folder "1", "2", ...; the n-th kills itself before its n-th file operation, which the
+# interpreter reports to an audit hook. Prints how many died; the one after them finished.
 CHILD = """
 import os, signal, sys
 from pathlib import Path
@@ -64,7 +66,9 @@ MOST = 40  # operations that any of them makes, and some
 
 
 def kill_at_each(what: str, folder: Path, prepare: Callable[[Path], object]) -> list[tuple[Path, bool]]:
-    """`what` done to folder/n/model, killed at its n-th operation: [(the target, whether it died)], the last did not."""
+    """`what` done to folder/n/model, killed at its n-th operation: [(the target, whether it died)], the last
+    did not.
+    """
     for n in range(1, MOST + 1):
         (folder / str(n)).mkdir(parents=True)
         prepare(folder / str(n) / "model")

@@ -106,7 +106,9 @@ def test_estimators():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_of_a_weight_are_a_weight(bits: int, symmetric: bool) -> None:
-    """As an exporter splits gate and up, and an embedding looks rows up: the same codes, scales and dense rows, nothing rounded anew."""
+    """As an exporter splits gate and up, and an embedding looks rows up: the same codes, scales and dense
+    rows, nothing rounded anew.
+    """
     from tests.packed_tools import random_weight
 
     for grid in (

@@ -1,4 +1,6 @@
-"""The straight line over a checkpoint that came quantized: tuned, merged, exported; untouched layers keep the very codes that came in."""
+"""The straight line over a checkpoint that came quantized: tuned, merged, exported; untouched layers keep the
+very codes that came in.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,8 @@ def test_a_recipe_that_disagrees_fails_with_its_line(tmp_path: Path) -> None:
         ),
         (
             "model.dtype=bfloat16",
-            "float16 scales do not survive bfloat16; set model.dtype: float32 \\(or float16\\), or export.format: native",
+            "float16 scales do not survive bfloat16; set model.dtype: float32 \\(or float16\\), or "
+            "export.format: native",
         ),
         ("adapter={method: alpha_tuning}", "works on quant.grid: binary"),
     ],
@@ -276,7 +279,9 @@ def test_an_adapter_on_some_layers_loads_in_peft(tmp_path: Path) -> None:
 def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it is fetched nothing is known of it; then the recipe of the run has its grid, or the run stops before it begins."""
+    """Before it is fetched nothing is known of it; then the recipe of the run has its grid, or the run stops
+    before it begins.
+    """
     from huggingface_hub import constants
 
     from lowbit_ft import session

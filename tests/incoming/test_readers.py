@@ -1,4 +1,6 @@
-"""Checkpoints that come in quantized: every layout code for code, refusals by name, and tuned ones out again."""
+"""Checkpoints that come in quantized: every layout code for code, refusals by name, and tuned ones out
+again.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,19 @@ from tests.incoming_tools import PROJECTIONS, Layer, quantized_checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *[("gptq", {"bits": b, "symmetric": s, "settings": {"checkpoint_format": f}})
-      for b in (2, 3, 4, 8) for s in (True, False) for f in ("gptq", "gptq_v2")],
+    *[
+        ("gptq", {"bits": b, "symmetric": s, "settings": {"checkpoint_format": f}})
+        for b in (2, 3, 4, 8)
+        for s in (True, False)
+        for f in ("gptq", "gptq_v2")
+    ],
     ("gptq", {"group_size": -1}),
     ("awq", {"group_size": 128}),
     *[("compressed-tensors", {"bits": b, "symmetric": s}) for b in (2, 3, 4, 8) for s in (True, False)],
     ("compressed-tensors", {"group_size": -1}),
     ("compressed-tensors", {"scale_dtype": torch.bfloat16}),
     ("compressed-tensors", {"scale_dtype": torch.float32}),
-]  # fmt: skip
+]
 
 
 def case_name(case: Any) -> str:
@@ -85,7 +91,9 @@ def test_every_code_scale_and_zero_point_is_the_file_s(
 
 
 def test_a_dense_weight_is_there_where_one_is_asked_for(tmp_path: Path) -> None:
-    """Evaluation walks a full-precision model one layer at a time: for such a checkpoint these are the dequantized weights."""
+    """Evaluation walks a full-precision model one layer at a time: for such a checkpoint these are the
+    dequantized weights.
+    """
     layers = quantized_checkpoint(tmp_path / "q", "gptq")
     checkpoint = Checkpoint.open(tmp_path / "q", dtype="float32")
     name = next(iter(layers))
@@ -199,7 +207,9 @@ def test_zero_points_of_older_compressed_tensors(tmp_path: Path) -> None:
     ],
 )
 def test_the_layers_that_are_packed_are_the_ones_that_were(names: tuple[str, ...], tmp_path: Path) -> None:
-    """A packed head, and checkpoints that leave some projections dense: the selection is read from the files."""
+    """A packed head, and checkpoints that leave some projections dense: the selection is read from the
+    files.
+    """
     layers = quantized_checkpoint(
         tmp_path / "q", "gptq", names=names, settings={"lm_head": "lm_head" in names}
     )
@@ -255,7 +265,8 @@ def test_symmetric_and_asymmetric_layers_in_one_checkpoint_are_refused(tmp_path:
     )
     (problem,) = resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection())[1]
     assert str(problem).startswith(
-        "model.path: got 'q', where some layers are symmetric and others (model.layers.0.mlp.down_proj, ...) are not"
+        "model.path: got 'q', where some layers are symmetric and others (model.layers.0.mlp.down_proj, "
+        "...) are not"
     )
 
 

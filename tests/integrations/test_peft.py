@@ -42,9 +42,15 @@ def packed_model(grid: Grid = INTEGER, seed: int = 0, dtype: torch.dtype = torch
 def _packed_once(grid: Grid, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attention_bias=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_bias=True,
+    )
     model = LlamaForCausalLM(config).eval()
     calibrate = CALIBRATORS["greedy" if isinstance(grid, BinaryGrid) else "mse"]
     for layer in model.model.layers:
@@ -437,26 +443,60 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: LowBitConfig(method="lrqat"), r"adapter.method: got 'lrqat'; allowed: lr_qat.*did you mean 'lr_qat'"),
+        (
+            lambda: LowBitConfig(method="lrqat"),
+            r"adapter.method: got 'lrqat'; allowed: lr_qat.*did you mean 'lr_qat'",
+        ),
         (lambda: LowBitConfig(method="lr_qat", rnak=4), r"adapter.rnak: unknown key; did you mean 'rank'\?"),
         (lambda: LowBitConfig(method="scale", options={"rank": 4}), r"adapter.rank: unknown key"),
-        (lambda: LowBitConfig(method="lr_qat", rank=0, clip="no"), r"(?s)adapter.rank: got 0; allowed.*adapter.clip: got 'no'"),
+        (
+            lambda: LowBitConfig(method="lr_qat", rank=0, clip="no"),
+            r"(?s)adapter.rank: got 0; allowed.*adapter.clip: got 'no'",
+        ),
         (lambda: LowBitConfig(rank=4, options={"rank": 8}), "rank given both in options and as a keyword"),
         (lambda: LowBitConfig(rank=4, task_type="CASUAL_LM"), "Invalid task type"),
-        (lambda: get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
-                                num_hidden_layers=1, num_attention_heads=1)), LowBitConfig(rank=4)), "quantize it first"),
-        (lambda: get_peft_model(packed_model(BINARY), LowBitConfig(rank=4)),
-         r"(?s)lr_qat cannot train these layers:\n  model.layers.0.self_attn.q_proj: .*integer.*layers.1.mlp.down_proj: "),
-        (lambda: get_peft_model(packed_model(IntGrid(group_size=32, residual_bits=0)), LowBitConfig("l4q", rank=4)), "residual_bits"),
-        (lambda: get_peft_model(packed_model(IntGrid(group_size=32, residual_bits=0)), LowBitConfig(rank=4, init="loftq")),
-         "reads the dense weights"),
+        (
+            lambda: get_peft_model(
+                LlamaForCausalLM(
+                    LlamaConfig(
+                        vocab_size=8,
+                        hidden_size=8,
+                        intermediate_size=8,
+                        num_hidden_layers=1,
+                        num_attention_heads=1,
+                    )
+                ),
+                LowBitConfig(rank=4),
+            ),
+            "quantize it first",
+        ),
+        (
+            lambda: get_peft_model(packed_model(BINARY), LowBitConfig(rank=4)),
+            r"(?s)lr_qat cannot train these layers:\n  model.layers.0.self_attn.q_proj: "
+            r".*integer.*layers.1.mlp.down_proj: ",
+        ),
+        (
+            lambda: get_peft_model(
+                packed_model(IntGrid(group_size=32, residual_bits=0)), LowBitConfig("l4q", rank=4)
+            ),
+            "residual_bits",
+        ),
+        (
+            lambda: get_peft_model(
+                packed_model(IntGrid(group_size=32, residual_bits=0)), LowBitConfig(rank=4, init="loftq")
+            ),
+            "reads the dense weights",
+        ),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "mlp"), "adapter name 'mlp'"),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "A"), "adapter name 'A'"),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "a.b"), r"adapter name 'a\.b'"),
         (lambda: get_peft_model(packed_model(), LowBitConfig(rank=4), "values"), "adapter name 'values'"),
-        (lambda: write_adapter("never", adapter_state(packed_model()), ADAPTERS["scale"](), "", "base"), "attach one first"),
+        (
+            lambda: write_adapter("never", adapter_state(packed_model()), ADAPTERS["scale"](), "", "base"),
+            "attach one first",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_says_why(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

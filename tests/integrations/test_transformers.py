@@ -1,4 +1,6 @@
-"""from_pretrained on what we write: packed and exact with our package, exact without it, and no silent half-loading."""
+"""from_pretrained on what we write: packed and exact with our package, exact without it, and no silent
+half-loading.
+"""
 
 from __future__ import annotations
 
@@ -232,7 +234,9 @@ def victim(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_damaged_header_or_config_never_loads_as_another_model(victim: Path, data: st.DataObject) -> None:
-    """Random bytes in the safetensors header, or a cut: an error, or (a change that means nothing) the same model."""
+    """Random bytes in the safetensors header, or a cut: an error, or (a change that means nothing) the same
+    model.
+    """
     path, before = victim / "model.safetensors", {n: w.digest() for n, w in read_weights(victim).items()}
     original = path.read_bytes()
     header = 8 + int.from_bytes(original[:8], "little")
@@ -255,7 +259,8 @@ def test_a_damaged_header_or_config_never_loads_as_another_model(victim: Path, d
 IMPORT_ORDERS = {
     "before": "import lowbit_ft; assert 'transformers' not in sys.modules; import transformers",
     "after": "import transformers.quantizers; import lowbit_ft",
-    "twice": "import lowbit_ft; from lowbit_ft.integrations import register; register(); import transformers; register()",
+    "twice": "import lowbit_ft; from lowbit_ft.integrations import register; register(); import "
+    "transformers; register()",
 }
 
 
@@ -277,7 +282,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__, float(logits.double().su
     assert name == "PackedLinear" and float(total) == float(model(IDS).logits.detach().double().sum())
 
 
-# ------------------------------------------------------------------------------------------ compressed-tensors, without us
+# ----------------------------------------------------------------------------- compressed-tensors, without us
 
 
 WITHOUT_US = """
@@ -289,7 +294,8 @@ for name, folder, asymmetric in json.loads(sys.argv[1]):
     for dtype in ("float32", "bfloat16"):
         for dequantize in {asymmetric, True} if "mixed" not in name else {False}:
             options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
+            options["dtype"] = getattr(torch, dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
             with torch.no_grad():
                 out[f"{name} {dtype} {dequantize}"] = model(ids).logits.contiguous()
 assert not any(name.startswith("lowbit") for name in sys.modules)
@@ -298,7 +304,9 @@ save_file(out, sys.argv[2])
 
 
 def test_compressed_tensors_loads_without_our_package_with_equal_logits(source: Path, tmp_path: Path) -> None:
-    """Every bit width, symmetric and asymmetric, fp32 and bf16, in both modes of transformers that can read it."""
+    """Every bit width, symmetric and asymmetric, fp32 and bf16, in both modes of transformers that can read
+    it.
+    """
     cases: dict[str, Any] = {
         f"W{bits} {'sym' if symmetric else 'asym'}": int_grid(bits=bits, symmetric=symmetric)
         for bits in (2, 3, 4, 8)
@@ -332,7 +340,7 @@ def test_compressed_tensors_loads_without_our_package_with_equal_logits(source: 
     assert different == []
 
 
-# ------------------------------------------------------------------------------------------ the front doors of transformers
+# ---------------------------------------------------------------------------- the front doors of transformers
 
 
 def spread_over_disk(model: Any) -> dict[str, str]:

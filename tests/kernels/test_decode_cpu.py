@@ -1,4 +1,6 @@
-"""The int4 kernel under decoding: the same weight for every grid it takes, sums within the bound its file states, refusals."""
+"""The int4 kernel under decoding: the same weight for every grid it takes, sums within the bound its file
+states, refusals.
+"""
 
 import itertools
 
@@ -73,8 +75,8 @@ def test_the_weight_is_the_same(grid: IntGrid, n: int) -> None:
 
 
 def test_every_asymmetric_weight_there_is() -> None:
-    """Each zero point with each mantissa a bfloat16 has and each code: shift + rest is scale * (8 - zero) exactly, and the weight
-    read out is the packed op's to the last bit of a bfloat16."""
+    """Each zero point with each mantissa a bfloat16 has and each code: shift + rest is scale * (8 - zero)
+    exactly, and the weight read out is the packed op's to the last bit of a bfloat16."""
     scale = (1 + torch.arange(128) / 128).bfloat16().repeat(16)[None] * torch.tensor(
         2.0**-9, dtype=torch.bfloat16
     )
@@ -139,7 +141,12 @@ def test_what_does_not_fit() -> None:
     fits = dict(shape=(32, 256), bits=4, group_size=64, scale_dtype=torch.bfloat16, offset=False)
     assert kernels.fits_int4(**fits)
     for change in (
-        {"shape": (24, 256)}, {"shape": (32, 200)}, {"bits": 8}, {"group_size": -1}, {"scale_dtype": torch.float16},
-        {"scale_dtype": torch.float32}, {"offset": True},
-    ):  # fmt: skip
+        {"shape": (24, 256)},
+        {"shape": (32, 200)},
+        {"bits": 8},
+        {"group_size": -1},
+        {"scale_dtype": torch.float16},
+        {"scale_dtype": torch.float32},
+        {"offset": True},
+    ):
         assert not kernels.fits_int4(**{**fits, **change}), change

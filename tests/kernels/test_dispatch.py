@@ -1,4 +1,6 @@
-"""The table of configurations, the user's cache, and what happens where Triton or the right arguments are missing."""
+"""The table of configurations, the user's cache, and what happens where Triton or the right arguments are
+missing.
+"""
 
 import json
 import subprocess
@@ -160,7 +162,14 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(monkeypatch: pytest.
     monkeypatch.setattr(dispatch, "launcher", lambda op: kernel)
     run = dispatch._implementation("packed_matmul")
     codes, x = lk.pack(torch.ones(2, 96, dtype=torch.uint8), 4), torch.randn(1, 96)
-    for group_size, dtype, taken in [(32, torch.float32, 1), (-1, torch.float32, 1), (128, torch.float32, 1), (48, torch.float32, 0), (32, torch.float64, 0), (100, torch.float32, 1)]:  # fmt: skip
+    for group_size, dtype, taken in [
+        (32, torch.float32, 1),
+        (-1, torch.float32, 1),
+        (128, torch.float32, 1),
+        (48, torch.float32, 0),
+        (32, torch.float64, 0),
+        (100, torch.float32, 1),
+    ]:
         asked.clear()
         run(x.to(dtype), codes, torch.ones(lk.group_count(96, group_size), 2), None, None, 4, group_size)
         assert len(asked) == taken, (group_size, dtype)

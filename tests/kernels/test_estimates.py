@@ -1,4 +1,6 @@
-"""Cheaper gradients (estimates.py) against float64 of their own equations, and their means over every draw against the exact ones."""
+"""Cheaper gradients (estimates.py) against float64 of their own equations, and their means over every draw
+against the exact ones.
+"""
 
 import itertools
 
@@ -30,8 +32,8 @@ def backward(args: dict, x: Tensor, dy: Tensor, **options) -> dict[str, Tensor]:
 
 
 def every_start(x: Tensor, dy: Tensor, tokens: float) -> list[tuple[Tensor, float]]:
-    """(start, probability) of every draw that can come: between two starts at which a point passes from one token to the next, nothing
-    changes, so the middle of each such stretch stands for it."""
+    """(start, probability) of every draw that can come: between two starts at which a point passes from one
+    token to the next, nothing changes, so the middle of each such stretch stands for it."""
     count = estimates.drawn_count(len(x), tokens)
     ends = estimates.lengths(x, dy).cumsum(0).double()
     passes = (ends * (count / ends[-1]))[:, None] - torch.arange(count)
@@ -75,7 +77,9 @@ def unmasked(args: dict, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 def test_factorised_is_its_own_equation(
     group_size: int, units: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """K = 200 leaves a ragged last group; at g = 32 the cheaper order is through dW, at 64 and more through the groups."""
+    """K = 200 leaves a ragged last group; at g = 32 the cheaper order is through dW, at 64 and more through
+    the groups.
+    """
     monkeypatch.setattr(estimates, "TRANSIENT", at_once)
     args = integer_args(group_size=group_size, units=units, offset=units == "live")
     x, dy = torch.randn(M, K), torch.randn(M, N)
@@ -111,9 +115,13 @@ def test_both_orders_of_contraction_agree(group_size: int, weighted: bool):
 
 
 @given(
-    seed=st.integers(0, 2**16), bits=st.sampled_from((2, 3, 4, 8)), group_size=st.sampled_from((32, 64, 128, -1)),
-    units=st.sampled_from(("grid", "weight")), zero=st.booleans(), low_rank=st.sampled_from(("factorised", "corrected")),
-)  # fmt: skip
+    seed=st.integers(0, 2**16),
+    bits=st.sampled_from((2, 3, 4, 8)),
+    group_size=st.sampled_from((32, 64, 128, -1)),
+    units=st.sampled_from(("grid", "weight")),
+    zero=st.booleans(),
+    low_rank=st.sampled_from(("factorised", "corrected")),
+)
 def test_where_nothing_is_clipped_the_low_rank_gradient_is_the_exact_one(
     seed, bits, group_size, units, zero, low_rank
 ):
@@ -144,7 +152,9 @@ KINDS = [
 def test_the_mean_over_all_draws_is_the_whole(
     units: str, group_size: int, low_rank: str | None, tokens: float, monkeypatch
 ):
-    """The start is the only random thing, and what it can bring is finite: every draw, weighted with its probability."""
+    """The start is the only random thing, and what it can bring is finite: every draw, weighted with its
+    probability.
+    """
     args = integer_args(
         group_size=group_size,
         units=units,
@@ -170,7 +180,9 @@ def test_the_mean_over_all_draws_is_the_whole(
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64])
 @pytest.mark.parametrize("share", [0.01, 0.125, 0.5, 0.9])
 def test_every_token_is_drawn_in_proportion_and_weighs_one(tokens: int, share: float):
-    """Over all starts: the draws of a token times their weight are 1, and no weight is over ten times that of equal shares."""
+    """Over all starts: the draws of a token times their weight are 1, and no weight is over ten times that of
+    equal shares.
+    """
     x, dy = torch.randn(tokens, 5), torch.randn(tokens, 4) * torch.rand(tokens, 1) ** 3
     length, count = estimates.lengths(x, dy), estimates.drawn_count(tokens, share)
     total = torch.zeros(tokens).double()
@@ -235,7 +247,8 @@ def test_what_is_not_asked_for_is_not_computed(low_rank: str, train: str):
     assert (N, M, K) not in gemms.calls or train != "scale"
 
 
-# What a layer costs in GEMMs of M N K, at sizes where the low-rank product itself (r / M of one) is small beside it.
+# What a layer costs in GEMMs of M N K, at sizes where the low-rank product itself (r / M of one) is small
+# beside it.
 WHOLE = {
     "exact": (3.0, 1.0),
     "factorised 1/4": (2.5, 0.25),
@@ -250,11 +263,22 @@ def test_the_third_gemm_is_gone(case: str):
     m, n, k, r = 1280, 1024, 1152, 16
     want, tokens = WHOLE[case]
     args = {
-        "codes": kernels.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8), 4), "residual": None,
-        "scale0": torch.ones(k // 128, n), "zero0": None, "a": torch.randn(r, k, requires_grad=True),
-        "b": torch.randn(n, r, requires_grad=True), "scale": torch.ones(k // 128, n, requires_grad=True), "zero": None,
-        "offset": None, "gain": 1.0, "units": "grid", "bits": 4, "residual_bits": 0, "group_size": 128, "clip_first": False,
-    }  # fmt: skip
+        "codes": kernels.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8), 4),
+        "residual": None,
+        "scale0": torch.ones(k // 128, n),
+        "zero0": None,
+        "a": torch.randn(r, k, requires_grad=True),
+        "b": torch.randn(n, r, requires_grad=True),
+        "scale": torch.ones(k // 128, n, requires_grad=True),
+        "zero": None,
+        "offset": None,
+        "gain": 1.0,
+        "units": "grid",
+        "bits": 4,
+        "residual_bits": 0,
+        "group_size": 128,
+        "clip_first": False,
+    }
     x = torch.randn(m, k, requires_grad=True)
     low_rank = case.split()[0]
     codes = kernels.grid_codes(

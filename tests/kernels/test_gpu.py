@@ -1,8 +1,10 @@
-"""The kernels on a real GPU: sizes of real layers, 16-bit inputs, determinism, streams, graphs, more than 2^31 weights.
+"""The kernels on a real GPU: sizes of real layers, 16-bit inputs, determinism, streams, graphs, more than
+2^31 weights.
 
     pytest -m gpu tests/kernels/test_gpu.py
 
-Errors are judged against float64 and allowed 1.5 times the error of the same computation in torch with equally rounded inputs.
+Errors are judged against float64 and allowed 1.5 times the error of the same computation in torch with
+equally rounded inputs.
 """
 
 import importlib
@@ -34,7 +36,9 @@ def reference(op: str, *args):
 
 
 def weights(bits: int, n: int, k: int, g: int, kind: str = "symmetric") -> tuple:
-    """codes, scale, zero, offset on the GPU; every code present; kind: symmetric, integer or float zeros with an offset."""
+    """codes, scale, zero, offset on the GPU; every code present; kind: symmetric, integer or float zeros with
+    an offset.
+    """
     groups = (lk.group_count(k, g), n)
     codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device="cuda")
     codes.view(-1)[: 1 << bits] = torch.arange(1 << bits, device="cuda").to(torch.uint8)
@@ -93,9 +97,10 @@ def test_binary(m, q, g, offset):
         x.double() @ dense.t(),
     )
     good(
-        lk.binary_matmul_dx(dy, planes, alpha, t, k, g), reference("binary_matmul_dx", dy, planes, alpha, t, k, g),
+        lk.binary_matmul_dx(dy, planes, alpha, t, k, g),
+        reference("binary_matmul_dx", dy, planes, alpha, t, k, g),
         dy.double() @ dense,
-    )  # fmt: skip
+    )
     exact = reference("binary_gradients", x.double().float(), dy.float(), planes, g, q)
     for got, rounded, want in zip(
         lk.binary_gradients(x, dy, planes, g, q),
@@ -109,11 +114,20 @@ def test_binary(m, q, g, offset):
 def grid_arguments(bits: int, n: int, k: int, g: int, units: str, rank: int = 64) -> dict:
     codes, scale, zero, _ = weights(bits, n, k, g, "integer")
     return {
-        "codes": codes, "residual": lk.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda"), 4),
-        "scale0": scale, "zero0": zero, "a": torch.randn(rank, k, device="cuda"), "b": torch.randn(n, rank, device="cuda") * 0.05,
-        "scale": scale.float(), "zero": zero.float(), "offset": None, "gain": 0.5, "units": units, "bits": bits,
+        "codes": codes,
+        "residual": lk.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda"), 4),
+        "scale0": scale,
+        "zero0": zero,
+        "a": torch.randn(rank, k, device="cuda"),
+        "b": torch.randn(n, rank, device="cuda") * 0.05,
+        "scale": scale.float(),
+        "zero": zero.float(),
+        "offset": None,
+        "gain": 0.5,
+        "units": units,
+        "bits": bits,
         "residual_bits": 4,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("units", ["grid", "weight", "live"])
@@ -123,7 +137,8 @@ def test_codes_are_the_reference_s_and_do_not_depend_on_the_call(units, bits, g)
     args = grid_arguments(bits, n, k, g, units)
     got = lk.grid_codes(**args, in_features=k, group_size=g)
     want = reference("grid_codes", *args.values(), k, g)
-    # D is a sum in another order than cuBLAS's: a value on a tie may fall the other way, by one code, once in a million.
+    # D is a sum in another order than cuBLAS's: a value on a tie may fall the other way, by one code, once in
+    # a million.
     a, b = lk.unpack(got, bits, k).int(), lk.unpack(want, bits, k).int()
     assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-4
     with torch.autocast("cuda", torch.bfloat16):
@@ -218,7 +233,9 @@ def test_inside_a_cuda_graph(m):
 
 
 def test_two_streams_at_once():
-    """Split sums share counters: two streams must not share the same ones, and none may start before they are zero."""
+    """Split sums share counters: two streams must not share the same ones, and none may start before they are
+    zero.
+    """
     importlib.import_module("lowbit_kernels.triton_common").drop_counters()
     w, x = weights(4, 4096, 4096, 128), torch.randn(1, 4096, device="cuda").bfloat16()
     streams = [torch.cuda.Stream() for _ in range(4)]
@@ -237,7 +254,11 @@ def test_on_a_device_that_is_not_the_current_one():
     w = [None if t is None else t.to("cuda:1") for t in weights(4, 512, 1024, 128)]
     x = torch.randn(3, 1024, device="cuda:1").bfloat16()
     assert torch.cuda.current_device() == 0
-    good(lk.packed_matmul(x, *w, 4, 128), reference("packed_matmul", x, *w, 4, 128), x.double() @ reference("dequantize", *w, 4, 1024, 128, torch.float32).double().t())  # fmt: skip
+    good(
+        lk.packed_matmul(x, *w, 4, 128),
+        reference("packed_matmul", x, *w, 4, 128),
+        x.double() @ reference("dequantize", *w, 4, 1024, 128, torch.float32).double().t(),
+    )
 
 
 def test_compiled_whole():
@@ -274,7 +295,8 @@ def test_more_half_words_than_an_int32_counts():
     assert torch.equal(weight[-last:], dense.to(torch.bfloat16))
 
 
-# The most kernels, hence the longest to compile: last, so that a run that is cut off has seen everything else.
+# The most kernels, hence the longest to compile: last, so that a run that is cut off has seen everything
+# else.
 @pytest.mark.parametrize(
     ("n", "k", "bits", "g", "kind", "dtype", "rows"),
     [

@@ -1,6 +1,7 @@
 """Runs tests/kernels/interpreter in a process where Triton interprets its kernels, and passes its verdict on.
 
-The mode is chosen when kernels are decorated, so it can neither be switched on here nor off again for the tests that follow.
+The mode is chosen when kernels are decorated, so it can neither be switched on here nor off again for the
+tests that follow.
 """
 
 import os
@@ -20,9 +21,12 @@ ROOT = FOLDER.parents[2]
 def test_interpreter(file: str):
     pytest.importorskip("triton")
     environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }  # fmt: skip
+    }
     # The parent's coverage and worker settings are not the child's.
     for name in [n for n in environment if n.startswith(("PYTEST_", "COV_CORE"))]:
         del environment[name]

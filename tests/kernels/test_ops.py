@@ -95,7 +95,9 @@ def untied(**kwargs) -> tuple[dict, Tensor, Tensor, dict[str, Tensor]]:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Relative error; infinite where anything is not finite, because max() of several errors would pass over a NaN."""
+    """Relative error; infinite where anything is not finite, because max() of several errors would pass over
+    a NaN.
+    """
     value = ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
     return value if math.isfinite(value) else math.inf
 
@@ -307,7 +309,9 @@ def test_opcheck(name: str):
 
 @pytest.mark.parametrize("name", list(samples()))
 def test_compiles_whole_and_knows_its_shapes(name: str):
-    """torch.compile without a graph break gives the eager values; on meta tensors the op gives their shapes and dtypes."""
+    """torch.compile without a graph break gives the eager values; on meta tensors the op gives their shapes
+    and dtypes.
+    """
     op, args = getattr(torch.ops.lowbit, name), samples()[name]
     eager = op(*args)
     torch._dynamo.reset()

@@ -62,9 +62,13 @@ def grid_of(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tupl
 
 
 @given(
-    st.sampled_from((2, 3, 4, 8)), st.sampled_from((0, 1, 2, 4)), st.sampled_from((32, 64, 128, -1)),
-    st.booleans(), shapes, st.integers(0, 2**31),
-)  # fmt: skip
+    st.sampled_from((2, 3, 4, 8)),
+    st.sampled_from((0, 1, 2, 4)),
+    st.sampled_from((32, 64, 128, -1)),
+    st.booleans(),
+    shapes,
+    st.integers(0, 2**31),
+)
 def test_quantize_pack(
     bits: int, f: int, group_size: int, symmetric: bool, shape: tuple[int, int], seed: int
 ):

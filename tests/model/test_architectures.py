@@ -1,4 +1,6 @@
-"""Every architecture of docs/models.md through the whole line; the page says what this test finds, row by row."""
+"""Every architecture of docs/models.md through the whole line; the page says what this test finds, row by
+row.
+"""
 
 from pathlib import Path
 
@@ -7,16 +9,39 @@ import pytest
 from tests.architectures import CONFIGS, EXACT, line, lines
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-# Not one of these may be lost: exact in our own format, and in compressed-tensors too but for those that say why not.
+# Not one of these may be lost: exact in our own format, and in compressed-tensors too but for those that say
+# why not.
 PROMISED = (
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3", "phi3", "gpt2", "opt", "gpt_neox", "falcon",
-    "olmo2", "stablelm", "glm", "granite", "gpt_oss",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "falcon",
+    "olmo2",
+    "stablelm",
+    "glm",
+    "granite",
+    "gpt_oss",
+)
 STACKED = "one tensor per expert"
 NATIVE_ONLY = {
-    "gpt2": "Conv1D", "openai-gpt": "Conv1D", "gpt_oss": STACKED, "granitemoe": STACKED, "granitemoehybrid": STACKED,
-    "mamba": "does not divide 4 inputs", "jamba": "does not divide 8 inputs", "recurrent_gemma": "does not divide 48 inputs",
-}  # fmt: skip
+    "gpt2": "Conv1D",
+    "openai-gpt": "Conv1D",
+    "gpt_oss": STACKED,
+    "granitemoe": STACKED,
+    "granitemoehybrid": STACKED,
+    "mamba": "does not divide 4 inputs",
+    "jamba": "does not divide 8 inputs",
+    "recurrent_gemma": "does not divide 48 inputs",
+}
 REFUSED = {"llama4_text", "dbrx", "jetmoe", "rwkv"}
 
 

@@ -1,4 +1,6 @@
-"""Packed windows: loss and gradients are those of their segments alone, for every attention a CPU has, and nothing is L x L."""
+"""Packed windows: loss and gradients are those of their segments alone, for every attention a CPU has, and
+nothing is L x L.
+"""
 
 from __future__ import annotations
 
@@ -34,32 +36,70 @@ from tests.packed_tools import tiny_checkpoint
 
 CPU = torch.device("cpu")
 SIZE: dict[str, Any] = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
 WIDE = SIZE | {"head_dim": 8}
 ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
 LLAMA3 = ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# Gemma's norms, and the scores of a capped or sunk softmax, are float32 in any dtype: those models are compared to 1e-6.
+# Gemma's norms, and the scores of a capped or sunk softmax, are float32 in any dtype: those models are
+# compared to 1e-6.
 FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "llama": (lambda: transformers.LlamaConfig(**SIZE), True),
     "llama 3 positions": (lambda: transformers.LlamaConfig(**SIZE, rope_parameters=LLAMA3), True),
-    "yarn": (lambda: transformers.LlamaConfig(**SIZE, rope_parameters=ROPE | {"rope_type": "yarn", "factor": 4.0}), True),
+    "yarn": (
+        lambda: transformers.LlamaConfig(**SIZE, rope_parameters=ROPE | {"rope_type": "yarn", "factor": 4.0}),
+        True,
+    ),
     "mistral": (lambda: transformers.MistralConfig(**SIZE, sliding_window=3), True),
-    "qwen2, one layer in a window": (lambda: transformers.Qwen2Config(**SIZE, sliding_window=3, use_sliding_window=True, max_window_layers=1), True),
+    "qwen2, one layer in a window": (
+        lambda: transformers.Qwen2Config(
+            **SIZE, sliding_window=3, use_sliding_window=True, max_window_layers=1
+        ),
+        True,
+    ),
     "qwen3": (lambda: transformers.Qwen3Config(**WIDE), True),
     "phi3": (lambda: transformers.Phi3Config(**SIZE, sliding_window=3), True),
     "opt": (
         lambda: transformers.OPTConfig(
-            vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0,
+            vocab_size=97,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            dropout=0.0,
             max_position_embeddings=64,
-        ), True,
+        ),
+        True,
     ),
-    "gemma3": (lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=3, query_pre_attn_scalar=8), False),
-    "gemma2, capped": (lambda: transformers.Gemma2Config(**WIDE, sliding_window=3, query_pre_attn_scalar=8, attn_logit_softcapping=0.5), False),
-    "mixtral": (lambda: transformers.MixtralConfig(**SIZE, num_local_experts=2), False),  # no grouped product in float64
-    "gpt_oss, sinks": (lambda: transformers.GptOssConfig(**WIDE, sliding_window=3, num_local_experts=2, num_experts_per_tok=1), False),
-}  # fmt: skip
+    "gemma3": (
+        lambda: transformers.Gemma3TextConfig(**WIDE, sliding_window=3, query_pre_attn_scalar=8),
+        False,
+    ),
+    "gemma2, capped": (
+        lambda: transformers.Gemma2Config(
+            **WIDE, sliding_window=3, query_pre_attn_scalar=8, attn_logit_softcapping=0.5
+        ),
+        False,
+    ),
+    "mixtral": (
+        lambda: transformers.MixtralConfig(**SIZE, num_local_experts=2),
+        False,
+    ),  # no grouped product in float64
+    "gpt_oss, sinks": (
+        lambda: transformers.GptOssConfig(
+            **WIDE, sliding_window=3, num_local_experts=2, num_experts_per_tok=1
+        ),
+        False,
+    ),
+}
 LENGTHS = [[5, 9, 1], [11]]  # a packed row, and one with padding behind it
 
 
@@ -181,9 +221,23 @@ def test_eager_is_left_alone_and_agrees(family: str, kind: str) -> None:
         assert_same(gradients(model, lambda: packed(model)), want, 3e-6)  # its softmax is float32
 
 
-def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int,
-           softmax_scale: float, causal: bool, window_size: tuple[int, int] = (-1, -1), dropout_p: float = 0.0) -> torch.Tensor:  # fmt: skip
-    """flash_attn_varlen_func by its documentation: [tokens, heads, D], lower right causal, inclusive windows."""
+def varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """flash_attn_varlen_func by its documentation: [tokens, heads, D], lower right causal, inclusive
+    windows.
+    """
     assert (
         causal
         and not dropout_p
@@ -328,9 +382,17 @@ def test_models_with_masks_of_their_own_keep_them() -> None:
     assert "masks of its own" in why_not(falcon)
     assert why_not(torch.nn.Linear(2, 2)) == "Linear is no model of transformers"
     jamba = transformers.Qwen3NextConfig(
-        **WIDE, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_value_heads=2,
-        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
-    )  # fmt: skip
+        **WIDE,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    )
     torch.manual_seed(0)
     hybrid = transformers.AutoModelForCausalLM.from_config(jamba)
     assert "mixes segments in other layers" in why_not(hybrid)

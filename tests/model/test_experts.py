@@ -1,4 +1,6 @@
-"""Experts and Conv1D as separate linears: the same numbers as the model's own, read one at a time, written and read back."""
+"""Experts and Conv1D as separate linears: the same numbers as the model's own, read one at a time, written
+and read back.
+"""
 
 import copy
 import json
@@ -37,7 +39,9 @@ def attention_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", [*MIXTURES, "gpt2"])
 def test_stand_ins_are_the_model(name: str, tmp_path: Path) -> None:
-    """Dense: every matrix that is kept another way read as [N, K] into an nn.Linear gives the model's own logits."""
+    """Dense: every matrix that is kept another way read as [N, K] into an nn.Linear gives the model's own
+    logits.
+    """
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path)
     own = load_model(checkpoint, attention_of(name))
     model = checkpoint.empty_model(attention_of(name))
@@ -102,7 +106,9 @@ def test_only_the_expert_that_is_asked_for_is_read(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_are_exported_one_by_one(name: str, tmp_path: Path) -> None:
-    """In compressed-tensors under the checkpoint's own names, gate and up apart; in our format under the model's."""
+    """In compressed-tensors under the checkpoint's own names, gate and up apart; in our format under the
+    model's.
+    """
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "checkpoint")
     model, _ = quantize(checkpoint, QuantSection(group_size=32, calibrate="absmax"))
     train(model)
@@ -217,7 +223,9 @@ def test_embeddings_are_packed_and_never_adapted(tmp_path: Path) -> None:
     "name", [name for name in CONFIGS if name not in REFUSED and "multimodal" not in name]
 )
 def test_headers_alone_tell_the_same_layers(name: str, tmp_path: Path) -> None:
-    """What the recipe checks and `plan` see in the files' headers are the layers that quantize finds in the model."""
+    """What the recipe checks and `plan` see in the files' headers are the layers that quantize finds in the
+    model.
+    """
     checkpoint, quant = checkpoint_of(CONFIGS[name](), tmp_path), QuantSection()
     seen = {x.name: (x.out_features, x.in_features) for x in read_shapes(tmp_path).linears}
     real = {layer: matrix.shape for layer, matrix in checkpoint.matrices.items() if not matrix.embedding}
@@ -238,7 +246,9 @@ def test_a_linear_with_its_own_forward_is_not_taken_for_a_plain_one() -> None:
 
 @pytest.mark.parametrize("name", ["gemma3 (multimodal)", "llava (multimodal)", "qwen2_5_vl (multimodal)"])
 def test_the_other_towers_ship_untouched(name: str, tmp_path: Path) -> None:
-    """Of a multimodal checkpoint the text tower is packed; every other tensor is in the export under its name, byte for byte."""
+    """Of a multimodal checkpoint the text tower is packed; every other tensor is in the export under its
+    name, byte for byte.
+    """
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "checkpoint")
     model, rows = quantize(checkpoint, QuantSection(group_size=32, calibrate="absmax"))
     assert all("language_model" in row.layer for row in rows.quantized) and len(rows.quantized) == 14

@@ -103,8 +103,11 @@ def test_to_device_moves_everything():
     layer = layer_of(IntGrid(symmetric=False), "l4q").to("meta")
     assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
     assert {n: t.dtype for n, t in layer.base.to_tensors().items()} == {
-        "codes": torch.int16, "residual": torch.int16, "scale": torch.bfloat16, "zero": torch.uint8,
-    }  # fmt: skip
+        "codes": torch.int16,
+        "residual": torch.int16,
+        "scale": torch.bfloat16,
+        "zero": torch.uint8,
+    }
 
 
 def test_optimizer_keeps_its_parameters_over_to_dtype():
@@ -194,7 +197,9 @@ def test_a_packed_embedding_is_the_embedding_of_its_dense_weight(factor: float |
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_weight_that_is_read_is_trained(method: str) -> None:
-    """Some models multiply with layer.weight: with gradients on it has the same bits, and the gradients of the layer's own forward."""
+    """Some models multiply with layer.weight: with gradients on it has the same bits, and the gradients of
+    the layer's own forward.
+    """
     config = ADAPTERS[method](method=method)  # pyright: ignore[reportCallIssue]
     grid = (
         BinaryGrid(bits=3, group_size=32)

@@ -1,4 +1,6 @@
-"""Loading: what it reads equals transformers' from_pretrained, in little memory; what it refuses, it names."""
+"""Loading: what it reads equals transformers' from_pretrained, in little memory; what it refuses, it
+names.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The packed base on a CPU is pages of its files: nothing is copied, nothing written back, and damage is met before it is mapped."""
+"""The packed base on a CPU is pages of its files: nothing is copied, nothing written back, and damage is met
+before it is mapped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""MLP and norms in chunks of tokens: the gradients of the whole, no product more than checkpointing makes, nothing of inner width kept."""
+"""MLP and norms in chunks of tokens: the gradients of the whole, no product more than checkpointing makes,
+nothing of inner width kept.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,8 @@ def test_what_cannot_be_cut_is_refused_or_left_alone(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"train.mlp_chunk: got 16, but no MLP of GPT2LMHeadModel can be cut \(it has dropout\); set it to null",
+        match=r"train.mlp_chunk: got 16, but no MLP of GPT2LMHeadModel can be cut \(it has "
+        r"dropout\); set it to null",
     ):
         train(dropout, batches(), None, section(mlp_chunk=16), tmp_path / "gpt2", console=quiet())
 

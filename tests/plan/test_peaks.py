@@ -1,4 +1,6 @@
-"""Validation while training, saving, and the evaluation of a stage take less memory than the training step, counted by storage."""
+"""Validation while training, saving, and the evaluation of a stage take less memory than the training step,
+counted by storage.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What plan predicts is what is counted while a step really runs; and what it says of shapes whose weights are not here."""
+"""What plan predicts is what is counted while a step really runs; and what it says of shapes whose weights
+are not here.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +37,56 @@ def _shape(monkeypatch: pytest.MonkeyPatch, overrides: list[str], **config: Any)
 CASES = {
     "lr_qat": (["adapter={method: lr_qat, rank: 8}"], {}),
     "l4q, asymmetric, accumulated": (
-        ["adapter={method: l4q, rank: 8}", "quant.symmetric=false", "quant.bits=3", "train.gradient_accumulation_steps=2"], {},
+        [
+            "adapter={method: l4q, rank: 8}",
+            "quant.symmetric=false",
+            "quant.bits=3",
+            "train.gradient_accumulation_steps=2",
+        ],
+        {},
     ),
-    "dl_qat, tied, bf16": (["adapter={method: dl_qat, rank: 8}", "model.dtype=bfloat16", "quant.bits=2"], {"tie_word_embeddings": True}),
-    "alpha_tuning": (["quant.grid=binary", "quant.calibrate=greedy", "export.format=native", "adapter={method: alpha_tuning}"], {}),
+    "dl_qat, tied, bf16": (
+        ["adapter={method: dl_qat, rank: 8}", "model.dtype=bfloat16", "quant.bits=2"],
+        {"tie_word_embeddings": True},
+    ),
+    "alpha_tuning": (
+        [
+            "quant.grid=binary",
+            "quant.calibrate=greedy",
+            "export.format=native",
+            "adapter={method: alpha_tuning}",
+        ],
+        {},
+    ),
     "packed head and embedding": (
-        ["adapter={method: lr_qat, rank: 4}", "quant.lm_head=8", "quant.embeddings=4", "export.format=native"], {},
+        [
+            "adapter={method: lr_qat, rank: 4}",
+            "quant.lm_head=8",
+            "quant.embeddings=4",
+            "export.format=native",
+        ],
+        {},
     ),
     "opt": (
         ["adapter={method: scale}", "quant.residual_bits=0"],
-        {"model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": 256, "word_embed_proj_dim": 128, "max_position_embeddings": 256},
+        {
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "ffn_dim": 256,
+            "word_embed_proj_dim": 128,
+            "max_position_embeddings": 256,
+        },
     ),
     "experts": (
         ["adapter={method: scale}", "quant.residual_bits=0"],
-        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +96,9 @@ CASES = {
 def test_a_step_holds_what_plan_says(
     name: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 5 % of the bytes counted over real steps and an evaluation; what does not depend on the step, exactly."""
+    """Within 5 % of the bytes counted over real steps and an evaluation; what does not depend on the step,
+    exactly.
+    """
     overrides, config = CASES[name]
     shape = _shape(monkeypatch, overrides, **config)
     recipe = plan_error.recipe_for(shape, tmp_path / "model", checkpointing)
@@ -136,7 +174,9 @@ def test_workspace_rules_are_asked_first_and_known_shapes_once() -> None:
 def test_every_architecture_is_counted_as_quantize_and_attach_make_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes by part against the real packed, adapted model; with the weights there and with config.json alone."""
+    """Bytes by part against the real packed, adapted model; with the weights there and with config.json
+    alone.
+    """
     monkeypatch.chdir(ROOT)
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path / "model")
     changes = [

@@ -1,4 +1,6 @@
-"""Packing straight to base/: one layer in memory, whatever the number of layers; the same bytes as packing in memory; killed, nothing."""
+"""Packing straight to base/: one layer in memory, whatever the number of layers; the same bytes as packing in
+memory; killed, nothing.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,14 @@ def section(name: str) -> QuantSection:
 
 def llama(folder: Path, layers: int = 3, tied: bool = False) -> Checkpoint:
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=192, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     return checkpoint_of(config, folder)
 
 
@@ -187,11 +194,17 @@ def test_gptq_reads_no_head_and_what_waits_is_what_was_foretold(
     recipe = load_recipe(
         ROOT / "recipes" / "quickstart.yaml",
         [
-            f"model.path={tmp_path / 'dense'}", "model.dtype=float32", "quant.calibrate=gptq", "quant.group_size=32",
-            "quant.calibration.samples=10", "quant.calibration.sequence_len=32", "eval.windows=3", "eval.window=16",
+            f"model.path={tmp_path / 'dense'}",
+            "model.dtype=float32",
+            "quant.calibrate=gptq",
+            "quant.group_size=32",
+            "quant.calibration.samples=10",
+            "quant.calibration.sequence_len=32",
+            "eval.windows=3",
+            "eval.window=16",
         ],
         check=False,
-    )  # fmt: skip
+    )
     foretold = quantize_memory.quantize_memory(recipe, read_shapes(tmp_path / "dense"))
     # What the layers are given (a mask, cosines and sines) is one set per batch, not one per layer.
     assert walk.held_bytes() == foretold.calibration == 10 * 32 * (64 * 4 + 32 + 2 * 16 * 4 + 8)
@@ -277,7 +290,9 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
 def test_a_base_whose_key_was_not_written_belongs_to_no_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between base/ and base.json of a second recipe: the first recipe must not take it for its own."""
+    """Stopped between base/ and base.json of a second recipe: the first recipe must not take it for its
+    own.
+    """
     out = tmp_path / "run"
     pipeline.quantize(recipe(out))
     first = base_digest(load_exported(out / "base"))

@@ -1,4 +1,6 @@
-"""quantize and the layer walk: what is packed, what is left alone and said, and that the dense model is never needed whole."""
+"""quantize and the layer walk: what is packed, what is left alone and said, and that the dense model is never
+needed whole.
+"""
 
 import json
 import re
@@ -136,9 +138,14 @@ def test_gptq_is_nearer_in_output_than_mse(tmp_path: Path) -> None:
 
 def test_overrides_targets_and_what_is_said(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(CONFIGS["llama"](), tmp_path)
-    quant = QuantSection.model_validate({
-        "bits": 3, "group_size": 32, "overrides": [{"match": "*.down_proj", "bits": 8}], "exclude": ["lm_head", "*.0.*"],
-    })  # fmt: skip
+    quant = QuantSection.model_validate(
+        {
+            "bits": 3,
+            "group_size": 32,
+            "overrides": [{"match": "*.down_proj", "bits": 8}],
+            "exclude": ["lm_head", "*.0.*"],
+        }
+    )
     model, rows = quantize(checkpoint, quant)
     bits = {row.layer: row.bits for row in rows.quantized}
     assert {b for name, b in bits.items() if name.endswith("down_proj")} == {8}

@@ -198,81 +198,401 @@ def test_every_shipped_recipe_is_valid(monkeypatch, tmp_path):
 
 BAD = [
     # (what, changed text, override, place and words that must be in one line)
-    ("unknown key", ("max_steps: 10", "max_steps: 10\n  stpes: 3"), (), "r.yaml:19: train.stpes: unknown key; did you mean"),
-    ("unknown key near", ("dtype: float32", "dtpye: float32"), (), "r.yaml:4: model.dtpye: unknown key; did you mean 'dtype'?; allowed: path"),
+    (
+        "unknown key",
+        ("max_steps: 10", "max_steps: 10\n  stpes: 3"),
+        (),
+        "r.yaml:19: train.stpes: unknown key; did you mean",
+    ),
+    (
+        "unknown key near",
+        ("dtype: float32", "dtpye: float32"),
+        (),
+        "r.yaml:4: model.dtpye: unknown key; did you mean 'dtype'?; allowed: path",
+    ),
     ("unknown section", ("data:\n", "dta:\n"), (), "r.yaml:12: dta: unknown key; did you mean 'data'?"),
-    ("unknown method", ("lr_qat", "lr_qta"), (), "r.yaml:10: adapter.method: got 'lr_qta'; allowed: lr_qat, dl_qat"),
+    (
+        "unknown method",
+        ("lr_qat", "lr_qta"),
+        (),
+        "r.yaml:10: adapter.method: got 'lr_qta'; allowed: lr_qat, dl_qat",
+    ),
     ("key of another method", ("rank: 8", "planes: all"), (), "r.yaml:11: adapter.planes: unknown key"),
-    ("literal", ("device: cpu", "device: gpu"), (), "r.yaml:5: model.device: got 'gpu'; allowed: auto, cpu, cuda; did you mean 'cpu'?"),
-    ("number", ("learning_rate: 1e-4", "learning_rate: fast"), (), "r.yaml:19: train.learning_rate: got 'fast'; allowed: a number"),
-    ("bool for number", ("max_steps: 10", "max_steps: true"), (), "r.yaml:18: train.max_steps: got True; allowed: a number"),
-    ("bool for adapter number", ("rank: 8", "rank: true"), (), "r.yaml:11: adapter.rank: got 'true'; allowed: an integer"),
-    ("range", ("rank: 8", "rank: 0"), (), "r.yaml:11: adapter.rank: got 0; allowed: greater than or equal to 1"),
-    ("infinite", ("rank: 8", "alpha: .inf"), (), "r.yaml:11: adapter.alpha: got inf; allowed: a finite number"),
+    (
+        "literal",
+        ("device: cpu", "device: gpu"),
+        (),
+        "r.yaml:5: model.device: got 'gpu'; allowed: auto, cpu, cuda; did you mean 'cpu'?",
+    ),
+    (
+        "number",
+        ("learning_rate: 1e-4", "learning_rate: fast"),
+        (),
+        "r.yaml:19: train.learning_rate: got 'fast'; allowed: a number",
+    ),
+    (
+        "bool for number",
+        ("max_steps: 10", "max_steps: true"),
+        (),
+        "r.yaml:18: train.max_steps: got True; allowed: a number",
+    ),
+    (
+        "bool for adapter number",
+        ("rank: 8", "rank: true"),
+        (),
+        "r.yaml:11: adapter.rank: got 'true'; allowed: an integer",
+    ),
+    (
+        "range",
+        ("rank: 8", "rank: 0"),
+        (),
+        "r.yaml:11: adapter.rank: got 0; allowed: greater than or equal to 1",
+    ),
+    (
+        "infinite",
+        ("rank: 8", "alpha: .inf"),
+        (),
+        "r.yaml:11: adapter.alpha: got inf; allowed: a finite number",
+    ),
     ("missing", ("    format: chat\n", ""), (), "r.yaml:13: data.train.format: missing; add `format: ...`"),
-    ("missing section", ("train:\n  max_steps: 10\n  learning_rate: 1e-4\n", ""), (), "train: got max_steps None and epochs None; allowed: exactly one"),
-    ("both lengths", ("max_steps: 10", "max_steps: 10\n  epochs: 2"), (), "r.yaml:17: train: got max_steps 10 and epochs 2.0; allowed: exactly one"),
-    ("value for section", ("quant:\n  bits: 4\n  group_size: 128\n", "quant: 4\n"), (), "r.yaml:6: quant: got 4; allowed: a mapping with the keys grid, bits"),
-    ("duplicate key", ("bits: 4", "bits: 4\n  bits: 3"), (), "r.yaml:8: quant.bits: got the key twice (first on line 7); keep one"),
+    (
+        "missing section",
+        ("train:\n  max_steps: 10\n  learning_rate: 1e-4\n", ""),
+        (),
+        "train: got max_steps None and epochs None; allowed: exactly one",
+    ),
+    (
+        "both lengths",
+        ("max_steps: 10", "max_steps: 10\n  epochs: 2"),
+        (),
+        "r.yaml:17: train: got max_steps 10 and epochs 2.0; allowed: exactly one",
+    ),
+    (
+        "value for section",
+        ("quant:\n  bits: 4\n  group_size: 128\n", "quant: 4\n"),
+        (),
+        "r.yaml:6: quant: got 4; allowed: a mapping with the keys grid, bits",
+    ),
+    (
+        "duplicate key",
+        ("bits: 4", "bits: 4\n  bits: 3"),
+        (),
+        "r.yaml:8: quant.bits: got the key twice (first on line 7); keep one",
+    ),
     ("tag", ("bits: 4", "bits: !!python/name:os.system"), (), "r.yaml:7: quant.bits: got the tag"),
     ("merge key", ("bits: 4", "<<: {bits: 4}"), (), "r.yaml:7: quant: got '<<'; merge keys are not allowed"),
     ("bits", ("bits: 4", "bits: 5"), (), "r.yaml:7: quant.bits: got 5; allowed: 1, 2, 3, 4, 8"),
-    ("bits of the grid", ("bits: 4", "bits: 1"), (), "r.yaml:7: quant.bits: got 1; allowed on quant.grid integer: 2, 3, 4, 8"),
-    ("group size", ("group_size: 128", "group_size: 100"), (), "r.yaml:8: quant.group_size: got 100; allowed: 32, 64, 128, 256, -1"),
-    ("calibrator", ("bits: 4", "bits: 4\n  calibrate: gtpq"), (), "r.yaml:8: quant.calibrate: got 'gtpq'; allowed: absmax, minmax, mse, gptq; did you mean 'gptq'?"),
-    ("calibrator of the other grid", ("bits: 4", "bits: 4\n  calibrate: greedy"), (), "r.yaml:8: quant.calibrate: got 'greedy', which works on binary grids"),
-    ("calibrator needs zero points", ("bits: 4", "bits: 4\n  calibrate: minmax"), (), "r.yaml:8: quant.calibrate: got 'minmax', which needs quant.symmetric: false"),
-    ("targets", ("bits: 4", "bits: 4\n  targets: all-liner"), (), "r.yaml:8: quant.targets: got 'all-liner'; allowed: all-linear"),
-    ("target matches nothing", ("bits: 4", "bits: 4\n  targets: [q_prj]"), (), "r.yaml:8: quant.targets.0: got 'q_prj', which matches no linear layer; did you mean 'q_proj'?"),
-    ("exclude matches nothing", ("bits: 4", "bits: 4\n  exclude: [lm_haed]"), (), "r.yaml:8: quant.exclude.0: got 'lm_haed', which matches no linear layer; did you mean 'lm_head'?"),
-    ("bad regex", ("bits: 4", "bits: 4\n  exclude: ['q_proj)']"), (), "r.yaml:8: quant.exclude.0: got 'q_proj)', not a name, glob or regex"),
-    ("nothing left", ("bits: 4", "bits: 4\n  exclude: ['*.layers.*']"), (), "quant.targets: got 'all-linear' less exclude: no layer is left; the model has"),
-    ("override matches nothing", ("bits: 4", "bits: 4\n  overrides: [{match: '*.down', bits: 8}]"), (), "r.yaml:8: quant.overrides.0.match: got '*.down', which matches no quantized layer; did you mean 'down_proj'?"),
-    ("override says nothing", ("bits: 4", "bits: 4\n  overrides: [{match: '*'}]"), (), "r.yaml:8: quant.overrides.0: got an override that changes nothing"),
-    ("method against residual", ("lr_qat", "l4q"), ("quant.residual_bits=0",), "r.yaml:10: adapter.method: got 'l4q': l4q re-grids"),
-    ("warm-up as long as the run", ("lr_qat", "l4q\n  warmup_steps: 10"), (), "r.yaml:11: adapter.warmup_steps: got 10, but train.max_steps is 10"),
-    ("cheap gradients that cost more", ("rank: 8", "rank: 64\n  low_rank_gradient: factorised"), ("adapter.scale_grad_tokens=0.25",), "r.yaml:12: adapter.low_rank_gradient: got 'factorised', which with rank 64, group size 128 and scale_grad_tokens 0.25 costs 1.25 products"),
-    ("corrected from all tokens", ("rank: 8", "rank: 8\n  low_rank_gradient: corrected"), (), "costs 1.12 products of a layer's size where exact costs 1"),
-    ("drawn tokens beside exact", ("rank: 8", "rank: 8\n  scale_grad_tokens: 0.5"), (), "scale_grad_tokens 0.5 with low_rank_gradient exact, whose third GEMM is of all tokens"),
-    ("no tokens drawn", ("lr_qat\n  rank: 8", "scale\n  scale_grad_tokens: 0"), (), "r.yaml:11: adapter.scale_grad_tokens: got 0; allowed: greater than 0"),
-    ("nothing to keep", ("rank: 8", "rank: 8\n"), ("adapter={method: lora}", "train.keep_codes=true"), "train.keep_codes: got true, but lora rounds nothing while it trains"),
-    ("kept codes of shards", ("max_steps: 10", "max_steps: 10\n  keep_codes: true\n  sharding: fsdp"), (), "r.yaml:19: train.keep_codes: got true with train.sharding: fsdp, where no process holds whole layers"),
-    ("alpha_tuning on integers", ("lr_qat\n  rank: 8", "alpha_tuning"), (), "r.yaml:10: adapter.method: got 'alpha_tuning', which works on quant.grid: binary; the recipe has integer; set quant.grid: binary"),
-    ("integer method on planes", ("bits: 4", "grid: binary\n  bits: 3"), (), "adapter.method: got 'lr_qat', which works on quant.grid: integer"),
-    ("zero points on planes", ("bits: 4", "grid: binary\n  symmetric: false"), (), "r.yaml:8: quant.symmetric: got false; sign planes have no zero point"),
-    ("export format", ("output:", "export: {format: ggfu}\noutput:"), (), "r.yaml:20: export.format: got 'ggfu'; allowed: native, compressed-tensors"),
-    ("export of planes", ("lr_qat\n  rank: 8", "alpha_tuning"), ("quant.grid=binary", "export.format=compressed-tensors"), "export.format=compressed-tensors'"),
-    ("export of float offsets", ("lr_qat", "l4q\n  offset: float"), ("export.format=compressed-tensors",), "holds no float offset per group; l4q with this adapter.offset ships one"),
+    (
+        "bits of the grid",
+        ("bits: 4", "bits: 1"),
+        (),
+        "r.yaml:7: quant.bits: got 1; allowed on quant.grid integer: 2, 3, 4, 8",
+    ),
+    (
+        "group size",
+        ("group_size: 128", "group_size: 100"),
+        (),
+        "r.yaml:8: quant.group_size: got 100; allowed: 32, 64, 128, 256, -1",
+    ),
+    (
+        "calibrator",
+        ("bits: 4", "bits: 4\n  calibrate: gtpq"),
+        (),
+        "r.yaml:8: quant.calibrate: got 'gtpq'; allowed: absmax, minmax, mse, gptq; did you mean 'gptq'?",
+    ),
+    (
+        "calibrator of the other grid",
+        ("bits: 4", "bits: 4\n  calibrate: greedy"),
+        (),
+        "r.yaml:8: quant.calibrate: got 'greedy', which works on binary grids",
+    ),
+    (
+        "calibrator needs zero points",
+        ("bits: 4", "bits: 4\n  calibrate: minmax"),
+        (),
+        "r.yaml:8: quant.calibrate: got 'minmax', which needs quant.symmetric: false",
+    ),
+    (
+        "targets",
+        ("bits: 4", "bits: 4\n  targets: all-liner"),
+        (),
+        "r.yaml:8: quant.targets: got 'all-liner'; allowed: all-linear",
+    ),
+    (
+        "target matches nothing",
+        ("bits: 4", "bits: 4\n  targets: [q_prj]"),
+        (),
+        "r.yaml:8: quant.targets.0: got 'q_prj', which matches no linear layer; did you mean 'q_proj'?",
+    ),
+    (
+        "exclude matches nothing",
+        ("bits: 4", "bits: 4\n  exclude: [lm_haed]"),
+        (),
+        "r.yaml:8: quant.exclude.0: got 'lm_haed', which matches no linear layer; did you mean 'lm_head'?",
+    ),
+    (
+        "bad regex",
+        ("bits: 4", "bits: 4\n  exclude: ['q_proj)']"),
+        (),
+        "r.yaml:8: quant.exclude.0: got 'q_proj)', not a name, glob or regex",
+    ),
+    (
+        "nothing left",
+        ("bits: 4", "bits: 4\n  exclude: ['*.layers.*']"),
+        (),
+        "quant.targets: got 'all-linear' less exclude: no layer is left; the model has",
+    ),
+    (
+        "override matches nothing",
+        ("bits: 4", "bits: 4\n  overrides: [{match: '*.down', bits: 8}]"),
+        (),
+        "r.yaml:8: quant.overrides.0.match: got '*.down', which matches no quantized layer; did you mean "
+        "'down_proj'?",
+    ),
+    (
+        "override says nothing",
+        ("bits: 4", "bits: 4\n  overrides: [{match: '*'}]"),
+        (),
+        "r.yaml:8: quant.overrides.0: got an override that changes nothing",
+    ),
+    (
+        "method against residual",
+        ("lr_qat", "l4q"),
+        ("quant.residual_bits=0",),
+        "r.yaml:10: adapter.method: got 'l4q': l4q re-grids",
+    ),
+    (
+        "warm-up as long as the run",
+        ("lr_qat", "l4q\n  warmup_steps: 10"),
+        (),
+        "r.yaml:11: adapter.warmup_steps: got 10, but train.max_steps is 10",
+    ),
+    (
+        "cheap gradients that cost more",
+        ("rank: 8", "rank: 64\n  low_rank_gradient: factorised"),
+        ("adapter.scale_grad_tokens=0.25",),
+        "r.yaml:12: adapter.low_rank_gradient: got 'factorised', which with rank 64, group size 128 and "
+        "scale_grad_tokens 0.25 costs 1.25 products",
+    ),
+    (
+        "corrected from all tokens",
+        ("rank: 8", "rank: 8\n  low_rank_gradient: corrected"),
+        (),
+        "costs 1.12 products of a layer's size where exact costs 1",
+    ),
+    (
+        "drawn tokens beside exact",
+        ("rank: 8", "rank: 8\n  scale_grad_tokens: 0.5"),
+        (),
+        "scale_grad_tokens 0.5 with low_rank_gradient exact, whose third GEMM is of all tokens",
+    ),
+    (
+        "no tokens drawn",
+        ("lr_qat\n  rank: 8", "scale\n  scale_grad_tokens: 0"),
+        (),
+        "r.yaml:11: adapter.scale_grad_tokens: got 0; allowed: greater than 0",
+    ),
+    (
+        "nothing to keep",
+        ("rank: 8", "rank: 8\n"),
+        ("adapter={method: lora}", "train.keep_codes=true"),
+        "train.keep_codes: got true, but lora rounds nothing while it trains",
+    ),
+    (
+        "kept codes of shards",
+        ("max_steps: 10", "max_steps: 10\n  keep_codes: true\n  sharding: fsdp"),
+        (),
+        "r.yaml:19: train.keep_codes: got true with train.sharding: fsdp, where no "
+        "process holds whole layers",
+    ),
+    (
+        "alpha_tuning on integers",
+        ("lr_qat\n  rank: 8", "alpha_tuning"),
+        (),
+        "r.yaml:10: adapter.method: got 'alpha_tuning', which works on quant.grid: binary; the recipe has "
+        "integer; set quant.grid: binary",
+    ),
+    (
+        "integer method on planes",
+        ("bits: 4", "grid: binary\n  bits: 3"),
+        (),
+        "adapter.method: got 'lr_qat', which works on quant.grid: integer",
+    ),
+    (
+        "zero points on planes",
+        ("bits: 4", "grid: binary\n  symmetric: false"),
+        (),
+        "r.yaml:8: quant.symmetric: got false; sign planes have no zero point",
+    ),
+    (
+        "export format",
+        ("output:", "export: {format: ggfu}\noutput:"),
+        (),
+        "r.yaml:20: export.format: got 'ggfu'; allowed: native, compressed-tensors",
+    ),
+    (
+        "export of planes",
+        ("lr_qat\n  rank: 8", "alpha_tuning"),
+        ("quant.grid=binary", "export.format=compressed-tensors"),
+        "export.format=compressed-tensors'",
+    ),
+    (
+        "export of float offsets",
+        ("lr_qat", "l4q\n  offset: float"),
+        ("export.format=compressed-tensors",),
+        "holds no float offset per group; l4q with this adapter.offset ships one",
+    ),
     ("no such model", (str(TINY), str(TINY) + "x"), (), "r.yaml:3: model.path: got"),
-    ("model is a file", (str(TINY), str(TINY / "config.json")), (), "a file; give the folder that holds config.json"),
-    ("revision of a folder", ("dtype: float32", "dtype: float32\n  revision: main"), (), "r.yaml:5: model.revision: got 'main'; a local folder has no revisions"),
-    ("no such data", ("train.jsonl", "trian.jsonl"), (), "there is no such file; did you mean 'train.jsonl'?"),
+    (
+        "model is a file",
+        (str(TINY), str(TINY / "config.json")),
+        (),
+        "a file; give the folder that holds config.json",
+    ),
+    (
+        "revision of a folder",
+        ("dtype: float32", "dtype: float32\n  revision: main"),
+        (),
+        "r.yaml:5: model.revision: got 'main'; a local folder has no revisions",
+    ),
+    (
+        "no such data",
+        ("train.jsonl", "trian.jsonl"),
+        (),
+        "there is no such file; did you mean 'train.jsonl'?",
+    ),
     ("glob without files", ("train.jsonl", "*.parquet"), (), "no file matches"),
-    ("no such calibration text", ("bits: 4", "bits: 4\n  calibration: {path: no.txt}"), (), "r.yaml:8: quant.calibration.path: got 'no.txt'; there is no such file"),
-    ("window beyond the model", ("sequence_len: 256", "sequence_len: 2048"), (), "r.yaml:16: data.sequence_len: got 2048; allowed: at most the 1024 positions"),
-    ("optimizer", ("max_steps: 10", "max_steps: 10\n  optimizer: adamw8bits"), (), "r.yaml:19: train.optimizer: got 'adamw8bits'; allowed: adamw"),
-    ("eval without data", ("max_steps: 10", "max_steps: 10\n  eval_every: 5"), (), "r.yaml:19: train.eval_every: got 5, but there is no data.valid"),
-    ("best without eval", ("max_steps: 10", "max_steps: 10\n  keep_best: true"), (), "r.yaml:19: train.keep_best: got true, but nothing is evaluated"),
-    ("streaming epochs", ("max_steps: 10", "epochs: 2"), ("data.streaming=true",), "r.yaml:18: train.epochs: got 2 with data.streaming"),
-    ("wsd ratios", ("max_steps: 10", "max_steps: 10\n  scheduler: wsd\n  decay_ratio: 1.0"), (), "r.yaml:20: train.decay_ratio: got 1.0; with warmup_ratio the sum is 1.05"),
+    (
+        "no such calibration text",
+        ("bits: 4", "bits: 4\n  calibration: {path: no.txt}"),
+        (),
+        "r.yaml:8: quant.calibration.path: got 'no.txt'; there is no such file",
+    ),
+    (
+        "window beyond the model",
+        ("sequence_len: 256", "sequence_len: 2048"),
+        (),
+        "r.yaml:16: data.sequence_len: got 2048; allowed: at most the 1024 positions",
+    ),
+    (
+        "optimizer",
+        ("max_steps: 10", "max_steps: 10\n  optimizer: adamw8bits"),
+        (),
+        "r.yaml:19: train.optimizer: got 'adamw8bits'; allowed: adamw",
+    ),
+    (
+        "eval without data",
+        ("max_steps: 10", "max_steps: 10\n  eval_every: 5"),
+        (),
+        "r.yaml:19: train.eval_every: got 5, but there is no data.valid",
+    ),
+    (
+        "best without eval",
+        ("max_steps: 10", "max_steps: 10\n  keep_best: true"),
+        (),
+        "r.yaml:19: train.keep_best: got true, but nothing is evaluated",
+    ),
+    (
+        "streaming epochs",
+        ("max_steps: 10", "epochs: 2"),
+        ("data.streaming=true",),
+        "r.yaml:18: train.epochs: got 2 with data.streaming",
+    ),
+    (
+        "wsd ratios",
+        ("max_steps: 10", "max_steps: 10\n  scheduler: wsd\n  decay_ratio: 1.0"),
+        (),
+        "r.yaml:20: train.decay_ratio: got 1.0; with warmup_ratio the sum is 1.05",
+    ),
     ("fp16 on a CPU", ("dtype: float32", "dtype: float16"), (), "r.yaml:4: model.dtype: got fp16 on a CPU"),
-    ("flash attention on a CPU", ("dtype: float32", "attention: flash_attention_2"), (), "r.yaml:4: model.attention: got 'flash_attention_2', but there is no GPU"),
-    ("flex attention on a CPU", ("dtype: float32", "attention: flex_attention"), (), "r.yaml:4: model.attention: got 'flex_attention', whose backward PyTorch has on GPUs only; allowed here: sdpa"),
-    ("fused loss on a CPU", ("max_steps: 10", "max_steps: 10\n  loss: liger"), (), "its kernels run on a GPU only; set loss: chunked"),
-    ("fused loss of a packed head", ("max_steps: 10", "max_steps: 10\n  loss: liger"), ("quant.lm_head=8",), "quant.lm_head packs the head in 8 bits"),
-    ("offload without checkpointing", ("max_steps: 10", "max_steps: 10\n  offload: disk"), (), "gradient_checkpointing: true, or offload: no"),
-    ("output is a file", ("runs/test", "r.yaml"), (), "r.yaml:20: output: got 'r.yaml', a file; choose a folder"),
-    ("output under a file", ("runs/test", "r.yaml/run"), (), "r.yaml:20: output: got 'r.yaml/run', but 'r.yaml' is not a folder"),
-    ("output of something else", ("runs/test", "."), (), "r.yaml:20: output: got '.', which holds other files"),
-    ("output is a list", ("runs/test", "[a]"), (), "r.yaml:20: output: got ['a']; allowed: the path of a folder"),
+    (
+        "flash attention on a CPU",
+        ("dtype: float32", "attention: flash_attention_2"),
+        (),
+        "r.yaml:4: model.attention: got 'flash_attention_2', but there is no GPU",
+    ),
+    (
+        "flex attention on a CPU",
+        ("dtype: float32", "attention: flex_attention"),
+        (),
+        "r.yaml:4: model.attention: got 'flex_attention', whose backward PyTorch has on GPUs "
+        "only; allowed here: sdpa",
+    ),
+    (
+        "fused loss on a CPU",
+        ("max_steps: 10", "max_steps: 10\n  loss: liger"),
+        (),
+        "its kernels run on a GPU only; set loss: chunked",
+    ),
+    (
+        "fused loss of a packed head",
+        ("max_steps: 10", "max_steps: 10\n  loss: liger"),
+        ("quant.lm_head=8",),
+        "quant.lm_head packs the head in 8 bits",
+    ),
+    (
+        "offload without checkpointing",
+        ("max_steps: 10", "max_steps: 10\n  offload: disk"),
+        (),
+        "gradient_checkpointing: true, or offload: no",
+    ),
+    (
+        "output is a file",
+        ("runs/test", "r.yaml"),
+        (),
+        "r.yaml:20: output: got 'r.yaml', a file; choose a folder",
+    ),
+    (
+        "output under a file",
+        ("runs/test", "r.yaml/run"),
+        (),
+        "r.yaml:20: output: got 'r.yaml/run', but 'r.yaml' is not a folder",
+    ),
+    (
+        "output of something else",
+        ("runs/test", "."),
+        (),
+        "r.yaml:20: output: got '.', which holds other files",
+    ),
+    (
+        "output is a list",
+        ("runs/test", "[a]"),
+        (),
+        "r.yaml:20: output: got ['a']; allowed: the path of a folder",
+    ),
     ("name with a slash", ("name: test", "name: a/b"), (), "r.yaml:1: name: got 'a/b'; allowed: "),
     ("override unknown", ("", ""), ("train.lr=3",), "override 'train.lr=3': train.lr: unknown key"),
-    ("override without value", ("", ""), ("train.max_steps",), "override 'train.max_steps': got no key.path=value"),
-    ("override not YAML", ("", ""), ("train.betas=[",), "override 'train.betas=[': got '[', which is not YAML"),
-    ("override through a value", ("", ""), ("name.x=3",), "override 'name.x=3': name is 'test', a value without keys"),
-    ("override beyond a list", ("", ""), ("quant.exclude=[a]", "quant.exclude.4=b"), "override 'quant.exclude.4=b': quant.exclude is a list: got index '4'; allowed 0..0"),
-    ("override of a wrong value", ("", ""), ("quant.bits=7",), "override 'quant.bits=7': quant.bits: got 7; allowed: 1, 2, 3, 4, 8"),
-]  # fmt: skip
+    (
+        "override without value",
+        ("", ""),
+        ("train.max_steps",),
+        "override 'train.max_steps': got no key.path=value",
+    ),
+    (
+        "override not YAML",
+        ("", ""),
+        ("train.betas=[",),
+        "override 'train.betas=[': got '[', which is not YAML",
+    ),
+    (
+        "override through a value",
+        ("", ""),
+        ("name.x=3",),
+        "override 'name.x=3': name is 'test', a value without keys",
+    ),
+    (
+        "override beyond a list",
+        ("", ""),
+        ("quant.exclude=[a]", "quant.exclude.4=b"),
+        "override 'quant.exclude.4=b': quant.exclude is a list: got index '4'; allowed 0..0",
+    ),
+    (
+        "override of a wrong value",
+        ("", ""),
+        ("quant.bits=7",),
+        "override 'quant.bits=7': quant.bits: got 7; allowed: 1, 2, 3, 4, 8",
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +666,8 @@ def test_group_size_that_does_not_divide(tmp_path):
     text = GOOD.replace(str(TINY), str(folder)).replace("group_size: 128", "group_size: 64")
     (problem,) = refused(text)
     assert problem.startswith(
-        "r.yaml:8: quant.group_size: got 64, which does not divide the 96 inputs of model.layers.0.self_attn.q_proj and 1 more"
+        "r.yaml:8: quant.group_size: got 64, which does not divide the 96 inputs of "
+        "model.layers.0.self_attn.q_proj and 1 more"
     )
     assert "allowed for all layers: 32, -1;" in problem and "export.format: native" in problem
     assert load_recipe(write(text), ["export.format=native"]).export.format == "native"
@@ -466,11 +787,13 @@ def test_lora_is_noted_as_inexact():
         (b"#" * (1 << 19), "a recipe has at most"),
         (
             b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"
-            + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 10)) for i in range(6)),
+            + b"".join(
+                b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 10)) for i in range(6)
+            ),
             "more than 100000 values",
         ),
     ],
-)  # fmt: skip
+)
 def test_not_a_recipe(data, words):
     Path("r.yaml").write_bytes(data)
     with pytest.raises(RecipeError) as caught:
@@ -732,8 +1055,8 @@ def test_a_packed_head_meets_the_format_tied_or_not(name: str, tied: bool, tmp_p
     problems = problems_with(text, (*changes, "quant.lm_head=8"))
     assert all("lm_head: " in p for p in problems) and "readers keep the head dense" in problems[-1]
     assert (
-        f"quant.lm_head: got 8, and export.format is {name}: lm_head: {name} readers keep the head dense; quant.lm_head: null"
-        in problems[-1]
+        f"quant.lm_head: got 8, and export.format is {name}: lm_head: {name} readers keep the head dense; "
+        "quant.lm_head: null" in problems[-1]
     )
 
 

@@ -1,4 +1,6 @@
-"""train.compile: one graph for all layers and none broken, names as they were, and the law through the trainer."""
+"""train.compile: one graph for all layers and none broken, names as they were, and the law through the
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_no_graph_break_in_any_method(method: str):
 
 @pytest.mark.parametrize(("method", "options"), [("lr_qat", CHEAP), ("l4q", {"offset": "float"})])
 def test_no_graph_break_and_the_same_gradients(method: str, options: dict[str, Any]):
-    """fullgraph: a break would be an error. With aot_eager nothing is fused, so every bit must be the plain run's."""
+    """fullgraph: a break would be an error. With aot_eager nothing is fused, so every bit must be the plain
+    run's.
+    """
     model = llama(method, **options)
     torch.manual_seed(5)  # of the tokens that are drawn
     want = gradients(model)
@@ -102,8 +106,9 @@ def test_no_graph_break_and_the_same_gradients(method: str, options: dict[str, A
 
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layers_share_what_is_compiled(checkpointing: bool):
-    """Four layers, three lengths, kept codes that are new in every step: a graph per kind of input (transformers' own switch for
-    recomputation makes the first one want a gradient too), then as many with lengths as variables."""
+    """Four layers, three lengths, kept codes that are new in every step: a graph per kind of input
+    (transformers' own switch for recomputation makes the first one want a gradient too), then as many with
+    lengths as variables."""
     model, plain = llama(layers=4), llama(layers=4)
     for m in (model, plain):
         keep_codes(m, m is model)
@@ -188,7 +193,9 @@ def test_a_machine_without_a_compiler_is_told_with_the_recipe(monkeypatch: pytes
 def test_the_law_holds_in_every_step_of_a_compiled_run(
     method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """TorchInductor, recomputation and offload on: what each step multiplies with is what merge would ship before it, bit for bit."""
+    """TorchInductor, recomputation and offload on: what each step multiplies with is what merge would ship
+    before it, bit for bit.
+    """
     model, used, wanted = llama(method, **options), [], []
     module = sys.modules["lowbit_kernels.grid_linear"]
     matmul = module.packed_matmul
@@ -230,10 +237,21 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
         used.clear()
 
     train(
-        model, Batches(examples(11), 2, 0, 0), Batches(examples(3, seed=1), 1, 0, 0),
-        section(max_steps=4, compile=True, gradient_checkpointing=True, offload="cpu", eval_every=10, max_grad_norm=10.0),
-        tmp_path, on_step=on_step, console=quiet(),
-    )  # fmt: skip
+        model,
+        Batches(examples(11), 2, 0, 0),
+        Batches(examples(3, seed=1), 1, 0, 0),
+        section(
+            max_steps=4,
+            compile=True,
+            gradient_checkpointing=True,
+            offload="cpu",
+            eval_every=10,
+            max_grad_norm=10.0,
+        ),
+        tmp_path,
+        on_step=on_step,
+        console=quiet(),
+    )
     assert counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
     # Attention over segments is Python between two graphs, and nothing else is.
     assert len(counters["graph_break"]) == 1 and all(
@@ -246,8 +264,13 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
     ]
     plain = llama(method, **options)
     train(
-        plain, Batches(examples(11), 2, 0, 0), None, section(max_steps=4, max_grad_norm=10.0), tmp_path / "plain", console=quiet(),
-    )  # fmt: skip
+        plain,
+        Batches(examples(11), 2, 0, 0),
+        None,
+        section(max_steps=4, max_grad_norm=10.0),
+        tmp_path / "plain",
+        console=quiet(),
+    )
     eager = [
         json.loads(line)["loss"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
     ]

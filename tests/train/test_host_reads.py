@@ -1,4 +1,6 @@
-"""The host reads the device once per optimizer step, however many micro-batches it has: counted on a CPU, refused on a GPU."""
+"""The host reads the device once per optimizer step, however many micro-batches it has: counted on a CPU,
+refused on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -140,9 +142,14 @@ def test_no_wait_around_the_micro_batches_on_a_gpu(
     model = llama(method, options, "cuda")
     try:
         result = train(
-            model, Batches(packed(), 2, 0, 0), None, section(**({"max_steps": 3} | changes)), tmp_path,
-            on_step=lambda step: begin_step(model, step), console=quiet(),
-        )  # fmt: skip
+            model,
+            Batches(packed(), 2, 0, 0),
+            None,
+            section(**({"max_steps": 3} | changes)),
+            tmp_path,
+            on_step=lambda step: begin_step(model, step),
+            console=quiet(),
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.steps == 3

@@ -1,4 +1,6 @@
-"""The loop: it learns, it resumes bit-equal from anywhere, it survives NaN, and two processes train as one."""
+"""The loop: it learns, it resumes bit-equal from anywhere, it survives NaN, and two processes train as
+one.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> No
 def test_a_loss_in_chunks_trains_as_the_whole_does(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With recomputed layers, offload and accelerate's autocast around it; the validation loss is in chunks too."""
+    """With recomputed layers, offload and accelerate's autocast around it; the validation loss is in chunks
+    too.
+    """
     config = transformers.LlamaConfig(
         vocab_size=600, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
@@ -444,7 +448,9 @@ def test_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path:
 
 
 def test_loss_scaler_searches_its_scale_and_is_resumed(tmp_path: Path) -> None:
-    """fp16 needs a GPU, its scaler does not: a scale that overflows is not counted as a bad run, and it is saved."""
+    """fp16 needs a GPU, its scaler does not: a scale that overflows is not counted as a bad run, and it is
+    saved.
+    """
 
     def scaled() -> Accelerator:
         accelerator = make_accelerator(section(), tmp_path, Toy())
@@ -467,14 +473,23 @@ def test_loss_scaler_searches_its_scale_and_is_resumed(tmp_path: Path) -> None:
 
 
 def test_keep_best_ships_the_lowest_validation_loss(tmp_path: Path) -> None:
-    """Random validation text is predicted worse and worse: the model must end with the weights of the best step."""
+    """Random validation text is predicted worse and worse: the model must end with the weights of the best
+    step.
+    """
     rng = random.Random(0)
     ids = [[rng.randrange(VOCABULARY) for _ in range(9)] for _ in range(6)]
     valid = Batches(Examples([Example(row, row, [9]) for row in ids]), 2, 0)
     kept, result = go(
-        tmp_path / "a", valid=valid, eval_every=1, keep_best=True, learning_rate=0.05, max_steps=12, keep_checkpoints=1,
-        warmup_ratio=0, scheduler="constant",
-    )  # fmt: skip
+        tmp_path / "a",
+        valid=valid,
+        eval_every=1,
+        keep_best=True,
+        learning_rate=0.05,
+        max_steps=12,
+        keep_checkpoints=1,
+        warmup_ratio=0,
+        scheduler="constant",
+    )
     table = {row["step"]: row["valid_loss"] for row in lines(tmp_path / "a", "valid_loss")}
     best = min(table, key=lambda step: table[step])
     assert best != 12, "this test needs a best step that is not the last"
@@ -489,9 +504,15 @@ def test_keep_best_ships_the_lowest_validation_loss(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir())
     assert names == [f"step-{best:08d}", "step-00000012"]
     again, result = go(
-        tmp_path / "a", Toy(start=9), valid=valid, eval_every=1, keep_best=True, learning_rate=0.05, max_steps=12,
+        tmp_path / "a",
+        Toy(start=9),
+        valid=valid,
+        eval_every=1,
+        keep_best=True,
+        learning_rate=0.05,
+        max_steps=12,
         resume=True,
-    )  # fmt: skip
+    )
     assert result.best_step == best and equal(state(kept), state(again))
 
 
@@ -559,7 +580,9 @@ def test_a_warm_up_step_is_never_the_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize("train_scale", [True, False])
 @pytest.mark.parametrize("at", [WARMUP - 1, WARMUP, WARMUP + 1, 8])
 def test_resume_around_the_end_of_a_warm_up(at: int, train_scale: bool, tmp_path: Path) -> None:
-    """Stopped in the evaluation after `at` steps: the resumed run evaluates the same model, and the scale restarts once."""
+    """Stopped in the evaluation after `at` steps: the resumed run evaluates the same model, and the scale
+    restarts once.
+    """
     options = {"train_scale": train_scale}
     straight = Warming(**options)
     restarted: list[Any] = []
@@ -589,7 +612,10 @@ def test_resume_around_the_end_of_a_warm_up(at: int, train_scale: bool, tmp_path
 
 
 def test_a_run_no_longer_than_its_warm_up_is_refused(tmp_path: Path) -> None:
-    said = r"adapter\.warmup_steps: got 4, but the run has 4 steps.*lower it, or raise train.max_steps or train.epochs"
+    said = (
+        r"adapter\.warmup_steps: got 4, but the run has 4 steps.*lower it, or raise train.max_steps or "
+        r"train.epochs"
+    )
     with pytest.raises(TrainError, match=said):  # 7 micro-batches, 4 steps of 2
         go(tmp_path, epochs=1, choose_after=4)
     with pytest.raises(TrainError, match=said):

@@ -1,4 +1,6 @@
-"""The token loss against F.cross_entropy, value and gradient, masks and chunks; a model's loss in chunks against its whole."""
+"""The token loss against F.cross_entropy, value and gradient, masks and chunks; a model's loss in chunks
+against its whole.
+"""
 
 from __future__ import annotations
 
@@ -103,10 +105,17 @@ def test_float64_logits_have_a_float64_loss() -> None:
 # ---------------------------------------------------------------- in chunks, on models
 
 SIZE: dict[str, Any] = dict(
-    vocab_size=520, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=32, pad_token_id=0,
-)  # fmt: skip
-# What stands between hidden states and logits: nothing, a tied weight, tanh, division, multiplication, a bias.
+    vocab_size=520,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    pad_token_id=0,
+)
+# What stands between hidden states and logits: nothing, a tied weight, tanh, division, multiplication, a
+# bias.
 FAMILIES: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SIZE),
     "tied": lambda: transformers.LlamaConfig(**SIZE, tie_word_embeddings=True),
@@ -265,7 +274,9 @@ def test_logits_of_the_targets_some_at_a_time(family: str, monkeypatch: pytest.M
 
 
 class FakeLiger:
-    """LigerFusedLinearCrossEntropyLoss, by its signature: what is passed, and in which order, is what is tested."""
+    """LigerFusedLinearCrossEntropyLoss, by its signature: what is passed, and in which order, is what is
+    tested.
+    """
 
     rows: list[int] = []
 

@@ -1,4 +1,6 @@
-"""Layer inputs that wait elsewhere: the same bits come back, slots are used again, and nothing is left behind."""
+"""Layer inputs that wait elsewhere: the same bits come back, slots are used again, and nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -242,7 +244,8 @@ def test_a_full_disk_is_said_with_the_way_out(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(
         ValueError,
-        match=r"could not write .* \(No space left on device\); free space there, .* or set train.offload: cpu",
+        match=r"could not write .* \(No space left on device\); free space there, .* or "
+        r"set train.offload: cpu",
     ):
         go(tmp_path, offload="disk")
 
@@ -250,11 +253,13 @@ def test_a_full_disk_is_said_with_the_way_out(tmp_path: Path, monkeypatch: pytes
 def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     """SIGKILL in the middle of a backward, while the file holds the inputs of every layer."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from lowbit_ft.offload import FileStore; from tests.train.test_offload import go\n"
+        "import os, signal, sys; from pathlib import Path; from lowbit_ft.offload import FileStore; from "
+        "tests.train.test_offload import go\n"
         "take = FileStore.get\n"
         "def get(self, *a):\n"
         "    held = os.fstat(self.file.fileno()).st_size\n"
-        "    print(held, len(list(self.folder.iterdir())), flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(held, len(list(self.folder.iterdir())), flush=True); os.kill(os.getpid(), "
+        "signal.SIGKILL)\n"
         "FileStore.get = get; go(Path(sys.argv[1]), offload='disk')\n"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])

@@ -64,7 +64,9 @@ def test_every_optimizer_steps_and_resumes_bit_equal(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_the_bytes_of_every_state_are_those_of_plan(name: str) -> None:
-    """Counted on what bitsandbytes really made: states of the width asked for, one scale per 256 values of 8 bits and a table of 256."""
+    """Counted on what bitsandbytes really made: states of the width asked for, one scale per 256 values of 8
+    bits and a table of 256.
+    """
     parameter = nn.Parameter(torch.ones(64, 1024))
     optimizer = build_optimizer([("layer.adapter.A", parameter)], section(optimizer=name))
     parameter.grad = torch.ones_like(parameter)

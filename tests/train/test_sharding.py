@@ -1,7 +1,9 @@
-"""Two processes share one packed base: same losses, same trained bytes, half the memory, checkpoints for any number of processes.
+"""Two processes share one packed base: same losses, same trained bytes, half the memory, checkpoints for any
+number of processes.
 
-One torchrun of this file does everything that needs two processes (`together`); the tests compare what it left with what one
-process does here. Two gradients add up to the same number in either order, so the comparisons are exact.
+One torchrun of this file does everything that needs two processes (`together`); the tests compare what it
+left with what one process does here. Two gradients add up to the same number in either order, so the
+comparisons are exact.
 """
 
 from __future__ import annotations
@@ -55,11 +57,19 @@ STEPS = 4
 
 
 def packed(method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False) -> Any:
-    """A Llama of two layers with random integers on the method's grid; start seeds A. head: its head is packed and trained too."""
-    config = transformers.LlamaConfig(  # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
-        vocab_size=32 if head else 23, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=bias,
-    )  # fmt: skip
+    """A Llama of two layers with random integers on the method's grid; start seeds A. head: its head is
+    packed and trained too.
+    """
+    # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
+    config = transformers.LlamaConfig(
+        vocab_size=32 if head else 23,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=bias,
+    )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     for name, weight in random_weights(model, GRIDS[method]).items():
@@ -131,7 +141,9 @@ def rows(run_dir: Path, key: str) -> list[float]:
 
 
 def last(run_dir: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    """Trained tensors and the optimizer's, without the generators' states, of which there is one per process."""
+    """Trained tensors and the optimizer's, without the generators' states, of which there is one per
+    process.
+    """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     tensors = load_file(folder / "adapter.safetensors") | load_file(folder / "optimizer.safetensors")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("rng/")}
@@ -267,7 +279,9 @@ def test_recomputing_and_bf16_are_what_they_are_in_one_process(done: Path, tmp_p
 
 
 def test_a_loss_in_chunks_is_what_it_is_in_one_process(done: Path, tmp_path: Path) -> None:
-    """Under FSDP the recomputation of a chunk finds the gathered head, trained or not; under DDP a gradient is handed on once."""
+    """Under FSDP the recomputation of a chunk finds the gathered head, trained or not; under DDP a gradient
+    is handed on once.
+    """
     chunked(tmp_path / "one", packed(), **LONG)
     for name in ("chunks", "chunks-disk", "chunks-ddp-long"):
         assert_same(done / name, tmp_path / "one")
@@ -380,13 +394,19 @@ def free_port() -> int:
 def test_the_line_by_accelerate_launch_ships_what_one_process_ships(
     machines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documented configurations, their numbers given on the command line; the merged bytes are the same. Two machines are two
-    launches that meet at a port."""
+    """The documented configurations, their numbers given on the command line; the merged bytes are the same.
+    Two machines are two launches that meet at a port."""
     monkeypatch.chdir(ROOT)
     common = [
-        "train.max_steps=2", "train.micro_batch_size=1", "train.eval_every=null", "train.save_every=null", "data.train.limit=60",
-        "data.valid.limit=3", "data.sequence_len=64", "quant.bits=3",
-    ]  # fmt: skip
+        "train.max_steps=2",
+        "train.micro_batch_size=1",
+        "train.eval_every=null",
+        "train.save_every=null",
+        "data.train.limit=60",
+        "data.valid.limit=3",
+        "data.sequence_len=64",
+        "quant.bits=3",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     config = ROOT / "docs" / "accelerate" / ("one-machine.yaml" if machines == 1 else "two-machines.yaml")
     command = [

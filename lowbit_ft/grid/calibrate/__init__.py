@@ -1,8 +1,9 @@
 """Calibrators: from a dense weight to a base on its grid. One file per family; the tables are the list.
 
-A calibrator is a function (weight [N, K] fp32, grid, stats) -> PackedWeight or BinaryWeight. `stats` carries what calibration
-text told about the layer's inputs (only `gptq` needs it) and the options of the recipe. To add one: write the function, add
-one line to CALIBRATORS, and the recipe, the tests and the quality benchmark know it.
+A calibrator is a function (weight [N, K] fp32, grid, stats) -> PackedWeight or BinaryWeight. `stats` carries
+what calibration text told about the layer's inputs (only `gptq` needs it) and the options of the recipe. To
+add one: write the function, add one line to CALIBRATORS, and the recipe, the tests and the quality benchmark
+know it.
 """
 
 from collections.abc import Callable

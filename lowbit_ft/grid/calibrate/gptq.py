@@ -1,12 +1,15 @@
-"""GPTQ: round column after column, pushing each rounding error on to the columns not yet rounded (arXiv 2210.17323).
+"""GPTQ: round column after column, pushing each rounding error on to the columns not yet rounded (arXiv
+2210.17323).
 
-With H = X^T X + damping * mean(diag H) * I over calibration tokens and U the upper Cholesky factor of H^-1, column i:
+With H = X^T X + damping * mean(diag H) * I over calibration tokens and U the upper Cholesky factor of H^-1,
+column i:
 
     q_i  = Q(w_i);    e = (w_i - q_i) / U_ii;    w_j -= e U_ij  for j > i
 
-Columns are taken in their own order (act-order off: groups stay contiguous, so every format can hold the result). A group's
-scale and zero are searched when its first column comes up, on the weights as they are by then, with inputs weighted by diag H.
-The base's residual is taken from the updated column, which is within the clip of its code, so training starts where GPTQ ended.
+Columns are taken in their own order (act-order off: groups stay contiguous, so every format can hold the
+result). A group's scale and zero are searched when its first column comes up, on the weights as they are by
+then, with inputs weighted by diag H. The base's residual is taken from the updated column, which is within
+the clip of its code, so training starts where GPTQ ended.
 """
 
 import torch
@@ -18,7 +21,8 @@ from .ranges import Stats, search
 
 
 def inverse_factor(hessian: Tensor, damping: float, diagonal: Tensor | None = None) -> Tensor:
-    """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is positive definite.
+    """Upper Cholesky factor of (H + damping * mean(diag) * I)^-1, fp32 [K, K]; more damping until H is
+    positive definite.
 
     diagonal [K]: instead of H's own. fp64, in one K x K matrix that is worked on in place.
     """
@@ -49,8 +53,8 @@ def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     n, k = weight.shape
     w = weight.to(torch.float32, copy=True)
     diagonal = stats.hessian.diagonal().float()
-    # Inputs that were never active: their weights are rounded alone. Their diagonal is the mean of the others, not 1: damping
-    # is relative to the mean diagonal, and activations may be small.
+    # Inputs that were never active: their weights are rounded alone. Their diagonal is the mean of the
+    # others, not 1: damping is relative to the mean diagonal, and activations may be small.
     dead = diagonal == 0
     alive = diagonal.clone()
     alive[dead] = diagonal[~dead].mean() if (~dead).any() else 1.0

@@ -1,9 +1,11 @@
 """Binary planes: greedy and alternating binary-coding quantization (Xu et al. 2018, arXiv 1802.00150).
 
     greedy        r = w;  for each plane: b = sign(r), alpha = mean |r| over the group, r -= alpha b
-    alternating   from greedy, repeat: alpha = argmin ||w - B alpha||^2 (least squares per group); B = nearest of the 2^q levels
+    alternating   from greedy, repeat: alpha = argmin ||w - B alpha||^2 (least squares per group); B = nearest
+                  of the 2^q levels
 
-sign(0) is +1 here: torch.sign(0) = 0 is not a binary code. Alternating ends with a least-squares step, so alpha fits the last B.
+sign(0) is +1 here: torch.sign(0) = 0 is not a binary code. Alternating ends with a least-squares step, so
+alpha fits the last B.
 """
 
 import itertools
@@ -34,7 +36,9 @@ def _greedy(w: Tensor, valid: Tensor, q: int) -> tuple[Tensor, Tensor]:
 
 
 def _least_squares(w: Tensor, valid: Tensor, signs: Tensor) -> Tensor:
-    """alpha [q, n, G] minimising ||w - sum alpha_k b_k||; planes that coincide are told apart by a small ridge."""
+    """alpha [q, n, G] minimising ||w - sum alpha_k b_k||; planes that coincide are told apart by a small
+    ridge.
+    """
     b = (signs * valid).permute(1, 2, 3, 0)  # [n, G, g, q]
     gram = b.transpose(-1, -2) @ b
     gram += torch.eye(b.shape[-1], device=b.device) * 1e-4 * valid.sum(-1).view(-1, 1, 1)
@@ -66,7 +70,8 @@ def _calibrate(weight: Tensor, grid: BinaryGrid, rounds: int) -> BinaryWeight:
         signs, alpha = _greedy(w, valid, grid.bits)
         for _ in range(rounds):
             alpha = _least_squares(w, valid, signs)
-            # A negative alpha is the same levels with the plane flipped; order by size so that plane 0 is the largest.
+            # A negative alpha is the same levels with the plane flipped; order by size so that plane 0 is the
+            # largest.
             alpha = alpha.abs().sort(dim=0, descending=True).values
             signs = _nearest(w, alpha)
         if rounds:

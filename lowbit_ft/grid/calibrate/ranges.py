@@ -1,7 +1,7 @@
 """Round-to-nearest starts: absmax, minmax, and the search over clipping (mse).
 
-Scales are searched and stored as values of grid.scale_dtype, so the error that is minimised is the error that ships.
-N out features, K in features, g group size, G groups; group tensors are [G, N].
+Scales are searched and stored as values of grid.scale_dtype, so the error that is minimised is the error that
+ships. N out features, K in features, g group size, G groups; group tensors are [G, N].
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from ..estimators import SMALLEST_SCALE
 from ..integer import IntGrid
 from ..packed import PackedWeight
 
-# 80 clipping ratios down to a fifth of the range: at 2 bit the best ratio is often near 0.5, below 0.3 almost never.
+# 80 clipping ratios down to a fifth of the range: at 2 bit the best ratio is often near 0.5, below 0.3 almost
+# never.
 RATIOS = torch.linspace(1.0, 0.2, 80).tolist()
 PRUNE_EVERY = 6  # ratios between two looks at which groups are done
 CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in fp32
@@ -22,7 +23,9 @@ CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in 
 
 @dataclass(frozen=True)
 class Stats:
-    """Inputs of a calibration. hessian [K, K] = sum over calibration tokens of x x^T (gptq); p: exponent of `mse`."""
+    """Inputs of a calibration. hessian [K, K] = sum over calibration tokens of x x^T (gptq); p: exponent of
+    `mse`.
+    """
 
     hessian: Tensor | None = None
     p: float = 2.4
@@ -35,7 +38,9 @@ def round_scale(scale: Tensor, grid: IntGrid) -> Tensor:
 
 
 def full_range(groups: Tensor, grid: IntGrid) -> tuple[Tensor, Tensor | None]:
-    """Scale (and zero) of [..., g] groups that cover all of the values: shapes [...]. absmax or minmax by symmetry."""
+    """Scale (and zero) of [..., g] groups that cover all of the values: shapes [...]. absmax or minmax by
+    symmetry.
+    """
     top = grid.levels - 1
     if grid.symmetric:
         return round_scale(groups.abs().amax(-1) / (top / 2), grid), None
@@ -59,10 +64,12 @@ def search(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero [...] that minimise `rounding_error` of [..., g] groups over RATIOS of the full range.
 
-    Asymmetric: for every ratio the range shrinks about the middle, and the zero points next to that one are tried as well.
+    Asymmetric: for every ratio the range shrinks about the middle, and the zero points next to that one are
+    tried as well.
 
-    A group is left alone once what clipping alone costs it is no less than its best error: a smaller ratio clips more, so it
-    cannot be better. The result is that of the whole search; 4-bit groups of ordinary weights are done after a third of it.
+    A group is left alone once what clipping alone costs it is no less than its best error: a smaller ratio
+    clips more, so it cannot be better. The result is that of the whole search; 4-bit groups of ordinary
+    weights are done after a third of it.
     """
     shape, groups = groups.shape[:-1], groups.reshape(-1, groups.shape[-1])
     # On a CPU few enough groups at a time for the cache: twice as fast.
@@ -137,8 +144,9 @@ class _Searched:
 def _clipping_error(
     groups: Tensor, scale: Tensor, grid: IntGrid, p: float, weight: Tensor | None, low: Tensor
 ) -> Tensor:
-    """No more than `rounding_error` at this scale [n] or any smaller one: what lies beyond the ends of the range, counted from there.
-    Three steps are given away at each end of an asymmetric range: for the zero points beside the middle one, and for rounding."""
+    """No more than `rounding_error` at this scale [n] or any smaller one: what lies beyond the ends of the
+    range, counted from there. Three steps are given away at each end of an asymmetric range: for the zero
+    points beside the middle one, and for rounding."""
     if grid.symmetric:
         least, most = -(grid.levels // 2) * scale, (grid.levels // 2 - 1) * scale
     else:
@@ -153,7 +161,9 @@ def _clipping_error(
 
 
 def _by_rows(weight: Tensor, grid: IntGrid, rule) -> PackedWeight:
-    """Apply rule([n, G, g]) -> ([n, G], [n, G] | None) to chunks of rows, then round the weight onto the result."""
+    """Apply rule([n, G, g]) -> ([n, G], [n, G] | None) to chunks of rows, then round the weight onto the
+    result.
+    """
     scales, zeros = [], []
     for rows in row_chunks(*weight.shape):
         scale, zero = rule(grouped(weight[rows].float(), grid.group_size))

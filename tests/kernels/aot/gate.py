@@ -1,17 +1,20 @@
 """Compile shipped kernels for GPUs that are not here, and read what the compiler made of them.
 
-`triton.compile` needs no driver: it runs ptxas and gives a cubin. From its SASS (NVIDIA's machine code, disassembled with the
-cuobjdump that comes with Triton) we take what decides speed and what a source review cannot see:
+`triton.compile` needs no driver: it runs ptxas and gives a cubin. From its SASS (NVIDIA's machine code,
+disassembled with the cuobjdump that comes with Triton) we take what decides speed and what a source review
+cannot see:
 
     registers, stack     STACK > 0 is a spill
     shared memory        compilation does not fail above the limit of an architecture; the launch would
-    hot loop             the innermost loop with the most tensor-core instructions, in instructions per weight and thread
+    hot loop             the innermost loop with the most tensor-core instructions, in instructions per weight
+                         and thread
 
-A module gives what it ships as aot_cases(): (name, jit function, signature, constexprs, options, weights that one program
-handles per iteration of its hot loop, or None). Pointers and sizes are declared divisible by 16, as in a real launch: without
-that the loads are scalar and the SASS is not what will run.
+A module gives what it ships as aot_cases(): (name, jit function, signature, constexprs, options, weights that
+one program handles per iteration of its hot loop, or None). Pointers and sizes are declared divisible by 16,
+as in a real launch: without that the loads are scalar and the SASS is not what will run.
 
-Results are cached by a hash of everything they depend on: the kernels' sources, the case, the architecture, the versions.
+Results are cached by a hash of everything they depend on: the kernels' sources, the case, the architecture,
+the versions.
 
     python -m tests.kernels.aot.gate            the table of every case and architecture, as Markdown
 """
@@ -35,8 +38,13 @@ import lowbit_kernels
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 MODULES = (
-    "matmul_triton", "codes_triton", "gradients_triton", "pack_triton", "binary_triton", "hadamard_triton",
-)  # fmt: skip
+    "matmul_triton",
+    "codes_triton",
+    "gradients_triton",
+    "pack_triton",
+    "binary_triton",
+    "hadamard_triton",
+)
 TENSOR_CORE = ("HMMA", "HGMMA")
 CACHE = Path(os.environ.get("LOWBIT_AOT_CACHE", ".pytest_cache/lowbit_aot"))
 
@@ -69,7 +77,9 @@ class Compiled:
 
 
 def cases() -> list[Case]:
-    """Every aot_cases() of the package. The tuples may have a seventh field: the architectures a case is for."""
+    """Every aot_cases() of the package. The tuples may have a seventh field: the architectures a case is
+    for.
+    """
     found = []
     for name in MODULES:
         module = importlib.import_module(f"lowbit_kernels.{name}")
@@ -77,10 +87,15 @@ def cases() -> list[Case]:
             extra = {"architectures": tuple(only[0])} if only else {}
             found.append(
                 Case(
-                    name=case, function=function, signature=signature, constants=constants, options=options,
-                    weights=weights, **extra,
+                    name=case,
+                    function=function,
+                    signature=signature,
+                    constants=constants,
+                    options=options,
+                    weights=weights,
+                    **extra,
                 )
-            )  # fmt: skip
+            )
     names = [(case.name, arch) for case in found for arch in case.architectures]
     assert len(names) == len(set(names)), (
         f"two cases of one name: {sorted(n for n in names if names.count(n) > 1)}"
@@ -90,7 +105,9 @@ def cases() -> list[Case]:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of the files that hold kernels and what they are made of, and of what compiles them. Tiles are in the case itself."""
+    """A hash of the files that hold kernels and what they are made of, and of what compiles them. Tiles are
+    in the case itself.
+    """
     import triton
 
     digest = hashlib.sha256(f"{triton.__version__} {sys.version_info[:2]}".encode())
@@ -114,8 +131,8 @@ def _opcode(instruction: str) -> str:
 
 
 def hot_loop(sass: str) -> tuple[list[str], list[str]]:
-    """(all instructions, those of the loop with the most tensor-core instructions; the shortest of equals, since an outer loop
-    holds its inner one). Loops are backward branches."""
+    """(all instructions, those of the loop with the most tensor-core instructions; the shortest of equals,
+    since an outer loop holds its inner one). Loops are backward branches."""
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
@@ -133,9 +150,17 @@ def hot_loop(sass: str) -> tuple[list[str], list[str]]:
 def compile_case(case: Case, arch: int) -> Compiled:
     """Compile one case for one architecture, or return what an earlier run with the same sources measured."""
     description = json.dumps(
-        [_sources(), case.name, case.signature, {k: str(v) for k, v in case.constants.items()}, case.options, case.weights, arch],
+        [
+            _sources(),
+            case.name,
+            case.signature,
+            {k: str(v) for k, v in case.constants.items()},
+            case.options,
+            case.weights,
+            arch,
+        ],
         sort_keys=True,
-    )  # fmt: skip
+    )
     path = CACHE / f"{hashlib.sha256(description.encode()).hexdigest()}.json"
     if path.is_file():
         return Compiled(**json.loads(path.read_text(encoding="utf-8")))
@@ -145,7 +170,8 @@ def compile_case(case: Case, arch: int) -> Compiled:
     from triton.compiler import ASTSource
 
     names = list(case.function.arg_names)
-    # Arguments that are not named in the signature are constants; sizes that are really 1 stay plain integers.
+    # Arguments that are not named in the signature are constants; sizes that are really 1 stay plain
+    # integers.
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     aligned = [
         i

@@ -1,7 +1,7 @@
 """The gate: every shipped kernel compiles for every supported GPU, within its budget. No GPU needed.
 
-By default the cases with a budget, on two architectures; with LOWBIT_AOT=all every case on all five (about five minutes, and
-what a change of a kernel must pass).
+By default the cases with a budget, on two architectures; with LOWBIT_AOT=all every case on all five (about
+five minutes, and what a change of a kernel must pass).
 """
 
 import os
@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from tests.kernels.aot.gate import ARCHITECTURES, SHARED_LIMIT, Case, cases, compile_case, hot_loop  # noqa: E402
 
 ALL = os.environ.get("LOWBIT_AOT") == "all"
-# Instructions per weight of a thread's hot loop, by the beginning of a case's name. Where a number comes from: the
-# lane-instructions an H200 can issue per weight at its full memory bandwidth are 4.0 at 4 bits, 3.2 at 3 and 2.1 at 2.
+# Instructions per weight of a thread's hot loop, by the beginning of a case's name. Where a number comes
+# from: the lane-instructions an H200 can issue per weight at its full memory bandwidth are 4.0 at 4 bits, 3.2
+# at 3 and 2.1 at 2.
 BUDGETS = {
     "decode 4-bit bf16 scale bf16 g128": 2.6,
     "decode 4-bit fp16 scale bf16 g128": 2.3,
@@ -51,7 +52,8 @@ def test_compiles_within_budget(case: Case, arch: int):
     assert got.shared <= SHARED_LIMIT[arch], (
         f"{got.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}"
     )
-    # Products of fp32 inputs need not use tensor cores, and the scale gradient alone (rank 0, chunked) is no product at all.
+    # Products of fp32 inputs need not use tensor cores, and the scale gradient alone (rank 0, chunked) is no
+    # product at all.
     kinds = ("decode", "fused", "dx", "hadamard", "grid-codes", "binary-gradients")
     if case.name.startswith(kinds) and not case.name.endswith("-fp32"):
         assert got.tensor > 0, "no tensor-core instruction"
@@ -64,8 +66,9 @@ def test_compiles_within_budget(case: Case, arch: int):
 
 
 def ones() -> list[Case]:
-    """One case per kernel, with every size the launcher may find to be 1 as the constant that Triton's just-in-time compiler then makes
-    of it: a single row of x, a single output, one group per row. The declared integers of the other cases never are."""
+    """One case per kernel, with every size the launcher may find to be 1 as the constant that Triton's
+    just-in-time compiler then makes of it: a single row of x, a single output, one group per row. The
+    declared integers of the other cases never are."""
     found = {}
     for case in cases():
         free = {p.name for p in case.function.params if not p.do_not_specialize}

@@ -1,4 +1,6 @@
-"""binary_triton against float64: every regime, ragged shapes, poisoned pads, 1-4 planes, all kinds of groups."""
+"""binary_triton against float64: every regime, ragged shapes, poisoned pads, 1-4 planes, all kinds of
+groups.
+"""
 
 import pytest
 import torch

@@ -14,7 +14,9 @@ N, K = 19, 200
 
 
 def untied(**kwargs) -> tuple[dict, Tensor]:
-    """Arguments of grid_codes for which no value is near a rounding tie, and the codes of the equations in float64."""
+    """Arguments of grid_codes for which no value is near a rounding tie, and the codes of the equations in
+    float64.
+    """
     for _ in range(20):
         args = integer_args(shape=(N, K), **kwargs)
         value, _, _ = dense(args, K)
@@ -24,7 +26,8 @@ def untied(**kwargs) -> tuple[dict, Tensor]:
     raise AssertionError("twenty draws with a tie")
 
 
-# Every pair of bits and residual bits: their superblocks meet in different ways. The rest rotates through the cases.
+# Every pair of bits and residual bits: their superblocks meet in different ways. The rest rotates through the
+# cases.
 CASES = [
     (bits, f, (32, 128, -1, 64)[i % 4], UNITS[i % 3], bool(i // 2 % 2))
     for i, (bits, f) in enumerate(itertools.product((2, 3, 4, 8), (0, 1, 2, 4)))
@@ -42,7 +45,9 @@ def test_codes(bits: int, f: int, group_size: int, units: str, zero: bool):
 
 
 def test_given_the_same_product_the_bits_are_the_reference_s():
-    """Small integers in A and B make D exact in any order; then every value, ties included, must round the same way."""
+    """Small integers in A and B make D exact in any order; then every value, ties included, must round the
+    same way.
+    """
     for units, zero in itertools.product(UNITS, (False, True)):
         args = integer_args(shape=(N, K), units=units, zero=zero, offset=units == "live", f=0)
         args.pop("clip_first")
@@ -94,7 +99,9 @@ def test_values_far_outside_clip():
 
 
 def test_strided_rows_and_offsets_beyond_int32():
-    """Rows 2^30 half-words apart: a 32-bit offset would wrap at the third row. The memory between is never touched."""
+    """Rows 2^30 half-words apart: a 32-bit offset would wrap at the third row. The memory between is never
+    touched.
+    """
     args = integer_args(shape=(3, 64), group_size=32)
     args.pop("clip_first")
     want = grid_codes(**args, in_features=64)

@@ -8,9 +8,20 @@ from lowbit_kernels.hadamard import factors, matrix
 from lowbit_kernels.hadamard_triton import hadamard
 
 CASES = [
-    (1, -1), (2, -1), (12, -1), (16, 4), (24, -1), (64, -1), (96, 32), (192, -1), (256, -1), (448, -1), (640, 128), (2048, -1),
+    (1, -1),
+    (2, -1),
+    (12, -1),
+    (16, 4),
+    (24, -1),
+    (64, -1),
+    (96, 32),
+    (192, -1),
+    (256, -1),
+    (448, -1),
+    (640, 128),
+    (2048, -1),
     (344 * 4, -1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("channels", "block"), CASES)

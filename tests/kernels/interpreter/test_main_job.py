@@ -1,6 +1,8 @@
-"""The main job, recipe to exported model, on a 2-layer Llama: once through the references, once through the Triton kernels.
+"""The main job, recipe to exported model, on a 2-layer Llama: once through the references, once through the
+Triton kernels.
 
-The two paths add in different orders, so trained scales may differ in their last bits. The integers that ship may not.
+The two paths add in different orders, so trained scales may differ in their last bits. The integers that ship
+may not.
 """
 
 import json
@@ -20,10 +22,23 @@ from lowbit_ft.recipe.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
 QUICK = [
-    "quant.group_size=32", "train.max_steps=2", "train.micro_batch_size=1", "train.eval_every=2", "train.save_every=2",
-    "data.train.limit=6", "data.valid.limit=2", "data.sequence_len=40", "data.train_on=all", "eval.windows=1", "eval.window=40", "eval.kl=false",
-    "eval.max_new_tokens=1", "eval.generate=[Say hello.]", "export.format=native", "export.verify=false",
-]  # fmt: skip
+    "quant.group_size=32",
+    "train.max_steps=2",
+    "train.micro_batch_size=1",
+    "train.eval_every=2",
+    "train.save_every=2",
+    "data.train.limit=6",
+    "data.valid.limit=2",
+    "data.sequence_len=40",
+    "data.train_on=all",
+    "eval.windows=1",
+    "eval.window=40",
+    "eval.kl=false",
+    "eval.max_new_tokens=1",
+    "eval.generate=[Say hello.]",
+    "export.format=native",
+    "export.verify=false",
+]
 METHODS = {
     "lr_qat": ["adapter={method: lr_qat, rank: 4, alpha: 4}"],
     "alpha_tuning": ["adapter={method: alpha_tuning}", "quant={grid: binary, bits: 1, group_size: 32}"],
@@ -34,8 +49,8 @@ USED = {
 }
 
 
-# The interpreter's time goes by programs, not by their size, so the job runs with tiles that hold a whole layer. Splits of all
-# kinds are the other files' business.
+# The interpreter's time goes by programs, not by their size, so the job runs with tiles that hold a whole
+# layer. Splits of all kinds are the other files' business.
 ONE_TILE = {
     "packed_matmul": {"regime": "fused", "BLOCK_M": 64, "BLOCK_N": 128},
     "packed_matmul_dx": {"regime": "fused", "BLOCK_M": 64, "BLOCK_N": 128},
@@ -53,7 +68,18 @@ ONE_TILE = {
 def one_tile(own_table, monkeypatch, tmp_path):
     """A user's table of ONE_TILE."""
     path = tmp_path / "configs.json"
-    entries = {op: [{"arch": dispatch.INTERPRETER, "m": [1, 1 << 20], "n": [1, 1 << 20], "k": [1, 1 << 20], "config": c | {"num_warps": 1, "num_stages": 1}}] for op, c in ONE_TILE.items()}  # fmt: skip
+    entries = {
+        op: [
+            {
+                "arch": dispatch.INTERPRETER,
+                "m": [1, 1 << 20],
+                "n": [1, 1 << 20],
+                "k": [1, 1 << 20],
+                "config": c | {"num_warps": 1, "num_stages": 1},
+            }
+        ]
+        for op, c in ONE_TILE.items()
+    }
     path.write_text(json.dumps(entries))
     monkeypatch.setenv("LOWBIT_KERNELS_CACHE", str(path))
     dispatch.reload()
@@ -71,16 +97,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = json.loads((TINY / "config.json").read_text())
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=small["vocab_size"], hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, bos_token_id=small.get("bos_token_id"), eos_token_id=small.get("eos_token_id"),
-    )  # fmt: skip
+        vocab_size=small["vocab_size"],
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=small.get("bos_token_id"),
+        eos_token_id=small.get("eos_token_id"),
+    )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def through_triton(monkeypatch: pytest.MonkeyPatch):
-    """A switch that puts the Triton kernels behind every op for CPU tensors; off again after the test. Counts the launches."""
+    """A switch that puts the Triton kernels behind every op for CPU tensors; off again after the test. Counts
+    the launches.
+    """
     launches: Counter[str] = Counter()
     found = dispatch.launcher
 

@@ -1,7 +1,8 @@
 """packed_matmul, packed_matmul_dx and dequantize in Triton, against float64, through the interpreter.
 
-Here: every regime, bit width, kind of zero and group size, ragged M, N and K, split sums, poisoned pads, offsets beyond 2^31,
-and the PTX of the unpack helpers, which the interpreter cannot run, evaluated instruction by instruction on all half-words.
+Here: every regime, bit width, kind of zero and group size, ragged M, N and K, split sums, poisoned pads,
+offsets beyond 2^31, and the PTX of the unpack helpers, which the interpreter cannot run, evaluated
+instruction by instruction on all half-words.
 """
 
 import itertools
@@ -65,8 +66,8 @@ def gradient(name: str, dy: Tensor, args: list, bits: int, k: int, group: int) -
         return matmul_triton.packed_matmul_dx(dy, *args, bits, k, group)
 
 
-# Ragged on purpose: N no multiple of a block, K of no superblock, of no group. The interpreter is slow, so that shapes and zeros
-# rotate: each regime meets every shape, each bit width every kind of zero.
+# Ragged on purpose: N no multiple of a block, K of no superblock, of no group. The interpreter is slow, so
+# that shapes and zeros rotate: each regime meets every shape, each bit width every kind of zero.
 SHAPES = [(17, 330, 64, 3), (40, 200, -1, 9), (24, 96, 32, 1), (20, 520, 128, 18), (16, 600, 256, 8)]
 ZEROS = [
     ("none", False),
@@ -201,7 +202,9 @@ def test_split_sums_are_the_same_in_every_run_and_leave_the_counters_at_zero() -
 
 
 def test_row_offsets_beyond_32_bits(tmp_path: Path) -> None:
-    """A weight whose two rows lie more than 2^31 half-words apart in a sparse file: address space, not memory."""
+    """A weight whose two rows lie more than 2^31 half-words apart in a sparse file: address space, not
+    memory.
+    """
     k, far = 128, (1 << 31) + 64
     args, dense = weight(4, 2, k, 32, "none", False)
     memory = torch.from_file(str(tmp_path / "weight"), shared=True, size=far + 64, dtype=torch.int16)
@@ -222,7 +225,7 @@ def test_groups_that_split_a_plane_are_refused() -> None:
         forward("decode", torch.randn(1, 96), args, 4, 48)
 
 
-# ------------------------------------------------------------------------------------------------ the PTX, evaluated
+# ----------------------------------------------------------------------------------------- the PTX, evaluated
 
 
 def _bf16(bits: np.ndarray) -> np.ndarray:

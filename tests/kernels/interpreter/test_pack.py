@@ -1,4 +1,6 @@
-"""pack_triton, bit for bit against the reference ops (which test_pack.py one folder up holds to the formulas)."""
+"""pack_triton, bit for bit against the reference ops (which test_pack.py one folder up holds to the
+formulas).
+"""
 
 import itertools
 

@@ -1,4 +1,6 @@
-"""What scratch.py says a launcher holds is what it holds: launchers run on CPU tensors, their allocations counted."""
+"""What scratch.py says a launcher holds is what it holds: launchers run on CPU tensors, their allocations
+counted.
+"""
 
 from __future__ import annotations
 
