@@ -104,7 +104,7 @@ def test_every_method_and_every_key_named_exists() -> None:
     named = 0
     for name in DOCS.glob("*.md"):
         for section, key in re.findall(
-            r"`(model|quant|adapter|data|train|eval|export)\.([a-z_]+)", name.read_text(encoding="utf-8")
+            r"`(model|quant|adapter|data|train|eval|export)\.(?!py`)([a-z_]+)", name.read_text(encoding="utf-8")
         ):
             assert key in keys[section], f"{name.name}: {section}.{key}"
             named += 1
@@ -162,9 +162,12 @@ def test_the_python_of_the_serving_page_runs(tmp_path: Path, monkeypatch: pytest
         "train.eval_every=null",
     ]
     pipeline.run(load_recipe("recipes/quickstart.yaml", [*short, f"output={tmp_path / 'RUN'}"]))
-    blocks = re.findall(r"<!-- run -->\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
-    assert len(blocks) == 3 and page("serving.md").count("```python") == 3
+    blocks = re.findall(r"<!-- run -->\n\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
+    assert len(blocks) == 4 and page("serving.md").count("```python") == 4
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"serving.md, block {number}", "exec"), {"__name__": "docs"})
+        namespace = {"__name__": "docs"}
+        exec(compile(block, f"serving.md, block {number}", "exec"), namespace)
+    assert (tmp_path / "my-adapter" / "adapter_config.json").exists()
+    assert not hasattr(namespace["deployed"], "peft_config")  # what merge_and_unload leaves is the plain model
     assert isinstance(pipeline.generate(tmp_path / "RUN", "Write", 2), str)
