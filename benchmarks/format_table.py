@@ -104,7 +104,8 @@ def reasons() -> list[str]:
         if reason := exporter.reject(BinaryGrid(bits=2)):
             found[reason] = None
         for reason in found:
-            rows += textwrap.wrap(f"- `{name}`: {reason}", 120, subsequent_indent="  ", break_on_hyphens=False)
+            item = f"- `{name}`: {reason}"
+            rows += textwrap.wrap(item, 120, subsequent_indent="  ", break_on_hyphens=False)
     return rows
 
 

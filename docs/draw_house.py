@@ -30,7 +30,7 @@ WIDTH, ROW, TOP, LEFT, RIGHT, MARGIN = 860, 25, 112, 288, 50, 16  # in the units
 BAR, BAR_LEFT = 62, 204  # the longest bar of lines, and where all bars begin
 
 STYLE = """
-svg { color-scheme: light dark; font-family: ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+svg { color-scheme: light dark; font-family: system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 .paper { fill: #ffffff; stroke: #d0d7de; } .band { fill: #f3f5f8; } .ground { fill: #e9e4da; }
 .line { stroke: #dfe4ea; } .box { fill: #2f6f8f; } .bar { fill: #a9c8d8; } .dot { fill: #c2571a; }
 text { fill: #1f2328; font-size: 13px; } .small { font-size: 11.5px; fill: #59636e; }
@@ -134,9 +134,10 @@ def draw() -> str:
     for (home, there), count in sorted(pairs.items()):
         i, j = middle[home], middle[there]
         radius = min(2.6 + 1.3 * math.log2(count), 0.42 * min(column, ROW))
+        title = escape(f"{rooms[i].label} imports {rooms[j].label}: {count}")
         out.append(
-            f'<circle class="dot" cx="{x(j):.1f}" cy="{y(i):.1f}" r="{radius:.1f}"><title>{escape(rooms[i].label)} '
-            f"imports {escape(rooms[j].label)}: {count}</title></circle>"
+            f'<circle class="dot" cx="{x(j):.1f}" cy="{y(i):.1f}" r="{radius:.1f}">'
+            f"<title>{title}</title></circle>"
         )
     up = sum(middle[home] > middle[there] for home, there in pairs)
     out += _legend(TOP + ROW * len(rooms) + 26, up)
@@ -160,8 +161,8 @@ def _row(r: Room, x: float, y: float, bar: float, column: float) -> list[str]:
         f'<rect class="bar" x="{BAR_LEFT}" y="{y - 8:.1f}" width="{bar:.1f}" height="16" rx="2"/>',
         f'<text class="small" x="{BAR_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{about(r.lines)}</text>',
         f'<path class="line" d="M{LEFT - 10} {y:.1f}H{WIDTH - MARGIN}M{x:.1f} {TOP}V{y:.1f}"/>',
-        f'<rect class="box" x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}" '
-        f'rx="2"><title>{label}: {r.files} files</title></rect>',
+        f'<rect class="box" x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" '
+        f'height="{side:.1f}" rx="2"><title>{label}: {r.files} files</title></rect>',
         f'<text class="small name" transform="translate({x + 3:.1f} {TOP - 8}) rotate(-58)">{label}</text>',
     ]
 

@@ -10,6 +10,7 @@ docs/commands.md is that. tests/docs/test_readme.py fails while a page says some
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -40,9 +41,11 @@ def sentence_of(path: Path) -> str:
     if path.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)) or ""
     else:
-        said = re.sub(r"(?m)^# ?", "", re.match(r"(?:#.*\n)*", text)[0])  # type: ignore[index]  # may be empty, never None
+        comment = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+        said = re.sub(r"(?m)^# ?", "", comment)
     if not (sentence := first_sentence(said)):
-        raise ValueError(f"{path.relative_to(ROOT)} does not say what it is: begin it with a sentence that does")
+        name = path.relative_to(ROOT)
+        raise ValueError(f"{name} does not say what it is: begin it with a sentence that does")
     return sentence.replace("|", "\\|")
 
 
@@ -94,9 +97,8 @@ def put(page: str, name: str, block: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page that this script writes a part of, as it should be."""
     blocks = (("architecture.md", "map", file_map), ("commands.md", "commands", command_table))
-    return {
-        DOCS / page: put((DOCS / page).read_text(encoding="utf-8"), name, block()) for page, name, block in blocks
-    }
+    texts = {page: (DOCS / page).read_text(encoding="utf-8") for page, _, _ in blocks}
+    return {DOCS / page: put(texts[page], name, block()) for page, name, block in blocks}
 
 
 def main() -> None:

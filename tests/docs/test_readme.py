@@ -1,5 +1,5 @@
-"""The README and the pages about the house are checked against the tree: their code runs, the map is the files,
-the picture is the imports, the arithmetic is recomputed.
+"""The README and the pages about the house are checked against the tree: their code runs, the map is the
+files, the picture is the imports, the arithmetic is recomputed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_a_file_is_described_by_its_first_sentence(text: str, sentence: str) -> 
     assert write_pages.first_sentence(text) == sentence
 
 
-def test_a_file_that_does_not_say_what_it_is_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mute_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mute.py").write_text("x = 1\n")
     (tmp_path / "mute.yaml").write_text("x: 1\n")
     monkeypatch.setattr(write_pages, "ROOT", tmp_path)
@@ -176,7 +176,8 @@ def test_the_memory_arithmetic():
     assert [row[2] for row in rows] == [f"{part / 1e9:.2f}" for part in [*parts, sum(parts)]]
     shipped = weights * quant["bits"] / 8 + parts[1] + parts[2]
     words = " ".join(MEMORY.split())
-    assert f"halve to {parts[0] / 2e9:.2f} GB" in words and f"bf16 embeddings: {shipped / 1e9:.2f} GB" in words
+    assert f"halve to {parts[0] / 2e9:.2f} GB" in words
+    assert f"bf16 embeddings: {shipped / 1e9:.2f} GB" in words
     assert f"shipped model is {shipped / 1e9:.2f} GB" in " ".join(README.split())
 
 
@@ -192,7 +193,7 @@ def test_the_memory_of_the_real_run_is_what_plan_predicts() -> None:
 def test_the_quality_table_is_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # a benchmark imports its neighbours, as a script does
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # scripts import their neighbours
     from benchmarks import quality
 
     rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
@@ -203,7 +204,8 @@ def test_the_quality_table_is_what_was_measured(
 
 def test_the_number_of_architectures_is_that_of_the_table() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    tried = {name.removesuffix(", the rest") for name in re.findall(r"^\| ([a-z][^|]*?) \|", page, re.MULTILINE)}
+    names = re.findall(r"^\| ([a-z][^|]*?) \|", page, re.MULTILINE)
+    tried = {name.removesuffix(", the rest") for name in names}
     assert f"{len(tried - {'model_type'})} architectures" in README
 
 
