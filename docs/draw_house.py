@@ -89,11 +89,9 @@ def imports(rooms: list[Room]) -> dict[tuple[str, str], int]:
     return pairs
 
 
-def about(lines: int) -> str:
-    """Lines to two figures, so that an edit of a few lines is no new picture: 1234 -> "1,200"."""
-    if lines < 100:
-        return str(round(lines, -1))
-    return f"{round(lines, 1 - int(math.log10(lines))):,}"
+def hundreds(lines: int) -> int:
+    """Lines to the next hundred above, so that few edits make a new picture: 1234 -> 1300, 40 -> 100."""
+    return math.ceil(lines / 100) * 100
 
 
 def draw() -> str:
@@ -103,7 +101,7 @@ def draw() -> str:
     column = (WIDTH - LEFT - RIGHT) / len(rooms)
     height = TOP + ROW * len(rooms) + 64
     middle = {r.module: i for i, r in enumerate(rooms)}
-    longest = max(float(about(r.lines).replace(",", "")) for r in rooms)
+    longest = max(hundreds(r.lines) for r in rooms)
 
     def x(i: int) -> float:
         return LEFT + column * (i + 0.5)
@@ -129,7 +127,7 @@ def draw() -> str:
             )
         start += len(floor)
     for i, r in enumerate(rooms):
-        out += _row(r, x(i), y(i), BAR * float(about(r.lines).replace(",", "")) / longest, column)
+        out += _row(r, x(i), y(i), BAR * hundreds(r.lines) / longest, column)
     pairs = imports(rooms)
     for (home, there), count in sorted(pairs.items()):
         i, j = middle[home], middle[there]
@@ -148,7 +146,7 @@ def _heads() -> list[str]:
     """What the two columns at the left are."""
     return [
         f'<text class="small" x="{MARGIN + 8}" y="{TOP - 10}">floors, from the top</text>',
-        f'<text class="small" x="{BAR_LEFT - 36}" y="{TOP - 10}">lines</text>',
+        f'<text class="small" x="{BAR_LEFT - 36}" y="{TOP - 10}">lines, at most</text>',
     ]
 
 
@@ -159,7 +157,7 @@ def _row(r: Room, x: float, y: float, bar: float, column: float) -> list[str]:
     return [
         f'<text class="name" x="{MARGIN + 8}" y="{y + 4.5:.1f}">{label}</text>',
         f'<rect class="bar" x="{BAR_LEFT}" y="{y - 8:.1f}" width="{bar:.1f}" height="16" rx="2"/>',
-        f'<text class="small" x="{BAR_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{about(r.lines)}</text>',
+        f'<text class="small" x="{BAR_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{hundreds(r.lines):,}</text>',
         f'<path class="line" d="M{LEFT - 10} {y:.1f}H{WIDTH - MARGIN}M{x:.1f} {TOP}V{y:.1f}"/>',
         f'<rect class="box" x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" '
         f'height="{side:.1f}" rx="2"><title>{label}: {r.files} files</title></rect>',

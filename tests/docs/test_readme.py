@@ -116,15 +116,8 @@ def test_the_picture_has_every_folder_and_its_imports() -> None:
     assert "report/ imports train/" not in picture and "imports that go up" not in picture
 
 
-def test_sizes_in_the_picture_are_two_figures() -> None:
-    assert [draw_house.about(n) for n in (7, 44, 96, 171, 1849, 12345)] == [
-        "10",
-        "40",
-        "100",
-        "170",
-        "1,800",
-        "12,000",
-    ]
+def test_sizes_in_the_picture_are_hundreds() -> None:
+    assert [draw_house.hundreds(n) for n in (1, 100, 101, 1849)] == [100, 100, 200, 1900]
 
 
 def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,7 +99,7 @@ def test_one_read_per_step_and_none_per_micro_batch(
     assert result.steps == 4 and result.bad_steps == 0
     for first, last in zip(marks, marks[1:], strict=False):
         seen = [(what, where) for what, where in reads.seen[first:last] if where not in BATCH_ON_THE_CPU]
-        assert Counter(seen) == {("tolist", "run.py:read"): 1}
+        assert Counter(seen) == {("tolist", "train_run.py:read"): 1}
 
 
 def test_the_count_would_notice():
