@@ -153,11 +153,11 @@ def _heads() -> list[str]:
 def _row(r: Room, x: float, y: float, bar: float, column: float) -> list[str]:
     """One room: its name, its lines as a bar, its box on the diagonal, its name turned above its column."""
     side = 0.72 * min(column, ROW)
-    label = escape(r.label)
+    label, lines = escape(r.label), f"{hundreds(r.lines):,}"
     return [
         f'<text class="name" x="{MARGIN + 8}" y="{y + 4.5:.1f}">{label}</text>',
         f'<rect class="bar" x="{BAR_LEFT}" y="{y - 8:.1f}" width="{bar:.1f}" height="16" rx="2"/>',
-        f'<text class="small" x="{BAR_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{hundreds(r.lines):,}</text>',
+        f'<text class="small" x="{BAR_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{lines}</text>',
         f'<path class="line" d="M{LEFT - 10} {y:.1f}H{WIDTH - MARGIN}M{x:.1f} {TOP}V{y:.1f}"/>',
         f'<rect class="box" x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" '
         f'height="{side:.1f}" rx="2"><title>{label}: {r.files} files</title></rect>',
