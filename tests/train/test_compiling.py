@@ -187,6 +187,47 @@ def test_a_machine_without_a_compiler_is_told_with_the_recipe(monkeypatch: pytes
     assert missing_compiler(on_gpu=False) is None
 
 
+class Multiplied:
+    """The codes and scales that every packed product of the training forwards was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.wanted: list[Any] = []
+        self.checks = 0
+        module = sys.modules["lowbit_kernels.grid_linear"]
+        matmul = module.packed_matmul
+
+        def spy(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.used.append((codes, scale))
+            return matmul(x, codes, scale, *rest)
+
+        monkeypatch.setattr(module, "packed_matmul", spy)
+
+    def step(self, model: Any) -> None:
+        """Every weight of the step before was multiplied with, and nothing else was; then the next ones."""
+        if self.wanted:
+            assert len(self.used) >= 2 * len(self.wanted)  # forward and recomputation
+            for codes, scale in self.used:
+                assert any(
+                    codes.shape == w.codes.shape
+                    and torch.equal(codes, w.codes)
+                    and torch.equal(scale, w.scale.float())
+                    for w in self.wanted
+                )
+            for w in self.wanted:
+                assert any(
+                    codes.shape == w.codes.shape and torch.equal(codes, w.codes) for codes, _ in self.used
+                )
+            self.checks += 1
+        self.used.clear()
+        self.wanted = [merged_weight(layer) for _, layer in adapted_layers(model)]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler on the CPU")
 @pytest.mark.parametrize(("method", "options"), [("lr_qat", CHEAP), ("l4q", {}), ("dl_qat", {})])
@@ -196,62 +237,17 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
     """TorchInductor, recomputation and offload on: what each step multiplies with is what merge would ship
     before it, bit for bit.
     """
-    model, used, wanted = llama(method, **options), [], []
-    module = sys.modules["lowbit_kernels.grid_linear"]
-    matmul = module.packed_matmul
-
-    def spy(x, codes, scale, zero, *rest):
-        used.append(
-            (
-                codes.sum(dtype=torch.int64).item(),
-                tuple(codes.shape),
-                scale.double().sum().item(),
-                codes,
-                scale,
-            )
-        )
-        return matmul(x, codes, scale, zero, *rest)
-
-    monkeypatch.setattr(module, "packed_matmul", spy)
+    model, plain, law = llama(method, **options), llama(method, **options), Multiplied(monkeypatch)
 
     def on_step(step: int) -> None:
         begin_step(model, step)
-        check()
-        wanted[:] = [merged_weight(layer) for _, layer in adapted_layers(model)]
+        law.step(model)
 
-    def check() -> None:
-        """Every weight of the step before was multiplied with, and nothing else was."""
-        if wanted:
-            assert len(used) >= 2 * len(wanted)  # forward and recomputation
-            for _, shape, _, codes, scale in used:
-                assert any(
-                    shape == w.codes.shape
-                    and torch.equal(codes, w.codes)
-                    and torch.equal(scale, w.scale.float())
-                    for w in wanted
-                )
-            for w in wanted:
-                assert any(
-                    shape == w.codes.shape and torch.equal(codes, w.codes) for _, shape, _, codes, _ in used
-                )
-        used.clear()
-
-    train(
-        model,
-        Batches(examples(11), 2, 0, 0),
-        Batches(examples(3, seed=1), 1, 0, 0),
-        section(
-            max_steps=4,
-            compile=True,
-            gradient_checkpointing=True,
-            offload="cpu",
-            eval_every=10,
-            max_grad_norm=10.0,
-        ),
-        tmp_path,
-        on_step=on_step,
-        console=quiet(),
-    )
+    data, common = Batches(examples(11), 2, 0, 0), {"max_steps": 4, "max_grad_norm": 10.0}
+    setting = section(**common, compile=True, gradient_checkpointing=True, offload="cpu", eval_every=10)
+    valid = Batches(examples(3, seed=1), 1, 0, 0)
+    train(model, data, valid, setting, tmp_path, on_step=on_step, console=quiet())
+    assert law.checks == 3, "a step was not looked at"
     assert counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
     # Attention over segments is Python between two graphs, and nothing else is.
     assert len(counters["graph_break"]) == 1 and all(
@@ -259,19 +255,7 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
     )
     with safe_open(next((tmp_path / "checkpoints").glob("*/adapter.safetensors")), "pt") as file:
         assert set(file.keys()) == set(state(model)) and not any("_orig_mod" in key for key in file.keys())
-    compiled = [
-        json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    plain = llama(method, **options)
-    train(
-        plain,
-        Batches(examples(11), 2, 0, 0),
-        None,
-        section(max_steps=4, max_grad_norm=10.0),
-        tmp_path / "plain",
-        console=quiet(),
-    )
-    eager = [
-        json.loads(line)["loss"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [v for v in compiled if v is not None] == pytest.approx(eager, rel=1e-3)
+    data = Batches(examples(11), 2, 0, 0)
+    train(plain, data, None, section(**common), tmp_path / "plain", console=quiet())
+    eager = losses_of(tmp_path / "plain")
+    assert len(eager) == 4 and losses_of(tmp_path) == pytest.approx(eager, rel=1e-3)
