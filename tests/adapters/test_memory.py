@@ -8,6 +8,7 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.model.linear import PackedLinear
 from tests.adapters.common import base_of, randomize
+from tests.packed_tools import adapter_config
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 def test_nothing_of_the_weights_size_is_saved_for_backward(method: str, dtype: torch.dtype):
     config, (n, k) = ADAPTERS[method], (128, 256)
     base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (n, k))
-    options = {"rank": 4} if "rank" in config.model_fields else {}
     layer = PackedLinear(base, torch.randn(n))
-    layer.adapter = config(**options).build(base)
+    layer.adapter = adapter_config(method).build(base)
     randomize(layer.adapter)
     x = torch.randn(8, k, dtype=dtype, requires_grad=True)
     held = {t.data_ptr() for t in [x, *layer.buffers(), *layer.parameters()]}
@@ -48,7 +48,7 @@ def test_of_what_grows_with_the_tokens_only_x_is_saved(method: str, dtype: torch
         BinaryGrid() if config.grid_name == "binary" else IntGrid(bits=4, symmetric=False), (128, 256)
     )
     layer = PackedLinear(base, torch.randn(128))
-    layer.adapter = config(**({"rank": 4} if "rank" in config.model_fields else {})).build(base)
+    layer.adapter = adapter_config(method).build(base)
     randomize(layer.adapter)
     sizes = []
     for tokens in (8, 16):

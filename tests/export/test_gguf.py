@@ -17,18 +17,14 @@ from lowbit_ft.export.gguf_model import reject, rope_divisors
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_model, write_model
-from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import Checkpoint, load_model
 from tests.export.common import GGUF, GRIDS, TINY, checkpoint
-from tests.packed_tools import IDS, int_grid, packed_model, random_weight, random_weights
+from tests.packed_tools import IDS, int_grid, packed_model, random_weight, random_weights, set_packed
 
 
 def eager(source: Checkpoint, weights: dict[str, Any]) -> Any:
     """`packed_model` for models that have no sdpa attention."""
-    model = load_model(source, "eager")
-    for name, weight in weights.items():
-        model.set_submodule(name, PackedLinear(weight, model.get_submodule(name).bias))
-    return model.eval()
+    return set_packed(load_model(source, "eager"), weights).eval()
 
 
 def test_gguf_takes_the_smallest_block_type_that_is_exact() -> None:

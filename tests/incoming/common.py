@@ -44,6 +44,17 @@ def change(folder: Path, **settings: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def graft(folder: Path, other: Path) -> None:
+    """Give the checkpoint in folder the down_proj of another one, as a second config group."""
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, other)]
+    groups = [config["quantization_config"]["config_groups"] for config in configs]
+    groups[0]["group_1"] = {**groups[1]["group_0"], "targets": ["re:.*down_proj$"]}
+    (folder / "config.json").write_text(json.dumps(configs[0]))
+    a, b = (load_file(path / "model.safetensors") for path in (folder, other))
+    taken = {key: value for key, value in b.items() if "down_proj" in key}
+    save_file(a | taken, folder / "model.safetensors")
+
+
 def rewrite(folder: Path, end: str, make: Any) -> str:
     """Replace the first tensor whose name ends so by make(tensor) (None: drop it)."""
     tensors = load_file(folder / "model.safetensors")

@@ -4,20 +4,18 @@ otherwise.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lowbit_ft.model.load import Checkpoint, load_model
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
 from lowbit_ft.recipe.recipe import QuantSection
 from lowbit_ft.recipe.sections import ModelSection
-from tests.incoming.common import equal, packed, resolved
+from tests.incoming.common import equal, graft, packed, resolved
 from tests.incoming_tools import PROJECTIONS, quantized_checkpoint
 from tests.packed_tools import IDS, tiny_checkpoint
 
@@ -82,18 +80,7 @@ def test_mixed_bits_become_overrides(tmp_path: Path) -> None:
         group_size=32,
         source=tmp_path / "q-dense",
     )
-    config = json.loads((tmp_path / "q" / "config.json").read_text())
-    groups = config["quantization_config"]["config_groups"]
-    other = json.loads((tmp_path / "q8" / "config.json").read_text())["quantization_config"]["config_groups"][
-        "group_0"
-    ]
-    groups["group_1"] = {**other, "targets": ["re:.*down_proj$"]}
-    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "q8"))
-    save_file(
-        a | {key: value for key, value in b.items() if "down_proj" in key},
-        tmp_path / "q" / "model.safetensors",
-    )
+    graft(tmp_path / "q", tmp_path / "q8")
     quant = resolved(tmp_path / "q")
     assert [(o.match, o.bits, o.group_size) for o in quant.overrides] == [
         ("model.layers.0.mlp.down_proj", 8, 32)
@@ -142,17 +129,7 @@ def test_a_section_that_chooses_dense_layers_is_refused_from_python_too(tmp_path
 def test_symmetric_and_asymmetric_layers_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
     quantized_checkpoint(tmp_path / "q", "compressed-tensors", symmetric=True)
     quantized_checkpoint(tmp_path / "a", "compressed-tensors", source=tmp_path / "q-dense")
-    config = json.loads((tmp_path / "q" / "config.json").read_text())
-    other = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["config_groups"][
-        "group_0"
-    ]
-    config["quantization_config"]["config_groups"]["group_1"] = {**other, "targets": ["re:.*down_proj$"]}
-    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "a"))
-    save_file(
-        a | {key: value for key, value in b.items() if "down_proj" in key},
-        tmp_path / "q" / "model.safetensors",
-    )
+    graft(tmp_path / "q", tmp_path / "a")
     (problem,) = resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection())[1]
     assert str(problem).startswith(
         "model.path: got 'q', where some layers are symmetric and others (model.layers.0.mlp.down_proj, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft.export import EXPORTERS
+from tests.processes import environment
 
-ROOT = Path(__file__).resolve().parents[2]
 NATIVE, COMPRESSED = EXPORTERS["native"], EXPORTERS["compressed-tensors"]
 
 
@@ -22,9 +21,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def in_a_new_process(code: str, *arguments: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

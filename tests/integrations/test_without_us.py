@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.load import Checkpoint
 from tests.integrations.loading import COMPRESSED, in_a_new_process
-from tests.packed_tools import IDS, int_grid, packed_model, random_weights
+from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 WITHOUT_US = """
 import json, sys, torch
@@ -32,10 +32,11 @@ save_file(out, sys.argv[2])
 """
 
 
-def test_compressed_tensors_loads_without_our_package_with_equal_logits(source: Path, tmp_path: Path) -> None:
+def test_compressed_tensors_loads_without_our_package_with_equal_logits(tmp_path: Path) -> None:
     """Every bit width, symmetric and asymmetric, fp32 and bf16, in both modes of transformers that can read
     it.
     """
+    source = tiny_checkpoint(tmp_path / "dense")
     cases: dict[str, Any] = {
         f"W{bits} {'sym' if symmetric else 'asym'}": int_grid(bits=bits, symmetric=symmetric)
         for bits in (2, 3, 4, 8)

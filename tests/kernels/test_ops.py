@@ -7,12 +7,18 @@ import pytest
 import torch
 from lowbit_kernels import layout
 from lowbit_kernels.codes import UNITS
+from torch import Tensor
 
 from tests import reference
 from tests.kernels.common import K, N, binary_args, codes_of, error, integer_args, untied
 
 pytestmark = pytest.mark.usefixtures("poison")
 GRID_CASES = list(itertools.product((2, 3, 4, 8), (32, 128, -1), UNITS, (False, True)))
+
+
+def group_sums(dw: Tensor, size: int) -> Tensor:
+    """dW [N, K] -> its sums over groups of inputs [G, N]."""
+    return torch.stack([part.sum(1) for part in dw.split(size, dim=1)])
 
 
 @pytest.mark.parametrize(("bits", "group_size", "units", "zero"), GRID_CASES)
@@ -60,11 +66,17 @@ def test_grid_linear_without_a_low_rank_part(group_size: int):
     assert torch.equal(codes_of(args, K), args["codes"])
 
 
-def test_grid_gradients_shapes():
-    args = integer_args(low_rank=False)
-    static = {n: args[n] for n in args}
-    ds, dt, da, db = kernels.grid_gradients(torch.randn(5, K), torch.randn(5, N), **static)
+def test_grid_gradients_without_a_low_rank_part():
+    """Without a low-rank part nothing stands in its place, and the offset's gradient is made even where there
+    is no offset: the sum of dW over the group.
+    """
+    args, _, weight, leaves = untied(low_rank=False)
+    x, dy = torch.randn(5, K), torch.randn(5, N)
+    (x.double() @ weight.t()).backward(dy.double())
+    ds, dt, da, db = kernels.grid_gradients(x, dy, **args)
     assert ds.shape == dt.shape == args["scale"].shape and da.shape == db.shape == (0,)
+    assert error(ds, leaves["scale"].grad) < 1e-5
+    assert error(dt, group_sums(dy.double().t() @ x.double(), 32)) < 1e-5
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
@@ -138,9 +150,7 @@ def test_binary_gradients_of_the_first_planes(trained: int):
     da, dt = kernels.binary_gradients(x, dy, planes, 32, trained)
     every, again = kernels.binary_gradients(x, dy, planes, 32, 3)
     assert da.shape[0] == trained and torch.equal(da, every[:trained]) and torch.equal(dt, again)
-    dw = dy.double().t() @ x.double()
-    want = torch.stack([c.sum(1) for c in torch.nn.functional.pad(dw, (0, -K % 32)).split(32, dim=1)])
-    assert error(dt, want) < 1e-6
+    assert error(dt, group_sums(dy.double().t() @ x.double(), 32)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

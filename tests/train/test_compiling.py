@@ -12,22 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, keep_codes
+from lowbit_ft.adapters.attach import adapted_layers, begin_step, keep_codes
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.merge import merged_weight
-from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
 from lowbit_ft.train.loop import TrainError, train
-from tests.packed_tools import random_weights
-from tests.toy import Toy, batches, examples, quiet, section, state
+from tests.packed_tools import adapted_llama, adapter_config
+from tests.toy import Toy, batches, equal, examples, quiet, section, state
 
 CHEAP = {"low_rank_gradient": "corrected", "scale_grad_tokens": 0.3}
 
@@ -39,26 +37,12 @@ def fresh_compiler():
 
 
 def llama(method: str = "lr_qat", layers: int = 2, **options: Any) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=23,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    grid = (
+    model = adapted_llama(
+        adapter_config(method, rank=3, **options),
         BinaryGrid(bits=2, group_size=32)
         if method == "alpha_tuning"
-        else IntGrid(bits=3, group_size=32, residual_bits=4, symmetric=False)
-    )
-    for name, weight in random_weights(model, grid).items():
-        model.set_submodule(name, PackedLinear(weight, None))
-    torch.manual_seed(1)
-    attach(
-        model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {}), **options)
+        else IntGrid(bits=3, group_size=32, residual_bits=4, symmetric=False),
+        num_hidden_layers=layers,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,10 +57,6 @@ def gradients(model: Any, length: int = 7) -> dict[str, torch.Tensor]:
     ids = torch.arange(2 * length).view(2, length) % 23
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow
@@ -96,7 +76,7 @@ def test_no_graph_break_and_the_same_gradients(method: str, options: dict[str, A
     undo = compile_layers(model, backend="aot_eager")
     torch.manual_seed(5)
     assert (
-        same(gradients(model), want)
+        equal(gradients(model), want)
         and counters["stats"]["unique_graphs"] == 2
         and not counters["graph_break"]
     )
@@ -118,7 +98,7 @@ def test_layers_share_what_is_compiled(checkpointing: bool):
     found = []
     for step, length in enumerate((7, 7, 9, 11)):
         begin_step(model, step)
-        assert same(gradients(model, length), gradients(plain, length))
+        assert equal(gradients(model, length), gradients(plain, length))
         found.append(counters["stats"]["unique_graphs"])
         with torch.no_grad():
             for m in (model, plain):

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach, begin_step
+from lowbit_ft.adapters.attach import begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.grid import BinaryGrid, IntGrid
-from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.train.loop import train
 from tests.host_reads import HostReads
-from tests.packed_tools import random_weights
+from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section
 
 # Where a batch is read before it moves: both functions refuse tensors that are not on the CPU.
@@ -43,27 +40,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def llama(method: str, options: dict[str, Any], device: str = "cpu") -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=600,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(device)
     grid = (
         BinaryGrid(bits=2, group_size=32)
         if method == "alpha_tuning"
         else IntGrid(bits=3, group_size=32, residual_bits=4)
     )
-    for name, weight in random_weights(model.cpu(), grid).items():
-        model.set_submodule(name, PackedLinear(weight, None))
-    attach(
-        model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {}), **options)
-    )
-    return model.to(device)
+    return adapted_llama(adapter_config(method, rank=3, **options), grid, vocab_size=600).to(device)
 
 
 def packed() -> Examples:

@@ -16,8 +16,9 @@ from lowbit_ft import pipeline
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.train import setup as train_setup
 from lowbit_ft.train.loop import TrainError, make_accelerator
+from tests.processes import environment
 from tests.toy import section
-from tests.train.two_processes import ROOT, environment, packed
+from tests.train.two_processes import ROOT, packed
 
 
 @pytest.mark.parametrize(("used", "count"), [("FSDP", 1), ("DEEPSPEED", 1), ("MULTI_CPU", 2)])
@@ -82,7 +83,7 @@ def test_the_line_by_accelerate_launch_ships_what_one_process_ships(
     launched = [
         subprocess.Popen(
             [*command, *place, "--machine_rank", str(rank), *line, f"output={two}"],
-            env=environment(),
+            env=environment(OMP_NUM_THREADS="1"),
             stdout=subprocess.DEVNULL,
             stderr=file,
         )

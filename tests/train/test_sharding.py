@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,8 +25,9 @@ from lowbit_ft.model.shards import is_sharded
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.train.loop import TrainError
 from lowbit_ft.train.sharding import held, unshardable
+from tests.processes import environment, launched
 from tests.train import two_processes
-from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, environment, go, packed, stop_at
+from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, go, packed, stop_at
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
@@ -58,17 +58,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     for name in ("one-then-two", "one-then-ddp"):
         assert go(folder / name, packed(), on_step=stop_at(1)).stopped
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        two_processes.__file__,
-        str(folder),
-    ]
-    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    command = launched(two_processes.__file__, folder)
+    ran = subprocess.run(
+        command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     go(folder / "one", packed())
     return folder

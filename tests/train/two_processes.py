@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch.distributed.tensor import DTensor, Shard
 
-from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.model.linear import PackedLinear
@@ -24,7 +21,7 @@ from lowbit_ft.model.shards import part_like, whole
 from lowbit_ft.train import losses
 from lowbit_ft.train.loop import TrainError, TrainResult, train
 from lowbit_ft.train.sharding import held_by_rank, shard
-from tests.packed_tools import random_weight, random_weights
+from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section
 
 ROOT = Path(__file__).parents[2]
@@ -43,28 +40,20 @@ STEPS = 4
 
 
 def packed(method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False) -> Any:
-    """A Llama of two layers with random integers on the method's grid; start seeds A. head: its head is
-    packed and trained too.
-    """
-    # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
-    config = transformers.LlamaConfig(
+    """Random integers on the method's grid; start seeds A. head: its head is packed and trained too."""
+    return adapted_llama(
+        adapter_config(method, rank=3),
+        GRIDS[method],
+        seed=1 + start,
+        head=head,
+        # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
         vocab_size=32 if head else 23,
         hidden_size=128,
         intermediate_size=192,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=bias,
     )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for name, weight in random_weights(model, GRIDS[method]).items():
-        model.set_submodule(name, PackedLinear(weight, model.get_submodule(name).bias))
-    if head:
-        model.set_submodule("lm_head", PackedLinear(random_weight((32, 128), GRIDS[method])))
-    torch.manual_seed(1 + start)
-    attach(model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {})))
-    return model
 
 
 def stop_at(step: int) -> Any:
@@ -178,11 +167,6 @@ def together(folder: Path) -> None:
     if rank == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
     torch.distributed.destroy_process_group()
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 if __name__ == "__main__":
