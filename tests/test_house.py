@@ -155,17 +155,31 @@ def absolute_imports(root: Path) -> list[str]:
     return out
 
 
+SPELLED = re.compile(
+    r"\b(?:from (lowbit_(?:ft|kernels)[\w.]*) import ([\w, ]*)|import (lowbit_(?:ft|kernels)[\w.]*))"
+)
+
+
 def lost_imports(root: Path) -> list[str]:
-    """Imports of modules of ours that are not there, in code and in the texts of programs that run later."""
-    spelled = re.compile(r"\b(?:from|import) (lowbit_ft(?:\.\w+)+)")
+    """Imports of what our modules do not have, in code and in the texts of programs that run later."""
     out = []
     for name, path in sources(root, *FOLDERS).items():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            for module in spelled.findall(line):
-                place = root / module.replace(".", "/")
-                if not place.is_dir() and not place.with_suffix(".py").is_file():
-                    out.append(f"{name}:{number}: {module} is no module")
+            for module, names, whole in SPELLED.findall(line):
+                wanted = [each.split(" as ")[0].strip() for each in names.split(",")]
+                out += [f"{name}:{number}: {what}" for what in missing(root, module or whole, wanted)]
     return out
+
+
+def missing(root: Path, module: str, names: list[str]) -> list[str]:
+    """What is not there of a module and these names of it: a file, a folder, or a word of its text."""
+    place = (root / "kernels" if module.startswith("lowbit_kernels") else root) / module.replace(".", "/")
+    text = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if not text.is_file():
+        return [f"{module} is no module"]
+    words = set(re.findall(r"\w+", text.read_text(encoding="utf-8")))
+    files = {path.stem for path in place.iterdir()} if place.is_dir() else set()
+    return [f"{module} has no {name}" for name in names if name and name not in words | files]
 
 
 def strange_test_folders(root: Path) -> list[str]:
@@ -288,11 +302,12 @@ def f():
     from . import b
     from .b import c  # slow: it reads a table
     async def g():
-        import lowbit_kernels.pack
-        from lowbit_ft import d  # noqa: F401
+        import lowbit_kernels
+        from HOUSE import d  # noqa: F401
         import json, lowbit_ft  # the user's own copy
         "# no comment"; from .. import e
 """
+    text = text.replace("HOUSE", "lowbit_ft")  # spelled so, it would be an import of this file
     found = hidden_imports(plant(tmp_path, {"lowbit_ft/x.py": text}))
     assert [told.partition(": ")[0] for told in found] == [f"lowbit_ft/x.py:{n}" for n in (4, 7, 8, 10)]
 
@@ -307,12 +322,23 @@ def test_absolute_imports_are_named(tmp_path: Path) -> None:
 
 
 def test_lost_imports_are_named(tmp_path: Path) -> None:
-    lines = ["from HOUSE.a import b", "import HOUSE.a.c, json", "from HOUSE import d"]
-    text = "\n".join([*lines, "code = 'from HOUSE.e import f'", "import HOUSE.a.d"])
-    files = {"lowbit_ft/a/c.py": "", "kernels/x.py": text.replace("HOUSE", "lowbit_ft")}
+    lines = [
+        "from HOUSE.a import c as b, d, __version__",
+        "import HOUSE.a.c, json",
+        "from HOUSE.a.c import (",
+        "from lowbit_KERNELS import pack",
+        "code = 'from HOUSE.e import f'",
+        "import HOUSE.a.d",
+        "from HOUSE.a import g",
+    ]
+    text = "\n".join(lines).replace("HOUSE", "lowbit_ft").replace("KERNELS", "kernels")
+    files = {"lowbit_ft/a/c.py": "", "lowbit_ft/a/__init__.py": "from .h import d\n__version__ = '1'"}
+    files |= {"kernels/lowbit_kernels/__init__.py": "", "tests/x.py": text}
     assert lost_imports(plant(tmp_path, files)) == [
-        "kernels/x.py:4: lowbit_ft.e is no module",
-        "kernels/x.py:5: lowbit_ft.a.d is no module",
+        "tests/x.py:4: lowbit_kernels has no pack",
+        "tests/x.py:5: lowbit_ft.e is no module",
+        "tests/x.py:6: lowbit_ft.a.d is no module",
+        "tests/x.py:7: lowbit_ft.a has no g",
     ]
 
 

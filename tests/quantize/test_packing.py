@@ -244,8 +244,9 @@ def test_evaluation_a_few_tokens_at_a_time_is_the_same(
 
 CHILD = """
 import os, signal, sys
-from lowbit_ft import pipeline, quantize
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft import pipeline
+from lowbit_ft.quantize import quantize
+from lowbit_ft.recipe.recipe import load_recipe
 real, count = quantize.Packing.take, []
 def take(self, name):
     count.append(name)
