@@ -111,11 +111,14 @@ def crowded_top(root: Path) -> list[str]:
     return [too_many] if len(files) > TOP_FILES else []
 
 
-def of_ours(node: ast.AST) -> bool:
-    """Whether a statement imports a module of ours."""
+def of_ours(node: ast.Import | ast.ImportFrom) -> bool:
     if isinstance(node, ast.ImportFrom):
         return node.level > 0 or (node.module or "").split(".")[0] in OURS
-    return isinstance(node, ast.Import) and any(a.name.split(".")[0] in OURS for a in node.names)
+    return any(a.name.split(".")[0] in OURS for a in node.names)
+
+
+def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def comments(path: Path) -> dict[int, str]:
@@ -134,7 +137,7 @@ def hidden_imports(root: Path) -> list[str]:
     """Imports of our modules inside a function with no comment on their line that says why."""
     out = []
     for name, path in sources(root, "lowbit_ft").items():
-        lines = {n.lineno for f in functions(parsed(path)) for n in ast.walk(f) if of_ours(n)}
+        lines = {n.lineno for f in functions(parsed(path)) for n in imports(f) if of_ours(n)}
         out += [
             f"{name}:{line}: an import of ours inside a function; move it up, or say on this line why not"
             for line in sorted(lines - comments(path).keys())
@@ -146,7 +149,7 @@ def absolute_imports(root: Path) -> list[str]:
     """Imports of lowbit_ft by its full name inside lowbit_ft."""
     out = []
     for name, path in sources(root, "lowbit_ft").items():
-        for node in ast.walk(parsed(path)):
+        for node in imports(parsed(path)):
             named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 named = [node.module or ""]
