@@ -15,6 +15,7 @@ from lowbit_ft.adapters.attach import begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.grid import BinaryGrid, IntGrid
+from lowbit_ft.train import losses
 from lowbit_ft.train.loop import train
 from tests.host_reads import HostReads
 from tests.packed_tools import adapted_llama, adapter_config
@@ -63,9 +64,7 @@ def packed() -> Examples:
 def test_one_read_per_step_and_none_per_micro_batch(
     case: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        "lowbit_ft.train.loop.losses.LOGITS_AT_A_TIME", 600 * 7
-    )  # the loss in chunks, as a real vocabulary has it
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 600 * 7)  # in chunks, as a real vocabulary has it
     method, options, changes = CASES[case]
     model, reads, marks = llama(method, options), HostReads(), []
 
@@ -81,7 +80,7 @@ def test_one_read_per_step_and_none_per_micro_batch(
     assert result.steps == 4 and result.bad_steps == 0
     for first, last in zip(marks, marks[1:], strict=False):
         seen = [(what, where) for what, where in reads.seen[first:last] if where not in BATCH_ON_THE_CPU]
-        assert Counter(seen) == {("tolist", "train_run.py:read"): 1}
+        assert Counter(seen) == {("tolist", "run.py:read"): 1}
 
 
 def test_the_count_would_notice():
