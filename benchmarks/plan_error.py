@@ -39,7 +39,8 @@ from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.model.attention import Segments, switch
-from lowbit_ft.model.load import Checkpoint, load_tokenizer
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.plan.counting import Counter
 from lowbit_ft.plan.model import _bytes, _dense, _pack, _stamp, _start_free
 from lowbit_ft.plan.plan import Card, Plan, plan

@@ -23,8 +23,9 @@ from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.merge import merge, moved
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import packed_op_only
-from lowbit_ft.model.load import Checkpoint, model_class
+from lowbit_ft.model.meta import model_class
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import QuantSection
 

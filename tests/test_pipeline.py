@@ -21,8 +21,8 @@ from lowbit_ft import pipeline
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.rundir import RunDir
 from lowbit_ft.session import unstopped

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..model.checkpoint import Checkpoint
 from ..model.experts import is_experts
-from ..model.load import Checkpoint
 from ..model.matrices import Matrix, find_matrices, unpackable
 from ..model.walk import text_tower
 from ..recipe.recipe import QuantSection

@@ -31,8 +31,9 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_files, check_model, write_model
 from lowbit_ft.grid import BinaryGrid
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.load import load_model
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from tests.packed_tools import (
     IDS,

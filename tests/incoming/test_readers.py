@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.files.tensorfile import CheckpointError
 from lowbit_ft.grid import PackedWeight
 from lowbit_ft.incoming import READERS
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, CheckpointError, load_model
+from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
 from lowbit_ft.recipe.recipe import QuantSection

@@ -27,8 +27,8 @@ from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.integrations.transformers import LowbitConfig, mark_packed
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear, packed_op_only
-from lowbit_ft.model.load import Checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,7 +28,8 @@ from lowbit_ft.model.attention import (
     segment_lengths,
     why_not,
 )
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.train.losses import ChunkedHead, Targets, count_targets, loss_forward
 from lowbit_ft.train.offload import MemoryStore, Offload
 from lowbit_ft.train.setup import activation_checkpointing

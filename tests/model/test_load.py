@@ -20,15 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowbit_ft.files.tensorfile import CheckpointError, read_header
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.hub import contained_file, locate
-from lowbit_ft.model.load import (
-    Checkpoint,
-    CheckpointError,
-    load_model,
-    load_tokenizer,
-    materialize,
-    read_header,
-)
+from lowbit_ft.model.load import load_model, load_tokenizer, materialize
 
 TINY = Path(__file__).parents[2] / "recipes" / "assets" / "tiny-llama"
 SIZE: dict[str, Any] = {

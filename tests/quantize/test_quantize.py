@@ -22,7 +22,8 @@ from transformers import (
 
 from lowbit_ft.adapters.attach import packed_layers
 from lowbit_ft.evaluate.perplexity import Reference, evaluate, table
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.model.walk import LayerWalk
 from lowbit_ft.quantize.quantize import plan_layers, quantize
 from lowbit_ft.recipe.recipe import QuantSection
