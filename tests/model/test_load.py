@@ -143,7 +143,7 @@ def test_shards_read_tensor_by_tensor(tmp_path: Path) -> None:
 def test_reading_crosses_the_staging_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path
 ) -> None:
-    monkeypatch.setattr("lowbit_ft.files.atomic.tensorfile.STAGE", 64)
+    monkeypatch.setattr("lowbit_ft.files.tensorfile.STAGE", 64)
     checkpoint = Checkpoint.open(llama)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(checkpoint.read(name), load_file(llama / "model.safetensors")[name])
@@ -164,7 +164,7 @@ def test_peak_memory_is_one_tensor(tmp_path: Path) -> None:
     )
     code = (
         "import sys, resource\n"
-        "from lowbit_ft.load import Checkpoint\n"
+        "from lowbit_ft.model.checkpoint import Checkpoint\n"
         "import torch\n"
         "checkpoint = Checkpoint.open(sys.argv[1], dtype='float32')\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

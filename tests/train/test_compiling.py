@@ -25,7 +25,8 @@ from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
-from lowbit_ft.train.loop import TrainError, train
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.setup import TrainError
 from tests.packed_tools import random_weights
 from tests.toy import Toy, batches, examples, quiet, section, state
 

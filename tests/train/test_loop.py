@@ -32,9 +32,9 @@ from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.train.loop import TrainError, TrainResult, make_accelerator, train
+from lowbit_ft.train.loop import TrainResult, train
 from lowbit_ft.train.losses import count_targets, next_token_loss
-from lowbit_ft.train.setup import total_steps
+from lowbit_ft.train.setup import TrainError, make_accelerator, total_steps
 from tests.toy import VOCABULARY, Toy, batches, equal, quiet, section, state
 
 ROOT = Path(__file__).parents[2]

@@ -36,7 +36,8 @@ from lowbit_ft.model.shards import is_sharded, part_like, whole
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.train import losses
 from lowbit_ft.train import setup as train_setup
-from lowbit_ft.train.loop import TrainError, TrainResult, make_accelerator, train
+from lowbit_ft.train.loop import TrainResult, train
+from lowbit_ft.train.setup import TrainError, make_accelerator
 from lowbit_ft.train.sharding import held, held_by_rank, shard, unshardable
 from tests.packed_tools import random_weight, random_weights
 from tests.toy import examples, quiet, section
@@ -343,7 +344,7 @@ def test_what_cannot_be_sharded_is_refused_with_the_way_out(done: Path) -> None:
         "train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards"
     )
     assert facts["whole"].startswith(
-        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard"
+        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.train.sharding.shard"
     )
 
 
