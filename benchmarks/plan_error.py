@@ -45,7 +45,8 @@ from lowbit_ft.plan.counting import Counter
 from lowbit_ft.plan.fake import fake, quiet, rules_of, targets_without_data
 from lowbit_ft.plan.model import _bytes, _dense, _pack, _stamp, _start_free
 from lowbit_ft.plan.plan import Card, Plan, plan
-from lowbit_ft.quantize.quantize import plan_layers, quantize
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.quantize.table import plan_layers
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.train import run as train_run
 from lowbit_ft.train.loop import train

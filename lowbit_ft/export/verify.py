@@ -37,10 +37,10 @@ from ..model.matrices import Matrix, find_matrices
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
+from .folder import check_files
 from .gguf_file import GgufTensors
 from .planes import as_integers
 from .reader import load_exported, read_config
-from .writer import check_files
 
 # Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
 # of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the

@@ -26,7 +26,7 @@ from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers
-from ..quantize.quantize import plan_layers
+from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 

@@ -1,12 +1,12 @@
 """What a run will hold in memory, worked out from config.json and the recipe; nothing is loaded.
 
-    model.py   the model on the meta device, packed and adapted: bytes by part
-    step.py    one step run on tensors without data: what is kept for backward, the recompute of a layer, the
-               loss
-    stages.py  the other stages: quantizing, evaluating; disk, RAM
-    plan.py         all of it together, against a card
-    fixes.py   what fits, and what to change when it does not
-    cli/plan.py     how it is shown
+    model.py     the model on the meta device, packed and adapted: bytes by part
+    step.py      one step run on tensors without data: what is kept for backward, the recompute of a layer, the
+                 loss (around.py: the model around its layers; fake.py: tensors without data; counting.py)
+    stages.py    the other stages: quantizing, evaluating; disk, RAM
+    plan.py      all of it together, against a card
+    fixes.py     what fits, and what to change when it does not
+    cli/plan.py  how it is shown
 
 The prediction is tested: benchmarks/plan_error.py counts the bytes of real steps beside it. Not in it:
 fragmentation of the allocator, and what PyTorch's own operators take and give back inside themselves.
@@ -30,8 +30,6 @@ from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
 from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
 from .step import step_costs
-
-__all__ = ["Card", "Plan", "PlanRow", "find_card", "plan", "plan_folder"]
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to

@@ -33,8 +33,6 @@ from .adopt import check_adopted
 from .memory import BLOCK_BYTES, HESSIAN_BYTES
 from .table import QuantRow, QuantTable, check_shapes, plan_layers, some
 
-__all__ = ["Packing", "QuantRow", "QuantTable", "plan_layers", "quantize"]
-
 
 class Packing:
     """The packed layers of a checkpoint, made one at a time in the order of `specs`. To be iterated once:

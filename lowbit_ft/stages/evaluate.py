@@ -5,8 +5,7 @@ from typing import Any
 
 from ..evaluate.generate import generate
 from ..evaluate.perplexity import EvalRow, Reference, evaluate, table
-from ..export.folder import read_manifest
-from ..export.writer import replace_file
+from ..export.folder import read_manifest, replace_file
 from ..model.attention import why_not
 from ..model.linear import packed_op_only
 from ..model.walk import Batch

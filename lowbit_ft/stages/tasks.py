@@ -9,9 +9,8 @@ import torch
 
 from ..evaluate.perplexity import STAGES
 from ..evaluate.tasks import TaskRow, load_tasks, merged_rows, run_tasks, table
-from ..export.folder import read_manifest
+from ..export.folder import read_manifest, replace_file
 from ..export.reader import load_exported, read_config
-from ..export.writer import replace_file
 from ..model.checkpoint import Checkpoint
 from ..model.load import load_tokenizer
 from ..rundir import shipped
