@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: a toy trained with a line, its log and its checkpoints, a toy with
+"""What the tests of the training loop share: a toy trained with a line, its log, its checkpoints, a toy with
 a warm-up, a signal at a step.
 """
 

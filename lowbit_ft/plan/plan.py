@@ -1,7 +1,7 @@
 """What a run will hold in memory, worked out from config.json and the recipe; nothing is loaded.
 
     model.py     the model on the meta device, packed and adapted: bytes by part
-    step.py      one step run on tensors without data: what is kept for backward, the recompute of a layer, the
+    step.py      one step run on tensors without data: what is kept for backward, a layer's recompute, the
                  loss (around.py: the model around its layers; fake.py: tensors without data; counting.py)
     stages.py    the other stages: quantizing, evaluating; disk, RAM
     plan.py      all of it together, against a card
