@@ -19,8 +19,8 @@ from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
 from .export.writer import MAX_SHARD_BYTES, write_model
 from .grid import PackedWeight, Weight
+from .model.checkpoint import Checkpoint
 from .model.linear import PackedLinear
-from .model.load import Checkpoint
 
 
 def base_weights(model: nn.Module) -> Weights:

@@ -19,7 +19,7 @@ from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_files, layer_digests, read_manifest, write_model
 from lowbit_ft.grid import BinaryGrid, PackedWeight
 from lowbit_ft.merge import base_weights, merge, merged_weights, moved, verify_merge
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 TINY = Path(__file__).parents[1] / "recipes" / "assets" / "tiny-llama"

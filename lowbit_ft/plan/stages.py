@@ -13,8 +13,8 @@ import torch
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+from .costs import Cost, Step
 from .model import Skeleton
-from .step import Cost, Step
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..grid import Grid, IntGrid, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Stats
 from ..integrations.transformers import mark_packed
+from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
-from ..model.load import Checkpoint, materialize
+from ..model.load import materialize
 from ..model.matrices import stand_in
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.recipe import QuantSection
@@ -31,8 +32,6 @@ from ..train.memory import release_freed
 from .adopt import check_adopted
 from .memory import BLOCK_BYTES, HESSIAN_BYTES
 from .table import QuantRow, QuantTable, check_shapes, plan_layers, some
-
-__all__ = ["Packing", "QuantRow", "QuantTable", "plan_layers", "quantize"]
 
 
 class Packing:

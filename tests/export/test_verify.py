@@ -19,7 +19,7 @@ from lowbit_ft.export.native import layers_from_config
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_files, read_manifest, write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import BOTH, NATIVE
 from tests.packed_tools import IDS, packed_model, random_weight
 

@@ -285,7 +285,7 @@ def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
     from huggingface_hub import constants
 
     from lowbit_ft import session
-    from lowbit_ft.model import load
+    from lowbit_ft.model import checkpoint
 
     commit = "0" * 40
     cache = tmp_path / "cache" / "models--org--tiny"
@@ -300,7 +300,7 @@ def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
         return cache / "snapshots" / commit, commit
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(load, "locate", fetch)
+    monkeypatch.setattr(checkpoint, "locate", fetch)
     recipe = load_recipe(write_recipe(tmp_path, Path("org/tiny")))
     assert recipe.quant.calibrate == "mse" and recipe.quant.group_size == 128
     begun = session.start(recipe)

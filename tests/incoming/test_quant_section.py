@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
 from lowbit_ft.recipe.recipe import QuantSection

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.integrations.loading import COMPRESSED, in_a_new_process
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 

@@ -23,7 +23,8 @@ from lowbit_ft.merge import merged_weight
 from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
-from lowbit_ft.train.loop import TrainError, train
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.setup import TrainError
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import Toy, batches, equal, examples, quiet, section, state
 
