@@ -31,7 +31,9 @@ from .model.load import Checkpoint, load_tokenizer
 from .model.walk import Batch
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder
-from .recipe.recipe import DataSource, Recipe, RecipeError, check_recipe
+from .recipe.recipe import Recipe, check_recipe
+from .recipe.sections.data import DataSource
+from .recipe.yaml import RecipeError
 from .rundir import RunDir, environment
 from .train.processes import join, main_process_first, rank, world
 

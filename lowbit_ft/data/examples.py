@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
-from ..recipe.sections import DataSection, DataSource
+from ..recipe.sections.data import DataSection, DataSource
 from .format import BadRow, Formatter
 from .pack import pack, pack_text
 from .read import DataError, read_rows
