@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..adapters.lora_start import read_lora
+from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
 from .layers import local_folder, shapes_here
 from .sections.adapter import check_adapter_layers, check_method
@@ -87,14 +88,10 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
-    if (
-        recipe.export.format == "compressed-tensors"
-        and not recipe.quant.symmetric
-        and recipe.quant.bits in (2, 3)
-    ):
-        found.append("vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all")
+    exporter = EXPORTERS[recipe.export.format]
+    found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []
     shapes = shapes_here(recipe.model.path, recipe.model.revision)
-    if recipe.export.format in ("compressed-tensors", "gptq", "gptq_v2", "awq") and shapes is not None:
+    if exporter.fused_by_servers and shapes is not None:
         quant = recipe.quant
         names = [layer.name for layer in shapes.linears]
         conflict = fused_conflict(

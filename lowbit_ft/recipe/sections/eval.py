@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ...evaluate.tasks import task_problems
+from ...export import EXPORTERS
 from ..yaml import Problem
 from .base import Count, Problems, Section
 from .data import DataSource
@@ -40,11 +41,13 @@ def check_tasks(r: Any) -> Problems:
 
 
 def check_tasks_reader(r: Any) -> Problems:
-    """lm-eval measures models of transformers; an mlx folder is read by mlx-lm."""
-    if r.eval.tasks and r.export.format == "mlx":
+    """lm-eval measures models of transformers; an mlx folder, for one, is read by mlx-lm."""
+    exporter = EXPORTERS.get(r.export.format)
+    if r.eval.tasks and exporter is not None and not exporter.measurable:
+        name = exporter.name
         yield Problem(
             ("eval", "tasks"),
-            "lm-eval cannot measure an export.format mlx; set export.format: native, which measures "
+            f"lm-eval cannot measure an export.format {name}; set export.format: native, which measures "
             "merged/, the equal model, "
-            "and write mlx afterwards with `lowbit-ft export RUN --format mlx`; or remove the tasks",
+            f"and write {name} afterwards with `lowbit-ft export RUN --format {name}`; or remove the tasks",
         )

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from ...names import did_you_mean
@@ -158,16 +160,20 @@ def check_train(r: Any) -> Problems:
             "bitsandbytes, or set adamw"
         )
         yield Problem(("train", "optimizer"), message)
-    if train.loss == "liger":
-        yield from _check_liger(r)
+    if reasons := list(LOSS_NEEDS.get(train.loss, _nothing)(r)):
+        yield Problem(
+            ("train", "loss"),
+            f"got {train.loss!r}, but {'; '.join(reasons)}; set loss: chunked, which holds as little",
+        )
     if train.sharding == "fsdp":
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
-    method = getattr(getattr(r, "adapter", None), "method", None)
-    if train.keep_codes and method in ("lora", "alpha_tuning"):
+    adapter = getattr(r, "adapter", None)
+    if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
-            f"got true, but {method} rounds nothing while it trains: there are no codes to keep; remove it",
+            f"got true, but {adapter.method} rounds nothing while it trains: there are no codes to keep; "
+            "remove it",
         )
     if r.data.streaming and train.max_steps is None:
         yield Problem(
@@ -198,26 +204,26 @@ def check_train(r: Any) -> Problems:
             )
 
 
-def _check_liger(r: Any) -> Problems:
-    """What the fused loss needs: its package, a GPU, a head that is whole and not packed."""
-    import torch
+def _nothing(r: Any) -> Iterator[str]:
+    """What a loss needs that runs everywhere."""
+    return iter(())
 
-    reasons = []
+
+def _liger_needs(r: Any) -> Iterator[str]:
+    """What is missing for the fused loss: its package, a GPU, a head that is whole and not packed."""
     if importlib.util.find_spec("liger_kernel") is None:
-        reasons.append("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
+        yield ("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
     if not torch.cuda.is_available() or (hasattr(r, "model") and r.model.device == "cpu"):
-        reasons.append("its kernels run on a GPU only")
+        yield ("its kernels run on a GPU only")
     if hasattr(r, "quant") and r.quant.lm_head is not None:
-        reasons.append(
+        yield (
             f"it multiplies with a plain weight, and quant.lm_head packs the head in {r.quant.lm_head} bits"
         )
     if r.train.sharding == "fsdp":
-        reasons.append("it was not made to work with train.sharding: fsdp")
-    if reasons:
-        yield Problem(
-            ("train", "loss"),
-            f"got 'liger', but {'; '.join(reasons)}; set loss: chunked, which holds as little",
-        )
+        yield ("it was not made to work with train.sharding: fsdp")
+
+
+LOSS_NEEDS: dict[str, Callable[[Any], Iterator[str]]] = {"liger": _liger_needs}  # by train.loss
 
 
 def check_offload(r: Any) -> Problems:
