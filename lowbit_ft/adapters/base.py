@@ -33,9 +33,7 @@ class AdapterConfig(BaseModel):
 
     grid_name: ClassVar[str] = "integer"
     exact_merge: ClassVar[bool] = True
-    rounds_codes: ClassVar[bool] = (
-        True  # every forward rounds to codes; else there are none to keep for a step
-    )
+    rounds_codes: ClassVar[bool] = True  # in every forward; else there are no codes to keep for a step
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.
