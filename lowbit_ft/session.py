@@ -27,7 +27,7 @@ from .data.windows import Examples
 from .export import EXPORTERS
 from .export.reader import load_exported, read_config
 from .model.attention import why_not
-from .model.load import Checkpoint, load_tokenizer
+from .model.load import Checkpoint, CheckpointError, load_tokenizer
 from .model.walk import Batch
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder
@@ -115,9 +115,19 @@ def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
 def resume(run_dir: Path) -> Session:
     """The session of a run that is there; nothing is written."""
     run = RunDir(run_dir)
-    recipe = run.recipe().model_copy(update={"output": Path(run_dir)})
+    recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", {}).get("revision")
-    checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+    try:
+        checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+    except CheckpointError as error:
+        if local_folder(recipe.model.path, revision) is not None:
+            raise
+        looked = [str(folder) for folder in dict.fromkeys([*run.started(), Path.cwd()])]
+        raise CheckpointError(
+            f"{error}; looked for in {', '.join(looked)}; set model.path in {run / 'recipe.yaml'} to where "
+            "the checkpoint is now"
+        ) from error
+    checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
     return Session(recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe), Console())
 

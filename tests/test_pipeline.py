@@ -246,7 +246,7 @@ def test_a_run_killed_in_its_first_write_is_started_again(tmp_path: Path) -> Non
     out.mkdir()
     (out / ".recipe.yaml.partial").write_text("name: qu")
     assert RunDir.start(recipe(out)).recipe().name == recipe(out).name
-    assert [path.name for path in out.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == ["recipe.yaml", "started.json"]
 
 
 def test_stages_without_a_run(tmp_path: Path) -> None:

@@ -322,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _message(error: Exception) -> str:
+    """The text of an error behind "error: ": its first problem on that line, the others in a column below."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         # A full disk, a file where a folder should be: what the system says of which file.
@@ -329,7 +330,7 @@ def _message(error: Exception) -> str:
             f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
             "make room or change its permissions there"
         )
-    return "\n" + text if "\n" in text else text
+    return text.replace("\n", "\n" + " " * len("error: "))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def load_recipe(
         overrides: `a.b=value` texts, value in YAML, applied in order over the file.
         check: also run the cross checks (method, grid, layers, files, machine).
         folders: where relative paths of models and data are looked for, in that order; None: in the current
-            folder, then beside the recipe. A path that is nowhere stays as it is written.
+            folder, then beside the recipe. A path that is nowhere stays as it is written; with no folder at
+            all every path does, and no checkpoint is asked for its grid.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,7 +125,7 @@ def load_recipe(
             problems += to_problems(name, info.annotation, error.errors(include_url=False), given)
     folders = (Path(), Path(path).parent) if folders is None else folders
     values = {name: located(value, folders) for name, value in values.items()}
-    if "model" in values and "quant" in values:
+    if folders and "model" in values and "quant" in values:
         values["quant"], against = resolve_quant(values["model"], values["quant"])
         problems += against
     if check:
