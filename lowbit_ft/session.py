@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder
-from .recipe.recipe import Recipe, RecipeError, check_recipe
+from .recipe.recipe import Recipe, check_recipe
+from .recipe.yaml import RecipeError
 from .rundir import RunDir, environment
 from .train.processes import join, main_process_first, world
 
@@ -101,9 +103,19 @@ def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
 def resume(run_dir: Path) -> Session:
     """The session of a run that is there; nothing is written."""
     run = RunDir(run_dir)
-    recipe = run.recipe().model_copy(update={"output": Path(run_dir)})
+    recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", {}).get("revision")
-    checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+    try:
+        checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+    except CheckpointError as error:
+        if local_folder(recipe.model.path, revision) is not None:
+            raise
+        looked = [str(folder) for folder in dict.fromkeys([*run.started(), Path.cwd()])]
+        raise CheckpointError(
+            f"{error}; looked for in {', '.join(looked)}; set model.path in {run / 'recipe.yaml'} to where "
+            "the checkpoint is now"
+        ) from error
+    checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
     return Session(recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe), Console())
 

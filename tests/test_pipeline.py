@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.rundir import RunDir
 from tests.line_tools import QUICK, ROOT, recipe
 

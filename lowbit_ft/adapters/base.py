@@ -34,6 +34,7 @@ class AdapterConfig(BaseModel):
 
     grid_name: ClassVar[str] = "integer"
     exact_merge: ClassVar[bool] = True
+    rounds_codes: ClassVar[bool] = True  # in every forward; else there are no codes to keep for a step
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.

@@ -23,6 +23,7 @@ from .base import Adapter, AdapterConfig, init_from_field
 
 class LoraConfig(AdapterConfig):
     exact_merge: ClassVar[bool] = False
+    rounds_codes: ClassVar[bool] = False
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
 
     method: Literal["lora"] = "lora"

@@ -1,8 +1,8 @@
 """`lowbit-ft import-recipe`: a recipe from another trainer's YAML, and a list of what it could not take over.
 
-Axolotl and LLaMA-Factory files are told apart by the key that names their model. Each key of theirs has a
-rule in import_keys.py: it sets a key of ours, or is left with a reason; a key without a rule is left too, so
-nothing disappears in silence. The file is read as recipes are (safe YAML, with its size and its aliases
+The trainers are in TRAINERS, a file each; their YAML is told apart by the key that names the model. Each key
+of theirs has a rule there: it sets a key of ours, or is left with a reason; a key without a rule is left too,
+so nothing disappears in silence. The file is read as recipes are (safe YAML, with its size and its aliases
 bounded), and nothing in it is run.
 """
 
@@ -16,9 +16,11 @@ from typing import Any
 from ..files.atomic import write_text
 from ..recipe.errors import shown
 from ..recipe.yaml import RecipeError, read_source
-from .import_draft import Draft
-from .import_keys import TRAINERS
+from .import_axolotl import AXOLOTL
+from .import_draft import Draft, Trainer
+from .import_llamafactory import LLAMA_FACTORY
 
+TRAINERS: tuple[Trainer, ...] = (AXOLOTL, LLAMA_FACTORY)
 SECTIONS = ("model", "quant", "adapter", "data", "train", "eval", "export")
 
 

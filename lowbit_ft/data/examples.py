@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
-from ..recipe.sections import DataSection, DataSource
-from .format import BadRow, Formatter
+from ..recipe.sections.data import DataSection, DataSource
+from .format import Formatter
 from .pack import pack, pack_text
-from .read import DataError, read_rows
+from .read import BadRow, DataError, read_rows
 from .windows import IGNORE, DataReport, Example, Examples
 
 

@@ -106,6 +106,10 @@ class Exporter(ABC):
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
     # beside packed layers.
     dense_experts: ClassVar[bool] = True
+    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
+    measurable: ClassVar[bool] = True
+    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
+    fused_by_servers: ClassVar[bool] = False
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
     # Under which key config.json says how the layers are packed; all formats have quantization_config, to be
@@ -125,6 +129,10 @@ class Exporter(ABC):
         """Why this format cannot hold the grid (offset: with a float offset per group), with the way out;
         None when it can.
         """
+
+    def note(self, grid: Grid) -> str | None:
+        """What is worth knowing before a run whose grid this format can hold, but not every reader of it."""
+        return None
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it

@@ -87,6 +87,7 @@ def block_layers(layers: Mapping[str, LayerSpec]) -> dict[str, set[str]]:
 class Gptq(Exporter):
     name = "gptq"
     quant_method = "gptq"
+    fused_by_servers = True
     checkpoint_names = True
     dense_experts = False
     reads_with = ("gptqmodel", "optimum")

@@ -1,17 +1,10 @@
-"""Small readings of recipe values: numbers as PyYAML leaves them, paths beside the recipe, patterns over
-layer names.
-"""
+"""Numbers as PyYAML leaves them, read for the field they are for."""
 
 from __future__ import annotations
 
-import glob
 import math
-import os
-import re
-from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
 from ..adapters import ADAPTERS
@@ -60,37 +53,3 @@ def for_method(given: Any) -> Any:
             except PydanticCustomError:
                 result[key] = str(value).lower()  # "true" is not a number to pydantic either
     return result
-
-
-def found(value: Any, folder: Path) -> Any:
-    """A section whose relative paths that exist only next to the recipe are given from there; everything else
-    as it was.
-    """
-    if not isinstance(value, BaseModel):
-        return value
-    changed: dict[str, Any] = {}
-    for name, child in value:
-        if isinstance(child, BaseModel):
-            moved = found(child, folder)
-            if moved is not child:
-                changed[name] = moved
-        elif (
-            name in ("path", "init_from")
-            and isinstance(child, str)
-            and not _exists(child)
-            and _exists(str(folder / child))
-        ):
-            changed[name] = str(folder / child)
-        elif name == "tasks":  # names of lm-eval, or files
-            moved = [str(folder / t) if not _exists(t) and _exists(str(folder / t)) else t for t in child]
-            if moved != child:
-                changed[name] = moved
-    return value.model_copy(update=changed) if changed else value
-
-
-def _exists(path: str) -> bool:
-    """Whether a path or glob names something; text that cannot be a path does not."""
-    try:
-        return os.path.lexists(path) or bool(glob.glob(path))
-    except (OSError, ValueError, RecursionError, re.error):
-        return False

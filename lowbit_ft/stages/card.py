@@ -20,4 +20,4 @@ def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
     rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
     tasks = [TaskRow(**row) for row in session.run.read_json("tasks.json", {}).get("rows", [])]
-    return {"README.md": model_card(card_facts(session.recipe), format, rows, tasks)}
+    return {"README.md": model_card(card_facts(session.run.recipe()), format, rows, tasks)}

@@ -16,7 +16,7 @@ from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..model.attention import why_not
 from ..model.walk import Batch
-from ..recipe.recipe import DataSource
+from ..recipe.sections.data import DataSource
 from ..session import Session
 from ..train.processes import rank, world
 

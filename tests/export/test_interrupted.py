@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights, gguf_file, writer
+from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_files, write_model
+from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
 from tests.processes import environment

@@ -22,7 +22,8 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import base_digest
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import is_sharded
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held, unshardable
 from tests.processes import environment, launched
