@@ -33,7 +33,6 @@ from .adapters.attach import (
     begin_step,
     load_adapter_state,
 )
-from .adapters.lora import Lora
 from .adapters.lora_start import read_lora, start_from_lora
 from .data.examples import load_examples
 from .data.windows import Examples
@@ -343,15 +342,11 @@ def merge_stage(session: Session, model: Any) -> None:
                 model, session.checkpoint, session.run / "merged", extra_files=card(session, "native")
             )
             session.run.write_json("moved.json", merging.moved(model))
-        losses = [
-            layer.adapter.rounding_loss
-            for _, layer in adapted_layers(model)
-            if isinstance(layer.adapter, Lora)
-        ]
-        if losses:
-            mean = sum(loss or 0.0 for loss in losses) / len(losses)
+        losses = [getattr(layer.adapter, "rounding_loss", None) for _, layer in adapted_layers(model)]
+        if told := [loss for loss in losses if loss is not None]:
+            mean = sum(told) / len(told)
             session.say(
-                f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of "
+                f"{session.recipe.adapter.method} was merged by rounding again: the rounding error is {mean:.1f} times the size of "
                 "what was trained"
             )
 
@@ -541,10 +536,11 @@ def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> No
 
 def refuse_tasks(folder: Path) -> None:
     """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
-    if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mlx":
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
+    for exporter in [e for e in EXPORTERS.values() if e.quant_method == method and not e.measurable]:
         raise ValueError(
-            f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), "
-            "the equal model"
+            f"{folder}: lm-eval cannot measure an {exporter.name} folder; measure merged/ of its run "
+            "(--stage merged), the equal model"
         )
 
 

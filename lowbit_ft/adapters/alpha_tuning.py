@@ -21,6 +21,7 @@ from .base import Adapter, AdapterConfig
 
 class AlphaTuningConfig(AdapterConfig):
     grid_name: ClassVar[str] = "binary"
+    rounds_codes: ClassVar[bool] = False
 
     method: Literal["alpha_tuning"] = "alpha_tuning"
     planes: Literal["first", "all"] = "all"

@@ -9,6 +9,7 @@ model's dtype.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,8 +32,9 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    grid_name: ClassVar[str] = "integer"
+    grid_name: ClassVar[str] = "integer"  # the kind of grids it trains on (IntGrid.kind)
     exact_merge: ClassVar[bool] = True
+    rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.
@@ -51,13 +53,13 @@ class AdapterConfig(BaseModel):
 
     def reject(self, grid: Grid) -> str | None:
         """Why this method cannot train on this grid, with the way out; None when it can."""
-        if grid.name != self.grid_name:
+        if grid.kind != self.grid_name:
             return f"{self.method} trains on {self.grid_name} grids: set quant.grid: {self.grid_name}"
         return None
 
     def shipped(self, grid: Grid) -> Grid:
         """The grid of the merged weight (the residual never ships)."""
-        return IntGrid(**{**_fields(grid), "residual_bits": 0}) if isinstance(grid, IntGrid) else grid
+        return replace(grid, residual_bits=0) if isinstance(grid, IntGrid) else grid
 
     @property
     def ships_offset(self) -> bool:
@@ -73,10 +75,6 @@ class AdapterConfig(BaseModel):
     @property
     def wants_weight(self) -> bool:
         return False
-
-
-def _fields(grid: IntGrid) -> dict[str, object]:
-    return {k: v for k, v in grid.to_json().items() if k != "grid"}
 
 
 class ScaleOptions(AdapterConfig):
@@ -190,6 +188,7 @@ class LowRankOptions(ScaleOptions):
 class Adapter(WeightAdapter):
     """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
 
+    rounding_loss: float | None = None  # size of the error of a merge that rounds again, over the update's
     kept: StepCodes | None = None  # train.keep_codes: the codes of this optimizer step
 
     def grid_args(self, base: PackedWeight) -> GridArgs:

@@ -22,8 +22,8 @@ from ..adapters.lora_start import lora_problems, read_lora
 from ..export import EXPORTERS, LayerSpec
 from ..export.compressed_tensors import fused_conflict
 from ..export.planes import held
-from ..grid import BinaryGrid, IntGrid
-from ..grid.calibrate import CALIBRATORS
+from ..grid import GRIDS, grid_of
+from ..grid.calibrate import CALIBRATORS, calibrators_of
 from ..names import did_you_mean, matches
 from .layers import Layer, Shapes, has_chat_template, local_folder, read_shapes
 from .machine import (
@@ -63,20 +63,7 @@ def _grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
     """
     for path, bits, group_size in _bits(r.quant):
         try:
-            if r.quant.grid == "binary":
-                yield path, BinaryGrid(bits=bits, group_size=group_size, scale_dtype=r.quant.scale_dtype)
-            else:
-                q = r.quant
-                yield (
-                    path,
-                    IntGrid(
-                        bits=bits,
-                        group_size=group_size,
-                        symmetric=q.symmetric,
-                        residual_bits=q.residual_bits,
-                        scale_dtype=q.scale_dtype,
-                    ),
-                )
+            yield path, grid_of(r.quant.grid, dict(r.quant) | {"bits": bits, "group_size": group_size})
         except ValueError:
             continue
 
@@ -90,25 +77,27 @@ def _bits(quant: Any) -> Iterator[tuple[KeyPath, int, int]]:
 def check_grid(r: Any) -> Problems:
     """Bits and calibrator against the grid kind; patterns that cannot be read."""
     quant = r.quant
-    allowed = (1, 2, 3, 4) if quant.grid == "binary" else (2, 3, 4, 8)
-    for path, bits, _ in _bits(quant):
-        if bits not in allowed:
-            other = "integer" if quant.grid == "binary" else "binary"
+    grid_kind = GRIDS[quant.grid]
+    for path, bits, group_size in _bits(quant):
+        if bits not in grid_kind.widths:
+            others = " or ".join(name for name, kind in GRIDS.items() if bits in kind.widths)
             yield Problem(
                 (*path, "bits"),
-                f"got {bits}; allowed on quant.grid {quant.grid}: {_list(allowed)}; or "
-                f"use quant.grid: {other}",
+                f"got {bits}; allowed on quant.grid {quant.grid}: {_list(grid_kind.widths)}; or "
+                f"use quant.grid: {others}",
             )
-    if quant.grid == "binary" and not quant.symmetric:
-        yield Problem(
-            ("quant", "symmetric"),
-            "got false; sign planes have no zero point; remove it, or use quant.grid: integer",
-        )
+            continue
+        try:
+            grid_of(quant.grid, dict(quant) | {"bits": bits, "group_size": group_size})
+        except ValueError as error:
+            yield Problem((*path, "group_size"), f"on quant.grid {quant.grid}: {error}")
+    if refused := grid_kind.refuses(dict(quant)):
+        yield Problem(("quant", refused[0]), refused[1])
     calibrator = CALIBRATORS.get(quant.calibrate)
     if quant.from_checkpoint:
         pass  # incoming.py has looked
     elif calibrator is None:
-        fits = [name for name, entry in CALIBRATORS.items() if entry.grid == quant.grid]
+        fits = calibrators_of(grid_kind.kind)
         yield Problem(
             ("quant", "calibrate"),
             f"got {quant.calibrate!r}; allowed: {_list(fits)}{did_you_mean(quant.calibrate, fits)}",
@@ -132,14 +121,14 @@ def check_grid(r: Any) -> Problems:
 def check_method(r: Any) -> Problems:
     """The method against the grid of every layer."""
     config = r.adapter
-    if config.grid_name != r.quant.grid:
+    if config.grid_name != GRIDS[r.quant.grid].kind:
         message = (
             f"got {config.method!r}, which works on quant.grid: {config.grid_name}; the recipe has "
             f"{r.quant.grid}"
         )
         yield Problem(
             ("adapter", "method"),
-            f"{message}; set quant.grid: {config.grid_name} or choose {_list(_methods_on(r.quant.grid))}",
+            f"{message}; set quant.grid: {config.grid_name} or choose {_list(_methods_on(GRIDS[r.quant.grid].kind))}",
         )
         return
     for key, value in config:
@@ -190,7 +179,7 @@ def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
         fit = [
             name
             for name, kind in ADAPTERS.items()
-            if kind.grid_name == grid.name and not kind(method=name).reject(grid)
+            if kind.grid_name == grid.kind and not kind(method=name).reject(grid)
         ]
         why = (
             f"{config.method} needs the fraction that rounding threw away, which "
@@ -248,22 +237,23 @@ def check_export(r: Any) -> Problems:
     be written.
     """
     name = r.export.format
-    if name not in EXPORTERS:
-        yield Problem(
-            ("export", "format"), f"got {name!r}; allowed: {_list(EXPORTERS)}{did_you_mean(name, EXPORTERS)}"
-        )
-        return
     told = set()
     yield from _check_reader(r, EXPORTERS[name])
     config = getattr(r, "adapter", None)
-    if config is not None and config.ships_offset and name != "native":
+    first = next((grid for _, grid in _grids(r)), None)
+    if (
+        config is not None
+        and first is not None
+        and config.ships_offset
+        and EXPORTERS[name].reject(first, offset=True) != EXPORTERS[name].reject(first)
+    ):
         message = (
             f"got {name!r}, which holds no float offset per group; {config.method} with this "
             "adapter.offset ships one"
         )
         yield Problem(("export", "format"), f"{message}; set adapter.offset: auto, or export.format: native")
     for path, grid in _grids(r):
-        if config is not None and config.grid_name == grid.name:
+        if config is not None and config.grid_name == grid.kind:
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         reason = EXPORTERS[name].reject(grid)
@@ -287,7 +277,7 @@ def check_export(r: Any) -> Problems:
         if layer == embedding:
             if EXPORTERS[name].reject_matrix(replace(layer.matrix, embedding=True), grid, layer.parts):
                 continue  # _check_kinds told
-        elif config is not None and config.grid_name == grid.name and config.trains(layer.name):
+        elif config is not None and config.grid_name == grid.kind and config.trains(layer.name):
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
@@ -380,13 +370,14 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
 
 
 def check_tasks_reader(r: Any) -> Problems:
-    """lm-eval measures models of transformers; an mlx folder is read by mlx-lm."""
-    if r.eval.tasks and r.export.format == "mlx":
+    """lm-eval measures models of transformers; some formats are read by another library."""
+    name = r.export.format
+    if r.eval.tasks and not EXPORTERS[name].measurable:
         yield Problem(
             ("eval", "tasks"),
-            "lm-eval cannot measure an export.format mlx; set export.format: native, which measures "
+            f"lm-eval cannot measure an export.format {name}; set export.format: native, which measures "
             "merged/, the equal model, "
-            "and write mlx afterwards with `lowbit-ft export RUN --format mlx`; or remove the tasks",
+            f"and write {name} afterwards with `lowbit-ft export RUN --format {name}`; or remove the tasks",
         )
 
 
@@ -467,12 +458,12 @@ def check_layers(r: Any) -> Problems:
                 f"layer{_nearest_layers(override.match, names)}"
             )
             yield Problem(("quant", "overrides", i, "match"), message)
-    if hasattr(r, "export") and r.export.format != "native":
+    if hasattr(r, "export"):
         yield from _check_groups(r, _packed(quant, shapes))
 
 
 def _check_groups(r: Any, targets: list[Layer]) -> Problems:
-    exporter = EXPORTERS.get(r.export.format)
+    exporter = EXPORTERS[r.export.format]
     misfits: dict[tuple[int, int], list[str]] = {}
     for layer in targets:
         try:
@@ -480,7 +471,7 @@ def _check_groups(r: Any, targets: list[Layer]) -> Problems:
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         size = grid.group_size
-        if not _divides(size, layer) and (exporter is None or exporter.reject_width(grid, layer.in_features)):
+        if not _divides(size, layer) and exporter.reject_width(grid, layer.in_features):
             misfits.setdefault((size, layer.in_features), []).append(layer.name)
     widths = {layer.in_features for layer in targets}
     for (size, width), names in misfits.items():
@@ -589,14 +580,11 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
-    if (
-        recipe.export.format == "compressed-tensors"
-        and not recipe.quant.symmetric
-        and recipe.quant.bits in (2, 3)
-    ):
-        found.append("vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all")
+    exporter = EXPORTERS[recipe.export.format]
+    if reason := exporter.no_server(recipe.quant.grid_for("")):
+        found.append(f"{reason}; transformers loads it all the same")
     shapes = _shapes(recipe.model)
-    if recipe.export.format in ("compressed-tensors", "gptq", "gptq_v2", "awq") and shapes is not None:
+    if exporter.fused_by_servers and shapes is not None:
         quant = recipe.quant
         names = [layer.name for layer in shapes.linears]
         conflict = fused_conflict(
@@ -617,8 +605,8 @@ def _path(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def _methods_on(grid: str) -> list[str]:
-    return [name for name, config in ADAPTERS.items() if config.grid_name == grid]
+def _methods_on(kind: str) -> list[str]:
+    return [name for name, config in ADAPTERS.items() if config.grid_name == kind]
 
 
 def _pattern_error(pattern: str) -> str:

@@ -18,7 +18,9 @@ from ..evaluate.tasks import task_problems
 from ..files.atomic import visible_names
 from ..names import did_you_mean
 from ..train.compiling import missing_compiler
-from ..train.optim import OPTIMIZERS
+from ..train.losses import LOSSES
+from ..train.optimizers import OPTIMIZERS
+from ..train.schedulers import SCHEDULERS
 from ..train.sharding import unshardable
 from .yaml import KeyPath, Problem
 
@@ -72,28 +74,26 @@ def check_data(r: Any) -> Problems:
 def check_train(r: Any) -> Problems:
     """Training options that need something else: a validation set, a known length, a package."""
     train = r.train
-    if train.optimizer not in OPTIMIZERS:
+    package = OPTIMIZERS[train.optimizer].package
+    if package is not None and importlib.util.find_spec(package) is None:
         message = (
-            f"got {train.optimizer!r}; allowed: "
-            f"{', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
+            f"got {train.optimizer!r}, from {package}, which is not installed; run pip install "
+            f"{package}, or set adamw"
         )
         yield Problem(("train", "optimizer"), message)
-    elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
-        message = (
-            f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install "
-            "bitsandbytes, or set adamw"
+    if reasons := LOSSES[train.loss].problems(r):
+        yield Problem(
+            ("train", "loss"),
+            f"got {train.loss!r}, but {'; '.join(reasons)}; set loss: chunked, which holds as little",
         )
-        yield Problem(("train", "optimizer"), message)
-    if train.loss == "liger":
-        yield from _check_liger(r)
     if train.sharding == "fsdp":
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
-    method = getattr(getattr(r, "adapter", None), "method", None)
-    if train.keep_codes and method in ("lora", "alpha_tuning"):
+    config = getattr(r, "adapter", None)
+    if train.keep_codes and config is not None and not config.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
-            f"got true, but {method} rounds nothing while it trains: there are no codes to keep; remove it",
+            f"got true, but {config.method} rounds nothing while it trains: there are no codes to keep; remove it",
         )
     if r.data.streaming and train.max_steps is None:
         yield Problem(
@@ -109,12 +109,8 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
         )
-    if train.scheduler == "wsd" and train.warmup_ratio + train.decay_ratio > 1:
-        total = train.warmup_ratio + train.decay_ratio
-        yield Problem(
-            ("train", "decay_ratio"),
-            f"got {train.decay_ratio}; with warmup_ratio the sum is {total:g}; allowed: at most 1",
-        )
+    if wrong := SCHEDULERS[train.scheduler].problem(train):
+        yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
         package = "tensorboard" if tracker == "tensorboard" else tracker
         if importlib.util.find_spec(package) is None:
@@ -122,28 +118,6 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
-
-
-def _check_liger(r: Any) -> Problems:
-    """What the fused loss needs: its package, a GPU, a head that is whole and not packed."""
-    import torch
-
-    reasons = []
-    if importlib.util.find_spec("liger_kernel") is None:
-        reasons.append("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
-    if not torch.cuda.is_available() or (hasattr(r, "model") and r.model.device == "cpu"):
-        reasons.append("its kernels run on a GPU only")
-    if hasattr(r, "quant") and r.quant.lm_head is not None:
-        reasons.append(
-            f"it multiplies with a plain weight, and quant.lm_head packs the head in {r.quant.lm_head} bits"
-        )
-    if r.train.sharding == "fsdp":
-        reasons.append("it was not made to work with train.sharding: fsdp")
-    if reasons:
-        yield Problem(
-            ("train", "loss"),
-            f"got 'liger', but {'; '.join(reasons)}; set loss: chunked, which holds as little",
-        )
 
 
 def check_tasks(r: Any) -> Problems:

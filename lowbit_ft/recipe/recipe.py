@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..adapters import ADAPTERS, AdapterConfig
+from ..adapters import AdapterConfig
 from ..names import did_you_mean
 from .check import check
 from .check import check as cross_check
@@ -34,7 +34,7 @@ from .sections import (
     Section,
     TrainSection,
 )
-from .values import for_method, found
+from .values import OneMethod, for_method, found
 from .yaml import Problem, RecipeError, apply_override, read_source
 
 __all__ = [
@@ -54,11 +54,6 @@ __all__ = [
     "recipe_schema",
 ]
 
-if TYPE_CHECKING:
-    AdapterSection = AdapterConfig
-else:
-    AdapterSection = Annotated[Union[tuple(ADAPTERS.values())], Field(discriminator="method")]  # noqa: UP007 - built from the table
-
 
 class Recipe(Section):
     """One run. See the sections for what each key means; `load_recipe` reads one from YAML."""
@@ -68,7 +63,7 @@ class Recipe(Section):
     )
     model: ModelSection = Field(description="the checkpoint")
     quant: QuantSection = Field(default_factory=QuantSection, description="the grid of the base")
-    adapter: AdapterSection = Field(description="the method and its own keys")
+    adapter: Annotated[AdapterConfig, OneMethod()] = Field(description="the method and its own keys")
     data: DataSection = Field(description="the data")
     train: TrainSection = Field(description="the loop")
     eval: EvalSection = Field(default_factory=EvalSection, description="the measurements")

@@ -5,14 +5,21 @@ The descriptions are the documentation of the keys: error messages and the JSON 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..grid import BinaryGrid, IntGrid
+from ..data.formats import FORMATS
+from ..export import EXPORTERS
+from ..grid import GRIDS, Grid, grid_of
+from ..grid.calibrate import CALIBRATORS
 from ..names import did_you_mean, matches
+from ..train.losses import LOSSES
+from ..train.optimizers import OPTIMIZERS
+from ..train.schedulers import SCHEDULERS
 from .errors import shown
-from .values import number
+from .values import OneOf, number
 
 GroupSize = Literal[32, 64, 128, 256, -1]
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -108,7 +115,7 @@ class OverrideSection(Section):
 class QuantSection(Section):
     """How the frozen base is packed."""
 
-    grid: Literal["integer", "binary"] = Field(
+    grid: Annotated[str, OneOf(GRIDS)] = Field(
         default="integer", description="integer codes with a scale, or binary planes (alpha_tuning)"
     )
     bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
@@ -120,10 +127,11 @@ class QuantSection(Section):
         default=4, description="bits of the rounding error kept for training (integer grid only)"
     )
     calibrate: str = Field(
-        default_factory=lambda data: "greedy" if data.get("grid") == "binary" else "mse",
+        default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
         description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
         "(default greedy); "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
+        json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
@@ -159,9 +167,10 @@ class QuantSection(Section):
     @model_validator(mode="after")
     def _integers_only(self) -> QuantSection:
         for key in ("lm_head", "embeddings"):
-            if self.grid != "integer" and getattr(self, key) is not None:
+            if not GRIDS[self.grid].packs_tables and getattr(self, key) is not None:
+                fits = " or ".join(name for name, grid in GRIDS.items() if grid.packs_tables)
                 raise ValueError(
-                    f"{key} {getattr(self, key)} needs quant.grid: integer; the recipe has {self.grid}"
+                    f"{key} {getattr(self, key)} needs quant.grid: {fits}; the recipe has {self.grid}"
                 )
         return self
 
@@ -176,6 +185,16 @@ class QuantSection(Section):
         raise ValueError(
             f"{shown(value)}; allowed: all-linear, or a list of layer names, globs or regexes{hint}"
         )
+
+    @property
+    def keeps_residual(self) -> bool:
+        """The grid has residual bits to keep."""
+        return any(field.name == "residual_bits" for field in fields(GRIDS[self.grid]))
+
+    @property
+    def reads_text(self) -> bool:
+        """The calibrator looks at text (quant.calibration)."""
+        return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
 
     @property
     def from_checkpoint(self) -> bool:
@@ -211,7 +230,7 @@ class QuantSection(Section):
             return "not part of the language model"
         return None
 
-    def grid_for(self, layer_name: str) -> IntGrid | BinaryGrid:
+    def grid_for(self, layer_name: str) -> Grid:
         """The grid of one layer, overrides applied (the last one that matches wins for each of bits and
         group_size).
         """
@@ -221,26 +240,13 @@ class QuantSection(Section):
             if matches(override.match, layer_name):
                 bits = override.bits if override.bits is not None else bits
                 group_size = override.group_size if override.group_size is not None else group_size
-        if self.grid == "binary":
-            return BinaryGrid(bits=bits, group_size=group_size, scale_dtype=self.scale_dtype)
+        settings = dict(self)
         if self.embeddings is not None and is_token_embedding(layer_name):
             # It is not trained, so no rounding error is kept.
-            return IntGrid(
-                bits=self.embeddings,
-                group_size=self.group_size,
-                symmetric=self.symmetric,
-                residual_bits=0,
-                scale_dtype=self.scale_dtype,
-            )
+            return grid_of(self.grid, settings | {"bits": self.embeddings, "residual_bits": 0})
         if self.lm_head is not None and is_head(layer_name):
             bits = self.lm_head
-        return IntGrid(
-            bits=bits,
-            group_size=group_size,
-            symmetric=self.symmetric,
-            residual_bits=self.residual_bits,
-            scale_dtype=self.scale_dtype,
-        )
+        return grid_of(self.grid, settings | {"bits": bits, "group_size": group_size})
 
 
 class DataSource(Section):
@@ -249,7 +255,7 @@ class DataSource(Section):
     path: str = Field(
         min_length=1, description="file, glob, folder (jsonl, json, parquet, csv, txt) or hub id"
     )
-    format: Literal["chat", "completion", "alpaca", "text"] = Field(
+    format: Annotated[str, OneOf(FORMATS)] = Field(
         description="chat: messages; completion: prompt and completion"
     )
     split: str = Field(default="train", description="split of a hub data set")
@@ -298,11 +304,11 @@ class TrainSection(Section):
         default=(0.9, 0.999), description="of Adam"
     )
     eps: Positive = Field(default=1e-8, description="of Adam")
-    optimizer: str = Field(
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(
         default="adamw",
         description="adamw (torch, fused) or a bitsandbytes optimizer such as paged_adamw8bit",
     )
-    scheduler: Literal["linear", "cosine", "wsd", "constant"] = Field(
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = Field(
         default="cosine", description="learning-rate curve after the warm-up"
     )
     warmup_ratio: Unit = Field(default=0.05, description="fraction of the steps spent warming up")
@@ -318,7 +324,7 @@ class TrainSection(Section):
         "device; cpu, in CPU memory; "
         "disk, in a file of the run folder: for long sequences on a GPU",
     )
-    loss: Literal["chunked", "liger"] = Field(
+    loss: Annotated[str, OneOf(LOSSES)] = Field(
         default="chunked",
         description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
         "(extra liger, a GPU, a plain head)",
@@ -428,7 +434,7 @@ class EvalSection(Section):
 class ExportSection(Section):
     """What is written for serving."""
 
-    format: str = Field(
+    format: Annotated[str, OneOf(EXPORTERS)] = Field(
         default="compressed-tensors",
         description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
         "gptq_v2, awq, mlx (mlx-lm), torchao, "

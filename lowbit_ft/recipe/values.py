@@ -8,13 +8,53 @@ import glob
 import math
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Union, get_args
 
-from pydantic import BaseModel
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..adapters import ADAPTERS
+from ..names import did_you_mean
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Marks text that is a key of a table. The table is read whenever a recipe is validated or its schema is
+    made, so what was added to it is known without another edit.
+    """
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(schema), "enum": list(self.table)}
+
+    def _known(self, value: str) -> str:
+        if value not in self.table:
+            allowed = ", ".join(self.table)
+            raise ValueError(f"{value!r}; allowed: {allowed}{did_you_mean(value, self.table)}")
+        return value
+
+
+class OneMethod:
+    """Marks the adapter section: the config class of its method in ADAPTERS, as the table is now."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: _methods().validate_python(value))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return handler(_methods().core_schema)
+
+
+def _methods() -> TypeAdapter[Any]:
+    """The validator of all config classes of ADAPTERS, told apart by method."""
+    kinds: Any = Union[tuple(ADAPTERS.values())]  # noqa: UP007 - built from the table
+    return TypeAdapter(Annotated[kinds, Field(discriminator="method")])
 
 
 def number(annotation: Any, value: Any) -> Any:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..adapters.attach import packed_layers
 from ..model.walk import decoder_layers
+from .optimizers import OPTIMIZERS
 from .processes import world
 
 
@@ -46,9 +47,9 @@ class Held:
 def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], str]]:
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
-    if train.optimizer != "adamw":
+    if not OPTIMIZERS[train.optimizer].shards:
         message = (
-            f"{train.optimizer!r} (bitsandbytes) cannot step on shards; set optimizer: adamw, whose "
+            f"{train.optimizer!r} ({OPTIMIZERS[train.optimizer].package or 'torch'}) cannot step on shards; set optimizer: adamw, whose "
             "averages are sharded, or sharding: none"
         )
         problems.append((("train", "optimizer"), message))
