@@ -346,8 +346,8 @@ def merge_stage(session: Session, model: Any) -> None:
         if told := [loss for loss in losses if loss is not None]:
             mean = sum(told) / len(told)
             session.say(
-                f"{session.recipe.adapter.method} was merged by rounding again: the rounding error is {mean:.1f} times the size of "
-                "what was trained"
+                f"{session.recipe.adapter.method} was merged by rounding again: the rounding error is "
+                f"{mean:.1f} times the size of what was trained"
             )
 
 

@@ -23,6 +23,7 @@ from .adapters.attach import adapted_layers
 from .data.batches import Batches, keeps_segments_apart
 from .data.chat import ChatTemplate
 from .data.examples import StreamedExamples, load_examples
+from .data.formats import FORMATS
 from .data.windows import Examples
 from .export import EXPORTERS
 from .export.reader import load_exported, read_config
@@ -31,7 +32,9 @@ from .model.load import Checkpoint, load_tokenizer
 from .model.walk import Batch
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder
-from .recipe.recipe import DataSource, Recipe, RecipeError, check_recipe
+from .recipe.recipe import Recipe, check_recipe
+from .recipe.sections.data import DataSource
+from .recipe.yaml import RecipeError
 from .rundir import RunDir, environment
 from .train.processes import join, main_process_first, rank, world
 
@@ -229,7 +232,8 @@ def unstopped(session: Session) -> str | None:
     """What the user should know when the model will learn to end its turns with a token that no server stops
     at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
     configuration stops at another."""
-    if session.recipe.data.train.format != "chat" or not getattr(session.tokenizer, "chat_template", None):
+    kind = FORMATS[session.recipe.data.train.format]
+    if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
         return None
     ending, stops = (
         ChatTemplate(session.tokenizer).ending(),

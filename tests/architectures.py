@@ -26,7 +26,7 @@ from lowbit_ft.merge import merge, moved
 from lowbit_ft.model.linear import packed_op_only
 from lowbit_ft.model.load import Checkpoint, model_class
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 
 SIZE: dict[str, Any] = dict(
     vocab_size=128,

@@ -23,7 +23,8 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import Checkpoint
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.rundir import RunDir
 from lowbit_ft.session import unstopped
 from tests.packed_tools import int_grid, random_weights

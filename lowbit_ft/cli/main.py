@@ -258,7 +258,8 @@ def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Reci
     """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
     there, not only its config.json."""
     from ..recipe.check import notes
-    from ..recipe.recipe import RecipeError, load_recipe
+    from ..recipe.recipe import load_recipe
+    from ..recipe.yaml import RecipeError
 
     try:
         recipe = load_recipe(path, overrides or [])

@@ -24,9 +24,9 @@ from ..integrations.transformers import mark_packed
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.load import Checkpoint, materialize
 from ..model.matrices import stand_in
+from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
-from ..recipe.recipe import QuantSection
-from ..recipe.sections import is_head
+from ..recipe.sections.quant import QuantSection
 from ..train.memory import release_freed
 from .adopt import check_adopted
 from .memory import BLOCK_BYTES, HESSIAN_BYTES

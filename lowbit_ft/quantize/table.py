@@ -11,9 +11,9 @@ from torch import nn
 from ..model.experts import is_experts
 from ..model.load import Checkpoint
 from ..model.matrices import Matrix, find_matrices, unpackable
+from ..model.roles import is_head
 from ..model.walk import text_tower
-from ..recipe.recipe import QuantSection
-from ..recipe.sections import is_head
+from ..recipe.sections.quant import QuantSection
 
 
 @dataclass(frozen=True)

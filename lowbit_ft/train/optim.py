@@ -21,6 +21,7 @@ from ..model.shards import part_like, whole
 from .optimizers import OPTIMIZERS
 from .schedulers import SCHEDULERS, Left
 
+
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> torch.optim.Optimizer:
     """The optimizer of a TrainSection over (name, parameter) pairs, in one or two groups; group["peak"] is
     its rate.

@@ -111,8 +111,8 @@ def _try(name: str, kind: Any, settings: dict[str, Any], largest: Tensor) -> Non
         raise ValueError(f"train.optimizer: {name!r} changes nothing on {device}; set optimizer: adamw")
 
 
-# Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix is 32 bit as it
-# is.
+# Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix is 32 bit as
+# it is.
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(adamw, states=2, counter=4, shards=True),
     "adamw32bit": bitsandbytes("AdamW32bit", _adam, states=2),

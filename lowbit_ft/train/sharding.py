@@ -47,10 +47,10 @@ class Held:
 def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], str]]:
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
-    if not OPTIMIZERS[train.optimizer].shards:
+    if not (chosen := OPTIMIZERS[train.optimizer]).shards:
         message = (
-            f"{train.optimizer!r} ({OPTIMIZERS[train.optimizer].package or 'torch'}) cannot step on shards; set optimizer: adamw, whose "
-            "averages are sharded, or sharding: none"
+            f"{train.optimizer!r} ({chosen.package or 'one process'}) cannot step on shards; set optimizer: "
+            "adamw, whose averages are sharded, or sharding: none"
         )
         problems.append((("train", "optimizer"), message))
     if train.mixed_precision == "fp16":

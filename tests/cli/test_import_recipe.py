@@ -15,7 +15,8 @@ from lowbit_ft.cli.import_draft import Draft, Trainer
 from lowbit_ft.cli.import_keys import AXOLOTL, FACTORY, TRAINERS, taken_later
 from lowbit_ft.cli.import_recipe import import_recipe, render
 from lowbit_ft.cli.main import main
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"

@@ -33,7 +33,8 @@ from lowbit_ft.export.writer import check_files, check_model, write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import Checkpoint, load_model
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.packed_tools import (
     IDS,
     SIZE,

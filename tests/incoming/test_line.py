@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from lowbit_ft import pipeline
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.recipe.check import notes
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.incoming_tools import ROOT, Layer, quantized_checkpoint
 
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"

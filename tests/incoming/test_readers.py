@@ -20,8 +20,8 @@ from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import Checkpoint, CheckpointError, load_model
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
-from lowbit_ft.recipe.recipe import QuantSection
-from lowbit_ft.recipe.sections import ModelSection
+from lowbit_ft.recipe.sections.model import ModelSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of
 from tests.incoming_tools import PROJECTIONS, Layer, quantized_checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint

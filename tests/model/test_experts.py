@@ -26,7 +26,7 @@ from lowbit_ft.model.matrices import find_matrices, stand_in, unpackable
 from lowbit_ft.model.names import Part
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of, tokens, train
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3"]

@@ -29,7 +29,8 @@ from lowbit_ft.merge import base_weights, merged_weights
 from lowbit_ft.model.load import Checkpoint
 from lowbit_ft.model.mapped import _give_back, is_mapped, mapped_ranges, to_device
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.sharding import shard
 from tests.packed_tools import IDS, packed_model, random_weights, tiny_checkpoint

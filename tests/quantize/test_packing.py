@@ -30,7 +30,8 @@ from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import quantize as quantize_module
 from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.live_bytes import LiveBytes
 from tests.packed_tools import random_weight
 from tests.quantize.test_quantize import CONFIGS, checkpoint_of, tokens

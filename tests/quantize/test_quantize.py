@@ -25,7 +25,7 @@ from lowbit_ft.evaluate.perplexity import Reference, evaluate, table
 from lowbit_ft.model.load import Checkpoint, load_model
 from lowbit_ft.model.walk import LayerWalk
 from lowbit_ft.quantize.quantize import plan_layers, quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "tiny-llama"
 COMMON: dict[str, Any] = {

@@ -17,7 +17,8 @@ from lowbit_ft.names import matches
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.check import notes
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import Recipe, RecipeError, check_recipe, load_recipe, recipe_schema
+from lowbit_ft.recipe.recipe import Recipe, check_recipe, load_recipe, recipe_schema
+from lowbit_ft.recipe.yaml import RecipeError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"

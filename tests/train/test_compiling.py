@@ -22,7 +22,8 @@ from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.merge import merged_weight
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
 from lowbit_ft.train.loop import TrainError, train

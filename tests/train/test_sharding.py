@@ -33,7 +33,8 @@ from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import is_sharded, part_like, whole
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import losses
 from lowbit_ft.train import setup as train_setup
 from lowbit_ft.train.loop import TrainError, TrainResult, make_accelerator, train
