@@ -23,7 +23,7 @@ from ..model.linear import WeightAdapter
 from ..names import matches
 from .step_codes import StepCodes
 
-# Parameters of the optimizer's scale group, by the last component of their name (train.scale_learning_rate).
+# Of the methods here. A method with others says so in its config (`scale_parameters`).
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale"})
 
 
@@ -35,6 +35,9 @@ class AdapterConfig(BaseModel):
     grid_name: ClassVar[str] = "integer"  # the kind of grids it trains on (IntGrid.kind)
     exact_merge: ClassVar[bool] = True
     rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
+
+    # Its parameters that train.scale_learning_rate is for, by the last component of their name.
+    scale_parameters: ClassVar[frozenset[str]] = SCALE_PARAMETERS
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.

@@ -591,9 +591,9 @@ def _on(draft: Draft, key: str) -> bool:
     return bool(read)
 
 
-TRAINERS = (
-    Trainer("Axolotl", "base_model", AXOLOTL, axolotl_finish),
-    Trainer("LLaMA-Factory", "model_name_or_path", FACTORY, factory_finish),
-)
+TRAINERS: dict[str, Trainer] = {
+    "axolotl": Trainer("Axolotl", "base_model", AXOLOTL, axolotl_finish),
+    "llama_factory": Trainer("LLaMA-Factory", "model_name_or_path", FACTORY, factory_finish),
+}
 
 assert set(OPTIMIZER_NAMES.values()) <= set(OPTIMIZERS), "an optimizer that train.optimizer does not have"

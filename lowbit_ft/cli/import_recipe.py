@@ -29,15 +29,15 @@ def import_recipe(path: Path) -> Draft:
     source = read_source(path)
     if source.problems:
         raise RecipeError(source.problems)
-    found = [trainer for trainer in TRAINERS if trainer.model_key in source.values]
+    found = [trainer for trainer in TRAINERS.values() if trainer.model_key in source.values]
     if len(found) != 1:
-        keys = " or ".join(f"{trainer.model_key} ({trainer.name})" for trainer in TRAINERS)
+        keys = " or ".join(f"{trainer.model_key} ({trainer.name})" for trainer in TRAINERS.values())
         got = (
             "a recipe of ours"
             if {"model", "train"} <= source.values.keys()
             else f"the keys {', '.join(list(source.values)[:6]) or 'none'}"
         )
-        raise RecipeError([f"{path}: got {got}; allowed: a file with {keys}, one of the two"])
+        raise RecipeError([f"{path}: got {got}; allowed: a file with {keys}, one of them"])
     trainer = found[0]
     draft = Draft(trainer.name, source.values, path.resolve().parent)
     for key, value in source.values.items():

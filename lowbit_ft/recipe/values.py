@@ -51,7 +51,8 @@ class OneMethod:
 def _methods() -> TypeAdapter[Any]:
     """The validator of all config classes of ADAPTERS, told apart by method."""
     kinds: Any = Union[tuple(ADAPTERS.values())]  # noqa: UP007 - built from the table
-    return TypeAdapter(Annotated[kinds, Field(discriminator="method")])
+    told_apart: Any = Annotated[kinds, Field(discriminator="method")]
+    return TypeAdapter(told_apart)
 
 
 def number(annotation: Any, value: Any) -> Any:

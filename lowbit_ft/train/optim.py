@@ -2,21 +2,20 @@
 
 Two groups of parameters: the low-rank matrices (learning_rate, weight_decay) and the scales, magnitudes and
 offsets (scale_learning_rate, never decayed: decay would pull every scale towards its start or towards
-zero). Which is which is the last part of the parameter's name, in adapters.SCALE_PARAMETERS.
+zero). Which is which is the last part of the parameter's name, said by its adapter.
 
 The loop sets the rates before each step; the curves are in schedulers.py, the optimizers in optimizers.py.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import SCALE_PARAMETERS
+from ..adapters import is_scale
 from ..model.shards import part_like, whole
 from .optimizers import OPTIMIZERS
 from .schedulers import SCHEDULERS, Left
@@ -26,17 +25,11 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
     """The optimizer of a TrainSection over (name, parameter) pairs, in one or two groups; group["peak"] is
     its rate.
 
-    Raises ValueError for an unknown name, no parameters, or bitsandbytes missing.
+    Raises ValueError for no parameters, or an optimizer whose package is missing.
     """
-    if section.optimizer not in OPTIMIZERS:
-        near = difflib.get_close_matches(section.optimizer, OPTIMIZERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"train.optimizer: got {section.optimizer!r}; allowed: {', '.join(OPTIMIZERS)}{hint}"
-        )
     groups = {"low_rank": [], "scale": []}
     for name, parameter in named:
-        groups["scale" if name.rsplit(".", 1)[-1] in SCALE_PARAMETERS else "low_rank"].append(parameter)
+        groups["scale" if is_scale(name) else "low_rank"].append(parameter)
     rate = section.learning_rate
     scale_rate = rate if section.scale_learning_rate is None else section.scale_learning_rate
     settings = {
@@ -58,8 +51,6 @@ def lr_factor(section: Any, step: int, total: int) -> float:
     warmup = min(round(section.warmup_ratio * total), total)
     if step < warmup:
         return (step + 1) / warmup
-    if section.scheduler not in SCHEDULERS:
-        raise ValueError(f"train.scheduler: got {section.scheduler!r}; allowed: {', '.join(SCHEDULERS)}")
     progress = (step - warmup) / max(1, total - warmup)
     return SCHEDULERS[section.scheduler].factor(section, progress, Left(total - step, total))
 

@@ -326,7 +326,7 @@ def test_keys_of_llama_factory_that_imply_others(tmp_path: Path) -> None:
     assert import_recipe(written(tmp_path, valid | {"eval_strategy": "steps"})).get("train.eval_every") == 5
 
 
-@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=lambda trainer: trainer.name)
 def test_keys_for_later_are_looked_at_later(trainer: Trainer, tmp_path: Path) -> None:
     seen: set[str] = set()
 
@@ -389,7 +389,7 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
         [{"path": "x", "type": "alpaca"}],
     ]
     tried = 0
-    for table, trainer in ((AXOLOTL, TRAINERS[0]), (FACTORY, TRAINERS[1])):
+    for table, trainer in zip((AXOLOTL, FACTORY), TRAINERS.values(), strict=True):
         for key in table:
             for value in values:
                 try:
@@ -408,7 +408,7 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\n", "got the keys a; allowed: a file with base_model .Axolotl. or model_name_or_path"),
-        ("base_model: a\nmodel_name_or_path: b\n", "one of the two"),
+        ("base_model: a\nmodel_name_or_path: b\n", "one of them"),
         ("model: {path: x}\ntrain: {}\n", "got a recipe of ours"),
         ("base_model: a\nrl: dpo\n", "theirs.yml:2: rl: got 'dpo'; allowed: supervised fine-tuning only"),
         ("model_name_or_path: a\nstage: dpo\n", "theirs.yml:2: stage: got 'dpo'"),

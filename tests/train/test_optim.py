@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,12 +164,12 @@ def test_short_runs_always_learn(scheduler: str, warmup: float, total: int) -> N
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="got 'adamw8bits'.*did you mean 'adamw8bit'"):
-        build_optimizer(parameters(), section(optimizer="adamw8bits"))
+    with pytest.raises(ValueError, match="'adamw8bits'; allowed: adamw, .*did you mean 'adamw8bit'"):
+        section(optimizer="adamw8bits")
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer([], section())
-    with pytest.raises(ValueError, match="train.scheduler: got 'step'; allowed: linear"):
-        lr_factor(SimpleNamespace(scheduler="step", warmup_ratio=0, min_lr_ratio=0), 1, 10)
+    with pytest.raises(ValueError, match="'step'; allowed: linear"):
+        section(scheduler="step")
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes, or set optimizer: adamw"):
         build_optimizer(parameters(), section(optimizer="lion8bit"))
