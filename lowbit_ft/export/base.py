@@ -106,6 +106,10 @@ class Exporter(ABC):
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
     # beside packed layers.
     dense_experts: ClassVar[bool] = True
+    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
+    measurable: ClassVar[bool] = True
+    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
+    fused_by_servers: ClassVar[bool] = False
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
     # Under which key config.json says how the layers are packed; all formats have quantization_config, to be

@@ -46,6 +46,7 @@ class Mlx(Exporter):
     config_key = "quantization"  # mlx-lm's own, beside the one by which we know the folder
     checkpoint_names = True
     dense_experts = False
+    measurable = False
     reads_with = ("mlx", "mlx_lm")
     extra = "mlx"
     tolerance = 1e-2

@@ -10,9 +10,11 @@ import pytest
 
 import lowbit_ft
 from lowbit_ft.cli import main as cli
+from lowbit_ft.cli.plan import show_plan
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.plan.stages import optimizer_bytes
 from lowbit_ft.recipe.recipe import load_recipe
+from tests.recipe.recipe_text import GOOD
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "recipes" / "quickstart.yaml")
@@ -190,3 +192,11 @@ def test_module_is_the_command():
         [sys.executable, "-m", "lowbit_ft", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and "quantize" in done.stdout, done.stderr
+
+
+def test_plan_does_not_print_keys_that_are_unset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(GOOD)
+    show_plan(load_recipe(recipe))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" adapter")]
+    assert "rank 8" in line and "None" not in line

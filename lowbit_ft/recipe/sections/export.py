@@ -116,7 +116,7 @@ def _check_reader(r: Any, exporter: Any) -> Problems:
     folder = local_folder(r.model.path, r.model.revision) if hasattr(r, "model") else None
     if folder is None:
         return
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # here, because it takes seconds and `schema` needs none of it
 
     try:
         config = AutoConfig.from_pretrained(

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from ...train.compiling import missing_compiler
@@ -69,8 +70,6 @@ def check_model(r: Any) -> Problems:
 
 def check_device(r: Any) -> Problems:
     """dtype, attention and device against this machine."""
-    import torch
-
     model = r.model
     cuda = torch.cuda.is_available()
     if model.device == "cuda" and not cuda:
