@@ -189,10 +189,16 @@ class LowRankOptions(ScaleOptions):
 
 
 class Adapter(WeightAdapter):
-    """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
+    """Trainable tensors of one layer, and the config that built it. `forward` and `merge` see the same
+    arguments.
+    """
 
     rounding_loss: float | None = None  # size of the error of a merge that rounds again, over the update's
     kept: StepCodes | None = None  # train.keep_codes: the codes of this optimizer step
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config  # of the subclass's own type
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
         raise AssertionError(f"{type(self).__name__} does not train integers")
@@ -253,8 +259,7 @@ class ScaledAdapter(Adapter):
     """
 
     def __init__(self, config: ScaleOptions, base: Weight):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.factor = config.scale_gradient_factor(base)
         self.log_scale = nn.Parameter(
             torch.zeros(base.scale.shape, dtype=torch.float32, device=base.scale.device),

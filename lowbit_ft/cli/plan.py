@@ -193,7 +193,8 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ),
         (
             "train",
-            f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, {train.loss} loss, {rates}",
+            f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
+            f"{rates}",
         ),
         ("export", recipe.export.format),
         ("output", str(recipe.output)),

@@ -4,7 +4,7 @@ A curve is a function of (step, total) and nothing else, so there is no state of
 when a run is resumed. With s the 0-based step, W warm-up steps, T steps in all, m = min_lr_ratio and
 p = (s - W) / (T - W):
 
-    warm-up   (s + 1) / W                     s < W, of every curve (../optim.py): the first step already moves
+    warm-up   (s + 1) / W                     s < W, of every curve: the first step already moves
     linear    m + (1 - m) (1 - p)
     cosine    m + (1 - m) (1 + cos(pi p)) / 2
     wsd       1, then over the last D = decay_ratio T steps m + (1 - m) (T - s) / D
