@@ -8,6 +8,7 @@ here, fails; so does a recipe whose table is gone.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import re
@@ -51,25 +52,20 @@ NO_FAMILY = {
 # ------------------------------------------------------------------------------------------------ the tables
 
 
+@functools.cache
 def tables() -> dict[str, str]:
     """Every literal table `NAME: dict[str, ...] = {...}` of the package: its name -> its module, below
     lowbit_ft."""
-    found = {}
-    for path in sorted((ROOT / "lowbit_ft").rglob("*.py")):
-        module = ".".join(path.relative_to(ROOT / "lowbit_ft").with_suffix("").parts).removesuffix(
-            ".__init__"
-        )
+    found, package = {}, ROOT / "lowbit_ft"
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
                 continue
             name, kind = node.target.id, ast.unparse(node.annotation)
-            if (
-                re.fullmatch(r"[A-Z_]*[A-Z]", name)
-                and not name.startswith("_")
-                and kind.startswith("dict[str")
-            ):
-                if f"{module}.{name}" not in NO_FAMILY:
-                    found[name] = module
+            literal = re.fullmatch(r"[A-Z][A-Z_]*", name) and kind.startswith("dict[str, ")
+            if literal and f"{module}.{name}" not in NO_FAMILY:
+                found[name] = module
     return found
 
 
@@ -94,6 +90,7 @@ class Member:
         monkeypatch.setitem(getattr(home, self.table), self.key, value)
 
 
+@functools.cache
 def members() -> dict[str, Member]:
     """Table -> the member that CONTRIBUTING.md adds to it."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -145,7 +142,7 @@ def recipe_file(folder: Path, changes: dict[str, Any]) -> Path:
     recipe: dict[str, Any] = {
         "name": "toy",
         "model": {"path": str(TINY), "dtype": "float32", "device": "cpu"},
-        "quant": {},
+        "quant": {"targets": ["*.layers.0.*"]},
         "adapter": {"method": "scale"},
         "data": {"train": rows, "sequence_len": 64},
         "train": {
@@ -200,7 +197,7 @@ def half_the_scales(run: Run) -> None:
 
 def one_factor_per_layer(run: Run) -> None:
     config, state, _ = read_adapter(run.folder / "adapter")
-    assert config.method == "layer_scale" and len(state) == len(adapted_names(state)) == 28
+    assert config.method == "layer_scale" and len(state) == len(adapted_names(state)) == 7
     assert all(tensor.shape == (1,) and tensor.item() != 0 for tensor in state.values())
     assert run.metrics("scale_lr") == [0.03, 0.03 / 2] and not run.metrics("lr")
     pipeline.merge(run.folder)  # again from the files, which name the method: merged/ must be the same
@@ -219,7 +216,7 @@ def int8_checkpoint(folder: Path, name: str) -> Path:
     out = {}
     for key, value in load_file(TINY / "model.safetensors").items():
         layer = key.removesuffix(".weight")
-        if not layer.endswith("_proj"):
+        if not layer.endswith("_proj") or ".layers.0." not in layer:
             out[key] = value
             continue
         scale = (value.float().abs().amax(1) / 127).bfloat16()
@@ -229,7 +226,7 @@ def int8_checkpoint(folder: Path, name: str) -> Path:
     config = json.loads((came / "config.json").read_text())
     config["quantization_config"] = {"quant_method": name, "bits": 8}
     (came / "config.json").write_text(json.dumps(config))
-    return recipe_file(folder, {"model.path": str(came), "name": name})
+    return recipe_file(folder, {"model.path": str(came), "name": name, "quant": {}})
 
 
 def the_codes_that_came(run: Run) -> None:
