@@ -96,7 +96,7 @@ def members() -> dict[str, Member]:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = re.compile(
         r"```python\n# (?P<file>lowbit_ft/\S+)\.py\n(?P<code>.*?)```\n\n"
-        r"One line in `(?P<table>[A-Z]+)` of `(?P<home>\S+)\.py`: `\"(?P<key>\w+)\": (?P<value>.+?)`\.\n",
+        r"One line in `(?P<table>[A-Z]+)` of `(?P<home>\S+)\.py`:\s`\"(?P<key>\w+)\": (?P<value>.+?)`\.\n",
         re.DOTALL,
     )
     found = {}

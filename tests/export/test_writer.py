@@ -40,7 +40,7 @@ from tests.packed_tools import (
 )
 
 NATIVE, COMPRESSED = EXPORTERS["native"], EXPORTERS["compressed-tensors"]
-BOTH = {"native": NATIVE, "compressed-tensors": COMPRESSED}  # the others: test_export_formats.py
+BOTH = {"native": NATIVE, "compressed-tensors": COMPRESSED}  # the others: test_formats.py
 INT_GRIDS = st.builds(
     IntGrid,
     bits=st.sampled_from([2, 3, 4, 8]),
