@@ -49,7 +49,7 @@ def _shipped(layer: PackedLinear) -> LayerSpec:
     base = LayerSpec.of(layer.base.without_residual())
     if layer.adapter is None:
         return base
-    config: Any = layer.adapter.config  # every adapter keeps the config that built it
+    config: Any = layer.adapter.config
     return LayerSpec(base.shape, config.shipped(layer.grid), base.offset or config.ships_offset)
 
 

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from ..recipe.yaml import RecipeError
-from ..train.optim import OPTIMIZERS
+from ..train.optimizers import OPTIMIZERS
 from .import_draft import Draft, Rule
 
 SCHEDULERS = {

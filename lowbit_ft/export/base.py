@@ -120,6 +120,14 @@ class Exporter(ABC):
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
+    measurable: ClassVar[bool] = True
+    # Whether `transformers serve` reads it, which gets a folder and nothing else.
+    transformers_serve: ClassVar[bool] = True
+    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
+    fused_by_servers: ClassVar[bool] = False
+    # What to install for the lines of `use`.
+    needs: ClassVar[str] = ""
     # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are
     # the same numbers.
     tolerance: ClassVar[float] = 0.0
@@ -282,6 +290,16 @@ class Exporter(ABC):
     @abstractmethod
     def serve(self, folder: str) -> str:
         """A command line that runs a folder of this format."""
+
+    def use(self, folder: str) -> str:
+        """Markdown for the model card: how Python loads a folder of this format."""
+        install = f"  # pip install {self.needs}" if self.needs else ""
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}"){install}
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
 
 
 def with_versions(*packages: str) -> str:

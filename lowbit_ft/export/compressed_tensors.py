@@ -59,6 +59,7 @@ class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
     fused_by_servers = True
+    needs = "compressed-tensors"
     checkpoint_names = True
     dense_experts = False
 

@@ -88,6 +88,7 @@ class Gptq(Exporter):
     name = "gptq"
     quant_method = "gptq"
     fused_by_servers = True
+    needs = "gptqmodel optimum"
     checkpoint_names = True
     dense_experts = False
     reads_with = ("gptqmodel", "optimum")

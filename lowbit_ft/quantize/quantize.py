@@ -151,9 +151,9 @@ class Packing:
         """
         grid, matrix, run, note = self.quant.grid_for(name), self.targets[name], self.calibrator, ""
         if run.needs_text and hessian is None:
-            run, note = CALIBRATORS["mse"], "outside the decoder layers: calibrated by mse"
+            run, note = CALIBRATORS[grid.start], f"outside the decoder layers: calibrated by {grid.start}"
             if matrix.expert is not None:
-                note = "no calibration token reached this expert: calibrated by mse"
+                note = f"no calibration token reached this expert: calibrated by {grid.start}"
         stats = Stats(hessian=hessian, p=self.quant.mse_p, damping=self.quant.calibration.damping)
         parts, error, size = [], 0.0, 0.0
         for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if hessian is None else None):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..adapters import ADAPTERS, AdapterConfig
+from ..adapters import AdapterConfig
 from ..names import did_you_mean
 from .check import check
 from .check import check as cross_check
@@ -30,13 +30,8 @@ from .sections.export import ExportSection
 from .sections.model import ModelSection
 from .sections.quant import QuantSection
 from .sections.train import TrainSection
-from .values import for_method
+from .values import OneMethod, for_method
 from .yaml import Problem, RecipeError, apply_override, read_source
-
-if TYPE_CHECKING:
-    AdapterSection = AdapterConfig
-else:
-    AdapterSection = Annotated[Union[tuple(ADAPTERS.values())], Field(discriminator="method")]  # noqa: UP007 - built from the table
 
 
 class Recipe(Section):
@@ -47,7 +42,7 @@ class Recipe(Section):
     )
     model: ModelSection = Field(description="the checkpoint")
     quant: QuantSection = Field(default_factory=QuantSection, description="the grid of the base")
-    adapter: AdapterSection = Field(description="the method and its own keys")
+    adapter: Annotated[AdapterConfig, OneMethod()] = Field(description="the method and its own keys")
     data: DataSection = Field(description="the data")
     train: TrainSection = Field(description="the loop")
     eval: EvalSection = Field(default_factory=EvalSection, description="the measurements")

@@ -1,13 +1,58 @@
-"""Numbers as PyYAML leaves them, read for the field they are for."""
+"""Values of a recipe, read for the field they are for: numbers as PyYAML leaves them, and names of the
+members of a table (grids, methods, formats, ...), which is read when the recipe is.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args
 
-from pydantic_core import PydanticCustomError
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..adapters import ADAPTERS
+from ..names import did_you_mean
+from .errors import shown
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Marks text that is a key of a table. The table is read whenever a recipe is validated or its schema is
+    made, so what was added to it is known without another edit.
+    """
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(schema), "enum": list(self.table)}
+
+    def _known(self, value: str) -> str:
+        if value not in self.table:
+            allowed = ", ".join(self.table)
+            raise ValueError(f"{shown(value)}; allowed: {allowed}{did_you_mean(value, self.table)}")
+        return value
+
+
+class OneMethod:
+    """Marks the adapter section: the config class of its method in ADAPTERS, as the table is now."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: _methods().validate_python(value))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return handler(_methods().core_schema)
+
+
+def _methods() -> TypeAdapter[Any]:
+    """The validator of all config classes of ADAPTERS, told apart by method."""
+    kinds: Any = Union[tuple(ADAPTERS.values())]  # noqa: UP007 - built from the table
+    told_apart: Any = Annotated[kinds, Field(discriminator="method")]
+    return TypeAdapter(told_apart)
 
 
 def number(annotation: Any, value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from ..data.batches import Batches, keeps_segments_apart
 from ..data.chat import ChatTemplate
 from ..data.examples import StreamedExamples, load_examples
+from ..data.formats import FORMATS
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..model.attention import why_not
@@ -64,7 +65,8 @@ def unstopped(session: Session) -> str | None:
     """What the user should know when the model will learn to end its turns with a token that no server stops
     at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
     configuration stops at another."""
-    if session.recipe.data.train.format != "chat" or not getattr(session.tokenizer, "chat_template", None):
+    kind = FORMATS[session.recipe.data.train.format]
+    if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
         return None
     ending, stops = (
         ChatTemplate(session.tokenizer).ending(),

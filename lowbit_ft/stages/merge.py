@@ -8,7 +8,6 @@ import torch
 
 from .. import merge as merging
 from ..adapters.attach import adapted_layers
-from ..adapters.lora import Lora
 from ..export.folder import check_files
 from ..session import Session
 from .card import card
@@ -26,16 +25,12 @@ def merge_stage(session: Session, model: Any) -> None:
                 model, session.checkpoint, session.run / "merged", extra_files=card(session, "native")
             )
             session.run.write_json("moved.json", merging.moved(model))
-        losses = [
-            layer.adapter.rounding_loss
-            for _, layer in adapted_layers(model)
-            if isinstance(layer.adapter, Lora)
-        ]
-        if losses:
-            mean = sum(loss or 0.0 for loss in losses) / len(losses)
+        losses = [getattr(layer.adapter, "rounding_loss", None) for _, layer in adapted_layers(model)]
+        if told := [loss for loss in losses if loss is not None]:
+            mean = sum(told) / len(told)
             session.say(
-                f"lora was merged by rounding again: the rounding error is {mean:.1f} times the size of "
-                "what was trained"
+                f"{session.recipe.adapter.method} was merged by rounding again: the rounding error is "
+                f"{mean:.1f} times the size of what was trained"
             )
 
 

@@ -62,10 +62,10 @@ def pack_base(session: Session, folder: Path) -> None:
 
 
 def base_key(session: Session) -> str:
-    """What the base is made of: the checkpoint's files, the quant section, and the text that gptq looks
-    at.
+    """What the base is made of: the checkpoint's files, the quant section, and the text that its
+    calibrator looks at.
     """
-    recipe, reads_text = session.recipe, session.recipe.quant.calibrate == "gptq"
+    recipe, reads_text = session.recipe, session.recipe.quant.reads_text
     facts = {
         "quant": recipe.quant.model_dump(mode="json"),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),

@@ -9,6 +9,7 @@ import torch
 
 from ..evaluate.perplexity import STAGES
 from ..evaluate.tasks import TaskRow, load_tasks, merged_rows, run_tasks, table
+from ..export import EXPORTERS
 from ..export.folder import read_manifest, replace_file
 from ..export.reader import load_exported, read_config
 from ..model.checkpoint import Checkpoint
@@ -91,8 +92,9 @@ def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> No
 
 def refuse_tasks(folder: Path) -> None:
     """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
-    if (read_config(folder).get("quantization_config") or {}).get("quant_method") == "mlx":
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
+    for exporter in [e for e in EXPORTERS.values() if e.quant_method == method and not e.measurable]:
         raise ValueError(
-            f"{folder}: lm-eval cannot measure an mlx folder; measure merged/ of its run (--stage merged), "
-            "the equal model"
+            f"{folder}: lm-eval cannot measure an {exporter.name} folder; measure merged/ of its run "
+            "(--stage merged), the equal model"
         )

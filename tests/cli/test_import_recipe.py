@@ -59,7 +59,7 @@ def test_true_and_false_as_words(tmp_path: Path) -> None:
     assert draft.get("data.train_on") == "all" and draft.get("model.dtype") == "bfloat16"
 
 
-@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=lambda trainer: trainer.name)
 def test_keys_for_later_are_looked_at_later(trainer: Trainer, tmp_path: Path) -> None:
     seen: set[str] = set()
 
@@ -115,7 +115,7 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
         [{"path": "x", "type": "alpaca"}],
     ]
     tried = 0
-    for trainer in TRAINERS:
+    for trainer in TRAINERS.values():
         for key in trainer.rules:
             for value in values:
                 try:
@@ -134,7 +134,7 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\n", "got the keys a; allowed: a file with base_model .Axolotl. or model_name_or_path"),
-        ("base_model: a\nmodel_name_or_path: b\n", "one of the two"),
+        ("base_model: a\nmodel_name_or_path: b\n", "one of them"),
         ("model: {path: x}\ntrain: {}\n", "got a recipe of ours"),
         ("base_model: a\nrl: dpo\n", "theirs.yml:2: rl: got 'dpo'; allowed: supervised fine-tuning only"),
         ("model_name_or_path: a\nstage: dpo\n", "theirs.yml:2: stage: got 'dpo'"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...adapters import ADAPTERS
 from ...adapters.lora_start import lora_problems, read_lora
+from ...grid import GRIDS
 from ...names import listed, matches
 from ..layers import nearest_layers, shapes_here
 from ..yaml import Problem, dotted
@@ -19,14 +20,15 @@ from .quant import grids
 def check_method(r: Any) -> Problems:
     """The method against the grid of every layer."""
     config = r.adapter
-    if config.grid_name != r.quant.grid:
+    kind = GRIDS[r.quant.grid].kind
+    if config.grid_name != kind:
         message = (
             f"got {config.method!r}, which works on quant.grid: {config.grid_name}; the recipe has "
             f"{r.quant.grid}"
         )
         yield Problem(
             ("adapter", "method"),
-            f"{message}; set quant.grid: {config.grid_name} or choose {listed(_methods_on(r.quant.grid))}",
+            f"{message}; set quant.grid: {config.grid_name} or choose {listed(_methods_on(kind))}",
         )
         return
     for key, value in config:
@@ -77,7 +79,7 @@ def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
         fit = [
             name
             for name, kind in ADAPTERS.items()
-            if kind.grid_name == grid.name and not kind(method=name).reject(grid)
+            if kind.grid_name == grid.kind and not kind(method=name).reject(grid)
         ]
         why = (
             f"{config.method} needs the fraction that rounding threw away, which "
@@ -130,5 +132,5 @@ def check_adapter_layers(r: Any) -> Problems:
         yield Problem(here, f"got {source!r}: {problem}")
 
 
-def _methods_on(grid: str) -> list[str]:
-    return [name for name, config in ADAPTERS.items() if config.grid_name == grid]
+def _methods_on(kind: str) -> list[str]:
+    return [name for name, config in ADAPTERS.items() if config.grid_name == kind]

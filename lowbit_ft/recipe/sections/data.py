@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ...data.formats import FORMATS
+from ...names import listed
 from ..layers import has_chat_template, shapes_here
 from ..paths import HUB_ID, globs, near_names, path_is
+from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, Problems, Section
 
@@ -24,7 +27,7 @@ class DataSource(Section):
     path: str = Field(
         min_length=1, description="file, glob, folder (jsonl, json, parquet, csv, txt) or hub id"
     )
-    format: Literal["chat", "completion", "alpaca", "text"] = Field(
+    format: Annotated[str, OneOf(FORMATS)] = Field(
         description="chat: messages; completion: prompt and completion"
     )
     split: str = Field(default="train", description="split of a hub data set")
@@ -107,7 +110,7 @@ def check_lengths(r: Any) -> Problems:
 
 
 def check_chat(r: Any) -> Problems:
-    """format: chat needs the template of the model's tokenizer."""
+    """Formats of turns need the template of the model's tokenizer."""
     folder = Path(r.model.path).expanduser()
     if not path_is(folder, "dir") or has_chat_template(folder):
         return  # a hub id: data/examples.py looks, once the tokenizer is there
@@ -118,8 +121,7 @@ def check_chat(r: Any) -> Problems:
         )
         return
     for key, source in (("train", r.data.train), ("valid", r.data.valid)):
-        if source is not None and source.format == "chat":
-            message = (
-                f"got 'chat', but {r.model.path} has no chat template; allowed: completion, alpaca, text"
-            )
+        if source is not None and FORMATS[source.format].needs_template:
+            others = listed(name for name, kind in FORMATS.items() if not kind.needs_template)
+            message = f"got {source.format!r}, but {r.model.path} has no chat template; allowed: {others}"
             yield Problem(("data", key, "format"), f"{message}; or put a chat_template.jinja into its folder")

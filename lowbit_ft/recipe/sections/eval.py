@@ -41,10 +41,9 @@ def check_tasks(r: Any) -> Problems:
 
 
 def check_tasks_reader(r: Any) -> Problems:
-    """lm-eval measures models of transformers; an mlx folder, for one, is read by mlx-lm."""
-    exporter = EXPORTERS.get(r.export.format)
-    if r.eval.tasks and exporter is not None and not exporter.measurable:
-        name = exporter.name
+    """lm-eval measures models of transformers; some formats are read by another library."""
+    name = r.export.format
+    if r.eval.tasks and not EXPORTERS[name].measurable:
         yield Problem(
             ("eval", "tasks"),
             f"lm-eval cannot measure an export.format {name}; set export.format: native, which measures "

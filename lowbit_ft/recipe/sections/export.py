@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from ...export import EXPORTERS, LayerSpec
 from ...export.planes import held
-from ...names import did_you_mean, listed
 from ..layers import Shapes, local_folder, shapes_here
 from ..paths import path_is
+from ..values import OneOf
 from ..yaml import Problem, dotted
 from .base import Problems, Section
 from .quant import grids, packed_layers
@@ -23,7 +23,7 @@ from .quant import grids, packed_layers
 class ExportSection(Section):
     """What is written for serving."""
 
-    format: str = Field(
+    format: Annotated[str, OneOf(EXPORTERS)] = Field(
         default="compressed-tensors",
         description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
         "gptq_v2, awq, mlx (mlx-lm), torchao, "
@@ -37,22 +37,23 @@ def check_export(r: Any) -> Problems:
     be written.
     """
     name = r.export.format
-    if name not in EXPORTERS:
-        yield Problem(
-            ("export", "format"), f"got {name!r}; allowed: {listed(EXPORTERS)}{did_you_mean(name, EXPORTERS)}"
-        )
-        return
     told = set()
     yield from _check_reader(r, EXPORTERS[name])
     config = getattr(r, "adapter", None)
-    if config is not None and config.ships_offset and name != "native":
+    first = next((grid for _, grid in grids(r)), None)
+    if (
+        config is not None
+        and first is not None
+        and config.ships_offset
+        and EXPORTERS[name].reject(first, offset=True) != EXPORTERS[name].reject(first)
+    ):
         message = (
             f"got {name!r}, which holds no float offset per group; {config.method} with this "
             "adapter.offset ships one"
         )
         yield Problem(("export", "format"), f"{message}; set adapter.offset: auto, or export.format: native")
     for path, grid in grids(r):
-        if config is not None and config.grid_name == grid.name:
+        if config is not None and config.grid_name == grid.kind:
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         reason = EXPORTERS[name].reject(grid)
@@ -76,7 +77,7 @@ def check_export(r: Any) -> Problems:
         if layer == embedding:
             if EXPORTERS[name].reject_matrix(replace(layer.matrix, embedding=True), grid, layer.parts):
                 continue  # _check_kinds told
-        elif config is not None and config.grid_name == grid.name and config.trains(layer.name):
+        elif config is not None and config.grid_name == grid.kind and config.trains(layer.name):
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)

@@ -5,17 +5,19 @@ layers of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ...export import EXPORTERS
-from ...grid import BinaryGrid, IntGrid
-from ...grid.calibrate import CALIBRATORS
+from ...grid import GRIDS, Grid, grid_of
+from ...grid.calibrate import CALIBRATORS, calibrators_of
 from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
 from ...names import did_you_mean, listed, matches, pattern_error
 from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
+from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, GroupSize, Positive, Problems, Section
 
@@ -53,7 +55,7 @@ class OverrideSection(Section):
 class QuantSection(Section):
     """How the frozen base is packed."""
 
-    grid: Literal["integer", "binary"] = Field(
+    grid: Annotated[str, OneOf(GRIDS)] = Field(
         default="integer", description="integer codes with a scale, or binary planes (alpha_tuning)"
     )
     bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
@@ -65,10 +67,11 @@ class QuantSection(Section):
         default=4, description="bits of the rounding error kept for training (integer grid only)"
     )
     calibrate: str = Field(
-        default_factory=lambda data: "greedy" if data.get("grid") == "binary" else "mse",
+        default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
         description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
         "(default greedy); "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
+        json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
@@ -104,9 +107,10 @@ class QuantSection(Section):
     @model_validator(mode="after")
     def _integers_only(self) -> QuantSection:
         for key in ("lm_head", "embeddings"):
-            if self.grid != "integer" and getattr(self, key) is not None:
+            if not GRIDS[self.grid].packs_tables and getattr(self, key) is not None:
+                fits = " or ".join(name for name, grid in GRIDS.items() if grid.packs_tables)
                 raise ValueError(
-                    f"{key} {getattr(self, key)} needs quant.grid: integer; the recipe has {self.grid}"
+                    f"{key} {getattr(self, key)} needs quant.grid: {fits}; the recipe has {self.grid}"
                 )
         return self
 
@@ -121,6 +125,16 @@ class QuantSection(Section):
         raise ValueError(
             f"{shown(value)}; allowed: all-linear, or a list of layer names, globs or regexes{hint}"
         )
+
+    @property
+    def keeps_residual(self) -> bool:
+        """The grid has residual bits to keep."""
+        return any(field.name == "residual_bits" for field in fields(GRIDS[self.grid]))
+
+    @property
+    def reads_text(self) -> bool:
+        """The calibrator looks at text (quant.calibration)."""
+        return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
 
     @property
     def from_checkpoint(self) -> bool:
@@ -156,7 +170,7 @@ class QuantSection(Section):
             return "not part of the language model"
         return None
 
-    def grid_for(self, layer_name: str) -> IntGrid | BinaryGrid:
+    def grid_for(self, layer_name: str) -> Grid:
         """The grid of one layer, overrides applied (the last one that matches wins for each of bits and
         group_size).
         """
@@ -166,26 +180,13 @@ class QuantSection(Section):
             if matches(override.match, layer_name):
                 bits = override.bits if override.bits is not None else bits
                 group_size = override.group_size if override.group_size is not None else group_size
-        if self.grid == "binary":
-            return BinaryGrid(bits=bits, group_size=group_size, scale_dtype=self.scale_dtype)
+        settings = dict(self)
         if self.embeddings is not None and is_token_embedding(layer_name):
             # It is not trained, so no rounding error is kept.
-            return IntGrid(
-                bits=self.embeddings,
-                group_size=self.group_size,
-                symmetric=self.symmetric,
-                residual_bits=0,
-                scale_dtype=self.scale_dtype,
-            )
+            return grid_of(self.grid, settings | {"bits": self.embeddings, "residual_bits": 0})
         if self.lm_head is not None and is_head(layer_name):
             bits = self.lm_head
-        return IntGrid(
-            bits=bits,
-            group_size=group_size,
-            symmetric=self.symmetric,
-            residual_bits=self.residual_bits,
-            scale_dtype=self.scale_dtype,
-        )
+        return grid_of(self.grid, settings | {"bits": bits, "group_size": group_size})
 
 
 def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
@@ -194,20 +195,7 @@ def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
     """
     for path, bits, group_size in _bits(r.quant):
         try:
-            if r.quant.grid == "binary":
-                yield path, BinaryGrid(bits=bits, group_size=group_size, scale_dtype=r.quant.scale_dtype)
-            else:
-                q = r.quant
-                yield (
-                    path,
-                    IntGrid(
-                        bits=bits,
-                        group_size=group_size,
-                        symmetric=q.symmetric,
-                        residual_bits=q.residual_bits,
-                        scale_dtype=q.scale_dtype,
-                    ),
-                )
+            yield path, grid_of(r.quant.grid, dict(r.quant) | {"bits": bits, "group_size": group_size})
         except ValueError:
             continue
 
@@ -233,25 +221,27 @@ def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:
 def check_grid(r: Any) -> Problems:
     """Bits and calibrator against the grid kind; patterns that cannot be read."""
     quant = r.quant
-    allowed = (1, 2, 3, 4) if quant.grid == "binary" else (2, 3, 4, 8)
-    for path, bits, _ in _bits(quant):
-        if bits not in allowed:
-            other = "integer" if quant.grid == "binary" else "binary"
+    chosen = GRIDS[quant.grid]
+    for path, bits, group_size in _bits(quant):
+        if bits not in chosen.widths:
+            others = " or ".join(name for name, grid in GRIDS.items() if bits in grid.widths)
             yield Problem(
                 (*path, "bits"),
-                f"got {bits}; allowed on quant.grid {quant.grid}: {listed(allowed)}; or "
-                f"use quant.grid: {other}",
+                f"got {bits}; allowed on quant.grid {quant.grid}: {listed(chosen.widths)}; or "
+                f"use quant.grid: {others}",
             )
-    if quant.grid == "binary" and not quant.symmetric:
-        yield Problem(
-            ("quant", "symmetric"),
-            "got false; sign planes have no zero point; remove it, or use quant.grid: integer",
-        )
+            continue
+        try:
+            grid_of(quant.grid, dict(quant) | {"bits": bits, "group_size": group_size})
+        except ValueError as error:
+            yield Problem((*path, "grid"), f"got {quant.grid!r}: {error}")
+    if refused := chosen.refuses(dict(quant)):
+        yield Problem(("quant", refused[0]), refused[1])
     calibrator = CALIBRATORS.get(quant.calibrate)
     if quant.from_checkpoint:
         pass  # incoming.py has looked
     elif calibrator is None:
-        fits = [name for name, entry in CALIBRATORS.items() if entry.grid == quant.grid]
+        fits = calibrators_of(chosen.kind)
         yield Problem(
             ("quant", "calibrate"),
             f"got {quant.calibrate!r}; allowed: {listed(fits)}{did_you_mean(quant.calibrate, fits)}",
@@ -310,9 +300,9 @@ def check_layers(r: Any) -> Problems:
 def check_groups(r: Any) -> Problems:
     """Group sizes that leave a shorter last group in some layer, for a format that holds no such group."""
     shapes = shapes_here(r.model.path, r.model.revision)
-    if shapes is None or not shapes.linears or r.export.format == "native":
+    if shapes is None or not shapes.linears:
         return
-    exporter, targets = EXPORTERS.get(r.export.format), packed_layers(r.quant, shapes)
+    exporter, targets = EXPORTERS[r.export.format], packed_layers(r.quant, shapes)
     misfits: dict[tuple[int, int], list[str]] = {}
     for layer in targets:
         try:
@@ -320,7 +310,7 @@ def check_groups(r: Any) -> Problems:
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         size = grid.group_size
-        if not layer.divides(size) and (exporter is None or exporter.reject_width(grid, layer.in_features)):
+        if not layer.divides(size) and exporter.reject_width(grid, layer.in_features):
             misfits.setdefault((size, layer.in_features), []).append(layer.name)
     widths = {layer.in_features for layer in targets}
     for (size, width), names in misfits.items():

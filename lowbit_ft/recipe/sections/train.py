@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
-from ...names import did_you_mean
-from ...train.optim import OPTIMIZERS
+from ...train.losses import LOSSES
+from ...train.optimizers import OPTIMIZERS
+from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
 from ..layers import shapes_here
 from ..paths import path_is
+from ..values import OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
 
@@ -39,11 +39,11 @@ class TrainSection(Section):
         default=(0.9, 0.999), description="of Adam"
     )
     eps: Positive = Field(default=1e-8, description="of Adam")
-    optimizer: str = Field(
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(
         default="adamw",
         description="adamw (torch, fused) or a bitsandbytes optimizer such as paged_adamw8bit",
     )
-    scheduler: Literal["linear", "cosine", "wsd", "constant"] = Field(
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = Field(
         default="cosine", description="learning-rate curve after the warm-up"
     )
     warmup_ratio: Unit = Field(default=0.05, description="fraction of the steps spent warming up")
@@ -59,7 +59,7 @@ class TrainSection(Section):
         "device; cpu, in CPU memory; "
         "disk, in a file of the run folder: for long sequences on a GPU",
     )
-    loss: Literal["chunked", "liger"] = Field(
+    loss: Annotated[str, OneOf(LOSSES)] = Field(
         default="chunked",
         description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
         "(extra liger, a GPU, a plain head)",
@@ -148,19 +148,14 @@ class TrainSection(Section):
 def check_train(r: Any) -> Problems:
     """Training options that need something else: a validation set, a known length, a package."""
     train = r.train
-    if train.optimizer not in OPTIMIZERS:
+    package = OPTIMIZERS[train.optimizer].package
+    if package is not None and importlib.util.find_spec(package) is None:
         message = (
-            f"got {train.optimizer!r}; allowed: "
-            f"{', '.join(OPTIMIZERS)}{did_you_mean(train.optimizer, OPTIMIZERS)}"
+            f"got {train.optimizer!r}, from {package}, which is not installed; run pip install "
+            f"{package}, or set adamw"
         )
         yield Problem(("train", "optimizer"), message)
-    elif OPTIMIZERS[train.optimizer][0] and importlib.util.find_spec("bitsandbytes") is None:
-        message = (
-            f"got {train.optimizer!r}, from bitsandbytes, which is not installed; run pip install "
-            "bitsandbytes, or set adamw"
-        )
-        yield Problem(("train", "optimizer"), message)
-    if reasons := list(LOSS_NEEDS.get(train.loss, _nothing)(r)):
+    if reasons := LOSSES[train.loss].problems(r):
         yield Problem(
             ("train", "loss"),
             f"got {train.loss!r}, but {'; '.join(reasons)}; set loss: chunked, which holds as little",
@@ -189,12 +184,8 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
         )
-    if train.scheduler == "wsd" and train.warmup_ratio + train.decay_ratio > 1:
-        total = train.warmup_ratio + train.decay_ratio
-        yield Problem(
-            ("train", "decay_ratio"),
-            f"got {train.decay_ratio}; with warmup_ratio the sum is {total:g}; allowed: at most 1",
-        )
+    if wrong := SCHEDULERS[train.scheduler].problem(train):
+        yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
         package = "tensorboard" if tracker == "tensorboard" else tracker
         if importlib.util.find_spec(package) is None:
@@ -202,28 +193,6 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
-
-
-def _nothing(r: Any) -> Iterator[str]:
-    """What a loss needs that runs everywhere."""
-    return iter(())
-
-
-def _liger_needs(r: Any) -> Iterator[str]:
-    """What is missing for the fused loss: its package, a GPU, a head that is whole and not packed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        yield ("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
-    if not torch.cuda.is_available() or (hasattr(r, "model") and r.model.device == "cpu"):
-        yield ("its kernels run on a GPU only")
-    if hasattr(r, "quant") and r.quant.lm_head is not None:
-        yield (
-            f"it multiplies with a plain weight, and quant.lm_head packs the head in {r.quant.lm_head} bits"
-        )
-    if r.train.sharding == "fsdp":
-        yield ("it was not made to work with train.sharding: fsdp")
-
-
-LOSS_NEEDS: dict[str, Callable[[Any], Iterator[str]]] = {"liger": _liger_needs}  # by train.loss
 
 
 def check_offload(r: Any) -> Problems:
