@@ -23,7 +23,10 @@ import torch
 import yaml
 
 from .files.atomic import visible_names, write_text
+from .files.jsonfile import read_json
+from .files.records import StageTime, Started
 from .recipe.recipe import Recipe, load_recipe
+from .recipe.yaml import read_source
 from .train.memory import peak_gb, reset_peak
 
 # Keys that may differ between two starts of one run: they change where it lies and what is measured or kept,
@@ -62,7 +65,7 @@ class RunDir:
         run = cls(recipe.output, main)
         stored = run / "recipe.yaml"
         if stored.exists():
-            before = yaml.safe_load(stored.read_text()) or {}
+            before = read_source(stored).values
             now = yaml.safe_load(recipe.to_yaml())
             changed = [
                 key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)
@@ -107,8 +110,8 @@ class RunDir:
 
     def started(self) -> list[Path]:
         """Where the folder may be in which the run was started; none where that was not recorded."""
-        noted = self.read_json("started.json", {})
-        given = [noted["folder"], self.path.resolve() / noted["from_here"]] if noted else []
+        noted = self.read_json("started.json", Started | None, None)
+        given = [noted.folder, self.path.resolve() / noted.from_here] if noted else []
         return [Path(os.path.normpath(folder)) for folder in given]
 
     def _read(self, folders: Sequence[Path]) -> Recipe:
@@ -124,9 +127,12 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def read_json(self, name: str, default: Any = None) -> Any:
+    def read_json(self, name: str, shape: Any, default: Any) -> Any:
+        """The file as `shape` (files/records.py), `default` where there is none. ValueError for another
+        content."""
         path = self / name
-        return json.loads(path.read_text()) if path.is_file() else default
+        fix = "a file of this run was changed; put it back, or remove it"
+        return read_json(path, shape, fix) if os.path.lexists(path) else default
 
     @contextmanager
     def stage(self, name: str, device: torch.device, resumable: bool = False) -> Iterator[None]:
@@ -136,12 +142,12 @@ class RunDir:
         began = time.perf_counter()
         yield
         row = {"stage": name, "seconds": time.perf_counter() - began, "peak_memory_gb": peak_gb(device)}
-        rows = self.read_json("stages.json", [])
-        before = next((r for r in rows if r["stage"] == name), None)
+        rows: list[StageTime] = self.read_json("stages.json", list[StageTime], [])
+        before = next((r for r in rows if r.stage == name), None)
         if before is not None and resumable:
-            row["seconds"] += before["seconds"]
-            row["peak_memory_gb"] = max(row["peak_memory_gb"], before["peak_memory_gb"])
-        self.write_json("stages.json", [*(r for r in rows if r["stage"] != name), row])
+            row["seconds"] += before.seconds
+            row["peak_memory_gb"] = max(row["peak_memory_gb"], before.peak_memory_gb)
+        self.write_json("stages.json", [*(r.model_dump() for r in rows if r.stage != name), row])
 
 
 def shipped(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
@@ -66,9 +67,9 @@ def start(recipe: Recipe) -> Session:
     # without it.
     torch.set_float32_matmul_precision("highest")
     with main_process_first():
-        stored = RunDir(recipe.output, main=False).read_json("environment.json", {})
+        stored = RunDir(recipe.output, main=False).read_json("environment.json", Environment | None, None)
         # A branch of a hub model moves on; a run stays with the commit it began with.
-        revision = recipe.model.revision or stored.get("revision")
+        revision = recipe.model.revision or (stored.revision if stored else None)
         if local_folder(recipe.model.path, revision) is None:
             Checkpoint.open(
                 recipe.model.path, revision, recipe.model.dtype
@@ -79,7 +80,7 @@ def start(recipe: Recipe) -> Session:
         if checkpoint.revision is not None and (problems := check_recipe(recipe)):
             # A hub model has only now been fetched: its layers can be checked against grid and format.
             raise RecipeError([str(problem) for problem in problems])
-        if not stored:
+        if stored is None:
             facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
             run.write_json("environment.json", environment() | facts)
     session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), device, Console())
@@ -104,7 +105,7 @@ def resume(run_dir: Path) -> Session:
     """The session of a run that is there; nothing is written."""
     run = RunDir(run_dir)
     recipe, given = run.recipe_here(), run.recipe().model.path
-    revision = recipe.model.revision or run.read_json("environment.json", {}).get("revision")
+    revision = recipe.model.revision or run.read_json("environment.json", Environment, Environment()).revision
     try:
         checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
     except CheckpointError as error:

@@ -10,8 +10,8 @@ import importlib.util
 from pathlib import Path
 
 from ..export import EXPORTERS
-from ..export.reader import read_config
 from ..integrations import register
+from ..model.config import read_config
 from ..rundir import shipped
 
 NEEDS = ("fastapi", "uvicorn", "openai")

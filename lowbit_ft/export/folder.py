@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.atomic import file_entry, leftover_of, write_bytes
+from ..files.jsonfile import read_json
 from ..grid import Weight
 
 MANIFEST = "lowbit_ft.json"
@@ -48,13 +49,8 @@ COPIED = (
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder that `write_model` wrote. ValueError when there is none or it is damaged."""
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; not a folder that lowbit_ft wrote") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    whole = isinstance(manifest, dict) and manifest.get("writer") == "lowbit_ft"
+    manifest = read_json(path, dict[str, Any], "not a folder that lowbit_ft wrote")
+    whole = manifest.get("writer") == "lowbit_ft"
     if not whole or not all(isinstance(manifest.get(key), dict) for key in ("files", "layers")):
         raise ValueError(f"{path}: not a manifest of lowbit_ft")
     if not all(

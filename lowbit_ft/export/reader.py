@@ -6,7 +6,6 @@ files. What is in a file is data from a stranger: headers are checked before any
 against the layer's spec, and values for what no writer of ours makes.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,22 @@ import torch
 
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
-from ..model.hub import tensor_entries
+from ..model.config import (
+    CONFIG,
+    GENERATION,
+    answered,
+    check_counts,
+    load_config,
+    read_config,
+    stop_ids,
+    stored_dtype,
+)
+from ..model.hub import refuse_irregular, tensor_entries
 from ..model.mapped import to_device
 from ..model.meta import model_class
 from . import EXPORTERS
 from .base import Weights
 from .native import Native, layers_from_config
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder. ValueError when it is missing or not a JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; give a model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: needs a JSON object")
-    return config
 
 
 def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weights:
@@ -51,6 +46,8 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
     except ValueError as error:
         raise ValueError(f"{root / 'config.json'}: {error}") from None
     entries, problems = tensor_entries(root)
+    if not problems:
+        check_counts(root / CONFIG, read_config(root), entries)
     if problems:
         raise CheckpointError("\n".join(problems))
     for name, spec in specs.items():
@@ -85,11 +82,9 @@ def load_exported(
     ones become dense. What is packed is not copied on a CPU: it stays in the pages of the files
     (model/mapped.py).
     """
-    from transformers import AutoConfig
-
     whole = read_config(folder)
     config, options = whole.get("quantization_config"), {}
-    kind: Any = dtype or getattr(torch, whole.get("dtype") or whole.get("torch_dtype") or "float32")
+    kind = dtype or stored_dtype(Path(folder) / CONFIG, whole)
     method = config.get("quant_method") if isinstance(config, dict) else None
     for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][:1]:
         if reason := exporter.missing(exporter.reads_with):
@@ -97,14 +92,15 @@ def load_exported(
         if (model := exporter.open(Path(folder), kind)) is not None:
             return model.eval()
         options = exporter.load_options(whole["quantization_config"], Path(folder))
-    with warnings.catch_warnings():
+    refuse_irregular(Path(folder))
+    stop_ids(Path(folder) / GENERATION)  # which transformers believes
+    with warnings.catch_warnings(), answered(Path(folder) / CONFIG, "the model cannot be loaded"):
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        auto = model_class(
-            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        )
-        model = auto.from_pretrained(
+        made = load_config(folder)
+        model = model_class(made).from_pretrained(
             str(folder),
+            config=made,
             dtype=kind if method else dtype or "auto",
             device_map=None if device == "cpu" or method == Native.quant_method else device,
             attn_implementation=attention,  # None: the best one the model has

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .regular import open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -66,8 +69,8 @@ def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
 def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """(bytes before the data, header) of a safetensors file; see `read_header`."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > _MAX_HEADER:
@@ -79,10 +82,14 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
                     f"{path}: truncated in its header: expected at least {8 + length} bytes, has {size}"
                 )
             header = json.loads(file.read(length))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON: {error})") from error
+    except ValueError as error:  # a pipe or a device; or a number of thousands of digits
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(
             f"{path}: not a safetensors file (its header is a JSON {type(header).__name__})"

@@ -20,6 +20,7 @@ from ..adapters import ADAPTERS, AdapterConfig
 from ..adapters.attach import adapted_names
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..files.atomic import staged_folder
+from ..files.jsonfile import read_json
 from ..files.tensorfile import is_finite, read_header
 from ..names import did_you_mean
 from ..recipe.errors import to_problems
@@ -126,16 +127,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); "
-            f"an adapter folder has {CONFIG_FILE} and {TENSOR_FILE}"
-        ) from None
-    except ValueError as error:  # not JSON, not UTF-8
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    found = facts.get("peft_type") if isinstance(facts, dict) else None
+    facts = read_json(path, dict[str, Any], f"an adapter folder has {CONFIG_FILE} and {TENSOR_FILE}")
+    found = facts.get("peft_type")
     if found != PEFT_TYPE:
         raise ValueError(f"{path}: got peft_type {found!r}; a lowbit adapter has {PEFT_TYPE!r}")
     if not isinstance(facts.get("options") or {}, dict):

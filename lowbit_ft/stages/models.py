@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
-from ..export.reader import load_exported, read_config
+from ..export.reader import load_exported
 from ..integrations.adapter_files import read_adapter, refuse_other_base
+from ..model.config import read_config
 from ..model.load import load_model
 from ..session import Session
 

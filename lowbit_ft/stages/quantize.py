@@ -10,6 +10,7 @@ from ..adapters.attach import base_digest
 from ..export import EXPORTERS, LayerSpec, Weights
 from ..export.folder import check_files
 from ..export.writer import write_model
+from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
@@ -26,8 +27,8 @@ def quantize_stage(session: Session) -> Any:
     # A base that is about to be cut waits on the CPU, so that no device has to hold it whole.
     place = "cpu" if session.splits_base else None
     with run_dir.stage("quantize", session.device, resumable=True), main_process_first():
-        stored = run_dir.read_json("base.json", {})
-        if stored.get("key") == key and folder.is_dir():
+        stored = run_dir.read_json("base.json", PackedBase, PackedBase())
+        if stored.key == key and folder.is_dir():
             try:
                 check_files(folder)
                 session.say(f"base: reusing {folder}")

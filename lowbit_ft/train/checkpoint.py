@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files.atomic import file_entry, recover_all, remove_folder, staged_folder
+from ..files.jsonfile import read_json
 
 FORMAT = 1
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
@@ -101,7 +102,7 @@ class Checkpoints:
         """Why the checkpoint of `step` cannot be trusted, or None. Reads and hashes all of it."""
         path = self.path(step)
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(path / MANIFEST, dict[str, Any])
             if manifest["format"] != FORMAT:
                 return f"{path / MANIFEST}: format {manifest['format']!r}; this version reads {FORMAT}"
             for name in (ADAPTER, OPTIMIZER, STATE):
@@ -121,7 +122,7 @@ class Checkpoints:
         if (problem := self.problem(step)) is not None:
             raise ValueError(problem)
         path = self.path(step)
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE, dict[str, Any])
         return Saved(path, load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
 
     def newest_valid(self) -> int | None:
