@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.regular import irregular
+
 TEXT_PIECE = 1 << 20  # characters; keeps one tokenizer call in tens of megabytes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -110,6 +112,8 @@ def _read_files(files: list[Path]) -> Iterator[Row]:
         reader = READERS.get(file.suffix.lower())
         if reader is None:
             raise DataError(f"unknown suffix {file.suffix!r}; known: {' '.join(READERS)}", str(file))
+        if (what := irregular(file)) is not None:
+            raise DataError(f"got {what}; allowed: a regular file", str(file))
         try:
             yield from reader(file)
         except OSError as error:

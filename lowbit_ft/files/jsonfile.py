@@ -100,7 +100,7 @@ def first_problem(error: ValidationError) -> str:
 def shown(value: Any) -> str:
     """A JSON value for a message, cut to a readable length; a large one by its kind."""
     if isinstance(value, dict | list):
-        return f"a JSON {type(value).__name__}" if value else repr(value)
+        return f"a JSON {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     text = repr(value)

@@ -70,7 +70,7 @@ def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
         try:
             weight_map = read_json(index, _Index).weight_map
         except ValueError as error:
-            problems.append(f"{error} (not a weight index)")
+            problems.append(f"{index}: not a weight index ({str(error).removeprefix(f'{index}: ')})")
             return {}
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():

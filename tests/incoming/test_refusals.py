@@ -106,7 +106,7 @@ def group(**changes: Any) -> dict[str, Any]:
         ("compressed-tensors", group(targets=["re:["]), "no regular expression"),
         ("compressed-tensors", group(targets=["Conv2d"]), "no group of config_groups has it"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: got a scheme"),
-        ("compressed-tensors", {"config_groups": None}, "config_groups: needs an object"),
+        ("compressed-tensors", {"config_groups": None}, "config_groups: got None; allowed: an object"),
         (
             "compressed-tensors",
             {"sparsity_config": {"format": "sparse-24"}},

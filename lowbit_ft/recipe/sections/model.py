@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from ...model.config import load_config
 from ...train.compiling import missing_compiler
 from ..layers import read_shapes
 from ..paths import HUB_ID, near_names, path_is
@@ -64,6 +65,7 @@ def check_model(r: Any) -> Problems:
         incoming = read_shapes(folder).incoming
         if incoming is not None:
             incoming.refuse_order()
+        load_config(folder)
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
 
