@@ -3,8 +3,8 @@
     python -m benchmarks.fuzz --count 10000 --seed 0
 
 One process. Honest files are made once (a tiny Llama, dense and in three packed formats, a short run, rows,
-a recipe); every case is a copy of links to them with one file changed (fuzz_mutate.py), and a door that opens it
-(fuzz_doors.py). A case is
+a recipe); every case is a copy of links to them with one file changed (fuzz_mutate.py), and a door that opens
+it (fuzz_doors.py). A case is
 
     fine       taken, and it makes sense
     answered   ValueError or OSError, as the command line tells it, naming the file (or the key of the recipe)
@@ -13,14 +13,15 @@ a recipe); every case is a copy of links to them with one file changed (fuzz_mut
     hang       no end within --limit seconds
     nonsense   taken, and what was made of it is wrong
 
-Counts go to --out as JSON, the first offenders of each class to the screen, with the number that makes the case
-again: `--only NUMBER --seed S`. It exits with 1 when there is one.
+Counts go to --out as JSON, the first offenders of each class to the screen, with the number that makes the
+case again: `--only NUMBER --seed S`. It exits with 1 when there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -142,7 +143,10 @@ def judged(door: Callable[[], None], folder: Path, limit: float) -> tuple[str, s
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        door()
+        try:
+            door()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except Hang:
         return "hang", "".join(traceback.format_stack(limit=1)).strip()
     except Nonsense as error:
@@ -156,13 +160,14 @@ def judged(door: Callable[[], None], folder: Path, limit: float) -> tuple[str, s
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "lowbit_ft" in f.filename][-1:]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in [place, *ours])
         return "traceback", f"{type(error).__name__}: {error} at {where}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return "fine", ""
 
 
-def fuzz(honest: Path, numbers: list[int], seed: int, limit: float, show: int = 3) -> dict[str, Any]:
-    """Counts by kind and class, and the offenders: [number, kind, what was done, what was said]."""
+def fuzz(
+    honest: Path, numbers: Sequence[int], seed: int, limit: float, show: int = 3, until: float = math.inf
+) -> dict[str, Any]:
+    """Counts by kind and class, seconds by kind, and the offenders: [number, kind, what was done,
+    what was said]."""
     from .fuzz_doors import KINDS
 
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -173,7 +178,10 @@ def fuzz(honest: Path, numbers: list[int], seed: int, limit: float, show: int = 
         verdict = judged(partial(kind.read, folder, kind.honest), folder, limit)
         assert verdict == ("fine", ""), f"{name}: an honest file is {verdict}"
         shutil.rmtree(folder)
+    seconds: Counter[str] = Counter()
     for number in numbers:
+        if time.monotonic() > until:
+            break
         rng = random.Random(f"{seed}-{number}")
         name = rng.choices(names, weights)[0]
         kind, folder = KINDS[name], honest.parent / f"case-{number}"
@@ -181,7 +189,9 @@ def fuzz(honest: Path, numbers: list[int], seed: int, limit: float, show: int = 
         what, changed = kind.change(folder, rng)
         began = time.monotonic()
         verdict, said = judged(partial(kind.read, folder, changed), folder, limit)
-        slowest = max(slowest, (time.monotonic() - began, f"{number} {what}"))
+        took = time.monotonic() - began
+        seconds[name] += took
+        slowest = max(slowest, (took, f"{number} {what}"))
         counts[name][verdict] += 1
         if verdict in BAD:
             offenders.append([number, name, what, said[:400]])
@@ -193,7 +203,8 @@ def fuzz(honest: Path, numbers: list[int], seed: int, limit: float, show: int = 
         shutil.rmtree(folder, ignore_errors=True)
     return {
         "seed": seed,
-        "cases": len(numbers),
+        "cases": sum(sum(found.values()) for found in counts.values()),
+        "seconds": {name: round(spent, 1) for name, spent in seconds.items()},
         "counts": {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())},
         "slowest": [round(slowest[0], 2), ascii(slowest[1])[:200]],
         "offenders": offenders,
@@ -209,6 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="this case alone")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a case")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so long")
     parser.add_argument("--show", type=int, default=5, help="offenders of each class on the screen")
     parser.add_argument("--out", type=Path, help="JSON of the counts")
     options = parser.parse_args(arguments)
@@ -226,8 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         honest.mkdir()
         honest_files(honest)
         began = time.monotonic()
-        found = fuzz(honest, list(numbers), options.seed, options.limit, options.show)
-    found["seconds"] = round(time.monotonic() - began)
+        until = began + 60 * options.minutes
+        found = fuzz(honest, numbers, options.seed, options.limit, options.show, until)
     print(json.dumps({key: value for key, value in found.items() if key != "offenders"}, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """The doors that fuzz.py knocks at: for each kind of file, what a user's command does with it first.
 
-`change_*` does the harm, `read_*` is the door: it returns when it took the file and what it took makes sense; it raises Nonsense when it took it and
-it does not; and whatever else it raises is the answer that is judged.
+`change_*` does the harm, `read_*` is the door: it returns when it took the file and what it took makes sense;
+it raises Nonsense when it took it and it does not; and whatever else it raises is the answer that is judged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What fuzz.py does to a file: bytes cut and flipped, JSON and YAML values exchanged for values of another kind.
+"""What fuzz.py does to a file: bytes cut and flipped, JSON and YAML values exchanged for those of another
+kind.
 
 A mutation changes one file, is chosen by a seeded `random.Random`, and says in words what it did.
 """
@@ -21,7 +22,8 @@ VALUES: tuple[Any, ...] = (
     "re:(.*)*(.*)*X", "(?R)*", "(?:a{60000}){60000}", "zzz", "float8", "load", "eager", "auto",
 )  # fmt: skip
 KEYS = (
-    "auto_map", "_attn_implementation", "attn_implementation", "num_hidden_layers", "head_dim", "rope_scaling",
+    "auto_map", "_attn_implementation", "attn_implementation", "num_hidden_layers", "head_dim",
+    "rope_scaling",
     "rope_parameters", "layer_types", "quantization_config", "text_config", "dtype", "torch_dtype", "x",
     "transformers_weights", "eos_token_id", "chat_template", "stage", "rows", "step", "model_type", "bits",
     "use_cache", "output_attentions", "return_dict", "id2label", "num_labels", "tie_word_embeddings",
@@ -36,8 +38,8 @@ ADDED: dict[str, Any] = {
     "transformers_weights": "../other.safetensors",
 }
 TEMPLATES = (
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x{% endfor %}{% endfor %}"
-    "{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x"
+    "{% endfor %}{% endfor %}{% endfor %}",
     "{{ messages[0].nothing.more }}",
     "{% if %}",
     "{{ raise_exception('no') }}",

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .regular import open_regular
+
 _LEFTOVER = re.compile(r"\.(.+)\.(?:partial|replaced|removed)", re.DOTALL)
 
 
@@ -118,8 +120,11 @@ def visible_names(folder: Path) -> list[str]:
 
 def file_entry(path: Path) -> dict[str, Any]:
     """What manifests say of a file: {"bytes": its size, "sha256": hex digest}."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with open_regular(path) as file:
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def sync(path: Path) -> None:

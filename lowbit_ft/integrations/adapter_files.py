@@ -108,7 +108,10 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     """
     folder = Path(folder)
     facts = _read_config(folder / CONFIG_FILE)
-    config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    try:
+        config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     if isinstance(modules := facts.get("target_modules"), list):
         config = config.model_copy(update={"targets": [str(name) for name in modules]})
     digest = facts.get("base_digest")

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, StrictInt
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
 
 from ..files.atomic import write_text
-from ..files.jsonfile import read_json, shown
+from ..files.jsonfile import as_shape, read_json, shown
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Python files that are not run, the attention and expert kernels that a recipe or the model's class chooses
-# ("org/name" is fetched from the hub and run), and other names for config.json and the weights.
+# ("org/name" is fetched from the hub and run), other names for config.json and the weights, and what a call
+# of the model returns, which is up to the caller.
 DROPPED = (
     "auto_map",
     "attn_implementation",
@@ -38,6 +39,10 @@ DROPPED = (
     "_experts_implementation",
     "_experts_implementation_internal",
     "configuration_files",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torchscript",
     "transformers_weights",
 )
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
@@ -53,11 +58,25 @@ MOST_WIDE = 1 << 24
 _MAX_CONFIG = 16 << 20  # bytes; mixtures list every layer that is not quantized
 
 
+class _Read(BaseModel):
+    """The keys that our own code reads, and of which kind they are."""
+
+    model_config = ConfigDict(protected_namespaces=())
+    model_type: StrictStr | None = None
+    text_config: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    vocab_size: StrictInt | None = None
+    max_position_embeddings: StrictInt | None = None
+    n_positions: StrictInt | None = None
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder, without what is never followed. ValueError naming the file."""
     path = Path(folder) / CONFIG
     fix = "give the folder of a Hugging Face checkpoint (with config.json and *.safetensors)"
-    return _kept(read_json(path, dict[str, Any], fix, _MAX_CONFIG))
+    values = read_json(path, dict[str, Any], fix, _MAX_CONFIG)
+    as_shape(values, _Read, str(path))
+    return _kept(values)
 
 
 def load_config(folder: str | Path) -> Any:
