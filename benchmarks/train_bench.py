@@ -7,8 +7,9 @@
 Models have real shapes and random weights (train_models.py). Stages:
 
     correct   loss and every gradient of each method on the device against the CPU, at a small size; what fails is not timed
-    speed     8B, 1 x 2048, rank 16, checkpointing on: each contender takes turns with QLoRA (NF4, peft) step by step in this process,
-              with the same loss, optimizer and checkpointing code (ours), so that clocks and temperature are the same for both
+    speed     8B, 1 x 2048, rank 16, checkpointing on: the contenders with a target take turns with QLoRA (NF4, peft) step by step in
+              this process, with the same loss, optimizer and checkpointing code (ours): clocks and temperature are the same for both
+    more      the other methods and bits, in the same way
     memory    the set-ups the targets name, each alone, the process capped at --cap GB; and what `lowbit-ft plan` predicted
     length    8B W4, offload to the CPU: as many tokens as fit
 
@@ -273,8 +274,27 @@ def correct(bench: Bench) -> None:
             bench.wrong[check_key(case)] = "its gradients are wrong on this device (see the row `correct`)"
 
 
+def recall(bench: Bench, file: Path) -> None:
+    """The rows that `correct` wrote into another file, as if it had run here."""
+    rows = {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    for case in SPEED:
+        if case.base == "packed" and (row := rows.get(case.name)):
+            if "skipped" in row:
+                bench.wrong[check_key(case)] = f"its gradients are wrong on this device: {row['skipped'][:150]}"
+            bench.rows.append(row)
+
+
 def speed(bench: Bench) -> None:
-    """Each contender in turns with QLoRA."""
+    """Each contender with a target in turns with QLoRA."""
+    _in_turns(bench, [case for case in SPEED if case.target is not None and not case.train.get("compile")])
+
+
+def more(bench: Bench) -> None:
+    """The others."""
+    _in_turns(bench, [case for case in SPEED if case.target is None or case.train.get("compile")])
+
+
+def _in_turns(bench: Bench, cases: list[Case]) -> None:
     bench.limit(None)
     reference: list[Contender] = []
 
@@ -284,7 +304,7 @@ def speed(bench: Bench) -> None:
 
     bench.attempt("speed", QLORA, first, 40)
     kept: dict[tuple[Any, ...], Any] = {}  # one packed base at a time, shared by its contenders
-    order = sorted(SPEED, key=lambda c: SPEED.index(next(s for s in SPEED if _base_key(s) == _base_key(c))))
+    order = sorted(cases, key=lambda c: cases.index(next(s for s in cases if _base_key(s) == _base_key(c))))
     for case in order:
 
         def act(case: Case) -> dict[str, Any]:
@@ -404,7 +424,7 @@ def length(bench: Bench) -> None:
         print(f"longest window that fits {bench.cap} GB: {longest} tokens", flush=True)
 
 
-STAGES = {"correct": correct, "speed": speed, "memory": memory, "length": length}
+STAGES = {"correct": correct, "speed": speed, "memory": memory, "more": more, "length": length}
 
 
 def main() -> None:
@@ -415,6 +435,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--layers", type=int, help="cut every shape after so many layers")
     p.add_argument("--dry-run", action="store_true")
+    p.add_argument("--checked", type=Path, metavar="FILE", help="what `correct` found in another run of today: it is not run again")
     p.add_argument("--report", type=Path, metavar="FILE")
     p.add_argument("--out", type=Path)
     o = p.parse_args()
@@ -429,6 +450,9 @@ def main() -> None:
         o.out = RESULTS / f"train_bench-{device}.json"
     torch.manual_seed(0)
     bench = Bench(o)
+    if o.checked and o.checked.is_file():
+        recall(bench, o.checked)
+        o.stages = [stage for stage in o.stages if stage != "correct"]
     for stage in o.stages:
         STAGES[stage](bench)
     bench.predict()

@@ -1,9 +1,9 @@
 """Measure the kernels on a GPU, next to what they replace.
 
     python kernels/bench.py check                  every op against a reference at one real size
-    python kernels/bench.py run --set targets      times, into kernels/results/<gpu>-<date>.json, a row at a time
+    python kernels/bench.py run --set targets      times, into the file of --out, a row at a time
     python kernels/bench.py tune --seconds 80      tile sizes for this GPU, into the user's cache (dispatch.user_cache)
-    python kernels/bench.py table                  tables and plots of the results into kernels/README.md
+    python kernels/bench.py table                  the kernels' part of benchmarks/results/gpu-*.json into kernels/README.md
 
 How: ours and its peers take turns in one process, round by round, so that clocks and temperature are the same for all; the
 weights rotate through enough copies that none is in the L2 cache when it is read; calls for 16 rows or fewer run inside a CUDA
@@ -30,11 +30,11 @@ from typing import Any
 
 import lowbit_kernels
 import torch
-from bench_cases import Built, Call, Case, build, everything, targets, tiny
+from bench_cases import PEERS, Built, Call, Case, build, everything, targets, tiny
 from bench_report import write_report
 from lowbit_kernels import dispatch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"  # where benchmarks/gpu.sh leaves gpu-<name>.json
 L2_COPIES_BYTES = 256 << 20  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
 # What a coordinate of a configuration may become while tuning.
 AXES: dict[str, list[int]] = {
@@ -175,13 +175,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with "+" where it is changed; None in a copy without its history."""
+    """The commit of the checkout, with "+" where it is changed; in a copy without its history $LOWBIT_COMMIT, or None."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("LOWBIT_COMMIT")
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
@@ -216,16 +216,15 @@ def chosen(name: str, dry: bool) -> list[Case]:
 
 def run(options: argparse.Namespace) -> int:
     device, failures = device_of(options.dry_run), 0
-    info = environment(device)
-    path = options.out / f"{info['gpu'].lower().replace(' ', '-')}-{info['date']}.json"
-    # The targets, once tuned, replace their first rows; everything else of the day stays.
+    info, path, peers = environment(device), options.out, PEERS - {"torch.compile"} if options.quick else PEERS
+    # The targets, once tuned, replace their first rows; everything else of the file stays.
     rows: dict[str, dict] = {}
     if path.is_file() and not options.dry_run:
         rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     top = {} if options.dry_run else ceilings(device)
     for case in chosen(options.set, options.dry_run):
         try:
-            made = build(case, device, copies_of(case, options.dry_run))
+            made = build(case, device, copies_of(case, options.dry_run), peers)
             row: dict[str, Any] = {
                 "name": case.name,
                 "op": case.op,
@@ -243,7 +242,7 @@ def run(options: argparse.Namespace) -> int:
             }
             row["microseconds"] = measure(made, case, device, 2 if options.dry_run else options.rounds)
             row["left_out"] = made.left_out
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # a compiler may raise anything, and the other cases are still wanted
             failures += 1
             row = {"name": case.name, "op": case.op, "failed": f"{type(error).__name__}: {error}"[:400]}
         # A failed case must not take the next one's memory with it.
@@ -272,9 +271,9 @@ def check(options: argparse.Namespace) -> int:
     device, failures = device_of(options.dry_run), 0
     for case in chosen("targets", options.dry_run):
         try:
-            row = checked(build(case, device, 1), case)
+            row = checked(build(case, device, 1, frozenset()), case)
             print(f"{case.name}: error {row['error']:.1e}, allowed {row['allowed']:.1e}", flush=True)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             failures += 1
             print(f"{case.name}: FAILED {error}", flush=True)
     return failures
@@ -312,7 +311,7 @@ def tune(options: argparse.Namespace) -> int:
     for case in chosen("targets", options.dry_run):
         if case.op not in TUNED or time.monotonic() > deadline:
             continue
-        op, made = TUNED[case.op], build(case, device, copies_of(case, options.dry_run))
+        op, made = TUNED[case.op], build(case, device, copies_of(case, options.dry_run), frozenset())
         alone = Built(calls={"ours": made.calls["ours"]})
         best, least, first, tried = None, float("inf"), float("inf"), []
 
@@ -375,11 +374,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=["check", "run", "tune", "table"])
     parser.add_argument("--set", choices=["targets", "all"], default="targets")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="file of the results (run), or folder of the results (table)")
+    parser.add_argument("--quick", action="store_true", help="without the peers that compile for long")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=300.0, help="time for tuning")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
+    options.out = options.out or (RESULTS if options.command == "table" else RESULTS / "kernels.json")
     torch.manual_seed(0)
     failures = {"check": check, "run": run, "tune": tune, "table": table}[options.command](options)
     if failures:

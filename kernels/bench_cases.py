@@ -7,6 +7,7 @@ gives closures over them. A peer that cannot be built on this machine is left ou
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lowbit_kernels as lk
@@ -20,6 +21,8 @@ SHAPES = {  # N x K of the linears the targets are about
     "qwen-32b": [(5120, 5120), (27648, 5120), (5120, 27648)],
 }
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+# Peers that may be missing, or take long: "torch.compile" compiles for tens of seconds.
+PEERS = frozenset({"bitsandbytes nf4", "gemlite", "torch.compile"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class Built:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     check: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # our error, the error allowed
+    peers: frozenset[str] = frozenset()  # the optional ones that are wanted, of PEERS
 
 
 def targets() -> list[Case]:
@@ -130,9 +134,9 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
 
 
-def build(case: Case, device: torch.device, copies: int) -> Built:
-    """Tensors and closures of a case."""
-    made = Built()
+def build(case: Case, device: torch.device, copies: int, peers: frozenset[str] = PEERS) -> Built:
+    """Tensors and closures of a case, and those of PEERS that are named."""
+    made = Built(peers=peers)
     g = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(case.m, case.k, device=device, generator=g).to(case.dtype)
     dy = torch.randn(case.m, case.n, device=device, generator=g).to(case.dtype)
@@ -163,8 +167,9 @@ def _forward(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> Non
         lambda c=c, s=s: reference(x, c, s, None, None, case.bits, case.group) for c, s in weights[:1]
     ]
     if case.bits == 4 and x.is_cuda:
-        _optional(made, "bitsandbytes nf4", lambda: _bitsandbytes(x, dense))
-        _optional(made, "gemlite", lambda: _gemlite(case, x, weights))
+        want = made.calls["cublas"][0]()
+        _optional(made, "bitsandbytes nf4", lambda: _bitsandbytes(x, dense), want, 0.2)  # another grid: its own error is 0.1
+        _optional(made, "gemlite", lambda: _gemlite(case, x, weights), want, 0.02)
 
     def check() -> tuple[float, float]:
         exact = (
@@ -336,12 +341,18 @@ def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> No
     made.check = check
 
 
-def _optional(made: Built, name: str, make: Callable[[], list[Call]]) -> None:
-    """A peer, where it can be had: an import error, or any failure of foreign code, leaves it out with its reason."""
+def _optional(made: Built, name: str, make: Callable[[], list[Call]], want: Tensor | None = None, allowed: float = 0.0) -> None:
+    """A peer, where it is wanted and can be had: any failure of foreign code, or a wrong result, leaves it out with its reason."""
+    if name not in made.peers:
+        return
     try:
         calls = make()
-        calls[0]()
+        got = calls[0]()
+        if want is not None and not relative(got, want) <= allowed:
+            raise ValueError(f"its result is wrong: relative error {relative(got, want):.2g}")
         made.calls[name] = calls
+    except ModuleNotFoundError as error:
+        made.left_out[name] = f"not installed ({error.name})"
     except Exception as error:
         made.left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
@@ -354,19 +365,16 @@ def _bitsandbytes(x: Tensor, dense: list[Tensor]) -> list[Call]:
 
 def _gemlite(case: Case, x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> list[Call]:
     core = importlib.import_module("gemlite.core")
+    if not core.GEMLITE_TRITON_CONFIG_CACHE and dispatch.architecture() == 90:
+        # It has no table for an H200; the H100's, of the same architecture, spares minutes of search per shape.
+        core.GemLiteLinear.load_config(str(Path(core.__file__).parent / "configs" / "h100.json"))
     dtype = {torch.bfloat16: core.DType.BF16, torch.float16: core.DType.FP16}[case.dtype]
     calls = []
     for codes, scale in weights:
         linear = core.GemLiteLinear(
-            W_nbits=case.bits,
-            group_size=case.group,
-            in_features=case.k,
-            out_features=case.n,
-            input_dtype=dtype,
-            output_dtype=dtype,
+            W_nbits=case.bits, group_size=case.group, in_features=case.k, out_features=case.n, input_dtype=dtype, output_dtype=dtype
         )
         scales = scale.t().reshape(-1, 1).to(case.dtype)
-        zeros = torch.full_like(scales, 1 << (case.bits - 1))
-        linear.pack(lk.unpack(codes, case.bits, case.k), scales, zeros, None)
+        linear.pack(lk.unpack(codes, case.bits, case.k), scales, 1 << (case.bits - 1), None)
         calls.append(lambda linear=linear: linear(x))
     return calls

@@ -147,8 +147,9 @@ def between(text: str, body: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def _latest(folder: Path) -> dict | None:
-    """The newest result file by its own date, one GPU per report."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """The kernels' part of the newest results by their own date, one GPU per report."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("gpu-*.json"))]
+    found = [data["kernels"] for data in files if data.get("kernels")]
     return max(found, key=lambda result: result["date"], default=None)
 
 
@@ -180,7 +181,7 @@ def write_report(folder: Path, readme: Path, dry: bool = False) -> str:
     """Write the report of the newest results into the README (not in a dry run) and return it."""
 
     def picture(result: dict) -> str | None:
-        path = folder / f"{result['gpu'].lower().replace(' ', '-')}-{result['date']}.svg"
+        path = readme.parent / "results" / f"{result['gpu'].lower().replace(' ', '-')}.svg"
         return path.relative_to(readme.parent).as_posix() if not dry and plot(result, path) else None
 
     folder, readme = folder.resolve(), readme.resolve()
