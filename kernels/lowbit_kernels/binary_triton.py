@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .launch import cdiv, launch
 from .layout import CODES_PER_HALFWORD, LANES, group_count, superblock
 from .scratch import binary_rows as _step
 from .triton_common import (
@@ -80,6 +81,18 @@ def _alphas(alpha, group, rows, N, groups, Q: tl.constexpr):
 
 
 @triton.jit
+def _block_alphas(alpha, block, rows, N, groups, Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr):
+    """alpha_k of every group of a superblock, in order, Q vectors per group; nothing with one group per row. Beyond K the sums are
+    zero, and any alpha will do: the last one exists."""
+    values = ()
+    if GROUP != 0:
+        for run in tl.static_range(FIELDS // RUN):
+            group = tl.minimum((block * FIELDS + run * RUN) // (GROUP // LANE), groups - 1)
+            values = values + _alphas(alpha, group, rows, N, groups, Q)
+    return values
+
+
+@triton.jit
 def _signed(word, value, FIELD: tl.constexpr):
     """+-value in fp32 by the sign field of `word`: bit 1 is +."""
     bit = (word.to(tl.int32) << (31 - FIELD)) & (-2147483648)
@@ -124,7 +137,7 @@ def _x(xp, in_m, block, K, FIELD: tl.constexpr, TAIL: tl.constexpr, CT: tl.const
 
 @triton.jit
 def _decode_block(
-    accs, words, alpha, xp, block, rows, in_m, N, K, groups,
+    accs, words, alphas, xp, block, in_m, K,
     Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, TAIL: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One superblock of the decode regime. accs: the scaled sum, or with one group per row the bare sum of each plane."""
@@ -145,12 +158,9 @@ def _decode_block(
         if GROUP == 0:
             accs = parts
         else:
-            # Beyond K the parts are zero, and any alpha will do: the last one exists.
-            group = tl.minimum((block * FIELDS + run * RUN) // (GROUP // LANE), groups - 1)
-            alphas = _alphas(alpha, group, rows, N, groups, Q)
             total = accs[0]
             for k in tl.static_range(Q):
-                total += parts[k] * alphas[k][:, None]
+                total += parts[k] * alphas[run * Q + k][:, None]
             accs = (total,)
     return accs
 
@@ -178,24 +188,24 @@ def decode_kernel(
     if GROUP == 0:
         for _ in tl.static_range(1, Q):
             accs = accs + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
+    # Scales are too narrow for asynchronous copies: they are loaded one superblock ahead.
+    alphas = _block_alphas(alpha, first, rows, N, groups, Q, GROUP, RUN)
     for block in range(first, whole):
         words = _words(planes, rows, block, N, stride_w, Q)
-        accs = _decode_block(
-            accs, words, alpha, xp, block, rows, in_m, N, K, groups, Q, GROUP, RUN, False, CT, ASM
-        )
+        following = _block_alphas(alpha, block + 1, rows, N, groups, Q, GROUP, RUN)
+        accs = _decode_block(accs, words, alphas, xp, block, in_m, K, Q, GROUP, RUN, False, CT, ASM)
+        alphas = following
         xp += BLOCK
     if not EVEN_K:
         if whole < stop:
             words = _words(planes, rows, whole, N, stride_w, Q)
-            accs = _decode_block(
-                accs, words, alpha, xp, whole, rows, in_m, N, K, groups, Q, GROUP, RUN, True, CT, ASM
-            )
+            accs = _decode_block(accs, words, alphas, xp, whole, in_m, K, Q, GROUP, RUN, True, CT, ASM)
     acc = accs[0]
     if GROUP == 0:
-        alphas = _alphas(alpha, 0, rows, N, groups, Q)
-        acc = acc * alphas[0][:, None]
+        whole_row = _alphas(alpha, 0, rows, N, groups, Q)
+        acc = acc * whole_row[0][:, None]
         for k in tl.static_range(1, Q):
-            acc += accs[k] * alphas[k][:, None]
+            acc += accs[k] * whole_row[k][:, None]
     if OFFSET:
         if part == 0:
             for group in range(groups):
@@ -422,8 +432,8 @@ def _dequantize(
 ) -> None:
     """W[rows, block * 512 : ...] into out [n, channels]."""
     (q, n, width), tile = planes.shape, warps["BLOCK_N"]
-    blocks = triton.cdiv(out.shape[1], superblock(1))
-    dequantize_kernel[(triton.cdiv(rows.stop - rows.start, tile), blocks)](
+    blocks = cdiv(out.shape[1], superblock(1))
+    launch(dequantize_kernel, (cdiv(rows.stop - rows.start, tile), blocks),
         planes, alpha, alpha if offset is None else offset, out, rows.start, rows.stop, block, n, k, width, out.stride(0),
         alpha.shape[1], Q=q, GROUP=plane_group(group_size, k), OFFSET=offset is not None, **warps,
     )  # fmt: skip
@@ -480,20 +490,21 @@ def binary_matmul(x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | Non
         "EVEN_K": k % superblock(1) == 0, "CT": COMPUTE[compute_dtype(x.dtype)],
     }  # fmt: skip
     if regime == "decode" and m <= settings["BLOCK_M"]:
-        tiles, blocks = triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, superblock(1))
-        parts = min(blocks, settings.pop("SPLIT_K") or dispatch.split_k(tiles, blocks))
-        per_part = triton.cdiv(blocks, parts)
-        parts = triton.cdiv(blocks, per_part)
+        tiles, blocks = cdiv(n, settings["BLOCK_N"]), cdiv(k, superblock(1))
+        waves = settings.pop("WAVES", 2.0)
+        parts = min(blocks, settings.pop("SPLIT_K") or dispatch.split_k(tiles, blocks, waves=waves))
+        per_part = cdiv(blocks, parts)
+        parts = cdiv(blocks, per_part)
         work = y if parts == 1 else x.new_empty(parts, m, n, dtype=torch.float32)
         arrived = y if parts == 1 else counters(tiles, x.device)
         xsum = alpha if offset is None else _group_sums_of_x(flat, group_size)
-        decode_kernel[(tiles, parts)](
+        launch(decode_kernel, (tiles, parts),
             flat, planes, alpha, given, xsum, y, work, arrived, m, n, k, flat.stride(0), width, alpha.shape[1], per_part,
             ASM=use_asm(x.dtype), PARTS=parts, **shared, **settings,
         )  # fmt: skip
     elif regime == "fused" and (not use_asm(x.dtype) or alpha.element_size() == 2):
-        grid = (triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"]),)
-        fused_kernel[grid](
+        grid = (cdiv(m, settings["BLOCK_M"]) * cdiv(n, settings["BLOCK_N"]),)
+        launch(fused_kernel, grid,
             flat, planes, alpha, given, y, m, n, k, flat.stride(0), width, alpha.shape[1],
             ASM=use_asm(x.dtype), **shared, **settings,
         )  # fmt: skip
@@ -544,7 +555,7 @@ def binary_gradients(
     settings = dispatch.config("binary_gradients", planes.shape[0], x.dtype, m, n, k)
     form, chunk = settings.pop("form"), settings.pop("CHUNK_MB", 24)
     if form == "fused" and group and settings["BLOCK_K"] % group == 0:
-        gradients_kernel[(triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, settings["BLOCK_K"]))](
+        launch(gradients_kernel, (cdiv(n, settings["BLOCK_N"]), cdiv(k, settings["BLOCK_K"])),
             x, dy, planes, da, dt, m, n, k, x.stride(0), dy.stride(0), width, groups,
             Q=trained, GROUP=group, CT=COMPUTE[compute_dtype(x.dtype)], **settings,
         )  # fmt: skip
@@ -557,7 +568,7 @@ def binary_gradients(
         stop = min(start + step, n)
         dw = scratch[: stop - start]
         torch.mm(dy[:, start:stop].t(), x, out=dw)
-        group_sums_kernel[(triton.cdiv(stop - start, tile["BLOCK_N"]), groups)](
+        launch(group_sums_kernel, (cdiv(stop - start, tile["BLOCK_N"]), groups),
             dw, planes, da, dt, start, stop, n, k, k, width, groups, per_group, Q=trained, **tile,
         )  # fmt: skip
     return da, dt

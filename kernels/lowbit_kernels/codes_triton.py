@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import dispatch
 from .codes import UNITS
+from .launch import cdiv, launch
 from .layout import packed_width, superblock
 from .triton_common import LANE, launch_options, plane_group
 
@@ -275,8 +276,8 @@ def grid_codes(
     )  # fmt: skip
     # Only the rank is told to the table: see the file's head.
     config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, rank), N=1, K=1)
-    grid = (out.shape[1] // 32, triton.cdiv(n, config["BLOCK_N"]))
-    grid_codes_kernel[grid](
+    grid = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
+    launch(grid_codes_kernel, grid,
         base, fraction, *state, out, gain,
         n, in_features, base.stride(0), fraction.stride(0) if fraction is not None else 0, out.stride(0),
         UNITS_LIVE=live, UNITS_WEIGHT=units == "weight", BITS=bits,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import dispatch
 from .hadamard import factors, matrix, resolved
+from .launch import cdiv, launch
 from .triton_common import COMPUTE, INTERPRETED, launch_options, persistent
 
 
@@ -119,7 +120,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     between = torch.float32 if INTERPRETED else torch.bfloat16
     left, right = _matrices(block, d1, d2, tile, rows, x.device, first, between)
     count = source.numel() // d2
-    hadamard_kernel[(triton.cdiv(count, tile),)](
+    launch(hadamard_kernel, (cdiv(count, tile),),
         source, y, left, right, count, block**-0.5,
         D2=d2, WIDTH=max(16, d2), TILE=tile, ROWS=rows, STEP=step if d1 > 1 else rows, LEFT=d1 > 1,
         IN_PARTS=3 if x.dtype == torch.float32 and not INTERPRETED else 1,

@@ -29,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .launch import cdiv, launch
 from .layout import LANES, group_count, packed_width, superblock
-from .scratch import COLUMNS, dx_columns, forward_rows
+from .scratch import COLUMNS, dx_columns, forward_rows, forward_split, split
 from .triton_common import (
     COMPUTE,
     INTERPRETED,
@@ -226,7 +227,7 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     # Scales (2 bytes a thread) are too narrow for asynchronous copies. Decode, which waits for memory, loads them one step
-    # ahead; the fused regime does not, because a scale that travels through the loop sends the whole operand through shared
+    # ahead (two would end Triton's pipelining of the loop); the fused regime does not, because a scale that travels through the loop sends the whole operand through shared
     # memory where 8 warps share it (sm_90: 4.6 instead of 4.0 instructions per weight).
     plane = first * PLANES
     scales = _group_values(scale, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, True)
@@ -525,13 +526,6 @@ def _launch(config: dict, fusion: bool = False) -> dict:
     return {**launch_options(config), "enable_fp_fusion": fusion}
 
 
-def _parts(wanted: int, tiles: int, steps: int, unroll: int = 1) -> tuple[int, int]:
-    """(parts, steps per part) of a sum of `steps` steps; wanted 0 asks for as many as fill the device."""
-    wanted = wanted or dispatch.split_k(tiles, steps)
-    per = -(-max(1, -(-steps // wanted)) // unroll) * unroll
-    return max(1, -(-steps // per)), per
-
-
 def _workspace(parts: int, slots: int, size: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     if parts == 1:
         return None, None
@@ -571,12 +565,12 @@ def _forward(x: Tensor, weight: _Weight, config: dict, group_size: int) -> Tenso
     (m, k), n = x.shape, weight.n
     tile, block = _forward_tile(config, m), superblock(weight.bits)
     on_acc = tile["ON_ACC"]
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    parts, per_part = _parts(config.get("SPLIT_K", 1), tiles, triton.cdiv(k, block), tile["UNROLL"])
+    tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
+    parts, per_part = forward_split(m, n, k, weight.bits, config)
     y = x.new_empty(m, n)
     work, arrived = _workspace(parts, tiles, m * n, x.device)
     sums = group_sums(x, group_size) if on_acc and weight.affine else x
-    forward_kernel[(tiles, parts)](
+    launch(forward_kernel, (tiles, parts),
         x, *weight.tensors, sums, y, y if work is None else work, y if arrived is None else arrived,
         m, n, k, x.stride(0), weight.codes.stride(0), weight.groups, per_part,
         **weight.constants, **tile, EVEN_K=k % block == 0, CT=COMPUTE[x.dtype], ASM=use_asm(x.dtype), PARTS=parts,
@@ -602,7 +596,7 @@ def _dequantize_into(out: Tensor, weight: _Weight, first_row: int, first_block: 
     rows = out.shape[0]
     codes = weight.codes[first_row : first_row + rows]
     group_values = [values[:, first_row : first_row + rows] for values in weight.tensors[1:]]
-    dequantize_kernel[(-(-rows // config["BLOCK_N"]) * blocks,)](
+    launch(dequantize_kernel, (-(-rows // config["BLOCK_N"]) * blocks,),
         codes, *group_values, out, rows, weight.k, codes.stride(0), out.stride(0), blocks, first_block, weight.groups,
         **weight.constants, CT=COMPUTE[out.dtype], ASM=use_asm(out.dtype), BLOCK_N=config["BLOCK_N"], SCALE_ROWS=weight.n,
         **_launch(config),
@@ -655,11 +649,11 @@ def _dx(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
     (m, n), k = dy.shape, weight.k
     tile = _dx_tile(config, weight.bits, dispatch.architecture())
     count = tile["COUNT"]
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(k, superblock(weight.bits)) * (fields(weight.bits) // count)
-    parts, per_part = _parts(config.get("SPLIT_N", 1), tiles, triton.cdiv(n, tile["BLOCK_N"]))
+    tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(k, superblock(weight.bits)) * (fields(weight.bits) // count)
+    parts, per_part = split(config.get("SPLIT_N", 1), tiles, cdiv(n, tile["BLOCK_N"]))
     dx = dy.new_empty(m, k)
     work, arrived = _workspace(parts, tiles * (1 if tile["JOIN"] else count), m * k, dy.device)
-    dx_kernel[(tiles, parts)](
+    launch(dx_kernel, (tiles, parts),
         dy, *weight.tensors, dx, dx if work is None else work, dx if arrived is None else arrived,
         m, n, k, dy.stride(0), weight.codes.stride(0), weight.groups, per_part,
         **weight.constants, **tile, EVEN_N=n % tile["BLOCK_N"] == 0, CT=COMPUTE[dy.dtype], ASM=use_asm(dy.dtype),

@@ -1,4 +1,4 @@
-"""gradients_triton, both forms, against autograd of the equations in float64."""
+"""gradients_triton, all forms, against autograd of the equations in float64."""
 
 import itertools
 
@@ -12,6 +12,7 @@ from tests.kernels.test_ops import dense, error, integer_args
 M, N, K = 20, 37, 300
 FORMS = {
     "chunked": {"form": "chunked", "BLOCK_N": 16, "CHUNK_MB": 0.03, "SPAN": 4, "num_warps": 1, "num_stages": 1},
+    "blas": {"form": "blas", "BLOCK_N": 16, "CHUNK_MB": 0.03, "SPAN": 4, "num_warps": 1, "num_stages": 1},
     "fused": {"form": "fused", "BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_K": 128, "GROUP_N": 2, "num_warps": 1, "num_stages": 1},
 }
 WHAT = ("scale", "offset", "a", "b")
