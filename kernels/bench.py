@@ -102,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
             row |= {
                 "group": case.group,
                 "rank": case.rank,
+                "captured": case.small,
                 "flops": case.flops(),
                 "bytes": case.moved(),
                 **checked(made, case),

@@ -153,7 +153,7 @@ def tune(options: argparse.Namespace) -> int:
         mine = [number for number, job in enumerate(jobs) if job[0] == case]
         right = [jobs[number][1] for number in mine if found.get(number) == ""]
         best = timed(case, right, device, dry, began + options.seconds)
-        trials[case.name] = {"times": best, "refused": [(found[n], jobs[n][1]) for n in mine if found.get(n)]}
+        trials[case.name] = {"captured": case.small, "times": best, "refused": [(found[n], jobs[n][1]) for n in mine if found.get(n)]}
         if not best:
             failures += 1
             print(f"{case.name}: no configuration worked", flush=True)

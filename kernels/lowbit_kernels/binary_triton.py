@@ -81,18 +81,6 @@ def _alphas(alpha, group, rows, N, groups, Q: tl.constexpr):
 
 
 @triton.jit
-def _block_alphas(alpha, block, rows, N, groups, Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr):
-    """alpha_k of every group of a superblock, in order, Q vectors per group; nothing with one group per row. Beyond K the sums are
-    zero, and any alpha will do: the last one exists."""
-    values = ()
-    if GROUP != 0:
-        for run in tl.static_range(FIELDS // RUN):
-            group = tl.minimum((block * FIELDS + run * RUN) // (GROUP // LANE), groups - 1)
-            values = values + _alphas(alpha, group, rows, N, groups, Q)
-    return values
-
-
-@triton.jit
 def _signed(word, value, FIELD: tl.constexpr):
     """+-value in fp32 by the sign field of `word`: bit 1 is +."""
     bit = (word.to(tl.int32) << (31 - FIELD)) & (-2147483648)
@@ -137,7 +125,7 @@ def _x(xp, in_m, block, K, FIELD: tl.constexpr, TAIL: tl.constexpr, CT: tl.const
 
 @triton.jit
 def _decode_block(
-    accs, words, alphas, xp, block, in_m, K,
+    accs, words, alpha, xp, block, rows, in_m, N, K, groups,
     Q: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, TAIL: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One superblock of the decode regime. accs: the scaled sum, or with one group per row the bare sum of each plane."""
@@ -158,9 +146,12 @@ def _decode_block(
         if GROUP == 0:
             accs = parts
         else:
+            # Beyond K the parts are zero, and any alpha will do: the last one exists.
+            group = tl.minimum((block * FIELDS + run * RUN) // (GROUP // LANE), groups - 1)
+            alphas = _alphas(alpha, group, rows, N, groups, Q)
             total = accs[0]
             for k in tl.static_range(Q):
-                total += parts[k] * alphas[run * Q + k][:, None]
+                total += parts[k] * alphas[k][:, None]
             accs = (total,)
     return accs
 
@@ -188,24 +179,24 @@ def decode_kernel(
     if GROUP == 0:
         for _ in tl.static_range(1, Q):
             accs = accs + (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
-    # Scales are too narrow for asynchronous copies: they are loaded one superblock ahead.
-    alphas = _block_alphas(alpha, first, rows, N, groups, Q, GROUP, RUN)
     for block in range(first, whole):
         words = _words(planes, rows, block, N, stride_w, Q)
-        following = _block_alphas(alpha, block + 1, rows, N, groups, Q, GROUP, RUN)
-        accs = _decode_block(accs, words, alphas, xp, block, in_m, K, Q, GROUP, RUN, False, CT, ASM)
-        alphas = following
+        accs = _decode_block(
+            accs, words, alpha, xp, block, rows, in_m, N, K, groups, Q, GROUP, RUN, False, CT, ASM
+        )
         xp += BLOCK
     if not EVEN_K:
         if whole < stop:
             words = _words(planes, rows, whole, N, stride_w, Q)
-            accs = _decode_block(accs, words, alphas, xp, whole, in_m, K, Q, GROUP, RUN, True, CT, ASM)
+            accs = _decode_block(
+                accs, words, alpha, xp, whole, rows, in_m, N, K, groups, Q, GROUP, RUN, True, CT, ASM
+            )
     acc = accs[0]
     if GROUP == 0:
-        whole_row = _alphas(alpha, 0, rows, N, groups, Q)
-        acc = acc * whole_row[0][:, None]
+        alphas = _alphas(alpha, 0, rows, N, groups, Q)
+        acc = acc * alphas[0][:, None]
         for k in tl.static_range(1, Q):
-            acc += accs[k] * whole_row[k][:, None]
+            acc += accs[k] * alphas[k][:, None]
     if OFFSET:
         if part == 0:
             for group in range(groups):

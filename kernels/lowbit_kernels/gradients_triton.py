@@ -456,17 +456,20 @@ def _case(form: str, rank: int, units: str, config: dict, exact: bool = False, o
 
 
 def aot_cases() -> list[tuple]:
-    """What the AOT gate compiles: the chunked and the blas form as the table has them, and the fused form at the tiles a tuner starts from."""
+    """What the AOT gate compiles: the forms as the table has them, and the others at the tiles a tuner starts from."""
     table, hopper = (dispatch.packaged("grid_gradients", 4, torch.bfloat16, 4096, 4096, 4096, arch) for arch in (80, 90))
-    assert table["form"] == "chunked" and hopper["form"] == "blas"
+    assert table["form"] == "chunked" and hopper["form"] == "fused"
     wide = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    blas = {"BLOCK_N": 64, "SPAN": 4, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     return [
         *(_case("chunked", rank, "grid", table) for rank in (0, 16, 64, 128)),
         *(_case("chunked", rank, "live", table) for rank in (0, 64)),
         _case("chunked", 32, "weight", table),
         _case("chunked", 64, "grid", table, exact=True),
-        *(_case("blas", rank, units, hopper, only=(90,)) for rank in (16, 64, 128) for units in ("grid", "live")),
-        _case("blas", 64, "grid", hopper, exact=True, only=(90,)),
+        *(_case("fused", rank, units, hopper, only=(90,)) for rank in (0, 16, 64) for units in ("grid", "live")),
+        _case("chunked", 128, "weight", hopper, only=(90,)),  # of a rank that is too large to be summed on chip
+        *(_case("blas", rank, "grid", blas, only=(80, 90)) for rank in (16, 64, 128)),
+        _case("blas", 64, "grid", blas, exact=True, only=(80, 90)),
         _case("fused", 0, "grid", wide, only=(80, 90)),
         _case("fused", 64, "grid", wide, only=(90,)),
         # on sm_8x rank 64 fits only with half the rows
