@@ -4,8 +4,8 @@
     (no flag)  gather what there is so far into gpu-<name>.json, so that a run that is cut off leaves its rows
     --final    the same, the table beside it as gpu-<name>.md and on the screen, and the parts are removed
 
-Knows the standard library only, but for --needs: a machine without lowbit_ft's dependencies still reports its kernels. The file
-holds names, versions and the commit, and nothing else about the machine.
+Knows the standard library only, but for --needs: a machine without lowbit_ft's dependencies still reports
+its kernels. The file holds names, versions and the commit, and nothing else about the machine.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # Import name -> distribution; of the training step, which cannot run without, and of what only adds rows.
 NEEDED = {
-    "transformers": "transformers", "accelerate": "accelerate", "peft": "peft", "pydantic": "pydantic", "safetensors": "safetensors",
-    "yaml": "PyYAML", "rich": "rich", "psutil": "psutil", "huggingface_hub": "huggingface_hub", "tokenizers": "tokenizers",
+    "transformers": "transformers", "accelerate": "accelerate", "peft": "peft", "pydantic": "pydantic",
+    "safetensors": "safetensors",
+    "yaml": "PyYAML", "rich": "rich", "psutil": "psutil", "huggingface_hub": "huggingface_hub",
+    "tokenizers": "tokenizers",
 }  # fmt: skip
-OPTIONAL = {"bitsandbytes": "bitsandbytes", "gemlite": "gemlite", "matplotlib": "matplotlib", "pytest": "pytest"}
+OPTIONAL = {
+    "bitsandbytes": "bitsandbytes",
+    "gemlite": "gemlite",
+    "matplotlib": "matplotlib",
+    "pytest": "pytest",
+}
 
 
 def version(name: str) -> str:
@@ -40,14 +47,16 @@ def version(name: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout, with "+" where it is changed; in a copy without its history $LOWBIT_COMMIT, or "unknown"."""
+    """Of the checkout, with "+" where it is changed; in a copy of it $LOWBIT_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "kernels", "lowbit_ft", "benchmarks/*.py") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "kernels", "lowbit_ft", "benchmarks/*.py") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("LOWBIT_COMMIT", "unknown")
 
@@ -75,7 +84,7 @@ def environment(dry: bool) -> dict[str, Any]:
 
 
 def needs(parts: Path, dry: bool) -> None:
-    """Prints what there is, leaves it in parts/environment.json, and in parts/cannot_train why the training step cannot run."""
+    """Prints what there is; leaves it in environment.json, and in cannot_train what training lacks."""
     found = environment(dry)
     (parts / "environment.json").write_text(json.dumps(found), encoding="utf-8")
     missing = [package for name, package in NEEDED.items() if importlib.util.find_spec(name) is None]
@@ -85,7 +94,7 @@ def needs(parts: Path, dry: bool) -> None:
 
 
 def gather(parts: Path) -> dict[str, Any]:
-    """Everything the stages left. Of other files' environments only what is said above: no platform, no paths."""
+    """Everything the stages left. Of the machine no more than the head of this file says."""
 
     def load(name: str) -> Any:
         path = parts / name
@@ -93,7 +102,11 @@ def gather(parts: Path) -> dict[str, Any]:
 
     def lines(name: str) -> list[Any]:
         path = parts / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.is_file()
+            else []
+        )
 
     result: dict[str, Any] = {"environment": load("environment.json"), "stages": lines("stages.jsonl")}
     result["correctness"] = [row for row in lines("smoke.jsonl") if row["outcome"] != "skipped"]
@@ -111,14 +124,26 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: one table of every target, and the counts before it."""
     about = result["environment"] or {}
     rows = result["correctness"]
-    passed, wrong = sum(row["outcome"] == "passed" for row in rows), [row for row in rows if row["outcome"] != "passed"]
+    passed, wrong = (
+        sum(row["outcome"] == "passed" for row in rows),
+        [row for row in rows if row["outcome"] != "passed"],
+    )
     out = [f"# {about.get('gpu', 'unknown')}", "", f"{about.get('date')}, commit {about.get('commit')}."]
-    out += ["", ", ".join(f"{name} {about[name]}" for name in about if name not in ("gpu", "date", "commit", "capability")), ""]
+    out += [
+        "",
+        ", ".join(
+            f"{name} {about[name]}" for name in about if name not in ("gpu", "date", "commit", "capability")
+        ),
+        "",
+    ]
     out += [f"Correctness: {passed} of {len(rows)} passed, {result['skipped']} skipped.", ""]
     out += [f"* {note}" for note in result.get("notes", [])]
     out += [f"* {row['outcome']}: `{row['name']}`: {row.get('problem', '')[:200]}" for row in wrong]
     out += ["", "| stage | seconds | status |", "|---|--:|---|"]
-    out += [f"| {row['name']} | {row['seconds']} | {'ok' if row['status'] == 0 else row['status']} |" for row in result["stages"]]
+    out += [
+        f"| {row['name']} | {row['seconds']} | {'ok' if row['status'] == 0 else row['status']} |"
+        for row in result["stages"]
+    ]
     if result["kernels"]:
         from bench_report import target_table
 
@@ -126,15 +151,26 @@ def table(result: dict[str, Any]) -> str:
     if result.get("training_not_run"):
         out += ["", f"Training step: not run ({result['training_not_run']})."]
     if result["training"]:
-        out += ["", "| training | tokens/s | step / QLoRA's | peak GB | plan said | target | |", "|---|--:|--:|--:|--:|---|---|"]
+        out += [
+            "",
+            "| training | tokens/s | step / QLoRA's | peak GB | plan said | target | |",
+            "|---|--:|--:|--:|--:|---|---|",
+        ]
         out += [_training(row) for row in result["training"] if row["stage"] != "correct"]
     return "\n".join(out) + "\n"
 
 
 def _training(row: dict[str, Any]) -> str:
-    cells = ["" if row.get(c) is None else f"{row[c]:.4g}" for c in ("tokens_per_s", "ratio", "peak_gb", "predicted_gb")]
+    cells = [
+        "" if row.get(c) is None else f"{row[c]:.4g}"
+        for c in ("tokens_per_s", "ratio", "peak_gb", "predicted_gb")
+    ]
     target = "" if not row.get("target") else f"{row['target'][0]} <= {row['target'][1]:g}"
-    verdict = f"not measured: {row['skipped']}" if "skipped" in row else {True: "met", False: "**missed**"}.get(row.get("met"), "")
+    verdict = (
+        f"not measured: {row['skipped']}"
+        if "skipped" in row
+        else {True: "met", False: "**missed**"}.get(row.get("met"), "")
+    )
     return f"| {row['name']} | {' | '.join(cells)} | {target} | {verdict} |"
 
 

@@ -1,11 +1,13 @@
-"""Is every kernel right on the GPU at hand? The real-size cases of kernels/bench.py and tests/kernels/test_gpu.py, in many processes.
+"""Is every kernel right on the GPU at hand? The real-size cases of kernels/bench.py and
+tests/kernels/test_gpu.py, in many processes.
 
     python -m benchmarks.gpu_smoke --rows FILE               a line of JSON per test, as it ends
-    python -m benchmarks.gpu_smoke --rows FILE --dry-run     the same walk on a CPU: tiny cases on the references, the tests skip
+    python -m benchmarks.gpu_smoke --rows FILE --dry-run     the same on a CPU: tiny cases on the references
 
-Almost all of the time is compiling, which one process does on one core: the work is dealt to as many processes as there are cores
-for, and what they compile stays in Triton's cache for the timing that follows. A test that kills the CUDA context (an illegal
-address) or its process costs itself alone: the process is started again and goes on with the test after it.
+Almost all of the time is compiling, which one process does on one core: the work is dealt to as many
+processes as there are cores for, and what they compile stays in Triton's cache for the timing that follows.
+A test that kills the CUDA context (an illegal address) or its process costs itself alone: the process is
+started again and goes on with the test after it.
 """
 
 from __future__ import annotations
@@ -23,14 +25,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "kernels" / "test_gpu.py"
 CONTEXT_LOST = 77  # exit status of a worker whose CUDA context is of no more use
-LOST = ("illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address", "illegal instruction")
+LOST = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "device-side assert",
+    "misaligned address",
+    "illegal instruction",
+)
 
 
 class Rows:
-    """One worker's rows: lines of a file, flushed as they come; a name that was begun and not ended killed its process."""
+    """One worker's rows: lines of a file, flushed. A test that was begun and not ended killed its process."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.began = path, 0.0
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off must not take the next
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
         known = read(path)
         self.done = {row["name"] for row in known if "outcome" in row}
         for name in [row["name"] for row in known if row["name"] not in self.done]:
@@ -48,7 +59,13 @@ class Rows:
     def end(self, name: str, outcome: str, problem: str = "", **values: Any) -> None:
         """Writes the row. Leaves the process where the error took the CUDA context with it."""
         seconds = round(time.monotonic() - self.began, 2)
-        self.write(name=name, outcome=outcome, seconds=seconds, **({"problem": _short(problem)} if problem else {}), **values)
+        self.write(
+            name=name,
+            outcome=outcome,
+            seconds=seconds,
+            **({"problem": _short(problem)} if problem else {}),
+            **values,
+        )
         if outcome == "failed":
             print(f"--- {name}: FAILED\n{problem}", flush=True)
         if any(text in problem for text in LOST):
@@ -117,13 +134,24 @@ def work(index: int, workers: int, rows: Rows, dry: bool) -> int:
         import pytest
     except ImportError:
         return 0
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--rootdir", str(ROOT)]
+    options = [
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+        "--rootdir",
+        str(ROOT),
+    ]
     pytest.main([str(TESTS), *options], plugins=[Share(index, workers, rows)])
     return 0
 
 
 def supervise(options: argparse.Namespace) -> int:
-    """Start the workers, again where one dies, collect their rows; the number of tests that failed, or did not end in time."""
+    """Start the workers, again where one dies; returns how many tests failed or did not end in time."""
     workers = options.workers or (2 if options.dry_run else max(1, min(14, (os.cpu_count() or 2) - 2)))
     deadline = time.monotonic() + options.seconds
     files = [options.rows.with_name(f"{options.rows.stem}-{index}.jsonl") for index in range(workers)]
@@ -149,7 +177,10 @@ def supervise(options: argparse.Namespace) -> int:
     for process, _ in running.values():
         process.kill()
     rows = merge(files, options.rows, final=True)
-    count = {what: sum(row["outcome"] == what for row in rows) for what in ("passed", "failed", "skipped", "cut off")}
+    count = {
+        what: sum(row["outcome"] == what for row in rows)
+        for what in ("passed", "failed", "skipped", "cut off")
+    }
     print(f"correctness: {', '.join(f'{number} {what}' for what, number in count.items())}", flush=True)
     for row in rows:
         if row["outcome"] in ("failed", "cut off"):

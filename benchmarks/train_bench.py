@@ -32,84 +32,21 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.train_cases import LENGTH, LENGTH_TARGET, LENGTHS, MEMORY, QLORA, SPEED, Case
-from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing, with_lora
+from benchmarks.train_contender import Contender, check_key, grid_of, head_of, predicted
+from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing
 from benchmarks.train_report import write_report
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.attach import attach, begin_step
-from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
-from lowbit_ft.plan import Card, plan
-from lowbit_ft.recipe import TrainSection, load_recipe
 from lowbit_ft.rundir import environment
-from lowbit_ft.train_run import Run
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "llama31-8b-w4-lr-qat.yaml"
 TOLERANCE = 1e-2  # of a gradient's norm, device against CPU in fp32: a code at the edge may fall to the other side
-
-
-class Windows:
-    """The same random window for ever, on the CPU, as the trainer's own batches come."""
-
-    def __init__(self, vocabulary: int, length: int) -> None:
-        ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-        self.batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)[None]}
-
-    def __next__(self) -> dict[str, Tensor]:
-        return dict(self.batch)
-
-    def __len__(self) -> int:
-        return 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Contender:
-    """One case, ready to step."""
-
-    def __init__(self, case: Case, model: Any, folder: str) -> None:
-        keys = {"max_steps": 1000, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "scheduler": "constant", **case.train}
-        if not _has_bitsandbytes():
-            keys["optimizer"] = "adamw"  # larger states, and the row says so
-        self.case, self.model = case, model
-        if case.base == "packed":
-            given = {"rank": case.rank} if "rank" in ADAPTERS[case.method].model_fields else {}
-            attach(model, ADAPTERS[case.method].model_validate({"method": case.method, **given, **case.adapter}))
-        else:
-            with_lora(model, case.rank)
-        self.windows = Windows(SHAPES[case.shape].vocabulary, case.length)
-        self.run = Run(model, self.windows, None, TrainSection(**keys), Path(folder), {}, None)
-        self.steps = 0
-
-    def step(self) -> Tensor:
-        """One optimizer step; the loss stays on the device."""
-        run = self.run
-        begin_step(self.model, self.steps)
-        loss = run.loss(next(self.windows))
-        run.accelerator.backward(loss / self.case.length)
-        run.clip()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        self.steps += 1
-        return loss.detach()
 
 
 def _capability() -> int:
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
-
-
-def _has_bitsandbytes() -> bool:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 class Bench:
@@ -211,21 +148,6 @@ class Bench:
         if case.base == "dense":
             return dense(shape, self.device, self.dtype)
         return packed(shape, grid_of(case), self.device, self.dtype, head=head_of(case))
-
-
-def grid_of(case: Case) -> Grid:
-    if ADAPTERS[case.method].grid_name == "binary":
-        return BinaryGrid(bits=case.bits, group_size=case.group_size)
-    return IntGrid(bits=case.bits, group_size=case.group_size, residual_bits=case.residual_bits)
-
-
-def head_of(case: Case) -> Grid | None:
-    return None if case.head_bits is None else IntGrid(bits=case.head_bits, group_size=case.group_size, residual_bits=0)
-
-
-def check_key(case: Case) -> tuple[Any, ...]:
-    """What a check of gradients holds for: () for what is not ours."""
-    return (case.method, case.bits, json.dumps(case.adapter, sort_keys=True)) if case.base == "packed" else ()
 
 
 def _plain(case: Case) -> dict[str, Any]:
@@ -362,25 +284,6 @@ def _timed(bench: Bench, contenders: dict[str, Contender], case: Case, others: i
         }
         for name, t in times.items()
     }  # fmt: skip
-
-
-def predicted(case: Case, folder: Path, arch: int) -> float:
-    """GB that `lowbit-ft plan` says the steps of a case of lr_qat take at their peak, without the CUDA context, which is not allocated by
-    PyTorch. arch: 10 x compute capability, 0 for a CPU."""
-    assert case.method == "lr_qat" and case.base == "packed"
-    SHAPES[case.shape].config().save_pretrained(folder)
-    keys: dict[str, Any] = {
-        "quant": {"bits": case.bits, "residual_bits": case.residual_bits, "group_size": case.group_size},
-        "adapter": {"rank": case.rank, **case.adapter},
-        "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "optimizer": "adamw", **case.train},
-        "data": {"sequence_len": case.length},
-    }
-    if case.head_bits is not None:
-        keys["quant"] |= {"lm_head": case.head_bits, "embeddings": case.head_bits}
-    changes = [f"{section}.{key}={json.dumps(value)}" for section, values in keys.items() for key, value in values.items()]
-    made = plan(load_recipe(RECIPE, changes, check=False), folder, Card(1 << 40, "the device", arch), packed_rows=False)
-    assert made is not None
-    return (made.stages["training"] - made.parts["context"]) / 1e9
 
 
 def memory(bench: Bench) -> None:

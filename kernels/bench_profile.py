@@ -27,12 +27,19 @@ def profile(options: argparse.Namespace) -> int:
         host = (time.perf_counter() - began) * 1e6 / CALLS
         wait()
         print(f"{case.name}: the host takes {host:.0f} us per call", flush=True)
-        activities = [torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU]
+        activities = [
+            torch.profiler.ProfilerActivity.CUDA
+            if device.type == "cuda"
+            else torch.profiler.ProfilerActivity.CPU
+        ]
         with torch.profiler.profile(activities=activities) as seen:
             for _ in range(CALLS):
                 call()
             wait()
-        rows = [(event.self_device_time_total / CALLS, event.count / CALLS, event.key) for event in seen.key_averages()]
+        rows = [
+            (event.self_device_time_total / CALLS, event.count / CALLS, event.key)
+            for event in seen.key_averages()
+        ]
         for spent, count, name in sorted(rows, reverse=True)[:8]:
             if spent > 0:
                 print(f"    {spent:9.1f} us in {count:g} x {name[:90]}", flush=True)

@@ -1,4 +1,5 @@
-"""How a case is timed and judged: rotation of weights, rounds in turns, CUDA graphs, medians, the error that is allowed."""
+"""How a case is timed and judged: rotation of weights, rounds in turns, CUDA graphs, medians, the error that
+is allowed."""
 
 import json
 import os
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from bench_cases import Built, Call, Case, everything, targets, tiny
 
-L2_COPIES_BYTES = 256 << 20  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
+L2_COPIES_BYTES = (
+    256 << 20
+)  # weights in rotation: several times the largest L2 cache (H200: 50 MB, RTX 4090: 72 MB)
 
 
 def device_of(dry: bool) -> torch.device:

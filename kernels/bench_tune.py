@@ -1,9 +1,11 @@
-"""Tile sizes for the GPU at hand: compile and check many configurations in parallel processes, then time the right ones alone.
+"""Tile sizes for the GPU at hand: compile and check many configurations in parallel processes, then time the
+right ones alone.
 
-A case names the ops whose configuration it decides and, per op, the values of each coordinate; every combination is a candidate,
-next to what the table has for its architecture. Compiling takes most of the time and a core each, so it is dealt to processes;
-what they compile is in Triton's cache when this process times it, alone on the device. The best per case goes to the user's
-table (dispatch.user_cache) as soon as it is found, and every trial to --out.
+A case names the ops whose configuration it decides and, per op, the values of each coordinate; every
+combination is a candidate, next to what the table has for its architecture. Compiling takes most of the time
+and a core each, so it is dealt to processes; what they compile is in Triton's cache when this process times
+it, alone on the device. The best per case goes to the user's table (dispatch.user_cache) as soon as it is
+found, and every trial to --out.
 """
 
 import argparse
@@ -28,8 +30,10 @@ FUSED = {"regime": ["fused"], "num_stages": [3]}
 TWO_STAGE = {"regime": ["two_stage"], "CHUNK_MB": [12, 24, 40, 64, 128, 1024]}
 # Whose configurations a case tunes.
 TUNED = {
-    "packed_matmul": "packed_matmul", "packed_matmul_dx": "packed_matmul_dx", "binary_matmul": "binary_matmul",
-    "scale_gradient": "grid_gradients", "quantize_pack": "quantize_pack", "hadamard": "hadamard", "dequantize": "dequantize",
+    "packed_matmul": "packed_matmul", "packed_matmul_dx": "packed_matmul_dx",
+    "binary_matmul": "binary_matmul",
+    "scale_gradient": "grid_gradients", "quantize_pack": "quantize_pack", "hadamard": "hadamard",
+    "dequantize": "dequantize",
     "grid_codes": "grid_codes",
 }  # fmt: skip
 
@@ -43,19 +47,55 @@ def spaces(case: Case) -> list[dict[str, list[Any]]]:
             return [wide, narrow]
         if case.m <= 512:
             rows = [32, 64] if case.m <= 64 else [64, 128]
-            return [{**FUSED, "BLOCK_M": rows, "BLOCK_N": [64, 128], "SPLIT_K": [1, 2, 3, 4], "num_warps": [4, 8]}, TWO_STAGE]
+            return [
+                {
+                    **FUSED,
+                    "BLOCK_M": rows,
+                    "BLOCK_N": [64, 128],
+                    "SPLIT_K": [1, 2, 3, 4],
+                    "num_warps": [4, 8],
+                },
+                TWO_STAGE,
+            ]
         return [TWO_STAGE]
     if case.op == "packed_matmul_dx":
-        fused = {"regime": ["fused"], "BLOCK_M": [128], "BLOCK_N": [32, 64], "num_warps": [4, 8], "num_stages": [3, 4]}
+        fused = {
+            "regime": ["fused"],
+            "BLOCK_M": [128],
+            "BLOCK_N": [32, 64],
+            "num_warps": [4, 8],
+            "num_stages": [3, 4],
+        }
         return [TWO_STAGE, *([fused] if case.m <= 512 else [])]
     if case.op == "binary_matmul":
         shape = {"BLOCK_N": [32, 64], "SPLIT_K": [1, 2, 4], "num_warps": [2, 4, 8], "num_stages": [2, 3]}
         return [{"regime": ["decode"], "BLOCK_M": [8], **shape}]
     if case.op == "scale_gradient" and not case.rank:
-        return [{"form": ["chunked"], "BLOCK_N": [32, 64, 128], "CHUNK_MB": [24, 48, 96], "num_warps": [4, 8], "num_stages": [1]}]
+        return [
+            {
+                "form": ["chunked"],
+                "BLOCK_N": [32, 64, 128],
+                "CHUNK_MB": [24, 48, 96],
+                "num_warps": [4, 8],
+                "num_stages": [1],
+            }
+        ]
     if case.op == "scale_gradient":
-        blas = {"form": ["blas"], "BLOCK_N": [32, 64, 128], "CHUNK_MB": [24, 48, 96], "SPAN": [2, 4, 8], "num_warps": [2, 4]}
-        fused = {"form": ["fused"], "BLOCK_M": [64], "BLOCK_N": [128], "BLOCK_K": [128], "num_warps": [8], "num_stages": [3, 4]}
+        blas = {
+            "form": ["blas"],
+            "BLOCK_N": [32, 64, 128],
+            "CHUNK_MB": [24, 48, 96],
+            "SPAN": [2, 4, 8],
+            "num_warps": [2, 4],
+        }
+        fused = {
+            "form": ["fused"],
+            "BLOCK_M": [64],
+            "BLOCK_N": [128],
+            "BLOCK_K": [128],
+            "num_warps": [8],
+            "num_stages": [3, 4],
+        }
         return [{**blas, "num_stages": [1]}, fused]
     if case.op == "hadamard":
         return [{"ROWS": [64, 128], "STEP": [64, 128], "num_warps": [4, 8], "num_stages": [1]}]
@@ -63,11 +103,15 @@ def spaces(case: Case) -> list[dict[str, list[Any]]]:
 
 
 def candidates(case: Case, arch: int) -> list[dict[str, Any]]:
-    """What the table chooses first, then what it has for other cases of this architecture, then the combinations."""
+    """What the table chooses first, then what it has for this architecture, then the combinations."""
     op = TUNED[case.op]
     out = [dispatch.config(op, case.bits, case.dtype, case.m, case.n, case.k, arch)]
     for entry in dispatch.read_table(dispatch.PACKAGED).get(op, ()):
-        if entry.get("arch") in (None, arch) and entry.get("bits", case.bits) == case.bits and arch != dispatch.INTERPRETER:
+        if (
+            entry.get("arch") in (None, arch)
+            and entry.get("bits", case.bits) == case.bits
+            and arch != dispatch.INTERPRETER
+        ):
             out.append(entry["config"])
     if arch != dispatch.INTERPRETER:
         for space in spaces(case):
@@ -99,7 +143,9 @@ def compiled(jobs: list[tuple[Case, dict[str, Any]]], dry: bool, deadline: float
     waiting = {pool.submit(attempt, case, config, dry): number for number, (case, config) in enumerate(jobs)}
     try:
         for done in as_completed(waiting, timeout=max(1.0, deadline - time.monotonic())):
-            found[waiting[done]] = done.result() if done.exception() is None else f"its process died: {done.exception()}"[:200]
+            found[waiting[done]] = (
+                done.result() if done.exception() is None else f"its process died: {done.exception()}"[:200]
+            )
     except TimeoutError:
         print(f"compiled {len(found)} of {len(jobs)} in time", flush=True)
     processes = list((pool._processes or {}).values())
@@ -109,7 +155,9 @@ def compiled(jobs: list[tuple[Case, dict[str, Any]]], dry: bool, deadline: float
     return found
 
 
-def timed(case: Case, configs: list[dict[str, Any]], device: torch.device, dry: bool, deadline: float) -> list[tuple[float, dict]]:
+def timed(
+    case: Case, configs: list[dict[str, Any]], device: torch.device, dry: bool, deadline: float
+) -> list[tuple[float, dict]]:
     """(microseconds, configuration), best first."""
     made = build(case, device, copies_of(case, dry), frozenset())
     alone, out = Built(calls={"ours": made.calls["ours"]}), []
@@ -139,7 +187,7 @@ def entry_of(case: Case, config: dict[str, Any], arch: int) -> dict[str, Any]:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Half of the time for compiling, the rest for timing. Returns the number of cases without a right configuration."""
+    """Most of the time for compiling. Returns the number of cases without a right configuration."""
     dry, began = options.dry_run, time.monotonic()
     device, path = device_of(dry), dispatch.user_cache()
     arch = 0 if dry else dispatch.architecture()
@@ -148,18 +196,28 @@ def tune(options: argparse.Namespace) -> int:
     jobs = [(case, config) for case in cases for config in candidates(case, arch)]
     found = compiled(jobs, dry, began + 0.7 * options.seconds)
     failures, trials = 0, {}
-    print(f"{sum(not why for why in found.values())} of {len(jobs)} right after {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{list(found.values()).count('')} of {len(jobs)} right after {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     for case in cases:
         mine = [number for number, job in enumerate(jobs) if job[0] == case]
         right = [jobs[number][1] for number in mine if found.get(number) == ""]
         best = timed(case, right, device, dry, began + options.seconds)
-        trials[case.name] = {"captured": case.small, "times": best, "refused": [(found[n], jobs[n][1]) for n in mine if found.get(n)]}
+        trials[case.name] = {
+            "captured": case.small,
+            "times": best,
+            "refused": [(found[n], jobs[n][1]) for n in mine if found.get(n)],
+        }
         if not best:
             failures += 1
             print(f"{case.name}: no configuration worked", flush=True)
             continue
         now = next((spent for spent, config in best if config == jobs[mine[0]][1]), float("nan"))
-        print(f"{case.name}: {now:.1f} -> {best[0][0]:.1f} us of {len(best)}: {json.dumps(best[0][1])}", flush=True)
+        print(
+            f"{case.name}: {now:.1f} -> {best[0][0]:.1f} us of {len(best)}: {json.dumps(best[0][1])}",
+            flush=True,
+        )
         if not dry:
             entry, op = entry_of(case, best[0][1], arch), TUNED[case.op]
             kept = [e for e in table.get(op, []) if {**e, "config": None} != {**entry, "config": None}]

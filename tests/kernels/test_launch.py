@@ -1,4 +1,5 @@
-"""launch.py finds the kernel that Triton would find and gives it the same arguments. No GPU: the driver is replaced by one that records."""
+"""launch.py finds the kernel that Triton would find and gives it the same arguments. No GPU: the driver is
+replaced by one that records."""
 
 import os
 import subprocess
@@ -16,8 +17,12 @@ def test_both_paths_launch_the_same():
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).with_name("launch_paths.py")
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "sign planes: 1 launches alike" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and "sign planes: 1 launches alike" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
 
 
 def test_kinds_tell_apart_what_triton_specializes_on():
