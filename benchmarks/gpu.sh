@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One slot on a GPU: what is most worth knowing, most valuable first, in under 9.5 minutes on a bare machine.
 #
-#     bash benchmarks/gpu.sh             correctness (2 min), targets of the kernels (3 min), training step (4 min)
+#     bash benchmarks/gpu.sh             correctness (2 min), kernels' targets (3 min), training step (4 min)
 #     bash benchmarks/gpu.sh --dry-run   the same walk on a CPU: tiny sizes, references, no figures kept
 #     bash benchmarks/gpu.sh --tune      first tile sizes for this GPU, into ~/.cache (2 min more)
 #     bash benchmarks/gpu.sh --profile   device time by kernel and the time to launch, per target (1 min more)

@@ -161,16 +161,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _training(row: dict[str, Any]) -> str:
-    cells = [
-        "" if row.get(c) is None else f"{row[c]:.4g}"
-        for c in ("tokens_per_s", "ratio", "peak_gb", "predicted_gb")
-    ]
+    columns = ("tokens_per_s", "ratio", "peak_gb", "predicted_gb")
+    cells = ["" if row.get(c) is None else f"{row[c]:.4g}" for c in columns]
     target = "" if not row.get("target") else f"{row['target'][0]} <= {row['target'][1]:g}"
-    verdict = (
-        f"not measured: {row['skipped']}"
-        if "skipped" in row
-        else {True: "met", False: "**missed**"}.get(row.get("met"), "")
-    )
+    verdict = "" if row.get("met") is None else "met" if row["met"] else "**missed**"
+    if "skipped" in row:
+        verdict = f"not measured: {row['skipped']}"
     return f"| {row['name']} | {' | '.join(cells)} | {target} | {verdict} |"
 
 

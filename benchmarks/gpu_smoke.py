@@ -39,7 +39,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path, self.began = path, 0.0
-        if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off must not take the next
+        if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
         known = read(path)
@@ -127,7 +127,8 @@ def work(index: int, workers: int, rows: Rows, dry: bool) -> int:
             continue
         rows.begin(case.name)
         try:
-            rows.end(case.name, "passed", **checked(build(case, device, 1, peers=frozenset()), case))
+            found = checked(build(case, device, 1, peers=frozenset()), case)
+            rows.end(case.name, "passed", "", **found)
         except Exception:  # whatever it is, the cases after it are still wanted
             rows.end(case.name, "failed", traceback.format_exc())
     try:

@@ -4,14 +4,13 @@ A Case makes its tensors once per copy (several copies are rotated so that no we
 gives closures over them. A peer that cannot be built on this machine is left out, with the reason in the results.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lowbit_kernels as lk
 import torch
+from bench_peers import bitsandbytes, gemlite, optional, relative
 from lowbit_kernels import dispatch
 from torch import Tensor
 
@@ -104,8 +103,8 @@ def targets() -> list[Case]:
 
 def tuned() -> list[Case]:
     """The cases whose tile sizes bench_tune.py searches: the targets, and the ops that are parts of others."""
-    square = {"bits": 4, "n": 4096, "k": 4096}
-    parts = [Case(op="grid_codes", m=1, rank=64, **square), Case(op="scale_gradient", m=4096, rank=64, **square)]
+    parts = [Case(op="grid_codes", bits=4, m=1, n=4096, k=4096, rank=64)]
+    parts += [Case(op="scale_gradient", bits=4, m=4096, n=4096, k=4096, rank=64)]
     parts += [Case(op="dequantize", bits=4, m=1, n=14336, k=4096), Case(op="packed_matmul_dx", bits=4, m=256, n=14336, k=4096)]
     return [*parts, *(case for case in targets() if case.op != "grid_step")]
 
@@ -138,10 +137,6 @@ def packed(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     groups = lk.group_count(case.k, case.group)
     scale = (torch.rand(groups, case.n, device=device) + 0.5) * (0.05 / (1 << case.bits))
     return lk.pack(codes, case.bits), scale.to(torch.bfloat16)
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
 
 
 def build(case: Case, device: torch.device, copies: int, peers: frozenset[str] = PEERS) -> Built:
@@ -178,8 +173,8 @@ def _forward(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> Non
     ]
     if case.bits == 4 and x.is_cuda:
         want = made.calls["cublas"][0]()
-        _optional(made, "bitsandbytes nf4", lambda: _bitsandbytes(x, dense), want, 0.2)  # another grid: its own error is 0.1
-        _optional(made, "gemlite", lambda: _gemlite(case, x, weights), want, 0.02)
+        optional(made, "bitsandbytes nf4", lambda: bitsandbytes(x, dense), want, 0.2)  # another grid: its own error is 0.1
+        optional(made, "gemlite", lambda: gemlite(case, x, weights), want, 0.02)
 
     def check() -> tuple[float, float]:
         exact = (
@@ -316,7 +311,7 @@ def _grid_step(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> N
             step()
             return [step]
 
-        _optional(made, "torch.compile", compiled)
+        optional(made, "torch.compile", compiled)
 
     def check() -> tuple[float, float]:
         got, rounded = ours(), _eager_step(case, base, args, x, dy)
@@ -378,42 +373,3 @@ def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> No
         return relative(lk.hadamard(x, -1), exact), _allowed(exact.to(case.dtype), exact, case.dtype)
 
     made.check = check
-
-
-def _optional(made: Built, name: str, make: Callable[[], list[Call]], want: Tensor | None = None, allowed: float = 0.0) -> None:
-    """A peer, where it is wanted and can be had: any failure of foreign code, or a wrong result, leaves it out with its reason."""
-    if name not in made.peers:
-        return
-    try:
-        calls = make()
-        got = calls[0]()
-        if want is not None and not relative(got, want) <= allowed:
-            raise ValueError(f"its result is wrong: relative error {relative(got, want):.2g}")
-        made.calls[name] = calls
-    except ModuleNotFoundError as error:
-        made.left_out[name] = f"not installed ({error.name})"
-    except Exception as error:
-        made.left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-
-
-def _bitsandbytes(x: Tensor, dense: list[Tensor]) -> list[Call]:
-    bnb = importlib.import_module("bitsandbytes")
-    packs = [bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense]
-    return [lambda w=w, s=s: bnb.matmul_4bit(x, w.t(), quant_state=s) for w, s in packs]
-
-
-def _gemlite(case: Case, x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> list[Call]:
-    core = importlib.import_module("gemlite.core")
-    if not core.GEMLITE_TRITON_CONFIG_CACHE and dispatch.architecture() == 90:
-        # It has no table for an H200; the H100's, of the same architecture, spares minutes of search per shape.
-        core.GemLiteLinear.load_config(str(Path(core.__file__).parent / "configs" / "h100.json"))
-    dtype = {torch.bfloat16: core.DType.BF16, torch.float16: core.DType.FP16}[case.dtype]
-    calls = []
-    for codes, scale in weights:
-        linear = core.GemLiteLinear(
-            W_nbits=case.bits, group_size=case.group, in_features=case.k, out_features=case.n, input_dtype=dtype, output_dtype=dtype
-        )
-        scales = scale.t().reshape(-1, 1).to(case.dtype)
-        linear.pack(lk.unpack(codes, case.bits, case.k), scales, 1 << (case.bits - 1), None)
-        calls.append(lambda linear=linear: linear(x))
-    return calls

@@ -2,8 +2,8 @@
 
 `launch(kernel, grid, *args, **constants)` is `kernel[grid](*args, **constants)`. Triton finds the compiled
 kernel of a call by binding the arguments, specializing each and printing all of it into a key: about 30 us of
-Python, measured on a CPU with a pretended driver; a whole call took 240 to 290 us beside an H200. Here the key
-is what Triton specializes on and nothing is printed: dtype and 16-byte alignment of a tensor, whether an
+Python, measured on a CPU with a pretended driver; a whole call took 240 to 290 us on an H200. Here the key is
+what Triton specializes on and nothing is printed: dtype and 16-byte alignment of a tensor, whether an
 integer is 1, a multiple of 16, beyond 32 bits, and the constants as they are. It is never coarser than
 Triton's, so a key that is known names one compiled kernel; an unknown one goes through Triton, which compiles
 or finds it.
