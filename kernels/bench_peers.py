@@ -20,7 +20,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 def optional(
     made: Any, name: str, make: Callable[[], list[Call]], want: Tensor | None = None, allowed: float = 0.0
 ) -> None:
-    """A peer that is wanted; any failure of foreign code, or a wrong result, leaves it out with its reason."""
+    """A peer that is wanted; a failure of foreign code, or a wrong result, leaves it out with its reason."""
     if name not in made.peers:
         return
     try:
@@ -44,7 +44,7 @@ def bitsandbytes(x: Tensor, dense: list[Tensor]) -> list[Call]:
 def gemlite(case: Any, x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> list[Call]:
     core = importlib.import_module("gemlite.core")
     if not core.GEMLITE_TRITON_CONFIG_CACHE and dispatch.architecture() == 90:
-        # It has no table for an H200; the H100's, of the same architecture, spares minutes of search per shape.
+        # It has no table for an H200; the H100's, of the same architecture, spares minutes of search.
         core.GemLiteLinear.load_config(str(Path(str(core.__file__)).parent / "configs" / "h100.json"))
     dtype = {torch.bfloat16: core.DType.BF16, torch.float16: core.DType.FP16}[case.dtype]
     calls = []
