@@ -50,7 +50,7 @@ from .codes_triton import (
 )
 from .launch import cdiv, launch
 from .matmul import packed_matmul
-from .scratch import PROJECTION_BLOCK, gradient_chunk, gradient_form
+from .scratch import CHUNKED, PROJECTION_BLOCK, gradient_chunk, gradient_form
 from .triton_common import COMPUTE, INTERPRETED, LANE, compute_dtype, launch_options, plane_group, round_even
 
 EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
@@ -314,7 +314,7 @@ def grid_gradients(
         ds, dt = _row_scale_gradients(x, dy, codes, zero, bits)
         return ds, dt, *_empty(a, b, x.device)
     rank = a.shape[0] if a is not None and low else 0
-    config = gradient_form(config, rank, x.dtype)
+    config = gradient_form(config, rank, x.dtype, INTERPRETED)
     exact = x.dtype == torch.float32
     if exact:
         config["BLOCK_N"] = min(config["BLOCK_N"], EXACT_ROWS)
@@ -332,10 +332,7 @@ def grid_gradients(
     }  # fmt: skip
     strips = cdiv(k, 32)
     sums = torch.empty(2, strips, n, dtype=torch.float32, device=x.device)
-    # On chip, dB is summed over a tile in registers: the rank must be one or two blocks.
-    # fp32 inputs take the BLAS on a GPU: its product obeys the user's settings for tf32.
-    on_chip = config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (INTERPRETED or not exact)
-    run = _fused if on_chip else _by_blas if config["form"] == "blas" else _chunked
+    run = {"fused": _fused, "blas": _by_blas, "chunked": _chunked}[config["form"]]
     da, db = run(x, dy, state, strides, sums, rank, config, static)
     per_group = strips if span == 0 else span // 32
     ds, dt = _by_group(sums[0], per_group), _by_group(sums[1], per_group)
@@ -467,7 +464,9 @@ def aot_cases() -> list[tuple]:
         _case("chunked", 32, "weight", table),
         _case("chunked", 64, "grid", table, exact=True),
         *(_case("fused", rank, units, hopper, only=(90,)) for rank in (0, 16, 64) for units in ("grid", "live")),
-        _case("chunked", 128, "weight", hopper, only=(90,)),  # of a rank that is too large to be summed on chip
+        # what takes the place of the fused form: of fp32 inputs, and of a rank too large to be summed on chip
+        _case("chunked", 128, "weight", CHUNKED, only=(90,)),
+        _case("chunked", 16, "grid", CHUNKED, exact=True, only=(90,)),
         *(_case("blas", rank, "grid", blas, only=(80, 90)) for rank in (16, 64, 128)),
         _case("blas", 64, "grid", blas, exact=True, only=(80, 90)),
         _case("fused", 0, "grid", wide, only=(80,)),

@@ -49,9 +49,17 @@ def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any],
     return min(even_steps(k, max(least, config["CHUNK_MB"] * 2**20 // (n * itemsize)), superblock(bits)), k)
 
 
-def gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The entry of the table as it is used. Without a low-rank part there is nothing to project, and dD of fp16 inputs may be too small
-    for fp16: there "blas" is "chunked"."""
+# What takes the place of the fused form where that cannot be: its tiles are too large for the chunked one.
+CHUNKED = {"form": "chunked", "BLOCK_N": 64, "CHUNK_MB": 24, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
+
+
+def gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
+    """The entry of the table as it is used. Without a low-rank part there is nothing to project, and dD of fp16 inputs
+    may be too small for fp16: there "blas" is "chunked". On chip dB is summed over a tile in registers, so the rank must
+    be one or two blocks; and fp32 inputs take the BLAS on a GPU, whose product obeys the user's settings for tf32."""
+    if config["form"] == "fused" and (rank > 2 * PROJECTION_BLOCK or (dtype == torch.float32 and not interpreted)):
+        small = {"BLOCK_N": config["BLOCK_N"], "num_warps": 1, "num_stages": 1} if interpreted else {}
+        return CHUNKED | small
     if config["form"] == "blas" and (not rank or dtype == torch.float16):
         return {name: value for name, value in config.items() if name != "SPAN"} | {"form": "chunked"}
     return config
@@ -123,10 +131,11 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
         unit = torch.empty((1, n), dtype=torch.float32, device="meta")
         product = _matmul((x, codes, unit, None, None, bits, -1), arch)
         return product + 2 * m * n * 4 + m * k * 4
-    config = gradient_form(dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch), rank, x.dtype)
+    config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
+    config = gradient_form(config, rank, x.dtype, arch == dispatch.INTERPRETER)
     sums, results = 2 * strips * n * 4, 2 * groups * n * 4
     factors = (rank * k + n * rank) * 4
-    if config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (size < 4 or arch == dispatch.INTERPRETER):
+    if config["form"] == "fused":
         width = config.get("BLOCK_K", 128)
         partial = (-(-n // config["BLOCK_N"]) * rank * k + -(-k // width) * n * rank) * 4
         return sums + results + factors + partial
