@@ -1,6 +1,6 @@
 """From the data section of a recipe to windows of tokens.
 
-    rows (data_read) -> tokens and loss mask (data_format) -> windows (here) -> batches (data_batches)
+    rows (read) -> tokens and loss mask (format) -> windows (here) -> batches (batches)
 
 A window is one Example of at most `sequence_len` tokens. It is made of segments, stretches of tokens that
 must not see each other: positions restart at each one, and the label of its first token is -100, since what
@@ -8,7 +8,8 @@ stands before it is another text. With packing, rows share windows (best fit ove
 windows, so a stream packs as a file does); texts are instead joined with EOS and cut every `sequence_len`
 tokens. Without it, one row is one window.
 
-Nothing is dropped in silence: DataReport counts every row that was cut, skipped or left without a target.
+Nothing is dropped in silence: DataReport counts every row that was cut, skipped, left without a target or not
+written whole, and every column that was not read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from functools import cached_property
 from typing import Any
 
 from ..recipe.sections import DataSection, DataSource
-from .format import BadRow, Formatter
+from .columns import unread
+from .errors import BadRow, DataError
+from .format import Formatter
 from .pack import pack, pack_text
-from .read import DataError, read_rows
+from .read import read_rows
 from .windows import IGNORE, DataReport, Example, Examples
 
 
@@ -115,13 +118,14 @@ def _rows(source: Any, section: Any, formatter: Formatter, report: DataReport) -
     """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
     and cut."""
     whole = section.packing and source.format == "text"
-    report.notes = formatter.notes
-    for row in read_rows(source, streaming=section.streaming):
+    report.notes = list(formatter.notes)
+    for row in read_rows(source, streaming=section.streaming, notes=report.notes):
         report.rows += 1
         try:
             if row.value is None:
                 raise BadRow(row.problem)
             tokens = formatter(row.value)
+            ignored = unread(row.value, source.format)
         except BadRow as error:
             bad = DataError(str(error), row.file, row.number)
             if section.on_bad_row != "skip":
@@ -131,7 +135,15 @@ def _rows(source: Any, section: Any, formatter: Formatter, report: DataReport) -
             if len(report.problems) < 5:
                 report.problems.append(str(bad))
             continue
+        for name in ignored:
+            report.unread[name] = report.unread.get(name, 0) + 1
+        for name in tokens.lost:
+            report.lost[name] = report.lost.get(name, 0) + 1
+        report.incomplete += bool(tokens.lost)
         ids, learned = tokens.input_ids, tokens.learned
+        if not any(learned):
+            report.masked += 1
+            continue
         cut = not whole and len(ids) > section.sequence_len
         if cut:
             ids, learned = ids[: section.sequence_len], learned[: section.sequence_len]

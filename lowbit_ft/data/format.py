@@ -16,32 +16,38 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .chat import ChatTemplate, Span, read_messages
-from .read import BadRow, DataError, kind
+from .audit import not_written
+from .chat import ChatTemplate, Span
+from .columns import COLUMNS
+from .errors import BadRow, DataError, kind
+from .messages import Chat, read_chat
 
 # The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, README), which tuned models expect.
-_ALPACA = (
+_ALPACA_SYSTEM = (
     "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "Write a response that appropriately completes the request."
 )
+_ALPACA = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row as tokens: input_ids [L] and, for each, whether it is learned."""
+    """One row as tokens: input_ids [L] and, for each, whether it is learned. lost: what of the row is not in
+    them."""
 
     input_ids: list[int]
     learned: list[bool]
+    lost: tuple[str, ...] = ()
 
 
 class Formatter:
     """Turns rows of one format into Tokens.
 
     format: chat | completion | alpaca | text.  train_on: assistant (every assistant turn; the completion),
-    completion (as assistant, but of a chat only its last assistant turn) or all (every token). Text always
-    learns every token. `notes` collects what the user should know about this tokenizer. Raises DataError for
-    a tokenizer that cannot do the format; calling it raises BadRow.
+    completion (as assistant, but only the last one) or all (every token). Text always learns every token. A
+    turn of a chat that says of itself that it is learned or not is believed, except that completion never
+    learns an earlier turn. `notes` collects what the user should know about this tokenizer. Raises DataError
+    for a tokenizer that cannot do the format; calling it raises BadRow.
     """
 
     def __init__(self, format: str, train_on: str, tokenizer: Any):
@@ -51,6 +57,7 @@ class Formatter:
             "alpaca": self._alpaca,
             "text": self._text,
         }
+        assert formats.keys() == COLUMNS.keys()
         if format not in formats:
             raise DataError(f"data format {format!r}; allowed: {', '.join(formats)}")
         if train_on not in ("assistant", "completion", "all"):
@@ -84,16 +91,30 @@ class Formatter:
         instruction, output = _string(row, "instruction", filled=True), _string(row, "output", filled=True)
         context = _string(row, "input") if row.get("input") is not None else ""
         paired = ", paired with an input that provides further context" if context else ""
+        system = (_string(row, "system") if row.get("system") is not None else "").strip()
+        opening = (system or _ALPACA_SYSTEM.format(paired=paired)) + "\n\n"
         block = f"### Input:\n{context}\n\n" if context else ""
-        return self._prompted(_ALPACA.format(paired=paired, instruction=instruction, input=block), output)
+        prompt = _ALPACA.format(instruction=instruction, input=block)
+        history = _history(row)
+        if not history:
+            return self._prompted(opening + prompt, output)
+        turns = [(_ALPACA.format(instruction=asked, input=""), answer) for asked, answer in history]
+        ids, learned = list[int](), list[bool]()
+        for i, (asked, answer) in enumerate([*turns, (prompt, output)]):
+            # Each prompt and answer is tokenized alone, as a server continues a chat.
+            turn = self._prompted((opening if i == 0 else "\n\n") + asked, answer, first=i == 0)
+            ids += turn.input_ids
+            only_last = self.train_on == "completion" and i < len(turns)
+            learned += [False] * len(turn.learned) if only_last else turn.learned
+        return Tokens(ids, learned)
 
-    def _prompted(self, prompt: str, completion: str) -> Tokens:
+    def _prompted(self, prompt: str, completion: str, *, first: bool = True) -> Tokens:
         border, text = len(prompt), prompt + completion
-        ids, offsets = self._encode(text, special=True)
+        ids, offsets = self._encode(text, special=first)
         if offsets is None or any(s < border < e and prompt[s:].strip() for s, e in offsets):
             # A token would hold the end of the prompt and the start of the answer. No server can ask for it:
             # it tokenizes the prompt alone, so here the two are tokenized alone too.
-            head, tail = self._encode(prompt, special=True)[0], self._encode(completion, special=False)[0]
+            head, tail = self._encode(prompt, special=first)[0], self._encode(completion, special=False)[0]
             if len(head) > 1 and head[-1] == self.tokenizer.eos_token_id:  # added by the tokenizer
                 head = head[:-1]
             ids, learned = head + tail, [False] * len(head) + [True] * len(tail)
@@ -108,22 +129,35 @@ class Formatter:
     def _chat(self, row: Mapping[str, Any]) -> Tokens:
         template = self._template
         assert template is not None
-        messages = read_messages(row)
-        tools = row.get("tools") or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-            raise BadRow(f"'tools' must be a list of objects; got {kind(tools)}")
-        if self.train_on != "all" and not any(m["role"] == "assistant" for m in messages):
-            roles = ", ".join(sorted({repr(m["role"][:40]) for m in messages}))
-            raise BadRow(f"no assistant turn to learn from; the roles are: {roles}")
+        chat = read_chat(row)
+        turns = self._turns(chat)
+        messages, tools = template.formed(chat.messages), chat.tools
         text = template.render(messages, tools)
         if self.train_on == "all":
-            ids = self._encode(text, special=False)[0]
-            return Tokens(ids, [True] * len(ids))
-        spans = template.assistant_spans(messages, tools, text)
-        ids, learned = self._mark(text, spans[-1:] if self.train_on == "completion" else spans)
-        if not any(learned):
+            out = [i for i, flag in enumerate(chat.learn) if flag is False]
+            masked = template.spans(messages, tools, text, out, chat.places, whole=True)
+            lost = not_written(chat, messages, text, dict.fromkeys(turns, text), template)
+            ids, hidden = self._mark(text, [span for spans in masked.values() for span in spans])
+            return Tokens(ids, [not h for h in hidden], tuple(lost))
+        found = template.spans(messages, tools, text, turns, chat.places)
+        taught = {turn: " ".join(text[s:e] for s, e in spans) for turn, spans in found.items()}
+        lost = not_written(chat, messages, text, taught, template)
+        ids, learned = self._mark(text, [span for spans in found.values() for span in spans])
+        if turns and not any(learned):
             raise BadRow("the chat template writes nothing for the assistant turns")
-        return Tokens(ids, learned)
+        return Tokens(ids, learned, tuple(lost))
+
+    def _turns(self, chat: Chat) -> list[int]:
+        """The turns that are learned for themselves: with train_on: all those of the assistant, whose words
+        may not be lost."""
+        answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+        asked = self.train_on == "assistant" and True in chat.learn
+        if self.train_on != "all" and not answers and not asked:
+            roles = ", ".join(sorted({repr(m["role"][:40]) for m in chat.messages}))
+            raise BadRow(f"no assistant turn to learn from; the roles are: {roles}")
+        if self.train_on == "completion":
+            return [i for i in answers[-1:] if chat.learn[i] is not False]
+        return [i for i, f in enumerate(chat.learn) if f or (f is None and i in answers)]
 
     # tokens
 
@@ -184,6 +218,18 @@ def _inside(text: str, spans: list[Span], offsets: list[Span]) -> list[bool]:
             elif e > start:
                 inside[i] |= not text[s:start].strip() and bool(text[start:e].strip())
     return inside
+
+
+def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The earlier [instruction, output] pairs of an Alpaca row."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        raise BadRow("'history' must be a list of [instruction, output] pairs")
+    for i, pair in enumerate(pairs):
+        for part in pair:
+            if not isinstance(part, str) or not part.strip():
+                raise BadRow(f"history[{i}] must be two strings that are not empty")
+    return [(asked, answer) for asked, answer in pairs]
 
 
 def _string(row: Mapping[str, Any], key: str, *, filled: bool = False) -> str:

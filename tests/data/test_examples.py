@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lowbit_ft.data.format import Formatter
-from lowbit_ft.data.read import DataError
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.windows import Example
 from tests.data_tools import QUICK, TALK, TINY, load, targets, write
 
