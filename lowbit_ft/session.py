@@ -235,9 +235,9 @@ def unstopped(session: Session) -> str | None:
     ending = template.ending()
     if len(ending) > 1:
         return (
-            f"assistant turns end with the text {template.closing.strip()!r}, which is no single token of this "
-            f"tokenizer ({len(ending)} tokens), so that no eos_token_id stops a server there; use a chat template "
-            "whose end of turn is a token of this model, or stop servers at that text"
+            f"assistant turns end with the text {template.closing.strip()!r}, which is no single token "
+            f"of this tokenizer ({len(ending)} tokens), so that no eos_token_id stops a server there; use a "
+            "chat template whose end of turn is a token of this model, or stop servers at that text"
         )
     if not ending or not stops or ending[0] in stops:
         return None

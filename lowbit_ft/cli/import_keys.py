@@ -6,14 +6,13 @@ their meaning.
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from ..recipe.yaml import RecipeError
 from ..train.optim import OPTIMIZERS
 from .import_draft import Draft, Rule, Trainer
+from .import_rows import axolotl_rows, factory_rows
 
 SCHEDULERS = {
     "cosine": "cosine",
@@ -198,54 +197,6 @@ SHARED: dict[str, Rule] = {
 
 # ------------------------------------------------------------------------------------------------ Axolotl
 
-AXOLOTL_FORMATS = {
-    "alpaca": "alpaca",
-    "chat_template": "chat",
-    "sharegpt": "chat",
-    "completion": "text",
-    "pretrain": "text",
-}
-
-
-def axolotl_data(draft: Draft, key: str, value: Any) -> None:
-    ours = "data.train" if key == "datasets" else "data.valid"
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
-        raise ValueError("a list of data sets is needed")
-    for i in range(1, len(value)):
-        draft.leave(f"{key}.{i}", f"{ours} is one source; put the rows together in one file")
-    first = value[0]
-    files = first.get("data_files")
-    path = (
-        files
-        if isinstance(files, str)
-        else files[0]
-        if isinstance(files, list) and files
-        else first.get("path")
-    )
-    draft.set(f"{ours}.path", str(path), f"{key}.0.{'data_files' if files else 'path'}")
-    kind = str(first.get("type", "")).partition(".")[0].partition(":")[0]
-    if kind in AXOLOTL_FORMATS:
-        draft.set(f"{ours}.format", AXOLOTL_FORMATS[kind], f"{key}.0.type: {kind}")
-    else:
-        draft.set(f"{ours}.format", "chat", "a guess")
-        draft.leave(
-            f"{key}.0.type", f"no such format here (chat, completion, alpaca, text); {ours}.format is a guess"
-        )
-    for name in ("split", "name", "revision"):
-        if first.get(name):
-            draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
-    usual = {
-        "field_messages": ("messages", "conversations"),
-        "message_field_role": ("role", "from"),
-        "message_field_content": ("content", "value"),
-        "field": ("text",),
-        "ds_type": ("json", "parquet", "csv", "text"),
-    }
-    for name, given in first.items():
-        read = name in ("path", "type", "data_files", "split", "name", "revision")
-        if not read and given is not None and given not in usual.get(name, ()):
-            draft.leave(f"{key}.0.{name}", "rows are read by the usual names of their fields")
-
 
 def axolotl_adapter(draft: Draft, key: str, value: Any) -> None:
     if value not in ("lora", "qlora"):
@@ -300,8 +251,8 @@ AXOLOTL = SHARED | {
     "load_in_4bit": if_true("quant.bits", 4),
     "load_in_8bit": if_true("quant.bits", 8),
     "gptq": left("the grid of a quantized checkpoint is read from its config.json"),
-    "datasets": axolotl_data,
-    "test_datasets": axolotl_data,
+    "datasets": axolotl_rows,
+    "test_datasets": axolotl_rows,
     "adapter": axolotl_adapter,
     "lora_r": number("adapter.rank", 1),
     "lora_target_modules": targets,
@@ -342,55 +293,6 @@ AXOLOTL = SHARED | {
 
 
 # ---------------------------------------------------------------------------------------------- LLaMA-Factory
-
-
-def factory_data(draft: Draft, key: str, value: Any) -> None:
-    ours = "data.train" if key == "dataset" else "data.valid"
-    names = (
-        [part.strip() for part in value.split(",")]
-        if isinstance(value, str)
-        else [str(part) for part in value]
-    )
-    for name in names[1:]:
-        draft.leave(key, f"{ours} is one source, so {name} is left; put the rows together in one file")
-    entry, folder = _dataset_info(draft, names[0])
-    if entry is None:
-        draft.set(f"{ours}.path", names[0], f"{key}: {names[0]}")
-        draft.set(f"{ours}.format", "alpaca", "their default")
-        draft.leave(
-            key, f"{names[0]} is not in a dataset_info.json beside this file: set {ours}.path and format"
-        )
-        return
-    where = entry.get("file_name")
-    draft.set(
-        f"{ours}.path",
-        str(folder / where) if where else str(entry.get("hf_hub_url")),
-        f"{key}: {names[0]}, from dataset_info.json",
-    )
-    chat = entry.get("formatting") in ("sharegpt", "openai")
-    draft.set(
-        f"{ours}.format", "chat" if chat else "alpaca", f"formatting: {entry.get('formatting', 'alpaca')}"
-    )
-    for theirs, name in (("subset", "name"), ("split", "split")):
-        if entry.get(theirs):
-            draft.set(f"{ours}.{name}", str(entry[theirs]), f"{names[0]}.{theirs}")
-    if entry.get("columns") or entry.get("tags"):
-        draft.leave(
-            key, f"{names[0]} names its columns: rows are read by the usual names of their fields here"
-        )
-
-
-def _dataset_info(draft: Draft, name: str) -> tuple[dict[str, Any] | None, Path]:
-    """The entry of a data set in dataset_info.json, and the folder its files are named from."""
-    given = Path(str(draft.theirs.get("dataset_dir") or "data"))
-    for folder in (given, draft.folder / given, draft.folder):
-        try:
-            found = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get(name)
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            return found, folder
-    return None, given
 
 
 def factory_stage(draft: Draft, key: str, value: Any) -> None:
@@ -459,10 +361,10 @@ FACTORY = SHARED | {
     "use_rslora": taken_later,
     "use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
     "additional_target": left("embeddings and head stay as they are"),
-    "dataset": factory_data,
-    "eval_dataset": factory_data,
+    "dataset": factory_rows,
+    "eval_dataset": factory_rows,
     "dataset_dir": taken_later,
-    "template": left("the chat template of the model's own tokenizer is used"),
+    "template": left("format: chat uses the template of the model's own tokenizer"),
     "cutoff_len": number("data.sequence_len", 8),
     "max_samples": number("data.train.limit", 1),
     "packing": flag("data.packing"),

@@ -84,13 +84,13 @@ _TAUGHT = frozenset({"content", "tool_calls", _THOUGHTS, *THOUGHT_KEYS})
 def _refusal(place: str, what: str) -> str:
     thoughts = what == _THOUGHTS or what in THOUGHT_KEYS
     way_out = (
-        "where it drops those of earlier turns only, set data.train_on: completion, or weight 0 on those"
+        "where it drops those of earlier turns only, data.train_on: completion or weight 0 on these turns"
         if thoughts
-        else "give the turn weight 0"
+        else "weight 0 on the turn"
     )
     return (
         f"{place}: the chat template does not write the {what} of this turn, which would be learned without; "
-        f"use a template that writes all of it; {way_out}"
+        f"use a chat template that writes all of a turn, or {way_out}"
     )
 
 

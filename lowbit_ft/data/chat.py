@@ -53,10 +53,12 @@ class ChatTemplate:
         self._tagged = bool(_GENERATION_TAG.search(self._template))
         user = [{"role": "user", "content": "a"}]
         reply = [*user, {"role": "assistant", "content": _MARKER}]
-        self.closing, self.middle, self._prompts = "", "", False
+        self.closing, self.middle, self._prompts, self._opening = "", "", False, ""
         try:
-            self.closing = self.middle = self.render(reply).rpartition(_MARKER)[2]
-            self._prompts = self.render(user, prompt=True) != self.render(user)
+            head, _, self.closing = self.render(reply).rpartition(_MARKER)
+            self.middle, asked = self.closing, self.render(user)
+            self._prompts = self.render(user, prompt=True) != asked
+            self._opening = head[len(asked) :] if head.startswith(asked) else ""
             self.middle = self._between_turns()
         except BadRow:
             pass  # a template for other roles than these; the rows will show what it can do
@@ -98,7 +100,7 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> tuple[str | None, bool]:
-        """How the template wants a turn that is a call: its content (null or ""), and arguments as text or
+        """How the template wants a turn that is a call: its content (none or ""), and arguments as text or
         not. The first form that is written as JSON and without the word None; else the first without it."""
         call = {"name": "probe", "arguments": {"k": "v"}}
         calls = [
@@ -191,6 +193,11 @@ class ChatTemplate:
             marked_start, marked_end = self._marked_span(messages, tools, text, turn)
             start = marked_start if start is None else start
             end = marked_end if end is None else end
+        if start is None and not self._prompts and messages[turn]["role"] == "assistant":
+            # A call has no words to mark. Behind the earlier turns stands what opens an answer, if anything.
+            start = self._prefix(messages[:turn], tools, text, prompt=False)
+            if start is not None and text.startswith(self._opening, start):
+                start += len(self._opening)
         if start is None or end is None or start >= end:
             who = "assistant turn" if messages[turn]["role"] == "assistant" else "turn"
             raise BadRow(
@@ -245,7 +252,8 @@ class ChatTemplate:
             raise BadRow(f"the chat template refuses these messages: {first_line(error)}") from error
         if not found[0] or rendered[0] != text:
             raise BadRow("the chat template's {% generation %} tags mark nothing in these messages")
-        tagged: list[Span] = [(start, self._closed(text, end)) for start, end in found[0]]
+        marked: Any = found[0]  # [(start, end)]; annotated as something else there
+        tagged: list[Span] = [(start, self._closed(text, end)) for start, end in marked]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         others = [turn for turn in turns if turn not in answers]
         spans = self.spans(messages, tools, text, others, places, whole=True) if others else {}
@@ -270,7 +278,8 @@ class ChatTemplate:
 
 
 def _formed(messages: list[dict[str, Any]], form: tuple[str | None, bool]) -> list[dict[str, Any]]:
-    """The messages with content `form[0]` where a call has none, and arguments as JSON text where form[1]."""
+    """The messages with content `form[0]` where a call has none (None: no such key), and arguments as JSON
+    text where form[1]."""
     empty, as_text = form
 
     def call(given: dict[str, Any]) -> dict[str, Any]:
@@ -280,13 +289,12 @@ def _formed(messages: list[dict[str, Any]], form: tuple[str | None, bool]) -> li
             return given | {"arguments": json.dumps(given["arguments"], ensure_ascii=False)}
         return given
 
-    return [
-        m
-        | {
-            "content": empty if m["content"] is None else m["content"],
-            "tool_calls": [call(c) for c in m["tool_calls"]],
-        }
-        if "tool_calls" in m
-        else m
-        for m in messages
-    ]
+    formed = []
+    for message in messages:
+        if "tool_calls" in message:
+            message = message | {"tool_calls": [call(given) for given in message["tool_calls"]]}
+            if message["content"] is None:
+                del message["content"]
+                message |= {} if empty is None else {"content": empty}
+        formed.append(message)
+    return formed

@@ -139,7 +139,14 @@ class Formatter:
             lost = not_written(chat, messages, text, dict.fromkeys(turns, text), template)
             ids, hidden = self._mark(text, [span for spans in masked.values() for span in spans])
             return Tokens(ids, [not h for h in hidden], tuple(lost))
-        found = template.spans(messages, tools, text, turns, chat.places)
+        try:
+            found = template.spans(messages, tools, text, turns, chat.places)
+        except BadRow:
+            try:
+                not_written(chat, messages, text, dict.fromkeys(turns, text), template)
+            except BadRow as cause:
+                raise BadRow(f"{cause}; so the rendering cannot be split there") from None
+            raise
         taught = {turn: " ".join(text[s:e] for s, e in spans) for turn, spans in found.items()}
         lost = not_written(chat, messages, text, taught, template)
         ids, learned = self._mark(text, [span for spans in found.values() for span in spans])

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.format import Formatter
-from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.read import TEXT_PIECE, read_rows
 from lowbit_ft.recipe.recipe import DataSection
 from tests.data_tools import QUICK, TALK, TINY, load, parts, write
