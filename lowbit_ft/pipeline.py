@@ -265,9 +265,10 @@ def read_data(session: Session) -> Examples:
     if warning := unstopped(session):
         session.say(f"note: {warning}")
     if recipe.data.valid is not None:
-        load_examples(
+        valid = load_examples(
             recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer
         )
+        session.say(f"valid: {valid.report}")
     return examples
 
 

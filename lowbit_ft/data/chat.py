@@ -199,9 +199,11 @@ class ChatTemplate:
             if start is not None and text.startswith(self._opening, start):
                 start += len(self._opening)
         if start is None or end is None or start >= end:
-            who = "assistant turn" if messages[turn]["role"] == "assistant" else "turn"
+            cannot = "the chat template cannot be split at this assistant turn"
+            if messages[turn]["role"] != "assistant":
+                cannot = "the chat template cannot be split at this turn, which asks to be learned or not"
             raise BadRow(
-                f"{place}: the chat template cannot be split at this {who}: neither the "
+                f"{place}: {cannot}: neither the "
                 "messages before it nor a marker in its place render to a part of the whole; use a template "
                 "with {% generation %} tags, or train_on: all"
             )
