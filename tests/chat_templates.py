@@ -96,3 +96,11 @@ PLAIN = {
     "llama3": LLAMA3,
     "mistral": MISTRAL,
 }
+
+# Tags around what is learned, two of them in a turn with thoughts.
+TAGGED_TWICE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% if m['thinking'] %}{% generation %}({{ m['thinking'] }}){% endgeneration %}--\n{% endif %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+)

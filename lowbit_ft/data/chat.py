@@ -238,12 +238,38 @@ class ChatTemplate:
         turns: Sequence[int],
         places: Sequence[str],
     ) -> dict[int, list[Span]]:
-        from transformers.utils.chat_template_utils import (
-            render_jinja_template,
-        )  # slow to import; tags are rare
+        rendered, marked = self._tags(messages, tools)
+        if not marked or rendered != text:
+            raise BadRow("the chat template's {% generation %} tags mark nothing in these messages")
+        tagged = [(start, self._closed(text, end)) for start, end in marked]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        others = [turn for turn in turns if turn not in answers]
+        spans = self.spans(messages, tools, text, others, places, whole=True) if others else {}
+        wanted = [turn for turn in turns if turn in answers]
+        if wanted == answers:
+            # Where a turn has several tags, which is whose makes no difference to the mask.
+            one_each = len(tagged) == len(answers)
+            return spans | {t: [tagged[i]] if one_each else tagged for i, t in enumerate(answers)}
+        for turn in wanted:
+            # The tags of a turn are those that came with it.
+            before, after = (self._tags(messages[:stop], tools) for stop in (turn, turn + 1))
+            written = [rendered[s:e] for s, e in marked[: len(after[1])]]
+            if [after[0][s:e] for s, e in after[1]] != written:
+                raise BadRow(
+                    f"{places[turn]}: which {{% generation %}} tags are this turn's cannot be told: the chat "
+                    "template tags other words when later turns follow"
+                )
+            spans[turn] = tagged[len(before[1]) : len(after[1])]
+        return spans
 
+    def _tags(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:
+        """The rendering by a template with tags, and what they mark in it."""
+        from transformers.utils import chat_template_utils  # slow to import; tags are rare
+
+        if not messages:
+            return "", []
         try:
-            rendered, found = render_jinja_template(
+            rendered, found = chat_template_utils.render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self._template,
@@ -252,22 +278,8 @@ class ChatTemplate:
             )
         except Exception as error:  # as in render
             raise BadRow(f"the chat template refuses these messages: {first_line(error)}") from error
-        if not found[0] or rendered[0] != text:
-            raise BadRow("the chat template's {% generation %} tags mark nothing in these messages")
         marked: Any = found[0]  # [(start, end)]; annotated as something else there
-        tagged: list[Span] = [(start, self._closed(text, end)) for start, end in marked]
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        others = [turn for turn in turns if turn not in answers]
-        spans = self.spans(messages, tools, text, others, places, whole=True) if others else {}
-        wanted = [turn for turn in turns if turn in answers]
-        if len(tagged) == len(answers):
-            return spans | {turn: [tagged[answers.index(turn)]] for turn in wanted}
-        if wanted == answers:  # several tags in a turn, or none in some: which is whose does not matter
-            return spans | {turn: tagged for turn in wanted}
-        for turn in wanted:
-            start, end = self._turn_span(messages, tools, text, turn, places[turn])
-            spans[turn] = [(s, e) for s, e in tagged if start <= s and e <= end]
-        return spans
+        return rendered[0], list(marked)
 
     def _closed(self, text: str, end: int) -> int:
         """`end`, moved to the end of the template's end-of-turn text."""

@@ -21,7 +21,17 @@ from lowbit_ft.data.errors import BadRow, DataError
 from lowbit_ft.data.format import Formatter
 from lowbit_ft.data.messages import read_chat
 from lowbit_ft.data.windows import Example
-from tests.chat_templates import LLAMA3, MISTRAL, PHI3, PHI3_OTHER_END, PLAIN, QWEN3, R1, TEXT_ARGUMENTS
+from tests.chat_templates import (
+    LLAMA3,
+    MISTRAL,
+    PHI3,
+    PHI3_OTHER_END,
+    PLAIN,
+    QWEN3,
+    R1,
+    TAGGED_TWICE,
+    TEXT_ARGUMENTS,
+)
 from tests.data_tools import QUICK, TALK, TINY, load, targets, write
 
 Q, A = "user", "assistant"
@@ -260,6 +270,19 @@ def test_a_column_about_the_loss_is_an_error(tmp_path):
         with pytest.raises(DataError, match=f"column '{next(iter(more))}' is about the loss and is not read"):
             load(write(tmp_path, [{"prompt": "a", "completion": "b", **more}]), tokenizer(), "completion")
     assert load(write(tmp_path, [{"prompt": "a", "completion": "b", "weight": 1}]), tokenizer(), "completion")
+
+
+def test_weights_where_the_template_tags_what_is_learned():
+    tok = tokenizer(TAGGED_TWICE)
+    turns = chat((Q, "hi"), (A, "one", {"thinking": "think one"}), (Q, "x"), (A, "two"))
+    assert runs(tok, {"messages": turns}) == ["(think one)", "one<|im_end|>", "two<|im_end|>"]
+    assert runs(tok, {"messages": turns}, "completion") == ["two<|im_end|>"]
+    turns[3]["weight"] = 0
+    assert runs(tok, {"messages": turns}) == ["(think one)", "one<|im_end|>"]
+    turns[0]["train"], turns[3]["weight"] = 1, 1
+    assert runs(tok, {"messages": turns})[0] == "hi<|im_end|>"
+    turns[1]["thinking"] = ""
+    assert runs(tok, {"messages": turns}) == ["hi<|im_end|>", "one<|im_end|>", "two<|im_end|>"]
 
 
 # 3. columns
