@@ -28,8 +28,8 @@ from pathlib import Path
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.load import Checkpoint
-from lowbit_ft.memory import peak_gb, reset_peak
+from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.train.memory import peak_gb, reset_peak
 root, name = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(2)
 checkpoint = Checkpoint.open(root / "dense")

@@ -38,9 +38,9 @@ from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
 from lowbit_ft import pipeline
-from lowbit_ft.load import Checkpoint
-from lowbit_ft.memory import peak_gb, reset_peak
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.train.memory import peak_gb, reset_peak
+from lowbit_ft.recipe.recipe import load_recipe
 recipe = load_recipe(sys.argv[1], sys.argv[3:], check=False)
 cpu, row, clock = torch.device("cpu"), {}, {}
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lowbit_kernels import exact_exp
+from lowbit_kernels.pack import decode_residual
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -309,8 +310,6 @@ def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
     """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when
     there is none.
     """
-    from lowbit_kernels.pack import decode_residual
-
     k, f = base.shape[1], base.grid.residual_bits
     if base.residual is not None:
         return decode_residual(base.residual, f, k)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import __version__
+
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
 
@@ -36,8 +38,6 @@ RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the 
 
 def _version(asked: bool) -> None:
     if asked:
-        from .. import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 
@@ -57,7 +57,7 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = Fa
     """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
     was stopped.
     """
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     loaded = _load(recipe, overrides)
     _refuse_what_cannot_fit(loaded, anyway)
@@ -94,7 +94,7 @@ def plan(
     """Check a recipe and show its layers, its memory against a card, and what to change; nothing is
     loaded.
     """
-    from .plan import show_plan, write_fit
+    from .plan import show_plan, write_fit  # slow: torch; --help does without
 
     loaded = _load(recipe, overrides, weights=False)
     show_plan(
@@ -112,7 +112,7 @@ def plan(
 @app.command()
 def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.quantize(_load(recipe, overrides))
 
@@ -120,7 +120,7 @@ def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Load, quantize, attach and train; ends with the adapter and the merged weights."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     loaded = _load(recipe, overrides)
     _refuse_what_cannot_fit(loaded, anyway)
@@ -130,7 +130,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = 
 @app.command()
 def merge(run_dir: RunFolder) -> None:
     """Merge the trained adapter into the packed integers, and compare with the hash that training wrote."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.merge(_folder(run_dir))
 
@@ -143,7 +143,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.export(_folder(run_dir), format)
 
@@ -151,7 +151,7 @@ def export(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_default=False)]) -> None:
     """Reload an exported folder through its real reader and compare codes, scales and logits."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.verify(_folder(folder))
 
@@ -170,7 +170,7 @@ def evaluate(
     """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
     --stage: only tasks.
     """
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
 
@@ -185,7 +185,7 @@ def generate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Answer a prompt."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     answer = pipeline.generate(
         _folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device
@@ -202,7 +202,7 @@ def serve(
     """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
     ...) may follow.
     """
-    from .serve import serve as serve_folder
+    from .serve import serve as serve_folder  # slow: torch; --help does without
 
     serve_folder(_folder(folder), context.args)
 
@@ -210,7 +210,7 @@ def serve(
 @app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report.html of a run again."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     typer.echo(pipeline.report(_folder(run_dir)))
 
@@ -218,7 +218,7 @@ def report(run_dir: RunFolder) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe (for editors: it completes and checks YAML)."""
-    from ..recipe.recipe import recipe_schema
+    from ..recipe.recipe import recipe_schema  # slow: torch; --help does without
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -230,7 +230,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
 ) -> None:
     """Write a commented recipe for a model."""
-    from .init import write_recipe
+    from .init import write_recipe  # slow: torch; --help does without
 
     write_recipe(model_path, output, force=force)
     typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
@@ -243,7 +243,7 @@ def import_recipe(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
 ) -> None:
     """Write a recipe from another trainer's YAML, and list what it could not take over."""
-    from .import_recipe import write_imported
+    from .import_recipe import write_imported  # slow: torch; --help does without
 
     draft = write_imported(file, output, force=force)
     for key, why in draft.left:
@@ -257,8 +257,8 @@ def import_recipe(
 def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
     """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
     there, not only its config.json."""
-    from ..recipe.check import notes
-    from ..recipe.recipe import RecipeError, load_recipe
+    from ..recipe.check import notes  # slow: torch; --help does without
+    from ..recipe.recipe import RecipeError, load_recipe  # slow: torch; --help does without
 
     try:
         recipe = load_recipe(path, overrides or [])
@@ -278,7 +278,7 @@ def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
     """
     if anyway:
         return
-    from .plan import refusal
+    from .plan import refusal  # slow: torch; --help does without
 
     if reason := refusal(recipe):
         raise ValueError(reason)

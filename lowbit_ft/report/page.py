@@ -188,7 +188,7 @@ def _result(run: RunFiles) -> str:
 
 
 def _training(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.metrics()
     train, valid = points(rows, "loss"), points(rows, "valid_loss")
@@ -209,7 +209,7 @@ def _training(run: RunFiles) -> str:
 
 
 def _layers(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.rows("quant.json", "Quantization did not run")
     quantized = [row for row in rows if row.get("action") == "quantized"]
@@ -267,7 +267,7 @@ def _trainable(run: RunFiles) -> str:
 
 
 def _stages(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.rows("stages.json", "No stage finished")
     bars = []

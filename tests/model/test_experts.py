@@ -27,7 +27,8 @@ from lowbit_ft.model.names import Part
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.layers import read_shapes
 from lowbit_ft.recipe.recipe import QuantSection
-from tests.architectures import CONFIGS, checkpoint_of, tokens, train
+from tests.architectures import CONFIGS, checkpoint_of
+from tests.whole_line import tokens, train
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3"]
 REFUSED = {"llama4_text", "dbrx", "jetmoe", "rwkv"}

@@ -4,7 +4,6 @@ memory; killed, nothing.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from lowbit_ft.recipe.layers import read_shapes
 from lowbit_ft.recipe.recipe import QuantSection, load_recipe
 from tests.live_bytes import LiveBytes
 from tests.packed_tools import random_weight
+from tests.processes import environment
 from tests.quantize.test_quantize import CONFIGS, checkpoint_of, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,8 +244,9 @@ def test_evaluation_a_few_tokens_at_a_time_is_the_same(
 
 CHILD = """
 import os, signal, sys
-from lowbit_ft import pipeline, quantize
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft import pipeline
+from lowbit_ft.quantize import quantize
+from lowbit_ft.recipe.recipe import load_recipe
 real, count = quantize.Packing.take, []
 def take(self, name):
     count.append(name)
@@ -266,7 +267,6 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [
         sys.executable,
         "-c",
@@ -275,7 +275,7 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
         *QUICK,
         f"output={out}",
     ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "base").exists() and (out / ".base.partial").is_dir()
     with pytest.raises(ValueError, match="config.json: missing"):
