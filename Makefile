@@ -1,6 +1,9 @@
 # Two commands for a fresh machine with Python 3.11 or newer:
 #   make quickstart   install into .venv, then the whole line on a CPU: recipe to a low-bit model and its report
 #   make test         install into .venv, then the test suite with its coverage floor
+# and for who changes the code:
+#   make lint         ruff, the floors of the house, types, the pages
+#   make docs         write what the pages say of the code anew: the map, the picture, the tables
 # Installing happens once: .venv/installed is the stamp, renewed when pyproject.toml or constraints.txt changes.
 # PYTHON=... chooses the interpreter, VENV=... the folder, WORKERS=... the test processes, ARGS=... goes to pytest.
 
@@ -9,8 +12,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+MARKDOWN = README.md CHANGELOG.md CONTRIBUTING.md docs kernels/README.md recipes/assets/README.md
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint docs install clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/lowbit-ft run recipes/quickstart.yaml
@@ -23,7 +27,17 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pymarkdown scan $(MARKDOWN)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# What the tests hold the pages to. The table of docs/models.md takes many minutes: python -m benchmarks.support_matrix.
+docs: $(VENV)/installed
+	$(VENV)/bin/python docs/draw_house.py
+	$(VENV)/bin/python docs/write_pages.py
+	$(VENV)/bin/python -m benchmarks.format_table
+	$(VENV)/bin/python -m benchmarks.plan_targets --write
 
 install: $(VENV)/installed
 

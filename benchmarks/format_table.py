@@ -8,6 +8,7 @@ Run it after a change of an exporter; tests/docs/test_docs.py fails while the pa
 
 from __future__ import annotations
 
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def reasons() -> list[str]:
         )
         if reason := exporter.reject(BinaryGrid(bits=2)):
             found[reason] = None
-        rows += [f"- `{name}`: {reason}" for reason in found]
+        for reason in found:
+            item = f"- `{name}`: {reason}"
+            rows += textwrap.wrap(item, 120, subsequent_indent="  ", break_on_hyphens=False)
     return rows
 
 
@@ -115,7 +118,7 @@ def render(page: str) -> str:
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, found, rest = page.partition(start)
         assert found and end in rest, f"{PAGE.name} has no block {name}"
-        page = before + start + "\n".join(make()) + "\n" + end + rest.partition(end)[2]
+        page = f"{before}{start}\n" + "\n".join(make()) + f"\n\n{end}{rest.partition(end)[2]}"
     return page
 
 

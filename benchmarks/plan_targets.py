@@ -121,7 +121,7 @@ def render(text: str) -> str:
     """The page with both tables in their places."""
     for marker, made in (("errors", errors()), ("targets", table())):
         text = re.sub(
-            rf"(<!-- {marker} -->\n).*?(?=\n\n)",
+            rf"(<!-- {marker} -->\n\n).*?(?=\n\n)",
             lambda m, t=made: m[1] + t.rstrip("\n"),
             text,
             flags=re.DOTALL,

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from lowbit_ft.files.atomic import write_text
-from tests.architectures import CONFIGS, lines
+from tests.architectures import CONFIGS
+from tests.whole_line import lines
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 HEAD = """# Models

@@ -8,6 +8,7 @@ nonzero, a mask as an index), those inside our ops and those of the backward inc
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gemms import reference_of
 
+TESTS = Path(__file__).parent
 # Python's way to a number. item and the conversions show below as _local_scalar_dense, where they are
 # counted; numpy refuses a tensor on a GPU, so it cannot hide a wait.
 _CALLS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu"}
@@ -44,7 +46,7 @@ class HostReads:
         frames = [
             f
             for f in traceback.extract_stack()
-            if "/tests/" not in f.filename and "/torch/" not in f.filename
+            if not Path(f.filename).is_relative_to(TESTS) and "/torch/" not in f.filename
         ]
         self.seen.append(
             (what, f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}" if frames else "")

@@ -13,9 +13,12 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lowbit_ft.adapters import ADAPTERS, AdapterConfig
+from lowbit_ft.adapters.attach import attach
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight, Weight
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.load import load_model
 
 SIZE: dict[str, Any] = dict(
     vocab_size=64,
@@ -90,11 +93,45 @@ def random_weights(model: nn.Module, grid: Grid | dict[str, Grid]) -> dict[str, 
 
 def packed_model(checkpoint: Checkpoint, weights: dict[str, Weight]) -> Any:
     """The checkpoint's model with these weights packed in it: the reference all formats are compared with."""
-    model = load_model(checkpoint)
+    return set_packed(load_model(checkpoint), weights).eval()
+
+
+def set_packed(model: Any, weights: dict[str, Weight]) -> Any:
+    """The model, with these weights packed in the place of its linears; biases stay."""
     for name, weight in weights.items():
-        linear = model.get_submodule(name)
-        model.set_submodule(name, PackedLinear(weight, linear.bias))
-    return model.eval()
+        model.set_submodule(name, PackedLinear(weight, model.get_submodule(name).bias))
+    return model
+
+
+def adapter_config(method: str, rank: int = 4, **options: Any) -> AdapterConfig:
+    """A method's config, with this rank where it has one."""
+    low_rank = {"rank": rank} if "rank" in ADAPTERS[method].model_fields else {}
+    return ADAPTERS[method](**low_rank, **options)
+
+
+def adapted_llama(
+    config: AdapterConfig, grid: Grid, *, seed: int = 1, head: bool = False, **changes: Any
+) -> Any:
+    """A random Llama of two layers, always the same integers in it, with fresh adapters on it; seed draws A.
+    head: its head is packed and trained too.
+    """
+    size = {
+        "vocab_size": 23,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(size | changes)))
+    set_packed(model, random_weights(model, grid))
+    if head:
+        shape = (model.config.vocab_size, model.config.hidden_size)
+        model.set_submodule("lm_head", PackedLinear(random_weight(shape, grid)))
+    torch.manual_seed(seed)
+    attach(model, config)
+    return model
 
 
 def int_grid(**fields: Any) -> IntGrid:

@@ -12,7 +12,7 @@ A (the low-rank product, fp32) and (S, z, T) the grid being trained:
     code = clip(round_half_even(v), 0, 2^bits - 1)
 
 `round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut
-(gradients.py). D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by
+(grid_linear.py). D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by
 layout.CHUNK_ELEMENTS, so training, evaluation and merge, which all call this op, agree bit for bit. Clamping
 happens on the float, before the integer cast.
 """

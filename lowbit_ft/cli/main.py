@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import __version__
 from .quiet import quiet
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the 
 
 def _version(asked: bool) -> None:
     if asked:
-        from .. import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 
@@ -59,7 +58,7 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = Fa
     """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
     was stopped.
     """
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     loaded = _load(recipe, overrides)
     _refuse_what_cannot_fit(loaded, anyway)
@@ -96,7 +95,7 @@ def plan(
     """Check a recipe and show its layers, its memory against a card, and what to change; nothing is
     loaded.
     """
-    from .plan import show_plan, write_fit
+    from .plan import show_plan, write_fit  # slow: torch; --help does without
 
     loaded = _load(recipe, overrides, weights=False)
     show_plan(
@@ -114,7 +113,7 @@ def plan(
 @app.command()
 def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.quantize(_load(recipe, overrides))
 
@@ -122,7 +121,7 @@ def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Load, quantize, attach and train; ends with the adapter and the merged weights."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     loaded = _load(recipe, overrides)
     _refuse_what_cannot_fit(loaded, anyway)
@@ -132,7 +131,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = 
 @app.command()
 def merge(run_dir: RunFolder) -> None:
     """Merge the trained adapter into the packed integers, and compare with the hash that training wrote."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.merge(_folder(run_dir))
 
@@ -145,7 +144,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.export(_folder(run_dir), format)
 
@@ -153,7 +152,7 @@ def export(
 @app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_default=False)]) -> None:
     """Reload an exported folder through its real reader and compare codes, scales and logits."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.verify(_folder(folder))
 
@@ -172,7 +171,7 @@ def evaluate(
     """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
     --stage: only tasks.
     """
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
 
@@ -187,7 +186,7 @@ def generate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Answer a prompt."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     answer = pipeline.generate(
         _folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device
@@ -204,7 +203,7 @@ def serve(
     """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
     ...) may follow.
     """
-    from .serve import serve as serve_folder
+    from .serve import serve as serve_folder  # slow: torch; --help does without
 
     serve_folder(_folder(folder), context.args)
 
@@ -212,7 +211,7 @@ def serve(
 @app.command()
 def report(run_dir: RunFolder) -> None:
     """Write report.html of a run again."""
-    from .. import pipeline
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     typer.echo(pipeline.report(_folder(run_dir)))
 
@@ -220,7 +219,7 @@ def report(run_dir: RunFolder) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe (for editors: it completes and checks YAML)."""
-    from ..recipe.recipe import recipe_schema
+    from ..recipe.recipe import recipe_schema  # slow: torch; --help does without
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -232,7 +231,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
 ) -> None:
     """Write a commented recipe for a model."""
-    from .init import write_recipe
+    from .init import write_recipe  # slow: torch; --help does without
 
     write_recipe(model_path, output, force=force)
     typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
@@ -245,7 +244,7 @@ def import_recipe(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
 ) -> None:
     """Write a recipe from another trainer's YAML, and list what it could not take over."""
-    from .import_recipe import write_imported
+    from .import_recipe import write_imported  # slow: torch; --help does without
 
     draft = write_imported(file, output, force=force)
     for key, why in draft.left:
@@ -259,8 +258,9 @@ def import_recipe(
 def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
     """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
     there, not only its config.json."""
-    from ..recipe.check import notes
-    from ..recipe.recipe import RecipeError, load_recipe
+    from ..recipe.check import notes  # slow: torch; --help does without
+    from ..recipe.recipe import load_recipe  # slow: torch; --help does without
+    from ..recipe.yaml import RecipeError  # slow: torch; --help does without
 
     try:
         recipe = load_recipe(path, overrides or [])
@@ -280,7 +280,7 @@ def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
     """
     if anyway:
         return
-    from .plan import refusal
+    from .plan import refusal  # slow: torch; --help does without
 
     if reason := refusal(recipe):
         raise ValueError(reason)
@@ -321,6 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _message(error: Exception) -> str:
+    """The text of an error behind "error: ": its first problem on that line, the others in a column below."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         # A full disk, a file where a folder should be: what the system says of which file.
@@ -328,7 +329,7 @@ def _message(error: Exception) -> str:
             f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
             "make room or change its permissions there"
         )
-    return "\n" + text if "\n" in text else text
+    return text.replace("\n", "\n" + " " * len("error: "))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ class Incoming:
             raise ValueError(
                 f"layer {name}: quant makes it {grid} with {grid.residual_bits} residual bits, the {self} "
                 f"checkpoint has it as {layer.grid} "
-                "with none; leave `quant` out of the recipe (from Python: recipe_incoming.resolve_quant)"
+                "with none; leave `quant` out of the recipe "
+                "(from Python: lowbit_ft.recipe.incoming.resolve_quant)"
             )
         file = layer.parts[self.reader.parts[0]].file
         try:

@@ -135,7 +135,7 @@ class LowbitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train over the packed layers (`lowbit_ft.attach`, PEFT)."""
+        """Adapters train over the packed layers (`lowbit_ft.adapters.attach`, PEFT)."""
         return True
 
 

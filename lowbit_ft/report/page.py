@@ -192,7 +192,7 @@ def _result(run: RunFiles) -> str:
 
 
 def _training(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.metrics()
     train, valid = points(rows, "loss"), points(rows, "valid_loss")
@@ -213,7 +213,7 @@ def _training(run: RunFiles) -> str:
 
 
 def _layers(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.rows("quant.json", "Quantization did not run")
     quantized = [row for row in rows if row.get("action") == "quantized"]
@@ -271,7 +271,7 @@ def _trainable(run: RunFiles) -> str:
 
 
 def _stages(run: RunFiles) -> str:
-    from . import plots as report_plots
+    from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
     rows = run.rows("stages.json", "No stage finished")
     bars = []

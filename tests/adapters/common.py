@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_ft.adapters import Adapter, AdapterConfig
-from lowbit_ft.grid import BinaryGrid, IntGrid, Weight
+from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight, Weight
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 
 N, K = 13, 200  # odd, and divisible neither by a group of 32, 64, 128 nor by a superblock
+LOW_RANK = ["lr_qat", "dl_qat", "l4q"]
 
 
 def base_of(
@@ -25,6 +26,13 @@ def base_of(
         "greedy" if isinstance(grid, BinaryGrid) else "absmax" if grid.symmetric else "minmax"
     )
     return CALIBRATORS[name].run(weight, grid, Stats())
+
+
+def packed(grid: IntGrid, shape: tuple[int, int] = (N, K), calibrate: str | None = None) -> PackedWeight:
+    """`base_of` on an integer grid."""
+    base = base_of(grid, shape, calibrate)
+    assert isinstance(base, PackedWeight)
+    return base
 
 
 @torch.no_grad()

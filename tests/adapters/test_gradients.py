@@ -14,15 +14,11 @@ from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, IntGrid, PackedWeight
 from tests import reference
 from tests.adapters.common import base_of, trained
+from tests.kernels.common import error
 from tests.kernels.test_estimates import mean_over_draws
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||."""
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
 def configs() -> Iterator[AdapterConfig]:

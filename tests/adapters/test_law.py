@@ -31,6 +31,7 @@ from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
 from tests.adapters.common import base_of, trained
 from tests.adapters.law_reader import fingerprint
+from tests.packed_tools import adapter_config
 
 INEXACT = {"lora"}  # the only one, by name: another entry that opts out must be discussed here
 GROUPS = (32, 64, 128, -1)
@@ -65,9 +66,8 @@ def grids(kind: str) -> Iterator[Grid]:
 
 
 def configs(method: str) -> Iterator[AdapterConfig]:
-    low_rank = {"rank": 4} if "rank" in ADAPTERS[method].model_fields else {}
     for variant in [{}, *VARIANTS.get(method, [])]:
-        yield ADAPTERS[method](**low_rank, **variant)
+        yield adapter_config(method, **variant)
 
 
 def cases() -> list[Case]:

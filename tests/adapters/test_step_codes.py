@@ -18,18 +18,17 @@ from typing import Any
 import lowbit_kernels
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers, adapter_state, attach, begin_step, keep_codes
+from lowbit_ft.adapters.attach import adapted_layers, adapter_state, begin_step, keep_codes
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.merge import merged_weight
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.train.loop import train
 from tests.adapters.common import base_of, trained
-from tests.packed_tools import random_weights
+from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section, state
 
 METHODS = ("lr_qat", "dl_qat", "l4q", "scale")
@@ -174,21 +173,8 @@ def test_they_are_no_state(tmp_path: Path):
 
 
 def llama(method: str, **options: Any) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=23,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for name, weight in random_weights(model, IntGrid(bits=3, group_size=32, residual_bits=4)).items():
-        model.set_submodule(name, PackedLinear(weight, None))
-    torch.manual_seed(1)
-    attach(model, ADAPTERS[method](**({"rank": 3} if method != "scale" else {}), **options))
-    return model
+    grid = IntGrid(bits=3, group_size=32, residual_bits=4)
+    return adapted_llama(adapter_config(method, rank=3, **options), grid)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -21,6 +21,7 @@ from lowbit_ft.data.pack import pack, pack_text
 from lowbit_ft.data.read import DataError
 from lowbit_ft.data.windows import Example, Examples
 from tests.data_tools import ASSETS, QUICK, TINY, load, parts, write
+from tests.toy import equal
 
 
 @pytest.fixture(scope="session")
@@ -193,10 +194,6 @@ def first_ids(batches: Any, count: int) -> list[list[int]]:
     return [next(batches)["input_ids"][:, 0].tolist() for _ in range(count)]
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 @QUICK
 @given(count=st.integers(1, 23), size=st.integers(1, 5), world=st.integers(1, 4), shuffle=st.booleans())
 def test_ranks_together_see_what_one_process_sees(count, size, world, shuffle):
@@ -225,7 +222,7 @@ def test_resume_is_bit_equal(count, size, stop, seed):
     resumed = Batches(numbered(count), size, 0, seed)
     next(resumed)
     resumed.load_state_dict(state)
-    assert all(same(next(straight), next(resumed)) for _ in range(8))
+    assert all(equal(next(straight), next(resumed)) for _ in range(8))
     assert straight.state_dict() == resumed.state_dict()
 
 
@@ -309,9 +306,9 @@ def test_stream_shuffles_within_a_bounded_buffer_and_resumes(tokenizer, tmp_path
     for stop in random.Random(0).sample(range(steps - 1), 6):
         resumed = batches()
         resumed.load_state_dict(states[stop])
-        assert same(next(resumed), seen[stop])
+        assert equal(next(resumed), seen[stop])
     pair = [batches(2, r) for r in (0, 1)]
-    assert all(same(next(pair[k % 2]), seen[k]) for k in range(20))
+    assert all(equal(next(pair[k % 2]), seen[k]) for k in range(20))
     few = Batches(load(path, tokenizer, "text", streaming=True, limit=20), 20, 1)  # all of them in the buffer
     order = [tokenizer.decode(ids[ids != 1]) for ids in next(few)["input_ids"]]
     assert [int(t.split()[0]) for t in order] != list(range(20)) == sorted(int(t.split()[0]) for t in order)

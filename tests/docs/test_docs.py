@@ -104,7 +104,8 @@ def test_every_method_and_every_key_named_exists() -> None:
     named = 0
     for name in DOCS.glob("*.md"):
         for section, key in re.findall(
-            r"`(model|quant|adapter|data|train|eval|export)\.([a-z_]+)", name.read_text(encoding="utf-8")
+            r"`(model|quant|adapter|data|train|eval|export)\.(?!py`)([a-z_]+)",
+            name.read_text(encoding="utf-8"),
         ):
             assert key in keys[section], f"{name.name}: {section}.{key}"
             named += 1
@@ -138,6 +139,35 @@ def test_the_table_of_long_sequences_is_what_was_counted() -> None:
         assert [float(x) for x in told] == [round(x, 1) for x in found]
 
 
+def test_files_that_are_named_exist() -> None:
+    """Files of ours, in the pages and in the text of the code, as a path or as a bare name.py. Not in
+    LOG.md and CHANGELOG.md: they tell what was.
+    """
+    homes = (ROOT, ROOT / "lowbit_ft", ROOT / "kernels")
+    folders = "|".join(path.name for home in homes for path in home.iterdir() if path.is_dir())
+    as_path = re.compile(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\.(?:py|md|sh|ya?ml|json)\b")
+    scripts = {
+        path.name for folder in (*homes[1:], ROOT / "benchmarks", DOCS) for path in folder.rglob("*.py")
+    }
+    scripts |= {path.name for path in (ROOT / "tests").rglob("*.py")} | {
+        "convert_hf_to_gguf.py"
+    }  # llama.cpp's
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+    code = [p for top in ("lowbit_ft", "kernels", "benchmarks", "docs") for p in (ROOT / top).rglob("*.py")]
+    named, missing = 0, []
+    for path in [*pages, *code]:
+        text = path.read_text(encoding="utf-8")
+        for found in as_path.findall(text):
+            named += 1
+            if not any((home / found).exists() for home in (*homes, path.parent)):
+                missing.append(f"{path.relative_to(ROOT)}: {found}")
+        for found in re.findall(r"(?<![\w/.*<>-])[a-z]\w*\.py\b", text):
+            named += 1
+            if found not in scripts:
+                missing.append(f"{path.relative_to(ROOT)}: {found}")
+    assert named > 200 and missing == []
+
+
 def test_links_lead_somewhere() -> None:
     links = [
         (path, link)
@@ -162,9 +192,12 @@ def test_the_python_of_the_serving_page_runs(tmp_path: Path, monkeypatch: pytest
         "train.eval_every=null",
     ]
     pipeline.run(load_recipe("recipes/quickstart.yaml", [*short, f"output={tmp_path / 'RUN'}"]))
-    blocks = re.findall(r"<!-- run -->\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
-    assert len(blocks) == 3 and page("serving.md").count("```python") == 3
+    blocks = re.findall(r"<!-- run -->\n\n```python\n(.*?)```", page("serving.md"), re.DOTALL)
+    assert len(blocks) == 4 and page("serving.md").count("```python") == 4
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"serving.md, block {number}", "exec"), {"__name__": "docs"})
+        namespace = {"__name__": "docs"}
+        exec(compile(block, f"serving.md, block {number}", "exec"), namespace)
+    assert (tmp_path / "my-adapter" / "adapter_config.json").exists()
+    assert not hasattr(namespace["deployed"], "peft_config")  # the plain model is left
     assert isinstance(pipeline.generate(tmp_path / "RUN", "Write", 2), str)

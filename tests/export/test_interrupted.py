@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights, gguf_file, writer
+from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_files, write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
+from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSET = ROOT / "recipes" / "assets" / "tiny-llama"
@@ -28,7 +30,7 @@ CHILD = """
 import os, signal, sys
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights
 source = Checkpoint.open(sys.argv[1], dtype="float32")
 weights = random_weights(source.empty_model(), int_grid())
@@ -52,9 +54,8 @@ def source(tmp_path: Path) -> Checkpoint:
 
 
 def killed(source: Checkpoint, target: Path, name: str, how: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-c", CHILD, str(source.folder), str(target), name, how]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])

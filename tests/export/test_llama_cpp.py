@@ -3,12 +3,13 @@ source).
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
     reason="needs llama-cpp-python (benchmarks/llama_cpp_perplexity.py says how)",
 )
 def test_llama_cpp_has_the_perplexity_of_transformers() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, str(ROOT / "benchmarks" / "llama_cpp_perplexity.py"), "--windows", "4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("alike") == 5

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from lowbit_ft.files import recover, remove_folder, staged_folder, write_text
+from lowbit_ft.files.atomic import recover, remove_folder, staged_folder, write_text
 
 def act(what, target, deadline):
     def hook(event, _):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import reference
 from tests.gemms import Gemms
-from tests.kernels.test_ops import K, N, R, error, integer_args
+from tests.kernels.common import K, N, R, error, integer_args
 
 M = 7
 TOLERANCE = 1e-5

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.architectures import CONFIGS, EXACT, line, lines
+from tests.architectures import CONFIGS
+from tests.whole_line import EXACT, line, lines
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 # Not one of these may be lost: exact in our own format, and in compressed-tensors too but for those that say

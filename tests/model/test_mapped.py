@@ -26,13 +26,15 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.files.tensorfile import parse_header
 from lowbit_ft.grid import Grid, IntGrid
 from lowbit_ft.merge import base_weights, merged_weights
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.mapped import _give_back, is_mapped, mapped_ranges, to_device
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.sharding import shard
-from tests.packed_tools import IDS, packed_model, random_weights, tiny_checkpoint
+from tests.packed_tools import IDS, adapter_config, packed_model, random_weights, tiny_checkpoint
+from tests.processes import environment, launched
 from tests.toy import examples, quiet, section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,8 +117,7 @@ def test_offsets_are_aligned_in_every_file_we_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_training_and_merging_write_to_no_page(method: str, tmp_path: Path) -> None:
-    rank: dict[str, Any] = {"rank": 2} if "rank" in ADAPTERS[method].model_fields else {}
-    config = ADAPTERS[method](**rank)
+    config = adapter_config(method, rank=2)
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "dense"))
     quant = (
         {"grid": "binary", "bits": 2} if config.grid_name == "binary" else {"bits": 4, "calibrate": "absmax"}
@@ -268,21 +269,9 @@ def together(folder: Path, out: Path) -> None:
 
 def test_two_processes_write_to_no_page(tmp_path: Path) -> None:
     folder = base(tmp_path)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        __file__,
-        str(folder),
-        str(tmp_path),
-    ]
-    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    launch = launched(__file__, folder, tmp_path)
+    variables = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(launch, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -20,7 +20,7 @@ from lowbit_ft.model.mlp_chunks import cut_mlps
 from lowbit_ft.model.walk import decoder_layers
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.setup import activation_checkpointing
-from tests.model.test_attention import Largest
+from tests.model.attention_models import Largest
 from tests.packed_tools import random_weights
 from tests.toy import batches, quiet, section, state
 

@@ -4,7 +4,6 @@ memory; killed, nothing.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,15 +23,18 @@ from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid, stack_rows
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.walk import LayerWalk
 from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import quantize as quantize_module
 from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.stages import quantize as quantize_stage
 from tests.live_bytes import LiveBytes
 from tests.packed_tools import random_weight
+from tests.processes import environment
 from tests.quantize.test_quantize import CONFIGS, checkpoint_of, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,8 +246,9 @@ def test_evaluation_a_few_tokens_at_a_time_is_the_same(
 
 CHILD = """
 import os, signal, sys
-from lowbit_ft import pipeline, quantize
-from lowbit_ft.recipe import load_recipe
+from lowbit_ft import pipeline
+from lowbit_ft.quantize import quantize
+from lowbit_ft.recipe.recipe import load_recipe
 real, count = quantize.Packing.take, []
 def take(self, name):
     count.append(name)
@@ -266,7 +269,6 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [
         sys.executable,
         "-c",
@@ -275,7 +277,7 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
         *QUICK,
         f"output={out}",
     ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "base").exists() and (out / ".base.partial").is_dir()
     with pytest.raises(ValueError, match="config.json: missing"):
@@ -301,7 +303,7 @@ def test_a_base_whose_key_was_not_written_belongs_to_no_recipe(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "load_packed", stop)
+        patched.setattr(quantize_stage, "load_packed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.quantize(recipe(out, "quant.bits=3"))
     assert base_digest(load_exported(out / "base")) != first

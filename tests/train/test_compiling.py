@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from torch._dynamo.utils import counters
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, keep_codes
+from lowbit_ft.adapters.attach import adapted_layers, begin_step, keep_codes
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.merge import merged_weight
-from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
-from lowbit_ft.train.loop import TrainError, train
-from tests.packed_tools import random_weights
-from tests.toy import Toy, batches, examples, quiet, section, state
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.setup import TrainError
+from tests.packed_tools import adapted_llama, adapter_config
+from tests.toy import Toy, batches, equal, examples, quiet, section, state
 
 CHEAP = {"low_rank_gradient": "corrected", "scale_grad_tokens": 0.3}
 
@@ -39,26 +39,12 @@ def fresh_compiler():
 
 
 def llama(method: str = "lr_qat", layers: int = 2, **options: Any) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=23,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    grid = (
+    model = adapted_llama(
+        adapter_config(method, rank=3, **options),
         BinaryGrid(bits=2, group_size=32)
         if method == "alpha_tuning"
-        else IntGrid(bits=3, group_size=32, residual_bits=4, symmetric=False)
-    )
-    for name, weight in random_weights(model, grid).items():
-        model.set_submodule(name, PackedLinear(weight, None))
-    torch.manual_seed(1)
-    attach(
-        model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {}), **options)
+        else IntGrid(bits=3, group_size=32, residual_bits=4, symmetric=False),
+        num_hidden_layers=layers,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,10 +59,6 @@ def gradients(model: Any, length: int = 7) -> dict[str, torch.Tensor]:
     ids = torch.arange(2 * length).view(2, length) % 23
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.slow
@@ -96,7 +78,7 @@ def test_no_graph_break_and_the_same_gradients(method: str, options: dict[str, A
     undo = compile_layers(model, backend="aot_eager")
     torch.manual_seed(5)
     assert (
-        same(gradients(model), want)
+        equal(gradients(model), want)
         and counters["stats"]["unique_graphs"] == 2
         and not counters["graph_break"]
     )
@@ -118,7 +100,7 @@ def test_layers_share_what_is_compiled(checkpointing: bool):
     found = []
     for step, length in enumerate((7, 7, 9, 11)):
         begin_step(model, step)
-        assert same(gradients(model, length), gradients(plain, length))
+        assert equal(gradients(model, length), gradients(plain, length))
         found.append(counters["stats"]["unique_graphs"])
         with torch.no_grad():
             for m in (model, plain):
@@ -187,6 +169,47 @@ def test_a_machine_without_a_compiler_is_told_with_the_recipe(monkeypatch: pytes
     assert missing_compiler(on_gpu=False) is None
 
 
+class Multiplied:
+    """The codes and scales that every packed product of the training forwards was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.wanted: list[Any] = []
+        self.checks = 0
+        module = sys.modules["lowbit_kernels.grid_linear"]
+        matmul = module.packed_matmul
+
+        def spy(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, *rest: Any) -> torch.Tensor:
+            self.used.append((codes, scale))
+            return matmul(x, codes, scale, *rest)
+
+        monkeypatch.setattr(module, "packed_matmul", spy)
+
+    def step(self, model: Any) -> None:
+        """Every weight of the step before was multiplied with, and nothing else was; then the next ones."""
+        if self.wanted:
+            assert len(self.used) >= 2 * len(self.wanted)  # forward and recomputation
+            for codes, scale in self.used:
+                assert any(
+                    codes.shape == w.codes.shape
+                    and torch.equal(codes, w.codes)
+                    and torch.equal(scale, w.scale.float())
+                    for w in self.wanted
+                )
+            for w in self.wanted:
+                assert any(
+                    codes.shape == w.codes.shape and torch.equal(codes, w.codes) for codes, _ in self.used
+                )
+            self.checks += 1
+        self.used.clear()
+        self.wanted = [merged_weight(layer) for _, layer in adapted_layers(model)]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler on the CPU")
 @pytest.mark.parametrize(("method", "options"), [("lr_qat", CHEAP), ("l4q", {}), ("dl_qat", {})])
@@ -196,62 +219,17 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
     """TorchInductor, recomputation and offload on: what each step multiplies with is what merge would ship
     before it, bit for bit.
     """
-    model, used, wanted = llama(method, **options), [], []
-    module = sys.modules["lowbit_kernels.grid_linear"]
-    matmul = module.packed_matmul
-
-    def spy(x, codes, scale, zero, *rest):
-        used.append(
-            (
-                codes.sum(dtype=torch.int64).item(),
-                tuple(codes.shape),
-                scale.double().sum().item(),
-                codes,
-                scale,
-            )
-        )
-        return matmul(x, codes, scale, zero, *rest)
-
-    monkeypatch.setattr(module, "packed_matmul", spy)
+    model, plain, law = llama(method, **options), llama(method, **options), Multiplied(monkeypatch)
 
     def on_step(step: int) -> None:
         begin_step(model, step)
-        check()
-        wanted[:] = [merged_weight(layer) for _, layer in adapted_layers(model)]
+        law.step(model)
 
-    def check() -> None:
-        """Every weight of the step before was multiplied with, and nothing else was."""
-        if wanted:
-            assert len(used) >= 2 * len(wanted)  # forward and recomputation
-            for _, shape, _, codes, scale in used:
-                assert any(
-                    shape == w.codes.shape
-                    and torch.equal(codes, w.codes)
-                    and torch.equal(scale, w.scale.float())
-                    for w in wanted
-                )
-            for w in wanted:
-                assert any(
-                    shape == w.codes.shape and torch.equal(codes, w.codes) for _, shape, _, codes, _ in used
-                )
-        used.clear()
-
-    train(
-        model,
-        Batches(examples(11), 2, 0, 0),
-        Batches(examples(3, seed=1), 1, 0, 0),
-        section(
-            max_steps=4,
-            compile=True,
-            gradient_checkpointing=True,
-            offload="cpu",
-            eval_every=10,
-            max_grad_norm=10.0,
-        ),
-        tmp_path,
-        on_step=on_step,
-        console=quiet(),
-    )
+    data, common = Batches(examples(11), 2, 0, 0), {"max_steps": 4, "max_grad_norm": 10.0}
+    setting = section(**common, compile=True, gradient_checkpointing=True, offload="cpu", eval_every=10)
+    valid = Batches(examples(3, seed=1), 1, 0, 0)
+    train(model, data, valid, setting, tmp_path, on_step=on_step, console=quiet())
+    assert law.checks == 3, "a step was not looked at"
     assert counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
     # Attention over segments is Python between two graphs, and nothing else is.
     assert len(counters["graph_break"]) == 1 and all(
@@ -259,19 +237,7 @@ def test_the_law_holds_in_every_step_of_a_compiled_run(
     )
     with safe_open(next((tmp_path / "checkpoints").glob("*/adapter.safetensors")), "pt") as file:
         assert set(file.keys()) == set(state(model)) and not any("_orig_mod" in key for key in file.keys())
-    compiled = [
-        json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ]
-    plain = llama(method, **options)
-    train(
-        plain,
-        Batches(examples(11), 2, 0, 0),
-        None,
-        section(max_steps=4, max_grad_norm=10.0),
-        tmp_path / "plain",
-        console=quiet(),
-    )
-    eager = [
-        json.loads(line)["loss"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [v for v in compiled if v is not None] == pytest.approx(eager, rel=1e-3)
+    data = Batches(examples(11), 2, 0, 0)
+    train(plain, data, None, section(**common), tmp_path / "plain", console=quiet())
+    eager = losses_of(tmp_path / "plain")
+    assert len(eager) == 4 and losses_of(tmp_path) == pytest.approx(eager, rel=1e-3)

@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach, begin_step
+from lowbit_ft.adapters.attach import begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.grid import BinaryGrid, IntGrid
-from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train import losses
 from lowbit_ft.train.loop import train
 from tests.host_reads import HostReads
-from tests.packed_tools import random_weights
+from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section
 
 # Where a batch is read before it moves: both functions refuse tensors that are not on the CPU.
@@ -43,27 +41,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def llama(method: str, options: dict[str, Any], device: str = "cpu") -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=600,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(device)
     grid = (
         BinaryGrid(bits=2, group_size=32)
         if method == "alpha_tuning"
         else IntGrid(bits=3, group_size=32, residual_bits=4)
     )
-    for name, weight in random_weights(model.cpu(), grid).items():
-        model.set_submodule(name, PackedLinear(weight, None))
-    attach(
-        model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {}), **options)
-    )
-    return model.to(device)
+    return adapted_llama(adapter_config(method, rank=3, **options), grid, vocab_size=600).to(device)
 
 
 def packed() -> Examples:
@@ -81,9 +64,7 @@ def packed() -> Examples:
 def test_one_read_per_step_and_none_per_micro_batch(
     case: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        "lowbit_ft.train.loop.losses.LOGITS_AT_A_TIME", 600 * 7
-    )  # the loss in chunks, as a real vocabulary has it
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 600 * 7)  # in chunks, as a real vocabulary has it
     method, options, changes = CASES[case]
     model, reads, marks = llama(method, options), HostReads(), []
 
@@ -99,7 +80,7 @@ def test_one_read_per_step_and_none_per_micro_batch(
     assert result.steps == 4 and result.bad_steps == 0
     for first, last in zip(marks, marks[1:], strict=False):
         seen = [(what, where) for what, where in reads.seen[first:last] if where not in BATCH_ON_THE_CPU]
-        assert Counter(seen) == {("tolist", "train_run.py:read"): 1}
+        assert Counter(seen) == {("tolist", "run.py:read"): 1}
 
 
 def test_the_count_would_notice():

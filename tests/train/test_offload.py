@@ -18,10 +18,12 @@ import pytest
 import torch
 import transformers
 
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import offload as module
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.offload import FileStore, MemoryStore, Offload, PinnedStore, open_store
+from tests.processes import environment
 from tests.toy import batches, equal, quiet, section, state
 
 ROOT = Path(__file__).parents[2]
@@ -253,8 +255,8 @@ def test_a_full_disk_is_said_with_the_way_out(tmp_path: Path, monkeypatch: pytes
 def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
     """SIGKILL in the middle of a backward, while the file holds the inputs of every layer."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from lowbit_ft.offload import FileStore; from "
-        "tests.train.test_offload import go\n"
+        "import os, signal, sys; from pathlib import Path; "
+        "from lowbit_ft.train.offload import FileStore; from tests.train.test_offload import go\n"
         "take = FileStore.get\n"
         "def get(self, *a):\n"
         "    held = os.fstat(self.file.fileno()).st_size\n"
@@ -262,10 +264,9 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
         "signal.SIGKILL)\n"
         "FileStore.get = get; go(Path(sys.argv[1]), offload='disk')\n"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

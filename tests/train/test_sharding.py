@@ -1,138 +1,34 @@
 """Two processes share one packed base: same losses, same trained bytes, half the memory, checkpoints for any
 number of processes.
 
-One torchrun of this file does everything that needs two processes (`together`); the tests compare what it
-left with what one process does here. Two gradients add up to the same number in either order, so the
-comparisons are exact.
+One torchrun of two_processes.py does everything that needs two processes; the tests compare what it left with
+what one process does here. Two gradients add up to the same number in either order, so the comparisons are
+exact.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, Shard
 
-from lowbit_ft import pipeline
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach, base_digest
-from lowbit_ft.data.batches import Batches
-from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
+from lowbit_ft.adapters.attach import base_digest
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.shards import is_sharded, part_like, whole
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
-from lowbit_ft.train import losses
-from lowbit_ft.train import setup as train_setup
-from lowbit_ft.train.loop import TrainError, TrainResult, make_accelerator, train
-from lowbit_ft.train.sharding import held, held_by_rank, shard, unshardable
-from tests.packed_tools import random_weight, random_weights
-from tests.toy import examples, quiet, section
-
-ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-WIDE = IntGrid(bits=3, group_size=64, symmetric=False, residual_bits=4)
-# every method, on a grid with other tensors: zero points or none, residual or none, one group per row, planes
-GRIDS: dict[str, Grid] = {
-    "lr_qat": WIDE,
-    "dl_qat": IntGrid(bits=4, group_size=-1, residual_bits=2),
-    "l4q": IntGrid(bits=2, group_size=32, symmetric=False, residual_bits=4),
-    "scale": IntGrid(bits=8, group_size=128, residual_bits=0),
-    "alpha_tuning": BinaryGrid(bits=3, group_size=64),
-    "lora": IntGrid(bits=4, group_size=64, residual_bits=0),
-}
-STEPS = 4
-
-
-def packed(method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False) -> Any:
-    """A Llama of two layers with random integers on the method's grid; start seeds A. head: its head is
-    packed and trained too.
-    """
-    # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
-    config = transformers.LlamaConfig(
-        vocab_size=32 if head else 23,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=bias,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for name, weight in random_weights(model, GRIDS[method]).items():
-        model.set_submodule(name, PackedLinear(weight, model.get_submodule(name).bias))
-    if head:
-        model.set_submodule("lm_head", PackedLinear(random_weight((32, 128), GRIDS[method])))
-    torch.manual_seed(1 + start)
-    attach(model, ADAPTERS[method](**({"rank": 3} if "rank" in ADAPTERS[method].model_fields else {})))
-    return model
-
-
-def stop_at(step: int) -> Any:
-    return lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None
-
-
-def go(
-    run_dir: Path,
-    model: Any,
-    rank: int = 0,
-    world: int = 1,
-    *,
-    resume: bool = False,
-    on_step: Any = None,
-    **changes: Any,
-) -> TrainResult:
-    """Two windows per step in all. Three windows of validation: two processes have unequal shares."""
-    data = Batches(examples(11), 1, 0, 0, rank, world)
-    valid = Batches(examples(3, seed=1), 1, 0, 0, rank, world)
-    setting = {
-        "max_steps": STEPS,
-        "gradient_accumulation_steps": 2 // world,
-        "max_grad_norm": 0.1,
-        "eval_every": 2,
-        "warmup_ratio": 0.0,
-    }
-    return train(
-        model,
-        data,
-        valid,
-        section(**(setting | changes)),
-        run_dir,
-        resume=resume,
-        on_step=on_step,
-        console=quiet(),
-    )
-
-
-LONG = {"gradient_checkpointing": True, "offload": "cpu", "mlp_chunk": 16}
-
-
-def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResult:
-    """`go` with the loss in chunks of 5 targets, which so small a vocabulary has not by itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGITS_AT_A_TIME", model.config.vocab_size * 5)
-        patch.setattr(losses, "_SMALL_VOCABULARY", 0)
-        seen: list[int] = []
-        hook = model.lm_head.register_forward_hook(
-            lambda _m, _a, out: seen.append(out.shape[-2]) if model.training else None
-        )
-        result = go(run_dir, model, *place, **changes)
-        hook.remove()
-    assert max(seen) == 5 and len(seen) > 2 * STEPS, seen
-    return result
+from lowbit_ft.model.shards import is_sharded
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.train.setup import TrainError
+from lowbit_ft.train.sharding import held, unshardable
+from tests.processes import environment, launched
+from tests.train import two_processes
+from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, go, packed, stop_at
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
@@ -157,96 +53,19 @@ def assert_same(found: Path, wanted: Path) -> None:
     assert rows(found, "valid_loss") == pytest.approx(rows(wanted, "valid_loss"), rel=1e-12)
 
 
-# ---------------------------------------------------------------- what the two processes run
-
-
-def together(folder: Path) -> None:
-    from accelerate import PartialState
-
-    PartialState(cpu=True)
-    rank, facts = int(os.environ["RANK"]), {}
-
-    def sharded(method: str = "lr_qat", start: int = 0, **options: Any) -> Any:
-        model = packed(method, start if rank == 0 else 5, **options)  # what rank 0 starts with counts
-        shard(model, CPU)
-        return model
-
-    go(folder / "ddp", packed(), rank, 2)
-    facts["ddp"] = held_by_rank(packed(), CPU)
-    for method in GRIDS:
-        model = sharded(method, bias=method == "dl_qat")
-        facts[method] = held_by_rank(model, CPU)
-        go(folder / method, model, rank, 2)
-    # between steps every packed tensor is a shard again, its integers untouched
-    layer = next(m for m in model.modules() if isinstance(m, PackedLinear))
-    tensors = layer.base.to_tensors()
-    assert all(isinstance(t, DTensor) and isinstance(t.placements[0], Shard) for t in tensors.values())
-    name = next(n for n, m in model.named_modules() if m is layer)
-    fresh = packed(method).get_submodule(name).base.to_tensors()
-    # as fp32, which is exact: gloo cannot gather int16 by itself (fully_shard gathers bytes)
-    assert (
-        all(torch.equal(whole(t.float()), fresh[n].float()) for n, t in tensors.items())
-        and tensors["codes"].dtype == torch.int16
-    )
-    for n, t in tensors.items():
-        assert torch.equal(part_like(fresh[n], t).to_local(), t.to_local())
-    go(folder / "recomputed", sharded(), rank, 2, gradient_checkpointing=True)
-    go(folder / "bf16", sharded(), rank, 2, mixed_precision="bf16")
-    chunked(folder / "chunks", sharded(), rank, 2, **LONG)
-    chunked(folder / "chunks-disk", sharded(), rank, 2, **LONG | {"offload": "disk"})
-    chunked(folder / "chunks-head", sharded(head=True), rank, 2)
-    chunked(folder / "chunks-ddp", packed(head=True), rank, 2)
-    chunked(folder / "chunks-ddp-long", packed(), rank, 2, **LONG)
-    go(folder / "kept", packed(), rank, 2, keep_codes=True)
-    if shutil.which("g++"):
-        go(folder / "compiled", sharded(), rank, 2, compile=True, gradient_checkpointing=True)
-    go(folder / "best", sharded(), rank, 2, keep_best=True, eval_every=1, learning_rate=0.5)
-    # a signal to one of them stops both; one process goes on (in the test), and the other way round
-    result = go(folder / "two-then-one", sharded(), rank, 2, on_step=stop_at(1) if rank == 1 else None)
-    facts["stopped"] = [result.stopped, result.steps]
-    go(folder / "one-then-two", sharded(start=9), rank, 2, resume=True)
-    go(folder / "one-then-ddp", packed(start=9), rank, 2, resume=True)
-    for name, model, changes in (
-        ("refused", sharded(), {"optimizer": "adamw8bit"}),
-        ("whole", packed(), {"sharding": "fsdp"}),
-    ):
-        try:
-            go(folder / name, model, rank, 2, **changes)
-        except TrainError as error:
-            facts[name] = str(error)
-    if rank == 0:
-        (folder / "facts.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder after both: the runs of two processes, and "one" of a single one."""
     folder = tmp_path_factory.mktemp("together")
     for name in ("one-then-two", "one-then-ddp"):
         assert go(folder / name, packed(), on_step=stop_at(1)).stopped
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(folder),
-    ]
-    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    command = launched(two_processes.__file__, folder)
+    ran = subprocess.run(
+        command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     go(folder / "one", packed())
     return folder
-
-
-# ---------------------------------------------------------------- the tests
 
 
 def test_ddp_is_one_process(done: Path) -> None:
@@ -343,20 +162,8 @@ def test_what_cannot_be_sharded_is_refused_with_the_way_out(done: Path) -> None:
         "train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards"
     )
     assert facts["whole"].startswith(
-        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard"
+        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.train.sharding.shard"
     )
-
-
-@pytest.mark.parametrize(("used", "count"), [("FSDP", 1), ("DEEPSPEED", 1), ("MULTI_CPU", 2)])
-def test_accelerate_must_have_set_up_what_was_launched(
-    used: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake = SimpleNamespace(distributed_type=DistributedType(used), num_processes=count)
-    monkeypatch.setattr(train_setup, "Accelerator", lambda **_: fake)
-    with pytest.raises(
-        TrainError, match=f"accelerate has set up {used} with {count} processes, and 1 were launched"
-    ):
-        make_accelerator(section(), tmp_path, packed())
 
 
 def test_frozen_parameters_change_nothing_but_their_kind() -> None:
@@ -382,84 +189,3 @@ def test_frozen_parameters_change_nothing_but_their_kind() -> None:
         and layer.adapter.A.dtype == torch.float32
         and layer.bias.dtype == torch.bfloat16
     )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.mark.parametrize("machines", [1, 2])
-def test_the_line_by_accelerate_launch_ships_what_one_process_ships(
-    machines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The documented configurations, their numbers given on the command line; the merged bytes are the same.
-    Two machines are two launches that meet at a port."""
-    monkeypatch.chdir(ROOT)
-    common = [
-        "train.max_steps=2",
-        "train.micro_batch_size=1",
-        "train.eval_every=null",
-        "train.save_every=null",
-        "data.train.limit=60",
-        "data.valid.limit=3",
-        "data.sequence_len=64",
-        "quant.bits=3",
-    ]
-    one, two = tmp_path / "one", tmp_path / "two"
-    config = ROOT / "docs" / "accelerate" / ("one-machine.yaml" if machines == 1 else "two-machines.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--num_processes",
-        "2",
-    ]
-    line = [
-        "-m",
-        "lowbit_ft",
-        "train",
-        "recipes/quickstart.yaml",
-        *common,
-        "train.gradient_accumulation_steps=1",
-        "train.sharding=fsdp",
-    ]
-    place = (
-        [] if machines == 1 else ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    )
-    errors = [(tmp_path / f"stderr-{rank}").open("w+") for rank in range(machines)]
-    launched = [
-        subprocess.Popen(
-            [*command, *place, "--machine_rank", str(rank), *line, f"output={two}"],
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-        )
-        for rank, file in enumerate(errors)
-    ]
-    try:
-        codes = [process.wait(timeout=600) for process in launched]
-    finally:
-        for process in launched:
-            process.kill()
-        said = "".join(Path(file.name).read_text()[-4000:] for file in errors)
-        for file in errors:
-            file.close()
-    assert codes == [0] * machines, said
-    pipeline.train(
-        load_recipe(
-            "recipes/quickstart.yaml", [*common, "train.gradient_accumulation_steps=2", f"output={one}"]
-        )
-    )
-    for path in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
-        assert (one / path).read_bytes() == (two / path).read_bytes(), path
-    held_by = json.loads((two / "processes.json").read_text())
-    assert held_by["type"] == "FSDP2" and len(held_by["ranks"]) == 2 and not (one / "processes.json").exists()
-    assert all(row["base"] <= 0.55 * row["whole_base"] for row in held_by["ranks"])
-
-
-if __name__ == "__main__":
-    together(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from lowbit_kernels import binary_triton, dispatch, group_count, pack
 from torch import Tensor
 
 from tests import reference
-from tests.kernels.test_ops import error
+from tests.kernels.common import error
 
 CASES = [
     # (M, N, K), planes, group size, offset

@@ -8,7 +8,7 @@ from lowbit_kernels import codes_triton, grid_codes, pack, unpack
 from lowbit_kernels.codes import UNITS
 from torch import Tensor
 
-from tests.kernels.test_ops import dense, integer_args
+from tests.kernels.common import dense, integer_args
 
 N, K = 19, 200
 

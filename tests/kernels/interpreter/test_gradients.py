@@ -7,7 +7,7 @@ import torch
 from lowbit_kernels import dispatch, estimates, gradients_triton, grid_estimates
 from lowbit_kernels.codes import UNITS
 
-from tests.kernels.test_ops import dense, error, integer_args
+from tests.kernels.common import dense, error, integer_args
 
 M, N, K = 20, 37, 300
 FORMS = {

@@ -16,7 +16,7 @@ import torch
 from lowbit_kernels import dispatch, matmul_triton, triton_common
 from torch import Tensor
 
-from tests.kernels.test_ops import error
+from tests.kernels.common import error
 
 LAUNCH = {"num_warps": 1, "num_stages": 1}
 FORWARD = {
