@@ -49,24 +49,24 @@ class DataReport:
     def __str__(self) -> str:
         full = 100 * self.tokens / max(self.windows * self.sequence_len, 1)
         lines = [
-            f"{self.used} of {self.rows} rows used: {self.windows} windows of {self.sequence_len} "
-            f"({full:.0f} % full), {self.tokens} tokens, {self.target_tokens} of them targets"
+            f"{self.used:,} of {self.rows:,} rows used: {self.windows:,} windows of {self.sequence_len:,} "
+            f"({full:.0f} % full), {self.tokens:,} tokens, {self.target_tokens:,} of them targets"
         ]
         if self.truncated:
-            lines.append(f"{self.truncated} rows truncated to {self.sequence_len} tokens")
+            lines.append(f"{self.truncated:,} rows truncated to {self.sequence_len} tokens")
         if self.dropped:
-            lines.append(f"{self.dropped} rows dropped: no target within {self.sequence_len} tokens")
+            lines.append(f"{self.dropped:,} rows dropped: no target within {self.sequence_len} tokens")
         if self.masked:
-            lines.append(f"{self.masked} rows dropped: each of their turns has weight 0 (or train: false)")
+            lines.append(f"{self.masked:,} rows dropped: each of their turns has weight 0 (or train: false)")
         if self.incomplete:
             lines.append(
-                f"{self.incomplete} rows are not written whole by the chat template, which leaves out: "
+                f"{self.incomplete:,} rows are not written whole by the chat template, which leaves out: "
                 f"{_counts(self.lost)}"
             )
         if self.unread:
             lines.append(f"columns not read: {_counts(self.unread)}")
         if self.skipped:
-            lines.append(f"{self.skipped} rows skipped (on_bad_row: skip), the first of them:")
+            lines.append(f"{self.skipped:,} rows skipped (on_bad_row: skip), the first of them:")
             lines += [f"  {problem}" for problem in self.problems]
         return "\n".join(lines + self.notes)
 
