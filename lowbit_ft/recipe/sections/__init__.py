@@ -1,6 +1,6 @@
 """The sections of a recipe, a file each: the keys, and the checks of what they mean for everything else.
 
-A key has its type, its bounds and its default; the checks beside it look at the other sections, the checkpoint
+A key has its type, its bounds and its default; the checks beside it look at other sections, the checkpoint
 on disk and this machine.
 
 The descriptions of the keys are their documentation: error messages and the JSON Schema quote them. The order
