@@ -21,15 +21,11 @@ from __future__ import annotations
 import json
 import os
 import re
-<<<<<<< HEAD
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Mapping, Sequence
 from functools import cached_property
->>>>>>> main
 from itertools import pairwise
 from typing import Any
 

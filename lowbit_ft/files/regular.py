@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> FileIO:
     """The file opened for reading, unbuffered. OSError as `open` raises it; ValueError naming the file when
     it is no regular file."""
     _refuse_irregular(path, os.stat(path).st_mode)  # before the open: opening a device may act on it
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         _refuse_irregular(path, os.fstat(handle).st_mode)  # it may have been replaced since
-        return os.fdopen(handle, "rb", buffering=0)
+        return FileIO(handle, "rb")
     except BaseException:
         os.close(handle)
         raise

@@ -1,5 +1,5 @@
-"""benchmarks/fuzz.py in short: a hundred files cut, edited or meant to harm are all taken or answered; and the
-judge knows each class of what it looks for.
+"""benchmarks/fuzz.py in short: a hundred files cut, edited or meant to harm are all taken or answered; and
+the judge knows each class of what it looks for.
 """
 
 from __future__ import annotations
