@@ -102,6 +102,8 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             shape, dtype = entry["shape"], entry["dtype"]
             if not all(type(v) is int and v >= 0 for v in (*shape, begin, stop)):
                 raise TypeError("shape and offsets must be integers >= 0")
+            if not isinstance(dtype, str):
+                raise TypeError("dtype must be text")
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged header entry of tensor {name!r} ({error})") from error
         if dtype not in DTYPES:
