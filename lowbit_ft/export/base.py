@@ -215,6 +215,10 @@ class Exporter(ABC):
     def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json. skipped: names of the layers that stay dense."""
 
+    def folder_config(self) -> dict[str, Any]:
+        """Further keys of config.json."""
+        return {}
+
     @abstractmethod
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
         """One layer's tensors through the code of the format's own library, not ours (verify compares it with

@@ -37,9 +37,7 @@ def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
 
 
 USE = {
-    "native": """The layers stay packed in memory. `lowbit_ft` must be imported: \
-without it transformers does not know the format and
-would start from random weights.
+    "native": """The layers stay packed in memory.
 
 ```python
 import lowbit_ft
@@ -75,6 +73,13 @@ for _name in ("gptq", "gptq_v2", "awq", "torchao"):
     )
 
 
+FIRST = {  # what must be known before a folder of the format is read: the card's first lines
+    "native": "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. "
+    "Without it transformers\n> stops at a missing file whose name says so; an older one warns, and starts "
+    "from random weights."
+}
+
+
 def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
     """Markdown with the hub's front matter. rows, tasks: the measured tables; empty before they were
     measured.
@@ -91,6 +96,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     lines = [
         *front,
         "---",
+        *([FIRST[format], ""] if format in FIRST else []),
         f"# {facts.name}",
         "",
         f"`{Path(base).name if Path(base).exists() else base}` fine-tuned with lowbit_ft: method "

@@ -167,6 +167,7 @@ class Layout:
         """The checkpoint's config.json, with our quantization_config and the dtype of training."""
         config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("auto_map", None)  # names Python files that are not copied
+        config.pop("transformers_weights", None)  # names the checkpoint's file of weights; here they are new
         # Readers on transformers 4 know the older key only; whichever the checkpoint used is kept.
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(checkpoint.dtype).removeprefix(
             "torch."
@@ -177,7 +178,7 @@ class Layout:
         entry = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
         config[self.exporter.config_key] = entry
         config["quantization_config"] = {"quant_method": self.exporter.quant_method} | entry
-        return config
+        return config | self.exporter.folder_config()
 
 
 def _dense_layers(model: nn.Module, packed: set[str]) -> list[str]:

@@ -9,6 +9,10 @@ Packing is the identity. This is the format of a run's `base/` (with the residua
 and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
 quantized or skipped by accident.
+
+Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0. So
+config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
+`transformers_weights`): transformers stops at it. Our reader (integrations/transformers.py) puts the key aside.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +28,8 @@ from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, che
 
 METHOD = "lowbit_ft"
 VERSION = 1
+STOP_KEY = "transformers_weights"
+STOP = f"import lowbit_ft before this folder is read (its reader, version {VERSION}).safetensors"
 
 
 class Native(Exporter):
@@ -56,6 +62,9 @@ class Native(Exporter):
             {**grid.to_json(), "offset": offset, "layers": names} for (grid, offset), names in groups.items()
         ]
         return {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
+
+    def folder_config(self) -> dict[str, Any]:
+        return {STOP_KEY: STOP}
 
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
         weight = self.unpack(tensors, layer)  # the format's own reader is this one

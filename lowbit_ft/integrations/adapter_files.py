@@ -2,13 +2,14 @@
 
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
     adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32
+    README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
 
 base_digest is the sha256 of the packed base (attach.base_digest). An adapter says which way the integers of
 *one* base move, so `PeftModel.from_pretrained` and whoever calls `read_adapter` refuse any other base.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,53 @@ PEFT_TYPE = "LOWBIT"
 # tell that here.
 NOT_OPTIONS = ("targets", "init_from")
 
+CARD_FILE = "README.md"
+IMPORT_FIRST = (
+    "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches PEFT this method. Without it PEFT stops "
+    f"with\n> `KeyError: '{PEFT_TYPE}'`."
+)
+CARD = """---
+library_name: peft
+tags: [lowbit_ft, quantized, qat]
+---
+The adapter moves the integers of one packed base, which `adapter_config.json` names
+(`base_model_name_or_path`, `base_digest`); any other base is refused.
 
-def adapter_config(method: str, options: Mapping[str, Any]) -> AdapterConfig:
-    """The config of `method` with its own keys in `options`. ValueError: one line per wrong key or value."""
+```python
+import lowbit_ft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")
+```
+"""
+
+
+def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str] = ()) -> AdapterConfig:
+    """The config of `method` with its own keys in `options`. ValueError: one line per wrong key or value.
+    others: keys that are allowed beside them where the user wrote these.
+    """
     kind = ADAPTERS.get(method)
     if kind is None:
         raise ValueError(
             f"adapter.method: got {method!r}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}"
         )
-    given = for_method({**options, "method": method})
+    allowed = [key for key in kind.model_fields if key not in ("method", *NOT_OPTIONS)]
+    allowed += [key for key in others if key not in allowed]
+    lines = [
+        f"adapter.{key}: unknown key{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}"
+        for key in options
+        if key not in kind.model_fields
+    ]
+    given = for_method({**{k: v for k, v in options.items() if k in kind.model_fields}, "method": method})
     try:
-        return kind.model_validate(given)
+        config = kind.model_validate(given)
     except ValidationError as error:
-        problems = to_problems("adapter", kind, error.errors(), given)
-        raise ValueError("\n".join(map(str, problems))) from None
+        lines += map(str, to_problems("adapter", kind, error.errors(), given))
+    else:
+        if not lines:
+            return config
+    raise ValueError("\n".join(lines))
 
 
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:
@@ -96,7 +130,25 @@ def write_adapter(
     with staged_folder(folder) as stage:
         save_file(tensors, stage / TENSOR_FILE, metadata={"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        say_on_card(stage)
     return folder
+
+
+def say_on_card(folder: Path) -> None:
+    """Put IMPORT_FIRST into the first lines of the folder's README.md, below the hub's front matter; make the
+    card when there is none. A card that has it stays as it is.
+    """
+    path = folder / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else CARD
+    if IMPORT_FIRST in text:
+        return
+    front, end, rest = ("", "", text)
+    if text.startswith("---\n"):
+        front, end, rest = text[4:].partition("\n---\n")
+        front = "---\n" + front
+    stage = path.with_name(f".{CARD_FILE}.new")
+    stage.write_text(f"{front}{end}\n{IMPORT_FIRST}\n\n{rest.lstrip()}", encoding="utf-8")
+    stage.replace(path)
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], str]:
