@@ -18,8 +18,8 @@ base's zero point):
 
 `warmup_steps` (the paper's T_wp): that many steps of plain LoRA on the unrounded proxy, then S restarts as
 max(|min Wc / Qn|, |max Wc / Qp|) per group (L4Qinit, Eq. 15) of the warmed-up weight. Default 0: keep the
-calibrated scale. The steps are counted by whoever trains (`begin_step`); a loop that counts none trains without
-a warm-up, which is said once.
+calibrated scale. The steps are counted by whoever trains (`begin_step`); a loop that counts none trains
+without a warm-up, which is said once.
 """
 
 import functools
@@ -80,10 +80,10 @@ class L4QConfig(LowRankOptions):
 @functools.cache
 def _say_uncounted(steps: int) -> None:
     warnings.warn(
-        f"l4q: warmup_steps {steps} does nothing here, because this training loop does not say which step it is "
-        "at. In a Trainer of transformers or TRL: callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; "
-        "in a loop of your own: begin_step(model, step) of the same module before every optimizer step; or "
-        "warmup_steps: 0",
+        f"l4q: warmup_steps {steps} does nothing here, because this training loop does not say which step it "
+        "is at. In a Trainer of transformers or TRL: "
+        "callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of your own: "
+        "begin_step(model, step) of the same module before every optimizer step; or warmup_steps: 0",
         stacklevel=2,
     )
 

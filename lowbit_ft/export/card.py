@@ -74,9 +74,9 @@ for _name in ("gptq", "gptq_v2", "awq", "torchao"):
 
 
 FIRST = {  # what must be known before a folder of the format is read: the card's first lines
-    "native": "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. "
-    "Without it transformers\n> stops at a missing file whose name says so; an older one warns, and starts "
-    "from random weights."
+    "native": "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this "
+    "format. Without it transformers\n> stops at a missing file whose name says so; an older one warns, and "
+    "starts from random weights."
 }
 
 

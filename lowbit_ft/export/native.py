@@ -10,9 +10,10 @@ and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` 
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
 quantized or skipped by accident.
 
-Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0. So
-config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
-`transformers_weights`): transformers stops at it. Our reader (integrations/transformers.py) puts the key aside.
+Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0.
+So config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
+`transformers_weights`): transformers stops at it. Our reader (integrations/transformers.py) puts the key
+aside.
 """
 
 from collections.abc import Mapping, Sequence

@@ -33,8 +33,8 @@ NOT_OPTIONS = ("targets", "init_from")
 
 CARD_FILE = "README.md"
 IMPORT_FIRST = (
-    "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches PEFT this method. Without it PEFT stops "
-    f"with\n> `KeyError: '{PEFT_TYPE}'`."
+    "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches PEFT this method. "
+    f"Without it PEFT stops with\n> `KeyError: '{PEFT_TYPE}'`."
 )
 CARD = """---
 library_name: peft

@@ -54,9 +54,10 @@ class LowBitConfig(PeftConfig):
 
     target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
     likewise. modules_to_save: names of dense modules that are trained whole and saved with the adapter (a new
-    head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}. A
-    tied head stays tied. base_digest is filled in by get_peft_model and names the packed base; another base is refused
-    when the adapter is loaded. ValueError with one line per key or value that the method does not have.
+    head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}.
+    A tied head stays tied. base_digest is filled in by get_peft_model and names the packed base; another base
+    is refused when the adapter is loaded. ValueError with one line per key or value that the method does not
+    have.
     """
 
     method: str = "lr_qat"
@@ -174,6 +175,11 @@ class LowBitModel(BaseTuner):
                 "the model has adapters from attach(); use write_adapter and load the folder on a fresh base"
             )
         self._check_names(hosts)
+        if peft_config.restored and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "the model has layers on the disk, where transformers' load_adapter leaves the adapters of "
+                "those layers unread: load the folder with PeftModel.from_pretrained(model, folder)"
+            )
         # Hashed once, while no layer is wrapped: the wrapping changes layer names and never a base.
         if not hasattr(model, "lowbit_base_digest"):
             model.lowbit_base_digest = base_digest(model)  # pyright: ignore[reportArgumentType]

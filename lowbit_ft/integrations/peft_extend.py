@@ -1,14 +1,15 @@
-"""What is extended in PEFT itself, once, when it is imported: the few places where it knows no methods but its
-own.
+"""What is extended in PEFT itself, once, when it is imported: the few places where it knows no methods but
+its own.
 
 - the PeftType enum and the method table, so that "LOWBIT" has a config and a model (the enum has no other way
   in);
 - the count of print_trainable_parameters, which sees Parameters and would leave out the packed weights;
-- prepare_model_for_kbit_training, which switches checkpointing on for the methods it lists: for a packed model
-  it does what it does for 4-bit bitsandbytes. The sign it reads (`is_loaded_in_4bit`) is up during the call
-  only: left up, TRL would cast the adapters' fp32 masters to bfloat16;
+- prepare_model_for_kbit_training, which switches checkpointing on for the methods it lists: for a packed
+  model it does what it does for 4-bit bitsandbytes. The sign it reads (`is_loaded_in_4bit`) is up during the
+  call only: left up, TRL would cast the adapters' fp32 masters to bfloat16;
 - loading over a base that a device map has spread: PEFT takes the hooks off and spreads the model anew, which
-  packed tensors on the disk do not survive. Ours stay where they are, so the map is out of its sight meanwhile.
+  packed tensors on the disk do not survive. Ours stay where they are, so the map is out of its sight
+  meanwhile.
 """
 
 import functools
@@ -34,7 +35,8 @@ def extend(config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None
     _add_method(config_class, model_class)
     PeftModel.get_nb_trainable_parameters = _count_packed(PeftModel.get_nb_trainable_parameters, model_class)
     PeftModel.load_adapter = _where_it_lies(PeftModel.load_adapter)
-    PeftModel.from_pretrained = classmethod(_from_where_it_lies(PeftModel.from_pretrained.__func__))
+    from_there = classmethod(_from_where_it_lies(PeftModel.from_pretrained.__func__))
+    PeftModel.from_pretrained = from_there  # pyright: ignore[reportAttributeAccessIssue]
     _from_within(peft.prepare_model_for_kbit_training, _as_4_bit)
 
 
@@ -64,7 +66,11 @@ def _from_within(function: Any, around: Callable[[Callable[..., Any]], Callable[
     """Make `function` do what around(function) does, as the same object: who wrote `from peft import` before
     us holds it by its name, and would not see another one put in its place."""
     plain = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     plain.__kwdefaults__ = function.__kwdefaults__
     function.__wrapped__ = plain  # what inspect.signature reads

@@ -1,6 +1,6 @@
-"""What trains beside the integers: `modules_to_save` (whole dense modules) and `trainable_token_indices` (rows
-of the embedding), as LoraConfig has them and TRL sets them. PEFT's own wrappers do the training; this file
-decides what they may be put around.
+"""What trains beside the integers: `modules_to_save` (whole dense modules) and `trainable_token_indices`
+(rows of the embedding), as LoraConfig has them and TRL sets them. PEFT's own wrappers do the training; this
+file decides what they may be put around.
 
 - Of a packed module no copy could be trained: it is refused, with the way out.
 - A head that is tied to the embedding stays tied. Whichever of the pair is named, one matrix is trained and
@@ -59,15 +59,15 @@ def _one_row_set(
         whole = [other for other in saved if any(_is(n, other) for n in names)]
         if whole:
             warnings.warn(
-                f"trainable_token_indices: {wanted} is trained whole (modules_to_save: {whole[0]}), and these "
-                "tokens with it",
+                f"trainable_token_indices: {wanted} is trained whole (modules_to_save: {whole[0]}), and "
+                "these tokens with it",
                 stacklevel=2,
             )
             continue
         if rows.setdefault(name, indices) != indices:
             raise ValueError(
-                f"trainable_token_indices: {', '.join(tokens)} are tied, one matrix, and were given different "
-                "tokens; give the same ones, or one of the names"
+                f"trainable_token_indices: {', '.join(tokens)} are tied, one matrix, and were given "
+                "different tokens; give the same ones, or one of the names"
             )
     return rows or None
 

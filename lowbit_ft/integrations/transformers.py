@@ -4,9 +4,10 @@ from disk to forward.
 Importing this module registers `quant_method: lowbit_ft`; `import lowbit_ft` does so (see __init__.py).
 Without it transformers stops at a missing file whose name says so (export/native.py).
 
-A folder may be read into another class than it was written for: AutoModelForSequenceClassification puts a new
-head on, AutoModel takes the head off. What is new by design, which is what the class that wrote the folder
-does not have, is initialised as transformers does it, and said; what only that class has is left out, and said.
+A folder may be read into another class than it was written for: AutoModelForSequenceClassification puts a
+new head on, AutoModel takes the head off. What is new by design, which is what the class that wrote the
+folder does not have, is initialised as transformers does it, and said; what only that class has is left out,
+and said.
 
 Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong
 shape or dtype, or a truncated file is an error that names the layer and the file. (transformers itself would
@@ -171,7 +172,9 @@ def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
 
 
 def other_writer(model: Any) -> frozenset[str] | None:
-    """The tensors of the class that wrote the folder (config.architectures), without its prefix. None when it is the model's own class, or none that transformers knows."""
+    """The tensors of the class that wrote the folder (config.architectures), without its prefix. None when
+    it is the model's own class, or none that transformers knows.
+    """
     for name in model.config.architectures or ():
         kind = getattr(transformers, name, None)
         if kind is type(model):

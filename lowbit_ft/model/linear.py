@@ -5,8 +5,8 @@ Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, 
 reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
 `weight` parameter; `weight` dequantizes on every read and exists for tools that look at it. Only
 train/sharding.py turns the buffers into frozen Parameters of the same names, because FSDP spreads nothing
-else. The buffers are the same in every process and never change, so DistributedDataParallel, which cannot send
-their integers around anyway, is told to leave them alone (`leave_out_of_ddp`).
+else. The buffers are the same in every process and never change, so DistributedDataParallel, which cannot
+send their integers around anyway, is told to leave them alone (`leave_out_of_ddp`).
 
 Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through
 PyTorch's int4 kernel where it can hold the grid: the same weight, repacked at the first such call and kept

@@ -28,8 +28,8 @@ QUICK: dict[str, dict[str, Any]] = {
 def packed_model(
     grid: Grid = INTEGER, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
 ) -> LlamaForCausalLM:
-    """A fresh copy of a random Llama whose 14 decoder linears are packed; one seed, one set of integers. tied:
-    its head is its embedding."""
+    """A fresh copy of a random Llama whose 14 decoder linears are packed; one seed, one set of integers.
+    tied: its head is its embedding."""
     return copy.deepcopy(_packed_once(grid, seed, tied)).to(dtype)
 
 

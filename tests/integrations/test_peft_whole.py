@@ -1,4 +1,4 @@
-"""modules_to_save and trainable_token_indices: trained beside the integers, saved, loaded and merged with them."""
+"""modules_to_save and trainable_token_indices: trained beside the integers, saved, loaded and merged."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def wrapped(tied: bool, **keys: Any) -> Any:
 )
 @pytest.mark.filterwarnings("ignore:trainable_token_indices.*is trained whole")
 def test_whole_modules_and_tokens(keys: dict[str, Any], tied: bool, tmp_path: Path) -> None:
-    """One model, trained, saved, loaded again and merged; what was named has moved, and only that; a tied pair
-    is still one matrix, in the file transformers writes too."""
+    """One model, trained, saved, loaded again and merged; what was named has moved, and only that; a tied
+    pair is still one matrix, in the file transformers writes too."""
     before = packed_model(tied=tied)
     model = wrapped(tied, **keys)
     losses = train(model, steps=4)
@@ -100,7 +100,9 @@ def test_two_adapters_have_their_own_heads(tmp_path: Path) -> None:
         assert torch.equal(logits(again), logits(packed_model()))
 
 
-@pytest.mark.parametrize("keys", [{}, {"trainable_token_indices": [65, 69]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"trainable_token_indices": [65, 69]}, {"modules_to_save": ["lm_head"]}]
+)
 def test_a_resized_vocabulary_travels_with_the_adapter(keys: dict[str, Any], tmp_path: Path) -> None:
     base = packed_model()
     base.save_pretrained(tmp_path / "config")  # PEFT compares its vocabulary with the model's
@@ -122,7 +124,10 @@ def test_what_cannot_be_trained_whole_says_why() -> None:
         with pytest.raises(ValueError, match=match):
             get_peft_model(model or packed_model(), LowBitConfig(rank=4, **keys))
 
-    refused(r"modules_to_save: model.layers.0.mlp.down_proj is packed \(W3.*target_modules", modules_to_save=["down_proj"])
+    refused(
+        r"modules_to_save: model.layers.0.mlp.down_proj is packed \(W3.*target_modules",
+        modules_to_save=["down_proj"],
+    )
     refused("modules_to_save: model.layers.0 is packed", modules_to_save=["layers.0"])
     refused("the model has no module 'lm_haed'; did you mean 'lm_head'", modules_to_save=["lm_haed"])
     refused("no module 'embed'; did you mean", trainable_token_indices={"embed": [1]})
@@ -132,9 +137,13 @@ def test_what_cannot_be_trained_whole_says_why() -> None:
         trainable_token_indices={"embed_tokens": [1], "lm_head": [2]},
     )
     head = packed_model()
-    head.lm_head = PackedLinear(CALIBRATORS["mse"].run(head.lm_head.weight.detach(), IntGrid(group_size=32), Stats()))  # pyright: ignore[reportAttributeAccessIssue]
+    head.lm_head = PackedLinear(
+        CALIBRATORS["mse"].run(head.lm_head.weight.detach(), IntGrid(group_size=32), Stats())
+    )  # pyright: ignore[reportAttributeAccessIssue]
     refused("modules_to_save: lm_head is packed", head, modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"modules_to_save: got 'lm_head'; allowed: a list; write \['lm_head'\]"):
+    with pytest.raises(
+        ValueError, match=r"modules_to_save: got 'lm_head'; allowed: a list; write \['lm_head'\]"
+    ):
         LowBitConfig(modules_to_save="lm_head")  # pyright: ignore[reportArgumentType]
 
 
@@ -154,5 +163,6 @@ def test_the_integers_do_not_notice() -> None:
     model = wrapped(True, modules_to_save=["lm_head"])
     train(model)
     assert {
-        name.replace(".base_layer", ""): layer.base.digest() for name, layer in packed_layers(model.base_model.model)
+        name.replace(".base_layer", ""): layer.base.digest()
+        for name, layer in packed_layers(model.base_model.model)
     } == {name: layer.base.digest() for name, layer in packed_layers(packed_model(INTEGER, tied=True))}
