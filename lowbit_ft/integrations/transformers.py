@@ -191,7 +191,14 @@ def in_another_class(
 ) -> tuple[dict[str, LayerSpec], frozenset[str]]:
     """(the packed layers that this model has, its tensors that the writer had not), with a word on either."""
     prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
-    new = frozenset(key for key in model.state_dict() if key.removeprefix(prefix) not in writer)
+    # What gives the logits of a language model is never new by design: drawn at random it is a broken one.
+    logits = model.get_output_embeddings()
+    kept = {name for name, module in model.named_modules() if module is logits}
+    new = frozenset(
+        key
+        for key in model.state_dict().keys() - set(model.all_tied_weights_keys)
+        if key.removeprefix(prefix) not in writer and key.rpartition(".")[0] not in kept
+    )
     gone = [name for name in layers if name not in known and f"{name.removeprefix(prefix)}.weight" in writer]
     kind = f"this folder was written by {', '.join(model.config.architectures)}, and {type(model).__name__}"
     if new:

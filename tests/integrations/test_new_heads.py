@@ -121,6 +121,20 @@ def test_an_encoder_with_a_pooler_that_was_not_there(tmp_path: Path) -> None:
     assert base_digest(classifier.bert) == base_digest(model.bert)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_of_a_decoder_alone(tied: bool, tmp_path: Path) -> None:
+    """Its head is the embedding, or is missing: it is never drawn at random."""
+    folder = written(tmp_path, tie_word_embeddings=tied)
+    AutoModel.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "decoder")
+    if tied:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*besides: new")
+            assert torch.equal(load(tmp_path / "decoder")(IDS).logits, load(folder)(IDS).logits)
+    else:
+        with pytest.raises(ValueError, match="no file has lm_head.weight"):
+            load(tmp_path / "decoder")
+
+
 @pytest.mark.parametrize("missing", ["model.norm.weight", "lm_head.weight"])
 def test_what_is_missing_by_accident_is_still_refused(missing: str, tmp_path: Path) -> None:
     folder = written(tmp_path)
