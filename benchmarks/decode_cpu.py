@@ -27,9 +27,9 @@ import lowbit_ft  # noqa: F401  (from_pretrained reads the native format)
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.merge import base_weights
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rundir import environment
 
 HIDDEN, INNER, VOCABULARY = 1024, 4096, 32000

@@ -28,7 +28,7 @@ from pathlib import Path
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.train.memory import peak_gb, reset_peak
 root, name = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(2)
@@ -84,7 +84,7 @@ def write_packed(root: Path, bits: int, group: int, symmetric: bool) -> None:
     from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
     from lowbit_ft.export.writer import write_model
     from lowbit_ft.grid import IntGrid, PackedWeight
-    from lowbit_ft.model.load import Checkpoint
+    from lowbit_ft.model.checkpoint import Checkpoint
 
     grid = IntGrid(bits=bits, group_size=group, symmetric=symmetric, residual_bits=0)
     checkpoint = Checkpoint.open(root / "dense")

@@ -23,9 +23,10 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection, TrainSection
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.memory import release_freed
 

@@ -23,7 +23,8 @@ from lowbit_ft.adapters import SCALE_PARAMETERS
 from lowbit_ft.adapters.attach import adapted_layers, begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Examples
-from lowbit_ft.recipe.recipe import QuantSection, TrainSection
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.losses import next_token_loss
 

@@ -31,7 +31,7 @@ from lowbit_ft.grid import IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.integrations.callbacks import StepCallback
 from lowbit_ft.integrations.peft import LowBitConfig
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 
 ASSETS = Path(__file__).resolve().parents[1] / "recipes" / "assets"
 

@@ -114,9 +114,9 @@ def main() -> None:
     from lowbit_ft.export import EXPORTERS
     from lowbit_ft.export.writer import write_model
     from lowbit_ft.merge import merged_weights
-    from lowbit_ft.model.load import Checkpoint
+    from lowbit_ft.model.checkpoint import Checkpoint
     from lowbit_ft.quantize.quantize import quantize
-    from lowbit_ft.recipe.recipe import QuantSection
+    from lowbit_ft.recipe.sections.quant import QuantSection
 
     checkpoint = Checkpoint.open(MODEL, dtype="float32")
     texts = windows(AutoTokenizer.from_pretrained(MODEL), o.windows, o.length)

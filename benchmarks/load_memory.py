@@ -4,7 +4,7 @@ there.
     python benchmarks/load_memory.py --gb 4 --out benchmarks/results/load_memory.json
 
 Writes a random Llama with the layer, embedding and head shapes of Llama 3.1 8B (bf16, a shard per layer, one
-layer in memory), then runs the real stage (`lowbit_ft.pipeline.quantize`) for each calibrator in a fresh
+layer in memory), then runs the real stage (lowbit_ft/stages/quantize.py) for each calibrator in a fresh
 process that resets its high-water mark after the imports. gptq runs on a checkpoint of one such layer
 (--gptq-gb 0 leaves it out). Printed, and written as JSON:
 
@@ -37,10 +37,11 @@ import json, sys, time
 from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama
-from lowbit_ft import pipeline
-from lowbit_ft.model.load import Checkpoint
-from lowbit_ft.train.memory import peak_gb, reset_peak
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.session import start
+from lowbit_ft.stages import quantize as stage
+from lowbit_ft.train.memory import peak_gb, reset_peak
 recipe = load_recipe(sys.argv[1], sys.argv[3:], check=False)
 cpu, row, clock = torch.device("cpu"), {}, {}
 
@@ -51,7 +52,7 @@ def rss():
     return {key: int(line.split()[1]) * 1024 / 1e9 for key, line in found}
 
 def timed(name):
-    real = getattr(pipeline, name)
+    real = getattr(stage, name)
     def call(*args, **kwargs):
         if name == "load_packed":
             row["peak_packing_gb"] = peak_gb(cpu)
@@ -60,26 +61,26 @@ def timed(name):
         clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
         clock[name + "_cpu"] = clock.get(name + "_cpu", 0.0) + time.process_time() - used
         return out
-    setattr(pipeline, name, call)
+    setattr(stage, name, call)
 
 checkpoint = Checkpoint.open(recipe.model.path)
 checkpoint.empty_model()
 if sys.argv[2] == "read":
-    start, used = time.perf_counter(), time.process_time()
+    began, used = time.perf_counter(), time.process_time()
     for name in checkpoint.names():
         for piece in checkpoint.stored_pieces(name):
             pass
-    seconds = {"read_gb_per_s": time.perf_counter() - start, "read_gb_per_cpu_s": time.process_time() - used}
+    seconds = {"read_gb_per_s": time.perf_counter() - began, "read_gb_per_cpu_s": time.process_time() - used}
     print(json.dumps({name: checkpoint.nbytes / 1e9 / value for name, value in seconds.items()}))
     raise SystemExit
 for name in ("check_files", "pack_base", "load_packed", "base_digest"):
     timed(name)
-session = pipeline.start(recipe)
+session = start(recipe)
 reset_peak(cpu)
 row["before"], row["before_gb"] = rss(), peak_gb(cpu)
-start = time.perf_counter()
-model = pipeline.quantize_stage(session)
-row |= {"seconds": time.perf_counter() - start, "parts_s": clock, "after": rss(), "peak_gb": peak_gb(cpu)}
+began = time.perf_counter()
+model = stage.quantize_stage(session)
+row |= {"seconds": time.perf_counter() - began, "parts_s": clock, "after": rss(), "peak_gb": peak_gb(cpu)}
 row["packed_gb"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 1e9
 row["checkpoint_gb"] = checkpoint.nbytes / 1e9
 table = json.loads((Path(recipe.output) / "quant.json").read_text())

@@ -39,12 +39,14 @@ from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.model.attention import Segments, switch
-from lowbit_ft.model.load import Checkpoint, load_tokenizer
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.plan.counting import Counter
+from lowbit_ft.plan.fake import fake, quiet, rules_of, targets_without_data
 from lowbit_ft.plan.model import _bytes, _dense, _pack, _stamp, _start_free
 from lowbit_ft.plan.plan import Card, Plan, plan
-from lowbit_ft.plan.step import _fake, _quiet, _rules, targets_without_data
-from lowbit_ft.quantize.quantize import plan_layers, quantize
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.quantize.table import plan_layers
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.train import run as train_run
 from lowbit_ft.train.loop import train
@@ -289,8 +291,8 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     )
     windows, length, train_section = recipe.train.micro_batch_size, recipe.data.sequence_len, recipe.train
     vocabulary = dense.config.vocab_size
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        _fake(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+        fake(model)
         switch(model.get_decoder())
         if train_section.gradient_checkpointing:
             activation_checkpointing(model, True)
@@ -316,7 +318,7 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
                 for name in ("input_ids", "position_ids", "labels")
             }
 
-        with Counter(_rules(0)) as count:
+        with Counter(rules_of(0)) as count:
             for step in range(2):
                 model.train()
                 with count.phase("step"):

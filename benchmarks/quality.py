@@ -33,10 +33,12 @@ from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import Reference, evaluate
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import PackedWeight
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, load_tokenizer
+from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection, TrainSection
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.train.loop import train
 

@@ -30,9 +30,10 @@ import torch
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.adapters.attach import attach, keep_codes
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.train.compiling import compile_layers
 from lowbit_ft.train.losses import next_token_loss

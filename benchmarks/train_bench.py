@@ -46,7 +46,8 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.plan.plan import Card, plan
-from lowbit_ft.recipe.recipe import TrainSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.train.run import Run
 

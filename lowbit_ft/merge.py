@@ -19,8 +19,8 @@ from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
 from .export.writer import MAX_SHARD_BYTES, write_model
 from .grid import PackedWeight, Weight
+from .model.checkpoint import Checkpoint
 from .model.linear import PackedLinear
-from .model.load import Checkpoint
 
 
 def base_weights(model: nn.Module) -> Weights:
@@ -49,7 +49,7 @@ def _shipped(layer: PackedLinear) -> LayerSpec:
     base = LayerSpec.of(layer.base.without_residual())
     if layer.adapter is None:
         return base
-    config: Any = layer.adapter.config  # every adapter keeps the config that built it
+    config: Any = layer.adapter.config
     return LayerSpec(base.shape, config.shipped(layer.grid), base.offset or config.ships_offset)
 
 

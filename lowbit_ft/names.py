@@ -49,3 +49,17 @@ def did_you_mean(word: object, allowed: Iterable[object]) -> str:
     """ "; did you mean 'x'?" or nothing."""
     close = nearest(word, allowed)
     return f"; did you mean '{close}'?" if close else ""
+
+
+def listed(names: Iterable[object]) -> str:
+    """'a, b, c'."""
+    return ", ".join(map(str, names))
+
+
+def pattern_error(pattern: str) -> str:
+    """What is wrong with a pattern that is neither a glob nor a regex, or ''."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return "" if any(character in pattern for character in "*?[") else str(error)
+    return ""

@@ -2,17 +2,18 @@
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
     base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
-           stages.json   report.html
+           stages.json   report.html   started.json (the folder that relative paths of recipe.yaml are from)
 
 One folder holds one run: starting another recipe in it is refused, starting the same one again continues it.
 Every file is written beside its name and renamed, by the main process only.
 """
 
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,14 +84,38 @@ class RunDir:
             raise ValueError(f"{run.path} is not empty and holds no run; give `output` a new folder")
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_text("recipe.yaml", recipe.to_yaml())
+        here = Path.cwd()
+        run.write_json(
+            "started.json", {"folder": str(here), "from_here": os.path.relpath(here, run.path.resolve())}
+        )
         return run
 
     def recipe(self) -> Recipe:
-        """The recipe of this run. ValueError when the folder is no run."""
+        """The recipe of this run, its paths as they were given. ValueError when the folder is no run."""
+        return self._read(())
+
+    def recipe_here(self) -> Recipe:
+        """The recipe of this run with paths that the current folder can open, and this folder as its output.
+        ValueError when the folder is no run.
+
+        Relative paths are from the folder in which the run was started, wherever that is now: where it was,
+        or where it lies from a run that was moved with it. What is in neither is looked for in the current
+        folder.
+        """
+        recipe = self._read([Path() if _same(folder) else folder for folder in [*self.started(), Path()]])
+        return recipe.model_copy(update={"output": self.path})
+
+    def started(self) -> list[Path]:
+        """Where the folder may be in which the run was started; none where that was not recorded."""
+        noted = self.read_json("started.json", {})
+        given = [noted["folder"], self.path.resolve() / noted["from_here"]] if noted else []
+        return [Path(os.path.normpath(folder)) for folder in given]
+
+    def _read(self, folders: Sequence[Path]) -> Recipe:
         stored = self / "recipe.yaml"
         if not stored.is_file():
             raise ValueError(f"{self.path} is not the folder of a run (no recipe.yaml in it)")
-        return load_recipe(stored, check=False)
+        return load_recipe(stored, check=False, folders=folders)
 
     def write_text(self, name: str, text: str) -> None:
         if self.main:
@@ -126,6 +151,11 @@ def shipped(folder: Path) -> Path:
     if not (folder / "recipe.yaml").is_file():
         return folder
     return folder / "exported" if (folder / "exported").is_dir() else folder / "merged"
+
+
+def _same(folder: Path) -> bool:
+    """Whether that is the current folder."""
+    return folder.exists() and folder.samefile(Path())
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

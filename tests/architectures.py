@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import transformers
 
-from lowbit_ft.model.load import Checkpoint, model_class
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.meta import model_class
 
 SIZE: dict[str, Any] = dict(
     vocab_size=128,

@@ -2,6 +2,8 @@
 wrote.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +16,12 @@ settings.load_profile("lowbit")
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes of the repository name their model and data from its root."""
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
 
 
 @pytest.fixture

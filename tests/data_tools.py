@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.windows import Example, Examples
-from lowbit_ft.recipe.recipe import DataSection
+from lowbit_ft.recipe.sections.data import DataSection
 
 ASSETS = Path(__file__).parents[1] / "recipes" / "assets"
 TINY = ASSETS / "tiny-llama"

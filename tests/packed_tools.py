@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight, Weight
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.load import load_model
 
 SIZE: dict[str, Any] = dict(
     vocab_size=64,

@@ -1,56 +1,22 @@
-"""The straight line, end to end on the tiny Llama: every method, resume after a kill, several processes, the
-files of a run.
-"""
+"""The straight line, end to end on the tiny Llama: every method, the files of a run, what it refuses."""
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from lowbit_ft import pipeline
-from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
-from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.rundir import RunDir
-from lowbit_ft.session import unstopped
-from tests.packed_tools import int_grid, random_weights
+from tests.line_tools import QUICK, ROOT, recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = [
-    "train.max_steps=3",
-    "train.micro_batch_size=2",
-    "train.eval_every=2",
-    "train.save_every=1",
-    "data.train.limit=80",
-    "data.valid.limit=12",
-    "data.sequence_len=128",
-    "eval.windows=4",
-    "eval.window=128",
-    "eval.max_new_tokens=4",
-    "eval.generate=[Say hello.]",
-]
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def recipe(output: Path, *overrides: str):
-    return load_recipe("recipes/quickstart.yaml", [*QUICK, f"output={output}", *overrides])
+pytestmark = pytest.mark.usefixtures("in_the_repository")
 
 
 LINES = {
@@ -207,24 +173,6 @@ def test_bf16_ships_what_it_trained(tmp_path: Path) -> None:
     assert sum(moved.values()) / len(moved) > 1e-3
 
 
-def test_calibration_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowbit_ft import session
-    from lowbit_ft.data import examples as data
-
-    made = recipe(
-        tmp_path / "run",
-        "quant.calibrate=gptq",
-        "quant.calibration.samples=5",
-        "quant.calibration.sequence_len=64",
-    )
-    here, seen = session.start(made), []
-    real = data.read_rows
-    monkeypatch.setattr(data, "read_rows", lambda *a, **k: (seen.append(1) or row for row in real(*a, **k)))
-    batches = session.calibration_batches(here)
-    assert sum(len(b["input_ids"]) for b in batches) == 5
-    assert 0 < len(seen) <= 60
-
-
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "run"
     pipeline.quantize(recipe(out, "train.max_steps=5"))  # nothing is trained yet: the recipe may still change
@@ -259,113 +207,6 @@ def test_stages_without_a_run(tmp_path: Path) -> None:
         pipeline.export(out)
     with pytest.raises(ValueError, match="format: got 'onnx'"):
         pipeline.export(out, "onnx")
-
-
-def test_an_export_that_fails_verification_does_not_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
-    write_model(
-        tmp_path / "merged",
-        checkpoint,
-        random_weights(checkpoint.empty_model(), int_grid()),
-        EXPORTERS["native"],
-    )
-    session: Any = SimpleNamespace(
-        run=RunDir(tmp_path),
-        checkpoint=checkpoint,
-        recipe=recipe(tmp_path / "no"),
-        device=torch.device("cpu"),
-        say=print,
-    )
-    monkeypatch.setattr(pipeline, "check_export", lambda session, folder: None)
-    folder = pipeline.export_stage(session, "compressed-tensors")
-    pipeline.export_stage(session, "compressed-tensors")
-    assert capsys.readouterr().err == ""
-    pipeline.export_stage(session, "gptq")
-    assert (
-        capsys.readouterr().err
-        == f"{folder}: the compressed-tensors export that was here is replaced by gptq\n"
-    )
-
-    def fails(session: Any, folder: Path) -> None:
-        raise ValueError("1 of 14 layers differ")
-
-    monkeypatch.setattr(pipeline, "check_export", fails)
-    for _ in range(2):  # the second one replaces what the first has set aside
-        with pytest.raises(
-            ValueError, match=r"(?s)1 of 14 layers differ.*was not verified.*exported\.refused"
-        ):
-            pipeline.export_stage(session, "gptq")
-        assert not folder.exists() and (tmp_path / "exported.refused" / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="1 of 14 layers differ$"):
-        pipeline.export_stage(session, "native")
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
-
-
-def adapter_sha(out: Path) -> str:
-    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def child(out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
-    """`lowbit-ft train` in its own process (or two, through torchrun)."""
-    arguments = ["train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
-    launch = ["-m", "lowbit_ft", *arguments]
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
-    return subprocess.Popen(
-        [sys.executable, *launch],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_ends_with_the_same_bytes(kill: signal.Signals, tmp_path: Path) -> None:
-    steps = "train.max_steps=8"
-    whole = child(tmp_path / "whole", steps)
-    whole.communicate(timeout=300)
-    assert whole.returncode == 0
-    out = tmp_path / "killed"
-    first = child(out, steps)
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (out / "checkpoints" / "step-00000002").exists():
-        time.sleep(0.05)
-    first.send_signal(kill)
-    said = first.communicate(timeout=120)[0]
-    assert not (out / "adapter").exists(), "it was over before it could be killed"
-    if kill == signal.SIGTERM:
-        assert first.returncode == 130 and "everything is saved" in said
-    again = child(out, steps)
-    said = again.communicate(timeout=300)[0]
-    assert again.returncode == 0, said
-    assert adapter_sha(out) == adapter_sha(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["method: lr_qat", "method: l4q, rank: 4, warmup_steps: 1"])
-def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
-    adapter = f"adapter={{{adapter}}}"
-    one = child(tmp_path / "one", "train.gradient_accumulation_steps=2", adapter)
-    said = one.communicate(timeout=300)[0]
-    assert one.returncode == 0, said
-    two = child(tmp_path / "two", "train.gradient_accumulation_steps=1", adapter, processes=2)
-    said = two.communicate(timeout=300)[0]
-    assert two.returncode == 0, said
-
-    def losses(out: Path) -> list[float]:
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows if "loss" in row]
-
-    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(a) == len(b) == 3
-    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
-    one_base, two_base = (json.loads((tmp_path / name / "quant.json").read_text()) for name in ("one", "two"))
-    assert one_base == two_base and any(row["error"] for row in one_base)
 
 
 def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,21 +262,3 @@ def test_a_mixture_of_experts_goes_the_whole_line(tmp_path: Path, capsys: pytest
         assert again == out / "merged"
     with pytest.raises(RecipeError, match="embeddings in full precision only"):
         recipe(tmp_path / "x", f"model.path={folder}", "quant.group_size=32", "quant.embeddings=8")
-
-
-def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
-    """The tiny Llama stops where its turns end; a copy of it that stops at another token only is told on."""
-    tiny = ROOT / "recipes" / "assets" / "tiny-llama"
-    tokenizer = AutoTokenizer.from_pretrained(str(tiny))
-
-    def said(folder: Path, form: str = "chat") -> str | None:
-        asked = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(format=form)))
-        return unstopped(
-            SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder))
-        )  # type: ignore[arg-type]
-
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
-    message = said(tmp_path)
-    assert message and "<|im_end|> (3)" in message and "eos_token_id: [0, 3]" in message
-    assert said(tmp_path, "completion") is None
-    assert said(tiny) is None

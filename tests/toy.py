@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
-from lowbit_ft.recipe.recipe import TrainSection
+from lowbit_ft.recipe.sections.train import TrainSection
 
 VOCABULARY, WIDTH = 23, 12
 

@@ -22,7 +22,7 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.merge import merge, moved
 from lowbit_ft.model.linear import packed_op_only
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of
 
 # transformers has only its own eager attention for these.

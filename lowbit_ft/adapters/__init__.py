@@ -22,4 +22,11 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
     "lora": LoraConfig,
 }
 
-__all__ = ["ADAPTERS", "SCALE_PARAMETERS", "Adapter", "AdapterConfig"]
+
+def is_scale(parameter: str) -> bool:
+    """Whether the parameter of this name belongs to the optimizer's scale group."""
+    last = parameter.rpartition(".")[2]
+    return any(last in config.scale_parameters for config in ADAPTERS.values())
+
+
+__all__ = ["ADAPTERS", "SCALE_PARAMETERS", "Adapter", "AdapterConfig", "is_scale"]

@@ -21,6 +21,7 @@ from .base import Adapter, AdapterConfig
 
 class AlphaTuningConfig(AdapterConfig):
     grid_name: ClassVar[str] = "binary"
+    rounds_codes: ClassVar[bool] = False
 
     method: Literal["alpha_tuning"] = "alpha_tuning"
     planes: Literal["first", "all"] = "all"
@@ -33,8 +34,7 @@ class AlphaTuningConfig(AdapterConfig):
 
 class AlphaTuning(Adapter):
     def __init__(self, config: AlphaTuningConfig, base: BinaryWeight):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         size = base.shape[1] if base.grid.group_size == -1 else base.grid.group_size
         self.factor = 1.0 / size if config.divide_gradient_by_group else 1.0
         trained = 1 if config.planes == "first" else base.grid.bits

@@ -9,6 +9,7 @@ model's dtype.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ from ..model.linear import WeightAdapter
 from ..names import matches
 from .step_codes import StepCodes
 
-# Parameters of the optimizer's scale group, by the last component of their name (train.scale_learning_rate).
+# Of the methods here. A method with others says so in its config (`scale_parameters`).
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale"})
 
 
@@ -32,8 +33,12 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    grid_name: ClassVar[str] = "integer"
+    grid_name: ClassVar[str] = "integer"  # the kind of grids it trains on (IntGrid.kind)
     exact_merge: ClassVar[bool] = True
+    rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
+
+    # Its parameters that train.scale_learning_rate is for, by the last component of their name.
+    scale_parameters: ClassVar[frozenset[str]] = SCALE_PARAMETERS
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.
@@ -52,13 +57,13 @@ class AdapterConfig(BaseModel):
 
     def reject(self, grid: Grid) -> str | None:
         """Why this method cannot train on this grid, with the way out; None when it can."""
-        if grid.name != self.grid_name:
+        if grid.kind != self.grid_name:
             return f"{self.method} trains on {self.grid_name} grids: set quant.grid: {self.grid_name}"
         return None
 
     def shipped(self, grid: Grid) -> Grid:
         """The grid of the merged weight (the residual never ships)."""
-        return IntGrid(**{**_fields(grid), "residual_bits": 0}) if isinstance(grid, IntGrid) else grid
+        return replace(grid, residual_bits=0) if isinstance(grid, IntGrid) else grid
 
     @property
     def ships_offset(self) -> bool:
@@ -74,10 +79,6 @@ class AdapterConfig(BaseModel):
     @property
     def wants_weight(self) -> bool:
         return False
-
-
-def _fields(grid: IntGrid) -> dict[str, object]:
-    return {k: v for k, v in grid.to_json().items() if k != "grid"}
 
 
 class ScaleOptions(AdapterConfig):
@@ -189,9 +190,16 @@ class LowRankOptions(ScaleOptions):
 
 
 class Adapter(WeightAdapter):
-    """Trainable tensors of one layer. `forward` and `merge` see the same arguments."""
+    """Trainable tensors of one layer, and the config that built it. `forward` and `merge` see the same
+    arguments.
+    """
 
+    rounding_loss: float | None = None  # size of the error of a merge that rounds again, over the update's
     kept: StepCodes | None = None  # train.keep_codes: the codes of this optimizer step
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config  # of the subclass's own type
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
         raise AssertionError(f"{type(self).__name__} does not train integers")
@@ -252,8 +260,7 @@ class ScaledAdapter(Adapter):
     """
 
     def __init__(self, config: ScaleOptions, base: Weight):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.factor = config.scale_gradient_factor(base)
         self.log_scale = nn.Parameter(
             torch.zeros(base.scale.shape, dtype=torch.float32, device=base.scale.device),

@@ -29,8 +29,7 @@ class DLQATConfig(LowRankOptions):
 
 class DLQAT(Adapter):
     def __init__(self, config: DLQATConfig, base: PackedWeight, weight: Tensor | None):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.factor = config.scale_gradient_factor(base)
         self.A, self.B = LowRank.build(config, base, weight, unit=base.scale)
         ones = torch.ones(base.scale.shape, dtype=torch.float32, device=base.scale.device)

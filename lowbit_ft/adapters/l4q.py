@@ -24,6 +24,7 @@ without a warm-up, which is said once.
 
 import functools
 import warnings
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from ..grid import Grid, GridArgs, IntGrid, PackedWeight, Weight
 from ..grid.estimators import cast, round_clip, scale_gradient
-from .base import SCALE_PARAMETERS, LowRank, LowRankOptions, ScaledAdapter, _fields
+from .base import SCALE_PARAMETERS, LowRank, LowRankOptions, ScaledAdapter
 
 
 class L4QConfig(LowRankOptions):
@@ -70,7 +71,7 @@ class L4QConfig(LowRankOptions):
     def shipped(self, grid: Grid) -> Grid:
         assert isinstance(grid, IntGrid)
         symmetric = grid.symmetric and self.offset_kind(grid.symmetric) != "integer"
-        return IntGrid(**{**_fields(grid), "residual_bits": 0, "symmetric": symmetric})  # pyright: ignore[reportArgumentType]
+        return replace(grid, residual_bits=0, symmetric=symmetric)
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "L4Q":
         assert isinstance(base, PackedWeight)

@@ -23,6 +23,7 @@ from .base import Adapter, AdapterConfig, init_from_field
 
 class LoraConfig(AdapterConfig):
     exact_merge: ClassVar[bool] = False
+    rounds_codes: ClassVar[bool] = False
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
 
     method: Literal["lora"] = "lora"
@@ -41,9 +42,7 @@ class LoraConfig(AdapterConfig):
 
 class Lora(Adapter):
     def __init__(self, config: LoraConfig, base: PackedWeight):
-        super().__init__()
-        self.config = config
-        self.rounding_loss: float | None = None  # of the last merge
+        super().__init__(config)
         (n, k), device = base.shape, base.codes.device
         a = torch.empty(config.rank, k, dtype=torch.float32, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))

@@ -1,5 +1,5 @@
-"""A recipe in the making, and what another trainer's keys are to it: what import_keys.py fills in and
-import_recipe.py writes down.
+"""A recipe in the making, and what another trainer's keys are to it: what the rules of a trainer fill in
+and import_recipe.py writes down.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`lowbit-ft import-recipe`: a recipe from another trainer's YAML, and a list of what it could not take over.
 
-Axolotl and LLaMA-Factory files are told apart by the key that names their model. Each key of theirs has a
-rule in import_keys.py: it sets a key of ours, or is left with a reason; a key without a rule is left too, so
-nothing disappears in silence. The file is read as recipes are (safe YAML, with its size and its aliases
+The trainers are in TRAINERS, a file each; their YAML is told apart by the key that names the model. Each key
+of theirs has a rule there: it sets a key of ours, or is left with a reason; a key without a rule is left too,
+so nothing disappears in silence. The file is read as recipes are (safe YAML, with its size and its aliases
 bounded), and nothing in it is run.
 """
 
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_text
+from ..names import did_you_mean
 from ..recipe.errors import shown
 from ..recipe.yaml import RecipeError, read_source
-from .import_draft import Draft
-from .import_keys import TRAINERS
+from .import_axolotl import AXOLOTL
+from .import_draft import Draft, Trainer
+from .import_llamafactory import LLAMA_FACTORY
 
+TRAINERS: dict[str, Trainer] = {"axolotl": AXOLOTL, "llama_factory": LLAMA_FACTORY}
 SECTIONS = ("model", "quant", "adapter", "data", "train", "eval", "export")
 
 
@@ -29,15 +32,17 @@ def import_recipe(path: Path) -> Draft:
     source = read_source(path)
     if source.problems:
         raise RecipeError(source.problems)
-    found = [trainer for trainer in TRAINERS if trainer.model_key in source.values]
+    found = [trainer for trainer in TRAINERS.values() if trainer.model_key in source.values]
     if len(found) != 1:
-        keys = " or ".join(f"{trainer.model_key} ({trainer.name})" for trainer in TRAINERS)
+        keys = " or ".join(f"{trainer.model_key} ({trainer.name})" for trainer in TRAINERS.values())
         got = (
             "a recipe of ours"
             if {"model", "train"} <= source.values.keys()
             else f"the keys {', '.join(list(source.values)[:6]) or 'none'}"
         )
-        raise RecipeError([f"{path}: got {got}; allowed: a file with {keys}, one of the two"])
+        models = [trainer.model_key for trainer in TRAINERS.values()]
+        hint = next((told for key in source.values if not found and (told := did_you_mean(key, models))), "")
+        raise RecipeError([f"{path}: got {got}; allowed: a file with {keys}, one of them{hint}"])
     trainer = found[0]
     draft = Draft(trainer.name, source.values, path.resolve().parent)
     for key, value in source.values.items():

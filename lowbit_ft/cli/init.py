@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
-from ..recipe.machine import HUB_ID
-from ..recipe.recipe import QuantSection
+from ..recipe.paths import HUB_ID
+from ..recipe.sections.quant import QuantSection
 
 GROUP_SIZES = (128, 64, 32)  # in the order of preference; -1 (the whole row) always fits
 

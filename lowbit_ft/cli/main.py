@@ -258,7 +258,8 @@ def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Reci
     """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
     there, not only its config.json."""
     from ..recipe.check import notes  # slow: torch; --help does without
-    from ..recipe.recipe import RecipeError, load_recipe  # slow: torch; --help does without
+    from ..recipe.recipe import load_recipe  # slow: torch; --help does without
+    from ..recipe.yaml import RecipeError  # slow: torch; --help does without
 
     try:
         recipe = load_recipe(path, overrides or [])
@@ -321,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _message(error: Exception) -> str:
+    """The text of an error behind "error: ": its first problem on that line, the others in a column below."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         # A full disk, a file where a folder should be: what the system says of which file.
@@ -328,7 +330,7 @@ def _message(error: Exception) -> str:
             f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
             "make room or change its permissions there"
         )
-    return "\n" + text if "\n" in text else text
+    return text.replace("\n", "\n" + " " * len("error: "))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,11 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
             f"{recipe.data.train.path} ({recipe.data.train.format}), windows of "
             f"{recipe.data.sequence_len} tokens",
         ),
-        ("train", f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, {rates}"),
+        (
+            "train",
+            f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
+            f"{rates}",
+        ),
         ("export", recipe.export.format),
         ("output", str(recipe.output)),
     ):

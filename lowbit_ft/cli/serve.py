@@ -15,7 +15,6 @@ from ..integrations import register
 from ..rundir import shipped
 
 NEEDS = ("fastapi", "uvicorn", "openai")
-NOT_TRANSFORMERS = ("gguf", "mlx")  # it would warn, and answer from random weights
 
 
 def serve(folder: Path, options: list[str]) -> None:
@@ -45,7 +44,7 @@ def refuse_format(folder: Path) -> None:
         :1
     ]:  # formats of one method have one reader
         merged = "serve merged/ of its run, which is the same model: lowbit-ft serve RUN/merged"
-        if exporter.name in NOT_TRANSFORMERS:
+        if not exporter.transformers_serve:  # it would warn, and answer from random weights
             raise ValueError(
                 f"{folder}: {exporter.name} is not served by transformers; run "
                 f"{exporter.serve(str(folder))}, or {merged}"

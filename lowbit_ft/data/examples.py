@@ -1,12 +1,14 @@
 """From the data section of a recipe to windows of tokens.
 
-    rows (data_read) -> tokens and loss mask (data_format) -> windows (here) -> batches (data_batches)
+    rows (data_read) -> tokens and loss mask (formats/) -> windows (here) -> batches (data_batches)
 
 A window is one Example of at most `sequence_len` tokens. It is made of segments, stretches of tokens that
 must not see each other: positions restart at each one, and the label of its first token is -100, since what
 stands before it is another text. With packing, rows share windows (best fit over a bounded number of open
 windows, so a stream packs as a file does); texts are instead joined with EOS and cut every `sequence_len`
 tokens. Without it, one row is one window.
+
+`source` and `section` are a DataSource and the DataSection of a recipe, which is a floor above.
 
 Nothing is dropped in silence: DataReport counts every row that was cut, skipped or left without a target.
 """
@@ -19,10 +21,9 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
-from ..recipe.sections import DataSection, DataSource
-from .format import BadRow, Formatter
+from .formats import Format, format_of
 from .pack import pack, pack_text
-from .read import DataError, read_rows
+from .read import BadRow, DataError, read_rows
 from .windows import IGNORE, DataReport, Example, Examples
 
 
@@ -34,13 +35,13 @@ class StreamedExamples(Examples):
 
     streaming = True
 
-    def __init__(self, source: DataSource, section: DataSection, tokenizer: Any):
+    def __init__(self, source: Any, section: Any, tokenizer: Any):
         super().__init__(())
         self._source, self._section, self._tokenizer = source, section, tokenizer
 
     def __iter__(self) -> Iterator[Example]:
         self.report = DataReport(sequence_len=self._section.sequence_len)
-        formatter = Formatter(self._source.format, self._section.train_on, self._tokenizer)
+        formatter = format_of(self._source.format, self._section.train_on, self._tokenizer)
         return _windows(self._source, self._section, formatter, self.report)
 
     def __len__(self) -> int:
@@ -60,7 +61,7 @@ class StreamedExamples(Examples):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def load_examples(source: DataSource, section: DataSection, tokenizer: Any, *, seed: int = 0) -> Examples:
+def load_examples(source: Any, section: Any, tokenizer: Any, *, seed: int = 0) -> Examples:
     """Reads `source` (recipe: data.train, data.valid or eval.data) into windows of at most
     section.sequence_len tokens.
 
@@ -77,8 +78,8 @@ def load_examples(source: DataSource, section: DataSection, tokenizer: Any, *, s
             raise _empty(source.path, stream.report)
         return stream
     report = DataReport(sequence_len=section.sequence_len)
-    formatter = Formatter(source.format, section.train_on, tokenizer)
-    if section.packing and source.format != "text":
+    formatter = format_of(source.format, section.train_on, tokenizer)
+    if section.packing and not formatter.joined:
         rows = Examples(_rows(source, section, formatter, report))
         order = list(range(len(rows)))
         random.Random(seed).shuffle(order)
@@ -96,10 +97,10 @@ def _empty(path: str, report: DataReport) -> DataError:
     )
 
 
-def _windows(source: Any, section: Any, formatter: Formatter, report: DataReport) -> Iterator[Example]:
+def _windows(source: Any, section: Any, formatter: Format, report: DataReport) -> Iterator[Example]:
     rows = _rows(source, section, formatter, report)
     if section.packing:
-        rows = (pack_text if source.format == "text" else pack)(rows, section.sequence_len)
+        rows = (pack_text if formatter.joined else pack)(rows, section.sequence_len)
     return _counted(rows, report)
 
 
@@ -111,10 +112,10 @@ def _counted(windows: Iterable[Example], report: DataReport) -> Iterator[Example
         yield window
 
 
-def _rows(source: Any, section: Any, formatter: Formatter, report: DataReport) -> Iterator[Example]:
+def _rows(source: Any, section: Any, formatter: Format, report: DataReport) -> Iterator[Example]:
     """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
     and cut."""
-    whole = section.packing and source.format == "text"
+    whole = section.packing and formatter.joined
     report.notes = formatter.notes
     for row in read_rows(source, streaming=section.streaming):
         report.rows += 1

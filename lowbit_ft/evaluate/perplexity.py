@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..model.attention import segment_attention, segment_inputs, switch
+from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
-from ..model.load import Checkpoint
 from ..model.walk import Batch, LayerWalk
 from ..train.losses import FLOATS_AT_A_TIME, IGNORE, Targets, target_logits
 

@@ -31,6 +31,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Awq(Exporter):
     name = "awq"
     quant_method = "awq"
+    fused_by_servers = True
+    needs = "gptqmodel optimum"
     checkpoint_names = True
     dense_experts = False
     reads_with = ("gptqmodel",)

@@ -106,6 +106,10 @@ class Exporter(ABC):
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
     # beside packed layers.
     dense_experts: ClassVar[bool] = True
+    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
+    measurable: ClassVar[bool] = True
+    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
+    fused_by_servers: ClassVar[bool] = False
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
     # Under which key config.json says how the layers are packed; all formats have quantization_config, to be
@@ -116,6 +120,16 @@ class Exporter(ABC):
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
+    measurable: ClassVar[bool] = True
+    # Whether `transformers serve` reads it, which gets a folder and nothing else.
+    transformers_serve: ClassVar[bool] = True
+    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
+    fused_by_servers: ClassVar[bool] = False
+    # What must be known before a folder is read: the first lines of its card.
+    read_first: ClassVar[str] = ""
+    # What to install for the lines of `use`.
+    needs: ClassVar[str] = ""
     # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are
     # the same numbers.
     tolerance: ClassVar[float] = 0.0
@@ -125,6 +139,10 @@ class Exporter(ABC):
         """Why this format cannot hold the grid (offset: with a float offset per group), with the way out;
         None when it can.
         """
+
+    def note(self, grid: Grid) -> str | None:
+        """What is worth knowing before a run whose grid this format can hold, but not every reader of it."""
+        return None
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it
@@ -278,6 +296,16 @@ class Exporter(ABC):
     @abstractmethod
     def serve(self, folder: str) -> str:
         """A command line that runs a folder of this format."""
+
+    def use(self, folder: str) -> str:
+        """Markdown for the model card: how Python loads a folder of this format."""
+        install = f"  # pip install {self.needs}" if self.needs else ""
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}"){install}
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
 
 
 def with_versions(*packages: str) -> str:

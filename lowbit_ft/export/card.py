@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow, by_task
-from ..grid import Grid, IntGrid
+from ..grid import Grid
 from . import EXPORTERS
 
 
@@ -26,58 +26,10 @@ class CardFacts:
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
-    """How to use the folder, for the console. vLLM serves asymmetric grids at 4 and 8 bit only."""
-    grid = facts.grid
-    if format == "compressed-tensors" and isinstance(grid, IntGrid) and not grid.symmetric and grid.bits < 4:
-        return (
-            f'use it: AutoModelForCausalLM.from_pretrained("{folder}") (vLLM has no asymmetric '
-            f"{grid.bits} bit yet)"
-        )
+    """How to use the folder, for the console."""
+    if note := EXPORTERS[format].note(facts.grid):
+        return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") ({note})'
     return f"serve it: {EXPORTERS[format].serve(str(folder))}"
-
-
-USE = {
-    "native": """The layers stay packed in memory.
-
-```python
-import lowbit_ft
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-    "compressed-tensors": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")  # pip install compressed-tensors
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-    "gguf": """`model.gguf` is all that llama.cpp, Ollama and LM Studio need; \
-tokenizer and chat template are in it.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", gguf_file="model.gguf")  # pip install gguf
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```""",
-    "mlx": """```python
-from mlx_lm import generate, load
-
-model, tokenizer = load("PATH")  # pip install mlx-lm
-```""",
-}
-for _name in ("gptq", "gptq_v2", "awq", "torchao"):
-    USE[_name] = USE["compressed-tensors"].replace(
-        "compressed-tensors", "torchao" if _name == "torchao" else "gptqmodel optimum"
-    )
-
-
-FIRST = {  # what must be known before a folder of the format is read: the card's first lines
-    "native": "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this "
-    "format. Without it transformers\n> stops at a missing file whose name says so; an older one warns, and "
-    "starts from random weights."
-}
 
 
 def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
@@ -96,7 +48,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     lines = [
         *front,
         "---",
-        *([FIRST[format], ""] if format in FIRST else []),
+        *((f"> {first}", "") if (first := EXPORTERS[format].read_first) else ()),
         f"# {facts.name}",
         "",
         f"`{Path(base).name if Path(base).exists() else base}` fine-tuned with lowbit_ft: method "
@@ -108,7 +60,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         f"## Use (format `{format}`)",
         "",
-        USE[format],
+        EXPORTERS[format].use("PATH"),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",

@@ -58,6 +58,8 @@ _INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
 class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
+    fused_by_servers = True
+    needs = "compressed-tensors"
     checkpoint_names = True
     dense_experts = False
 
@@ -70,6 +72,11 @@ class CompressedTensors(Exporter):
                 "train an integer offset"
             )
         return None
+
+    def note(self, grid: Grid) -> str | None:
+        if isinstance(grid, BinaryGrid) or grid.symmetric or grid.bits not in (2, 3):
+            return None
+        return "vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all"
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         return reject_cast(grid, dtype)

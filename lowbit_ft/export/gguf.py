@@ -64,6 +64,8 @@ def block_type(grid: Grid, in_features: int) -> BlockType:
 class Gguf(Exporter):
     name = "gguf"
     quant_method = "gguf"
+    needs = "gguf"
+    transformers_serve = False
     container = "gguf"
     dense_experts = False
     writes_with = ("gguf",)
@@ -192,6 +194,13 @@ class Gguf(Exporter):
 
     def serve(self, folder: str) -> str:
         return f"llama-server -m {folder}/{FILE}"
+
+    def use(self, folder: str) -> str:
+        code = super().use(folder).replace(f'("{folder}")', f'("{folder}", gguf_file="{FILE}")', 1)
+        return f"""`{FILE}` is all that llama.cpp, Ollama and LM Studio need; \
+tokenizer and chat template are in it.
+
+{code}"""
 
 
 def float16_scale(weight: PackedWeight) -> Tensor:

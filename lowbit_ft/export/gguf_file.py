@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.load import Checkpoint
+from ..model.checkpoint import Checkpoint
 from .base import Exporter, Weights
 from .folder import layer_digests
 from .gguf import block_type

@@ -87,6 +87,8 @@ def block_layers(layers: Mapping[str, LayerSpec]) -> dict[str, set[str]]:
 class Gptq(Exporter):
     name = "gptq"
     quant_method = "gptq"
+    fused_by_servers = True
+    needs = "gptqmodel optimum"
     checkpoint_names = True
     dense_experts = False
     reads_with = ("gptqmodel", "optimum")

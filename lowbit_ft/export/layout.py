@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.load import Checkpoint
+from ..model.checkpoint import Checkpoint
 from ..model.matrices import Matrix
 from ..model.names import Part
 from .base import Exporter, LayerSpec

@@ -40,9 +40,13 @@ GROUPS = (32, 64, 128)
 class Mlx(Exporter):
     name = "mlx"
     quant_method = "mlx"
+    measurable = False
+    transformers_serve = False
+    needs = "mlx-lm"
     config_key = "quantization"  # mlx-lm's own, beside the one by which we know the folder
     checkpoint_names = True
     dense_experts = False
+    measurable = False
     reads_with = ("mlx", "mlx_lm")
     extra = "mlx"
     tolerance = 1e-2
@@ -140,6 +144,13 @@ class Mlx(Exporter):
 
     def serve(self, folder: str) -> str:
         return f"mlx_lm.server --model {folder}"
+
+    def use(self, folder: str) -> str:
+        return f"""```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("{folder}")  # pip install {self.needs}
+```"""
 
 
 class MlxModel(nn.Module):

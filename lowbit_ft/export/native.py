@@ -36,6 +36,11 @@ STOP = f"import lowbit_ft before this folder is read (its reader, version {VERSI
 class Native(Exporter):
     name = "native"
     quant_method = METHOD
+    read_first = (
+        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. Without it "
+        "transformers\n> stops at a missing file whose name says so; an older one warns, and starts from random "
+        "weights."
+    )
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         return None
@@ -44,14 +49,14 @@ class Native(Exporter):
         return None
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:
-        return WEIGHTS[layer.grid.name].specs(layer.shape, layer.grid, layer.offset)  # pyright: ignore[reportArgumentType]
+        return WEIGHTS[layer.grid.kind].specs(layer.shape, layer.grid, layer.offset)  # pyright: ignore[reportArgumentType]
 
     def pack(self, weight: Weight) -> dict[str, Tensor]:
         return weight.to_tensors()
 
     def unpack(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> Weight:
         check_tensors(tensors, self.specs(layer), str(layer))
-        weight = WEIGHTS[layer.grid.name].from_tensors(tensors, layer.shape, layer.grid)  # pyright: ignore[reportArgumentType]
+        weight = WEIGHTS[layer.grid.kind].from_tensors(tensors, layer.shape, layer.grid)  # pyright: ignore[reportArgumentType]
         check_values(weight)
         return weight
 
@@ -78,6 +83,14 @@ class Native(Exporter):
 
     def serve(self, folder: str) -> str:
         return f"lowbit-ft serve {folder}"
+
+    def use(self, folder: str) -> str:
+        code = super().use(folder).replace("from transformers", "import lowbit_ft\nfrom transformers", 1)
+        return f"""The layers stay packed in memory. `lowbit_ft` must be imported: \
+without it transformers does not know the format and
+would start from random weights.
+
+{code}"""
 
 
 def layers_from_config(config: Any) -> dict[str, LayerSpec]:

@@ -16,8 +16,8 @@ import torch
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
 from ..model.hub import tensor_entries
-from ..model.load import model_class
 from ..model.mapped import to_device
+from ..model.meta import model_class
 from . import EXPORTERS
 from .base import Weights
 from .native import Native, layers_from_config

@@ -32,6 +32,7 @@ from .gptq import reject_groups, reject_mixture
 class Torchao(Exporter):
     name = "torchao"
     quant_method = "torchao"
+    needs = "torchao"
     dense_experts = False
     reads_with = ("torchao",)
     extra = "torchao"

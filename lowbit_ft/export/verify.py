@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
 from ..model.linear import packed_op_only
-from ..model.matrices import find_matrices
+from ..model.matrices import Matrix, find_matrices
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
+from .folder import check_files
 from .gguf_file import GgufTensors
 from .planes import as_integers
 from .reader import load_exported, read_config
-from .writer import check_files
 
 # Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
 # of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the
@@ -164,17 +164,7 @@ def verify(
     kind: torch.dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
-    prompts = prompt_ids(exporter, source or folder)
-    expected, where, answered = None, {torch.device(device).type}, []
-    if model is not None:
-        packed: Any = model if isinstance(model, nn.Module) else model()
-        where.add(next(packed.parameters()).device.type)
-        ids = _tokens(packed) if input_ids is None else input_ids
-        expected = _logits(packed, ids)
-        answered = [
-            answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts
-        ]
-        del packed
+    expected = None if model is None else _expected(model, exporter, folder, source or folder, input_ids)
     loaded = load_exported(folder, dtype=kind, device=device)
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
     ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
@@ -183,38 +173,25 @@ def verify(
     stored = STORED[exporter.container](
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
-    rows, matrices = [], find_matrices(loaded)  # those that their reader made dense
+    matrices = find_matrices(loaded)  # those that their reader made dense
+    rows = []
     for name, weight in weights.items():
         read = _read_back(exporter, stored[name], LayerSpec.of(weight))
-        codes = _differences(read.codes, weight.unpack_codes())
-        scales = _differences(read.scale.float(), weight.scale.float())
-        for key in ("zero", "offset"):
-            scales += _differences(
-                getattr(read, key), getattr(weight, key, None) if isinstance(weight, PackedWeight) else None
-            )
         dense = exporter.dense(loaded, name, matrices.get(name), kind)
-        rows.append(
-            LayerCheck(
-                name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))
-            )
-        )
+        rows.append(_check_layer(name, weight, read, dense, kind))
     difference, bound, answers = None, 0.0, None
     if expected is not None:
-        difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        difference = float((logits - expected.logits).abs().max())
         # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
         tolerance = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind]) if exporter.tolerance else 0.0
+        largest = float(expected.logits.abs().max())
         bound = tolerance * largest
-        if answered:
+        if expected.answers:
             answers = Answers.compare(
-                lambda x: _logits(loaded, x), answered, tolerance or LOGIT_TOLERANCE[kind]
+                lambda x: _logits(loaded, x), expected.answers, tolerance or LOGIT_TOLERANCE[kind]
             )
-        chunked = any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values())
-        biased = any(
-            getattr(loaded.get_submodule(name), "bias", None) is not None
-            for name, m in matrices.items()
-            if name in weights and m.plain
-        )
-        if bound == 0 and (where != {"cpu"} or biased or chunked):
+        on_cpu = {torch.device(device).type, expected.device} == {"cpu"}
+        if bound == 0 and not (on_cpu and _same_call(loaded, weights, matrices)):
             bound = LOGIT_TOLERANCE[kind] * largest
     elements = sum(spec.elements for spec in weights.specs.values())
     report = VerifyReport(
@@ -231,6 +208,57 @@ def verify(
     if not report.ok:
         raise ValueError(str(report))
     return report
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the packed model says: logits, its greedy answers, and the kind of device that computed them."""
+
+    logits: Tensor
+    answers: list[Any]
+    device: str
+
+
+def _expected(
+    model: nn.Module | Callable[[], nn.Module],
+    exporter: Exporter,
+    folder: Path,
+    source: str | Path,
+    input_ids: Tensor | None,
+) -> _Expected:
+    """Ask the packed model; one that was loaded here is gone again afterwards."""
+    prompts = prompt_ids(exporter, source)
+    packed: Any = model if isinstance(model, nn.Module) else model()
+    logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
+    answers = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
+    return _Expected(logits, answers, next(packed.parameters()).device.type)
+
+
+def _check_layer(
+    name: str, weight: Weight, read: ReadBack, dense: Tensor | None, kind: torch.dtype
+) -> LayerCheck:
+    """One layer as its format's library reads it, and the dense weight it has in the loaded model, if any."""
+    scales = _differences(read.scale.float(), weight.scale.float())
+    for key in ("zero", "offset"):
+        scales += _differences(
+            getattr(read, key), getattr(weight, key, None) if isinstance(weight, PackedWeight) else None
+        )
+    codes = _differences(read.codes, weight.unpack_codes())
+    return LayerCheck(
+        name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))
+    )
+
+
+def _same_call(loaded: Any, weights: Weights, matrices: Mapping[str, Matrix]) -> bool:
+    """Whether, on a CPU, both sides make the same matmul: no layer is worked on in chunks of rows, and none
+    that the reader made dense begins its sums with a bias."""
+    if any(spec.elements > CHUNK_ELEMENTS for spec in weights.specs.values()):
+        return False
+    return not any(
+        getattr(loaded.get_submodule(name), "bias", None) is not None
+        for name, m in matrices.items()
+        if name in weights and m.plain
+    )
 
 
 def _tokens(model: Any) -> Tensor:

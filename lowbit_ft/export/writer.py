@@ -23,7 +23,7 @@ from torch import Tensor
 from ..files.atomic import file_entry, staged_folder
 from ..files.tensorfile import DTYPES
 from ..grid import Weight
-from ..model.load import Checkpoint
+from ..model.checkpoint import Checkpoint
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
     MANIFEST,

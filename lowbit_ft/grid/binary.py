@@ -7,6 +7,7 @@ Binary-coding quantization (Xu et al. 2018, arXiv 1802.00150), the grid of Alpha
 planes a group has 2^q levels, symmetric about 0 and not equally spaced.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,10 @@ class BinaryGrid:
     """`bits` sign planes with one scale per plane and group."""
 
     name: ClassVar[str] = "binary"
+    kind: ClassVar[str] = "binary"  # see IntGrid
+    widths: ClassVar[tuple[int, ...]] = PLANES
+    start: ClassVar[str] = "greedy"
+    packs_tables: ClassVar[bool] = False
 
     bits: int = 3
     group_size: int = 128
@@ -29,6 +34,12 @@ class BinaryGrid:
         require("bits", self.bits, PLANES)
         require("group_size", self.group_size, GROUP_SIZES)
         require("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @classmethod
+    def refuses(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        if settings["symmetric"]:
+            return None
+        return "symmetric", "got false; sign planes have no zero point; remove it, or use quant.grid: integer"
 
     def to_json(self) -> dict[str, Any]:
         return {"grid": self.name, **asdict(self)}

@@ -7,6 +7,7 @@ weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / 
     IntGrid(group_size=64):  [256, 100]   -> scale [2, 256]         the last group has 36 inputs
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,10 @@ class IntGrid:
     """
 
     name: ClassVar[str] = "integer"
+    kind: ClassVar[str] = "integer"  # what its weights are (WEIGHTS); calibrators and adapters serve a kind
+    widths: ClassVar[tuple[int, ...]] = BITS
+    start: ClassVar[str] = "mse"  # the default of quant.calibrate
+    packs_tables: ClassVar[bool] = True  # quant.lm_head and quant.embeddings
 
     bits: int = 4
     group_size: int = 128
@@ -45,6 +50,11 @@ class IntGrid:
         require("symmetric", self.symmetric, (True, False))
         require("residual_bits", self.residual_bits, RESIDUAL_BITS)
         require("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+
+    @classmethod
+    def refuses(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(key, why) of a key of the quant section that this grid cannot have; None when there is none."""
+        return None
 
     @property
     def levels(self) -> int:

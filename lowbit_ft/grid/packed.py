@@ -333,7 +333,7 @@ class BinaryWeight(_Tensors):
 
 
 Weight = PackedWeight | BinaryWeight
-WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {
+WEIGHTS: dict[str, type[PackedWeight] | type[BinaryWeight]] = {  # by the kind of the grid
     "integer": PackedWeight,
     "binary": BinaryWeight,
 }
@@ -364,7 +364,7 @@ def empty_weight(
     shape: tuple[int, int], grid: Any, device: torch.device | str, offset: bool = False
 ) -> Weight:
     """A weight whose tensors are still to be filled (a checkpoint is about to be read into them)."""
-    kind = WEIGHTS[grid.name]
+    kind = WEIGHTS[grid.kind]
     tensors = {
         n: torch.empty(s, dtype=d, device=device) for n, (s, d) in kind.specs(shape, grid, offset).items()
     }

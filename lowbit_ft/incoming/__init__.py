@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..files.tensorfile import TensorEntry
+from ..names import did_you_mean
 from .awq import AWQ
 from .base import Incoming, PackedLayer, Reader, natural_scale_dtype
 from .compressed_tensors import CompressedTensorsReader
@@ -41,8 +42,8 @@ def collapse(
     reader = READERS.get(str(settings.get("quant_method")))
     if reader is None:
         raise ValueError(
-            f"already quantized by {settings.get('quant_method', config)!r}; allowed: {', '.join(READERS)} "
-            "(they are tuned as they are), "
+            f"already quantized by {settings.get('quant_method', config)!r}; allowed: {', '.join(READERS)}"
+            f"{did_you_mean(settings.get('quant_method', ''), READERS)} (they are tuned as they are), "
             "or the full-precision checkpoint it was made from"
         )
     reader.check(settings)

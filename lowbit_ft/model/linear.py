@@ -92,7 +92,7 @@ class PackedLinear(nn.Module):
         held = self._buffers if self._names[0] in self._buffers else self._parameters
         tensors = {name: held[name] for name in self._names}
         shape = (self.out_features, self.in_features)
-        return WEIGHTS[self.grid.name](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return WEIGHTS[self.grid.kind](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def freeze_into_parameters(self) -> None:
         """The packed buffers become Parameters without gradient, same names and memory: what FSDP can

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .load import Checkpoint, materialize
+from .checkpoint import Checkpoint
+from .load import materialize
 
 Batch = dict[str, Any]  # tensors, and what segment_inputs adds
 

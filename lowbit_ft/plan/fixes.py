@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..grid import GRIDS
 from ..recipe.recipe import Recipe, check_recipe
 from .plan import Card, Plan, plan
 
@@ -186,9 +187,9 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
         yield {"train.keep_codes": False}, "codes are made again for every pass", False
     if recipe.eval.kl:
         yield {"eval.kl": False}, "no KL to the full-precision model in the table", False
-    for bits in (b for b in (2, 1, 0) if quant.grid == "integer" and b < quant.residual_bits):
+    for bits in (b for b in (2, 1, 0) if quant.keeps_residual and b < quant.residual_bits):
         yield {"quant.residual_bits": bits}, "small updates round more coarsely; ships at the same size", True
-    if quant.grid == "integer":
+    if GRIDS[quant.grid].packs_tables:
         for bits in (8, 4):
             if quant.embeddings is None or quant.embeddings > bits:
                 yield {"quant.embeddings": bits}, f"token embedding rounded to {bits} bits", True
@@ -198,8 +199,8 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
         yield {"data.sequence_len": length // 2}, "windows of half the length", True
     if length >= 1024:
         yield {"data.sequence_len": length // 4}, "windows of a quarter of the length", True
-    if quant.grid == "integer" and not quant.from_checkpoint:
-        for bits in (b for b in (3, 2) if b < quant.bits):
+    if not quant.from_checkpoint:
+        for bits in (b for b in (3, 2) if b < quant.bits and b in GRIDS[quant.grid].widths):
             yield {"quant.bits": bits}, f"the shipped model has {bits} bits", True
     for count in (2, 4, 8):
         if count > processes:
@@ -270,7 +271,7 @@ def fit(planner: Planner, tell: Callable[[str], None] = lambda _: None) -> tuple
     recipe, quant = planner.recipe, planner.recipe.quant
     bits = (
         [b for b in (4, 2, 1, 0) if b <= max(4, quant.residual_bits)]
-        if quant.grid == "integer" and not quant.from_checkpoint
+        if quant.keeps_residual and not quant.from_checkpoint
         else [None]
     )
     before = _problems(recipe)

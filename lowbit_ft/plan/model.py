@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter
 from ..grid import empty_weight
 from ..model.linear import PackedEmbedding, PackedLinear
-from ..model.load import meta_model
 from ..model.matrices import find_matrices, stand_in
+from ..model.meta import meta_model
 from ..model.walk import decoder_layers
-from ..quantize.quantize import plan_layers
+from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 

@@ -1,12 +1,12 @@
 """What a run will hold in memory, worked out from config.json and the recipe; nothing is loaded.
 
-    model.py   the model on the meta device, packed and adapted: bytes by part
-    step.py    one step run on tensors without data: what is kept for backward, the recompute of a layer, the
-               loss
-    stages.py  the other stages: quantizing, evaluating; disk, RAM
-    plan.py         all of it together, against a card
-    fixes.py   what fits, and what to change when it does not
-    cli/plan.py     how it is shown
+    model.py     the model on the meta device, packed and adapted: bytes by part
+    step.py      one step run on tensors without data: what is kept for backward, a layer's recompute, the
+                 loss (around.py: the model around its layers; fake.py: tensors without data; counting.py)
+    stages.py    the other stages: quantizing, evaluating; disk, RAM
+    plan.py      all of it together, against a card
+    fixes.py     what fits, and what to change when it does not
+    cli/plan.py  how it is shown
 
 The prediction is tested: benchmarks/plan_error.py counts the bytes of real steps beside it. Not in it:
 fragmentation of the allocator, and what PyTorch's own operators take and give back inside themselves.
@@ -26,11 +26,10 @@ import torch
 from ..model.attention import without_masks
 from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
+from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
 from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
-from .step import Setting, Step, step_costs
-
-__all__ = ["Card", "Plan", "PlanRow", "find_card", "plan", "plan_folder"]
+from .step import step_costs
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
@@ -267,12 +266,47 @@ def _training(
     """Bytes by part at the peak of a step, what is largest at another moment, and when the peak is."""
     train = recipe.train
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
+    moments = _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
+    _, peak_at, at_peak = max(moments, key=lambda m: m[0])
+
+    optimizer, _ = optimizer_state(train.optimizer, made.trained)
+    parts = dict(made.held)
+    parts |= {
+        "gradients": at_peak["gradients"],
+        "optimizer states": optimizer,
+        "batch and masks": step.context,
+    }
+    if train.keep_codes:
+        parts["kept codes"] = parts["codes"]
+    parts["saved layer inputs"] = at_peak["saved layer inputs"]
+    parts |= {
+        "one layer": at_peak.get("one layer", 0),
+        "loss": at_peak.get("loss", 0),
+        "workspace": at_peak.get("workspace", 0),
+    }
+    batch = 3 * 8 * train.micro_batch_size * recipe.data.sequence_len
+    parts["batch and masks"] += batch * (1 if card.arch else train.gradient_accumulation_steps)
+    if processes > 1 and train.sharding == "fsdp":
+        parts = _sharded(parts, made, processes)
+    elif processes > 1:
+        parts["gradient buckets"] = made.trainable * 4  # DDP's own copies
+    parts["context"] = card.context
+    other = {name: max(m[2].get(name, 0) for m in moments) for name in ("one layer", "loss")}
+    return parts, {name: size for name, size in other.items() if not at_peak.get(name)}, peak_at
+
+
+def _moments(
+    recipe: Recipe, step: Step, all_gradients: int, inputs_away: bool
+) -> list[tuple[int, str, dict[str, int]]]:
+    """(bytes, when, bytes by part) of each moment of a step that can be its peak: through the layers, the
+    loss, and back. all_gradients: bytes of every gradient; inputs_away: saved layer inputs wait in CPU
+    memory.
+    """
+    train = recipe.train
     several = train.gradient_accumulation_steps > 1
-    kept = [cost.kept - (step.hidden if away and train.gradient_checkpointing else 0) for cost in step.layers]
-    ahead = (
-        step.hidden if away and train.gradient_checkpointing else 0
-    )  # train/offload.py fetches the next layer's input early
-    all_gradients = made.trainable * 4
+    # train/offload.py fetches the next layer's input early
+    ahead = step.hidden if inputs_away else 0
+    kept = [cost.kept - ahead for cost in step.layers]
     later = [0] * (len(kept) + 1)  # gradients of the layers behind i, and of the head
     later[-1] = step.tail.gradients
     for i in reversed(range(len(kept))):
@@ -319,32 +353,7 @@ def _training(
             later[i],
             {"one layer": cost.backward - own - inside - fresh, "workspace": inside},
         )
-    _, peak_at, at_peak = max(moments, key=lambda m: m[0])
-
-    optimizer, _ = optimizer_state(train.optimizer, made.trained)
-    parts = dict(made.held)
-    parts |= {
-        "gradients": at_peak["gradients"],
-        "optimizer states": optimizer,
-        "batch and masks": step.context,
-    }
-    if train.keep_codes:
-        parts["kept codes"] = parts["codes"]
-    parts["saved layer inputs"] = at_peak["saved layer inputs"]
-    parts |= {
-        "one layer": at_peak.get("one layer", 0),
-        "loss": at_peak.get("loss", 0),
-        "workspace": at_peak.get("workspace", 0),
-    }
-    batch = 3 * 8 * train.micro_batch_size * recipe.data.sequence_len
-    parts["batch and masks"] += batch * (1 if card.arch else train.gradient_accumulation_steps)
-    if processes > 1 and train.sharding == "fsdp":
-        parts = _sharded(parts, made, processes)
-    elif processes > 1:
-        parts["gradient buckets"] = all_gradients  # DDP's own copies
-    parts["context"] = card.context
-    other = {name: max(m[2].get(name, 0) for m in moments) for name in ("one layer", "loss")}
-    return parts, {name: size for name, size in other.items() if not at_peak.get(name)}, peak_at
+    return moments
 
 
 def _sharded(parts: dict[str, int], made: Skeleton, processes: int) -> dict[str, int]:

@@ -13,8 +13,9 @@ import torch
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+from ..train.optimizers import OPTIMIZERS
+from .costs import Cost, Step
 from .model import Skeleton
-from .step import Cost, Step
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.
@@ -39,24 +40,20 @@ class Needs:
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of optimizer state per trained parameter: one state for sign and plain momentum methods, two for
-    Adam, three for AdEMAMix.
-    """
-    states = 3 if "ademamix" in name else 2 if "adam" in name or "lamb" in name else 1
-    return states * (1 if "8bit" in name else 4)
+    """Bytes of optimizer state per trained parameter."""
+    return OPTIMIZERS[name].states * OPTIMIZERS[name].bits // 8
 
 
 def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
     """Bytes of the states of tensors of these sizes: (on the device, in CPU memory: paged ones)."""
-    if name == "adamw":
-        return sum(8 * n + 4 for n in counts), 0
-    eight = "8bit" in name
-    states = optimizer_bytes(name) // (1 if eight else 4)
-    here = states * 4 * 256 if eight else 0  # what the 8-bit codes mean
+    kind = OPTIMIZERS[name]
+    eight = kind.bits == 8
+    here = kind.states * 4 * 256 if eight else 0  # what the 8-bit codes mean
     away = 0
     for n in counts:
-        size = states * (n + 4 * -(-n // _BLOCK) if eight and n >= _SMALLEST_8BIT else 4 * n)
-        if name.startswith("paged") and n >= _SMALLEST_PAGED:
+        size = kind.states * (n + 4 * -(-n // _BLOCK) if eight and n >= _SMALLEST_8BIT else 4 * n)
+        size += kind.counter
+        if kind.paged and n >= _SMALLEST_PAGED:
             away += size
         else:
             here += size
@@ -71,11 +68,11 @@ def walk_activations(per_token: float, windows: int, length: int) -> int:
 
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
-    """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). gptq: a batch of
-    activations too.
+    """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). With text: a batch
+    of activations too.
     """
     device = quantize_memory(recipe, made.shapes).device
-    if recipe.quant.calibrate != "gptq":
+    if not recipe.quant.reads_text:
         return device
     text = recipe.quant.calibration
     return device + walk_activations(per_token, text.samples, text.sequence_len)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.load import Checkpoint
+from ..model.checkpoint import Checkpoint
 from ..model.matrices import Matrix
 
 

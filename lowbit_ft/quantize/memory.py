@@ -63,7 +63,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     decoders in `calibration`.
     """
     size = 4 if recipe.model.dtype == "float32" else 2
-    text, walks = recipe.quant.calibration, recipe.quant.calibrate == "gptq"
+    text, walks = recipe.quant.calibration, recipe.quant.reads_text
     compares = recipe.eval.perplexity and recipe.eval.kl
     layers: dict[str, int] = {}  # decoder layer -> its bytes when dense; "": everything else
     for name, shape in shapes.tensors.items():

@@ -21,18 +21,17 @@ from torch import Tensor, nn
 from ..grid import Grid, IntGrid, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Stats
 from ..integrations.transformers import mark_packed
+from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
-from ..model.load import Checkpoint, materialize
+from ..model.load import materialize
 from ..model.matrices import stand_in
+from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
-from ..recipe.recipe import QuantSection
-from ..recipe.sections import is_head
+from ..recipe.sections.quant import QuantSection
 from ..train.memory import release_freed
 from .adopt import check_adopted
 from .memory import BLOCK_BYTES, HESSIAN_BYTES
 from .table import QuantRow, QuantTable, check_shapes, plan_layers, some
-
-__all__ = ["Packing", "QuantRow", "QuantTable", "plan_layers", "quantize"]
 
 
 class Packing:
@@ -152,9 +151,9 @@ class Packing:
         """
         grid, matrix, run, note = self.quant.grid_for(name), self.targets[name], self.calibrator, ""
         if run.needs_text and hessian is None:
-            run, note = CALIBRATORS["mse"], "outside the decoder layers: calibrated by mse"
+            run, note = CALIBRATORS[grid.start], f"outside the decoder layers: calibrated by {grid.start}"
             if matrix.expert is not None:
-                note = "no calibration token reached this expert: calibrated by mse"
+                note = f"no calibration token reached this expert: calibrated by {grid.start}"
         stats = Stats(hessian=hessian, p=self.quant.mse_p, damping=self.quant.calibration.damping)
         parts, error, size = [], 0.0, 0.0
         for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if hessian is None else None):

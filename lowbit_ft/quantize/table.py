@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ..model.checkpoint import Checkpoint
 from ..model.experts import is_experts
-from ..model.load import Checkpoint
 from ..model.matrices import Matrix, find_matrices, unpackable
+from ..model.roles import is_head
 from ..model.walk import text_tower
-from ..recipe.recipe import QuantSection
-from ..recipe.sections import is_head
+from ..recipe.sections.quant import QuantSection
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,37 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
     """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight
     matrix and is left alone. ValueError naming every module that should be packed and cannot be."""
     matrices = find_matrices(model)
+    text = text_tower(model)
+    targets, skipped, refused = _choose(matrices, quant, text)
+    more, unpacked = _look_at_the_rest(model, matrices, quant, text)
+    skipped += more
+    refused |= unpacked
+    lines = [
+        f"{kind}: {why}; to leave it in full precision: quant.exclude: ['{kind}*']"
+        for kind, why in refused.items()
+    ]
+    lines += _unfit(model, targets, quant)
+    if lines:
+        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and "
+            f"exclude: {quant.exclude}; "
+            f"its linears are {some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
+        )
+    return targets, skipped
+
+
+def _choose(
+    matrices: dict[str, Matrix], quant: QuantSection, text: str
+) -> tuple[dict[str, Matrix], list[QuantRow], dict[str, str]]:
+    """Of the matrices that can be packed: those that are, rows for the others, and kind of module -> why it
+    is refused (experts of a layer that would be packed in part).
+    """
     targets: dict[str, Matrix] = {}
     skipped: list[QuantRow] = []
-    refused: dict[str, str] = {}  # kind of module (its name without numbers) -> why
+    refused: dict[str, str] = {}
     stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
-    text = text_tower(model)
-
-    def skip(name: str, reason: str, parameters: int) -> None:
-        skipped.append(QuantRow(name, "skipped", reason, parameters=parameters))
-
     for name, matrix in matrices.items():
         reason = quant.skip_reason(name, embedding=matrix.embedding)
         if (
@@ -93,7 +115,7 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
         if reason is None:
             targets[name] = matrix
         else:
-            skip(name, reason, matrix.shape[0] * matrix.shape[1])
+            skipped.append(_skip(name, reason, matrix.shape[0] * matrix.shape[1]))
     for stack, linears in stacks.items():
         left = [name for name, reason in linears.items() if reason is not None]
         if left and len(left) < len(linears):
@@ -102,6 +124,16 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
                 f"({left[0]}: {linears[left[0]]}); "
                 "the experts of a layer are packed together or not at all"
             )
+    return targets, skipped, refused
+
+
+def _look_at_the_rest(
+    model: nn.Module, matrices: dict[str, Matrix], quant: QuantSection, text: str
+) -> tuple[list[QuantRow], dict[str, str]]:
+    """Rows for the modules that are none of the matrices and still hold some, and kind of module -> why it is
+    refused (one that should be packed and cannot be)."""
+    skipped: list[QuantRow] = []
+    refused: dict[str, str] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if name in matrices or is_experts(module):
@@ -111,23 +143,21 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
             None if name.startswith(text) else "not part of the language model"
         )
         if isinstance(module, nn.Embedding):
-            skip(name, "embedding", module.weight.numel())
+            skipped.append(_skip(name, "embedding", module.weight.numel()))
         elif problem is not None and reason is None:
             refused[_kind(name)] = problem
         elif isinstance(module, nn.Linear):
-            skip(name, reason or "", module.weight.numel())
+            skipped.append(_skip(name, reason or "", module.weight.numel()))
         elif matrix_like:
             dtype = str(matrix_like[0].dtype).removeprefix("torch.")
             reason = reason or f"{type(module).__name__}: no linear layer, stays in {dtype}"
-            skipped += [
-                QuantRow(f"{name}.{key}", "skipped", reason, parameters=p.numel())
-                for key, p in own.items()
-                if p.dim() >= 2
-            ]
-    lines = [
-        f"{kind}: {why}; to leave it in full precision: quant.exclude: ['{kind}*']"
-        for kind, why in refused.items()
-    ]
+            skipped += [_skip(f"{name}.{key}", reason, p.numel()) for key, p in own.items() if p.dim() >= 2]
+    return skipped, refused
+
+
+def _unfit(model: nn.Module, targets: dict[str, Matrix], quant: QuantSection) -> list[str]:
+    """Why this model, or a key of quant for it, cannot be: a line each."""
+    lines = []
     for name, module in model.named_modules():
         if hasattr(module, "layers_are_rescaled"):  # RWKV divides its weights in place for inference
             lines.append(
@@ -143,15 +173,11 @@ def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix
                 f"quant.{key}: {getattr(quant, key)}: this model has none that can be packed; set "
                 f"quant.{key}: null"
             )
-    if lines:
-        raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
-    if not targets:
-        raise ValueError(
-            f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and "
-            f"exclude: {quant.exclude}; "
-            f"its linears are {some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
-        )
-    return targets, skipped
+    return lines
+
+
+def _skip(name: str, reason: str, parameters: int) -> QuantRow:
+    return QuantRow(name, "skipped", reason, parameters=parameters)
 
 
 def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from ..adapters import ADAPTERS
+from ..adapters import ADAPTERS, AdapterConfig
 from ..names import did_you_mean, nearest
 from .yaml import KeyPath, Problem
 
@@ -29,14 +29,14 @@ def shown(value: Any) -> str:
 
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
-    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter union (chosen by the
-    method that was given).
+    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter section (the config
+    of the method that was given).
     """
+    if annotation is AdapterConfig and isinstance(given, dict):
+        return ADAPTERS.get(str(given.get("method")))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
-    if len(models) > 1 and isinstance(given, dict):
-        return ADAPTERS.get(str(given.get("method")))
     return models[0] if models else None
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from ..incoming import Incoming
 from ..names import matches
 from .layers import Shapes, local_folder, read_shapes
-from .sections import FROM_CHECKPOINT, ModelSection, OverrideSection, QuantSection
+from .sections.model import ModelSection
+from .sections.quant import FROM_CHECKPOINT, OverrideSection, QuantSection
 from .yaml import Problem
 
 

@@ -23,7 +23,8 @@ from ..incoming import Incoming, collapse
 from ..model.hub import tensor_entries
 from ..model.matrices import Matrix
 from ..model.names import Part
-from .sections import HEADS, is_token_embedding
+from ..model.roles import is_head, is_token_embedding
+from ..names import did_you_mean, listed
 
 _NOT_LINEAR = (
     "embed",
@@ -59,6 +60,10 @@ class Layer:
     expert: int | None = None
     turned: bool = False
     whole: bool = True
+
+    def divides(self, group_size: int) -> bool:
+        """Whether its rows are whole groups."""
+        return group_size == -1 or self.in_features % group_size == 0
 
     @property
     def matrix(self) -> Matrix:
@@ -107,7 +112,7 @@ class Shapes:
     def head(self) -> Layer | None:
         """The output head; tied to the embedding it has no tensor of its own."""
         for layer in self.linears:
-            if layer.name.rpartition(".")[2] in HEADS:
+            if is_head(layer.name):
                 return layer
         embedding = self.token_embedding
         return None if embedding is None else Layer("lm_head", embedding.out_features, embedding.in_features)
@@ -233,3 +238,28 @@ def read_shapes(folder: Path) -> Shapes:
         raise ValueError(f"{config_file}: {error}") from None
     shapes = {name: entry.shape for name, entry in entries.items()}
     return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()}, incoming)
+
+
+def shapes_here(path: str, revision: str | None) -> Shapes | None:
+    """The headers of the model at a model.path, when it is on this disk and readable."""
+    folder = local_folder(path, revision)
+    if folder is None:
+        return None
+    try:
+        return read_shapes(folder)
+    except (OSError, ValueError):
+        # a local folder: check_model tells; a hub id half downloaded: model/load.py fetches the rest
+        return None
+
+
+def kinds_of(names: list[str]) -> str:
+    """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
+    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return listed(list(kinds)[:8])
+
+
+def nearest_layers(pattern: str, names: list[str]) -> str:
+    """What may have been meant by a pattern that matches no layer, and the kinds of layers there are."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    word = re.sub(r"[^\w]+", " ", pattern).split()
+    return f"{did_you_mean(word[-1] if word else pattern, ends)}; the model has {kinds_of(names)}"

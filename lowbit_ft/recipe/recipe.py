@@ -2,62 +2,36 @@
 
 Nested by noun (model, quant, adapter, data, train, eval, export), leaf names as Hugging Face users know
 them, unknown keys refused. The `adapter` section is the config class of its `method`
-(lowbit_ft.adapters.ADAPTERS). The keys are in sections.py, what one section means for another in
-check.py (the disk and the machine: machine.py), lines of the file in yaml.py, wording
-of errors in errors.py. No key of a recipe enables remote code.
+(lowbit_ft.adapters.ADAPTERS). The keys of a section, and what they mean for the others and for this
+machine, are in its file in sections/; which checks run in which order in check.py; lines of the file in
+yaml.py, wording of errors in errors.py. No key of a recipe enables remote code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..adapters import ADAPTERS, AdapterConfig
+from ..adapters import AdapterConfig
 from ..names import did_you_mean
 from .check import check
 from .check import check as cross_check
 from .errors import to_problems
 from .incoming import resolve_quant
-from .sections import (
-    CalibrationSection,
-    DataSection,
-    DataSource,
-    EvalSection,
-    ExportSection,
-    ModelSection,
-    OverrideSection,
-    QuantSection,
-    Section,
-    TrainSection,
-)
-from .values import for_method, found
+from .paths import located
+from .sections.base import Section
+from .sections.data import DataSection
+from .sections.eval import EvalSection
+from .sections.export import ExportSection
+from .sections.model import ModelSection
+from .sections.quant import QuantSection
+from .sections.train import TrainSection
+from .values import OneMethod, for_method
 from .yaml import Problem, RecipeError, apply_override, read_source
-
-__all__ = [
-    "CalibrationSection",
-    "DataSection",
-    "DataSource",
-    "EvalSection",
-    "ExportSection",
-    "ModelSection",
-    "OverrideSection",
-    "QuantSection",
-    "Recipe",
-    "RecipeError",
-    "TrainSection",
-    "check_recipe",
-    "load_recipe",
-    "recipe_schema",
-]
-
-if TYPE_CHECKING:
-    AdapterSection = AdapterConfig
-else:
-    AdapterSection = Annotated[Union[tuple(ADAPTERS.values())], Field(discriminator="method")]  # noqa: UP007 - built from the table
 
 
 class Recipe(Section):
@@ -68,7 +42,7 @@ class Recipe(Section):
     )
     model: ModelSection = Field(description="the checkpoint")
     quant: QuantSection = Field(default_factory=QuantSection, description="the grid of the base")
-    adapter: AdapterSection = Field(description="the method and its own keys")
+    adapter: Annotated[AdapterConfig, OneMethod()] = Field(description="the method and its own keys")
     data: DataSection = Field(description="the data")
     train: TrainSection = Field(description="the loop")
     eval: EvalSection = Field(default_factory=EvalSection, description="the measurements")
@@ -98,15 +72,22 @@ def _validator(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[info.annotation, info])  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    check: bool = True,
+    folders: Sequence[Path] | None = None,
+) -> Recipe:
     """Read a recipe and check it as a whole.
-
-    Relative model and data paths are looked for from the current folder first, then from the recipe's folder.
 
     Args:
         path: the YAML file.
         overrides: `a.b=value` texts, value in YAML, applied in order over the file.
         check: also run the cross checks (method, grid, layers, files, machine).
+        folders: where relative paths of models and data are looked for, in that order; None: in the current
+            folder, then beside the recipe. A path that is nowhere stays as it is written; with no folder at
+            all every path does, and no checkpoint is asked for its grid.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -137,8 +118,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
             values[name] = _validator(name).validate_python(value)
         except ValidationError as error:
             problems += to_problems(name, info.annotation, error.errors(include_url=False), given)
-    values = {name: found(value, Path(path).parent) for name, value in values.items()}
-    if "model" in values and "quant" in values:
+    folders = (Path(), Path(path).parent) if folders is None else folders
+    values = {name: located(value, folders) for name, value in values.items()}
+    if folders and "model" in values and "quant" in values:
         values["quant"], against = resolve_quant(values["model"], values["quant"])
         problems += against
     if check:

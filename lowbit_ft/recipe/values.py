@@ -1,20 +1,58 @@
-"""Small readings of recipe values: numbers as PyYAML leaves them, paths beside the recipe, patterns over
-layer names.
+"""Values of a recipe, read for the field they are for: numbers as PyYAML leaves them, and names of the
+members of a table (grids, methods, formats, ...), which is read when the recipe is.
 """
 
 from __future__ import annotations
 
-import glob
 import math
-import os
-import re
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args
 
-from pydantic import BaseModel
-from pydantic_core import PydanticCustomError
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..adapters import ADAPTERS
+from ..names import did_you_mean
+from .errors import shown
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Marks text that is a key of a table. The table is read whenever a recipe is validated or its schema is
+    made, so what was added to it is known without another edit.
+    """
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(schema), "enum": list(self.table)}
+
+    def _known(self, value: str) -> str:
+        if value not in self.table:
+            allowed = ", ".join(self.table)
+            raise ValueError(f"{shown(value)}; allowed: {allowed}{did_you_mean(value, self.table)}")
+        return value
+
+
+class OneMethod:
+    """Marks the adapter section: the config class of its method in ADAPTERS, as the table is now."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(lambda value: _methods().validate_python(value))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return handler(_methods().core_schema)
+
+
+def _methods() -> TypeAdapter[Any]:
+    """The validator of all config classes of ADAPTERS, told apart by method."""
+    kinds: Any = Union[tuple(ADAPTERS.values())]  # noqa: UP007 - built from the table
+    told_apart: Any = Annotated[kinds, Field(discriminator="method")]
+    return TypeAdapter(told_apart)
 
 
 def number(annotation: Any, value: Any) -> Any:
@@ -60,37 +98,3 @@ def for_method(given: Any) -> Any:
             except PydanticCustomError:
                 result[key] = str(value).lower()  # "true" is not a number to pydantic either
     return result
-
-
-def found(value: Any, folder: Path) -> Any:
-    """A section whose relative paths that exist only next to the recipe are given from there; everything else
-    as it was.
-    """
-    if not isinstance(value, BaseModel):
-        return value
-    changed: dict[str, Any] = {}
-    for name, child in value:
-        if isinstance(child, BaseModel):
-            moved = found(child, folder)
-            if moved is not child:
-                changed[name] = moved
-        elif (
-            name in ("path", "init_from")
-            and isinstance(child, str)
-            and not _exists(child)
-            and _exists(str(folder / child))
-        ):
-            changed[name] = str(folder / child)
-        elif name == "tasks":  # names of lm-eval, or files
-            moved = [str(folder / t) if not _exists(t) and _exists(str(folder / t)) else t for t in child]
-            if moved != child:
-                changed[name] = moved
-    return value.model_copy(update=changed) if changed else value
-
-
-def _exists(path: str) -> bool:
-    """Whether a path or glob names something; text that cannot be a path does not."""
-    try:
-        return os.path.lexists(path) or bool(glob.glob(path))
-    except (OSError, ValueError, RecursionError, re.error):
-        return False

@@ -9,6 +9,7 @@ that are packed, adapted, scaled or soft-capped are refused by name, and keep th
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,23 @@ import torch
 from torch import Tensor, nn
 
 Fused = Callable[[Tensor, Tensor], Tensor]  # hidden [T, H], tokens [T] -> the sum of their losses
+
+
+def liger_problems(recipe: Any) -> list[str]:
+    """What the fused kernels lack in this recipe or on this machine: their package, a GPU, a head that is
+    whole and not packed. recipe: the sections that are valid.
+    """
+    reasons = []
+    if importlib.util.find_spec("liger_kernel") is None:
+        reasons.append("liger-kernel is not installed (pip install 'lowbit-ft[liger]')")
+    if not torch.cuda.is_available() or (hasattr(recipe, "model") and recipe.model.device == "cpu"):
+        reasons.append("its kernels run on a GPU only")
+    if hasattr(recipe, "quant") and recipe.quant.lm_head is not None:
+        bits = recipe.quant.lm_head
+        reasons.append(f"it multiplies with a plain weight, and quant.lm_head packs the head in {bits} bits")
+    if recipe.train.sharding == "fsdp":
+        reasons.append("it was not made to work with train.sharding: fsdp")
+    return reasons
 
 
 def liger_loss(model: Any, logits_of: Callable[[Tensor], Tensor]) -> Fused:

@@ -39,10 +39,9 @@ from .log import TrainLog
 from .losses import target_count
 from .memory import peak_gb
 from .optim import lr_factor, set_learning_rates
+from .progress import why_bad
 from .run import Run
-from .setup import StopSignal, TrainBatches, TrainError, ValidBatches, make_accelerator
-
-__all__ = ["TrainError", "TrainResult", "make_accelerator", "train"]
+from .setup import StopSignal, TrainBatches, ValidBatches
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _loop(
             loss, norm, targets, tokens, told = run.read(loss_sum, norm, targets, tokens, stop.requested)
 
             # 4. The step, unless something is not a number.
-            bad = run.bad(loss, norm, targets)
+            bad = why_bad(loss, norm, targets)
             # The fp16 loss scaler must see its overflows to adapt; it skips the step by itself.
             if bad is None or (run.scaler is not None and targets):
                 run.optimizer.step()

@@ -25,13 +25,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .liger import Fused, liger_loss
+from .liger import Fused, liger_loss, liger_problems
 from .memory import upload
 
 IGNORE = -100  # labels that are not targets
@@ -40,6 +41,20 @@ FLOATS_AT_A_TIME = 1 << 22  # float32 elements at a time (16 MB)
 # than a GPU can hide behind the products.
 LOGITS_AT_A_TIME = 1 << 25
 _SMALL_VOCABULARY = 512  # below it a chunk would be 65,536 tokens or more: batches have fewer
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A choice of train.loss. fuse(model, logits_of) -> the loss of training, for a model whose logits are
+    logits_of(hidden [T, H]) -> [T, V]; None: the chunks. What is measured is always the cross entropy.
+    problems(recipe): what it lacks in this recipe or on this machine.
+    """
+
+    fuse: Callable[[Any, Callable[[Tensor], Tensor]], Fused] | None = None
+    problems: Callable[[Any], list[str]] = lambda recipe: []
+
+
+LOSSES: dict[str, Loss] = {"chunked": Loss(), "liger": Loss(liger_loss, liger_problems)}
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -137,22 +152,23 @@ def count_targets(labels: Tensor) -> int:
 def loss_forward(model: nn.Module, kind: str = "chunked") -> Callable[..., Any]:
     """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) ->
     the sum of `next_token_loss`, a scalar. Without labels it is the model's own forward. kind: train.loss;
-    ValueError for a "liger" that this model cannot have.
+    ValueError for one that this model cannot have.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP.
     """
     plain = model.forward
     head, reason = _head_of(model)
-    if kind == "liger":
+    fuse = LOSSES[kind].fuse
+    if fuse is not None:
         if head is None:
             raise ValueError(
-                f"train.loss: got 'liger', but the head cannot be taken off: {reason}; "
+                f"train.loss: got {kind!r}, but the head cannot be taken off: {reason}; "
                 "set train.loss: chunked"
             )
         owner: Any = model
         probe = torch.zeros((1, 1), dtype=torch.int64, device=owner.device)
         output = type(head.base(input_ids=probe, use_cache=False))
-        head.fused = liger_loss(model, lambda hidden: head.logits(hidden, output))
+        head.fused = fuse(model, lambda hidden: head.logits(hidden, output))
 
     def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
         if labels is None:

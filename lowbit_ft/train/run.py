@@ -1,14 +1,17 @@
-"""What the training loop (loop.py) calls: one run's state, its steps, evaluation, saving and resuming."""
+"""What the training loop (loop.py) calls: the arithmetic of a step over all processes, evaluation, saving and
+resuming.
+
+Two parts have files of their own: what is changed on the model while it trains (prepare.py), and where the
+run is (progress.py).
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,46 +20,26 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..adapters.attach import keep_codes
-from ..model.attention import segment_attention, segment_inputs
-from ..model.mlp_chunks import cut_mlps
+from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
 from ..model.walk import decoder_layers
 from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
-from .compiling import compile_layers
 from .log import TrainLog
-from .losses import Targets, count_targets, loss_forward
+from .losses import Targets, count_targets
 from .memory import upload
-from .offload import Offload, open_store
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
+from .prepare import Prepared
 from .processes import world
+from .progress import Progress
 from .setup import (
     StopSignal,
     TrainBatches,
     TrainError,
     ValidBatches,
-    activation_checkpointing,
     make_accelerator,
-    share_frozen,
     total_steps,
 )
 from .sharding import unshardable
-
-
-@dataclass
-class Progress:
-    """Where a run is: everything of a checkpoint's state.json that the loop itself changes."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    evaluated: int = 0
-    valid_loss: float | None = None
-    best_step: int | None = None
-    best_loss: float | None = None
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
 
 
 class Run:
@@ -73,8 +56,8 @@ class Run:
         accelerator: Accelerator | None,
         choose_after: int = 0,
     ) -> None:
-        if section.keep_best and valid is None:
-            raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
+        self.sharded = is_sharded(model)
+        refuse(section, model, valid, self.sharded)
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
         self.run_dir, self.now = run_dir, Progress()
         self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
@@ -87,19 +70,6 @@ class Run:
         self.saved_names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
         }
-        self.sharded = is_sharded(model)
-        if self.sharded and (problems := unshardable(section)):
-            raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
-        if section.sharding == "fsdp" and world() > 1 and not self.sharded:
-            raise TrainError(
-                "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard(model, "
-                "device) first"
-            )
-        if section.compile:
-            try:
-                decoder_layers(model)
-            except ValueError as error:
-                raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -107,40 +77,9 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
-        with ExitStack() as changes:
-            changes.enter_context(segment_attention(model))
-            if section.mlp_chunk is not None:
-                changes.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
-            self.offload = None
-            if section.offload != "no":
-                self.offload = Offload(open_store(section.offload, self.accelerator.device, run_dir))
-                changes.callback(self.offload.store.close)
-            keep_codes(model, section.keep_codes)
-            changes.callback(keep_codes, model, False)
-            loss = loss_forward(model, section.loss)
-            self.restored = changes.pop_all()  # nothing was refused: undone by release()
-        self.own_forward = vars(model).get("forward")
-        model.forward = MethodType(loss, model)
-        if section.gradient_checkpointing:
-            activation_checkpointing(model, True, self.offload)
-        self.undo_compile = compile_layers(model) if section.compile else None
-        with (
-            warnings.catch_warnings()
-        ):  # torch 2.13 renames broadcast_buffers; accelerate does not know it yet
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            if not self.sharded:
-                share_frozen(model)
-            # A sharded model averages its gradients itself: it gets mixed precision, but not DDP around it.
-            # accelerate moves a model to "cpu:0", which copies every tensor, and with them the pages of base/
-            # (model/mapped.py).
-            move = None if self.accelerator.device.type != "cpu" else False
-            self.wrapped: Any = self.accelerator.prepare_model(
-                model, device_placement=move, evaluation_mode=self.sharded
-            )
-            self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
-        ddp = isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
-        assert world() == 1 or ddp != self.sharded, "several processes, and nothing adds their gradients up"
-        model.train()
+        self.prepared = Prepared(model, section, self.accelerator, run_dir)
+        self.wrapped: Any = self.prepared.wrapped
+        self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
 
     def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:
         """Seed and begin, or read the newest valid checkpoint and go on."""
@@ -304,25 +243,13 @@ class Run:
         """Whether any process says so: a signal may have reached only one of them."""
         return self.sum(flag)[0] > 0 if self.accelerator.num_processes > 1 else flag
 
-    def bad(self, loss: float, norm: float, targets: float) -> str | None:
-        """Why the step must not be taken, or None."""
-        if not targets:
-            return "no target tokens in the whole batch"
-        if not math.isfinite(loss):
-            return f"loss is {loss}"
-        return None if math.isfinite(norm) else f"gradient norm is {norm}"
-
     def count(self, bad: str | None, loss: float, tokens: int, seconds: float) -> None:
-        now = self.now
-        now.step, now.tokens, now.seconds = now.step + 1, now.tokens + tokens, now.seconds + seconds
-        if bad is None:
-            now.loss, now.bad_in_a_row = loss, 0
-            return
-        now.bad_steps += 1
+        """The step is over. bad: why it was not taken, or None."""
         # fp16 finds its loss scale by overflowing: only an overflow at scale 1 or below says that something
-        # is wrong
-        searching = self.scaler is not None and math.isfinite(loss) and self.scaler.get_scale() > 1
-        now.bad_in_a_row += not searching
+        # is wrong. Asking for the scale waits for the device, so only a bad step does.
+        scaler = self.scaler if bad is not None and math.isfinite(loss) else None
+        searching = scaler is not None and scaler.get_scale() > 1
+        self.now.count(bad, loss, tokens, seconds, searching)
 
     def give_up_if_bad(self) -> None:
         """Raise TrainError after max_bad_steps bad steps in a row."""
@@ -443,17 +370,26 @@ class Run:
         """Give the model back as it came: no wrappers, no gradients, in eval mode; close the trackers."""
         for tracker in self.accelerator.trackers if self.main else []:
             tracker.finish()
-        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if self.undo_compile is not None:
-            self.undo_compile()
-        vars(self.model).pop("forward", None)
-        if self.own_forward is not None:
-            self.model.forward = self.own_forward
-        if self.section.gradient_checkpointing:
-            activation_checkpointing(self.model, False)
-        self.restored.close()
+        self.prepared.release()
         self.optimizer.zero_grad()
-        self.model.eval()
+
+
+def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: bool) -> None:
+    """TrainError for a section that this model, or this data, cannot be trained by."""
+    if section.keep_best and valid is None:
+        raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
+    if sharded and (problems := unshardable(section)):
+        raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+    if section.sharding == "fsdp" and world() > 1 and not sharded:
+        raise TrainError(
+            "train.sharding: got 'fsdp', but the model is whole; call "
+            "lowbit_ft.train.sharding.shard(model, device) first"
+        )
+    if section.compile:
+        try:
+            decoder_layers(model)
+        except ValueError as error:
+            raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
 
 
 def _plain(section: Any) -> dict[str, Any]:

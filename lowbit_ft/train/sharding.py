@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..adapters.attach import packed_layers
 from ..model.walk import decoder_layers
+from .optimizers import OPTIMIZERS
 from .processes import world
 
 
@@ -46,10 +47,10 @@ class Held:
 def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], str]]:
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
-    if train.optimizer != "adamw":
+    if not (chosen := OPTIMIZERS[train.optimizer]).shards:
         message = (
-            f"{train.optimizer!r} (bitsandbytes) cannot step on shards; set optimizer: adamw, whose "
-            "averages are sharded, or sharding: none"
+            f"{train.optimizer!r} ({chosen.package or 'one process'}) cannot step on shards; set optimizer: "
+            "adamw, whose averages are sharded, or sharding: none"
         )
         problems.append((("train", "optimizer"), message))
     if train.mixed_precision == "fp16":

@@ -32,7 +32,7 @@ def read(path: str) -> dict[str, list[str]]:
             facts = json.loads(facts)
             grid = grid_from_json(facts["grid"])
             out[case] = fingerprint(
-                WEIGHTS[grid.name].from_tensors(tensors[case], tuple(facts["shape"]), grid)
+                WEIGHTS[grid.kind].from_tensors(tensors[case], tuple(facts["shape"]), grid)
             )
     return out
 

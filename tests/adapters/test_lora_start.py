@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.adapters.lora_start import in_grid_steps, read_lora, start_from_lora
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.packed_tools import IDS, tiny_checkpoint
 
 

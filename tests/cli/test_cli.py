@@ -10,9 +10,12 @@ import pytest
 
 import lowbit_ft
 from lowbit_ft.cli import main as cli
+from lowbit_ft.cli.plan import show_plan
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.plan.stages import optimizer_bytes
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from tests.recipe.recipe_text import GOOD
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "recipes" / "quickstart.yaml")
@@ -99,6 +102,25 @@ def test_user_errors_are_one_message_on_stderr(calls, tmp_path, capsys):
         call("export") == 2 and call("nonsense") == 2 and call("generate", str(tmp_path), "x", "-n", "0") == 2
     )
     assert calls == []
+
+
+def test_an_error_begins_with_its_first_problem(calls, tmp_path, capsys):
+    good, bad = Path(QUICK).read_text(), tmp_path / "bad.yaml"
+    line = good[: good.index("  bits: 4")].count("\n") + 1
+
+    bad.write_text(good.replace("  bits: 4", "  bits: 5"))
+    assert call("run", str(bad)) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8\n"
+
+    bad.write_text(good.replace("  bits: 4", "  bits: 5").replace("name: quickstart", "name: a/b"))
+    assert call("run", str(bad)) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {bad}:11: name: got 'a/b'; allowed: ")
+    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(bad)
+    assert str(caught.value).startswith(f"{bad}:11: name: ") and calls == []
 
 
 def test_debug_shows_the_traceback(calls):
@@ -190,3 +212,11 @@ def test_module_is_the_command():
         [sys.executable, "-m", "lowbit_ft", "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0 and "quantize" in done.stdout, done.stderr
+
+
+def test_plan_does_not_print_keys_that_are_unset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(GOOD)
+    show_plan(load_recipe(recipe))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" adapter")]
+    assert "rank 8" in line and "None" not in line

@@ -1,261 +1,19 @@
-"""import-recipe: what Axolotl and LLaMA-Factory files become, and that nothing of them is dropped in
-silence.
-"""
+"""`lowbit-ft import-recipe`: every key of another trainer is used or listed, and other files are refused."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from lowbit_ft.cli.import_draft import Draft, Trainer
-from lowbit_ft.cli.import_keys import AXOLOTL, FACTORY, TRAINERS, taken_later
-from lowbit_ft.cli.import_recipe import import_recipe, render
+from lowbit_ft.cli.import_recipe import TRAINERS, import_recipe, render
+from lowbit_ft.cli.import_rules import taken_later
 from lowbit_ft.cli.main import main
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "recipes" / "assets" / "tiny-llama"
-CHAT = ROOT / "recipes" / "assets" / "docstrings" / "train.jsonl"
-
-AXOLOTL_FILE: dict[str, Any] = {
-    "base_model": str(TINY),
-    "model_type": "LlamaForCausalLM",
-    "load_in_8bit": True,
-    "load_in_4bit": False,
-    "datasets": [
-        {
-            "path": str(CHAT),
-            "ds_type": "json",
-            "type": "chat_template",
-            "field_messages": "messages",
-            "roles_to_train": ["assistant"],
-        },
-        {"path": "other/rows", "type": "alpaca"},
-    ],
-    "test_datasets": [{"path": str(CHAT), "type": "chat_template", "split": "train"}],
-    "chat_template": "llama3",
-    "val_set_size": 0,
-    "output_dir": "out/here",
-    "adapter": "lora",
-    "lora_model_dir": None,
-    "sequence_len": 512,
-    "sample_packing": False,
-    "lora_r": 32,
-    "lora_alpha": 16,
-    "peft_use_rslora": True,
-    "lora_dropout": 0.05,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "gradient_accumulation_steps": 4,
-    "micro_batch_size": 2,
-    "num_epochs": 4,
-    "max_steps": 50,
-    "warmup_steps": 5,
-    "optimizer": "adamw_torch",
-    "lr_scheduler": "constant_with_warmup",
-    "learning_rate": "2e-4",
-    "adam_beta2": 0.95,
-    "train_on_inputs": False,
-    "eval_steps": 10,
-    "use_tensorboard": True,
-    "flash_attention": True,
-    "tf32": False,
-    "lisa_n_layers": 4,
-    "weight_decay": "much",
-}
-
-FACTORY_FILE: dict[str, Any] = {
-    "model_name_or_path": str(TINY),
-    "trust_remote_code": True,
-    "stage": "sft",
-    "do_train": True,
-    "finetuning_type": "lora",
-    "lora_rank": 8,
-    "lora_target": "all",
-    "dataset": "mine,identity",
-    "template": "llama3",
-    "cutoff_len": 256,
-    "max_samples": 100,
-    "output_dir": "saves/here",
-    "logging_steps": 10,
-    "save_steps": 500,
-    "report_to": "none",
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 8,
-    "learning_rate": 1.0e-4,
-    "num_train_epochs": 3.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.1,
-    "bf16": True,
-    "ddp_timeout": 180000000,
-    "badam_mode": "layer",
-}
-
-
-def written(folder: Path, values: dict[str, Any] | str, name: str = "theirs.yml") -> Path:
-    path = folder / name
-    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def imported(folder: Path, values: dict[str, Any]) -> tuple[Any, dict[str, str]]:
-    """(the recipe as load_recipe reads it, {key that was left: why})."""
-    path = written(folder, values)
-    draft = import_recipe(path)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(render(draft, path, recipe))
-    return load_recipe(recipe), dict(draft.left)
-
-
-def test_axolotl(tmp_path: Path) -> None:
-    recipe, left = imported(tmp_path, AXOLOTL_FILE)
-    assert recipe.model.path == str(TINY) and recipe.quant.bits == 8
-    assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.targets) == (
-        "dl_qat",
-        32,
-        ["q_proj", "v_proj"],
-    )
-    assert recipe.adapter.alpha / recipe.adapter.rank == pytest.approx(16 / 32**0.5)  # rslora's gain
-    assert (recipe.data.train.path, recipe.data.train.format, recipe.data.valid.format) == (
-        str(CHAT),
-        "chat",
-        "chat",
-    )
-    assert (recipe.data.sequence_len, recipe.data.packing, recipe.data.train_on) == (512, False, "assistant")
-    train = recipe.train
-    assert (train.max_steps, train.epochs, train.warmup_ratio, train.eval_every) == (50, None, 0.1, 10)
-    assert (train.optimizer, train.scheduler, train.learning_rate, train.betas) == (
-        "adamw",
-        "constant",
-        2e-4,
-        (0.9, 0.95),
-    )
-    assert (train.micro_batch_size, train.gradient_accumulation_steps, train.trackers) == (
-        2,
-        4,
-        ["tensorboard"],
-    )
-    assert str(recipe.output) == "out/here"
-    wanted = {
-        "model_type",
-        "datasets.1",
-        "datasets.0.roles_to_train",
-        "chat_template",
-        "lora_dropout",
-        "num_epochs",
-        "flash_attention",
-        "lisa_n_layers",
-        "weight_decay",
-    }
-    assert set(left) == wanted
-    assert left["lisa_n_layers"] == "no key here does this" and "could not convert" in left["weight_decay"]
-
-
-def test_llama_factory(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text(
-        json.dumps({"mine": {"file_name": str(CHAT), "formatting": "sharegpt"}})
-    )
-    recipe, left = imported(tmp_path, FACTORY_FILE)
-    assert (recipe.model.path, recipe.model.dtype, recipe.quant.bits) == (str(TINY), "bfloat16", 4)
-    assert (recipe.adapter.method, recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.targets) == (
-        "dl_qat",
-        8,
-        16.0,
-        None,
-    )
-    assert (recipe.data.train.path, recipe.data.train.format, recipe.data.train.limit) == (
-        str(CHAT),
-        "chat",
-        100,
-    )
-    assert (
-        recipe.train.epochs,
-        recipe.train.warmup_ratio,
-        recipe.train.save_every,
-        recipe.train.gradient_checkpointing,
-    ) == (3.0, 0.1, 500, True)
-    assert set(left) == {"trust_remote_code", "dataset", "template", "ddp_timeout", "badam_mode"}
-    assert "never run" in left["trust_remote_code"] and "identity" in left["dataset"]
-
-
-def test_the_rarer_keys(tmp_path: Path) -> None:
-    """What needs several keys, or is their default."""
-    (tmp_path / "dataset_info.json").write_text(
-        json.dumps({"hub": {"hf_hub_url": "org/rows", "subset": "en", "columns": {"prompt": "q"}}})
-    )
-    draft = import_recipe(
-        written(
-            tmp_path,
-            {
-                "model_name_or_path": "org/model",
-                "stage": "pt",
-                "finetuning_type": "full",
-                "dataset": "hub",
-                "eval_dataset": "hub",
-                "quantization_bit": 5,
-                "report_to": ["wandb", "mlflow"],
-                "use_rslora": True,
-                "lora_rank": 16,
-                "lora_alpha": 4,
-                "max_steps": -1,
-                "warmup_steps": 20,
-                "save_steps": 0.1,
-                "eval_steps": 5,
-                "optim": "adafactor",
-                "lora_target": "q_proj, v_proj",
-                "disable_gradient_checkpointing": True,
-            },
-        )
-    )
-    left = dict(draft.left)
-    assert (draft.get("data.train.path"), draft.get("data.train.name"), draft.get("data.train.format")) == (
-        "org/rows",
-        "en",
-        "text",
-    )
-    assert (
-        draft.get("data.train_on") == "all"
-        and draft.get("train.epochs") == 3.0
-        and draft.get("adapter.alpha") == 16.0
-    )
-    assert (
-        draft.get("adapter.targets") == ["q_proj", "v_proj"]
-        and draft.get("train.gradient_checkpointing") is False
-    )
-    assert (
-        draft.get("train.trackers") == ["wandb"]
-        and "mlflow" in left["report_to"]
-        and draft.get("train.eval_every") == 5
-    )
-    assert {"finetuning_type", "quantization_bit", "warmup_steps", "save_steps", "optim", "dataset"} <= set(
-        left
-    )
-    draft = import_recipe(
-        written(
-            tmp_path,
-            {
-                "base_model": "org/model",
-                "adapter": "ia3",
-                "lora_target_linear": True,
-                "lora_target_modules": ["q_proj"],
-                "eval_steps": 5,
-                "datasets": [{"path": "a/b", "type": "input_output", "revision": "x"}],
-            },
-        )
-    )
-    left = dict(draft.left)
-    assert (
-        draft.get("data.train.format") == "chat"
-        and "a guess" in left["datasets.0.type"]
-        and draft.get("data.train.revision") == "x"
-    )
-    assert {"adapter", "lora_target_modules", "eval_steps"} <= set(left) and draft.get(
-        "adapter.targets"
-    ) is None
+from lowbit_ft.recipe.recipe import load_recipe, recipe_schema
+from lowbit_ft.recipe.yaml import RecipeError
+from tests.cli.trainer_files import AXOLOTL_FILE, CHAT, FACTORY_FILE, TINY, imported, written
 
 
 @pytest.mark.parametrize(
@@ -301,31 +59,7 @@ def test_true_and_false_as_words(tmp_path: Path) -> None:
     assert draft.get("data.train_on") == "all" and draft.get("model.dtype") == "bfloat16"
 
 
-@pytest.mark.parametrize("order", [("load_in_4bit", "load_in_8bit"), ("load_in_8bit", "load_in_4bit")])
-def test_two_widths_at_once_are_named(order: tuple[str, str], tmp_path: Path) -> None:
-    draft = import_recipe(
-        written(tmp_path, {"base_model": "a/b", "adapter": "lora"} | dict.fromkeys(order, True))
-    )
-    assert draft.get("quant.bits") == 4 and "load_in_4bit is true too" in dict(draft.left)["load_in_8bit"]
-
-
-def test_keys_of_llama_factory_that_imply_others(tmp_path: Path) -> None:
-    valid = {"model_name_or_path": "a/b", "eval_dataset": "rows", "eval_steps": 5}
-    draft = import_recipe(
-        written(
-            tmp_path,
-            valid | {"packing": False, "neat_packing": True, "eval_strategy": "no", "do_train": False},
-        )
-    )
-    left = dict(draft.left)
-    assert draft.get("data.packing") is True and draft.get("train.eval_every") is None
-    assert left["eval_steps"] == "eval_strategy is no" and "always trains" in left["do_train"]
-    draft = import_recipe(written(tmp_path, valid | {"eval_strategy": "epoch"}))
-    assert "train.eval_every" in dict(draft.left)["eval_strategy"] and draft.get("train.eval_every") is None
-    assert import_recipe(written(tmp_path, valid | {"eval_strategy": "steps"})).get("train.eval_every") == 5
-
-
-@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=lambda trainer: trainer.name)
 def test_keys_for_later_are_looked_at_later(trainer: Trainer, tmp_path: Path) -> None:
     seen: set[str] = set()
 
@@ -343,12 +77,6 @@ def test_keys_for_later_are_looked_at_later(trainer: Trainer, tmp_path: Path) ->
         trainer.rules["dataset"](draft, "dataset", "rows")
     trainer.finish(draft)
     assert {key for key, rule in trainer.rules.items() if rule is taken_later} - seen == set()
-
-
-def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) -> None:
-    draft = import_recipe(written(tmp_path, FACTORY_FILE | {"dataset": "identity", "mask_history": True}))
-    assert "identity is not in a dataset_info.json" in dict(draft.left)["dataset"]
-    assert draft.get("data.train.path") == "identity" and draft.get("data.train_on") == "completion"
 
 
 @pytest.mark.parametrize("values", [AXOLOTL_FILE, FACTORY_FILE], ids=["axolotl", "llamafactory"])
@@ -369,7 +97,6 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
     """Both tables, key by key, over a file with only the model: whatever a rule sets must be a key of the
     schema.
     """
-    from lowbit_ft.recipe.recipe import recipe_schema
 
     schema = recipe_schema()
     known = {name for definition in schema["$defs"].values() for name in definition.get("properties", {})} | {
@@ -388,8 +115,8 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
         [{"path": "x", "type": "alpaca"}],
     ]
     tried = 0
-    for table, trainer in ((AXOLOTL, TRAINERS[0]), (FACTORY, TRAINERS[1])):
-        for key in table:
+    for trainer in TRAINERS.values():
+        for key in trainer.rules:
             for value in values:
                 try:
                     draft = import_recipe(written(tmp_path, {trainer.model_key: "a/b", key: value}))
@@ -407,7 +134,7 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: 1\n", "got the keys a; allowed: a file with base_model .Axolotl. or model_name_or_path"),
-        ("base_model: a\nmodel_name_or_path: b\n", "one of the two"),
+        ("base_model: a\nmodel_name_or_path: b\n", "one of them"),
         ("model: {path: x}\ntrain: {}\n", "got a recipe of ours"),
         ("base_model: a\nrl: dpo\n", "theirs.yml:2: rl: got 'dpo'; allowed: supervised fine-tuning only"),
         ("model_name_or_path: a\nstage: dpo\n", "theirs.yml:2: stage: got 'dpo'"),

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit_ft.cli.serve import NEEDS, serve
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights
 
 ROOT = Path(__file__).resolve().parents[2]

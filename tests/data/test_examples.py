@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lowbit_ft.data.format import Formatter
+from lowbit_ft.data.formats import format_of
 from lowbit_ft.data.read import DataError
 from lowbit_ft.data.windows import Example
 from tests.data_tools import QUICK, TALK, TINY, load, targets, write
@@ -148,7 +148,7 @@ def test_mask_for_any_template_and_tokenizer(name, style):
     template, wanted = TEMPLATES[name]
     tokenizer = small_tokenizer(style)
     tokenizer.chat_template = template
-    tokens = Formatter("chat", "assistant", tokenizer)({"messages": TALK})
+    tokens = format_of("chat", "assistant", tokenizer)({"messages": TALK})
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert tokens.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     labels = [i if t else -100 for i, t in zip(tokens.input_ids, tokens.learned, strict=True)]
@@ -165,7 +165,7 @@ def test_thoughts_and_tool_calls(tokenizer):
     qwen.chat_template = QWEN3
     chat = [dict(m) for m in TALK]
     chat[2]["content"] = "<think>\ntwo and two\n</think>\n\nFour."
-    tokens = Formatter("chat", "assistant", qwen)({"messages": chat})
+    tokens = format_of("chat", "assistant", qwen)({"messages": chat})
     learned = [i for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t]
     assert qwen.decode(learned).startswith("Four.<|im_end|><think>\n\n</think>")
     caller = AutoTokenizer.from_pretrained(TINY)
@@ -181,7 +181,7 @@ def test_thoughts_and_tool_calls(tokenizer):
         {"role": "tool", "content": "noon"},
         {"role": "assistant", "content": "It is noon."},
     ]
-    tokens = Formatter("chat", "assistant", caller)({"messages": chat, "tools": [{"name": "clock"}]})
+    tokens = format_of("chat", "assistant", caller)({"messages": chat, "tools": [{"name": "clock"}]})
     learned = [i for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t]
     assert caller.decode(learned) == "CALL clock<|im_end|>It is noon.<|im_end|>"
     assert caller.decode(tokens.input_ids).startswith('[{"name": "clock"}]<|im_start|>user')
@@ -210,7 +210,7 @@ class CharacterTokenizer:
 
 def test_slow_tokenizer_is_exact_or_refused(tmp_path):
     row = {"messages": [{"role": "user", "content": "hey"}, {"role": "assistant", "content": "you"}]}
-    tokens = Formatter("chat", "assistant", CharacterTokenizer(pairs=False))(row)
+    tokens = format_of("chat", "assistant", CharacterTokenizer(pairs=False))(row)
     assert "".join(chr(i) for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t) == "you;"
     with pytest.raises(DataError, match=r"rows.jsonl:1: this tokenizer gives no character offsets"):
         load(
@@ -265,7 +265,7 @@ def test_mask_is_exact_for_any_text(turns, system, tokenizer):
         chat += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     if any(mark in m["content"] for m in chat for mark in ("<|", "|>")):
         return
-    tokens = Formatter("chat", "assistant", tokenizer)({"messages": chat})
+    tokens = format_of("chat", "assistant", tokenizer)({"messages": chat})
     learned = [i for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t]
     ends = [i for i in learned if i == tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert len(ends) == len(turns)

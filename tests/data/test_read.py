@@ -18,9 +18,9 @@ from transformers import (
 
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
-from lowbit_ft.data.format import Formatter
+from lowbit_ft.data.formats import format_of
 from lowbit_ft.data.read import TEXT_PIECE, DataError, read_rows
-from lowbit_ft.recipe.recipe import DataSection
+from lowbit_ft.recipe.sections.data import DataSection
 from tests.data_tools import QUICK, TALK, TINY, load, parts, write
 
 
@@ -222,9 +222,9 @@ def test_empty_folder_and_unreadable_file(tokenizer, tmp_path):
     with pytest.raises(DataError, match="the folder holds no data file"):
         load(tmp_path, tokenizer, "text")
     with pytest.raises(DataError, match=r"data format 'xml'; allowed: chat"):
-        Formatter("xml", "all", tokenizer)
+        format_of("xml", "all", tokenizer)
     with pytest.raises(DataError, match=r"train_on 'me'; allowed"):
-        Formatter("text", "me", tokenizer)
+        format_of("text", "me", tokenizer)
     source = SimpleNamespace(path=str(write(tmp_path, [GOOD])), format="text")
     with pytest.raises(DataError, match="sequence_len 1; at least 2"):
         load_examples(source, SimpleNamespace(sequence_len=1), tokenizer)  # pyright: ignore

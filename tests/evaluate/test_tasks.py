@@ -27,8 +27,10 @@ from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model import linear
-from lowbit_ft.model.load import Checkpoint, load_tokenizer
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_tokenizer
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.packed_tools import int_grid, packed_model, random_weights
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lowbit-ft[eval]'")

@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from lowbit_ft.export import EXPORTERS
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import SIZE, int_grid, tiny_checkpoint
 
 ASSET = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "tiny-llama"

@@ -9,7 +9,7 @@ import pytest
 
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import NATIVE, checkpoint
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
 

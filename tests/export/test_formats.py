@@ -18,7 +18,7 @@ from lowbit_ft.export.mlx import MlxModel
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import GGUF, GRIDS, OTHERS, checkpoint, needs_reader
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights
 

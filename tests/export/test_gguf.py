@@ -17,7 +17,8 @@ from lowbit_ft.export.gguf_model import reject, rope_divisors
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_model, write_model
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from tests.export.common import GGUF, GRIDS, TINY, checkpoint
 from tests.packed_tools import IDS, int_grid, packed_model, random_weight, random_weights, set_packed
 

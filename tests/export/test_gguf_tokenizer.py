@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from lowbit_ft.export import base, gguf_tokenizer
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import ASSET, GGUF, checkpoint
 from tests.packed_tools import int_grid, packed_model, random_weights, tiny_checkpoint
 

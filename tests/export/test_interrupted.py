@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights, gguf_file, writer
+from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_files, write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
 from tests.processes import environment
 
@@ -29,7 +30,7 @@ CHILD = """
 import os, signal, sys
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.writer import write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights
 source = Checkpoint.open(sys.argv[1], dtype="float32")
 weights = random_weights(source.empty_model(), int_grid())

@@ -15,7 +15,7 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import check_model, write_model
 from lowbit_ft.grid import BinaryGrid, BinaryWeight
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import IDS, packed_model, random_weight, random_weights, tiny_checkpoint
 
 

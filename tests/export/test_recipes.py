@@ -11,8 +11,9 @@ import transformers
 
 from lowbit_ft import pipeline
 from lowbit_ft.export import base
-from lowbit_ft.export.writer import check_files
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.export.folder import check_files
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.export.common import ASSET, checkpoint
 
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from lowbit_ft.export import LayerSpec, folder, reader
 from lowbit_ft.export.answers import Answers, answer
+from lowbit_ft.export.folder import check_files, read_manifest
 from lowbit_ft.export.native import layers_from_config
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_files, read_manifest, write_model
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import BOTH, NATIVE
 from tests.packed_tools import IDS, packed_model, random_weight
 

@@ -17,13 +17,13 @@ import transformers
 from safetensors.torch import load_file
 
 from lowbit_ft.export import LayerSpec, Weights, folder, reader
-from lowbit_ft.export.folder import copied_files
+from lowbit_ft.export.folder import check_files, copied_files, read_manifest, replace_file
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
-from lowbit_ft.export.writer import check_files, read_manifest, replace_file, write_model
+from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.hub import tensor_entries
-from lowbit_ft.model.load import Checkpoint
 from tests.export.common import BOTH, COMPRESSED, NATIVE
 from tests.packed_tools import (
     IDS,

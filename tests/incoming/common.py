@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit_ft.grid import PackedWeight
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
-from lowbit_ft.recipe.recipe import QuantSection
-from lowbit_ft.recipe.sections import ModelSection
+from lowbit_ft.recipe.sections.model import ModelSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.incoming_tools import Layer
 
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from lowbit_ft import pipeline
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.recipe.check import notes
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.incoming_tools import ROOT, Layer, quantized_checkpoint
 
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
@@ -260,7 +261,8 @@ def test_an_adapter_on_some_layers_loads_in_peft(tmp_path: Path) -> None:
     from peft import PeftModel
 
     import lowbit_ft  # noqa: F401 - the native format
-    from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
+    from lowbit_ft.integrations.peft import LowBitConfig
+    from lowbit_ft.integrations.peft_layer import LowBitLinear
 
     quantized_checkpoint(tmp_path / "came", "gptq", source=TINY, group_size=128)
     pipeline.train(load_recipe(write_recipe(tmp_path, tmp_path / "came"), ["eval.perplexity=false"]))
@@ -285,7 +287,7 @@ def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
     from huggingface_hub import constants
 
     from lowbit_ft import session
-    from lowbit_ft.model import load
+    from lowbit_ft.model import checkpoint
 
     commit = "0" * 40
     cache = tmp_path / "cache" / "models--org--tiny"
@@ -300,7 +302,7 @@ def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
         return cache / "snapshots" / commit, commit
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(load, "locate", fetch)
+    monkeypatch.setattr(checkpoint, "locate", fetch)
     recipe = load_recipe(write_recipe(tmp_path, Path("org/tiny")))
     assert recipe.quant.calibrate == "mse" and recipe.quant.group_size == 128
     begun = session.start(recipe)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.incoming import resolve_quant
-from lowbit_ft.recipe.recipe import QuantSection
-from lowbit_ft.recipe.sections import ModelSection
+from lowbit_ft.recipe.sections.model import ModelSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.incoming.common import equal, graft, packed, resolved
 from tests.incoming_tools import PROJECTIONS, quantized_checkpoint
 from tests.packed_tools import IDS, tiny_checkpoint

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.incoming import READERS
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
 from tests.incoming.common import equal, packed, resolved
 from tests.incoming_tools import quantized_checkpoint

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit_ft.model.load import Checkpoint, CheckpointError
+from lowbit_ft.files.tensorfile import CheckpointError
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of
 from tests.incoming.common import change, packed, resolved, rewrite
 from tests.incoming_tools import quantized_checkpoint

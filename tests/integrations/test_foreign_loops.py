@@ -22,7 +22,7 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.callbacks import StepCallback, begin_step
 from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.integrations.loading import NATIVE
 from tests.integrations.peft_models import logits, packed_model, tokens, train
 from tests.packed_tools import IDS, int_grid, random_weights, tiny_checkpoint

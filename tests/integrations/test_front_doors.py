@@ -15,8 +15,8 @@ from lowbit_ft.adapters.attach import attach, base_digest, packed_layers
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear, packed_op_only
-from lowbit_ft.model.load import Checkpoint
 from tests.integrations.loading import NATIVE, load
 from tests.packed_tools import IDS, int_grid, random_weights
 from tests.processes import ROOT

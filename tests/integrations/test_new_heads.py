@@ -20,7 +20,7 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.integrations.loading import NATIVE, load
 from tests.packed_tools import IDS, int_grid, random_weight, random_weights, tiny_checkpoint
 

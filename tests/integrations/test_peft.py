@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import base_digest
-from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
+from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.integrations.peft_layer import LowBitLinear
 from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.peft_models import (
     BINARY,

@@ -17,7 +17,8 @@ from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapter_state, attach, base_digest, load_adapter_state
-from lowbit_ft.integrations.peft import LowBitConfig, read_adapter, write_adapter
+from lowbit_ft.integrations.adapter_files import read_adapter, write_adapter
+from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.peft_models import QUICK, grid_of, logits, packed_model, train, trained
 

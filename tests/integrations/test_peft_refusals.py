@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapter_state, attach
 from lowbit_ft.grid import IntGrid
-from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear, write_adapter
+from lowbit_ft.integrations.adapter_files import write_adapter
+from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.integrations.peft_layer import LowBitLinear
 from tests.integrations.peft_models import BINARY, logits, packed_model, tokens, train, trained
 
 

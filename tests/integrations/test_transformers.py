@@ -20,8 +20,8 @@ from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.integrations.transformers import LowbitConfig, mark_packed
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.model.load import Checkpoint
 from tests.integrations.loading import NATIVE, in_a_new_process, load
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 

@@ -20,7 +20,7 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.adapter_files import write_adapter
 from lowbit_ft.integrations.transformers import LowbitConfig, LowbitQuantizer
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.integrations import peft_models
 from tests.integrations.loading import COMPRESSED, NATIVE, in_a_new_process
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint

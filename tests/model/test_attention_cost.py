@@ -14,7 +14,8 @@ from lowbit_ft.data.windows import Example
 from lowbit_ft.evaluate.perplexity import Reference, evaluate
 from lowbit_ft.model import attention
 from lowbit_ft.model.attention import segment_attention, segment_inputs
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.train.losses import ChunkedHead, Targets, count_targets, loss_forward
 from tests.model.attention_models import CPU, Largest, examples, model_of
 from tests.packed_tools import tiny_checkpoint

@@ -20,13 +20,14 @@ from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.writer import check_model, write_model
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.merge import merge, merged_weights
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.experts import Experts, StandIn
-from lowbit_ft.model.load import Checkpoint, load_model, materialize
+from lowbit_ft.model.load import load_model, materialize
 from lowbit_ft.model.matrices import find_matrices, stand_in, unpackable
 from lowbit_ft.model.names import Part
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of
 from tests.whole_line import tokens, train
 

@@ -26,10 +26,11 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.files.tensorfile import parse_header
 from lowbit_ft.grid import Grid, IntGrid
 from lowbit_ft.merge import base_weights, merged_weights
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.mapped import _give_back, is_mapped, mapped_ranges, to_device
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.sharding import shard
 from tests.packed_tools import IDS, adapter_config, packed_model, random_weights, tiny_checkpoint

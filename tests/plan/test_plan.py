@@ -332,7 +332,7 @@ def plan_module_skeleton(recipe: Recipe) -> Any:
 
 
 def _setting() -> Any:
-    from lowbit_ft.plan.step import Setting
+    from lowbit_ft.plan.costs import Setting
 
     return Setting(1, 2048, "bfloat16", "no", True, True, False, "sdpa", 89)
 

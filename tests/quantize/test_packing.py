@@ -23,13 +23,15 @@ from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid, stack_rows
-from lowbit_ft.model.load import Checkpoint
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.walk import LayerWalk
 from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import quantize as quantize_module
 from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.recipe.layers import read_shapes
-from lowbit_ft.recipe.recipe import QuantSection, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.stages import quantize as quantize_stage
 from tests.live_bytes import LiveBytes
 from tests.packed_tools import random_weight
 from tests.processes import environment
@@ -301,7 +303,7 @@ def test_a_base_whose_key_was_not_written_belongs_to_no_recipe(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "load_packed", stop)
+        patched.setattr(quantize_stage, "load_packed", stop)
         with pytest.raises(KeyboardInterrupt):
             pipeline.quantize(recipe(out, "quant.bits=3"))
     assert base_digest(load_exported(out / "base")) != first

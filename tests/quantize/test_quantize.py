@@ -22,10 +22,12 @@ from transformers import (
 
 from lowbit_ft.adapters.attach import packed_layers
 from lowbit_ft.evaluate.perplexity import Reference, evaluate, table
-from lowbit_ft.model.load import Checkpoint, load_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.model.walk import LayerWalk
-from lowbit_ft.quantize.quantize import plan_layers, quantize
-from lowbit_ft.recipe.recipe import QuantSection
+from lowbit_ft.quantize.quantize import quantize
+from lowbit_ft.quantize.table import plan_layers
+from lowbit_ft.recipe.sections.quant import QuantSection
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "tiny-llama"
 COMMON: dict[str, Any] = {

@@ -20,10 +20,12 @@ from lowbit_ft.adapters.attach import adapted_layers, begin_step, keep_codes
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.merge import merged_weight
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import compiling
 from lowbit_ft.train.compiling import compile_layers, missing_compiler
-from lowbit_ft.train.loop import TrainError, train
+from lowbit_ft.train.loop import train
+from lowbit_ft.train.setup import TrainError
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import Toy, batches, equal, examples, quiet, section, state
 

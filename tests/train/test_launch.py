@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from lowbit_ft import pipeline
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.train import setup as train_setup
-from lowbit_ft.train.loop import TrainError, make_accelerator
+from lowbit_ft.train.setup import TrainError, make_accelerator
 from tests.processes import environment
 from tests.toy import section
 from tests.train.two_processes import ROOT, packed

@@ -18,7 +18,8 @@ import pytest
 import torch
 import transformers
 
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import offload as module
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.offload import FileStore, MemoryStore, Offload, PinnedStore, open_store

@@ -22,8 +22,9 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import base_digest
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import is_sharded
-from lowbit_ft.recipe.recipe import RecipeError, load_recipe
-from lowbit_ft.train.loop import TrainError
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held, unshardable
 from tests.processes import environment, launched
 from tests.train import two_processes
@@ -161,7 +162,7 @@ def test_what_cannot_be_sharded_is_refused_with_the_way_out(done: Path) -> None:
         "train.optimizer: got 'adamw8bit' (bitsandbytes) cannot step on shards"
     )
     assert facts["whole"].startswith(
-        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.sharding.shard"
+        "train.sharding: got 'fsdp', but the model is whole; call lowbit_ft.train.sharding.shard"
     )
 
 

@@ -19,7 +19,8 @@ from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import part_like, whole
 from lowbit_ft.train import losses
-from lowbit_ft.train.loop import TrainError, TrainResult, train
+from lowbit_ft.train.loop import TrainResult, train
+from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held_by_rank, shard
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section

@@ -19,7 +19,9 @@ from .ranges import Stats, absmax, minmax, mse
 
 @dataclass(frozen=True)
 class Calibrator:
-    """run(weight, grid, stats); grid kind it serves; whether it needs the Hessian of calibration text."""
+    """run(weight, grid, stats); the kind of grid it serves; whether it needs the Hessian of calibration
+    text.
+    """
 
     run: Callable[..., Weight]  # (weight: Tensor [N, K], grid of the kind below, stats: Stats)
     grid: str
@@ -28,13 +30,13 @@ class Calibrator:
 
     def reject(self, grid: IntGrid | BinaryGrid) -> str | None:
         """Why this calibrator cannot start this grid, with the way out; None when it can."""
-        if grid.name != self.grid:
-            fits = [name for name, c in CALIBRATORS.items() if c.grid == grid.name]
+        fits = calibrators_of(grid.kind)
+        if grid.kind != self.grid:
             return f"works on {self.grid} grids; for quant.grid: {grid.name} use one of {', '.join(fits)}"
         if self.symmetric is not None and isinstance(grid, IntGrid) and grid.symmetric != self.symmetric:
             wanted = "true" if self.symmetric else "false"
-            other = "minmax" if self.symmetric else "absmax"
-            return f"needs quant.symmetric: {wanted}; on this grid use {other} or mse"
+            others = [name for name in fits if CALIBRATORS[name].symmetric in (None, grid.symmetric)]
+            return f"needs quant.symmetric: {wanted}; on this grid use one of {', '.join(others)}"
         return None
 
 
@@ -47,4 +49,10 @@ CALIBRATORS: dict[str, Calibrator] = {
     "alternating": Calibrator(alternating, "binary"),
 }
 
-__all__ = ["CALIBRATORS", "Calibrator", "Stats"]
+
+def calibrators_of(kind: str) -> list[str]:
+    """The calibrators that serve a kind of grid."""
+    return [name for name, calibrator in CALIBRATORS.items() if calibrator.grid == kind]
+
+
+__all__ = ["CALIBRATORS", "Calibrator", "Stats", "calibrators_of"]

@@ -160,7 +160,7 @@ def _clipping_error(
     return (outside if weight is None else outside * weight).sum(-1)
 
 
-def _by_rows(weight: Tensor, grid: IntGrid, rule) -> PackedWeight:
+def by_rows(weight: Tensor, grid: IntGrid, rule) -> PackedWeight:
     """Apply rule([n, G, g]) -> ([n, G], [n, G] | None) to chunks of rows, then round the weight onto the
     result.
     """
@@ -175,14 +175,14 @@ def _by_rows(weight: Tensor, grid: IntGrid, rule) -> PackedWeight:
 
 def absmax(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     """scale = max |w| / ((2^bits - 1) / 2), symmetric (the rule of compressed-tensors)."""
-    return _by_rows(weight, grid, lambda groups: full_range(groups, grid))
+    return by_rows(weight, grid, lambda groups: full_range(groups, grid))
 
 
 def minmax(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     """scale = (max - min) / (2^bits - 1) with 0 inside the range, zero = round(-min / scale)."""
-    return _by_rows(weight, grid, lambda groups: full_range(groups, grid))
+    return by_rows(weight, grid, lambda groups: full_range(groups, grid))
 
 
 def mse(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
     """Search over clipping: the scale (and zero) with the least sum |w - Q(w)|^p per group, p = stats.p."""
-    return _by_rows(weight, grid, lambda groups: search(groups, grid, stats.p))
+    return by_rows(weight, grid, lambda groups: search(groups, grid, stats.p))

@@ -4,7 +4,7 @@ A mask is a set of character spans of the rendered text, carried over to tokens 
 offsets. So no token is ever guessed and the text is tokenized once, whole, exactly as a server would tokenize
 it.
 
-The spans of a chat come from chat.py, that of a completion from the length of its prompt.
+The spans of a chat come from ../chat.py, that of a completion from the length of its prompt.
 
 A token belongs to a span if it starts in it. A token that begins before the span is the prompt's, unless its
 part before the span is only white space (SentencePiece glues the space before a word to it).
@@ -12,19 +12,13 @@ part before the span is only white space (SentencePiece glues the space before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from .chat import ChatTemplate, Span, read_messages
-from .read import BadRow, DataError, kind
-
-# The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, README), which tuned models expect.
-_ALPACA = (
-    "Below is an instruction that describes a task{paired}. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
+from ..chat import Span
+from ..read import BadRow, DataError, kind
 
 
 @dataclass(frozen=True)
@@ -35,65 +29,42 @@ class Tokens:
     learned: list[bool]
 
 
-class Formatter:
-    """Turns rows of one format into Tokens.
+class Format(ABC):
+    """Turns the rows of one format into Tokens.
 
-    format: chat | completion | alpaca | text.  train_on: assistant (every assistant turn; the completion),
-    completion (as assistant, but of a chat only its last assistant turn) or all (every token). Text always
-    learns every token. `notes` collects what the user should know about this tokenizer. Raises DataError for
-    a tokenizer that cannot do the format; calling it raises BadRow.
+    train_on: assistant (every assistant turn; the completion), completion (as assistant, but of a chat only
+    its last assistant turn) or all (every token). `notes` collects what the user should know about this
+    tokenizer. Raises DataError for a tokenizer that cannot do the format; calling it raises BadRow.
     """
 
-    def __init__(self, format: str, train_on: str, tokenizer: Any):
-        formats: dict[str, Callable[[Mapping[str, Any]], Tokens]] = {
-            "chat": self._chat,
-            "completion": self._completion,
-            "alpaca": self._alpaca,
-            "text": self._text,
-        }
-        if format not in formats:
-            raise DataError(f"data format {format!r}; allowed: {', '.join(formats)}")
+    needs_template: ClassVar[bool] = False  # the tokenizer's chat template
+    joined: ClassVar[bool] = False  # with data.packing, rows are joined and cut instead of kept whole
+
+    def __init__(self, train_on: str, tokenizer: Any):
         if train_on not in ("assistant", "completion", "all"):
             raise DataError(f"train_on {train_on!r}; allowed: assistant, completion, all")
         self.tokenizer, self.train_on, self.notes = tokenizer, train_on, []
-        self._format = formats[format]
         self._fast = bool(getattr(tokenizer, "is_fast", False))
-        self._template = ChatTemplate(tokenizer) if format == "chat" else None
-        if self._template is not None and not self._template.closing.strip():
-            self.notes.append(
-                "the chat template writes no end-of-turn token after an assistant turn: "
-                "the model will not learn to stop"
-            )
-        if self._template is None and tokenizer.eos_token_id is None:
+        if not self.needs_template and tokenizer.eos_token_id is None:
             self.notes.append("the tokenizer has no EOS token: the model will not learn where a text ends")
 
+    @abstractmethod
     def __call__(self, row: Mapping[str, Any]) -> Tokens:
-        return self._format(row)
+        """One row. BadRow says which key is wrong and why."""
 
-    # formats
-
-    def _text(self, row: Mapping[str, Any]) -> Tokens:
-        text = _string(row, "text", filled=True)
-        ids = self._with_eos(self._encode(text, special=True)[0])
+    def whole(self, text: str) -> Tokens:
+        """Every token of a text is learned."""
+        ids = self._with_eos(self.encode(text, special=True)[0])
         return Tokens(ids, [True] * len(ids))
 
-    def _completion(self, row: Mapping[str, Any]) -> Tokens:
-        return self._prompted(_string(row, "prompt"), _string(row, "completion", filled=True))
-
-    def _alpaca(self, row: Mapping[str, Any]) -> Tokens:
-        instruction, output = _string(row, "instruction", filled=True), _string(row, "output", filled=True)
-        context = _string(row, "input") if row.get("input") is not None else ""
-        paired = ", paired with an input that provides further context" if context else ""
-        block = f"### Input:\n{context}\n\n" if context else ""
-        return self._prompted(_ALPACA.format(paired=paired, instruction=instruction, input=block), output)
-
-    def _prompted(self, prompt: str, completion: str) -> Tokens:
+    def prompted(self, prompt: str, completion: str) -> Tokens:
+        """A prompt, and the completion that is learned."""
         border, text = len(prompt), prompt + completion
-        ids, offsets = self._encode(text, special=True)
+        ids, offsets = self.encode(text, special=True)
         if offsets is None or any(s < border < e and prompt[s:].strip() for s, e in offsets):
             # A token would hold the end of the prompt and the start of the answer. No server can ask for it:
             # it tokenizes the prompt alone, so here the two are tokenized alone too.
-            head, tail = self._encode(prompt, special=True)[0], self._encode(completion, special=False)[0]
+            head, tail = self.encode(prompt, special=True)[0], self.encode(completion, special=False)[0]
             if len(head) > 1 and head[-1] == self.tokenizer.eos_token_id:  # added by the tokenizer
                 head = head[:-1]
             ids, learned = head + tail, [False] * len(head) + [True] * len(tail)
@@ -105,33 +76,11 @@ class Formatter:
             learned[-1] = True
         return Tokens(closed, [True] * len(closed) if self.train_on == "all" else learned)
 
-    def _chat(self, row: Mapping[str, Any]) -> Tokens:
-        template = self._template
-        assert template is not None
-        messages = read_messages(row)
-        tools = row.get("tools") or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-            raise BadRow(f"'tools' must be a list of objects; got {kind(tools)}")
-        if self.train_on != "all" and not any(m["role"] == "assistant" for m in messages):
-            roles = ", ".join(sorted({repr(m["role"][:40]) for m in messages}))
-            raise BadRow(f"no assistant turn to learn from; the roles are: {roles}")
-        text = template.render(messages, tools)
-        if self.train_on == "all":
-            ids = self._encode(text, special=False)[0]
-            return Tokens(ids, [True] * len(ids))
-        spans = template.assistant_spans(messages, tools, text)
-        ids, learned = self._mark(text, spans[-1:] if self.train_on == "completion" else spans)
-        if not any(learned):
-            raise BadRow("the chat template writes nothing for the assistant turns")
-        return Tokens(ids, learned)
-
-    # tokens
-
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
-    def _encode(self, text: str, *, special: bool) -> tuple[list[int], list[Span] | None]:
+    def encode(self, text: str, *, special: bool) -> tuple[list[int], list[Span] | None]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -150,8 +99,8 @@ class Formatter:
         )
         return list(out["input_ids"]), out["offset_mapping"] if self._fast else None
 
-    def _mark(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
-        ids, offsets = self._encode(text, special=False)
+    def mark(self, text: str, spans: list[Span]) -> tuple[list[int], list[bool]]:
+        ids, offsets = self.encode(text, special=False)
         if offsets is not None:
             return ids, _inside(text, spans, offsets)
         learned = [False] * len(ids)
@@ -162,7 +111,7 @@ class Formatter:
 
     def _count(self, text: str, border: int, ids: list[int]) -> int:
         """How many tokens text[:border] is, for a tokenizer without offsets."""
-        head = ids if border == len(text) else self._encode(text[:border], special=False)[0]
+        head = ids if border == len(text) else self.encode(text[:border], special=False)[0]
         if ids[: len(head)] != head:
             raise BadRow(
                 "this tokenizer gives no character offsets and a token crosses the start or end of "
@@ -186,7 +135,7 @@ def _inside(text: str, spans: list[Span], offsets: list[Span]) -> list[bool]:
     return inside
 
 
-def _string(row: Mapping[str, Any], key: str, *, filled: bool = False) -> str:
+def string(row: Mapping[str, Any], key: str, *, filled: bool = False) -> str:
     if key not in row:
         keys = ", ".join(repr(k) for k in list(row)[:8]) or "none"
         raise BadRow(f"key {key!r} is missing; the row's keys are: {keys}")

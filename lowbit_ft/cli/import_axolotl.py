@@ -1,0 +1,159 @@
+"""The keys of Axolotl, and what each becomes here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .import_draft import Draft, Trainer
+from .import_rules import (
+    ATTENTION,
+    CACHE,
+    OPTIMIZER_NAMES,
+    SCHEDULERS,
+    SHARED,
+    chosen,
+    finish,
+    flag,
+    if_not_off,
+    if_true,
+    left,
+    number,
+    on,
+    refuse_stage,
+    taken_later,
+    targets,
+    text,
+)
+
+_FORMATS = {
+    "alpaca": "alpaca",
+    "chat_template": "chat",
+    "sharegpt": "chat",
+    "completion": "text",
+    "pretrain": "text",
+}
+_EVERY = left("no fraction of an epoch here: set train.eval_every or save_every to a number of steps")
+
+
+def _data(draft: Draft, key: str, value: Any) -> None:
+    ours = "data.train" if key == "datasets" else "data.valid"
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        raise ValueError("a list of data sets is needed")
+    for i in range(1, len(value)):
+        draft.leave(f"{key}.{i}", f"{ours} is one source; put the rows together in one file")
+    first = value[0]
+    files = first.get("data_files")
+    path = (
+        files
+        if isinstance(files, str)
+        else files[0]
+        if isinstance(files, list) and files
+        else first.get("path")
+    )
+    draft.set(f"{ours}.path", str(path), f"{key}.0.{'data_files' if files else 'path'}")
+    kind = str(first.get("type", "")).partition(".")[0].partition(":")[0]
+    if kind in _FORMATS:
+        draft.set(f"{ours}.format", _FORMATS[kind], f"{key}.0.type: {kind}")
+    else:
+        draft.set(f"{ours}.format", "chat", "a guess")
+        draft.leave(
+            f"{key}.0.type", f"no such format here (chat, completion, alpaca, text); {ours}.format is a guess"
+        )
+    for name in ("split", "name", "revision"):
+        if first.get(name):
+            draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
+    usual = {
+        "field_messages": ("messages", "conversations"),
+        "message_field_role": ("role", "from"),
+        "message_field_content": ("content", "value"),
+        "field": ("text",),
+        "ds_type": ("json", "parquet", "csv", "text"),
+    }
+    for name, given in first.items():
+        read = name in ("path", "type", "data_files", "split", "name", "revision")
+        if not read and given is not None and given not in usual.get(name, ()):
+            draft.leave(f"{key}.0.{name}", "rows are read by the usual names of their fields")
+
+
+def _adapter(draft: Draft, key: str, value: Any) -> None:
+    if value not in ("lora", "qlora"):
+        draft.leave(key, "only LoRA has a like here; dl_qat is set")
+    elif value == "qlora" and draft.get("quant.bits") is None:
+        draft.set("quant.bits", 4, f"{key}: qlora")
+
+
+def _finish(draft: Draft) -> None:
+    theirs = draft.theirs
+    if "adapter" not in theirs or theirs["adapter"] is None:
+        draft.leave(
+            "adapter", "full fine-tuning is not done here: an adapter (dl_qat) trains over the packed model"
+        )
+    targets_given = theirs.get("lora_target_modules")
+    if targets_given and on(draft, "lora_target_linear"):
+        draft.leave(
+            "lora_target_modules", "lora_target_linear asks for all linear layers, which have adapters here"
+        )
+        draft.values.pop("adapter.targets", None)
+    if on(draft, "load_in_4bit") and on(draft, "load_in_8bit"):
+        draft.set("quant.bits", 4, "load_in_4bit")
+        draft.leave(
+            "load_in_8bit", "load_in_4bit is true too, and one of them has to give: set quant.bits to 4 or 8"
+        )
+    everything = on(draft, "train_on_inputs")
+    finish(
+        draft,
+        everything,
+        rank_key="lora_r",
+        rslora=on(draft, "peft_use_rslora"),
+        epochs=1.0,
+        epochs_key="num_epochs",
+    )
+
+
+RULES = SHARED | {
+    "base_model": text("model.path"),
+    "revision_of_model": text("model.revision"),
+    "load_in_4bit": if_true("quant.bits", 4),
+    "load_in_8bit": if_true("quant.bits", 8),
+    "gptq": left("the grid of a quantized checkpoint is read from its config.json"),
+    "datasets": _data,
+    "test_datasets": _data,
+    "adapter": _adapter,
+    "lora_r": number("adapter.rank", 1),
+    "lora_target_modules": targets,
+    "lora_target_linear": taken_later,
+    "lora_model_dir": text("adapter.init_from"),
+    "peft_use_rslora": taken_later,
+    "peft_use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
+    "lora_modules_to_save": left("embeddings and head stay as they are"),
+    "lora_fan_in_fan_out": left("layers are nn.Linear here"),
+    "sequence_len": number("data.sequence_len", 8),
+    "sample_packing": flag("data.packing"),
+    "train_on_inputs": taken_later,
+    "micro_batch_size": number("train.micro_batch_size", 1),
+    "num_epochs": taken_later,
+    "lr_scheduler": chosen("train.scheduler", SCHEDULERS),
+    "optimizer": chosen("train.optimizer", OPTIMIZER_NAMES),
+    "cosine_min_lr_ratio": number("train.min_lr_ratio", whole=False),
+    "wandb_project": if_not_off(lambda draft, key, value: draft.set("train.trackers", ["wandb"], key)),
+    "chat_template": left("the template of the model's own tokenizer is used"),
+    "rl": refuse_stage,
+    "reward_model": if_not_off(refuse_stage),
+    "flash_attention": ATTENTION,
+    "attn_implementation": ATTENTION,
+    "xformers_attention": ATTENTION,
+    "sdp_attention": left("it is the default (model.attention)"),
+    "evals_per_epoch": _EVERY,
+    "saves_per_epoch": _EVERY,
+    "model_type": left("config.json says so"),
+    "tokenizer_type": left("tokenizer_config.json says so"),
+    "dataset_prepared_path": CACHE,
+    "pad_to_sequence_len": left("windows are padded to the longest of their batch"),
+    "strict": left("a recipe is always checked key by key"),
+    "group_by_length": left("rows are packed instead"),
+    "eval_sample_packing": left("evaluation windows are packed as training's are"),
+    "early_stopping_patience": left("no early stop: train.keep_best ships the best checkpoint"),
+    "special_tokens": left("tokens are the tokenizer's own: change its files"),
+}
+
+AXOLOTL = Trainer("Axolotl", "base_model", RULES, _finish)

@@ -1,0 +1,13 @@
+"""format: completion. Rows {"prompt", "completion"}; the completion is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .base import Format, Tokens, string
+
+
+class Completion(Format):
+    def __call__(self, row: Mapping[str, Any]) -> Tokens:
+        return self.prompted(string(row, "prompt"), string(row, "completion", filled=True))

@@ -1,0 +1,275 @@
+"""A Hugging Face checkpoint: the parameters of its model, and where in the files each one's value is.
+
+`Checkpoint` is tensors.py's directory with config.json and the names of the model beside it. Key names go
+through transformers' own conversion table (names.py: renames, the base-model prefix, per-expert weights fused
+into one 3-D parameter), so what loads here is what `from_pretrained` loads. Values come one parameter at a
+time (`weight_for`), or as the matrix [N, K] of one linear however the files and the model keep it (`matrix`),
+or, of a checkpoint that is quantized already, as the integers that are there (`packed_weight`).
+
+`empty_model` builds the model without weights (meta.py); load.py fills it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files.tensorfile import CheckpointError
+from ..grid import IntGrid, PackedWeight
+from .hub import locate
+from .matrices import Matrix, find_matrices
+from .meta import meta_model
+from .names import Part, Source, expert_keys, file_parts, weight_sources
+from .tensors import TensorFiles
+
+
+class Checkpoint(TensorFiles):
+    """A Hugging Face checkpoint folder, its configuration and its tensor directory; holds no weights.
+
+    Make one with `Checkpoint.open`. Attributes: source (as given), folder (resolved Path), revision (the
+    commit, for a hub id, else None), config (transformers configuration), dtype (torch dtype that weights
+    are read in by default).
+    """
+
+    def __init__(
+        self, source: str, folder: Path, revision: str | None, config: Any, dtype: torch.dtype
+    ) -> None:
+        super().__init__(folder, getattr(config, "quantization_config", None))
+        if self.incoming is not None:
+            # From here on its layers are ours: no model of it may look for the packages of that format.
+            del config.quantization_config
+        self.source, self.revision = source, revision
+        self.config, self.dtype = config, dtype
+        self._plan: dict[str, Source] | None = None
+        self._matrices: dict[str, Matrix] = {}
+        self._experts: Counter[str] = Counter()  # 3-D parameter -> its number of experts
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "bfloat16",
+        check: bool = True,
+    ) -> Checkpoint:
+        """Open a local folder or a hub id (its JSON, tokenizer and safetensors are fetched at `revision`).
+
+        Reads config.json and the safetensors headers. Raises CheckpointError; with check=False problems of
+        the weight files are kept for `check()`.
+        """
+        from transformers import AutoConfig
+
+        folder, commit = locate(str(source), revision)
+        try:
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
+            raise CheckpointError(_config_problem(folder, error)) from error
+        resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        checkpoint = cls(str(source), folder, commit, config, resolved)
+        if check:
+            checkpoint.check()
+        return checkpoint
+
+    def empty_model(self, attention: str = "sdpa") -> Any:
+        """The causal language model, in eval mode: parameters on meta (tied ones are one object), real
+        buffers.
+        """
+        model = meta_model(self.config, self.dtype, attention, self.folder / "config.json")
+        model.config._name_or_path = self.source
+        if self._plan is None:
+            self.check()
+            self._plan = weight_sources(model, self.entries, self.folder)
+            self._matrices = find_matrices(model)
+            self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
+        return model.eval()
+
+    def keys_for(self, name: str) -> list[str]:
+        """The file tensors that the model's parameter or buffer `name` is made of; more than one, or one that
+        is changed on the way, when transformers converts it. Empty when the files have none."""
+        source = self._sources().get(name)
+        return [] if source is None else [key for key, _ in source.keys]
+
+    def converted(self) -> list[str]:
+        """Model parameters that are not a file tensor as it is (fused experts and such)."""
+        return sorted(name for name, source in self._sources().items() if source.converter is not None)
+
+    def has_weight_for(self, name: str) -> bool:
+        """Whether the files have a value for the model's parameter or buffer `name`."""
+        return name in self._sources()
+
+    def origin(self, name: str) -> str:
+        """Where the value of the model parameter `name` comes from, for messages: "file: tensor"."""
+        key = self._sources()[name].keys[0][0]
+        return f"{self.file(key)}: tensor {key!r}"
+
+    def weight_for(
+        self,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The value of the model parameter (or buffer) `name`: through renames, ties and fused experts. rows:
+        of one that `row_blocks` cuts.
+
+        dtype None means the checkpoint's `dtype`, for floating tensors. Raises CheckpointError if no file has
+        it.
+        """
+        source = self._sources().get(name)
+        if source is None:
+            near = difflib.get_close_matches(name, self.entries, n=3, cutoff=0.5)
+            raise CheckpointError(
+                f"{self.folder}: no tensor for the model's parameter {name!r} in its safetensors files"
+                + (f"; nearest names there: {', '.join(near)}" if near else "")
+                + ". The files and config.json do not belong together."
+            )
+        if source.converter is None:
+            return self.read(source.keys[0][0], device=device, dtype=dtype or self.dtype, rows=rows)
+        assert rows is None, f"{name}: made of several tensors, read whole"
+        tensors = [self.read(key, device=device, dtype=dtype or self.dtype) for key, _ in source.keys]
+        converter = copy.deepcopy(source.converter)  # it collects tensors in itself
+        for (key, pattern), tensor in zip(source.keys, tensors, strict=True):
+            converter.add_tensor(source.first, key, pattern, tensor)
+        del tensors
+        value = converter.convert(source.first, config=self.config)[name]
+        return value[0] if isinstance(value, list) else value
+
+    def packed_key(self, name: str) -> str | None:
+        """The packed layer of the files (its name there) that the model's parameter `name` is, when it is one
+        and nothing else.
+        """
+        keys = self.keys_for(name)
+        source = self._sources().get(name)
+        if self.incoming is None or source is None or source.converter is not None or len(keys) != 1:
+            return None
+        key = keys[0].removesuffix(".weight")
+        return key if key in self.incoming.layers else None
+
+    def packed_weight(self, name: str, grid: IntGrid, device: str | torch.device = "cpu") -> PackedWeight:
+        """The packed layer whose weight is the model's parameter `name`, on its grid, as it is in the files
+        (incoming/).
+        """
+        key = self.packed_key(name)
+        assert self.incoming is not None and key is not None, name
+        return self.incoming.weight(key, grid, device)
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Every matrix of the model that can be packed, by the name of its linear."""
+        self._sources()
+        return self._matrices
+
+    def stored_matrix_dtype(self, layer: str) -> torch.dtype:
+        """The dtype in which `matrix` can be read as it is in the files: theirs, or a wider one for bytes and
+        for doubles fp32.
+        """
+        dtypes = {self.stored_dtype(key) for key in self.keys_for(self.matrices[layer].parameter)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return torch.bfloat16 if dtype.itemsize == 1 else torch.float32 if dtype.itemsize > 4 else dtype
+
+    def row_blocks(self, layer: str, limit: int | None) -> list[tuple[int, int] | None]:
+        """(first, last) rows of the matrix of a linear that `matrix` can read by themselves, each of about
+        `limit` bytes in the files; [None], all at once, where it is small, kept in another way than as one
+        tensor, or limit is None."""
+        matrix = self.matrices[layer]
+        source = self._sources().get(matrix.parameter)
+        n = matrix.shape[0]
+        if (
+            limit is None
+            or not matrix.plain
+            or source is None
+            or source.converter is not None
+            or self.packed_key(matrix.parameter)
+        ):
+            return [None]
+        count = min(n, -(-self.entry(source.keys[0][0]).nbytes // limit))
+        step = -(-n // count)
+        return [None] if count <= 1 else [(first, min(first + step, n)) for first in range(0, n, step)]
+
+    def matrix(
+        self,
+        layer: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The matrix [N, K] of a linear, however the files and the model keep it (turned, one expert of a
+        stack). Of a stack of experts only the one that is asked for is read. rows: only these, one of
+        `row_blocks`."""
+        matrix = self.matrices[layer]
+        if rows is not None:
+            return self.weight_for(matrix.parameter, device=device, dtype=dtype, rows=rows)
+        if matrix.expert is None:
+            value = self.weight_for(matrix.parameter, device=device, dtype=dtype)
+        else:
+            value = self._expert(matrix, device, dtype or self.dtype)
+        value = value.t().contiguous() if matrix.transposed else value
+        if value.shape != matrix.shape:
+            raise CheckpointError(
+                f"{self.origin(matrix.parameter)} makes a matrix {list(value.shape)}, but config.json "
+                f"makes the model's {layer!r} "
+                f"{list(matrix.shape)}. The files and config.json do not belong together."
+            )
+        return value
+
+    def parts(self, layer: str) -> list[Part] | None:
+        """The file tensors that, one below the other, are the matrix [N, K] of a linear; None when the files
+        keep it in another way.
+        """
+        matrix = self.matrices[layer]
+        source = self._sources().get(matrix.parameter)
+        return None if source is None else file_parts(matrix, source, self.entries)
+
+    def _expert(self, matrix: Matrix, device: str | torch.device, dtype: torch.dtype) -> Tensor:
+        source, expert = self._sources().get(matrix.parameter), matrix.expert
+        assert expert is not None
+        count = self._experts[matrix.parameter]
+        keys = expert_keys(source, expert, count) if source is not None else None
+        if source is None or source.converter is not None and keys is None:
+            stack = self.weight_for(matrix.parameter, device=device, dtype=dtype)
+            self._same_count(matrix, stack.shape[0], count)
+            return stack[expert].clone()
+        if source.converter is None:
+            key = source.keys[0][0]
+            self._same_count(matrix, self.shape(key)[0], count)
+            return self.read(key, device=device, dtype=dtype, row=expert)
+        converter = copy.deepcopy(source.converter)
+        for key, pattern in keys or []:
+            tensor = self.read(key, device=device, dtype=dtype)
+            converter.add_tensor(source.first, key, pattern, tensor)
+        value = converter.convert(source.first, config=self.config)[matrix.parameter]
+        value = value[0] if isinstance(value, list) else value
+        self._same_count(matrix, value.shape[0], 1)
+        return value[0]
+
+    def _same_count(self, matrix: Matrix, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise CheckpointError(
+                f"{self.folder}: the files have {found} experts for {matrix.parameter!r}, "
+                f"config.json says {wanted}. "
+                "The files and config.json do not belong together."
+            )
+
+    def _sources(self) -> dict[str, Source]:
+        if self._plan is None:
+            self.empty_model("eager")
+        assert self._plan is not None
+        return self._plan
+
+
+def _config_problem(folder: Path, error: Exception) -> str:
+    path = folder / "config.json"
+    if not path.is_file():
+        return f"{path}: missing. Give a Hugging Face checkpoint folder (with config.json and *.safetensors)."
+    text = str(error).strip().splitlines()
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return f"{path}: this model needs Python code of its own; code from a checkpoint is never run here"
+    return f"{path}: cannot be used ({type(error).__name__}: {text[0] if text else 'no detail'})"

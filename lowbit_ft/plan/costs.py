@@ -1,0 +1,48 @@
+"""What a step is asked for and what it answers: its setting, and the bytes of its stretches."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step's memory depends on beside the model. arch: of the GPU (10 x capability), 0: a CPU."""
+
+    windows: int
+    length: int
+    dtype: str
+    mixed: str
+    checkpointing: bool
+    accumulate: bool
+    masked: bool
+    attention: str
+    arch: int
+    mlp_chunk: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of a stretch of the step. forward: peak, its input included; kept: from forward to backward;
+    backward: peak, with what was kept and the incoming gradient; gradients: what it leaves in .grad;
+    evaluation: peak of the forward where no gradient is wanted; forward_ops and backward_ops: the part of the
+    two peaks that is inside packed ops."""
+
+    forward: int
+    kept: int
+    backward: int
+    gradients: int
+    evaluation: int
+    forward_ops: int = 0
+    backward_ops: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """context, the input of a layer, the costs by layer and of the tail (norm, head, loss); frame: what the
+    model's own forward holds beside the context while its layers run (embeddings that a variable keeps)."""
+
+    context: int
+    hidden: int
+    frame: int
+    layers: tuple[Cost, ...]
+    tail: Cost
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,326 @@
+"""quant: how the frozen base is packed, and whether grid, calibrator and patterns fit each other and the
+layers of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ...export import EXPORTERS
+from ...grid import GRIDS, Grid, grid_of
+from ...grid.calibrate import CALIBRATORS, calibrators_of
+from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
+from ...names import did_you_mean, listed, matches, pattern_error
+from ..errors import shown
+from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
+from ..values import OneOf
+from ..yaml import KeyPath, Problem
+from .base import Count, GroupSize, Positive, Problems, Section
+
+FROM_CHECKPOINT = "from_checkpoint"
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+class CalibrationSection(Section):
+    """Text that data-driven calibrators (gptq) look at."""
+
+    path: str | None = Field(
+        default=None, description="text, jsonl, ... or a hub data set; null: the rows of data.train"
+    )
+    samples: Count = Field(default=128, description="number of windows")
+    sequence_len: Count = Field(default=512, description="tokens per window")
+    damping: Positive = Field(
+        default=0.01, description="gptq: fraction of the mean Hessian diagonal that is added to it"
+    )
+
+
+class OverrideSection(Section):
+    """Another grid for the layers that match."""
+
+    match: str = Field(min_length=1, description="glob over layer names, for example '*.down_proj'")
+    bits: Literal[1, 2, 3, 4, 8] | None = Field(default=None, description="bits for these layers")
+    group_size: GroupSize | None = Field(default=None, description="group size for these layers")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> OverrideSection:
+        if self.bits is None and self.group_size is None:
+            raise ValueError("an override that changes nothing; set bits or group_size, or drop it")
+        return self
+
+
+class QuantSection(Section):
+    """How the frozen base is packed."""
+
+    grid: Annotated[str, OneOf(GRIDS)] = Field(
+        default="integer", description="integer codes with a scale, or binary planes (alpha_tuning)"
+    )
+    bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
+    group_size: GroupSize = Field(default=128, description="inputs that share a scale; -1: the whole row")
+    symmetric: bool = Field(
+        default=True, description="no zero points; vLLM serves 2 and 3 bit only when symmetric"
+    )
+    residual_bits: Literal[0, 1, 2, 4] = Field(
+        default=4, description="bits of the rounding error kept for training (integer grid only)"
+    )
+    calibrate: str = Field(
+        default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
+        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
+        "(default greedy); "
+        "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
+        json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
+    )
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="dtype of the scales that train and ship: bfloat16 values fit every format; a "
+        "quantized checkpoint brings its own",
+    )
+    mse_p: Positive = Field(
+        default=2.4, description="mse: the error norm |w - w_hat|^p that the clipping search minimises"
+    )
+    calibration: CalibrationSection = Field(
+        default_factory=lambda: CalibrationSection(), description="text for gptq"
+    )
+    targets: Literal["all-linear"] | list[str] = Field(
+        default="all-linear",
+        description="all-linear (attention and MLP linears of the decoder layers), or names, globs, "
+        "regexes of layers",
+    )
+    exclude: list[str] = Field(
+        default=["lm_head"], description="layers left in full precision: names, globs or regexes"
+    )
+    overrides: list[OverrideSection] = Field(
+        default=[], description="other bits or group sizes for some layers; the last match wins"
+    )
+    lm_head: Literal[4, 8] | None = Field(
+        default=None,
+        description="bits of the output head, packed and trained too (whatever exclude says); "
+        "null: full precision",
+    )
+    embeddings: Literal[4, 8] | None = Field(
+        default=None, description="bits of the token embedding, packed and frozen; null: full precision"
+    )
+
+    @model_validator(mode="after")
+    def _integers_only(self) -> QuantSection:
+        for key in ("lm_head", "embeddings"):
+            if not GRIDS[self.grid].packs_tables and getattr(self, key) is not None:
+                fits = " or ".join(name for name, grid in GRIDS.items() if grid.packs_tables)
+                raise ValueError(
+                    f"{key} {getattr(self, key)} needs quant.grid: {fits}; the recipe has {self.grid}"
+                )
+        return self
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _all_linear_or_list(cls, value: Any) -> Any:
+        if value == "all-linear" or (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        ):
+            return value
+        hint = did_you_mean(value, ["all-linear"]) if isinstance(value, str) else ""
+        raise ValueError(
+            f"{shown(value)}; allowed: all-linear, or a list of layer names, globs or regexes{hint}"
+        )
+
+    @property
+    def keeps_residual(self) -> bool:
+        """The grid has residual bits to keep."""
+        return any(field.name == "residual_bits" for field in fields(GRIDS[self.grid]))
+
+    @property
+    def reads_text(self) -> bool:
+        """The calibrator looks at text (quant.calibration)."""
+        return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+
+    @property
+    def from_checkpoint(self) -> bool:
+        """The codes come with the checkpoint, which is quantized already (incoming.py)."""
+        return self.calibrate == FROM_CHECKPOINT
+
+    def skip_reason(self, layer_name: str, embedding: bool = False) -> str | None:
+        """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is
+        quantized.
+        """
+        if embedding:
+            if self.embeddings is None or not is_token_embedding(layer_name):
+                return "embedding"
+            outside = any(part.startswith(OTHER_TOWERS) for part in layer_name.split("."))
+            return "not part of the language model" if outside else None
+        if self.lm_head is not None and is_head(layer_name):
+            return None
+        for pattern in self.exclude:
+            if matches(pattern, layer_name):
+                return f"excluded by '{pattern}'"
+        if isinstance(self.targets, list):
+            return (
+                None
+                if any(matches(pattern, layer_name) for pattern in self.targets)
+                else "not among quant.targets"
+            )
+        parts = layer_name.split(".")
+        if not any(part.isdecimal() for part in parts):
+            return "not in a decoder layer"
+        if parts[-1] in ("gate", "router") or "router" in parts:
+            return "a router: its few weights choose the experts"
+        if any(part.startswith(OTHER_TOWERS) for part in parts):
+            return "not part of the language model"
+        return None
+
+    def grid_for(self, layer_name: str) -> Grid:
+        """The grid of one layer, overrides applied (the last one that matches wins for each of bits and
+        group_size).
+        """
+        bits: int = self.bits
+        group_size: int = self.group_size
+        for override in self.overrides:
+            if matches(override.match, layer_name):
+                bits = override.bits if override.bits is not None else bits
+                group_size = override.group_size if override.group_size is not None else group_size
+        settings = dict(self)
+        if self.embeddings is not None and is_token_embedding(layer_name):
+            # It is not trained, so no rounding error is kept.
+            return grid_of(self.grid, settings | {"bits": self.embeddings, "residual_bits": 0})
+        if self.lm_head is not None and is_head(layer_name):
+            bits = self.lm_head
+        return grid_of(self.grid, settings | {"bits": bits, "group_size": group_size})
+
+
+def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """(key path, grid) of the recipe's grid and of every override; those that cannot be are left to
+    check_grid.
+    """
+    for path, bits, group_size in _bits(r.quant):
+        try:
+            yield path, grid_of(r.quant.grid, dict(r.quant) | {"bits": bits, "group_size": group_size})
+        except ValueError:
+            continue
+
+
+def _bits(quant: Any) -> Iterator[tuple[KeyPath, int, int]]:
+    yield ("quant",), quant.bits, quant.group_size
+    for i, override in enumerate(quant.overrides):
+        yield ("quant", "overrides", i), override.bits or quant.bits, override.group_size or quant.group_size
+
+
+def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:
+    """Every matrix that will be packed: linears, then a head that is tied (no tensor of its own), then the
+    embedding.
+    """
+    layers = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    if quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
+        layers.append(head)
+    if quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
+        layers.append(embedding)
+    return layers
+
+
+def check_grid(r: Any) -> Problems:
+    """Bits and calibrator against the grid kind; patterns that cannot be read."""
+    quant = r.quant
+    chosen = GRIDS[quant.grid]
+    for path, bits, group_size in _bits(quant):
+        if bits not in chosen.widths:
+            others = " or ".join(name for name, grid in GRIDS.items() if bits in grid.widths)
+            yield Problem(
+                (*path, "bits"),
+                f"got {bits}; allowed on quant.grid {quant.grid}: {listed(chosen.widths)}; or "
+                f"use quant.grid: {others}",
+            )
+            continue
+        try:
+            grid_of(quant.grid, dict(quant) | {"bits": bits, "group_size": group_size})
+        except ValueError as error:
+            yield Problem((*path, "grid"), f"got {quant.grid!r}: {error}")
+    if refused := chosen.refuses(dict(quant)):
+        yield Problem(("quant", refused[0]), refused[1])
+    calibrator = CALIBRATORS.get(quant.calibrate)
+    if quant.from_checkpoint:
+        pass  # incoming.py has looked
+    elif calibrator is None:
+        fits = calibrators_of(chosen.kind)
+        yield Problem(
+            ("quant", "calibrate"),
+            f"got {quant.calibrate!r}; allowed: {listed(fits)}{did_you_mean(quant.calibrate, fits)}",
+        )
+    else:
+        for _, grid in grids(r):
+            reason = calibrator.reject(grid)
+            if reason:
+                yield Problem(("quant", "calibrate"), f"got {quant.calibrate!r}, which {reason}")
+                break
+    for key in ("targets", "exclude"):
+        patterns = getattr(quant, key)
+        for i, pattern in enumerate(patterns if isinstance(patterns, list) else []):
+            if error := pattern_error(pattern):
+                yield Problem(
+                    ("quant", key, i),
+                    f"got {pattern!r}, not a name, glob or regex ({error}); escape it with \\",
+                )
+
+
+def check_layers(r: Any) -> Problems:
+    """Targets, exclusions and overrides that match nothing."""
+    shapes = shapes_here(r.model.path, r.model.revision)
+    if shapes is None or not shapes.linears:
+        return
+    quant, names = r.quant, [layer.name for layer in shapes.linears]
+    for key, layer in (("lm_head", shapes.head), ("embeddings", shapes.token_embedding)):
+        if getattr(quant, key) is not None and layer is None:
+            yield Problem(
+                ("quant", key),
+                f"got {getattr(quant, key)}, but this model's files have no such tensor; set it to null",
+            )
+    # tied to the embedding it has no weight of its own in the file, but it is a layer all the same
+    head = "lm_head"
+    for key in ("targets", "exclude"):
+        patterns = getattr(quant, key)
+        for i, pattern in enumerate(patterns if isinstance(patterns, list) else []):
+            if not any(matches(pattern, name) for name in [*names, head]) and not pattern_error(pattern):
+                near = nearest_layers(pattern, [*names, head])
+                yield Problem(("quant", key, i), f"got {pattern!r}, which matches no linear layer{near}")
+    targets = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    if not targets:
+        yield Problem(
+            ("quant", "targets"),
+            f"got {quant.targets!r} less exclude: no layer is left; the model has {kinds_of(names)}",
+        )
+    for i, override in enumerate(quant.overrides):
+        if not any(matches(override.match, layer.name) for layer in targets):
+            message = (
+                f"got {override.match!r}, which matches no quantized "
+                f"layer{nearest_layers(override.match, names)}"
+            )
+            yield Problem(("quant", "overrides", i, "match"), message)
+
+
+def check_groups(r: Any) -> Problems:
+    """Group sizes that leave a shorter last group in some layer, for a format that holds no such group."""
+    shapes = shapes_here(r.model.path, r.model.revision)
+    if shapes is None or not shapes.linears:
+        return
+    exporter, targets = EXPORTERS[r.export.format], packed_layers(r.quant, shapes)
+    misfits: dict[tuple[int, int], list[str]] = {}
+    for layer in targets:
+        try:
+            grid = r.quant.grid_for(layer.name)
+        except ValueError:
+            continue  # bits the grid does not have: check_grid told
+        size = grid.group_size
+        if not layer.divides(size) and exporter.reject_width(grid, layer.in_features):
+            misfits.setdefault((size, layer.in_features), []).append(layer.name)
+    widths = {layer.in_features for layer in targets}
+    for (size, width), names in misfits.items():
+        fits = [str(g) for g in GROUP_SIZES if all(w % g == 0 for w in widths)] + ["-1"]
+        alone = [str(g) for g in GROUP_SIZES if width % g == 0] + ["-1"]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield Problem(
+            ("quant", "group_size"),
+            f"got {size}, which does not divide the {width} inputs of {names[0]}{more}; allowed for all "
+            f"layers: {', '.join(fits)}; "
+            f"or an override for these layers ({', '.join(alone)}), or export.format: native (its last "
+            "group may be shorter)",
+        )

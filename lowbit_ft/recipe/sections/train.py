@@ -1,0 +1,218 @@
+"""train: how it is trained, and what its options need: a validation set, a known length, a package, room on
+the disk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ...train.losses import LOSSES
+from ...train.optimizers import OPTIMIZERS
+from ...train.schedulers import SCHEDULERS
+from ...train.sharding import unshardable
+from ..layers import shapes_here
+from ..paths import path_is
+from ..values import OneOf
+from ..yaml import Problem
+from .base import Count, Positive, Problems, Section, Unit
+
+
+class TrainSection(Section):
+    """How it is trained."""
+
+    max_steps: Count | None = Field(default=None, description="optimizer steps; give this or epochs")
+    epochs: Positive | None = Field(
+        default=None, description="passes over data.train; give this or max_steps"
+    )
+    micro_batch_size: Count = Field(default=1, description="windows per forward; raise while memory lasts")
+    gradient_accumulation_steps: Count = Field(default=8, description="forwards per optimizer step")
+    learning_rate: Positive = Field(default=1e-3, description="of the low-rank matrices A and B")
+    scale_learning_rate: Positive | None = Field(
+        default=None, description="of scales, magnitudes and offsets; null: learning_rate"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="of Adam"
+    )
+    eps: Positive = Field(default=1e-8, description="of Adam")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field(
+        default="adamw",
+        description="adamw (torch, fused) or a bitsandbytes optimizer such as paged_adamw8bit",
+    )
+    scheduler: Annotated[str, OneOf(SCHEDULERS)] = Field(
+        default="cosine", description="learning-rate curve after the warm-up"
+    )
+    warmup_ratio: Unit = Field(default=0.05, description="fraction of the steps spent warming up")
+    min_lr_ratio: Unit = Field(default=0.0, description="last learning rate over the peak")
+    decay_ratio: Unit = Field(default=0.2, description="wsd: fraction of the steps spent decaying at the end")
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: about 30 % slower, much less memory"
+    )
+    offload: Literal["no", "cpu", "disk"] = Field(
+        default="no",
+        description="where what gradient_checkpointing keeps, the input of every layer, waits: no, on the "
+        "device; cpu, in CPU memory; "
+        "disk, in a file of the run folder: for long sequences on a GPU",
+    )
+    loss: Annotated[str, OneOf(LOSSES)] = Field(
+        default="chunked",
+        description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
+        "(extra liger, a GPU, a plain head)",
+    )
+    mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
+        default=None,
+        description="tokens that go through the MLP and the norms of a layer at a time; null: all. For "
+        "long sequences: they hold most of what "
+        "a layer needs, and its products run no more often than under gradient_checkpointing",
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no", description="autocast; 'no' computes in model.dtype"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="with several processes: none, each holds the whole base (DDP); fsdp, "
+        "they share one (FSDP2)",
+    )
+    keep_codes: bool = Field(
+        default=False,
+        description="keep the trained integers of every layer for the whole optimizer step instead of "
+        "making them anew in each forward and "
+        "backward: bits per trained weight of memory",
+    )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of the decoder layers; the same integers, see "
+        "docs/speed.md for where it helps",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="of the start of A, the data order and dropout"
+    )
+    log_every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
+    eval_every: Count | None = Field(
+        default=None, description="steps between validation losses; null: only at the end"
+    )
+    save_every: Count | None = Field(
+        default=None, description="steps between checkpoints; null: only at the end and on a signal"
+    )
+    keep_checkpoints: Count = Field(default=2, description="newest checkpoints kept")
+    keep_best: bool = Field(
+        default=False, description="ship the checkpoint of the lowest validation loss, not the last"
+    )
+    max_bad_steps: Count = Field(
+        default=5, description="stop after this many NaN or infinite losses in a row"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="besides metrics.jsonl, which is always written"
+    )
+
+    @field_validator("mixed_precision", "offload", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads an unquoted no as false
+
+    @model_validator(mode="after")
+    def _offload(self) -> TrainSection:
+        if self.offload != "no" and not self.gradient_checkpointing:
+            raise ValueError(
+                f"offload {self.offload} moves what gradient_checkpointing keeps, and that is off; set "
+                "gradient_checkpointing: true, "
+                "or offload: no"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compile(self) -> TrainSection:
+        if self.compile and self.mlp_chunk is not None:
+            raise ValueError(
+                f"compile and mlp_chunk {self.mlp_chunk} do not go together: the chunks run their own "
+                "backward, which is not for a compiler; set "
+                "compile: false, or mlp_chunk: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainSection:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"max_steps {self.max_steps} and epochs {self.epochs}; allowed: exactly one of them; set "
+                "max_steps or epochs"
+            )
+        return self
+
+
+def check_train(r: Any) -> Problems:
+    """Training options that need something else: a validation set, a known length, a package."""
+    train = r.train
+    package = OPTIMIZERS[train.optimizer].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        message = (
+            f"got {train.optimizer!r}, from {package}, which is not installed; run pip install "
+            f"{package}, or set adamw"
+        )
+        yield Problem(("train", "optimizer"), message)
+    if reasons := LOSSES[train.loss].problems(r):
+        yield Problem(
+            ("train", "loss"),
+            f"got {train.loss!r}, but {'; '.join(reasons)}; set loss: chunked, which holds as little",
+        )
+    if train.sharding == "fsdp":
+        for key, message in unshardable(train, getattr(r, "adapter", None)):
+            yield Problem(key, f"got {message}")
+    adapter = getattr(r, "adapter", None)
+    if train.keep_codes and adapter is not None and not adapter.rounds_codes:
+        yield Problem(
+            ("train", "keep_codes"),
+            f"got true, but {adapter.method} rounds nothing while it trains: there are no codes to keep; "
+            "remove it",
+        )
+    if r.data.streaming and train.max_steps is None:
+        yield Problem(
+            ("train", "epochs"),
+            f"got {train.epochs:g} with data.streaming, whose length is unknown; set train.max_steps",
+        )
+    if train.eval_every is not None and r.data.valid is None:
+        yield Problem(
+            ("train", "eval_every"),
+            f"got {train.eval_every}, but there is no data.valid; add data.valid or set eval_every: null",
+        )
+    if train.keep_best and train.eval_every is None:
+        yield Problem(
+            ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
+        )
+    if wrong := SCHEDULERS[train.scheduler].problem(train):
+        yield Problem(("train", wrong[0]), wrong[1])
+    for i, tracker in enumerate(train.trackers):
+        package = "tensorboard" if tracker == "tensorboard" else tracker
+        if importlib.util.find_spec(package) is None:
+            yield Problem(
+                ("train", "trackers", i),
+                f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
+            )
+
+
+def check_offload(r: Any) -> Problems:
+    """Room on the disk for the inputs of all layers, which train.offload: disk writes at every step."""
+    shapes = shapes_here(r.model.path, r.model.revision) if r.train.offload == "disk" else None
+    if shapes is None:
+        return
+    layers, width = (
+        shapes.number("num_hidden_layers", "n_layer") or 0,
+        shapes.number("hidden_size", "n_embd") or 0,
+    )
+    tokens, size = r.train.micro_batch_size * r.data.sequence_len, {"float32": 4}.get(r.model.dtype, 2)
+    needed = layers * tokens * width * size
+    folder = next((p for p in (r.output, *r.output.absolute().parents) if path_is(p, "dir")), None)
+    free = shutil.disk_usage(folder).free if folder is not None else needed
+    if free < needed:
+        yield Problem(
+            ("train", "offload"),
+            f"got 'disk', which needs {needed / 1e9:.3g} GB ({layers} layers x {tokens} tokens x {width} x "
+            f"{size} bytes), and "
+            f"{str(folder)!r} has {free / 1e9:.3g} GB free; choose another `output`, or "
+            "set train.offload: cpu",
+        )

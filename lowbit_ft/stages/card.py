@@ -1,0 +1,23 @@
+"""The model card of a folder of the run: what the recipe says of it, and what has been measured so far."""
+
+from ..evaluate.perplexity import EvalRow
+from ..evaluate.tasks import TaskRow
+from ..export.card import CardFacts, model_card
+from ..recipe.recipe import Recipe
+from ..session import Session
+
+
+def card_facts(recipe: Recipe) -> CardFacts:
+    """What the model card and the last line of a run say of the recipe."""
+    adapter = recipe.adapter
+    grid = adapter.shipped(recipe.quant.grid_for(""))
+    return CardFacts(
+        recipe.name, recipe.model.path, adapter.method, adapter.exact_merge, grid, recipe.to_yaml()
+    )
+
+
+def card(session: Session, format: str) -> dict[str, str]:
+    """README.md with the table as far as it has been measured."""
+    rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
+    tasks = [TaskRow(**row) for row in session.run.read_json("tasks.json", {}).get("rows", [])]
+    return {"README.md": model_card(card_facts(session.run.recipe()), format, rows, tasks)}

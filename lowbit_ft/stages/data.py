@@ -1,0 +1,128 @@
+"""data: which rows a run looks at, and in which batches: to train, for the validation loss, the table, gptq.
+
+Here and not in data/: they ask the model whether it keeps packed segments apart and the session for its
+dtype, its process and its tokenizer, and have a word with the user.
+"""
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+from ..data.batches import Batches, keeps_segments_apart
+from ..data.chat import ChatTemplate
+from ..data.examples import StreamedExamples, load_examples
+from ..data.formats import FORMATS
+from ..data.windows import Examples
+from ..export import EXPORTERS
+from ..model.attention import why_not
+from ..model.walk import Batch
+from ..recipe.sections.data import DataSource
+from ..session import Session
+from ..train.processes import rank, world
+
+LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
+
+
+def read_data(session: Session) -> Examples:
+    """The training windows. Before anything is quantized: a malformed row should not cost the hours that came
+    before it.
+    """
+    recipe = session.recipe
+    examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
+    session.say(f"data: {examples.report}")
+    if warning := unstopped(session):
+        session.say(f"note: {warning}")
+    if recipe.data.valid is not None:
+        load_examples(
+            recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer
+        )
+    return examples
+
+
+def batches(
+    session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False
+) -> Batches:
+    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not
+    keep packed segments apart by itself."""
+    apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
+    length = session.recipe.data.sequence_len
+    if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
+        session.say(f"note: attention holds masks of {length} x {length}: {reason}")
+    return Batches(
+        examples,
+        size,
+        session.pad_id,
+        session.recipe.train.seed,
+        rank=0 if alone else rank(),
+        world=1 if alone else world(),
+        shuffle=shuffle,
+        mask_dtype=None if apart else session.dtype,
+    )
+
+
+def unstopped(session: Session) -> str | None:
+    """What the user should know when the model will learn to end its turns with a token that no server stops
+    at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
+    configuration stops at another."""
+    kind = FORMATS[session.recipe.data.train.format]
+    if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
+        return None
+    ending, stops = (
+        ChatTemplate(session.tokenizer).ending(),
+        EXPORTERS["native"].stops(session.checkpoint.folder),
+    )
+    if ending is None or not stops or ending in stops:
+        return None
+    token = session.tokenizer.convert_ids_to_tokens(ending)
+    return (
+        f"assistant turns end with {token} ({ending}), which is not a stop token of this model "
+        f"(eos_token_id {stops}): servers will "
+        f"write on behind it; set eos_token_id: {[*stops, ending]} in the model's generation_config.json"
+    )
+
+
+def valid_batches(session: Session, model: Any) -> Batches | None:
+    """data.valid for the losses during training; None when the recipe has none."""
+    data = session.recipe.data
+    if data.valid is None:
+        return None
+    examples = load_examples(data.valid, data.model_copy(update={"streaming": False}), session.tokenizer)
+    return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
+
+
+def eval_batches(session: Session, model: Any) -> list[Batch]:
+    """The windows of the table: eval.data, or data.valid, or the training rows; the first eval.windows of
+    eval.window tokens.
+    """
+    recipe = session.recipe
+    source = recipe.eval.data or recipe.data.valid or recipe.data.train
+    chosen = first_windows(session, source, recipe.eval.windows, {"sequence_len": recipe.eval.window})
+    size = max(1, min(len(chosen), 4096 // recipe.eval.window))
+    return list(batches(session, model, chosen, size, shuffle=False, alone=True).one_epoch())
+
+
+def calibration_batches(session: Session) -> list[Batch]:
+    """Token windows for gptq, from quant.calibration.path or the training rows: a seeded choice among the
+    first 4 x samples, so that a large or remote data set is not read whole."""
+    recipe, wanted = session.recipe, session.recipe.quant.calibration
+    source = recipe.data.train
+    if wanted.path is not None:
+        kind = "text" if Path(wanted.path).suffix == ".txt" else source.format
+        source = DataSource(path=wanted.path, format=kind)
+    pool = first_windows(
+        session, source, 4 * wanted.samples, {"sequence_len": wanted.sequence_len, "train_on": "all"}
+    )
+    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(wanted.samples, len(pool)))
+    chosen = Examples(pool[i] for i in sorted(picked))
+    size = min(len(chosen), max(1, 4096 // wanted.sequence_len))
+    found = Batches(chosen, size, session.pad_id, 0, shuffle=False).one_epoch()
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
+
+
+def first_windows(
+    session: Session, source: DataSource, count: int | None, changes: dict[str, Any]
+) -> Examples:
+    """The first `count` windows (None: all) of a source, read only as far as needed."""
+    section = session.recipe.data.model_copy(update={**changes, "streaming": True})
+    return Examples(itertools.islice(iter(StreamedExamples(source, section, session.tokenizer)), count))

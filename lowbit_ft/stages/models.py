@@ -1,0 +1,103 @@
+"""The model of each stage, read back from the folder that the stage left, on a device that holds it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
+from ..export.reader import load_exported, read_config
+from ..integrations.adapter_files import read_adapter, refuse_other_base
+from ..model.load import load_model
+from ..session import Session
+
+
+def stage_model(session: Session, stage: str) -> Any:
+    """The model of one stage, in the session's dtype. ValueError when the run has not come that far."""
+    run_dir = session.run
+    if stage == "base":
+        device = dense_device(session, "the full-precision model")
+        return load_model(session.checkpoint, session.recipe.model.attention, device, session.dtype).eval()
+    if stage == "trained":
+        return trained_model(session)
+    folder = run_dir / ("base" if stage == "quantized" else stage)
+    if not folder.is_dir():
+        raise ValueError(f"{run_dir.path} has no {folder.name}/ yet, so there is no {stage} model to measure")
+    if stage == "quantized":
+        return load_packed(folder, session)
+    return load_exported(
+        folder,
+        dtype=session.dtype,
+        device=reader_device(folder, session),
+        attention=session.recipe.model.attention,
+    )
+
+
+def trained_model(session: Session) -> Any:
+    """base/ with adapter/ on it. ValueError when the run has not trained, or the adapter belongs to another
+    base.
+    """
+    run_dir = session.run
+    if not (run_dir / "adapter").is_dir():
+        raise ValueError(f"{run_dir.path} has no adapter yet; run `lowbit-ft train` on its recipe first")
+    model = load_packed(run_dir / "base", session)
+    config, state, digest = read_adapter(run_dir / "adapter")
+    refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
+    # The start does not matter, every tensor is about to be replaced.
+    attach(
+        model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config
+    )
+    load_adapter_state(model, state)
+    return model.eval()
+
+
+def load_packed(folder: Path, session: Session, device: str | None = None) -> Any:
+    """A native folder: packed, on the session's device (or `device`) and in its dtype."""
+    return load_exported(
+        folder,
+        dtype=session.dtype,
+        device=device or str(session.device),
+        attention=session.recipe.model.attention,
+    )
+
+
+def reader_device(folder: Path, session: Session) -> str:
+    """Where to read an exported folder: formats whose transformers reader makes the model dense may not fit
+    the GPU.
+    """
+    if (
+        session.device.type != "cuda"
+        or read_config(folder)["quantization_config"]["quant_method"] == "lowbit_ft"
+    ):
+        return str(session.device)
+    return dense_device(session, str(folder))
+
+
+def dense_device(session: Session, what: str) -> str:
+    """Where a dense model fits: the session's device, else the CPU."""
+    if session.device.type != "cuda":
+        return str(session.device)
+    dense = sum(p.numel() for p in session.checkpoint.empty_model().parameters()) * session.dtype.itemsize
+    free = torch.cuda.mem_get_info(session.device)[0]
+    if dense * 1.15 < free:
+        return str(session.device)
+    session.say(
+        f"{what} is dense in its reader ({dense / 1e9:.1f} GB, {free / 1e9:.1f} GB free on the GPU): read "
+        "on the CPU, slowly"
+    )
+    return "cpu"
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """The quantized base alone."""
+    held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
+    for layer, _ in held:
+        layer.adapter = None
+    try:
+        yield
+    finally:
+        for layer, adapter in held:
+            layer.adapter = adapter

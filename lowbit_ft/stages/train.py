@@ -1,0 +1,99 @@
+"""train: adapters on the packed base, trained, and adapter/ written."""
+
+import gc
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import merge as merging
+from ..adapters.attach import adapter_state, attach, base_digest, begin_step
+from ..adapters.lora_start import read_lora, start_from_lora
+from ..data.windows import Examples
+from ..export import EXPORTERS
+from ..export.writer import check_model
+from ..integrations.adapter_files import write_adapter
+from ..model.shards import is_sharded, whole
+from ..session import Session
+from ..train.loop import train
+from ..train.memory import release_freed
+from ..train.processes import world
+from ..train.sharding import held_by_rank, shard
+from .data import batches, valid_batches
+from .models import trained_model
+
+
+class RunStopped(Exception):
+    """A signal stopped training; everything is saved and the same command goes on."""
+
+
+def train_stage(session: Session, model: Any, examples: Examples) -> Any:
+    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on
+    the others. RunStopped when a signal ended it before the last step."""
+    recipe, run_dir = session.recipe, session.run
+    attach_adapters(session, model)
+    # Before hours of training, not after: can the format hold what this will become?
+    check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
+    digest = base_digest(model)
+    share_base(session, model)
+    with run_dir.stage("train", session.device, resumable=True):
+        result = train(
+            model,
+            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
+            valid_batches(session, model),
+            recipe.train,
+            run_dir.path,
+            meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
+            resume=True,
+            on_step=partial(begin_step, model),
+            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
+            console=session.console,
+        )
+    if result.stopped:
+        raise RunStopped(
+            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
+        )
+    # by all processes, for the one that writes
+    state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
+    if not run_dir.main:
+        return None
+    write_adapter(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
+    if not session.splits_base:
+        return model
+    del model, state  # shards make room for the whole base; hooks tie them into cycles
+    gc.collect()
+    release_freed()
+    return trained_model(session)
+
+
+def attach_adapters(session: Session, model: Any) -> None:
+    """The recipe's adapters on the packed layers, started from the seed or from adapter.init_from; says what
+    trains.
+    """
+    recipe, run_dir = session.recipe, session.run
+    torch.manual_seed(recipe.train.seed)
+    rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
+    run_dir.write_json("trainable.json", rows.to_json())
+    session.say(rows)
+    if folder := getattr(recipe.adapter, "init_from", None):
+        started = start_from_lora(model, recipe.adapter, read_lora(folder))
+        run_dir.write_json("lora_start.json", started.to_json())
+        session.say(started)
+
+
+def share_base(session: Session, model: Any) -> None:
+    """Cut the base over the processes where train.sharding says so; with several processes, write and say
+    what each holds of it.
+    """
+    if session.splits_base:
+        shard(model, session.device)
+    if world() > 1:
+        ranks = held_by_rank(model, session.device)
+        session.run.write_json(
+            "processes.json", {"type": "FSDP2" if is_sharded(model) else "DDP", "ranks": ranks}
+        )
+        parts = ", ".join(f"{r['base'] / 1e9:.6f}" for r in ranks)
+        session.say(
+            f"packed base of {ranks[0]['whole_base'] / 1e9:.6f} GB, held by {len(ranks)} "
+            f"processes: {parts} GB"
+        )

@@ -1,0 +1,29 @@
+"""What an optimizer of the table is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Groups = list[dict[str, Any]]  # what torch.optim takes: params, lr, weight_decay, and our name and peak
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """make(groups, section) -> a torch.optim.Optimizer; ValueError where it cannot run.
+
+    states: averages it keeps per trained number, of `bits` each (8: bitsandbytes' blocks); paged: they may
+    wait in CPU memory; counter: bytes per tensor besides; shards: it can step on the shards of FSDP2;
+    package: what must be installed for it.
+    """
+
+    make: Callable[[Groups, Any], torch.optim.Optimizer]
+    states: int = 1
+    bits: int = 32
+    paged: bool = False
+    counter: int = 0
+    shards: bool = False
+    package: str | None = None

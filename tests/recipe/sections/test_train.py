@@ -1,0 +1,103 @@
+"""The train section: what its options need."""
+
+from tests.recipe.recipe_text import bad_recipes, refused_with
+
+BAD = [
+    # (what, changed text, overrides, place and words that must be in one line)
+    (
+        "unknown key",
+        ("max_steps: 10", "max_steps: 10\n  stpes: 3"),
+        (),
+        "r.yaml:19: train.stpes: unknown key; did you mean",
+    ),
+    (
+        "number",
+        ("learning_rate: 1e-4", "learning_rate: fast"),
+        (),
+        "r.yaml:19: train.learning_rate: got 'fast'; allowed: a number",
+    ),
+    (
+        "bool for number",
+        ("max_steps: 10", "max_steps: true"),
+        (),
+        "r.yaml:18: train.max_steps: got True; allowed: a number",
+    ),
+    (
+        "missing section",
+        ("train:\n  max_steps: 10\n  learning_rate: 1e-4\n", ""),
+        (),
+        "train: got max_steps None and epochs None; allowed: exactly one",
+    ),
+    (
+        "both lengths",
+        ("max_steps: 10", "max_steps: 10\n  epochs: 2"),
+        (),
+        "r.yaml:17: train: got max_steps 10 and epochs 2.0; allowed: exactly one",
+    ),
+    (
+        "nothing to keep",
+        ("rank: 8", "rank: 8\n"),
+        ("adapter={method: lora}", "train.keep_codes=true"),
+        "train.keep_codes: got true, but lora rounds nothing while it trains",
+    ),
+    (
+        "kept codes of shards",
+        ("max_steps: 10", "max_steps: 10\n  keep_codes: true\n  sharding: fsdp"),
+        (),
+        "r.yaml:19: train.keep_codes: got true with train.sharding: fsdp, where no "
+        "process holds whole layers",
+    ),
+    (
+        "optimizer",
+        ("max_steps: 10", "max_steps: 10\n  optimizer: adamw8bits"),
+        (),
+        "r.yaml:19: train.optimizer: got 'adamw8bits'; allowed: adamw",
+    ),
+    (
+        "eval without data",
+        ("max_steps: 10", "max_steps: 10\n  eval_every: 5"),
+        (),
+        "r.yaml:19: train.eval_every: got 5, but there is no data.valid",
+    ),
+    (
+        "best without eval",
+        ("max_steps: 10", "max_steps: 10\n  keep_best: true"),
+        (),
+        "r.yaml:19: train.keep_best: got true, but nothing is evaluated",
+    ),
+    (
+        "streaming epochs",
+        ("max_steps: 10", "epochs: 2"),
+        ("data.streaming=true",),
+        "r.yaml:18: train.epochs: got 2 with data.streaming",
+    ),
+    (
+        "wsd ratios",
+        ("max_steps: 10", "max_steps: 10\n  scheduler: wsd\n  decay_ratio: 1.0"),
+        (),
+        "r.yaml:20: train.decay_ratio: got 1.0; with warmup_ratio the sum is 1.05",
+    ),
+    (
+        "fused loss on a CPU",
+        ("max_steps: 10", "max_steps: 10\n  loss: liger"),
+        (),
+        "its kernels run on a GPU only; set loss: chunked",
+    ),
+    (
+        "fused loss of a packed head",
+        ("max_steps: 10", "max_steps: 10\n  loss: liger"),
+        ("quant.lm_head=8",),
+        "quant.lm_head packs the head in 8 bits",
+    ),
+    (
+        "offload without checkpointing",
+        ("max_steps: 10", "max_steps: 10\n  offload: disk"),
+        (),
+        "gradient_checkpointing: true, or offload: no",
+    ),
+]
+
+
+@bad_recipes(BAD)
+def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
+    refused_with(change, overrides, words)

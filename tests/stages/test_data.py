@@ -1,0 +1,47 @@
+"""Which rows the stages look at, and what is said of them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowbit_ft.data import examples as data
+from lowbit_ft.session import start
+from lowbit_ft.stages.data import calibration_batches, unstopped
+from tests.line_tools import ROOT, recipe
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+
+def test_calibration_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(
+        tmp_path / "run",
+        "quant.calibrate=gptq",
+        "quant.calibration.samples=5",
+        "quant.calibration.sequence_len=64",
+    )
+    here, seen = start(made), []
+    real = data.read_rows
+    monkeypatch.setattr(data, "read_rows", lambda *a, **k: (seen.append(1) or row for row in real(*a, **k)))
+    batches = calibration_batches(here)
+    assert sum(len(b["input_ids"]) for b in batches) == 5
+    assert 0 < len(seen) <= 60
+
+
+def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
+    """The tiny Llama stops where its turns end; a copy of it that stops at another token only is told on."""
+    tiny = ROOT / "recipes" / "assets" / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny))
+
+    def said(folder: Path, form: str = "chat") -> str | None:
+        asked = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(format=form)))
+        return unstopped(
+            SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder))
+        )  # type: ignore[arg-type]
+
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    message = said(tmp_path)
+    assert message and "<|im_end|> (3)" in message and "eos_token_id: [0, 3]" in message
+    assert said(tmp_path, "completion") is None
+    assert said(tiny) is None

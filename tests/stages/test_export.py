@@ -1,0 +1,60 @@
+"""The export stage: what fails verification does not stay."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.rundir import RunDir
+from lowbit_ft.stages import export as stage
+from tests.line_tools import ROOT, recipe
+from tests.packed_tools import int_grid, random_weights
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+
+def test_an_export_that_fails_verification_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
+    write_model(
+        tmp_path / "merged",
+        checkpoint,
+        random_weights(checkpoint.empty_model(), int_grid()),
+        EXPORTERS["native"],
+    )
+    session: Any = SimpleNamespace(
+        run=RunDir(tmp_path),
+        checkpoint=checkpoint,
+        recipe=recipe(tmp_path / "no"),
+        device=torch.device("cpu"),
+        say=print,
+    )
+    monkeypatch.setattr(stage, "check_export", lambda session, folder: None)
+    folder = stage.export_stage(session, "compressed-tensors")
+    stage.export_stage(session, "compressed-tensors")
+    assert capsys.readouterr().err == ""
+    stage.export_stage(session, "gptq")
+    assert (
+        capsys.readouterr().err
+        == f"{folder}: the compressed-tensors export that was here is replaced by gptq\n"
+    )
+
+    def fails(session: Any, folder: Path) -> None:
+        raise ValueError("1 of 14 layers differ")
+
+    monkeypatch.setattr(stage, "check_export", fails)
+    for _ in range(2):  # the second one replaces what the first has set aside
+        with pytest.raises(
+            ValueError, match=r"(?s)1 of 14 layers differ.*was not verified.*exported\.refused"
+        ):
+            stage.export_stage(session, "gptq")
+        assert not folder.exists() and (tmp_path / "exported.refused" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="1 of 14 layers differ$"):
+        stage.export_stage(session, "native")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -1,0 +1,336 @@
+"""One choice is one file: for every family table, the member that CONTRIBUTING.md writes down is put into the
+table by its one line, and the whole line runs with it.
+
+The code is read from that page, so prose and test cannot drift. A table that has no recipe there, or no row
+here, fails; so does a recipe whose table is gone.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import json
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from lowbit_ft import pipeline
+from lowbit_ft.adapters.attach import adapted_names
+from lowbit_ft.cli.import_recipe import write_imported
+from lowbit_ft.cli.main import app
+from lowbit_ft.data.examples import load_examples
+from lowbit_ft.export.reader import read_weights
+from lowbit_ft.grid import IntGrid
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.recipe.recipe import Recipe, load_recipe, recipe_schema
+from lowbit_ft.recipe.yaml import RecipeError
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "recipes" / "assets"
+TINY = ASSETS / "tiny-llama"
+# Literal tables that are no choice of a recipe, each with the reason.
+NO_FAMILY = {
+    "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
+    "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
+    "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
+}
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+
+@functools.cache
+def tables() -> dict[str, str]:
+    """Every literal table `NAME: dict[str, ...] = {...}` of the package: its name -> its module, below
+    lowbit_ft."""
+    found, package = {}, ROOT / "lowbit_ft"
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            name, kind = node.target.id, ast.unparse(node.annotation)
+            literal = re.fullmatch(r"[A-Z][A-Z_]*", name) and kind.startswith("dict[str, ")
+            if literal and f"{module}.{name}" not in NO_FAMILY:
+                found[name] = module
+    return found
+
+
+@dataclass(frozen=True)
+class Member:
+    """A recipe of CONTRIBUTING.md: the module its file is, its code, and its line in the table."""
+
+    module: str
+    code: str
+    table: str
+    key: str
+    value: str
+
+    def put(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Into its table, as if its file were there."""
+        module = types.ModuleType(self.module)
+        module.__package__ = self.module.rpartition(".")[0]
+        monkeypatch.setitem(sys.modules, self.module, module)
+        exec(compile(self.code, f"{self.module} of CONTRIBUTING.md", "exec"), module.__dict__)
+        home = importlib.import_module(f"lowbit_ft.{tables()[self.table]}")
+        value = eval(self.value, vars(home) | vars(module))
+        monkeypatch.setitem(getattr(home, self.table), self.key, value)
+
+
+@functools.cache
+def members() -> dict[str, Member]:
+    """Table -> the member that CONTRIBUTING.md adds to it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = re.compile(
+        r"```python\n# (?P<file>lowbit_ft/\S+)\.py\n(?P<code>.*?)```\n\n"
+        r"One line in `(?P<table>[A-Z]+)` of `(?P<home>\S+)\.py`:\s`\"(?P<key>\w+)\": (?P<value>.+?)`\.\n",
+        re.DOTALL,
+    )
+    found = {}
+    for match in block.finditer(page):
+        home = match["home"].removesuffix("/__init__").removeprefix("lowbit_ft/").replace("/", ".")
+        assert tables().get(match["table"]) == home, f"CONTRIBUTING.md: {match['table']} is not in {home}"
+        found[match["table"]] = Member(
+            match["file"].replace("/", "."), match["code"], match["table"], match["key"], match["value"]
+        )
+    assert len(found) == page.count("```python"), "a block of CONTRIBUTING.md is not followed by its line"
+    return found
+
+
+def test_every_table_has_members_a_recipe_and_a_row() -> None:
+    assert tables(), "no table was found"
+    for name, module in tables().items():
+        assert getattr(importlib.import_module(f"lowbit_ft.{module}"), name), f"{name} is empty"
+    assert set(tables()) == set(members()) == set(ROWS)
+    for name in NO_FAMILY:
+        module, _, table = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"lowbit_ft.{module}"), table), f"{name} is gone"
+
+
+# ------------------------------------------------------------------------------------------------ the line
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its recipe, its folder, and the folder to serve."""
+
+    recipe: Recipe
+    folder: Path
+    shipped: Path
+
+    def metrics(self, key: str) -> list[float]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+def recipe_file(folder: Path, changes: dict[str, Any]) -> Path:
+    """A short run on the tiny Llama, with these keys (dotted) changed."""
+    rows = {"path": str(ASSETS / "docstrings" / "train.jsonl"), "format": "chat", "limit": 8}
+    recipe: dict[str, Any] = {
+        "name": "toy",
+        "model": {"path": str(TINY), "dtype": "float32", "device": "cpu"},
+        "quant": {"targets": ["*.layers.0.*"]},
+        "adapter": {"method": "scale"},
+        "data": {"train": rows, "sequence_len": 64},
+        "train": {
+            "max_steps": 2,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 0.01,
+            "warmup_ratio": 0,
+        },
+        "eval": {"windows": 1, "window": 64, "kl": False},
+        "output": str(folder / "run"),
+    }
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = recipe
+        for part in path:
+            section = section[part] if part in section else section.setdefault(part, {})
+        section[last] = value
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def with_key(key: str, **more: Any) -> Callable[[Path, str], Path]:
+    """A recipe that chooses a member by `key`; more: further keys, with __ for the dots."""
+    others = {name.replace("__", "."): value for name, value in more.items()}
+    return lambda folder, name: recipe_file(folder, others | {key: name})
+
+
+# ------------------------------------------------------------------------------------------------ the rows
+
+
+def first_layer(folder: Path) -> tuple[str, Any]:
+    weights = read_weights(folder)
+    name = next(iter(weights))
+    return name, weights[name]
+
+
+def one_scale_per_row(run: Run) -> None:
+    _, base = first_layer(run.folder / "base")
+    assert base.grid.name == "row" and base.scale.shape[0] == 1
+    assert run.recipe.quant.calibrate == "absmax", "a grid names the calibrator it starts with"
+    assert "grid R4" in (run.shipped / "README.md").read_text()
+
+
+def half_the_scales(run: Run) -> None:
+    name, base = first_layer(run.folder / "base")
+    dense = load_file(TINY / "model.safetensors")[f"{name}.weight"]
+    whole = CALIBRATORS["absmax"].run(dense, base.grid, Stats())
+    torch.testing.assert_close(base.scale.float(), whole.scale.float() / 2, rtol=2**-8, atol=0)
+
+
+def one_factor_per_layer(run: Run) -> None:
+    config, state, _ = read_adapter(run.folder / "adapter")
+    assert config.method == "layer_scale" and len(state) == len(adapted_names(state)) == 7
+    assert all(tensor.shape == (1,) and tensor.item() != 0 for tensor in state.values())
+    assert run.metrics("scale_lr") == [0.03, 0.03 / 2] and not run.metrics("lr")
+    pipeline.merge(run.folder)  # again from the files, which name the method: merged/ must be the same
+
+
+def dense_weights(run: Run) -> None:
+    name, merged = first_layer(run.folder / "merged")
+    assert torch.equal(load_file(run.shipped / "model.safetensors")[f"{name}.weight"], merged.dequantize())
+
+
+def int8_checkpoint(folder: Path, name: str) -> Path:
+    """The tiny Llama in int8 rows, under that quant_method."""
+    came = folder / name
+    shutil.rmtree(came, ignore_errors=True)
+    shutil.copytree(TINY, came)
+    out = {}
+    for key, value in load_file(TINY / "model.safetensors").items():
+        layer = key.removesuffix(".weight")
+        if not layer.endswith("_proj") or ".layers.0." not in layer:
+            out[key] = value
+            continue
+        scale = (value.float().abs().amax(1) / 127).bfloat16()
+        out[f"{layer}.q"] = (value.float() / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+        out[f"{layer}.s"] = scale[None]
+    save_file(out, came / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((came / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": name, "bits": 8}
+    (came / "config.json").write_text(json.dumps(config))
+    return recipe_file(folder, {"model.path": str(came), "name": name, "quant": {}})
+
+
+def the_codes_that_came(run: Run) -> None:
+    name, base = first_layer(run.folder / "base")
+    came = load_file(Path(run.recipe.model.path) / "model.safetensors")
+    assert torch.equal(base.unpack_codes().to(torch.int16) - 128, came[f"{name}.q"].to(torch.int16))
+    assert base.grid == IntGrid(bits=8, group_size=-1, residual_bits=0)
+
+
+def rows_in_capitals(run: Run) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    windows = load_examples(run.recipe.data.train, run.recipe.data, tokenizer)
+    text = tokenizer.decode(windows[0].input_ids, skip_special_tokens=True)
+    assert text == text.upper() != text.lower()
+
+
+def steps_of_one_size(run: Run) -> None:
+    _, state, _ = read_adapter(run.folder / "adapter")
+    steps = torch.cat([tensor.flatten() for tensor in state.values()]) / 0.01  # rates 0.01, then 0.005 x 2
+    assert set(steps.unique().mul(2).round().tolist()) <= {-4.0, -2.0, 0.0, 2.0, 4.0} and bool(steps.any())
+
+
+def a_quarter_from_the_middle_on(run: Run) -> None:
+    assert run.metrics("scale_lr") == [0.01, 0.01 / 4]
+
+
+def no_more_than_one_per_token(run: Run) -> None:
+    assert all(0 < loss <= 1 for loss in run.metrics("loss"))
+
+
+def tiny_yaml(folder: Path, name: str) -> Path:
+    theirs = folder / "tiny_model.yaml"
+    rows = str(ASSETS / "docstrings" / "train.jsonl")
+    theirs.write_text(yaml.safe_dump({name: str(TINY), "rows": rows, "steps": 2}))
+    write_imported(theirs, folder / "imported.yaml", force=True)
+    made = yaml.safe_load((folder / "imported.yaml").read_text())
+    short = {"name": made["name"], "adapter": made["adapter"], "train.max_steps": made["train"]["max_steps"]}
+    short |= {"model.path": made["model"]["path"], "data.train.path": made["data"]["train"]["path"]}
+    return recipe_file(folder, short)
+
+
+def what_its_yaml_said(run: Run) -> None:
+    assert run.recipe.adapter.method == "dl_qat" and len(run.metrics("loss")) == 2
+    assert "From the TinyTrainer file" in (run.folder.parent / "imported.yaml").read_text()
+
+
+@dataclass(frozen=True)
+class Row:
+    """write(folder, name): a recipe that chooses the member of that name; shows(run): that it was this member
+    that ran; word: what a mistyped choice is answered with, and what run, report and card say (default: the
+    key of the table); schema: the choice is a key of the recipe."""
+
+    write: Callable[[Path, str], Path]
+    shows: Callable[[Run], None]
+    word: str | None = None
+    schema: bool = True
+
+
+ABSMAX: dict[str, Any] = {"quant__calibrate": "absmax"}
+ROWS: dict[str, Row] = {
+    "GRIDS": Row(with_key("quant.grid", quant__group_size=-1), one_scale_per_row),
+    "CALIBRATORS": Row(with_key("quant.calibrate"), half_the_scales),
+    "ADAPTERS": Row(
+        with_key("adapter.method", train__scale_learning_rate=0.03, train__scheduler="linear", **ABSMAX),
+        one_factor_per_layer,
+    ),
+    "EXPORTERS": Row(with_key("export.format", **ABSMAX), dense_weights),
+    "READERS": Row(int8_checkpoint, the_codes_that_came, schema=False),
+    "FORMATS": Row(
+        with_key("data.train.format", data__train__path=str(ASSETS / "text" / "train.jsonl"), **ABSMAX),
+        rows_in_capitals,
+    ),
+    "OPTIMIZERS": Row(with_key("train.optimizer", train__scheduler="constant", **ABSMAX), steps_of_one_size),
+    "SCHEDULERS": Row(with_key("train.scheduler", **ABSMAX), a_quarter_from_the_middle_on),
+    "LOSSES": Row(with_key("train.loss", **ABSMAX), no_more_than_one_per_token),
+    "TRAINERS": Row(tiny_yaml, what_its_yaml_said, word="tiny_model", schema=False),
+}
+
+
+@pytest.mark.parametrize("table", ROWS)
+def test_one_file_and_one_line_are_enough(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Key, error, schema, plan, training, merge, export read back by its reader, report and card."""
+    row, member = ROWS[table], members()[table]
+    name = row.word or member.key
+    assert not row.schema or f'"{name}"' not in json.dumps(recipe_schema())
+    member.put(monkeypatch)
+
+    with pytest.raises(RecipeError) as error:
+        load_recipe(row.write(tmp_path, f"{name}x"))
+    assert f"did you mean '{name}'?" in str(error.value) and str(error.value).count(name) > 2
+
+    file = row.write(tmp_path, name)
+    assert not row.schema or f'"{name}"' in json.dumps(recipe_schema())
+    planned = CliRunner().invoke(app, ["plan", str(file)])
+    assert planned.exit_code == 0 and name in planned.output, planned.output
+
+    recipe = load_recipe(file)
+    shipped = pipeline.run(recipe)
+    run = Run(recipe, tmp_path / "run", shipped)
+    assert "equal bit for bit" in capsys.readouterr().out, "the export was not read back"
+    for path in (run.folder / "recipe.yaml", run.folder / "report.html", shipped / "README.md"):
+        assert name in path.read_text(encoding="utf-8"), path
+    assert load_recipe(run.folder / "recipe.yaml") == recipe
+    row.shows(run)

@@ -1,0 +1,81 @@
+"""Runs in processes of their own: killed and started again, and two of them together."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.line_tools import QUICK, ROOT
+
+pytestmark = pytest.mark.usefixtures("in_the_repository")
+
+
+def adapter_sha(out: Path) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def child(out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    """`lowbit-ft train` in its own process (or two, through torchrun)."""
+    arguments = ["train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
+    launch = ["-m", "lowbit_ft", *arguments]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
+    return subprocess.Popen(
+        [sys.executable, *launch],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_ends_with_the_same_bytes(kill: signal.Signals, tmp_path: Path) -> None:
+    steps = "train.max_steps=8"
+    whole = child(tmp_path / "whole", steps)
+    whole.communicate(timeout=300)
+    assert whole.returncode == 0
+    out = tmp_path / "killed"
+    first = child(out, steps)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (out / "checkpoints" / "step-00000002").exists():
+        time.sleep(0.05)
+    first.send_signal(kill)
+    said = first.communicate(timeout=120)[0]
+    assert not (out / "adapter").exists(), "it was over before it could be killed"
+    if kill == signal.SIGTERM:
+        assert first.returncode == 130 and "everything is saved" in said
+    again = child(out, steps)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert adapter_sha(out) == adapter_sha(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["method: lr_qat", "method: l4q, rank: 4, warmup_steps: 1"])
+def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
+    adapter = f"adapter={{{adapter}}}"
+    one = child(tmp_path / "one", "train.gradient_accumulation_steps=2", adapter)
+    said = one.communicate(timeout=300)[0]
+    assert one.returncode == 0, said
+    two = child(tmp_path / "two", "train.gradient_accumulation_steps=1", adapter, processes=2)
+    said = two.communicate(timeout=300)[0]
+    assert two.returncode == 0, said
+
+    def losses(out: Path) -> list[float]:
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(a) == len(b) == 3
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+    one_base, two_base = (json.loads((tmp_path / name / "quant.json").read_text()) for name in ("one", "two"))
+    assert one_base == two_base and any(row["error"] for row in one_base)
