@@ -37,9 +37,9 @@ class Native(Exporter):
     name = "native"
     quant_method = METHOD
     read_first = (
-        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. Without it "
-        "transformers\n> stops at a missing file whose name says so; an older one warns, and starts from random "
-        "weights."
+        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. Without "
+        "it transformers\n> stops at a missing file whose name says so; an older one warns, and starts from "
+        "random weights."
     )
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
@@ -86,11 +86,7 @@ class Native(Exporter):
 
     def use(self, folder: str) -> str:
         code = super().use(folder).replace("from transformers", "import lowbit_ft\nfrom transformers", 1)
-        return f"""The layers stay packed in memory. `lowbit_ft` must be imported: \
-without it transformers does not know the format and
-would start from random weights.
-
-{code}"""
+        return f"The layers stay packed in memory.\n\n{code}"
 
 
 def layers_from_config(config: Any) -> dict[str, LayerSpec]:

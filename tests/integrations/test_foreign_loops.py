@@ -21,8 +21,8 @@ from lowbit_ft.adapters.l4q import _say_uncounted
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.callbacks import StepCallback, begin_step
 from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
-from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.loading import NATIVE
 from tests.integrations.peft_models import logits, packed_model, tokens, train
 from tests.packed_tools import IDS, int_grid, random_weights, tiny_checkpoint

@@ -19,8 +19,8 @@ from lowbit_ft.adapters.attach import base_digest, packed_layers
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
-from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.loading import NATIVE, load
 from tests.packed_tools import IDS, int_grid, random_weight, random_weights, tiny_checkpoint
 
