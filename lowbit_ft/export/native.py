@@ -37,8 +37,8 @@ class Native(Exporter):
     name = "native"
     quant_method = METHOD
     read_first = (
-        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. Without "
-        "it transformers\n> stops at a missing file whose name says so; an older one warns, and starts from "
+        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. "
+        "Without it transformers\n> stops at a missing file whose name says so; an older one warns, and starts from "
         "random weights."
     )
 
