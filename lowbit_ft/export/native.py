@@ -37,9 +37,9 @@ class Native(Exporter):
     name = "native"
     quant_method = METHOD
     read_first = (
-        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format. "
-        "Without it transformers\n> stops at a missing file whose name says so; an older one warns, and starts from "
-        "random weights."
+        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format.\n"
+        "> Without it transformers stops at a missing file whose name says so; an older one warns, and\n"
+        "> starts from random weights."
     )
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:

@@ -42,6 +42,7 @@ def test_the_folder_of_a_run_is_a_peft_adapter(method: str, tmp_path: Path) -> N
             tmp_path / "run" / "adapter", adapter_state(model), config, base_digest(model), tmp_path / "base"
         )
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == [
+        "README.md",
         "adapter",
         "adapter_config.json",
         "adapter_model.safetensors",
