@@ -20,7 +20,8 @@ from lowbit_ft.adapters.attach import attach, base_digest
 from lowbit_ft.adapters.l4q import _say_uncounted
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.callbacks import StepCallback, begin_step
-from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
+from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.integrations.peft_layer import LowBitLinear
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.loading import NATIVE
