@@ -175,7 +175,7 @@ def timed(
         finally:
             if device.type == "cuda":  # the trial's graph is gone, its counters may be used again
                 torch.cuda.synchronize()
-                importlib.import_module("lowbit_kernels.triton_common").drop_counters()
+                importlib.import_module("lowbit_kernels.counters").drop_counters()
     return sorted(out, key=lambda pair: pair[0])
 
 
