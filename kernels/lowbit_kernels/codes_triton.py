@@ -20,17 +20,17 @@ from torch import Tensor
 
 from . import dispatch
 from .codes import UNITS
+from .grid import Grid, flat
 from .grid_triton import (
     FP_OPTIONS,
     base_value,
     channels_of,
     code_bits,
-    dense,
+    given,
     grid_value,
     group_row,
     low_rank,
     rank_block,
-    row_dense,
 )
 from .launch import cdiv, launch
 from .layout import packed_width, superblock
@@ -94,69 +94,36 @@ def grid_codes_kernel(
 # --------------------------------------------------------------------------------------------------- launcher
 
 
+@flat
 def grid_codes(
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: Grid,
     in_features: int,
     group_size: int,
 ) -> Tensor:
     """The op of codes.py: int16 [N, W]. Same arguments, same errors; group_size a multiple of 32 or -1."""
-    if units not in UNITS:
-        raise ValueError(f"units={units!r}: allowed are {UNITS}")
-    low = a is not None and b is not None
-    if units != "live" and not low:
-        return codes.clone()
-    n, rank = codes.shape[0], a.shape[0] if a is not None and low else 0
-    out = codes.new_empty(n, packed_width(in_features, bits))
+    if grid.units not in UNITS:
+        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
+    if not (grid.live or grid.low):
+        return grid.codes.clone()
+    n, bits = grid.codes.shape[0], grid.bits
+    out = grid.codes.new_empty(n, packed_width(in_features, bits))
     span = plane_group(group_size, in_features)
-    base = row_dense(codes)
-    fraction = row_dense(residual) if residual is not None and residual_bits else None
-    # Only what the units read is given to the kernel: a value that is not read must not ask for another
-    # compile.
-    live = units == "live"
-    state = (
-        dense(scale0),
-        dense(zero0) if live else None,
-        dense(a) if low else None,
-        dense(b) if low else None,
-        dense(scale),
-        dense(zero) if live else None,
-        dense(offset) if live else None,
-    )
+    state, strides, constants = given(grid, zero=grid.live)
     # Only the rank is told to the table: see the file's head.
-    config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, rank), N=1, K=1)
-    grid = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
+    config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, constants["R"]), N=1, K=1)
+    blocks = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
     launch(
         grid_codes_kernel,
-        grid,
-        base,
-        fraction,
+        blocks,
         *state,
         out,
-        gain,
+        grid.gain,
         n,
         in_features,
-        base.stride(0),
-        fraction.stride(0) if fraction is not None else 0,
+        *strides,
         out.stride(0),
-        UNITS_LIVE=live,
-        UNITS_WEIGHT=units == "weight",
-        BITS=bits,
-        RESIDUAL_BITS=residual_bits if fraction is not None else 0,
+        **constants,
         GROUP=span,
-        R=rank,
-        BLOCK_R=rank_block(rank),
         BLOCK_N=config["BLOCK_N"],
         EVEN_K=in_features % superblock(bits) == 0,
         **launch_options(config),

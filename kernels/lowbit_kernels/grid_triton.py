@@ -1,5 +1,5 @@
-"""A weight on its grid in registers: the base from its codes, the low-rank product, the value before rounding.
-What grid_codes, grid_gradients and quantize_pack share on a GPU.
+"""A weight on its grid in registers: base from its codes, low-rank product, value before rounding. What
+grid_codes, grid_gradients and quantize_pack share on a GPU.
 
 Train, evaluation and merge must give the same bits, so every float operation is pinned down:
   * D[n, k] is one chain of dot products over the rank in blocks of RANK_BLOCK, ascending, fp32 accumulation,
@@ -19,6 +19,8 @@ from typing import Any, overload
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .grid import Grid
 
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
@@ -201,3 +203,36 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 def rank_block(rank: int) -> int:
     """Columns of B per dot product: a power of two, at least what a tensor core takes."""
     return min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
+
+
+def given(grid: Grid, zero: bool) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
+    """(the tensors of a grid as kernels take them, the row strides of codes and residual, the constants).
+
+    Only what the units read is given, and the zero where it is asked for: a value that is not read must not
+    ask for another compile.
+    """
+    low, live = grid.low, grid.live
+    codes = row_dense(grid.codes)
+    wanted = grid.residual is not None and grid.residual_bits and (low or live)
+    residual = row_dense(grid.residual) if grid.residual is not None and wanted else None
+    rank = grid.a.shape[0] if grid.a is not None and low else 0
+    tensors = (
+        codes,
+        residual,
+        dense(grid.scale0),
+        dense(grid.zero0) if live else None,
+        dense(grid.a) if low else None,
+        dense(grid.b) if low else None,
+        dense(grid.scale),
+        dense(grid.zero) if zero else None,
+        dense(grid.offset) if live else None,
+    )
+    constants = {
+        "UNITS_LIVE": live,
+        "UNITS_WEIGHT": grid.units == "weight",
+        "BITS": grid.bits,
+        "RESIDUAL_BITS": grid.residual_bits if residual is not None else 0,
+        "R": rank,
+        "BLOCK_R": rank_block(rank),
+    }
+    return tensors, (codes.stride(0), 0 if residual is None else residual.stride(0)), constants

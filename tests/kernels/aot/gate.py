@@ -40,9 +40,9 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 MODULES = (
     "matmul_cases_triton",
     "codes_triton",
-    "gradients_triton",
+    "gradients_cases_triton",
     "pack_triton",
-    "binary_triton",
+    "binary_cases_triton",
     "hadamard_triton",
 )
 TENSOR_CORE = ("HMMA", "HGMMA")
