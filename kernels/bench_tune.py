@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import Built, Case, build, tiny, tuned
+from bench_build import Built, build
+from bench_cases import Case, tiny, tuned
 from bench_time import checked, copies_of, device_of, measure, write
 from lowbit_kernels import dispatch
 

@@ -20,7 +20,7 @@ happens on the float, before the integer cast.
 import torch
 from torch import Tensor
 
-from .grid import Grid, flat
+from .grid import GridWeight, flat
 from .layout import (
     centred,
     grouped,
@@ -39,7 +39,7 @@ UNITS = ("grid", "weight", "live")
 
 def grid_values(
     rows: slice,
-    grid: Grid,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:
@@ -68,7 +68,7 @@ def grid_values(
 @outside_autocast
 @flat
 def grid_codes(
-    grid: Grid,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import dispatch
 from .codes import UNITS
-from .grid import Grid, flat
+from .grid import GridWeight, flat
 from .grid_triton import (
     FP_OPTIONS,
     base_value,
@@ -96,7 +96,7 @@ def grid_codes_kernel(
 
 @flat
 def grid_codes(
-    grid: Grid,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:

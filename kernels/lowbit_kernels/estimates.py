@@ -38,7 +38,7 @@ One group per row and a frozen grid need no tokens: with the layer's own output,
 import torch
 from torch import Tensor
 
-from .grid import Grid, flat
+from .grid import GridWeight, flat
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped
 
 LOW_RANK = ("exact", "factorised", "corrected")
@@ -166,7 +166,7 @@ def grid_estimates(
     dy: Tensor,
     y: Tensor | None,
     step_codes: Tensor | None,
-    grid: Grid,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
     low_rank: str,

@@ -28,7 +28,7 @@ from . import dispatch
 from .gradients_chunked_triton import by_blas, chunked
 from .gradients_epilogue_triton import Task, projection_block
 from .gradients_fused_triton import fused
-from .grid import Grid, flat
+from .grid import GridWeight, flat
 from .grid_triton import FP_OPTIONS, given
 from .launch import cdiv
 from .matmul import packed_matmul
@@ -62,7 +62,7 @@ def _row_scale_gradients(
 
 @flat
 def grid_gradients(
-    x: Tensor, dy: Tensor, grid: Grid, group_size: int, clip_first: bool
+    x: Tensor, dy: Tensor, grid: GridWeight, group_size: int, clip_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op of grid_linear.py: dS, dT [G, N], dA [r, K], dB [N, r], fp32. group_size a multiple of 32 or
     -1.

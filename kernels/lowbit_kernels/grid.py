@@ -1,8 +1,8 @@
-"""Grid: what the grid ops (codes.py, grid_linear.py, estimates.py) share of their arguments, said once.
+"""GridWeight: what the grid ops (codes.py, grid_linear.py, estimates.py) share of their arguments, said once.
 
 An op of torch.library takes a flat list of tensors and numbers. Here they are one thing: a function is
 written with a parameter `grid: Grid`, and `flat` makes of it the function of the flat list, which has the
-fields of Grid, in their order and by their names, in the parameter's place.
+fields of GridWeight, in their order and by their names, in the parameter's place.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 
-class Grid(NamedTuple):
+class GridWeight(NamedTuple):
     """A frozen base, a low-rank part and the grid that is trained; codes.py has the equation of their
     weight.
     """
@@ -44,14 +44,14 @@ class Grid(NamedTuple):
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the fields of Grid as parameters in the place of its `grid`."""
+    """`function` with the fields of GridWeight as parameters in the place of its `grid`."""
     hints, own = get_type_hints(function), inspect.signature(function)
     before = list(own.parameters).index("grid")
-    after = before + len(Grid._fields)
+    after = before + len(GridWeight._fields)
     parameters = [p.replace(annotation=hints.get(name, p.empty)) for name, p in own.parameters.items()]
     parameters[before : before + 1] = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-        for name, kind in get_type_hints(Grid).items()
+        for name, kind in get_type_hints(GridWeight).items()
     ]
     signature = inspect.Signature(parameters, return_annotation=hints.get("return", own.empty))
 
@@ -61,7 +61,7 @@ def flat(function: Callable[..., Any]) -> Callable[..., Any]:
             bound = signature.bind(*args, **named)
             bound.apply_defaults()
             args = bound.args
-        return function(*args[:before], Grid(*args[before:after]), *args[after:])
+        return function(*args[:before], GridWeight(*args[before:after]), *args[after:])
 
     vars(call)["__signature__"] = signature
     return call

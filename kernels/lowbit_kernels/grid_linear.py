@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .codes import grid_codes, grid_values
 from .estimates import LOW_RANK, grid_estimates
-from .grid import Grid, flat
+from .grid import GridWeight, flat
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
 from .matmul import packed_matmul, packed_matmul_dx
 
@@ -38,7 +38,7 @@ from .matmul import packed_matmul, packed_matmul_dx
 def grid_gradients(
     x: Tensor,
     dy: Tensor,
-    grid: Grid,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _(x, dy, grid, group_size, clip_first):
 @flat
 def grid_linear(
     x: Tensor,
-    grid: Grid,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
     step_codes: Tensor | None = None,
@@ -131,25 +131,25 @@ def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
 
 
 _FIRST = 1  # the place of the grid's fields in the op's arguments, after x
-_PLACE = {name: _FIRST + i for i, name in enumerate(Grid._fields)}
+_PLACE = {name: _FIRST + i for i, name in enumerate(GridWeight._fields)}
 _TENSORS = _PLACE["gain"]  # tensors come before numbers
 
 
 def _setup(ctx, inputs, output):
-    x, grid = inputs[0], Grid(*inputs[_FIRST : _FIRST + len(Grid._fields)])
-    group_size, clip_first, step_codes, low_rank, tokens = inputs[_FIRST + len(Grid._fields) :]
+    x, grid = inputs[0], GridWeight(*inputs[_FIRST : _FIRST + len(GridWeight._fields)])
+    group_size, clip_first, step_codes, low_rank, tokens = inputs[_FIRST + len(GridWeight._fields) :]
     row_wise = group_count(x.shape[-1], group_size) == 1 and not grid.live
     row_wise = row_wise and ctx.needs_input_grad[_PLACE["scale"]]
     y = output if row_wise and _estimated(grid.a, low_rank, tokens) else None
     assert grid.scale.shape[0] == 1 or y is None
     ctx.save_for_backward(*inputs[:_TENSORS], step_codes, y)
-    ctx.numbers, ctx.static = inputs[_TENSORS : _FIRST + len(Grid._fields)], (group_size, clip_first)
+    ctx.numbers, ctx.static = inputs[_TENSORS : _FIRST + len(GridWeight._fields)], (group_size, clip_first)
     ctx.cheaper = (low_rank, tokens)
 
 
 def _backward(ctx, dy):
     x, *tensors, new, y = ctx.saved_tensors
-    grid, (group_size, clip_first) = Grid(*tensors, *ctx.numbers), ctx.static
+    grid, (group_size, clip_first) = GridWeight(*tensors, *ctx.numbers), ctx.static
     k, need = x.shape[-1], {name: ctx.needs_input_grad[place] for name, place in _PLACE.items()}
     dx = ds = dt = da = db = None
     estimated, low = _estimated(grid.a, *ctx.cheaper), need["a"] or need["b"]

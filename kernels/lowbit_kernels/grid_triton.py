@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grid import Grid
+from .grid import GridWeight
 
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
@@ -205,7 +205,7 @@ def rank_block(rank: int) -> int:
     return min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
 
 
-def given(grid: Grid, zero: bool) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
+def given(grid: GridWeight, zero: bool) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
     """(the tensors of a grid as kernels take them, the row strides of codes and residual, the constants).
 
     Only what the units read is given, and the zero where it is asked for: a value that is not read must not

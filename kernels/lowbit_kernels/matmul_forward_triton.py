@@ -82,11 +82,10 @@ def _step(
 
 
 @triton.jit
-def _tile_of(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of this program's tile. Neighbouring programs share rows of x and, in groups of GROUP_M,
-    the weight tile: both stay in L2.
+def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of program pid's tile. Neighbours share rows of x and, in groups of GROUP_M, the weight
+    tile: both stay in L2.
     """
-    pid = tl.program_id(0)
     band = pid // (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     inside = pid % (GROUP_M * tiles_n)
@@ -148,8 +147,9 @@ def forward_kernel(
     COUNT: tl.constexpr = UNROLL * PLANES  # planes per step
     RUN: tl.constexpr = run_of(COUNT, GROUP)
     S: tl.constexpr = PLANES * LANE
+    pid = tl.program_id(0)
     part = tl.program_id(1)
-    tile_m, tile_n = _tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rm = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rn = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
@@ -209,7 +209,7 @@ def forward_kernel(
     mask = in_n[:, None] & in_m[None, :]
     out = rm[None, :] * N + rn[:, None]
     size = tl.cast(M, tl.int64) * N
-    store_parts(y, acc, out, mask, work, arrived, tl.program_id(0), size, PARTS, part)
+    store_parts(y, acc, out, mask, work, arrived, pid, size, PARTS, part)
 
 
 # -------------------------------------------------------------------------------------------- on the host
