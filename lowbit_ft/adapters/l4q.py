@@ -173,26 +173,10 @@ class L4Q(ScaledAdapter):
         """L4Qinit on the warmed-up weight: [G, N]."""
         args, g = self.grid_args(base), base.grid
         z = float(g.levels // 2) if args.zero is None else args.zero.float()
+        proxy = base.on_grid(args)._replace(units="live")
         out = torch.empty_like(self.log_scale)
         for rows in row_chunks(*base.shape):
-            value = grid_values(
-                rows,
-                base.codes,
-                base.residual,
-                base.scale,
-                base.zero,
-                args.a,
-                args.b,
-                args.scale,
-                args.zero,
-                args.offset,
-                args.gain,
-                "live",
-                g.bits,
-                g.residual_bits,
-                base.shape[1],
-                g.group_size,
-            )
+            value = grid_values(rows, proxy, base.shape[1], g.group_size)
             zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
             weight = (value - zero) * args.scale[:, rows].t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group
