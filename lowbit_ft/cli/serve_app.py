@@ -148,7 +148,7 @@ def _end_on_second() -> None:
     """The handlers that are there (uvicorn's: no new requests, wait for those that run) for the first signal;
     the end of the process for a second one. The thread that generates cannot be interrupted, so nothing less
     than the system's exit ends it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     seen: list[int] = []
 
     def handler(number: int, frame: Any) -> None:

@@ -152,9 +152,9 @@ def _refuse_strangers(keys: list[str], entries: Mapping[str, TensorEntry], model
         "out of the files"
     )
     raise CheckpointError(
-        f"{folder}: {len(left)} tensors that a {type(model).__name__} of its config.json does not take: "
-        f"{listed(list(kinds)[:8])}{' and more' if len(kinds) > 8 else ''} (the first is {left[0]!r} in "
-        f"{entries[left[0]].file.name}): {why}"
+        f"{folder}: {len(left)} tensor{'s' * (len(left) > 1)} that a {type(model).__name__} of its "
+        f"config.json does not take: {listed(list(kinds)[:8])}{' and more' if len(kinds) > 8 else ''} "
+        f"(the first is {left[0]!r} in {entries[left[0]].file.name}): {why}"
     )
 
 

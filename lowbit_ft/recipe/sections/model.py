@@ -82,7 +82,8 @@ def check_model(r: Any) -> Problems:
 
 def check_tokens(r: Any) -> Problems:
     """Tokens of the tokenizer, and of the first training rows, that the model has no embedding of."""
-    folder, shapes = (f(r.model.path, r.model.revision) for f in (local_folder, shapes_here))
+    folder = local_folder(r.model.path, r.model.revision)
+    shapes = shapes_here(r.model.path, r.model.revision)
     rows = shapes.rows if shapes is not None else None
     if folder is None or rows is None:
         return
