@@ -36,6 +36,7 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(VENV)/bin/python docs/draw_house.py
 	$(VENV)/bin/python docs/write_pages.py
+	$(VENV)/bin/python -m benchmarks.data_table
 	$(VENV)/bin/python -m benchmarks.format_table
 	$(VENV)/bin/python -m benchmarks.plan_targets --write
 

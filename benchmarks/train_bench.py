@@ -10,14 +10,15 @@ Models have real shapes and random weights (train_models.py). Stages:
 
     correct   loss and every gradient of each method on the device against the CPU, at a small size; what
               fails is not timed
-    speed     8B, 1 x 2048, rank 16, checkpointing on: each contender takes turns with QLoRA (NF4, peft) step
-              by step in this process, with the same loss, optimizer and checkpointing code (ours), so that
-              clocks and temperature are the same for both
+    speed     8B, 1 x 2048, rank 16, checkpointing on: the contenders with a target take turns with QLoRA
+              (NF4, peft) step by step in this process, with the same loss, optimizer and checkpointing code
+              (ours): clocks and temperature are the same for both
+    more      the other methods and bits, in the same way
     memory    the set-ups the targets name, each alone, the process capped at --cap GB; and what `lowbit-ft
               plan` predicted
     length    8B W4, offload to the CPU: as many tokens as fit
 
-A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train_run. The figure is
+A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train.run. The figure is
 the median over rounds.
 """
 
@@ -37,95 +38,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.train_cases import LENGTH, LENGTH_TARGET, LENGTHS, MEMORY, QLORA, SPEED, Case
-from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing, with_lora
+from benchmarks.train_contender import Contender, check_key, grid_of, head_of, predicted
+from benchmarks.train_models import SHAPES, dense, nf4, packed, sharing
 from benchmarks.train_report import write_report
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach, begin_step
-from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
-from lowbit_ft.plan.plan import Card, plan
-from lowbit_ft.recipe.recipe import load_recipe
-from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.rundir import environment
-from lowbit_ft.train.run import Run
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "llama31-8b-w4-lr-qat.yaml"
 TOLERANCE = (
     1e-2  # of a gradient's norm, device against CPU in fp32: a code at the edge may fall to the other side
 )
 
 
-class Windows:
-    """The same random window for ever, on the CPU, as the trainer's own batches come."""
-
-    def __init__(self, vocabulary: int, length: int) -> None:
-        ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-        self.batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length)[None]}
-
-    def __next__(self) -> dict[str, Tensor]:
-        return dict(self.batch)
-
-    def __len__(self) -> int:
-        return 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Contender:
-    """One case, ready to step."""
-
-    def __init__(self, case: Case, model: Any, folder: str) -> None:
-        keys = {
-            "max_steps": 1000,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": True,
-            "scheduler": "constant",
-            **case.train,
-        }
-        if not _has_bitsandbytes():
-            keys["optimizer"] = "adamw"  # larger states, and the row says so
-        self.case, self.model = case, model
-        if case.base == "packed":
-            given = {"rank": case.rank} if "rank" in ADAPTERS[case.method].model_fields else {}
-            attach(
-                model, ADAPTERS[case.method].model_validate({"method": case.method, **given, **case.adapter})
-            )
-        else:
-            with_lora(model, case.rank)
-        self.windows = Windows(SHAPES[case.shape].vocabulary, case.length)
-        self.run = Run(model, self.windows, None, TrainSection(**keys), Path(folder), {}, None)
-        self.steps = 0
-
-    def step(self) -> Tensor:
-        """One optimizer step; the loss stays on the device."""
-        run = self.run
-        begin_step(self.model, self.steps)
-        loss = run.loss(next(self.windows))
-        run.accelerator.backward(loss / self.case.length)
-        run.clip()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        self.steps += 1
-        return loss.detach()
-
-
 def _capability() -> int:
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
-
-
-def _has_bitsandbytes() -> bool:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 class Bench:
@@ -175,8 +104,8 @@ class Bench:
     def attempt(
         self, stage: str, case: Case, act: Callable[[Case], dict[str, Any]], seconds: float
     ) -> dict[str, Any] | None:
-        """act(case), written as a row; a row with the reason when there is no time, no memory, no library, or
-        the method was wrong.
+        """act(case), written as a row; a row with the reason when there is no time, no memory, no library,
+        or the method was wrong.
         """
         case = case.tiny() if self.dry else case
         reason = self.wrong.get(check_key(case), "")
@@ -196,8 +125,8 @@ class Bench:
         return values
 
     def predict(self) -> None:
-        """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not be
-        lost to it.
+        """What plan says of the rows whose peak was measured, last: it needs no device, and a row must not
+        be lost to it.
         """
         for row in self.rows:
             if row["stage"] in ("memory", "length") and "peak_gb" in row and (self.left() > 30 or self.dry):
@@ -248,25 +177,6 @@ class Bench:
         if case.base == "dense":
             return dense(shape, self.device, self.dtype)
         return packed(shape, grid_of(case), self.device, self.dtype, head=head_of(case))
-
-
-def grid_of(case: Case) -> Grid:
-    if ADAPTERS[case.method].grid_name == "binary":
-        return BinaryGrid(bits=case.bits, group_size=case.group_size)
-    return IntGrid(bits=case.bits, group_size=case.group_size, residual_bits=case.residual_bits)
-
-
-def head_of(case: Case) -> Grid | None:
-    return (
-        None
-        if case.head_bits is None
-        else IntGrid(bits=case.head_bits, group_size=case.group_size, residual_bits=0)
-    )
-
-
-def check_key(case: Case) -> tuple[Any, ...]:
-    """What a check of gradients holds for: () for what is not ours."""
-    return (case.method, case.bits, json.dumps(case.adapter, sort_keys=True)) if case.base == "packed" else ()
 
 
 def _plain(case: Case) -> dict[str, Any]:
@@ -335,8 +245,29 @@ def correct(bench: Bench) -> None:
             bench.wrong[check_key(case)] = "its gradients are wrong on this device (see the row `correct`)"
 
 
+def recall(bench: Bench, file: Path) -> None:
+    """The rows that `correct` wrote into another file, as if it had run here."""
+    rows = {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    for case in SPEED:
+        if case.base == "packed" and (row := rows.get(case.name)):
+            if "skipped" in row:
+                bench.wrong[check_key(case)] = (
+                    f"its gradients are wrong on this device: {row['skipped'][:150]}"
+                )
+            bench.rows.append(row)
+
+
 def speed(bench: Bench) -> None:
-    """Each contender in turns with QLoRA."""
+    """Each contender with a target in turns with QLoRA."""
+    _in_turns(bench, [case for case in SPEED if case.target is not None and not case.train.get("compile")])
+
+
+def more(bench: Bench) -> None:
+    """The others."""
+    _in_turns(bench, [case for case in SPEED if case.target is None or case.train.get("compile")])
+
+
+def _in_turns(bench: Bench, cases: list[Case]) -> None:
     bench.limit(None)
     reference: list[Contender] = []
 
@@ -346,7 +277,7 @@ def speed(bench: Bench) -> None:
 
     bench.attempt("speed", QLORA, first, 40)
     kept: dict[tuple[Any, ...], Any] = {}  # one packed base at a time, shared by its contenders
-    order = sorted(SPEED, key=lambda c: SPEED.index(next(s for s in SPEED if _base_key(s) == _base_key(c))))
+    order = sorted(cases, key=lambda c: cases.index(next(s for s in cases if _base_key(s) == _base_key(c))))
     for case in order:
 
         def act(case: Case) -> dict[str, Any]:
@@ -417,39 +348,6 @@ def _timed(
     }
 
 
-def predicted(case: Case, folder: Path, arch: int) -> float:
-    """GB that `lowbit-ft plan` says the steps of a case of lr_qat take at their peak, without the CUDA
-    context, which is not allocated by PyTorch. arch: 10 x compute capability, 0 for a CPU."""
-    assert case.method == "lr_qat" and case.base == "packed"
-    SHAPES[case.shape].config().save_pretrained(folder)
-    keys: dict[str, Any] = {
-        "quant": {"bits": case.bits, "residual_bits": case.residual_bits, "group_size": case.group_size},
-        "adapter": {"rank": case.rank, **case.adapter},
-        "train": {
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "optimizer": "adamw",
-            **case.train,
-        },
-        "data": {"sequence_len": case.length},
-    }
-    if case.head_bits is not None:
-        keys["quant"] |= {"lm_head": case.head_bits, "embeddings": case.head_bits}
-    changes = [
-        f"{section}.{key}={json.dumps(value)}"
-        for section, values in keys.items()
-        for key, value in values.items()
-    ]
-    made = plan(
-        load_recipe(RECIPE, changes, check=False),
-        folder,
-        Card(1 << 40, "the device", arch),
-        packed_rows=False,
-    )
-    assert made is not None
-    return (made.stages["training"] - made.parts["context"]) / 1e9
-
-
 def memory(bench: Bench) -> None:
     """Each case alone under the cap."""
     bench.limit(bench.cap)
@@ -504,7 +402,7 @@ def length(bench: Bench) -> None:
         print(f"longest window that fits {bench.cap} GB: {longest} tokens", flush=True)
 
 
-STAGES = {"correct": correct, "speed": speed, "memory": memory, "length": length}
+STAGES = {"correct": correct, "speed": speed, "memory": memory, "more": more, "length": length}
 
 
 def main() -> None:
@@ -517,6 +415,12 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--layers", type=int, help="cut every shape after so many layers")
     p.add_argument("--dry-run", action="store_true")
+    p.add_argument(
+        "--checked",
+        type=Path,
+        metavar="FILE",
+        help="what `correct` found in another run of today: it is not run again",
+    )
     p.add_argument("--report", type=Path, metavar="FILE")
     p.add_argument("--out", type=Path)
     o = p.parse_args()
@@ -531,6 +435,9 @@ def main() -> None:
         o.out = RESULTS / f"train_bench-{device}.json"
     torch.manual_seed(0)
     bench = Bench(o)
+    if o.checked and o.checked.is_file():
+        recall(bench, o.checked)
+        o.stages = [stage for stage in o.stages if stage != "correct"]
     for stage in o.stages:
         STAGES[stage](bench)
     bench.predict()

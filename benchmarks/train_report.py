@@ -56,8 +56,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Tokens/s over peak memory of the contenders of the speed stage."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed", flush=True)
+        return
     points = [row for row in rows if row["stage"] == "speed" and "tokens_per_s" in row]
     if not points:
         return

@@ -5,13 +5,13 @@ its turn comes) and gives closures over them. A peer that cannot be built on thi
 the reason in the results.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import lowbit_kernels as lk
 import torch
+from bench_peers import bitsandbytes, gemlite, optional, relative
 from lowbit_kernels import dispatch
 from torch import Tensor
 
@@ -21,6 +21,8 @@ SHAPES = {  # N x K of the linears the targets are about
     "qwen-32b": [(5120, 5120), (27648, 5120), (5120, 27648)],
 }
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+# Peers that may be missing, or take long: "torch.compile" compiles for tens of seconds.
+PEERS = frozenset({"bitsandbytes nf4", "gemlite", "torch.compile"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class Case:
 
     @property
     def small(self) -> bool:
-        """Launch-bound: timed inside a CUDA graph."""
-        return self.m <= 16
+        """So short that Python's time to launch would be measured: timed inside a CUDA graph."""
+        return self.m <= 512 or self.op == "hadamard"
 
     def flops(self) -> float:
         products = {
@@ -69,7 +71,9 @@ class Case:
         if self.op == "binary_matmul":
             packed *= self.bits
         packed += 2.0 * self.n * lk.group_count(self.k, self.group)
-        if self.op == "quantize_pack":
+        if self.op == "grid_codes":
+            return 2 * packed + 4.0 * self.rank * (self.n + self.k)
+        if self.op in ("quantize_pack", "dequantize"):
             return packed + 2.0 * self.n * self.k
         return packed + 2.0 * self.m * (self.n + self.k)
 
@@ -81,6 +85,7 @@ class Built:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     check: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)  # our error, the error allowed
+    peers: frozenset[str] = frozenset()  # the optional ones that are wanted, of PEERS
 
 
 def targets() -> list[Case]:
@@ -102,9 +107,22 @@ def targets() -> list[Case]:
     return out
 
 
+def tuned() -> list[Case]:
+    """The cases whose tile sizes bench_tune.py searches: the targets, and the ops that are parts of
+    others.
+    """
+    parts = [Case(op="grid_codes", bits=4, m=1, n=4096, k=4096, rank=64)]
+    parts += [Case(op="scale_gradient", bits=4, m=4096, n=4096, k=4096, rank=64)]
+    parts += [
+        Case(op="dequantize", bits=4, m=1, n=14336, k=4096),
+        Case(op="packed_matmul_dx", bits=4, m=256, n=14336, k=4096),
+    ]
+    return [*parts, *(case for case in targets() if case.op != "grid_step")]
+
+
 def everything() -> list[Case]:
     """Targets first, then every shape and number of rows."""
-    out = targets()
+    out = [*targets(), *tuned()]
     for shapes in SHAPES.values():
         for n, k in shapes:
             for m in TOKENS:
@@ -141,13 +159,9 @@ def packed(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     return lk.pack(codes, case.bits), scale.to(torch.bfloat16)
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
-
-
-def build(case: Case, device: torch.device, copies: int) -> Built:
-    """Tensors and closures of a case."""
-    made = Built()
+def build(case: Case, device: torch.device, copies: int, peers: frozenset[str] = PEERS) -> Built:
+    """Tensors and closures of a case, and those of PEERS that are named."""
+    made = Built(peers=peers)
     g = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(case.m, case.k, device=device, generator=g).to(case.dtype)
     dy = torch.randn(case.m, case.n, device=device, generator=g).to(case.dtype)
@@ -159,13 +173,15 @@ def build(case: Case, device: torch.device, copies: int) -> Built:
         "binary_matmul": _binary,
         "quantize_pack": _quantize,
         "hadamard": _hadamard,
+        "grid_codes": _codes,
+        "dequantize": _dequantize,
     }[case.op](made, case, x, dy, copies)
     return made
 
 
 def _allowed(rounded: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """1.5 times the error of the same computation in torch with equally rounded inputs, plus one rounding of
-    the result.
+    """1.5 times the error of the same computation in torch with equally rounded inputs, plus one rounding
+    of the result.
     """
     return 1.5 * relative(rounded, exact) + 4 * torch.finfo(torch.float32).eps
 
@@ -185,8 +201,11 @@ def _forward(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> Non
         lambda c=c, s=s: reference(x, c, s, None, None, case.bits, case.group) for c, s in weights[:1]
     ]
     if case.bits == 4 and x.is_cuda:
-        _optional(made, "bitsandbytes nf4", lambda: _bitsandbytes(x, dense))
-        _optional(made, "gemlite", lambda: _gemlite(case, x, weights))
+        want = made.calls["cublas"][0]()
+        optional(
+            made, "bitsandbytes nf4", lambda: bitsandbytes(x, dense), want, 0.2
+        )  # another grid: its own error is 0.1
+        optional(made, "gemlite", lambda: gemlite(case, x, weights), want, 0.02)
 
     def check() -> tuple[float, float]:
         exact = (
@@ -262,10 +281,47 @@ def _scale_gradient(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int)
     made.calls["eager"] = [lambda: reference(x, dy, **args)]
 
     def check() -> tuple[float, float]:
-        exact = reference(x.double().float(), dy.double().float(), **args)[0]
-        return relative(lk.grid_gradients(x, dy, **args)[0], exact), _allowed(
-            reference(x, dy, **args)[0], exact, case.dtype
-        )
+        exact, rounded = (reference(a, b, **args) for a, b in ((x.float(), dy.float()), (x, dy)))
+        count = 4 if case.rank else 1  # dS, dT, dA, dB
+        return _worst(lk.grid_gradients(x, dy, **args)[:count], rounded[:count], exact[:count], case.dtype)
+
+    made.check = check
+
+
+def _worst(
+    got: tuple[Tensor, ...], rounded: tuple[Tensor, ...], exact: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[float, float]:
+    """Error and allowance of the result that comes closest to its allowance, or exceeds it."""
+    pairs = [(relative(g, e), _allowed(r, e, dtype)) for g, r, e in zip(got, rounded, exact, strict=True)]
+    return max(pairs, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+
+
+def _codes(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    args = {name: value for name, value in _grid(case, x).items() if name not in ("group_size", "clip_first")}
+    more = {"in_features": case.k, "group_size": case.group}
+    made.calls["ours"] = [lambda: lk.grid_codes(**args, **more)]
+
+    def check() -> tuple[float, float]:
+        """The share of codes that differ from the reference's: its product adds in another order, so a tie
+        may fall the other way.
+        """
+        want = dispatch.definition("grid_codes")._init_fn(**args, **more)
+        got = lk.grid_codes(**args, **more)
+        return (
+            lk.unpack(got, case.bits, case.k) != lk.unpack(want, case.bits, case.k)
+        ).float().mean().item(), 1e-4
+
+    made.check = check
+
+
+def _dequantize(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> None:
+    weights = [packed(case, x.device) for _ in range(copies)]
+    rest = (None, None, case.bits, case.k, case.group, case.dtype)
+    made.calls["ours"] = [lambda c=c, s=s: lk.dequantize(c, s, *rest) for c, s in weights]
+
+    def check() -> tuple[float, float]:
+        want = dispatch.definition("dequantize")._init_fn(*weights[0], *rest)
+        return (lk.dequantize(*weights[0], *rest) != want).float().mean().item(), 0.0
 
     made.check = check
 
@@ -306,14 +362,12 @@ def _grid_step(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> N
             step()
             return [step]
 
-        _optional(made, "torch.compile", compiled)
+        optional(made, "torch.compile", compiled)
 
     def check() -> tuple[float, float]:
         got, rounded = ours(), _eager_step(case, base, args, x, dy)
         exact = _eager_step(case, base, args, x.float(), dy.float())
-        return max(relative(g, e) for g, e in zip(got, exact, strict=True)), max(
-            _allowed(r, e, case.dtype) for r, e in zip(rounded, exact, strict=True)
-        )
+        return _worst(got, rounded, exact, case.dtype)
 
     made.check = check
 
@@ -370,41 +424,3 @@ def _hadamard(made: Built, case: Case, x: Tensor, dy: Tensor, copies: int) -> No
         return relative(lk.hadamard(x, -1), exact), _allowed(exact.to(case.dtype), exact, case.dtype)
 
     made.check = check
-
-
-def _optional(made: Built, name: str, make: Callable[[], list[Call]]) -> None:
-    """A peer, where it can be had: an import error, or any failure of foreign code, leaves it out with its
-    reason.
-    """
-    try:
-        calls = make()
-        calls[0]()
-        made.calls[name] = calls
-    except Exception as error:
-        made.left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-
-
-def _bitsandbytes(x: Tensor, dense: list[Tensor]) -> list[Call]:
-    bnb = importlib.import_module("bitsandbytes")
-    packs = [bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense]
-    return [lambda w=w, s=s: bnb.matmul_4bit(x, w.t(), quant_state=s) for w, s in packs]
-
-
-def _gemlite(case: Case, x: Tensor, weights: list[tuple[Tensor, Tensor]]) -> list[Call]:
-    core = importlib.import_module("gemlite.core")
-    dtype = {torch.bfloat16: core.DType.BF16, torch.float16: core.DType.FP16}[case.dtype]
-    calls = []
-    for codes, scale in weights:
-        linear = core.GemLiteLinear(
-            W_nbits=case.bits,
-            group_size=case.group,
-            in_features=case.k,
-            out_features=case.n,
-            input_dtype=dtype,
-            output_dtype=dtype,
-        )
-        scales = scale.t().reshape(-1, 1).to(case.dtype)
-        zeros = torch.full_like(scales, 1 << (case.bits - 1))
-        linear.pack(lk.unpack(codes, case.bits, case.k), scales, zeros, None)
-        calls.append(lambda linear=linear: linear(x))
-    return calls

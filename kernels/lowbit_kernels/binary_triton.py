@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .launch import cdiv, launch
 from .layout import CODES_PER_HALFWORD, LANES, group_count, superblock
 from .scratch import binary_rows as _step
 from .triton_common import (
@@ -316,8 +317,8 @@ def fused_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One [BLOCK_N, BLOCK_M] tile of y^T. grid (M tiles * N tiles), M fastest: neighbours share the planes'
-    rows.
+    """One [BLOCK_N, BLOCK_M] tile of y^T. grid (M tiles * N tiles), M fastest: neighbours share the
+    planes' rows.
     """
     RUN: tl.constexpr = _run(GROUP)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -494,8 +495,8 @@ def gradients_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """da and dt from a tile [BLOCK_N, BLOCK_K] of dY^T X that is summed where it was computed; GROUP divides
-    BLOCK_K.
+    """da and dt from a tile [BLOCK_N, BLOCK_K] of dY^T X that is summed where it was computed; GROUP
+    divides BLOCK_K.
     """
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rk = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -545,8 +546,10 @@ def _dequantize(
 ) -> None:
     """W[rows, block * 512 : ...] into out [n, channels]."""
     (q, n, width), tile = planes.shape, warps["BLOCK_N"]
-    blocks = triton.cdiv(out.shape[1], superblock(1))
-    dequantize_kernel[(triton.cdiv(rows.stop - rows.start, tile), blocks)](
+    blocks = cdiv(out.shape[1], superblock(1))
+    launch(
+        dequantize_kernel,
+        (cdiv(rows.stop - rows.start, tile), blocks),
         planes,
         alpha,
         alpha if offset is None else offset,
@@ -620,14 +623,17 @@ def binary_matmul(x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | Non
         "CT": COMPUTE[compute_dtype(x.dtype)],
     }
     if regime == "decode" and m <= settings["BLOCK_M"]:
-        tiles, blocks = triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, superblock(1))
-        parts = min(blocks, settings.pop("SPLIT_K") or dispatch.split_k(tiles, blocks))
-        per_part = triton.cdiv(blocks, parts)
-        parts = triton.cdiv(blocks, per_part)
+        tiles, blocks = cdiv(n, settings["BLOCK_N"]), cdiv(k, superblock(1))
+        waves = settings.pop("WAVES", 2.0)
+        parts = min(blocks, settings.pop("SPLIT_K") or dispatch.split_k(tiles, blocks, waves=waves))
+        per_part = cdiv(blocks, parts)
+        parts = cdiv(blocks, per_part)
         work = y if parts == 1 else x.new_empty(parts, m, n, dtype=torch.float32)
         arrived = y if parts == 1 else counters(tiles, x.device)
         xsum = alpha if offset is None else _group_sums_of_x(flat, group_size)
-        decode_kernel[(tiles, parts)](
+        launch(
+            decode_kernel,
+            (tiles, parts),
             flat,
             planes,
             alpha,
@@ -649,8 +655,10 @@ def binary_matmul(x: Tensor, planes: Tensor, alpha: Tensor, offset: Tensor | Non
             **settings,
         )
     elif regime == "fused" and (not use_asm(x.dtype) or alpha.element_size() == 2):
-        grid = (triton.cdiv(m, settings["BLOCK_M"]) * triton.cdiv(n, settings["BLOCK_N"]),)
-        fused_kernel[grid](
+        grid = (cdiv(m, settings["BLOCK_M"]) * cdiv(n, settings["BLOCK_N"]),)
+        launch(
+            fused_kernel,
+            grid,
             flat,
             planes,
             alpha,
@@ -713,7 +721,9 @@ def binary_gradients(
     settings = dispatch.config("binary_gradients", planes.shape[0], x.dtype, m, n, k)
     form, chunk = settings.pop("form"), settings.pop("CHUNK_MB", 24)
     if form == "fused" and group and settings["BLOCK_K"] % group == 0:
-        gradients_kernel[(triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(k, settings["BLOCK_K"]))](
+        launch(
+            gradients_kernel,
+            (cdiv(n, settings["BLOCK_N"]), cdiv(k, settings["BLOCK_K"])),
             x,
             dy,
             planes,
@@ -740,7 +750,9 @@ def binary_gradients(
         stop = min(start + step, n)
         dw = scratch[: stop - start]
         torch.mm(dy[:, start:stop].t(), x, out=dw)
-        group_sums_kernel[(triton.cdiv(stop - start, tile["BLOCK_N"]), groups)](
+        launch(
+            group_sums_kernel,
+            (cdiv(stop - start, tile["BLOCK_N"]), groups),
             dw,
             planes,
             da,

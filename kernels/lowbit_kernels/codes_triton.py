@@ -31,6 +31,7 @@ from torch import Tensor
 
 from . import dispatch
 from .codes import UNITS
+from .launch import cdiv, launch
 from .layout import packed_width, superblock
 from .triton_common import LANE, launch_options, plane_group
 
@@ -190,8 +191,8 @@ def grid_value(
     UNITS_WEIGHT: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """v of codes.py from code + residual and D, both fp32 tiles within one group: the reference's operations
-    in its order.
+    """v of codes.py from code + residual and D, both fp32 tiles within one group: the reference's
+    operations in its order.
     """
     value = base
     if UNITS_LIVE:
@@ -359,8 +360,10 @@ def grid_codes(
     )
     # Only the rank is told to the table: see the file's head.
     config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, rank), N=1, K=1)
-    grid = (out.shape[1] // 32, triton.cdiv(n, config["BLOCK_N"]))
-    grid_codes_kernel[grid](
+    grid = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
+    launch(
+        grid_codes_kernel,
+        grid,
         base,
         fraction,
         *state,

@@ -77,7 +77,7 @@ def drawn(length: Tensor, count: int, start: Tensor) -> tuple[Tensor, Tensor, Te
     points = (start.double() + torch.arange(count, device=length.device)) * (ends[-1] / count)
     rows = torch.searchsorted(ends, points, right=True).clamp_(max=len(length) - 1)
     below = torch.searchsorted(points, ends)  # how many points lie below the end of each token
-    below[-1] = count
+    below[-1:].fill_(count)  # an assignment would copy the number from the host and wait for it
     weight = ends[-1] / (count * length.double())
     return rows, weight[rows].float(), (below.diff(prepend=below.new_zeros(1)) * weight).float()
 

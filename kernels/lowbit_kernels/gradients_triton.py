@@ -1,12 +1,15 @@
 """K5/K6: grid_gradients on a GPU: dS, dT, dA, dB from x and dY without keeping anything of size N x K.
 
 Everything behind dW = dY^T X is one epilogue over a tile of dW (`epilogue`): recompute v and its code, mask
-by the clip, sum over the inputs of a group, project the masked gradient on A and B. Two forms feed it:
+by the clip, sum over the inputs of a group, project the masked gradient on A and B. Three forms:
 
     chunked   dW of a chunk of rows by the BLAS into scratch, then one pass of the epilogue over it
+    blas      the same, but the pass writes dD in the place of dW, and the BLAS projects it too: A and B as
+              the sum of two bf16 numbers each (16 bits, as fp32 results need), dD rounded once more to bf16,
+              as dW was
     fused     dW accumulates on chip over M and never leaves it
 
-Both are deterministic: a group sum and a projection are written as partial sums, each by the one program that
+All are deterministic: a group sum and a projection are written as partial sums, each by the one program that
 owns it, and added by torch in a fixed order. The epilogue works on strips of 32 channels, one P16 plane,
 which no group splits: scale and zero are vectors over rows, and the fields of a strip have one shift. D comes
 from codes_triton.low_rank, as in the forward, so the recomputed codes are the forward's.
@@ -48,8 +51,9 @@ from .codes_triton import (
     rank_rows,
     row_dense,
 )
+from .launch import cdiv, launch
 from .matmul import packed_matmul
-from .scratch import PROJECTION_BLOCK, gradient_chunk
+from .scratch import CHUNKED, PROJECTION_BLOCK, gradient_chunk, gradient_form
 from .triton_common import COMPUTE, INTERPRETED, LANE, compute_dtype, launch_options, plane_group, round_even
 
 EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
@@ -57,8 +61,8 @@ EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the
 
 @triton.jit
 def plane_words(packed, row, rn, k0, N, K, BITS: tl.constexpr):
-    """The half-words that hold channels k0..k0+31 of some rows, int32 [BLOCK_N, 32], and the shift of their
-    fields.
+    """The half-words that hold channels k0..k0+31 of some rows, int32 [BLOCK_N, 32], and the shift of
+    their fields.
     """
     S: tl.constexpr = channels_of(BITS)
     at = packed + rn.to(tl.int64)[:, None] * row + (k0 // S * LANE + tl.arange(0, LANE))[None, :]
@@ -110,11 +114,12 @@ def epilogue(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
+    PROJECT: tl.constexpr,
 ):
     """dw fp32 [BLOCK_N, 32], zero outside the matrix, of rows rn and channels 32 * strip and up.
 
-    Writes sum_s, sum_t [strips, N] and part_a [row blocks, R, K]; returns the masked gradient dD [BLOCK_N,
-    32].
+    Writes sum_s, sum_t [strips, N] and, with PROJECT, part_a [row blocks, R, K]; returns the masked gradient
+    dD [BLOCK_N, 32].
     """
     TOP: tl.constexpr = ((1 << BITS) - 1) * 1.0
     HALF: tl.constexpr = (1 << (BITS - 1)) * 1.0
@@ -162,7 +167,7 @@ def epilogue(
     if not UNITS_LIVE:
         tl.store(sum_s + out, tl.sum(dw * (code - z), axis=1), mask=live)
         tl.store(sum_t + out, tl.sum(dw, axis=1), mask=live)
-    if R > 0:
+    if R > 0 and PROJECT:
         for r0 in tl.static_range(0, R, BLOCK_R):
             left = rank_rows(b, gain, rn, N, r0, R, BLOCK_R)
             piece = project(tl.trans(left), masked, tl.zeros((BLOCK_R, LANE), tl.float32), EXACT)
@@ -224,8 +229,10 @@ def chunked_kernel(
     BLOCK_N: tl.constexpr,
     SPAN: tl.constexpr,
     EXACT: tl.constexpr,
+    PROJECT: tl.constexpr,
 ):
     """Grid (spans of SPAN strips, row blocks of the chunk). dw [rows, K] is dW of rows start..start+rows-1.
+    Without PROJECT the masked gradient dD takes its place, and what is below does not happen.
 
     dB is summed over a span in registers, which needs the whole rank in two blocks when SPAN > 1.
     """
@@ -275,8 +282,13 @@ def chunked_kernel(
             BLOCK_P,
             BLOCK_N,
             EXACT,
+            PROJECT,
         )
-        if R > 0:
+        if R > 0 and not PROJECT:
+            tl.store(
+                dw + local.to(tl.int64)[:, None] * K + kk[None, :], masked.to(dw.dtype.element_ty), mask=mask
+            )
+        elif R > 0:
             if SPAN > 1:
                 total = project_b(masked, a, kk, K, total, 0, R, BLOCK_P, EXACT)
                 if R > BLOCK_P:
@@ -286,7 +298,7 @@ def chunked_kernel(
                     nothing = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
                     part = project_b(masked, a, kk, K, nothing, r0, R, BLOCK_P, EXACT)
                     store_part_b(part_b, part, span, rn, r0, N, R, BLOCK_P)
-    if R > 0 and SPAN > 1:
+    if R > 0 and SPAN > 1 and PROJECT:
         store_part_b(part_b, total, span, rn, 0, N, R, BLOCK_P)
         if R > BLOCK_P:
             store_part_b(part_b, more, span, rn, BLOCK_P, N, R, BLOCK_P)
@@ -414,6 +426,7 @@ def fused_kernel(
                 BLOCK_P,
                 BLOCK_N,
                 EXACT,
+                True,
             )
             if R > 0:
                 columns = strip * LANE + tl.arange(0, LANE)
@@ -486,6 +499,7 @@ def grid_gradients(
         ds, dt = _row_scale_gradients(x, dy, codes, zero, bits)
         return ds, dt, *_empty(a, b, x.device)
     rank = a.shape[0] if a is not None and low else 0
+    config = gradient_form(config, rank, x.dtype, INTERPRETED)
     exact = x.dtype == torch.float32
     if exact:
         config["BLOCK_N"] = min(config["BLOCK_N"], EXACT_ROWS)
@@ -519,12 +533,9 @@ def grid_gradients(
         **launch_options(config),
         **FP_OPTIONS,
     }
-    strips = triton.cdiv(k, 32)
+    strips = cdiv(k, 32)
     sums = torch.empty(2, strips, n, dtype=torch.float32, device=x.device)
-    # On chip, dB is summed over a tile in registers: the rank must be one or two blocks.
-    # fp32 inputs take the BLAS on a GPU: its product obeys the user's settings for tf32.
-    on_chip = config["form"] == "fused" and rank <= 2 * PROJECTION_BLOCK and (INTERPRETED or not exact)
-    run = _fused if on_chip else _chunked
+    run = {"fused": _fused, "blas": _by_blas, "chunked": _chunked}[config["form"]]
     da, db = run(x, dy, state, strides, sums, rank, config, static)
     per_group = strips if span == 0 else span // 32
     ds, dt = _by_group(sums[0], per_group), _by_group(sums[1], per_group)
@@ -545,10 +556,12 @@ def _fused(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor, T
     (m, k), n = x.shape, dy.shape[1]
     x, dy = row_dense(x), row_dense(dy)
     width = config.get("BLOCK_K", 128)
-    tiles, row_blocks = triton.cdiv(k, width), triton.cdiv(n, config["BLOCK_N"])
+    tiles, row_blocks = cdiv(k, width), cdiv(n, config["BLOCK_N"])
     part_a = sums.new_empty(row_blocks, rank, k)
     part_b = sums.new_empty(tiles, n, rank)
-    fused_kernel[(tiles * row_blocks,)](
+    launch(
+        fused_kernel,
+        (tiles * row_blocks,),
         x,
         dy,
         *state,
@@ -577,21 +590,84 @@ def _chunked(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor,
     # Two blocks of the rank fit in registers next to the tile; a larger rank is written strip by strip.
     strips = sums.shape[1]
     rows, span = gradient_chunk(n, k, rank, x.element_size(), config)
-    spans = triton.cdiv(strips, span)
+    spans = cdiv(strips, span)
     scratch = torch.empty(min(rows, n), k, dtype=x.dtype, device=x.device)
-    part_a = sums.new_empty(triton.cdiv(min(rows, n), block), rank, k)
+    part_a = sums.new_empty(cdiv(min(rows, n), block), rank, k)
     part_b = sums.new_empty(spans, n, rank)
     da = sums.new_zeros(rank, k)
     for start in range(0, n, rows):
         count = min(rows, n - start)
         dw = torch.mm(dy[:, start : start + count].t(), x, out=scratch[:count])
-        blocks = triton.cdiv(count, block)
-        chunked_kernel[(spans, blocks)](
-            dw, start, count, *state, sums[0], sums[1], part_a, part_b, n, k, *strides, SPAN=span, **static
+        blocks = cdiv(count, block)
+        launch(
+            chunked_kernel,
+            (spans, blocks),
+            dw,
+            start,
+            count,
+            *state,
+            sums[0],
+            sums[1],
+            part_a,
+            part_b,
+            n,
+            k,
+            *strides,
+            SPAN=span,
+            PROJECT=True,
+            **static,
         )
         if rank:
             da += part_a[:blocks].sum(0)
     return da, part_b.sum(0)
+
+
+def _by_blas(x, dy, state, strides, sums, rank, config, static) -> tuple[Tensor, Tensor]:
+    k, n = x.shape[1], dy.shape[1]
+    a, b, gain = state[4], state[5], state[9]
+    rows, span = gradient_chunk(n, k, rank, x.element_size(), config)
+    scratch = torch.empty(min(rows, n), k, dtype=x.dtype, device=x.device)
+    left, right = (
+        _parts_of(b.float() * gain, x.dtype, 1),
+        _parts_of(a.float(), x.dtype, 0),
+    )  # [N, p r], [p r, K], p parts
+    parts = left.shape[1] // rank
+    more = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+    da, db = sums.new_zeros(rank, k), sums.new_empty(n, rank)
+    for start in range(0, n, rows):
+        count = min(rows, n - start)
+        dw = torch.mm(dy[:, start : start + count].t(), x, out=scratch[:count])
+        launch(
+            chunked_kernel,
+            (cdiv(sums.shape[1], span), cdiv(count, config["BLOCK_N"])),
+            dw,
+            start,
+            count,
+            *state,
+            sums[0],
+            sums[1],
+            dw,
+            dw,
+            n,
+            k,
+            *strides,
+            SPAN=span,
+            PROJECT=False,
+            **static,
+        )
+        da += torch.mm(left[start : start + count].t(), dw, **more).view(parts, rank, k).sum(0)
+        torch.sum(torch.mm(dw, right.t(), **more).view(count, parts, rank), 1, out=db[start : start + count])
+    return da, db
+
+
+def _parts_of(factor: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """An fp32 factor as numbers of `dtype` side by side along `dim`, whose sum it is: one of fp32, two of
+    16 bits.
+    """
+    if dtype == torch.float32:
+        return factor
+    high = factor.to(dtype)
+    return torch.cat((high, (factor - high.float()).to(dtype)), dim)
 
 
 # ----------------------------------------------------------------------------------------------- what we ship
@@ -634,7 +710,8 @@ def _case(
     else:
         pointers["dw"] = "*fp32" if exact else "*bf16"
         sizes |= dict.fromkeys(("start", "rows"), "i32")
-        constants["SPAN"] = 32 if rank <= 2 * PROJECTION_BLOCK else 1
+        constants["SPAN"] = config.get("SPAN", 32 if rank <= 2 * PROJECTION_BLOCK else 1)
+        constants["PROJECT"] = form == "chunked"
     options = {**launch_options(config), **FP_OPTIONS}
     kernel = fused_kernel if form == "fused" else chunked_kernel
     # The hot loop of the fused form is over M: its instructions are per element of dW and step, not per
@@ -652,19 +729,31 @@ def _case(
 
 
 def aot_cases() -> list[tuple]:
-    """What the AOT gate compiles: the chunked form as the table has it, and the fused form at the tiles a
-    tuner starts from.
+    """What the AOT gate compiles: the forms as the table has them, and the others at the tiles a tuner
+    starts from.
     """
-    table = dispatch.packaged("grid_gradients", 4, torch.bfloat16, 4096, 4096, 4096, 90)
-    assert table["form"] == "chunked"
+    table, hopper = (
+        dispatch.packaged("grid_gradients", 4, torch.bfloat16, 4096, 4096, 4096, arch) for arch in (80, 90)
+    )
+    assert table["form"] == "chunked" and hopper["form"] == "fused"
     wide = {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
+    blas = {"BLOCK_N": 64, "SPAN": 4, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
     return [
         *(_case("chunked", rank, "grid", table) for rank in (0, 16, 64, 128)),
         *(_case("chunked", rank, "live", table) for rank in (0, 64)),
         _case("chunked", 32, "weight", table),
         _case("chunked", 64, "grid", table, exact=True),
-        _case("fused", 0, "grid", wide, only=(80, 90)),
-        _case("fused", 64, "grid", wide, only=(90,)),
+        *(
+            _case("fused", rank, units, hopper, only=(90,))
+            for rank in (0, 16, 64)
+            for units in ("grid", "live")
+        ),
+        # what takes the place of the fused form: of fp32 inputs, and of a rank too large to be summed on chip
+        _case("chunked", 128, "weight", CHUNKED, only=(90,)),
+        _case("chunked", 16, "grid", CHUNKED, exact=True, only=(90,)),
+        *(_case("blas", rank, "grid", blas, only=(80, 90)) for rank in (16, 64, 128)),
+        _case("blas", 64, "grid", blas, exact=True, only=(80, 90)),
+        _case("fused", 0, "grid", wide, only=(80,)),
         # on sm_8x rank 64 fits only with half the rows
         _case("fused", 64, "live", {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, only=(80,)),
     ]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import dispatch
 from .hadamard import factors, matrix, resolved
+from .launch import cdiv, launch
 from .triton_common import COMPUTE, INTERPRETED, launch_options, persistent
 
 
@@ -138,7 +139,9 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     between = torch.float32 if INTERPRETED else torch.bfloat16
     left, right = _matrices(block, d1, d2, tile, rows, x.device, first, between)
     count = source.numel() // d2
-    hadamard_kernel[(triton.cdiv(count, tile),)](
+    launch(
+        hadamard_kernel,
+        (cdiv(count, tile),),
         source,
         y,
         left,

@@ -33,8 +33,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .launch import cdiv, launch
 from .layout import LANES, group_count, packed_width, superblock
-from .scratch import COLUMNS, dx_columns, forward_rows
+from .scratch import COLUMNS, dx_columns, forward_rows, forward_split, split
 from .triton_common import (
     COMPUTE,
     INTERPRETED,
@@ -305,9 +306,9 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
 
     # Scales (2 bytes a thread) are too narrow for asynchronous copies. Decode, which waits for memory, loads
-    # them one step ahead; the fused regime does not, because a scale that travels through the loop sends the
-    # whole operand through shared memory where 8 warps share it (sm_90: 4.6 instead of 4.0 instructions per
-    # weight).
+    # them one step ahead (two would end Triton's pipelining of the loop); the fused regime does not, because
+    # a scale that travels through the loop sends the whole operand through shared memory where 8 warps share
+    # it (sm_90: 4.6 instead of 4.0 instructions per weight).
     plane = first * PLANES
     scales = _group_values(scale, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, True)
     zeros = _group_values(zero, plane, rn, in_n, N, last_group, COUNT, GROUP, RUN, ZERO != 0)
@@ -796,13 +797,6 @@ def _launch(config: dict, fusion: bool = False) -> dict:
     return {**launch_options(config), "enable_fp_fusion": fusion}
 
 
-def _parts(wanted: int, tiles: int, steps: int, unroll: int = 1) -> tuple[int, int]:
-    """(parts, steps per part) of a sum of `steps` steps; wanted 0 asks for as many as fill the device."""
-    wanted = wanted or dispatch.split_k(tiles, steps)
-    per = -(-max(1, -(-steps // wanted)) // unroll) * unroll
-    return max(1, -(-steps // per)), per
-
-
 def _workspace(
     parts: int, slots: int, size: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -852,12 +846,14 @@ def _forward(x: Tensor, weight: _Weight, config: dict, group_size: int) -> Tenso
     (m, k), n = x.shape, weight.n
     tile, block = _forward_tile(config, m), superblock(weight.bits)
     on_acc = tile["ON_ACC"]
-    tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    parts, per_part = _parts(config.get("SPLIT_K", 1), tiles, triton.cdiv(k, block), tile["UNROLL"])
+    tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(n, tile["BLOCK_N"])
+    parts, per_part = forward_split(m, n, k, weight.bits, config)
     y = x.new_empty(m, n)
     work, arrived = _workspace(parts, tiles, m * n, x.device)
     sums = group_sums(x, group_size) if on_acc and weight.affine else x
-    forward_kernel[(tiles, parts)](
+    launch(
+        forward_kernel,
+        (tiles, parts),
         x,
         *weight.tensors,
         sums,
@@ -906,7 +902,9 @@ def _dequantize_into(
     rows = out.shape[0]
     codes = weight.codes[first_row : first_row + rows]
     group_values = [values[:, first_row : first_row + rows] for values in weight.tensors[1:]]
-    dequantize_kernel[(-(-rows // config["BLOCK_N"]) * blocks,)](
+    launch(
+        dequantize_kernel,
+        (-(-rows // config["BLOCK_N"]) * blocks,),
         codes,
         *group_values,
         out,
@@ -972,15 +970,13 @@ def _dx(dy: Tensor, weight: _Weight, config: dict) -> Tensor:
     (m, n), k = dy.shape, weight.k
     tile = _dx_tile(config, weight.bits, dispatch.architecture())
     count = tile["COUNT"]
-    tiles = (
-        triton.cdiv(m, tile["BLOCK_M"])
-        * triton.cdiv(k, superblock(weight.bits))
-        * (fields(weight.bits) // count)
-    )
-    parts, per_part = _parts(config.get("SPLIT_N", 1), tiles, triton.cdiv(n, tile["BLOCK_N"]))
+    tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(k, superblock(weight.bits)) * (fields(weight.bits) // count)
+    parts, per_part = split(config.get("SPLIT_N", 1), tiles, cdiv(n, tile["BLOCK_N"]))
     dx = dy.new_empty(m, k)
     work, arrived = _workspace(parts, tiles * (1 if tile["JOIN"] else count), m * k, dy.device)
-    dx_kernel[(tiles, parts)](
+    launch(
+        dx_kernel,
+        (tiles, parts),
         dy,
         *weight.tensors,
         dx,
@@ -1131,8 +1127,8 @@ _GATED = (80, 86, 89, 90, 120)
 
 
 def _table_kernels() -> dict[tuple, list[int]]:
-    """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers can
-    be given.
+    """(kind, bits, entry, tile) -> architectures, for every entry of the packaged table that bf16 layers
+    can be given.
     """
     found: dict[tuple, list[int]] = {}
     for op, bits, m, arch in itertools.product(

@@ -36,6 +36,7 @@ from .codes_triton import (
     group_values,
     row_dense,
 )
+from .launch import cdiv, launch
 from .layout import packed_width, superblock
 from .triton_common import LANE, launch_options, plane_group
 
@@ -171,8 +172,10 @@ def quantize_pack(
         parts = [(codes, residual, both)] if both <= _MOST_PLANES else [*parts, (None, residual, fine)]
     options = _options(dispatch.config("quantize_pack", bits, weight.dtype, M=1, N=n, K=k))
     for coarse, rest, count in parts:
-        grid = (triton.cdiv(k, 32 * count), triton.cdiv(n, options["BLOCK_N"]))
-        quantize_pack_kernel[grid](
+        grid = (cdiv(k, 32 * count), cdiv(n, options["BLOCK_N"]))
+        launch(
+            quantize_pack_kernel,
+            grid,
             weight,
             scale,
             zero,
@@ -199,8 +202,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = row_dense(codes)
     out = torch.empty(n, packed_width(k, bits), dtype=torch.int16, device=codes.device)
     options = _options(dispatch.config("pack", bits, torch.float32, M=1, N=n, K=k))
-    grid = (out.shape[1] // 32, triton.cdiv(n, options["BLOCK_N"]))
-    pack_kernel[grid](codes, out, n, k, codes.stride(0), out.shape[1], BITS=bits, **options)
+    grid = (out.shape[1] // 32, cdiv(n, options["BLOCK_N"]))
+    launch(pack_kernel, grid, codes, out, n, k, codes.stride(0), out.shape[1], BITS=bits, **options)
     return out
 
 
@@ -210,8 +213,8 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     packed = row_dense(packed)
     out = torch.empty(n, in_features, dtype=torch.uint8, device=packed.device)
     options = _options(dispatch.config("unpack", bits, torch.float32, M=1, N=n, K=in_features))
-    grid = (triton.cdiv(in_features, superblock(bits)), triton.cdiv(n, options["BLOCK_N"]))
-    unpack_kernel[grid](packed, out, n, in_features, packed.stride(0), BITS=bits, **options)
+    grid = (cdiv(in_features, superblock(bits)), cdiv(n, options["BLOCK_N"]))
+    launch(unpack_kernel, grid, packed, out, n, in_features, packed.stride(0), BITS=bits, **options)
     return out
 
 

@@ -31,6 +31,26 @@ def even_steps(total: int, most: int, multiple: int) -> int:
     return -(-each // multiple) * multiple
 
 
+def split(
+    wanted: int, tiles: int, steps: int, unroll: int = 1, arch: int | None = None, waves: float = 2.0
+) -> tuple[int, int]:
+    """(parts, steps per part) of a sum of `steps` steps; wanted 0: as many as give the device `waves`
+    programs per multiprocessor.
+    """
+    wanted = wanted or dispatch.split_k(tiles, steps, arch, waves)
+    per = -(-max(1, -(-steps // wanted)) // unroll) * unroll
+    return max(1, -(-steps // per)), per
+
+
+def forward_split(
+    m: int, n: int, k: int, bits: int, config: dict[str, Any], arch: int | None = None
+) -> tuple[int, int]:
+    """(parts, superblocks per part) of a decode or fused forward."""
+    tiles = -(-m // config["BLOCK_M"]) * -(-n // config["BLOCK_N"])
+    steps, unroll = -(-k // superblock(bits)), config.get("UNROLL", 1)
+    return split(config.get("SPLIT_K", 1), tiles, steps, unroll, arch, config.get("WAVES", 2.0))
+
+
 def forward_rows(n: int, k: int, itemsize: int, config: dict[str, Any]) -> int:
     """Rows of W in the scratch of the two-stage forward."""
     return min(even_steps(n, config["CHUNK_MB"] * 2**20 // (k * itemsize), 128), n)
@@ -41,11 +61,33 @@ def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any],
     return min(even_steps(k, max(least, config["CHUNK_MB"] * 2**20 // (n * itemsize)), superblock(bits)), k)
 
 
+# What takes the place of the fused form where that cannot be: its tiles are too large for the chunked one.
+CHUNKED = {"form": "chunked", "BLOCK_N": 64, "CHUNK_MB": 24, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
+
+
+def gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
+    """The entry of the table as it is used. Without a low-rank part there is nothing to project, and dD of
+    fp16 inputs may be too small for fp16: there "blas" is "chunked". On chip dB is summed over a tile in
+    registers, so the rank must be one or two blocks; and fp32 inputs take the BLAS on a GPU, whose product
+    obeys the user's settings for tf32."""
+    if config["form"] == "fused" and (
+        rank > 2 * PROJECTION_BLOCK or (dtype == torch.float32 and not interpreted)
+    ):
+        small = {"BLOCK_N": config["BLOCK_N"], "num_warps": 1, "num_stages": 1} if interpreted else {}
+        return CHUNKED | small
+    if config["form"] == "blas" and (not rank or dtype == torch.float16):
+        return {name: value for name, value in config.items() if name != "SPAN"} | {"form": "chunked"}
+    return config
+
+
 def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, Any]) -> tuple[int, int]:
-    """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of the
-    chunked form.
+    """(rows of dW in scratch at a time, strips of 32 channels whose part of dB is summed in registers) of
+    the chunked form.
     """
     block, strips = config["BLOCK_N"], -(-k // LANES)
+    if config["form"] == "blas":
+        rows = max(1, int(config["CHUNK_MB"] * 2**20) // (k * itemsize + 8 * rank))
+        return (n if rows >= n else max(block, rows // block * block)), config["SPAN"]
     span = (
         min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
     )
@@ -80,9 +122,8 @@ def _matmul(args: tuple[Any, ...], arch: int) -> int:
     m, k, n, size = _rows(x), x.shape[-1], codes.shape[0], x.element_size()
     config = dispatch.config("packed_matmul", bits, x.dtype, m, n, k, arch)
     if config["regime"] != "two_stage":
-        # Split sums: as many fp32 copies of the output as fill the device, in the decode regime only.
-        parts = 2 * dispatch.processors(arch) if config["regime"] == "decode" else 0
-        return m * n * size + min(parts * 64 * 1024, 16 * m * n * 4)
+        parts = forward_split(m, n, k, bits, config, arch)[0]  # of a split sum every part is written, in fp32
+        return m * n * size + (parts * m * n * 4 if parts > 1 else 0)
     return m * n * size + forward_rows(n, k, size, config) * (-(-k // 8) * 8) * size
 
 
@@ -111,17 +152,18 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
         product = _matmul((x, codes, unit, None, None, bits, -1), arch)
         return product + 2 * m * n * 4 + m * k * 4
     config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
+    config = gradient_form(config, rank, x.dtype, arch == dispatch.INTERPRETER)
     sums, results = 2 * strips * n * 4, 2 * groups * n * 4
     factors = (rank * k + n * rank) * 4
-    if (
-        config["form"] == "fused"
-        and rank <= 2 * PROJECTION_BLOCK
-        and (size < 4 or arch == dispatch.INTERPRETER)
-    ):
+    if config["form"] == "fused":
         width = config.get("BLOCK_K", 128)
         partial = (-(-n // config["BLOCK_N"]) * rank * k + -(-k // width) * n * rank) * 4
         return sums + results + factors + partial
     rows, span = gradient_chunk(n, k, rank, size, config)
+    if config["form"] == "blas":
+        wide = 1 if size == 4 else 2  # A and B in two numbers of 16 bits, and the products with them
+        partial = wide * rank * (n * size + k * size + 4 * k + 4 * min(rows, n))
+        return sums + results + factors + min(rows, n) * k * size + partial
     blocks, spans = -(-min(rows, n) // config["BLOCK_N"]), -(-strips // span)
     partial = (blocks * rank * k + spans * n * rank) * 4
     return sums + results + factors + min(rows, n) * k * size + partial

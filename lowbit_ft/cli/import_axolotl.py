@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .import_draft import Draft, Trainer
+from .import_rows import axolotl_rows
 from .import_rules import (
     ATTENTION,
     CACHE,
@@ -25,54 +26,7 @@ from .import_rules import (
     text,
 )
 
-_FORMATS = {
-    "alpaca": "alpaca",
-    "chat_template": "chat",
-    "sharegpt": "chat",
-    "completion": "text",
-    "pretrain": "text",
-}
 _EVERY = left("no fraction of an epoch here: set train.eval_every or save_every to a number of steps")
-
-
-def _data(draft: Draft, key: str, value: Any) -> None:
-    ours = "data.train" if key == "datasets" else "data.valid"
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
-        raise ValueError("a list of data sets is needed")
-    for i in range(1, len(value)):
-        draft.leave(f"{key}.{i}", f"{ours} is one source; put the rows together in one file")
-    first = value[0]
-    files = first.get("data_files")
-    path = (
-        files
-        if isinstance(files, str)
-        else files[0]
-        if isinstance(files, list) and files
-        else first.get("path")
-    )
-    draft.set(f"{ours}.path", str(path), f"{key}.0.{'data_files' if files else 'path'}")
-    kind = str(first.get("type", "")).partition(".")[0].partition(":")[0]
-    if kind in _FORMATS:
-        draft.set(f"{ours}.format", _FORMATS[kind], f"{key}.0.type: {kind}")
-    else:
-        draft.set(f"{ours}.format", "chat", "a guess")
-        draft.leave(
-            f"{key}.0.type", f"no such format here (chat, completion, alpaca, text); {ours}.format is a guess"
-        )
-    for name in ("split", "name", "revision"):
-        if first.get(name):
-            draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
-    usual = {
-        "field_messages": ("messages", "conversations"),
-        "message_field_role": ("role", "from"),
-        "message_field_content": ("content", "value"),
-        "field": ("text",),
-        "ds_type": ("json", "parquet", "csv", "text"),
-    }
-    for name, given in first.items():
-        read = name in ("path", "type", "data_files", "split", "name", "revision")
-        if not read and given is not None and given not in usual.get(name, ()):
-            draft.leave(f"{key}.0.{name}", "rows are read by the usual names of their fields")
 
 
 def _adapter(draft: Draft, key: str, value: Any) -> None:
@@ -116,8 +70,8 @@ RULES = SHARED | {
     "load_in_4bit": if_true("quant.bits", 4),
     "load_in_8bit": if_true("quant.bits", 8),
     "gptq": left("the grid of a quantized checkpoint is read from its config.json"),
-    "datasets": _data,
-    "test_datasets": _data,
+    "datasets": axolotl_rows,
+    "test_datasets": axolotl_rows,
     "adapter": _adapter,
     "lora_r": number("adapter.rank", 1),
     "lora_target_modules": targets,

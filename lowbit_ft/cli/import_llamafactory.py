@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from .import_draft import Draft, Trainer
+from .import_rows import factory_rows
 from .import_rules import (
     ATTENTION,
     CACHE,
@@ -28,55 +27,6 @@ from .import_rules import (
     trackers,
     truth,
 )
-
-
-def _data(draft: Draft, key: str, value: Any) -> None:
-    ours = "data.train" if key == "dataset" else "data.valid"
-    names = (
-        [part.strip() for part in value.split(",")]
-        if isinstance(value, str)
-        else [str(part) for part in value]
-    )
-    for name in names[1:]:
-        draft.leave(key, f"{ours} is one source, so {name} is left; put the rows together in one file")
-    entry, folder = _dataset_info(draft, names[0])
-    if entry is None:
-        draft.set(f"{ours}.path", names[0], f"{key}: {names[0]}")
-        draft.set(f"{ours}.format", "alpaca", "their default")
-        draft.leave(
-            key, f"{names[0]} is not in a dataset_info.json beside this file: set {ours}.path and format"
-        )
-        return
-    where = entry.get("file_name")
-    draft.set(
-        f"{ours}.path",
-        str(folder / where) if where else str(entry.get("hf_hub_url")),
-        f"{key}: {names[0]}, from dataset_info.json",
-    )
-    chat = entry.get("formatting") in ("sharegpt", "openai")
-    draft.set(
-        f"{ours}.format", "chat" if chat else "alpaca", f"formatting: {entry.get('formatting', 'alpaca')}"
-    )
-    for theirs, name in (("subset", "name"), ("split", "split")):
-        if entry.get(theirs):
-            draft.set(f"{ours}.{name}", str(entry[theirs]), f"{names[0]}.{theirs}")
-    if entry.get("columns") or entry.get("tags"):
-        draft.leave(
-            key, f"{names[0]} names its columns: rows are read by the usual names of their fields here"
-        )
-
-
-def _dataset_info(draft: Draft, name: str) -> tuple[dict[str, Any] | None, Path]:
-    """The entry of a data set in dataset_info.json, and the folder its files are named from."""
-    given = Path(str(draft.theirs.get("dataset_dir") or "data"))
-    for folder in (given, draft.folder / given, draft.folder):
-        try:
-            found = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get(name)
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            return found, folder
-    return None, given
 
 
 def _stage(draft: Draft, key: str, value: Any) -> None:
@@ -145,10 +95,10 @@ RULES = SHARED | {
     "use_rslora": taken_later,
     "use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
     "additional_target": left("embeddings and head stay as they are"),
-    "dataset": _data,
-    "eval_dataset": _data,
+    "dataset": factory_rows,
+    "eval_dataset": factory_rows,
     "dataset_dir": taken_later,
-    "template": left("the chat template of the model's own tokenizer is used"),
+    "template": left("format: chat uses the template of the model's own tokenizer"),
     "cutoff_len": number("data.sequence_len", 8),
     "max_samples": number("data.train.limit", 1),
     "packing": flag("data.packing"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import __version__
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -299,9 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    os.environ.setdefault(
-        "TQDM_DISABLE", "1"
-    )  # the libraries' bars for every reload would bury our own lines
+    quiet()
     try:
         app([a for a in arguments if a != "--debug"], prog_name="lowbit-ft", standalone_mode=True)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..model.attention import block_diagonal_mask, segment_inputs
-from .read import DataError
+from .errors import DataError
 from .windows import Example, Examples
 
 SHUFFLE_BUFFER = 256  # windows of a stream held to choose the next from; 256 x 2048 tokens are about 20 MB

@@ -1,6 +1,6 @@
 """From the data section of a recipe to windows of tokens.
 
-    rows (data_read) -> tokens and loss mask (formats/) -> windows (here) -> batches (data_batches)
+    rows (read) -> tokens and loss mask (formats/) -> windows (here) -> batches (batches)
 
 A window is one Example of at most `sequence_len` tokens. It is made of segments, stretches of tokens that
 must not see each other: positions restart at each one, and the label of its first token is -100, since what
@@ -10,7 +10,8 @@ tokens. Without it, one row is one window.
 
 `source` and `section` are a DataSource and the DataSection of a recipe, which is a floor above.
 
-Nothing is dropped in silence: DataReport counts every row that was cut, skipped or left without a target.
+Nothing is dropped in silence: DataReport counts every row that was cut, skipped, left without a target or not
+written whole, and every column that was not read.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
+from .columns import unread
+from .errors import BadRow, DataError
 from .formats import Format, format_of
 from .pack import pack, pack_text
-from .read import BadRow, DataError, read_rows
+from .read import read_rows
 from .windows import IGNORE, DataReport, Example, Examples
 
 
@@ -124,8 +127,8 @@ def _rows(
     """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
     and cut."""
     whole = section.packing and formatter.joined
-    report.notes = formatter.notes
-    for row in read_rows(source, streaming=section.streaming):
+    report.notes = list(formatter.notes)
+    for row in read_rows(source, streaming=section.streaming, notes=report.notes):
         report.rows += 1
         try:
             if row.value is None:
@@ -135,6 +138,7 @@ def _rows(
                 raise BadRow(
                     f"its token {max(tokens.input_ids)} has no row in the model's embedding of {rows}"
                 )
+            ignored = unread(row.value, formatter.reads(row.value))
         except BadRow as error:
             bad = DataError(str(error), row.file, row.number)
             if section.on_bad_row != "skip":
@@ -144,7 +148,15 @@ def _rows(
             if len(report.problems) < 5:
                 report.problems.append(str(bad))
             continue
+        for name in ignored:
+            report.unread[name] = report.unread.get(name, 0) + 1
+        for name in tokens.lost:
+            report.lost[name] = report.lost.get(name, 0) + 1
+        report.incomplete += bool(tokens.lost)
         ids, learned = tokens.input_ids, tokens.learned
+        if not any(learned):
+            report.masked += 1
+            continue
         cut = not whole and len(ids) > section.sequence_len
         if cut:
             ids, learned = ids[: section.sequence_len], learned[: section.sequence_len]

@@ -18,31 +18,16 @@ from __future__ import annotations
 import csv
 import glob
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import DataError, first_line, kind
+from .splits import find_files, no_such_split, refuse_remote_keys, saved_dataset
+
 TEXT_PIECE = 1 << 20  # characters; keeps one tokenizer call in tens of megabytes
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-class DataError(ValueError):
-    """A data set cannot be used. `str(error)` opens with `file:row:` where a row is to blame.
-
-    Attributes: file (str | None), row (int | None: line or index from 1), problem (str).
-    """
-
-    def __init__(self, problem: str, file: str | None = None, row: int | None = None):
-        where = "" if file is None else f"{file}: " if row is None else f"{file}:{row}: "
-        super().__init__(where + problem)
-        self.problem, self.file, self.row = problem, file, row
-
-
-class BadRow(ValueError):
-    """A row cannot become an example; the text says which key and why, the caller adds file and row."""
 
 
 @dataclass(frozen=True)
@@ -56,53 +41,25 @@ class Row:
     problem: str | None = None
 
 
-def read_rows(source: Any, *, streaming: bool = False) -> Iterator[Row]:
+def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None = None) -> Iterator[Row]:
     """The rows of `source` (a recipe's DataSource: path, split, name, revision, limit), in order, `limit` at
     most.
 
     Local files are read lazily, one row at a time (a .json file whole). `streaming` is for the hub: read over
-    the network as needed instead of downloading first. Raises DataError.
+    the network as needed instead of downloading first. `notes` gets a line for each thing that is there and
+    not read. Raises DataError.
     """
-    files = find_files(source.path)
-    rows = _read_hub(source, streaming) if files is None else _read_files(files)
+    if saved_dataset(source.path):
+        rows = _read_saved(source)
+    else:
+        files = find_files(source, READERS, notes if notes is not None else [])
+        rows = _read_hub(source, streaming) if files is None else _read_files(files)
     limit = getattr(source, "limit", None)
     if limit is None:
         yield from rows
         return
     for _, row in zip(range(limit), rows, strict=False):
         yield row
-
-
-def find_files(path: str) -> list[Path] | None:
-    """The local files `path` (file, folder or glob pattern) means, sorted; None if it can only be a hub id.
-
-    A folder means every file below it with a known suffix. Raises DataError when nothing is found.
-    """
-    local = Path(path).expanduser()
-    try:
-        if local.is_dir():
-            found = sorted(f for f in local.rglob("*") if f.suffix.lower() in READERS and f.is_file())
-            if not found:
-                raise DataError(f"the folder holds no data file; known suffixes: {' '.join(READERS)}", path)
-            return found
-        if local.exists():
-            return [local]
-        if glob.has_magic(path):
-            found = sorted(Path(f) for f in glob.glob(str(local), recursive=True) if Path(f).is_file())
-            if not found:
-                raise DataError("no file matches this pattern", path)
-            return found
-    except OSError as error:
-        raise DataError(f"cannot be opened: {error.strerror or error}", path) from error
-    except ValueError as error:  # a NUL in the path
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"is no path: {error}", repr(path)) from error
-    if local.suffix.lower() in READERS or not _HUB_ID.fullmatch(path):
-        raise DataError(
-            "no such file, folder or hub data set; a relative path starts at the current folder", path
-        )
-    return None
 
 
 def _read_files(files: list[Path]) -> Iterator[Row]:
@@ -216,7 +173,7 @@ def _read_text(file: Path) -> Iterator[Row]:
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
-    import datasets  # slow to import, and only this reader and the hub need it
+    import datasets  # slow to import, and only this reader, saved folders and the hub need it
 
     try:
         # streaming reads batch by batch; without it `datasets` first writes a copy of the file to its cache
@@ -224,19 +181,37 @@ def _read_parquet(file: Path) -> Iterator[Row]:
             "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
         )
         for number, value in enumerate(table, 1):
-            yield _as_row(str(file), number, value)
+            yield _as_row(str(file), number, _given(value, table.features))
     except OSError:
         raise
     except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
         raise DataError(f"not a readable parquet file: {first_line(error)}", str(file)) from error
 
 
+def _read_saved(source: Any) -> Iterator[Row]:
+    """A folder that save_to_disk of `datasets` wrote: one data set, or one per split."""
+    import datasets  # as above
+
+    refuse_remote_keys(source, "name", "revision")
+    split = getattr(source, "split", None) or "train"
+    try:
+        table = datasets.load_from_disk(str(Path(source.path).expanduser()))
+    except Exception as error:  # a file that is missing or broken: each library has its own kind
+        raise DataError(f"not a readable save_to_disk folder: {first_line(error)}", source.path) from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise no_such_split(source, split, [str(name) for name in table])
+        table = table[split]
+    elif split != "train" and split != str(table.split):
+        raise no_such_split(source, split, [str(table.split or "train")])
+    yield from _numbered(table, f"{source.path}[{split}]")
+
+
 def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
-    import datasets
+    import datasets  # as above
 
     name, revision = getattr(source, "name", None), getattr(source, "revision", None)
     split = getattr(source, "split", None) or "train"
-    place = f"hub:{source.path}[{split}]"
     try:
         table = datasets.load_dataset(source.path, name, split=split, revision=revision, streaming=streaming)
     except (
@@ -246,6 +221,11 @@ def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
             f"no local file or folder, and the hub answered {type(error).__name__}: {first_line(error)}",
             source.path,
         ) from error
+    yield from _numbered(table, f"hub:{source.path}[{split}]")
+
+
+def _numbered(table: Any, place: str) -> Iterator[Row]:
+    """The rows of a table of `datasets`."""
     rows = iter(table)
     number = 0
     while True:
@@ -258,7 +238,27 @@ def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
             raise DataError(
                 f"cannot be read: {type(error).__name__}: {first_line(error)}", place, number
             ) from error
-        yield _as_row(place, number, value)
+        yield _as_row(place, number, _given(value, table.features))
+
+
+def _given(row: Any, features: Any) -> Any:
+    """A row of an Arrow table without the keys that Arrow added inside its columns: there all objects of a
+    column have all keys of any of them, with null where one had none. `features`: the types of `datasets`
+    (None: not known)."""
+    if not isinstance(row, dict):
+        return row
+    return {name: _without_nulls(value, features and features.get(name)) for name, value in row.items()}
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(value, dict) and (feature is None or isinstance(feature, dict)):
+        types = feature or {}
+        return {k: _without_nulls(v, types.get(k)) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        if feature is None or inner is not None:
+            return [_without_nulls(item, inner) for item in value]
+    return value  # a plain value; or what `datasets` keeps as JSON text, whose nulls are its own
 
 
 READERS = {
@@ -271,21 +271,3 @@ READERS = {
     ".txt": _read_text,
     ".md": _read_text,
 }
-
-
-def kind(value: object) -> str:
-    """What JSON calls the type of `value`, for messages."""
-    names = {
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, 200 characters at most."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

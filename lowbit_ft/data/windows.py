@@ -26,13 +26,15 @@ class Example:
 
 @dataclass
 class DataReport:
-    """What became of the rows: rows = used + skipped (malformed) + dropped (no target within
-    sequence_len)."""
+    """What became of the rows: rows = used + skipped (malformed) + dropped (no target within sequence_len) +
+    masked (every turn says of itself that it is not learned). unread and lost count rows among all of them
+    but the skipped ones: columns that the format does not read, and what a chat template does not write."""
 
     rows: int = 0
     used: int = 0
     skipped: int = 0
     dropped: int = 0
+    masked: int = 0
     truncated: int = 0  # rows that lost their end
     tokens: int = 0
     target_tokens: int = 0
@@ -40,21 +42,40 @@ class DataReport:
     sequence_len: int = 0
     problems: list[str] = field(default_factory=list)  # of the first skipped rows
     notes: list[str] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)  # column -> rows
+    lost: dict[str, int] = field(default_factory=dict)  # "tools", "system content" -> rows
+    incomplete: int = 0  # rows that lost anything
 
     def __str__(self) -> str:
         full = 100 * self.tokens / max(self.windows * self.sequence_len, 1)
         lines = [
-            f"{self.used} of {self.rows} rows used: {self.windows} windows of {self.sequence_len} "
-            f"({full:.0f} % full), {self.tokens} tokens, {self.target_tokens} of them targets"
+            f"{self.used:,} of {self.rows:,} rows used: {self.windows:,} windows of {self.sequence_len:,} "
+            f"({full:.0f} % full), {self.tokens:,} tokens, {self.target_tokens:,} of them targets"
         ]
         if self.truncated:
-            lines.append(f"{self.truncated} rows truncated to {self.sequence_len} tokens")
+            lines.append(f"{self.truncated:,} rows truncated to {self.sequence_len} tokens")
         if self.dropped:
-            lines.append(f"{self.dropped} rows dropped: no target within {self.sequence_len} tokens")
+            lines.append(f"{self.dropped:,} rows dropped: no target within {self.sequence_len} tokens")
+        if self.masked:
+            lines.append(f"{self.masked:,} rows dropped: each of their turns has weight 0 (or train: false)")
+        if self.incomplete:
+            lines.append(
+                f"{self.incomplete:,} rows are not written whole by the chat template, which leaves out: "
+                f"{_counts(self.lost)}"
+            )
+        if self.unread:
+            lines.append(f"columns not read: {_counts(self.unread)}")
         if self.skipped:
-            lines.append(f"{self.skipped} rows skipped (on_bad_row: skip), the first of them:")
+            lines.append(f"{self.skipped:,} rows skipped (on_bad_row: skip), the first of them:")
             lines += [f"  {problem}" for problem in self.problems]
         return "\n".join(lines + self.notes)
+
+
+def _counts(of: dict[str, int]) -> str:
+    """The ten most frequent, with their counts."""
+    most = sorted(of.items(), key=lambda item: (-item[1], item[0]))
+    told = ", ".join(f"{name} ({count})" for name, count in most[:10])
+    return told + (f" and {len(most) - 10} more" if len(most) > 10 else "")
 
 
 class Examples(Sequence[Example]):

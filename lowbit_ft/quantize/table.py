@@ -48,7 +48,7 @@ class QuantTable:
         weights, held = sum(r.parameters for r in done), sum(r.packed_bytes for r in done)
         lines = [
             f"quantized {len(done)} layers: {weights:,} weights, {held * 8 / max(1, weights):.2f} bits "
-            "each with residual and scales"
+            "each while it trains (codes, residual, scales)"
         ]
         by_reason: dict[str, list[str]] = {}
         for row in skipped:

@@ -72,6 +72,13 @@ class RunFiles:
             return {}
         return data if isinstance(data, dict) else {}
 
+    def asked(self, key: str, name: str) -> bool:
+        """Whether there is anything to say of the file that eval.<key> leaves: it is there, or the recipe
+        asked for it. A recipe that does not name the key may have asked."""
+        section = self.recipe().get("eval")
+        wanted = section.get(key, True) if isinstance(section, dict) else True
+        return wanted not in (False, None, []) or (self.folder / name).exists()
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that have a step. A killed run may leave half a line: it is left out."""
         rows = []

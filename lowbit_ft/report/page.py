@@ -2,7 +2,8 @@
 
 The page is self-contained (style inside, pictures as data URIs, no script), so it opens from disk or a mail,
 and in ten years. It never invents: a section whose file is missing says what was not run, a file that cannot
-be read says so, and the rest of the page stands. Every text from a run is HTML-escaped.
+be read says so, and the rest of the page stands. What the recipe did not ask for has no section. Every text
+from a run is HTML-escaped.
 
     file              what is read from it
     recipe.yaml       shown whole; `name` is the title
@@ -63,17 +64,20 @@ def write_report(run_dir: Path) -> Path:
 def _page(run: RunFiles) -> str:
     recipe = run.recipe()
     name = str(recipe.get("name") or run.folder.resolve().name)
-    state, verdict = _verdict(run, recipe)
-    body = "".join(_section(run, key, title, build) for key, title, build in SECTIONS)
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in SECTIONS)
+    verdict = ""
+    if run.asked(*ON_REQUEST["result"]):
+        state, sentence = _verdict(run, recipe)
+        verdict = f'<p class="verdict {state}">{escape(sentence)}</p>\n'
+    sections = [s for s in SECTIONS if s[0] not in ON_REQUEST or run.asked(*ON_REQUEST[s[0]])]
+    body = "".join(_section(run, key, title, build) for key, title, build in sections)
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(name)}: lowbit_ft report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<header>\n<p class="kicker">lowbit_ft run report</p>\n<h1>{escape(name)}</h1>\n'
         f'<p class="subtitle">{escape(_subtitle(recipe))}</p>\n'
-        f'<p class="verdict {state}">{escape(verdict)}</p>\n'
-        f"{tiles(_headline(run))}\n<nav>{links}</nav>\n</header>\n{body}</main>\n</body>\n</html>\n"
+        f"{verdict}{tiles(_headline(run))}\n<nav>{links}</nav>\n</header>\n{body}</main>\n</body>\n</html>\n"
     )
 
 
@@ -169,8 +173,8 @@ def _result(run: RunFiles) -> str:
     lines = []
     for stage, row in rows.items():
         perplexity = row.get("perplexity")
-        change = "–"
-        if is_number(perplexity) and is_number(base) and base > 0:
+        change = "–"  # of the reference itself too
+        if stage != "base" and is_number(perplexity) and is_number(base) and base > 0:
             change = f"{100 * (perplexity / base - 1):+.2f} %"
         loss, kl = number(row.get("loss"), DIGITS), number(row.get("kl"), 5)
         name = reference if stage == "base" else STAGES.get(stage, stage)
@@ -301,7 +305,9 @@ def _recipe(run: RunFiles) -> str:
 
 def _environment(run: RunFiles) -> str:
     facts = run.json("environment.json", "The environment was not recorded", dict)
-    return table(["fact", "value"], [[words(key), plain(value)] for key, value in facts.items()], words=2)
+    names = {"lowbit_ft": "lowbit_ft"}  # a name; the other keys with an underscore are words
+    lines = [[names.get(key, words(key)), plain(value)] for key, value in facts.items()]
+    return table(["fact", "value"], lines, words=2)
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
@@ -315,3 +321,10 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("recipe", "Recipe", _recipe),
     ("environment", "Environment", _environment),
 )
+
+# Section -> the key of eval that asks for it, and the file that is then there.
+ON_REQUEST = {
+    "result": ("perplexity", "evaluation.json"),
+    "tasks": ("tasks", "tasks.json"),
+    "samples": ("generate", "samples.json"),
+}

@@ -36,12 +36,13 @@ def read_data(session: Session) -> Examples:
     if warning := unstopped(session):
         session.say(f"note: {warning}")
     if recipe.data.valid is not None:
-        load_examples(
+        valid = load_examples(
             recipe.data.valid,
             recipe.data.model_copy(update={"streaming": False}),
             session.tokenizer,
             rows=session.rows,
         )
+        session.say(f"valid: {valid.report}")
     return examples
 
 
@@ -73,17 +74,21 @@ def unstopped(session: Session) -> str | None:
     kind = FORMATS[session.recipe.data.train.format]
     if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
         return None
-    ending, stops = (
-        ChatTemplate(session.tokenizer).ending(),
-        EXPORTERS["native"].stops(session.checkpoint.folder),
-    )
-    if ending is None or not stops or ending in stops:
+    template, stops = ChatTemplate(session.tokenizer), EXPORTERS["native"].stops(session.checkpoint.folder)
+    ending = template.ending()
+    if len(ending) > 1:
+        return (
+            f"assistant turns end with the text {template.closing.strip()!r}, which is no single token "
+            f"of this tokenizer ({len(ending)} tokens), so that no eos_token_id stops a server there; use a "
+            "chat template whose end of turn is a token of this model, or stop servers at that text"
+        )
+    if not ending or not stops or ending[0] in stops:
         return None
-    token = session.tokenizer.convert_ids_to_tokens(ending)
+    token = session.tokenizer.convert_ids_to_tokens(ending[0])
     return (
-        f"assistant turns end with {token} ({ending}), which is not a stop token of this model "
+        f"assistant turns end with {token} ({ending[0]}), which is not a stop token of this model "
         f"(eos_token_id {stops}): servers will "
-        f"write on behind it; set eos_token_id: {[*stops, ending]} in the model's generation_config.json"
+        f"write on behind it; set eos_token_id: {[*stops, *ending]} in the model's generation_config.json"
     )
 
 

@@ -30,6 +30,8 @@ def measure_trained(session: Session, model: Any) -> Measured:
     with session.run.stage("evaluate", session.device):
         if recipe.eval.perplexity:
             done.data = eval_batches(session, model)
+            windows = sum(len(b["labels"]) for b in done.data)
+            session.say(f"evaluate: {windows:,} windows of {recipe.eval.window:,} tokens, every stage")
             if recipe.eval.kl:
                 done.reference = Reference(
                     session.checkpoint,

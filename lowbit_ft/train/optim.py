@@ -4,7 +4,7 @@ Two groups of parameters: the low-rank matrices (learning_rate, weight_decay) an
 offsets (scale_learning_rate, never decayed: decay would pull every scale towards its start or towards
 zero). Which is which is the last part of the parameter's name, said by its adapter.
 
-The loop sets the rates before each step; the curves are in schedulers.py, the optimizers in optimizers.py.
+The loop sets the rates before each step; the curves are in schedulers/, the optimizers in optimizers/.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
 
 def lr_factor(section: Any, step: int, total: int) -> float:
     """The learning rate of 0-based `step` of `total`, as a fraction of the peak; equations in
-    schedulers.py.
+    schedulers/.
     """
     warmup = min(round(section.warmup_ratio * total), total)
     if step < warmup:

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from lowbit_ft.data.batches import SHUFFLE_BUFFER, Batches, collate, keeps_segments_apart
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.pack import pack, pack_text
-from lowbit_ft.data.read import DataError
 from lowbit_ft.data.windows import Example, Examples
 from tests.data_tools import ASSETS, QUICK, TINY, load, parts, write
 from tests.toy import equal

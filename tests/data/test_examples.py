@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.formats import format_of
-from lowbit_ft.data.read import DataError
 from lowbit_ft.data.windows import Example
 from tests.data_tools import QUICK, TALK, TINY, load, targets, write
 
@@ -160,14 +160,15 @@ def test_mask_for_any_template_and_tokenizer(name, style):
 
 
 def test_thoughts_and_tool_calls(tokenizer):
-    """A turn whose thoughts the template drops later; turns that are a call, without content."""
+    """A turn whose thoughts the template drops, and which is not learned; turns that are a call, without
+    content."""
     qwen = small_tokenizer("bytes")
     qwen.chat_template = QWEN3
     chat = [dict(m) for m in TALK]
     chat[2]["content"] = "<think>\ntwo and two\n</think>\n\nFour."
-    tokens = format_of("chat", "assistant", qwen)({"messages": chat})
+    tokens = format_of("chat", "completion", qwen)({"messages": chat})
     learned = [i for i, t in zip(tokens.input_ids, tokens.learned, strict=True) if t]
-    assert qwen.decode(learned).startswith("Four.<|im_end|><think>\n\n</think>")
+    assert qwen.decode(learned).startswith("<think>\n\n</think>") and tokens.lost == ("assistant thoughts",)
     caller = AutoTokenizer.from_pretrained(TINY)
     caller.chat_template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from lowbit_ft.data.batches import Batches
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.formats import format_of
-from lowbit_ft.data.read import TEXT_PIECE, DataError, read_rows
+from lowbit_ft.data.read import TEXT_PIECE, read_rows
 from lowbit_ft.recipe.sections.data import DataSection
 from tests.data_tools import QUICK, TALK, TINY, load, parts, write
 
@@ -257,7 +258,9 @@ anything = st.recursive(
     max_leaves=10,
 )
 role = (
-    st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt"]) | st.text(max_size=5) | anything
+    st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation"])
+    | st.text(max_size=5)
+    | anything
 )
 message = st.fixed_dictionaries(
     {},
@@ -269,6 +272,10 @@ message = st.fixed_dictionaries(
         "tool_calls": anything,
         "reasoning_content": anything,
         "name": anything,
+        "weight": st.sampled_from([0, 1, 0.5, None]) | anything,
+        "training": st.booleans() | anything,
+        "loss_mask": anything,
+        "function_call": anything,
     },
 )
 some_row = anything | st.fixed_dictionaries(
@@ -282,7 +289,10 @@ some_row = anything | st.fixed_dictionaries(
         "input": anything,
         "output": st.text() | anything,
         "text": st.text() | anything,
-        "tools": anything,
+        "tools": anything | st.text(max_size=10),
+        "system": st.text(max_size=10) | anything,
+        "history": anything,
+        "weight": anything,
     },
 )
 form = st.sampled_from(["chat", "completion", "alpaca", "text"])

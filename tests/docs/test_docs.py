@@ -154,9 +154,15 @@ def test_files_that_are_named_exist() -> None:
     }  # llama.cpp's
     pages = [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
     code = [p for top in ("lowbit_ft", "kernels", "benchmarks", "docs") for p in (ROOT / top).rglob("*.py")]
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    # its recipes write files that are to come
+    to_come = re.findall(r"^# (lowbit_ft/\S+\.py)$", contributing, re.MULTILINE)
+    assert len(to_come) >= 10 and not any((ROOT / name).exists() for name in to_come)
     named, missing = 0, []
     for path in [*pages, *code]:
         text = path.read_text(encoding="utf-8")
+        for name in to_come if path.name == "CONTRIBUTING.md" else []:
+            text = text.replace(name, "").replace(Path(name).name, "")
         for found in as_path.findall(text):
             named += 1
             if not any((home / found).exists() for home in (*homes, path.parent)):

@@ -144,6 +144,31 @@ def test_an_empty_run_directory_says_what_was_not_run(tmp_path: Path):
     assert tmp_path.name in page.text["head"] and "evaluation did not run" in page.text["head"]
 
 
+NOTHING = "eval: {perplexity: false, tasks: [], generate: []}"
+
+
+def test_what_the_recipe_did_not_ask_for_is_not_missed(tmp_path: Path):
+    gone = dict.fromkeys(("evaluation__json", "tasks__json", "samples__json"))
+    page = run(tmp_path, **gone, recipe__yaml=NOTHING)
+    left = [key for key in SECTIONS if key not in ("result", "tasks", "samples")]
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == left
+    assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == [f"#{key}" for key in left]
+    assert not any("Not shown" in text for text in page.text.values())
+
+
+def test_what_the_recipe_asked_for_and_is_missing_is_said(tmp_path: Path):
+    gone = dict.fromkeys(("evaluation__json", "tasks__json", "samples__json"))
+    asked = "eval: {perplexity: true, tasks: [arc_easy], generate: [hello]}"
+    page = run(tmp_path, **gone, recipe__yaml=asked)
+    assert [key for key in SECTIONS if "Not shown" in page.text[key]] == ["result", "tasks", "samples"]
+    assert "evaluation did not run" in page.text["head"]
+
+
+def test_what_was_measured_later_is_shown_whatever_the_recipe_asked_for(tmp_path: Path):
+    page = run(tmp_path, recipe__yaml=NOTHING)  # lowbit-ft eval --task
+    assert "lm-eval 0.4.13" in page.text["tasks"] and "word word" in page.text["samples"]
+
+
 def test_a_run_directory_must_exist(tmp_path: Path):
     with pytest.raises(ValueError, match="nowhere: not a run directory"):
         write_report(tmp_path / "nowhere")

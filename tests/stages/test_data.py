@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -34,7 +35,7 @@ def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
     tiny = ROOT / "recipes" / "assets" / "tiny-llama"
     tokenizer = AutoTokenizer.from_pretrained(str(tiny))
 
-    def said(folder: Path, form: str = "chat") -> str | None:
+    def said(folder: Path, form: str = "chat", tokenizer: Any = tokenizer) -> str | None:
         asked = SimpleNamespace(data=SimpleNamespace(train=SimpleNamespace(format=form)))
         return unstopped(
             SimpleNamespace(recipe=asked, tokenizer=tokenizer, checkpoint=SimpleNamespace(folder=folder))
@@ -45,3 +46,11 @@ def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
     assert message and "<|im_end|> (3)" in message and "eos_token_id: [0, 3]" in message
     assert said(tmp_path, "completion") is None
     assert said(tiny) is None
+    # An end that is no single token: its first would be "<", which stops everything.
+    foreign = AutoTokenizer.from_pretrained(str(tiny))
+    foreign.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|/turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    message = said(tmp_path, tokenizer=foreign)
+    assert message and "the text '<|/turn|>', which is no single token" in message and "[0" not in message

@@ -1,12 +1,12 @@
 """Formats of rows: data.*.format. FORMATS is the list: what each makes of a row.
 
-To add one: a subclass of Format in its own file (`__call__`: a row -> Tokens, most often by `whole`,
-`prompted` or `mark`) and one line in FORMATS.
+To add one: a subclass of Format in its own file (`columns`: what it reads of a row; `__call__`: a row ->
+Tokens, most often by `whole`, `prompted` or `mark`) and one line in FORMATS.
 """
 
 from typing import Any
 
-from ..read import DataError
+from ..errors import DataError
 from .alpaca import Alpaca
 from .base import Format, Tokens
 from .chat import Chat

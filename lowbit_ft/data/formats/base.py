@@ -13,30 +13,33 @@ part before the span is only white space (SentencePiece glues the space before a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..chat import Span
-from ..read import BadRow, DataError, kind
+from ..errors import BadRow, DataError, kind
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row as tokens: input_ids [L] and, for each, whether it is learned."""
+    """One row as tokens: input_ids [L] and, for each, whether it is learned. lost: what of the row is not in
+    them."""
 
     input_ids: list[int]
     learned: list[bool]
+    lost: tuple[str, ...] = ()
 
 
 class Format(ABC):
     """Turns the rows of one format into Tokens.
 
-    train_on: assistant (every assistant turn; the completion), completion (as assistant, but of a chat only
-    its last assistant turn) or all (every token). `notes` collects what the user should know about this
-    tokenizer. Raises DataError for a tokenizer that cannot do the format; calling it raises BadRow.
+    train_on: assistant (every assistant turn; the completion), completion (as assistant, but only the last
+    one) or all (every token). `notes` collects what the user should know about this tokenizer. Raises
+    DataError for a tokenizer that cannot do the format; calling it raises BadRow.
     """
 
+    columns: ClassVar[Mapping[str, str]]  # that are read: name -> what becomes of it, for docs/data.md
     needs_template: ClassVar[bool] = False  # the tokenizer's chat template
     joined: ClassVar[bool] = False  # with data.packing, rows are joined and cut instead of kept whole
 
@@ -52,19 +55,24 @@ class Format(ABC):
     def __call__(self, row: Mapping[str, Any]) -> Tokens:
         """One row. BadRow says which key is wrong and why."""
 
+    def reads(self, row: Mapping[str, Any]) -> Set[str]:
+        """The columns that are read of this row; what else it has is counted as not read."""
+        return self.columns.keys()
+
     def whole(self, text: str) -> Tokens:
         """Every token of a text is learned."""
         ids = self._with_eos(self.encode(text, special=True)[0])
         return Tokens(ids, [True] * len(ids))
 
-    def prompted(self, prompt: str, completion: str) -> Tokens:
-        """A prompt, and the completion that is learned."""
+    def prompted(self, prompt: str, completion: str, *, first: bool = True) -> Tokens:
+        """A prompt, and the completion that is learned. first: nothing of the row stands before it, so the
+        tokenizer's BOS does."""
         border, text = len(prompt), prompt + completion
-        ids, offsets = self.encode(text, special=True)
+        ids, offsets = self.encode(text, special=first)
         if offsets is None or any(s < border < e and prompt[s:].strip() for s, e in offsets):
             # A token would hold the end of the prompt and the start of the answer. No server can ask for it:
             # it tokenizes the prompt alone, so here the two are tokenized alone too.
-            head, tail = self.encode(prompt, special=True)[0], self.encode(completion, special=False)[0]
+            head, tail = self.encode(prompt, special=first)[0], self.encode(completion, special=False)[0]
             if len(head) > 1 and head[-1] == self.tokenizer.eos_token_id:  # added by the tokenizer
                 head = head[:-1]
             ids, learned = head + tail, [False] * len(head) + [True] * len(tail)

@@ -9,5 +9,10 @@ from .base import Format, Tokens, string
 
 
 class Completion(Format):
+    columns = {
+        "prompt": "not learned, unless `train_on: all`",
+        "completion": "learned, with the EOS token",
+    }
+
     def __call__(self, row: Mapping[str, Any]) -> Tokens:
         return self.prompted(string(row, "prompt"), string(row, "completion", filled=True))

@@ -9,6 +9,7 @@ from .base import Format, Tokens, string
 
 
 class Text(Format):
+    columns = {"text": "learned, with the EOS token"}
     joined = True
 
     def __call__(self, row: Mapping[str, Any]) -> Tokens:

@@ -1,5 +1,7 @@
-"""The sections of a recipe, a file each: the keys with their types, bounds and defaults, and beside them the
-checks of what they mean for the other sections, for the checkpoint on disk and for this machine.
+"""The sections of a recipe, a file each: the keys, and the checks of what they mean for everything else.
+
+A key has its type, its bounds and its default; the checks beside it look at other sections, the checkpoint
+on disk and this machine.
 
 The descriptions of the keys are their documentation: error messages and the JSON Schema quote them. The order
 in which the checks run is the table in check.py. `adapter` has no class here: its keys are those of its

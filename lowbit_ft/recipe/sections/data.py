@@ -30,8 +30,13 @@ class DataSource(Section):
     format: Annotated[str, OneOf(FORMATS)] = Field(
         description="chat: messages; completion: prompt and completion"
     )
-    split: str = Field(default="train", description="split of a hub data set")
-    name: str | None = Field(default=None, description="configuration of a hub data set")
+    split: str = Field(
+        default="train",
+        description="split of a hub data set, of a folder, or of files told apart by their names",
+    )
+    name: str | None = Field(
+        default=None, description="configuration of a hub data set, or of the README.md of a folder"
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub data set")
     limit: Count | None = Field(default=None, description="use only the first n rows")
 

@@ -1,4 +1,4 @@
-"""1"""
+"""scheduler: constant. After the warm-up the rate stays where it is: 1"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""m + (1 - m) (1 + cos(pi p)) / 2"""
+"""scheduler: cosine. m + (1 - m) (1 + cos(pi p)) / 2"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""m + (1 - m) (1 - p)"""
+"""scheduler: linear. m + (1 - m) (1 - p)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gradients_triton, both forms, against autograd of the equations in float64."""
+"""gradients_triton, all forms, against autograd of the equations in float64."""
 
 import itertools
 
@@ -19,6 +19,7 @@ FORMS = {
         "num_warps": 1,
         "num_stages": 1,
     },
+    "blas": {"form": "blas", "BLOCK_N": 16, "CHUNK_MB": 0.03, "SPAN": 4, "num_warps": 1, "num_stages": 1},
     "fused": {
         "form": "fused",
         "BLOCK_N": 16,

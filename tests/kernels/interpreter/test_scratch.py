@@ -4,9 +4,11 @@ counted.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from lowbit_kernels import binary_triton, gradients_triton, matmul_triton, packed_width
+from lowbit_kernels import binary_triton, dispatch, gradients_triton, matmul_triton, packed_width
 from lowbit_kernels.scratch import scratch
 
 from lowbit_ft.plan.counting import Counter
@@ -37,8 +39,11 @@ def test_matmul_and_its_gradient(m: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("rank", "m"), [(0, 12), (8, 12), (80, 12), (8, 40)])
-def test_gradients(rank: int, m: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "m", "form"),
+    [(0, 12, ""), (8, 12, ""), (80, 12, ""), (8, 40, ""), (8, 12, "blas"), (80, 12, "blas")],
+)
+def test_gradients(rank: int, m: int, form: str) -> None:
     n, k = 128, 256
     scale = torch.ones(k // 32, n)
     a, b = (torch.randn(rank, k), torch.randn(n, rank)) if rank else (None, None)
@@ -61,9 +66,11 @@ def test_gradients(rank: int, m: int) -> None:
         32,
         False,
     )
-    assert _held(gradients_triton.grid_gradients, args) == pytest.approx(
-        scratch("grid_gradients", args, 0), rel=0.15
-    )
+    blas = {"form": "blas", "BLOCK_N": 16, "CHUNK_MB": 0.05, "SPAN": 4, "num_warps": 1, "num_stages": 1}
+    with dispatch.override("grid_gradients", blas) if form else contextlib.nullcontext():
+        assert _held(gradients_triton.grid_gradients, args) == pytest.approx(
+            scratch("grid_gradients", args, 0), rel=0.15
+        )
 
 
 def test_binary() -> None:

@@ -1,0 +1,38 @@
+"""What is raised where a data set, or one row of it, cannot be used, and the words its messages are made
+of."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A data set cannot be used. `str(error)` opens with `file:row:` where a row is to blame.
+
+    Attributes: file (str | None), row (int | None: line or index from 1), problem (str).
+    """
+
+    def __init__(self, problem: str, file: str | None = None, row: int | None = None):
+        where = "" if file is None else f"{file}: " if row is None else f"{file}:{row}: "
+        super().__init__(where + problem)
+        self.problem, self.file, self.row = problem, file, row
+
+
+class BadRow(ValueError):
+    """A row cannot become an example; the text says which key and why, the caller adds file and row."""
+
+
+def kind(value: object) -> str:
+    """What JSON calls the type of `value`, for messages."""
+    names = {
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
