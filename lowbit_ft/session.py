@@ -6,6 +6,7 @@ that is there (`resume`, which changes nothing in it).
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
 from .recipe.incoming import resolve_quant
-from .recipe.layers import local_folder
+from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
 from .recipe.yaml import RecipeError
 from .rundir import RunDir, environment
@@ -46,6 +47,11 @@ class Session:
         return next(
             (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
         )
+
+    @cached_property
+    def rows(self) -> int | None:
+        """Tokens that the model has an embedding of; None when its name tells nothing."""
+        return read_shapes(self.checkpoint.folder).rows
 
     @property
     def splits_base(self) -> bool:

@@ -7,6 +7,7 @@ over the layers (walk.py) fills one, uses it and lets it go.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,15 +75,18 @@ def load_model(
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of the checkpoint. Raises CheckpointError if none loads without running code."""
+    return tokenizer_in(checkpoint.folder)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder. Raises CheckpointError if none loads without running code."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), trust_remote_code=False, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
         raise CheckpointError(
-            f"{checkpoint.folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). "
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). "
             "The folder needs tokenizer.json (or its older files) and tokenizer_config.json."
         ) from error
 
