@@ -28,6 +28,7 @@ from ..plan.model import read_config
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.stages import throughput
 from ..recipe.recipe import Recipe
+from .places import refuse_existing
 
 _WORDS = {
     "codes": "packed integers, the ones that ship",
@@ -99,8 +100,10 @@ def write_fit(
     folder: Path | None = None,
     memory_gb: float | None = None,
     processes: int = 1,
+    force: bool = False,
 ) -> Plan:
-    """Write the recipe as the card allows it. ValueError when config.json is not there, or nothing fits."""
+    """Write the recipe as the card allows it. ValueError: no config.json, nothing fits, `output` exists."""
+    refuse_existing(output, force, "give --fit another name")
     console = console or Console()
     folder = folder or plan_folder(recipe)
     if folder is None:

@@ -37,6 +37,7 @@ from .adapter_files import (
     PEFT_TYPE,
     adapter_config,
     adapter_options,
+    check_adapter,
     read_adapter,
     refuse_other_base,
     write_adapter,
@@ -105,7 +106,9 @@ class LowBitConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        refuse_pickle(folder)
+        check_adapter(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @property

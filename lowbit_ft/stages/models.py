@@ -25,6 +25,7 @@ def stage_model(session: Session, stage: str) -> Any:
     folder = run_dir / ("base" if stage == "quantized" else stage)
     if not folder.is_dir():
         raise ValueError(f"{run_dir.path} has no {folder.name}/ yet, so there is no {stage} model to measure")
+    run_dir.refuse_other(folder.name)
     if stage == "quantized":
         return load_packed(folder, session)
     return load_exported(
@@ -42,6 +43,8 @@ def trained_model(session: Session) -> Any:
     run_dir = session.run
     if not (run_dir / "adapter").is_dir():
         raise ValueError(f"{run_dir.path} has no adapter yet; run `lowbit-ft train` on its recipe first")
+    for name in ("base", "adapter"):
+        run_dir.refuse_other(name)
     model = load_packed(run_dir / "base", session)
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
