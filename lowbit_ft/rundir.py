@@ -140,7 +140,7 @@ class RunDir:
         if noted != identity(folder):
             raise ValueError(
                 f"{folder}: its {MANIFEST} is of other tensors than this run wrote there (of another run, or "
-                "a kill came in between); run the line again (lowbit-ft run), or put this run's own folder back"
+                "a kill came in between); run the line again (lowbit-ft run), or put its own folder back"
             )
 
     def recipe(self) -> Recipe:

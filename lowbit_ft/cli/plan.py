@@ -1,8 +1,5 @@
-"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what else fits,
-what to change.
-
-Made to be read at 100 columns. GB are 10^9 bytes.
-"""
+"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what to change.
+Made to be read at 100 columns. GB are 10^9 bytes."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from .atomic import is_same_file
 from .errors import FileError, writing
 
 LOCK = ".lowbit_ft.lock"
+SHOWN = 100  # characters of the holder's command in a message
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
@@ -88,7 +89,8 @@ class FolderLock:
 
 
 def _this_process() -> dict[str, Any]:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "python"
+    program = Path(sys.argv[0]).name if sys.argv else "python"
+    command = shlex.join(["lowbit-ft" if program == "__main__.py" else program, *sys.argv[1:]])
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     return {"pid": os.getpid(), "host": socket.gethostname(), "started": started, "command": command}
 
@@ -100,7 +102,9 @@ def _holder(file: IO[str]) -> str:
         facts = json.load(file)
         mine = facts["pid"] == os.getpid() and facts["host"] == socket.gethostname()
         who = "this very process" if mine else f"process {facts['pid']} on {facts['host']}"
-        return f"{who}, since {facts['started']}, {facts['command']!r}"
+        command = str(facts["command"])
+        shown = command if len(command) <= SHOWN else f"{command[:SHOWN]} ..."
+        return f"{who}, since {facts['started']}, `{shown}`"
     except (OSError, ValueError, KeyError, TypeError):  # it has taken it just now and not written yet
         return "one that has started just now"
 

@@ -48,8 +48,8 @@ class OpenedFiles:
                 what += f" ({before[2]:,} bytes before, {now[2]:,} now)"
             raise FileError(
                 f"{path}: {what} by another program while this run was computing with it, so what it "
-                "computed since cannot be trusted and is not kept. Run the line again: it goes on from the last "
-                "checkpoint, with a base/ packed anew"
+                "computed since cannot be trusted and is not kept. Run the line again: it goes on from the "
+                "last checkpoint, with a base/ packed anew"
             )
 
 

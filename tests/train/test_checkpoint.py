@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lowbit_ft.files import atomic as files
+from lowbit_ft.files.manifest import sealed
 from lowbit_ft.train import checkpoint
 from lowbit_ft.train.checkpoint import (
     ADAPTER,
@@ -112,7 +113,7 @@ def test_all_damaged_is_none(store: Checkpoints) -> None:
 
 def test_another_format_is_not_read(store: Checkpoints) -> None:
     path = save(store, 1) / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    path.write_bytes(sealed(json.loads(path.read_text()) | {"format": 99}))
     assert "format 99; this version reads 1" in (store.problem(1) or "")
 
 
@@ -123,7 +124,12 @@ class Killed(BaseException):
 def test_killed_anywhere_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die at every write, sync, rename and delete of a save: the newest valid checkpoint is the old or the
     new one, complete, and the leftovers are cleaned."""
-    points = [(checkpoint, "save_file"), (checkpoint, "file_entry"), (Path, "write_text")]
+    points = [
+        (checkpoint, "save_tensors"),
+        (checkpoint, "file_entry"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+    ]
     points += [(files, "sync"), (files.os, "rename"), (files.shutil, "rmtree")]
     outcomes = set()
     for deadline in range(1, 60):
