@@ -32,7 +32,7 @@ from .stages.data import read_data
 from .stages.evaluate import measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
-from .stages.models import trained_model
+from .stages.models import check_folders, trained_model
 from .stages.quantize import quantize_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.train import train_stage
@@ -81,6 +81,7 @@ def merge(run_dir: Path) -> Path:
     differently: then the codes that differ are counted, and merged/ stays the one that was trained.
     """
     with resume(run_dir, writes=True) as session:
+        check_folders(session, ("base", "adapter", "merged"))
         model = trained_model(session)
         folder = session.run / "merged"
         if not folder.is_dir():
@@ -122,6 +123,7 @@ def evaluate(
         return evaluate_folder(run_dir, tasks, limit)
     with resume(run_dir, writes=True) as session:
         loaded = asked_tasks(session, tasks, stages)
+        check_folders(session)
         if not (tasks or stages):
             measured = measure_trained(session, trained_model(session))
             measure_shipped(session, measured)

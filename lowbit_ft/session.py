@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .files.opened import LastWords, OpenedFiles
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
-from .model.mapped import OpenedFiles
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder
 from .recipe.recipe import Recipe, check_recipe
@@ -35,12 +35,24 @@ class Session:
     device: torch.device
     console: Console
     base: OpenedFiles | None = None  # the files of base/ that this run computes with
+    words: LastWords | None = None  # for a run that loses their pages
 
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.words is not None:
+            self.words.goodbye()
         self.run.close()
+
+    def watch(self, base: Path) -> OpenedFiles:
+        """From here on know whether the files of base/ are still the ones that are there now."""
+        if self.words is not None:
+            self.words.goodbye()
+        self.base = OpenedFiles(base)
+        if self.run.main and self.device.type == "cpu":  # where they stay mapped while the run computes
+            self.words = LastWords(self.base)
+        return self.base
 
     def check_files(self) -> None:
         """FileError when the files of base/, or the run folder, are no longer the ones that were opened."""
@@ -124,6 +136,16 @@ def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
 def resume(run_dir: Path, writes: bool = False) -> Session:
     """The session of a run that is there. writes: it will write there, so it holds the folder."""
     run = RunDir(run_dir)
+    if writes:
+        run.hold()
+    try:
+        return _opened(run)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _opened(run: RunDir) -> Session:
     recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", {}).get("revision")
     try:
@@ -138,10 +160,7 @@ def resume(run_dir: Path, writes: bool = False) -> Session:
         ) from error
     checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
-    session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe), Console())
-    if writes:
-        run.hold()
-    return session
+    return Session(recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe), Console())
 
 
 def pick_device(recipe: Recipe) -> torch.device:

@@ -5,8 +5,8 @@ a CPU a packed model that was read from base/ has no copy of its integers: they 
 all processes of a machine share and which the system takes back when memory is short. They are copy-on-write:
 who writes to one gets a page of its own, the file never changes. Only whole files are mapped: headers are
 compared with the file's size before (tensorfile.parse_header), hashes by `check_files`, and our writers never
-change a file in place, they rename a new one over it. What other programs do to it meanwhile, `OpenedFiles`
-sees: a run asks it at the end of every step.
+change a file in place, they rename a new one over it. What other programs do to it meanwhile,
+files/opened.py sees: a run asks it at the end of every step.
 
 On the way to a GPU each tensor's pages are given back as soon as it is there (`to_device`), so that CPU
 memory stays free too.
@@ -14,52 +14,16 @@ memory stays free too.
 
 import ctypes
 import mmap
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..files.errors import FileError
-
 _MAPS = Path("/proc/self/smaps")
 _DONTNEED = (
     4  # madvise: the pages may go; of a private map of a file nothing is lost but what was written to it
 )
-
-
-class OpenedFiles:
-    """The safetensors files of a folder as they were when this was made, a moment before they are read."""
-
-    def __init__(self, folder: Path):
-        self.files = {path: _state(path) for path in sorted(Path(folder).absolute().glob("*.safetensors"))}
-
-    def check(self) -> None:
-        """FileError naming the first file that was deleted, replaced or written to since; a few microseconds
-        each.
-        """
-        for path, before in self.files.items():
-            now = _state(path)
-            if now == before:
-                continue
-            what = "was deleted" if now is None else "was replaced or written to"
-            if now is not None and before is not None and now[2] != before[2]:
-                what += f" ({before[2]:,} bytes before, {now[2]:,} now)"
-            raise FileError(
-                f"{path}: {what} by another program while this run was computing with it, so what it "
-                "computed since cannot be trusted and is not kept. Run the line again: it goes on from the "
-                "last checkpoint, with a base/ packed anew"
-            )
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What tells one file from another and from itself before a write; None when it is not there."""
-    try:
-        stat = os.lstat(path)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Range(NamedTuple):

@@ -1,6 +1,6 @@
 """The model of each stage, read back from the folder that the stage left, on a device that holds it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
+from ..export.folder import check_files
 from ..export.reader import load_exported, read_config
-from ..integrations.adapter_files import read_adapter, refuse_other_base
+from ..integrations.adapter_files import check_adapter, read_adapter, refuse_other_base
 from ..model.load import load_model
 from ..session import Session
 
@@ -34,6 +35,19 @@ def stage_model(session: Session, stage: str) -> Any:
         device=reader_device(folder, session),
         attention=session.recipe.model.attention,
     )
+
+
+FOLDERS = ("base", "adapter", "merged", "exported")
+
+
+def check_folders(session: Session, names: Sequence[str] = FOLDERS) -> None:
+    """That what is there of these folders is whole and this run's, before any of it is loaded. ValueError
+    naming what is not.
+    """
+    for name in names:
+        if (session.run / name).is_dir():
+            session.run.refuse_other(name)
+            check_adapter(session.run / name) if name == "adapter" else check_files(session.run / name)
 
 
 def trained_model(session: Session) -> Any:

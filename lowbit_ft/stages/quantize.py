@@ -11,7 +11,6 @@ from ..export.folder import check_files, read_manifest
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
 from ..files.manifest import MANIFEST
-from ..model.mapped import OpenedFiles
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
@@ -50,9 +49,9 @@ def quantize_stage(session: Session) -> Any:
 
 def open_base(session: Session, folder: Path, place: str | None) -> Any:
     """The packed model in base/, and from here on the session knows whether its files are still these."""
-    session.base = OpenedFiles(folder)
+    opened = session.watch(folder)
     model = load_packed(folder, session, place)
-    session.base.check()
+    opened.check()
     return model
 
 

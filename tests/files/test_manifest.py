@@ -121,10 +121,8 @@ def test_identity_is_of_the_tensors(tmp_path: Path) -> None:
 
 
 def test_errors_of_libraries_become_ours(tmp_path: Path) -> None:
-    for error in (
-        SafetensorError("I/O error: No space left on device"),
-        OSError(28, "No space left on device"),
-    ):
+    full = "No space left on device"
+    for error in (SafetensorError(f"I/O error: {full}"), OSError(errno.ENOSPC, full)):
         with pytest.raises(FileError, match=r"x/y: could not be written \(.*No space left"), writing("x/y"):
             raise error
         with pytest.raises(FileError, match=r"x/y: cannot be read \(.*No space left"), reading("x/y"):

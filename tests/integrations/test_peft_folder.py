@@ -47,6 +47,7 @@ def test_the_folder_of_a_run_is_a_peft_adapter(method: str, tmp_path: Path) -> N
         "adapter",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lowbit_ft.json",
     ]
     expected, state = logits(model), adapter_state(model)
 
