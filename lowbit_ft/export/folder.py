@@ -65,8 +65,8 @@ def check_files(folder: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if problems := changed_files(Path(folder), manifest["files"]):
         raise ValueError(
-            f"{folder}: {'; '.join(problems)}. Whoever changed it, this is not what was written: run the "
-            "line again (lowbit-ft run), or copy the folder again"
+            f"{folder}: {'; '.join(problems)}. Whoever changed it, this is not what was written: move the "
+            "folder away and run the line again (lowbit-ft run), or copy it again from where it is whole"
         )
     return manifest
 

@@ -48,7 +48,7 @@ def open_sealed(path: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         found = "its own hash does not agree with it" if SEAL in facts else "it has no hash of its own"
-        raise ValueError(f"{path}: damaged: {found}; run the line that wrote this folder again")
+        raise ValueError(f"{path}: damaged: {found}; move the folder away and run the line again")
     del facts[SEAL]
     return facts
 

@@ -70,10 +70,12 @@ class LastWords:
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # ctrl-C is not for it
         )
-        self.goodbye = weakref.finalize(self, _goodbye, self.process)
+        self.goodbye = weakref.finalize(self, _goodbye, self.process, os.getpid())
 
 
-def _goodbye(process: subprocess.Popen[bytes]) -> None:
+def _goodbye(process: subprocess.Popen[bytes], parent: int) -> None:
+    if os.getpid() != parent:  # a forked child has the pipe too; it is not what is waited for
+        return
     try:
         process.communicate(b"x", timeout=10)
     except (OSError, subprocess.TimeoutExpired):  # it is gone, or stuck: nobody needs it any more

@@ -60,7 +60,7 @@ def test_what_is_said_of_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing; not a folder that lowbit_ft wrote"):
         open_sealed(path)
     path.write_text(json.dumps(FACTS))
-    with pytest.raises(ValueError, match="damaged: it has no hash of its own; run the line"):
+    with pytest.raises(ValueError, match="damaged: it has no hash of its own; move the"):
         open_sealed(path)
     path.write_bytes(sealed(FACTS).replace(b'"bytes": 3', b'"bytes": 4'))
     with pytest.raises(ValueError, match="damaged: its own hash does not agree"):
