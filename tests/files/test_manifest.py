@@ -80,7 +80,7 @@ def test_a_digest_is_read_once_while_the_file_is_the_same(
 
     def write(text: str, age: float) -> None:
         path.write_text(text)
-        os.utime(path, (time.time() - age,) * 2)
+        os.utime(path, (time.time(), time.time() - age))
 
     def found() -> str:
         return file_entry(path)["sha256"]

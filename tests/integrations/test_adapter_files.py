@@ -21,7 +21,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", MANIFEST)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, config = packed_model(), ADAPTERS["scale"]()
+    model, config = packed_model(), ADAPTERS["scale"](method="scale")
     attach(model, config)
     place = tmp_path_factory.mktemp("written") / "adapter"
     return write_adapter(place, adapter_state(model), config, base_digest(model), "base")
