@@ -11,6 +11,7 @@ import importlib.util
 from pathlib import Path
 
 from ..export import EXPORTERS
+from ..export.folder import check_if_ours
 from ..export.reader import read_config
 from ..integrations import register
 from ..rundir import shipped
@@ -30,6 +31,7 @@ def serve(folder: Path, options: list[str]) -> None:
         raise ValueError(f"serving needs {', '.join(missing)}; run pip install 'lowbit-ft[serve]'")
     folder = shipped(folder)
     refuse_format(folder)
+    check_if_ours(folder)
     register()
     from transformers.cli.transformers import app
 

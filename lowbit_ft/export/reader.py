@@ -2,7 +2,8 @@
 `load_exported` (a model).
 
 `read_weights` is how `base/` and `merged/` of a run are used again, one layer at a time straight from the
-files. What is in a file is data from a stranger: headers are checked before anything is read, every tensor
+files. A folder of ours is compared with its manifest first. What is in a file is data from a
+stranger all the same: headers are checked before anything is read, every tensor
 against the layer's spec, and values for what no writer of ours makes.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..files.errors import reading
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
 from ..model.hub import tensor_entries
@@ -20,6 +22,7 @@ from ..model.mapped import to_device
 from ..model.meta import model_class
 from . import EXPORTERS
 from .base import Weights
+from .folder import check_if_ours
 from .native import Native, layers_from_config
 
 
@@ -41,9 +44,11 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
     """The packed layers of a native folder; each access reads that layer's tensors. Headers are checked here
     and now.
 
-    ValueError naming the folder and layer for anything that does not fit.
+    ValueError naming the folder and layer for anything that does not fit, or that is not what its manifest
+    says.
     """
     root = Path(folder)
+    check_if_ours(root)
     config = read_config(root).get("quantization_config")
     exporter = Native()
     try:
@@ -83,10 +88,11 @@ def load_exported(
 
     dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors
     ones become dense. What is packed is not copied on a CPU: it stays in the pages of the files
-    (model/mapped.py).
+    (model/mapped.py). ValueError when a folder of ours is not what its manifest says.
     """
     from transformers import AutoConfig
 
+    check_if_ours(folder)
     whole = read_config(folder)
     config, options = whole.get("quantization_config"), {}
     kind: Any = dtype or getattr(torch, whole.get("dtype") or whole.get("torch_dtype") or "float32")
@@ -97,7 +103,7 @@ def load_exported(
         if (model := exporter.open(Path(folder), kind)) is not None:
             return model.eval()
         options = exporter.load_options(whole["quantization_config"], Path(folder))
-    with warnings.catch_warnings():
+    with reading(folder), warnings.catch_warnings():
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         auto = model_class(

@@ -1,3 +1,4 @@
-"""Files that a kill cannot leave half written (atomic.py), and safetensors headers that are checked
-(tensorfile.py).
+"""Files that a kill cannot leave half written and two processes cannot mix (atomic.py, lock.py), manifests
+that vouch for them (manifest.py, marker.py, opened.py), one error for it all (errors.py), and safetensors
+files that are checked (tensorfile.py).
 """

@@ -36,6 +36,7 @@ from .adapter_files import (
     PEFT_TYPE,
     adapter_config,
     adapter_options,
+    check_adapter,
     read_adapter,
     refuse_other_base,
     say_on_card,
@@ -122,7 +123,9 @@ class LowBitConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        refuse_pickle(folder)
+        check_adapter(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

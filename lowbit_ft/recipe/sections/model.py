@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from ...data.errors import DataError
 from ...data.examples import StreamedExamples
-from ...data.read import DataError
 from ...files.tensorfile import CheckpointError
 from ...model.checkpoint import Checkpoint
 from ...model.load import tokenizer_in

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.examples import load_examples
-from lowbit_ft.data.read import DataError
 from lowbit_ft.export.gguf_tokenizer import reject
 from lowbit_ft.recipe.recipe import load_recipe
 from tests.recipe.recipe_text import GOOD, TINY, refused, write
