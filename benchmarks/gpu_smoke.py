@@ -118,7 +118,7 @@ def work(index: int, workers: int, rows: Rows, dry: bool) -> int:
     """This worker's cases and tests. Returns the number that failed."""
     import torch
     from bench import checked, chosen, device_of
-    from bench_cases import build
+    from bench_build import build
 
     device = device_of(dry)
     torch.manual_seed(0)

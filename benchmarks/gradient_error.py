@@ -47,24 +47,7 @@ def clipped_share(model: Any) -> float:
         base: Any = layer.base
         g, args = base.grid, layer.adapter.grid_args(base)  # pyright: ignore
         for rows in row_chunks(*base.shape):
-            value = grid_values(
-                rows,
-                base.codes,
-                base.residual,
-                base.scale,
-                base.zero,
-                args.a,
-                args.b,
-                args.scale,
-                args.zero,
-                args.offset,
-                args.gain,
-                args.units,
-                g.bits,
-                g.residual_bits,
-                base.shape[1],
-                g.group_size,
-            )
+            value = grid_values(rows, base.on_grid(args), base.shape[1], g.group_size)
             value = ungrouped(value if args.clip_first else value.round(), base.shape[1])
             clipped += int(((value < 0) | (value > (1 << g.bits) - 1)).sum())
             total += value.numel()

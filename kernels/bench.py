@@ -30,7 +30,7 @@ from typing import Any
 
 import lowbit_kernels
 import torch
-from bench_cases import PEERS, build
+from bench_build import PEERS, build
 from bench_profile import profile
 from bench_report import write_report
 from bench_time import ceilings, checked, chosen, copies_of, device_of, measure, write

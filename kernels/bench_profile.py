@@ -4,7 +4,7 @@ import argparse
 import time
 
 import torch
-from bench_cases import build
+from bench_build import build
 from bench_time import chosen, device_of
 
 CALLS = 5

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import Built, Call, Case, everything, targets, tiny
+from bench_build import Built, Call
+from bench_cases import Case, everything, targets, tiny
 
 L2_COPIES_BYTES = (
     256 << 20

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import Built, Case, build, tiny, tuned
+from bench_build import Built, build
+from bench_cases import Case, tiny, tuned
 from bench_time import checked, copies_of, device_of, measure, write
 from lowbit_kernels import dispatch
 
@@ -175,7 +176,7 @@ def timed(
         finally:
             if device.type == "cuda":  # the trial's graph is gone, its counters may be used again
                 torch.cuda.synchronize()
-                importlib.import_module("lowbit_kernels.triton_common").drop_counters()
+                importlib.import_module("lowbit_kernels.counters").drop_counters()
     return sorted(out, key=lambda pair: pair[0])
 
 

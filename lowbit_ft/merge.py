@@ -6,7 +6,7 @@ differently: `train` therefore writes the merged folder on the device it trained
 for a merge made elsewhere, how many codes differ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def merge(
     readme: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    before_it_counts: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Write the merged model as a native folder and return its manifest (lowbit_ft.json: sha256 of every file
     and of every layer's tensors). ValueError as `write_model`."""
@@ -74,6 +75,7 @@ def merge(
         EXPORTERS["native"],
         extra_files=extra,
         max_shard_bytes=max_shard_bytes,
+        before_it_counts=before_it_counts,
     )
 
 

@@ -29,6 +29,18 @@ class PatternError(ValueError):
     """A pattern that cannot be used on names: too long, or without an end."""
 
 
+# What other tools call the same thing: PEFT's LoraConfig, transformers' TrainingArguments.
+ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "init_lora_weights": "init",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+}
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a layer name is meant by `pattern`: its last part(s) ("q_proj"), a glob ("*.layers.0.*"), or a
     full regex match. PatternError for one that takes too long.
@@ -71,10 +83,13 @@ def _refuse_large(pattern: str) -> None:
 
 
 def nearest(word: object, allowed: Iterable[object]) -> str:
-    """The allowed word closest to what was typed, or '' when none is close."""
+    """The allowed word that was meant: what another tool's word for it is here, or the closest one to what
+    was typed; '' when none is close."""
     if len(str(word)) > MAX_PATTERN:
         return ""  # not a typing error, and comparing it takes as long as it is
     by_lower = {str(name).lower(): str(name) for name in allowed}
+    if (ours := ELSEWHERE.get(str(word).lower())) in by_lower:
+        return by_lower[ours]
     close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[close[0]] if close else ""
 

@@ -20,18 +20,19 @@ import torch
 from .evaluate.generate import generate as answer
 from .evaluate.tasks import load_tasks
 from .export.card import serve_line
+from .export.folder import check_if_ours
 from .export.reader import load_exported
 from .model.tokenizer import read_tokenizer
 from .recipe.recipe import Recipe
 from .report.page import write_report
-from .rundir import shipped
+from .rundir import RunDir, shipped
 from .session import resume, start
 from .stages.card import card_facts
 from .stages.data import read_data
 from .stages.evaluate import measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
-from .stages.models import trained_model
+from .stages.models import check_folders, trained_model
 from .stages.quantize import quantize_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.train import train_stage
@@ -39,38 +40,38 @@ from .stages.train import train_stage
 
 def run(recipe: Recipe) -> Path:
     """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
-    session = start(recipe)
-    examples = read_data(session)
-    tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
-    model = train_stage(session, quantize_stage(session), examples)
-    if not session.run.main:
-        return session.run.path
-    merge_stage(session, model)
-    measured = measure_trained(session, model)
-    del model
-    folder = export_stage(session, recipe.export.format)
-    measure_shipped(session, measured)
-    measure_tasks(session, tasks)
-    session.say(f"report: {write_report(session.run.path)}")
-    session.say(serve_line(card_facts(recipe), recipe.export.format, folder))
-    return folder
+    with start(recipe) as session:
+        examples = read_data(session)
+        tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
+        model = train_stage(session, quantize_stage(session), examples)
+        if not session.run.main:
+            return session.run.path
+        merge_stage(session, model)
+        measured = measure_trained(session, model)
+        del model
+        folder = export_stage(session, recipe.export.format)
+        measure_shipped(session, measured)
+        measure_tasks(session, tasks)
+        session.say(f"report: {write_report(session.run.path)}")
+        session.say(serve_line(card_facts(recipe), recipe.export.format, folder))
+        return folder
 
 
 def quantize(recipe: Recipe) -> Path:
     """Pack the base into <output>/base and stop there."""
-    session = start(recipe)
-    quantize_stage(session)
-    return session.run / "base"
+    with start(recipe) as session:
+        quantize_stage(session)
+        return session.run / "base"
 
 
 def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
-    session = start(recipe)
-    examples = read_data(session)
-    model = train_stage(session, quantize_stage(session), examples)
-    if session.run.main:
-        merge_stage(session, model)
-    return session.run / "merged"
+    with start(recipe) as session:
+        examples = read_data(session)
+        model = train_stage(session, quantize_stage(session), examples)
+        if session.run.main:
+            merge_stage(session, model)
+        return session.run / "merged"
 
 
 def merge(run_dir: Path) -> Path:
@@ -79,33 +80,34 @@ def merge(run_dir: Path) -> Path:
     ValueError when it differs from what training wrote on this kind of device. Another kind may round ties
     differently: then the codes that differ are counted, and merged/ stays the one that was trained.
     """
-    session = resume(run_dir)
-    model = trained_model(session)
-    folder = session.run / "merged"
-    if not folder.is_dir():
-        merge_stage(session, model)
+    with resume(run_dir, writes=True) as session:
+        check_folders(session, ("base", "adapter", "merged"))
+        model = trained_model(session)
+        folder = session.run / "merged"
+        if not folder.is_dir():
+            merge_stage(session, model)
+        else:
+            compare_merge(session, model, folder)
         return folder
-    compare_merge(session, model, folder)
-    return folder
 
 
 def export(run_dir: Path, format: str | None = None) -> Path:
     """Write the merged model in a format (default: the recipe's) and verify it. Returns the folder."""
-    session = resume(run_dir)
-    name = format or session.recipe.export.format
-    refuse_export(session, name)
-    folder = export_stage(session, name)
-    session.say(f"{name}: {folder}")
-    session.say(serve_line(card_facts(session.recipe), name, folder))
-    return folder
+    with resume(run_dir, writes=True) as session:
+        name = format or session.recipe.export.format
+        refuse_export(session, name)
+        folder = export_stage(session, name)
+        session.say(f"{name}: {folder}")
+        session.say(serve_line(card_facts(session.recipe), name, folder))
+        return folder
 
 
 def verify(folder: Path) -> None:
     """Compare an exported folder of a run with the merged weights next to it. ValueError when anything
     differs.
     """
-    session = resume(folder.resolve().parent)
-    check_export(session, folder)
+    with resume(folder.resolve().parent) as session:
+        check_export(session, folder)
 
 
 def evaluate(
@@ -119,12 +121,13 @@ def evaluate(
     """
     if not (run_dir / "recipe.yaml").is_file():
         return evaluate_folder(run_dir, tasks, limit)
-    session = resume(run_dir)
-    loaded = asked_tasks(session, tasks, stages)
-    if not (tasks or stages):
-        measured = measure_trained(session, trained_model(session))
-        measure_shipped(session, measured)
-    measure_tasks(session, loaded, stages, limit)
+    with resume(run_dir, writes=True) as session:
+        loaded = asked_tasks(session, tasks, stages)
+        check_folders(session)
+        if not (tasks or stages):
+            measured = measure_trained(session, trained_model(session))
+            measure_shipped(session, measured)
+        measure_tasks(session, loaded, stages, limit)
 
 
 def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str = "auto") -> str:
@@ -132,6 +135,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = shipped(folder)
+    check_if_ours(folder)  # before its tokenizer is believed
     tokenizer = read_tokenizer(folder)
     model = load_exported(folder, device=device)
     return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
@@ -139,4 +143,9 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
 
 def report(run_dir: Path) -> Path:
     """Write report.html again from the files of the run."""
-    return write_report(run_dir)
+    run = RunDir(run_dir)
+    run.hold()
+    try:
+        return write_report(run_dir)
+    finally:
+        run.close()

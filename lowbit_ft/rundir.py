@@ -2,9 +2,13 @@
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
     base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
-           stages.json   report.html   started.json (the folder that relative paths of recipe.yaml are from)
+           stages.json   report.html   made.json (which tensors this run wrote into which folder)
+    started.json       the mark of a run folder, written first; the folder that relative paths are from
+    .lowbit_ft.lock    held by the process that writes (files/lock.py)
 
 One folder holds one run: starting another recipe in it is refused, starting the same one again continues it.
+A folder with other things in it, without our mark, is left alone. One process at a time writes; reading is
+always possible, and what is read is compared with its manifest, and with made.json: whole, and this run's.
 Every file is written beside its name and renamed, by the main process only.
 """
 
@@ -24,6 +28,9 @@ import yaml
 
 from .files.atomic import visible_names, write_text
 from .files.jsonfile import read_json
+from .files.lock import FolderLock
+from .files.manifest import MANIFEST, identity
+from .files.marker import MARKER, WRITER, is_run
 from .files.records import StageTime, Started
 from .recipe.recipe import Recipe, load_recipe
 from .recipe.yaml import read_source
@@ -55,15 +62,29 @@ class RunDir:
 
     def __init__(self, path: Path, main: bool = True):
         self.path, self.main = Path(path), main
+        self.lock: FolderLock | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     @classmethod
     def start(cls, recipe: Recipe, main: bool = True) -> "RunDir":
-        """Make the folder, or continue the same recipe in it. ValueError when it holds another run."""
+        """Make the folder, or continue the same recipe in it, and hold it until `close`. ValueError when it
+        holds another run or something else, or another process writes to it.
+        """
         run = cls(recipe.output, main)
-        stored = run / "recipe.yaml"
+        run.refuse_foreign()
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.lock = FolderLock(run.path)
+        try:
+            run._begin(recipe)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _begin(self, recipe: Recipe) -> None:
+        run, stored = self, self / "recipe.yaml"
         if stored.exists():
             before = read_source(stored).values
             now = yaml.safe_load(recipe.to_yaml())
@@ -81,17 +102,51 @@ class RunDir:
                     f"{run.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
                     "Give this run another `output`, or remove that folder"
                 )
-        elif (
-            run.path.exists() and visible_names(run.path) and not stored.exists()
-        ):  # asked again: another process may make it
-            raise ValueError(f"{run.path} is not empty and holds no run; give `output` a new folder")
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_text("recipe.yaml", recipe.to_yaml())
         here = Path.cwd()
-        run.write_json(
-            "started.json", {"folder": str(here), "from_here": os.path.relpath(here, run.path.resolve())}
-        )
-        return run
+        from_here = os.path.relpath(here, run.path.resolve())
+        run.write_json(MARKER, {"writer": WRITER, "folder": str(here), "from_here": from_here})
+        run.write_text("recipe.yaml", recipe.to_yaml())
+
+    def refuse_foreign(self) -> None:
+        """ValueError when the folder has things in it that are not of a run: nothing there is overwritten."""
+        if self.path.exists() and visible_names(self.path) and not is_run(self.path):
+            raise ValueError(
+                f"{self.path} is not empty and holds no run (no {MARKER} of lowbit_ft), and nothing of it is "
+                "overwritten; give `output` a new folder"
+            )
+
+    def hold(self) -> None:
+        """Lock a run that is there, to write to it. ValueError when it is no run, or another process writes
+        to it.
+        """
+        if not is_run(self.path):
+            raise ValueError(
+                f"{self.path} is not the folder of a run (no {MARKER} of lowbit_ft in it); nothing is "
+                "written there"
+            )
+        self.lock = FolderLock(self.path)
+
+    def close(self) -> None:
+        """Let the next process write."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
+    def made(self, name: str) -> None:
+        """Note that this run has just written the folder `name` of tensors."""
+        if self.main:
+            self.write_json(
+                "made.json", {**self.read_json("made.json", dict[str, Any], {}), name: identity(self / name)}
+            )
+
+    def refuse_other(self, name: str) -> None:
+        """ValueError when the tensors in the folder `name` are not the ones that this run wrote there."""
+        noted, folder = self.read_json("made.json", dict[str, Any], {}).get(name), self / name
+        if noted != identity(folder):
+            raise ValueError(
+                f"{folder}: its {MANIFEST} is of other tensors than this run wrote there (of another run, or "
+                "a kill came in between); run the line again (lowbit-ft run), or put its own folder back"
+            )
 
     def recipe(self) -> Recipe:
         """The recipe of this run, its paths as they were given. ValueError when the folder is no run."""
@@ -110,7 +165,7 @@ class RunDir:
 
     def started(self) -> list[Path]:
         """Where the folder may be in which the run was started; none where that was not recorded."""
-        noted = self.read_json("started.json", Started | None, None)
+        noted = self.read_json(MARKER, Started | None, None)
         given = [noted.folder, self.path.resolve() / noted.from_here] if noted else []
         return [Path(os.path.normpath(folder)) for folder in given]
 
@@ -152,11 +207,14 @@ class RunDir:
 
 def shipped(folder: Path) -> Path:
     """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as
-    it is.
+    it is. ValueError when what is there is not what this run wrote.
     """
     if not (folder / "recipe.yaml").is_file():
         return folder
-    return folder / "exported" if (folder / "exported").is_dir() else folder / "merged"
+    name = "exported" if (folder / "exported").is_dir() else "merged"
+    if is_run(folder) and (folder / name).is_dir():
+        RunDir(folder).refuse_other(name)
+    return folder / name
 
 
 def _same(folder: Path) -> bool:

@@ -1,23 +1,25 @@
 """Session: what every stage of a run needs (recipe, run folder, checkpoint, tokenizer, device, console).
 
 A session is opened on a recipe (`start`, which makes or continues the run folder) or on the folder of a run
-that is there (`resume`, which changes nothing in it).
+that is there (`resume`). One that writes holds the folder's lock until it is closed: use it in a `with`.
 """
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
 from .recipe.incoming import resolve_quant
-from .recipe.layers import local_folder
+from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
 from .recipe.yaml import RecipeError
 from .rundir import RunDir, environment
@@ -34,6 +36,32 @@ class Session:
     tokenizer: Any
     device: torch.device
     console: Console
+    base: OpenedFiles | None = None  # the files of base/ that this run computes with
+    words: LastWords | None = None  # for a run that loses their pages
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.words is not None:
+            self.words.goodbye()
+        self.run.close()
+
+    def watch(self, base: Path) -> OpenedFiles:
+        """From here on know whether the files of base/ are still the ones that are there now."""
+        if self.words is not None:
+            self.words.goodbye()
+        self.base = OpenedFiles(base)
+        if self.run.main and self.device.type == "cpu":  # where they stay mapped while the run computes
+            self.words = LastWords(self.base)
+        return self.base
+
+    def check_files(self) -> None:
+        """FileError when the files of base/, or the run folder, are no longer the ones that were opened."""
+        if self.base is not None:
+            self.base.check()
+        if self.run.lock is not None:
+            self.run.lock.check()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,6 +76,11 @@ class Session:
             (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
         )
 
+    @cached_property
+    def rows(self) -> int | None:
+        """Tokens that the model has an embedding of; None when its name tells nothing."""
+        return read_shapes(self.checkpoint.folder).rows
+
     @property
     def splits_base(self) -> bool:
         """Whether the processes of this run share one base: train.sharding says so and there are several."""
@@ -60,7 +93,8 @@ class Session:
 
 
 def start(recipe: Recipe) -> Session:
-    """Make the run folder (or continue in it) and open the checkpoint; no weight is read yet."""
+    """Make the run folder (or continue in it), hold it, and open the checkpoint; no weight is read yet."""
+    RunDir(recipe.output).refuse_foreign()
     device = pick_device(recipe)
     main = join(device)
     # The low-rank product that makes codes is fp32; a process that trained with TF32 would merge other codes
@@ -76,14 +110,19 @@ def start(recipe: Recipe) -> Session:
             )  # fetched, before its grid is asked for
         recipe = _with_checkpoint_grid(recipe)
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
-        checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
-        if checkpoint.revision is not None and (problems := check_recipe(recipe)):
-            # A hub model has only now been fetched: its layers can be checked against grid and format.
-            raise RecipeError([str(problem) for problem in problems])
-        if stored is None:
-            facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
-            run.write_json("environment.json", environment() | facts)
-    session = Session(recipe, run, checkpoint, load_tokenizer(checkpoint), device, Console())
+        try:
+            checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+            if checkpoint.revision is not None and (problems := check_recipe(recipe)):
+                # A hub model has only now been fetched: its layers can be checked against grid and format.
+                raise RecipeError([str(problem) for problem in problems])
+            if stored is None:
+                facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
+                run.write_json("environment.json", environment() | facts)
+            tokenizer = load_tokenizer(checkpoint)
+        except BaseException:
+            run.close()
+            raise
+    session = Session(recipe, run, checkpoint, tokenizer, device, Console())
     session.say(
         f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, "
         f"{recipe.model.dtype}"
@@ -101,9 +140,19 @@ def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"quant": quant})
 
 
-def resume(run_dir: Path) -> Session:
-    """The session of a run that is there; nothing is written."""
+def resume(run_dir: Path, writes: bool = False) -> Session:
+    """The session of a run that is there. writes: it will write there, so it holds the folder."""
     run = RunDir(run_dir)
+    if writes:
+        run.hold()
+    try:
+        return _opened(run)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _opened(run: RunDir) -> Session:
     recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", Environment, Environment()).revision
     try:

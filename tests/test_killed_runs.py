@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kill_and_resume import Line, kill, pair, problems, shas
 from tests.line_tools import QUICK, ROOT
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -57,6 +58,25 @@ def test_a_killed_run_ends_with_the_same_bytes(kill: signal.Signals, tmp_path: P
     said = again.communicate(timeout=300)[0]
     assert again.returncode == 0, said
     assert adapter_sha(out) == adapter_sha(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_at_once_and_killed_with_another_one_starting(tmp_path: Path) -> None:
+    """The short form of benchmarks/kill_and_resume.py: a pair, and two kills over the whole line."""
+    short = ["eval.kl=false", "eval.windows=1", "eval.generate=[]", "data.train.limit=60"]
+    line = Line("recipes/quickstart.yaml", [*QUICK, *short])
+    began = time.monotonic()
+    line.finish(tmp_path / "whole")
+    length, wanted = time.monotonic() - began, [shas(tmp_path / "whole")]
+    assert {Path(name).parent.name for name in wanted[0]} == {"base", "adapter", "merged", "exported"}
+    seen = pair(line, tmp_path / "pair", "", apart=0.0)
+    assert "finished" in seen and "FAILED" not in seen
+    assert problems(tmp_path / "pair", wanted) == []
+    for how, share, second in ((signal.SIGTERM, 0.8, False), (signal.SIGKILL, 0.5, True)):
+        out = tmp_path / how.name
+        assert "UNEXPECTED" not in kill(line, out, how, share * length, second)
+        line.finish(out)
+        assert problems(out, wanted) == []
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ from lowbit_ft.adapters.attach import attach, base_digest, packed_layers
 from lowbit_ft.evaluate.generate import encode_prompt, generate
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.folder import check_files, layer_digests, read_manifest
-from lowbit_ft.export.reader import load_exported, read_config, read_weights
+from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.files.manifest import sealed
 from lowbit_ft.grid import BinaryGrid, PackedWeight
 from lowbit_ft.merge import base_weights, merge, merged_weights, moved, verify_merge
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.config import read_config
 from lowbit_ft.model.tokenizer import read_tokenizer
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
@@ -157,7 +159,9 @@ def test_manifests_and_configs_that_are_not_there_or_not_ours(tmp_path: Path) ->
         "[]",
         "3",
         '{"writer": "x"}',
-        '{"writer": "lowbit_ft", "files": {"a": 1}, "layers": {}}',
+        '{"writer": "lowbit_ft", "files": {}, "layers": {}}',
+        sealed({"writer": "x"}).decode(),
+        sealed({"writer": "lowbit_ft", "files": {"a": 1}, "layers": {}}).decode(),
     ):
         (tmp_path / "lowbit_ft.json").write_text(text)
         with pytest.raises(ValueError, match=r"lowbit_ft\.json"):
@@ -166,8 +170,8 @@ def test_manifests_and_configs_that_are_not_there_or_not_ours(tmp_path: Path) ->
         if text in ("{", "[]", "3"):
             with pytest.raises(ValueError, match=r"config\.json"):
                 read_config(tmp_path)
-    (tmp_path / "lowbit_ft.json").write_text(
-        '{"writer": "lowbit_ft", "files": {"../x": {"bytes": 1}}, "layers": {}}'
+    (tmp_path / "lowbit_ft.json").write_bytes(
+        sealed({"writer": "lowbit_ft", "files": {"../x": {"bytes": 1}}, "layers": {}})
     )
     with pytest.raises(ValueError, match="missing"):
         check_files(tmp_path)

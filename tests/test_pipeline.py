@@ -191,9 +191,9 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 def test_a_run_killed_in_its_first_write_is_started_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / ".recipe.yaml.partial").write_text("name: qu")
+    (out / ".recipe.yaml.lowbit_ft-0123456789abcdef.partial").write_text("name: qu")
     assert RunDir.start(recipe(out)).recipe().name == recipe(out).name
-    assert [path.name for path in out.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == [".lowbit_ft.lock", "recipe.yaml", "started.json"]
 
 
 def test_stages_without_a_run(tmp_path: Path) -> None:

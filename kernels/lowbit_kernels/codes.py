@@ -20,6 +20,7 @@ happens on the float, before the integer cast.
 import torch
 from torch import Tensor
 
+from .grid import GridWeight, flat
 from .layout import (
     centred,
     grouped,
@@ -38,23 +39,12 @@ UNITS = ("grid", "weight", "live")
 
 def grid_values(
     rows: slice,
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:
     """v of some rows, before rounding: fp32 [n, G, g] (padded columns hold nothing of meaning)."""
+    codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits = grid
     value = unpack_rows(codes[rows], bits, in_features, torch.float32)
     if residual is not None and residual_bits:
         value = value + decode_residual(residual[rows], residual_bits, in_features)
@@ -76,74 +66,28 @@ def grid_values(
 
 @torch.library.custom_op("lowbit::grid_codes", mutates_args=())
 @outside_autocast
+@flat
 def grid_codes(
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:
     """The codes of the adapted weight, packed (see the file's head for the equation).
 
-    codes int16 [N, W], residual int16 [N, W_f] or None, scale0 [G, N], zero0 [G, N] or None: the frozen base.
-    a [r, K], b [N, r] or None (no low-rank part). scale, zero, offset [G, N]: the trained grid; zero None is
-    2^(bits-1). units is one of UNITS. Returns int16 [N, W].
+    Returns int16 [N, W].
     """
-    if units not in UNITS:
-        raise ValueError(f"units={units!r}: allowed are {UNITS}")
-    if units != "live" and (a is None or b is None):
-        return codes.clone()
-    out, top = [], (1 << bits) - 1
-    for rows in row_chunks(codes.shape[0], in_features):
-        value = grid_values(
-            rows,
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            in_features,
-            group_size,
-        )
-        code = value.round_().clamp_(0, top)
-        out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), bits))
+    if grid.units not in UNITS:
+        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
+    if not (grid.live or grid.low):
+        return grid.codes.clone()
+    out, top = [], (1 << grid.bits) - 1
+    for rows in row_chunks(grid.codes.shape[0], in_features):
+        code = grid_values(rows, grid, in_features, group_size).round_().clamp_(0, top)
+        out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), grid.bits))
     return torch.cat(out)
 
 
 @grid_codes.register_fake
-def _(
-    codes,
-    residual,
-    scale0,
-    zero0,
-    a,
-    b,
-    scale,
-    zero,
-    offset,
-    gain,
-    units,
-    bits,
-    residual_bits,
-    in_features,
-    group_size,
-):
-    return codes.new_empty(codes.shape[0], packed_width(in_features, bits))
+@flat
+def _(grid, in_features, group_size):
+    return grid.codes.new_empty(grid.codes.shape[0], packed_width(in_features, grid.bits))

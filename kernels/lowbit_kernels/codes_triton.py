@@ -2,27 +2,16 @@
 exist.
 
 A program owns BLOCK_N rows of one superblock. For each plane (32 channels) it makes D on the tensor cores,
-adds the base, rounds and ors the codes into the half-words it writes at the end.
-
-Train, evaluation and merge must give the same bits, so every float operation is pinned down:
-  * D[n, k] is one chain of dot products over the rank in blocks of RANK_BLOCK, ascending, fp32 accumulation,
-    never split. RANK_BLOCK is a constant of this file, not of the configuration table, and the table is asked
-    with nothing of the shape but the rank: M does not enter at all, and a slice of a layer gives the codes of
-    the whole layer.
-  * everything after D is the reference's operations in its order, each rounded to nearest: FP_OPTIONS forbids
-    contraction to fused multiply-add, division is the IEEE one. Given the same fp32 D the codes are the
-    reference's, bit for bit.
-
-The helpers here (bit_field, float_of, low_rank, grid_value, code_bits) are what gradients_triton.py and
-pack_triton.py use too.
+adds the base, rounds and ors the codes into the half-words it writes at the end. The arithmetic is
+grid_triton.py's, which says why its bits are the same everywhere. For the same reason the table of tiles is
+asked with nothing of the shape but the rank: M does not enter at all, and a slice of a layer gives the codes
+of the whole layer.
 """
 
 # Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
-# number on the host is a constexpr in a signature.
+# number on the host is a constexpr in a signature. Long lists of arguments stand in lines by kind.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
-
-from typing import Any, overload
 
 import torch
 import triton
@@ -31,224 +20,30 @@ from torch import Tensor
 
 from . import dispatch
 from .codes import UNITS
+from .grid import GridWeight, flat
+from .grid_triton import (
+    FP_OPTIONS,
+    base_value,
+    channels_of,
+    code_bits,
+    given,
+    grid_value,
+    group_row,
+    low_rank,
+    rank_block,
+)
 from .launch import cdiv, launch
 from .layout import packed_width, superblock
 from .triton_common import LANE, launch_options, plane_group
 
-RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
-# v = c + D / s0 must round twice, as the reference does.
-FP_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-_MAGIC = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it rounds half to even and leaves the integer in the low mantissa bits
-
-
-# ------------------------------------------------------------------------------------------ shared by kernels
-
-
-@triton.constexpr_function
-def channels_of(bits):
-    """Channels of a superblock; of no use for 0 bits, which have none."""
-    return 32 * (16 // int(bits)) if bits else 32
-
-
-@triton.jit
-def bit_field(words, shift, BITS: tl.constexpr):
-    """Bit fields of P16 half-words, int32. int16 >> is arithmetic after widening; the mask drops the sign
-    copies.
-    """
-    return (words.to(tl.int32) >> shift) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def float_of(field):
-    """A non-negative int32 below 2^23 as fp32, exact. Through the mantissa: the conversion unit is 4 to 8
-    times slower.
-    """
-    return (field | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def code_bits(value, BITS: tl.constexpr):
-    """clip(round_half_even(value), 0, 2^BITS - 1) in the low 22 bits of an int32; the bits above are not
-    zero.
-
-    The bounds are integers and rounding is monotone, so clipping first gives the same code and keeps any
-    float, however large, inside the range where the magic number rounds.
-    """
-    inside = tl.minimum(tl.maximum(value, 0.0), ((1 << BITS) - 1) * 1.0)
-    return (inside + _MAGIC).to(tl.int32, bitcast=True)
-
-
-@triton.constexpr_function
-def _base_magic(residual_bits):
-    """Bits of 2^(22 - f), f = residual_bits: a float whose last mantissa bit is worth 2^-(f + 1)."""
-    return (127 + 22 - int(residual_bits)) << 23
-
-
-@triton.jit
-def base_value(words, shift, fraction, shift_f, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr):
-    """code + (field + 1/2) / 2^f - 1/2 as fp32, exact, f = RESIDUAL_BITS: the base in unsigned grid units.
-    words and fraction are int32 half-words, their fields at the given shifts (fraction is not read when f =
-    0: the value is the code).
-
-    One float operation: the sum, in units of 2^-(f + 1), is put together in a mantissa.
-    """
-    units = ((words << (RESIDUAL_BITS + 1)) >> shift) & (((1 << BITS) - 1) << (RESIDUAL_BITS + 1))
-    units |= _base_magic(RESIDUAL_BITS) | 1
-    if RESIDUAL_BITS:
-        units |= ((fraction << 1) >> shift_f) & (((1 << RESIDUAL_BITS) - 1) << 1)
-    return units.to(tl.float32, bitcast=True) - ((1 << (22 - RESIDUAL_BITS)) + 0.5)
-
-
-@triton.jit
-def upper(v):
-    """The leading 11 bits of a float, which tf32 holds exactly; v - upper(v) is exact too."""
-    return (v.to(tl.int32, bitcast=True) & ~0x1FFF).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def dot_split(left, right, total):
-    """total + left @ right for fp32, by three tensor-core products: about 2^-21 relative, against 2^-10 of
-    plain tf32. The CUDA cores would be exact to 2^-24 but take longer than all other work of the layer at
-    rank 64. Small terms first. Triton's own "tf32x3" does the same but spends as much again on infinities,
-    with which no training survives."""
-    left_high, right_high = upper(left), upper(right)
-    total = tl.dot(left - left_high, right_high, total, input_precision="tf32")
-    total = tl.dot(left_high, right - right_high, total, input_precision="tf32")
-    return tl.dot(left_high, right_high, total, input_precision="tf32")
-
-
-@triton.jit
-def rank_rows(b, gain, rn, N, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """gain * B of some rows and one block of the rank, fp32 [BLOCK_N, BLOCK_R]. The gain is on the small
-    factor, as in the reference.
-    """
-    rr = r0 + tl.arange(0, BLOCK_R)
-    at = b + rn.to(tl.int64)[:, None] * R + rr[None, :]
-    return tl.load(at, mask=(rn < N)[:, None] & (rr < R)[None, :], other=0.0).to(tl.float32) * gain
-
-
-@triton.jit
-def rank_columns(a, kk, K, r0: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A of one block of the rank and some channels, fp32 [BLOCK_R, len(kk)]."""
-    rr = r0 + tl.arange(0, BLOCK_R)
-    at = a + rr.to(tl.int64)[:, None] * K + kk[None, :]
-    return tl.load(at, mask=(rr < R)[:, None] & (kk < K)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def low_rank(
-    a,
-    b,
-    gain,
-    rn,
-    kk,
-    N,
-    K,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """D = gain * B A of a tile, fp32 [BLOCK_N, WIDTH], in the one order of the file's head."""
-    product = tl.zeros((BLOCK_N, WIDTH), tl.float32)
-    for r0 in tl.static_range(0, R, BLOCK_R):
-        left = rank_rows(b, gain, rn, N, r0, R, BLOCK_R)
-        right = rank_columns(a, kk, K, r0, R, BLOCK_R)
-        product = dot_split(left, right, product)
-    return product
-
-
-@triton.jit
-def group_row(k0, K, GROUP: tl.constexpr):
-    """Index of the group of channel k0, int64, for offsets into [G, N]; GROUP 0 is one group per row. A plane
-    of padding alone may lie past the last group: it reads the last one."""
-    if GROUP == 0:
-        return tl.zeros((), tl.int64)
-    else:
-        return (tl.minimum(k0, K - 1) // GROUP).to(tl.int64)
-
-
-@triton.jit
-def group_values(values, at, live_rows, other: tl.constexpr):
-    """[BLOCK_N, 1] fp32 of one group. Absent rows read `other`, so that nothing divides by zero there."""
-    return tl.load(values + at, mask=live_rows, other=other).to(tl.float32)[:, None]
-
-
-@triton.jit
-def grid_value(
-    base,
-    delta,
-    scale0,
-    zero0,
-    scale,
-    zero,
-    offset,
-    at,
-    live_rows,
-    UNITS_LIVE: tl.constexpr,
-    UNITS_WEIGHT: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """v of codes.py from code + residual and D, both fp32 tiles within one group: the reference's
-    operations in its order.
-    """
-    value = base
-    if UNITS_LIVE:
-        if zero0 is None:
-            value -= (1 << (BITS - 1)) * 1.0
-        else:
-            value -= group_values(zero0, at, live_rows, 0.0)
-        value *= group_values(scale0, at, live_rows, 1.0)
-        if delta is not None:
-            value += delta
-        if offset is not None:
-            value -= group_values(offset, at, live_rows, 0.0)
-        value = tl.div_rn(value, group_values(scale, at, live_rows, 1.0) + tl.zeros_like(value))
-        if zero is None:
-            value += (1 << (BITS - 1)) * 1.0
-        else:
-            value += group_values(zero, at, live_rows, 0.0)
-    elif UNITS_WEIGHT:
-        unit = group_values(scale0, at, live_rows, 1.0)
-        value += delta * tl.div_rn(tl.full(unit.shape, 1.0, tl.float32), unit)
-    else:
-        value += delta
-    return value
-
-
-# ------------------------------------------------------------------------------------------------- the kernel
-
 
 @triton.jit
 def grid_codes_kernel(
-    codes,
-    residual,
-    scale0,
-    zero0,
-    a,
-    b,
-    scale,
-    zero,
-    offset,
-    out,
-    gain,
-    N,
-    K,
-    codes_row,
-    residual_row,
+    codes, residual, scale0, zero0, a, b, scale, zero, offset, out, gain, N, K, codes_row, residual_row,
     out_row,
-    UNITS_LIVE: tl.constexpr,
-    UNITS_WEIGHT: tl.constexpr,
-    BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
     """Grid (superblocks, row blocks). *_row are row strides in half-words; GROUP a multiple of 32 or 0;
     EVEN_K: K fills its last superblock."""
     PLANES: tl.constexpr = 16 // BITS
@@ -299,88 +94,36 @@ def grid_codes_kernel(
 # --------------------------------------------------------------------------------------------------- launcher
 
 
-def row_dense(tensor: Tensor) -> Tensor:
-    """The tensor with a dense last dimension; its row stride may be anything."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-@overload
-def dense(tensor: Tensor) -> Tensor: ...
-@overload
-def dense(tensor: Tensor | None) -> Tensor | None: ...
-def dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor without gaps: group tensors and factors are small, a copy costs nothing."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def rank_block(rank: int) -> int:
-    """Columns of B per dot product: a power of two, at least what a tensor core takes."""
-    return min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
-
-
+@flat
 def grid_codes(
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     in_features: int,
     group_size: int,
 ) -> Tensor:
     """The op of codes.py: int16 [N, W]. Same arguments, same errors; group_size a multiple of 32 or -1."""
-    if units not in UNITS:
-        raise ValueError(f"units={units!r}: allowed are {UNITS}")
-    low = a is not None and b is not None
-    if units != "live" and not low:
-        return codes.clone()
-    n, rank = codes.shape[0], a.shape[0] if a is not None and low else 0
-    out = codes.new_empty(n, packed_width(in_features, bits))
+    if grid.units not in UNITS:
+        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
+    if not (grid.live or grid.low):
+        return grid.codes.clone()
+    n, bits = grid.codes.shape[0], grid.bits
+    out = grid.codes.new_empty(n, packed_width(in_features, bits))
     span = plane_group(group_size, in_features)
-    base = row_dense(codes)
-    fraction = row_dense(residual) if residual is not None and residual_bits else None
-    # Only what the units read is given to the kernel: a value that is not read must not ask for another
-    # compile.
-    live = units == "live"
-    state = (
-        dense(scale0),
-        dense(zero0) if live else None,
-        dense(a) if low else None,
-        dense(b) if low else None,
-        dense(scale),
-        dense(zero) if live else None,
-        dense(offset) if live else None,
-    )
+    state, strides, constants = given(grid, zero=grid.live)
     # Only the rank is told to the table: see the file's head.
-    config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, rank), N=1, K=1)
-    grid = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
+    config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, constants["R"]), N=1, K=1)
+    blocks = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
     launch(
         grid_codes_kernel,
-        grid,
-        base,
-        fraction,
+        blocks,
         *state,
         out,
-        gain,
+        grid.gain,
         n,
         in_features,
-        base.stride(0),
-        fraction.stride(0) if fraction is not None else 0,
+        *strides,
         out.stride(0),
-        UNITS_LIVE=live,
-        UNITS_WEIGHT=units == "weight",
-        BITS=bits,
-        RESIDUAL_BITS=residual_bits if fraction is not None else 0,
+        **constants,
         GROUP=span,
-        R=rank,
-        BLOCK_R=rank_block(rank),
         BLOCK_N=config["BLOCK_N"],
         EVEN_K=in_features % superblock(bits) == 0,
         **launch_options(config),

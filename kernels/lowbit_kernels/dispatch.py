@@ -58,7 +58,7 @@ KERNELS = {
     "binary_dequantize": ("binary", "binary_triton"),
     "binary_matmul": ("binary", "binary_triton"),
     "binary_matmul_dx": ("binary", "binary_triton"),
-    "binary_gradients": ("binary", "binary_triton"),
+    "binary_gradients": ("binary", "binary_gradients_triton"),
     "hadamard": ("hadamard", "hadamard_triton"),
 }
 

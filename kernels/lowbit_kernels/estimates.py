@@ -38,6 +38,7 @@ One group per row and a frozen grid need no tokens: with the layer's own output,
 import torch
 from torch import Tensor
 
+from .grid import GridWeight, flat
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped
 
 LOW_RANK = ("exact", "factorised", "corrected")
@@ -159,24 +160,13 @@ def _by_rows(
 
 @torch.library.custom_op("lowbit::grid_estimates", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 @outside_autocast
+@flat
 def grid_estimates(
     x: Tensor,
     dy: Tensor,
     y: Tensor | None,
     step_codes: Tensor | None,
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
     low_rank: str,
@@ -192,26 +182,11 @@ def grid_estimates(
     """
     assert low_rank in LOW_RANK, low_rank
     exact_op = torch.ops.lowbit.grid_gradients  # late: grid_linear.py, which declares it, imports this file
-    m, live, low = x.shape[0], units == "live", need_low_rank and a is not None and b is not None
+    a, b, scale, offset = grid.a, grid.b, grid.scale, grid.offset
+    m, low = x.shape[0], need_low_rank and grid.low
     # No two results of an op may share memory.
     ds, dt, da, db = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(4))
-    state = (
-        codes,
-        residual,
-        scale0,
-        zero0,
-        a,
-        b,
-        scale,
-        zero,
-        offset,
-        gain,
-        units,
-        bits,
-        residual_bits,
-        group_size,
-        clip_first,
-    )
+    rest = (group_size, clip_first)
     correct, identity = low and low_rank == "corrected", need_scale and y is not None
     xs, dys, weights, part = x, dy, None, False
     if correct or (need_scale and not identity):
@@ -221,36 +196,21 @@ def grid_estimates(
             xs, dys = x[rows], (dy[rows].float() * weight[:, None]).to(dy.dtype)
             weights = 1.0 - sums[:, None]
     if low and (part or not correct):  # corrected with all tokens drawn: nothing is left to estimate
-        factor = None if live else scale.float() if units == "grid" else scale.float() / scale0.float()
+        factor = None if grid.live else scale.float()
+        if grid.units == "weight":
+            factor = scale.float() / grid.scale0.float()
         assert a is not None and b is not None
-        da, db = factorised(x, dy, a, b, factor, gain, group_size, weights if correct else None)
-    if correct or (need_scale and live):
-        ds, dt, more_a, more_b = exact_op(xs, dys, *state)
+        da, db = factorised(x, dy, a, b, factor, grid.gain, group_size, weights if correct else None)
+    if correct or (need_scale and grid.live):
+        ds, dt, more_a, more_b = exact_op(xs, dys, *grid, *rest)
         if correct:
             da, db = (da.add_(more_a), db.add_(more_b)) if part else (more_a, more_b)
     elif need_scale and not identity:
         # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank
         # product again.
         assert step_codes is not None
-        ds, dt, _, _ = exact_op(
-            xs,
-            dys,
-            step_codes,
-            None,
-            scale0,
-            zero0,
-            None,
-            None,
-            scale,
-            zero,
-            offset,
-            gain,
-            "grid",
-            bits,
-            0,
-            group_size,
-            clip_first,
-        )
+        plain = {"residual": None, "a": None, "b": None, "units": "grid", "residual_bits": 0}
+        ds, dt, _, _ = exact_op(xs, dys, *grid._replace(codes=step_codes, **plain), *rest)
     if not need_scale:
         return ds.new_empty(0), dt.new_empty(0), da, db
     if y is None:
@@ -263,33 +223,11 @@ def grid_estimates(
 
 
 @grid_estimates.register_fake
-def _(
-    x,
-    dy,
-    y,
-    step_codes,
-    codes,
-    residual,
-    scale0,
-    zero0,
-    a,
-    b,
-    scale,
-    zero,
-    offset,
-    gain,
-    units,
-    bits,
-    residual_bits,
-    group_size,
-    clip_first,
-    low_rank,
-    tokens,
-    need_low_rank,
-    need_scale,
-):
+@flat
+def _(x, dy, y, step_codes, grid, group_size, clip_first, low_rank, tokens, need_low_rank, need_scale):
     def like(t, wanted):
         return x.new_empty(t.shape if wanted and t is not None else (0,), dtype=torch.float32)
 
-    low = need_low_rank and a is not None and b is not None
-    return like(scale, need_scale), like(scale, need_scale), like(a, low), like(b, low)
+    low = need_low_rank and grid.low
+    scales = like(grid.scale, need_scale), like(grid.scale, need_scale)
+    return *scales, like(grid.a, low), like(grid.b, low)

@@ -27,28 +27,18 @@ from torch import Tensor
 
 from .codes import grid_codes, grid_values
 from .estimates import LOW_RANK, grid_estimates
+from .grid import GridWeight, flat
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
 from .matmul import packed_matmul, packed_matmul_dx
 
 
 @torch.library.custom_op("lowbit::grid_gradients", mutates_args=())
 @outside_autocast
+@flat
 def grid_gradients(
     x: Tensor,
     dy: Tensor,
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,8 +48,9 @@ def grid_gradients(
     dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of
     layout.CHUNK_ELEMENTS.
     """
+    codes, _, scale0, _, a, b, scale, zero, _, gain, units, bits, _ = grid
     (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
-    trained = units == "live" or a is not None
+    trained = grid.live or a is not None
     ds = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
     dt = torch.empty_like(ds)
     da = torch.zeros(a.shape if a is not None else (0,), dtype=torch.float32, device=x.device)
@@ -72,24 +63,7 @@ def grid_gradients(
             ds[:, rows] = (dw * q).sum(-1).t()
             dt[:, rows] = dw.sum(-1).t()
             continue
-        value = grid_values(
-            rows,
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            k,
-            group_size,
-        )
+        value = grid_values(rows, grid, k, group_size)
         rounded = value.round()
         inside = value if clip_first else rounded
         mask = (inside >= 0) & (inside <= top)
@@ -112,48 +86,20 @@ def grid_gradients(
 
 
 @grid_gradients.register_fake
-def _(
-    x,
-    dy,
-    codes,
-    residual,
-    scale0,
-    zero0,
-    a,
-    b,
-    scale,
-    zero,
-    offset,
-    gain,
-    units,
-    bits,
-    residual_bits,
-    group_size,
-    clip_first,
-):
+@flat
+def _(x, dy, grid, group_size, clip_first):
     def like(t):
         return x.new_empty(t.shape if t is not None else (0,), dtype=torch.float32)
 
-    return like(scale), like(scale), like(a), like(b)
+    return like(grid.scale), like(grid.scale), like(grid.a), like(grid.b)
 
 
 @torch.library.custom_op("lowbit::grid_linear", mutates_args=())
 @outside_autocast
+@flat
 def grid_linear(
     x: Tensor,
-    codes: Tensor,
-    residual: Tensor | None,
-    scale0: Tensor,
-    zero0: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor,
-    zero: Tensor | None,
-    offset: Tensor | None,
-    gain: float,
-    units: str,
-    bits: int,
-    residual_bits: int,
+    grid: GridWeight,
     group_size: int,
     clip_first: bool,
     step_codes: Tensor | None = None,
@@ -167,51 +113,14 @@ def grid_linear(
         raise ValueError(
             f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1"
         )
-    k, new = x.shape[-1], step_codes
-    if new is None:
-        new = grid_codes(
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            k,
-            group_size,
-        )
-    return packed_matmul(x, new, scale, zero, offset, bits, group_size)
+    new = grid_codes(*grid, x.shape[-1], group_size) if step_codes is None else step_codes
+    return packed_matmul(x, new, grid.scale, grid.zero, grid.offset, grid.bits, group_size)
 
 
 @grid_linear.register_fake
-def _(
-    x,
-    codes,
-    residual,
-    scale0,
-    zero0,
-    a,
-    b,
-    scale,
-    zero,
-    offset,
-    gain,
-    units,
-    bits,
-    residual_bits,
-    group_size,
-    clip_first,
-    step_codes=None,
-    low_rank="exact",
-    tokens=1.0,
-):
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+@flat
+def _(x, grid, group_size, clip_first, step_codes=None, low_rank="exact", tokens=1.0):
+    return x.new_empty(*x.shape[:-1], grid.codes.shape[0])
 
 
 def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
@@ -221,95 +130,48 @@ def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
     return low_rank != "exact" or (a is None and tokens < 1)
 
 
+_FIRST = 1  # the place of the grid's fields in the op's arguments, after x
+_PLACE = {name: _FIRST + i for i, name in enumerate(GridWeight._fields)}
+_TENSORS = _PLACE["gain"]  # tensors come before numbers
+
+
 def _setup(ctx, inputs, output):
-    x, scale, units, group_size = inputs[0], inputs[7], inputs[11], inputs[14]
-    a, (step_codes, low_rank, tokens) = inputs[5], inputs[16:19]
-    row_wise = group_count(x.shape[-1], group_size) == 1 and units != "live" and ctx.needs_input_grad[7]
-    y = output if row_wise and _estimated(a, low_rank, tokens) else None
-    assert scale.shape[0] == 1 or y is None
-    ctx.save_for_backward(*inputs[:10], step_codes, y)
-    ctx.static = (*inputs[10:16], low_rank, tokens)
+    x, grid = inputs[0], GridWeight(*inputs[_FIRST : _FIRST + len(GridWeight._fields)])
+    group_size, clip_first, step_codes, low_rank, tokens = inputs[_FIRST + len(GridWeight._fields) :]
+    row_wise = group_count(x.shape[-1], group_size) == 1 and not grid.live
+    row_wise = row_wise and ctx.needs_input_grad[_PLACE["scale"]]
+    y = output if row_wise and _estimated(grid.a, low_rank, tokens) else None
+    assert grid.scale.shape[0] == 1 or y is None
+    ctx.save_for_backward(*inputs[:_TENSORS], step_codes, y)
+    ctx.numbers, ctx.static = inputs[_TENSORS : _FIRST + len(GridWeight._fields)], (group_size, clip_first)
+    ctx.cheaper = (low_rank, tokens)
 
 
 def _backward(ctx, dy):
-    x, codes, residual, scale0, zero0, a, b, scale, zero, offset, new, y = ctx.saved_tensors
-    gain, units, bits, residual_bits, group_size, clip_first, low_rank, tokens = ctx.static
-    k, need = x.shape[-1], ctx.needs_input_grad
+    x, *tensors, new, y = ctx.saved_tensors
+    grid, (group_size, clip_first) = GridWeight(*tensors, *ctx.numbers), ctx.static
+    k, need = x.shape[-1], {name: ctx.needs_input_grad[place] for name, place in _PLACE.items()}
     dx = ds = dt = da = db = None
-    estimated, low = _estimated(a, low_rank, tokens), need[5] or need[6]
-    scales = need[7] or need[9]
-    if new is None and (need[0] or (estimated and scales and y is None)):
-        new = grid_codes(
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            k,
-            group_size,
-        )
-    if need[0]:
-        dx = packed_matmul_dx(dy, new, scale, zero, offset, bits, k, group_size)
+    estimated, low = _estimated(grid.a, *ctx.cheaper), need["a"] or need["b"]
+    scales = need["scale"] or need["offset"]
+    if new is None and (ctx.needs_input_grad[0] or (estimated and scales and y is None)):
+        new = grid_codes(*grid, k, group_size)
+    if ctx.needs_input_grad[0]:
+        dx = packed_matmul_dx(dy, new, grid.scale, grid.zero, grid.offset, grid.bits, k, group_size)
+    rows = (x.reshape(-1, k), dy.reshape(-1, dy.shape[-1]))
     if estimated and (low or scales):
-        ds, dt, da, db = grid_estimates(
-            x.reshape(-1, k),
-            dy.reshape(-1, dy.shape[-1]),
-            None if y is None else y.reshape(-1, y.shape[-1]),
-            new,
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            group_size,
-            clip_first,
-            low_rank,
-            tokens,
-            low,
-            scales,
-        )
+        output = None if y is None else y.reshape(-1, y.shape[-1])
+        rest = (group_size, clip_first, *ctx.cheaper, low, scales)
+        ds, dt, da, db = grid_estimates(*rows, output, new, *grid, *rest)
     elif low or scales:
-        ds, dt, da, db = grid_gradients(
-            x.reshape(-1, k),
-            dy.reshape(-1, dy.shape[-1]),
-            codes,
-            residual,
-            scale0,
-            zero0,
-            a,
-            b,
-            scale,
-            zero,
-            offset,
-            gain,
-            units,
-            bits,
-            residual_bits,
-            group_size,
-            clip_first,
-        )
-    grads = [dx, None, None, None, None, da, db, ds, None, dt]
-    for index, tensor in ((5, a), (6, b), (7, scale), (9, offset)):
+        ds, dt, da, db = grid_gradients(*rows, *grid, group_size, clip_first)
+    grads = {"a": da, "b": db, "scale": ds, "offset": dt}
+    out = [dx, *[None] * (len(ctx.needs_input_grad) - 1)]
+    for name, grad in grads.items():
         # A custom op must return None, not a tensor, for what was not asked for or not given.
-        grad = grads[index]
-        grads[index] = grad.to(tensor.dtype) if need[index] and grad is not None else None
-    return *grads, *[None] * 9
+        if need[name] and grad is not None:
+            out[_PLACE[name]] = grad.to(getattr(grid, name).dtype)
+    return tuple(out)
 
 
 grid_linear.register_autograd(_backward, setup_context=_setup)

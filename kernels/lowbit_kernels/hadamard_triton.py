@@ -25,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .counters import persistent
 from .hadamard import factors, matrix, resolved
 from .launch import cdiv, launch
-from .triton_common import COMPUTE, INTERPRETED, launch_options, persistent
+from .triton_common import COMPUTE, INTERPRETED, launch_options
 
 
 @triton.jit

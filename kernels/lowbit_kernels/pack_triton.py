@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
-from .codes_triton import (
+from .grid_triton import (
     FP_OPTIONS,
     bit_field,
     channels_of,

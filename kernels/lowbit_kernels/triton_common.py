@@ -17,10 +17,6 @@ knows neither inline assembly nor bfloat16 arithmetic) and for targets that are 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -84,87 +80,6 @@ def rows_of(x: Tensor) -> Tensor:
     """[..., K] -> [M, K] with contiguous channels, without a copy where it can be avoided."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-
-
-def persistent(make: Callable[[], Any], device: torch.device) -> Any:
-    """What outlives the call that needs it first: made on a thread and a stream of its own, and finished. So
-    it lands in no memory pool that a CUDA graph or torch.compile is filling on this thread, and whoever reads
-    it on another stream finds it written."""
-    if device.type != "cuda":
-        return make()
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph is being captured: call the op once with these sizes before the capture"
-        )
-
-    def run() -> Any:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            made = make()
-            torch.cuda.current_stream().synchronize()
-        return made
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
-
-
-# Counters for `add_in_order`: 4 MB of zeros per device. Every kernel leaves its counters at zero again.
-_COUNTERS = 1 << 20
-
-
-class _Counters:
-    """One pool of zeros, given out front to back: a slice per stream, and one per kernel captured in a
-    graph.
-    """
-
-    def __init__(self, device: torch.device):
-        self.pool: Tensor = persistent(
-            lambda: torch.zeros(_COUNTERS, dtype=torch.int32, device=device), device
-        )
-        self.used = 0
-        self.by_stream: dict[int, Tensor] = {}
-
-    def take(self, count: int) -> Tensor | None:
-        if self.used + count > _COUNTERS:
-            return None
-        self.used += count
-        return self.pool[self.used - count : self.used]
-
-    def of_stream(self, stream: int, count: int) -> Tensor:
-        have = self.by_stream.get(stream)
-        if have is None or have.numel() < count:
-            have = self.take(max(4096, triton.next_power_of_2(count)))
-            if have is None:
-                return torch.zeros(count, dtype=torch.int32, device=self.pool.device)
-            self.by_stream[stream] = have
-        return have
-
-
-# Workspace that outlives a call, one per device in use; `counters` is its only reader and writer.
-_POOLS: dict[torch.device, _Counters] = {}
-
-
-def drop_counters() -> None:
-    """Forget every pool. For a process that captures graphs without end (the tuner), when none of them will
-    run again.
-    """
-    _POOLS.clear()
-
-
-def counters(count: int, device: torch.device) -> Tensor:
-    """`count` int32 zeros that no kernel running at the same time uses. Each user must leave zeros behind.
-
-    Kernels of one stream run one after the other and share a slice. A CUDA graph may be replayed on any
-    stream, so what it captured keeps its slice for ever; when the pool is used up, or was not there before
-    the capture began, the graph gets its own zeros, at the price of a memset.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        own = _POOLS[device].take(count) if device in _POOLS else None
-        return torch.zeros(count, dtype=torch.int32, device=device) if own is None else own
-    if device not in _POOLS:
-        _POOLS[device] = _Counters(device)
-    return _POOLS[device].of_stream(torch.cuda.current_stream(device).cuda_stream, count)
 
 
 # ------------------------------------------------------------------------------------------------ PTX texts
@@ -405,3 +320,13 @@ def add_in_order(part, offsets, mask, work, arrived, slot, size, PARTS: tl.const
             )
         tl.store(arrived + slot, 0)
     return total, last
+
+
+@triton.jit
+def store_parts(to, acc, offsets, mask, work, arrived, slot, size, PARTS: tl.constexpr, part):
+    """to[offsets] = acc, or the sum of PARTS programs' acc (`add_in_order`), rounded to the type of `to`."""
+    if PARTS == 1:
+        tl.store(to + offsets, acc.to(to.dtype.element_ty), mask=mask)
+    else:
+        total, last = add_in_order(acc, offsets, mask, work, arrived, slot, size, PARTS, part)
+        tl.store(to + offsets, total.to(to.dtype.element_ty), mask=mask & last)

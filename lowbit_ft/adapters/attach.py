@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from . import AdapterConfig
 from .step_codes import StepCodes
 
@@ -104,6 +104,7 @@ def attach(
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    leave_out_of_ddp(model)
     return TrainableTable(rows, packed + dense)
 
 
@@ -169,5 +170,6 @@ def base_digest(model: nn.Module) -> str:
     """sha256 over every packed base by name: an adapter trained on one base refuses another."""
     sha = hashlib.sha256()
     for name, layer in packed_layers(model):
-        sha.update(f"{name}:{layer.base.digest()};".encode())
+        with in_memory(layer):
+            sha.update(f"{name}:{layer.base.digest()};".encode())
     return sha.hexdigest()

@@ -18,9 +18,12 @@ base's zero point):
 
 `warmup_steps` (the paper's T_wp): that many steps of plain LoRA on the unrounded proxy, then S restarts as
 max(|min Wc / Qn|, |max Wc / Qp|) per group (L4Qinit, Eq. 15) of the warmed-up weight. Default 0: keep the
-calibrated scale.
+calibrated scale. The steps are counted by whoever trains (`begin_step`); a loop that counts none trains
+without a warm-up, which is said once.
 """
 
+import functools
+import warnings
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -75,6 +78,17 @@ class L4QConfig(LowRankOptions):
         return L4Q(self, base, weight)
 
 
+@functools.cache
+def _say_uncounted(steps: int) -> None:
+    warnings.warn(
+        f"l4q: warmup_steps {steps} does nothing here, because this training loop does not say which step it "
+        "is at. In a Trainer of transformers or TRL: "
+        "callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of your own: "
+        "begin_step(model, step) of the same module before every optimizer step; or warmup_steps: 0",
+        stacklevel=2,
+    )
+
+
 class L4Q(ScaledAdapter):
     config: L4QConfig
 
@@ -85,6 +99,7 @@ class L4Q(ScaledAdapter):
         # Off until begin_step says otherwise: an adapter that is loaded to be evaluated or merged is past its
         # warm-up.
         self.warming = False
+        self.counted = not config.warmup_steps  # whether anybody counts the steps of the warm-up
         if self.kind != "none":
             self.offset = nn.Parameter(torch.zeros_like(self.log_scale), requires_grad=config.train_scale)
 
@@ -114,6 +129,8 @@ class L4Q(ScaledAdapter):
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
         assert isinstance(base, PackedWeight)
+        if not self.counted and self.training and torch.is_grad_enabled():
+            _say_uncounted(self.config.warmup_steps)
         return self.warmup_forward(x, base) if self.warming else super().forward(x, base)
 
     def warmup_forward(self, x: Tensor, base: PackedWeight) -> Tensor:
@@ -146,7 +163,7 @@ class L4Q(ScaledAdapter):
 
     @torch.no_grad()
     def begin_step(self, step: int, base: Weight) -> None:
-        self.warming = step < self.config.warmup_steps
+        self.warming, self.counted = step < self.config.warmup_steps, True
         # Only the switch itself restarts the scale: a run resumed after it reads the trained scale.
         if self.config.warmup_steps and step == self.config.warmup_steps:
             assert isinstance(base, PackedWeight)
@@ -156,26 +173,10 @@ class L4Q(ScaledAdapter):
         """L4Qinit on the warmed-up weight: [G, N]."""
         args, g = self.grid_args(base), base.grid
         z = float(g.levels // 2) if args.zero is None else args.zero.float()
+        proxy = base.on_grid(args)._replace(units="live")
         out = torch.empty_like(self.log_scale)
         for rows in row_chunks(*base.shape):
-            value = grid_values(
-                rows,
-                base.codes,
-                base.residual,
-                base.scale,
-                base.zero,
-                args.a,
-                args.b,
-                args.scale,
-                args.zero,
-                args.offset,
-                args.gain,
-                "live",
-                g.bits,
-                g.residual_bits,
-                base.shape[1],
-                g.group_size,
-            )
+            value = grid_values(rows, proxy, base.shape[1], g.group_size)
             zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
             weight = (value - zero) * args.scale[:, rows].t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group

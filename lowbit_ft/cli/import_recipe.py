@@ -20,6 +20,7 @@ from ..recipe.yaml import RecipeError, read_source
 from .import_axolotl import AXOLOTL
 from .import_draft import Draft, Trainer
 from .import_llamafactory import LLAMA_FACTORY
+from .places import refuse_existing
 
 TRAINERS: dict[str, Trainer] = {"axolotl": AXOLOTL, "llama_factory": LLAMA_FACTORY}
 SECTIONS = ("model", "quant", "adapter", "data", "train", "eval", "export")
@@ -105,10 +106,7 @@ def render(draft: Draft, source: Path, output: Path) -> str:
 
 def write_imported(source: Path, output: Path, *, force: bool = False) -> Draft:
     """Import `source` and write the recipe to `output`. ValueError when that exists (and not `force`)."""
-    if output.exists() and not force:
-        raise ValueError(
-            f"{output} exists; nothing was written; choose another name with -o, or give --force"
-        )
+    refuse_existing(output, force, "choose another name with -o")
     draft = import_recipe(source)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, render(draft, source, output))

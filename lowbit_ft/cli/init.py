@@ -13,6 +13,7 @@ from pathlib import Path
 from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.paths import HUB_ID
 from ..recipe.sections.quant import QuantSection
+from .places import refuse_existing
 
 GROUP_SIZES = (128, 64, 32)  # in the order of preference; -1 (the whole row) always fits
 
@@ -112,10 +113,7 @@ def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
         ValueError: `output` exists (and not `force`), or the path is neither a checkpoint folder nor a hub
         id.
     """
-    if output.exists() and not force:
-        raise ValueError(
-            f"{output} exists; nothing was written; choose another name with -o, or give --force"
-        )
+    refuse_existing(output, force, "choose another name with -o")
     folder = local_folder(model_path)
     if folder is None and (not HUB_ID.fullmatch(model_path) or "/" not in model_path):
         raise ValueError(

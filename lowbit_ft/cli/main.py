@@ -88,6 +88,7 @@ def plan(
     fit: Annotated[
         Path | None, typer.Option("--fit", help="write the recipe to this file, changed so that it fits")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="let --fit write over an existing file")] = False,
     search: Annotated[
         bool, typer.Option("--search/--no-search", help="look for the largest batch and length")
     ] = True,
@@ -107,7 +108,7 @@ def plan(
         search=search,
     )
     if fit is not None:
-        write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes)
+        write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes, force=force)
 
 
 @app.command()

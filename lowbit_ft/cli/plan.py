@@ -1,8 +1,5 @@
-"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what else fits,
-what to change.
-
-Made to be read at 100 columns. GB are 10^9 bytes.
-"""
+"""How `lowbit-ft plan` shows a recipe: what it does, its layers, its memory against a card, what to change.
+Made to be read at 100 columns. GB are 10^9 bytes."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ from ..plan.fixes import (
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.stages import throughput
 from ..recipe.recipe import Recipe
+from .places import refuse_existing
 
 _WORDS = {
     "codes": "packed integers, the ones that ship",
@@ -99,8 +97,10 @@ def write_fit(
     folder: Path | None = None,
     memory_gb: float | None = None,
     processes: int = 1,
+    force: bool = False,
 ) -> Plan:
-    """Write the recipe as the card allows it. ValueError when config.json is not there, or nothing fits."""
+    """Write the recipe as the card allows it. ValueError: no config.json, nothing fits, `output` exists."""
+    refuse_existing(output, force, "give --fit another name")
     console = console or Console()
     folder = folder or plan_folder(recipe)
     if folder is None:

@@ -2,17 +2,20 @@
 to it.
 
 Started by itself, `transformers serve` never imports this package, and transformers only warns about a format
-it does not know: it would answer from random weights. Endpoints, options and their defaults are those of
-transformers. A request's "model" is the folder as it was given here, or left out.
+it does not know: it would answer from random weights. Options and their defaults are those of transformers,
+and so are the endpoints that answer; those that load or unload models are closed (serve_app.py). A request's
+"model" is the folder as /v1/models lists it, or left out.
 """
 
 import importlib.util
 from pathlib import Path
 
 from ..export import EXPORTERS
+from ..export.folder import check_if_ours
 from ..integrations import register
 from ..model.config import read_config
 from ..rundir import shipped
+from .serve_app import one_model
 
 NEEDS = ("fastapi", "uvicorn", "openai")
 
@@ -28,10 +31,12 @@ def serve(folder: Path, options: list[str]) -> None:
         raise ValueError(f"serving needs {', '.join(missing)}; run pip install 'lowbit-ft[serve]'")
     folder = shipped(folder)
     refuse_format(folder)
+    check_if_ours(folder)
     register()
     from transformers.cli.transformers import app
 
-    app(["serve", str(folder), *options], prog_name="lowbit-ft")
+    with one_model(str(folder)):
+        app(["serve", str(folder), *options], prog_name="lowbit-ft")
 
 
 def refuse_format(folder: Path) -> None:

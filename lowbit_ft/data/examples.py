@@ -38,14 +38,14 @@ class StreamedExamples(Examples):
 
     streaming = True
 
-    def __init__(self, source: Any, section: Any, tokenizer: Any):
+    def __init__(self, source: Any, section: Any, tokenizer: Any, rows: int | None = None):
         super().__init__(())
-        self._source, self._section, self._tokenizer = source, section, tokenizer
+        self._source, self._section, self._tokenizer, self._rows = source, section, tokenizer, rows
 
     def __iter__(self) -> Iterator[Example]:
         self.report = DataReport(sequence_len=self._section.sequence_len)
         formatter = format_of(self._source.format, self._section.train_on, self._tokenizer)
-        return _windows(self._source, self._section, formatter, self.report)
+        return _windows(self._source, self._section, formatter, self.report, self._rows)
 
     def __len__(self) -> int:
         raise DataError(
@@ -64,31 +64,35 @@ class StreamedExamples(Examples):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def load_examples(source: Any, section: Any, tokenizer: Any, *, seed: int = 0) -> Examples:
+def load_examples(
+    source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None
+) -> Examples:
     """Reads `source` (recipe: data.train, data.valid or eval.data) into windows of at most
     section.sequence_len tokens.
 
-    `seed` orders the rows before they are packed, so that a window of a file sorted by subject is not of one
-    subject; texts are joined in file order. With section.streaming the result is a StreamedExamples, of which
-    one window is read now to see that there is one. Raises DataError: no such file, a malformed row
-    (on_bad_row: error), no usable row.
+    `rows` is how many tokens the model has an embedding of (None: not known): a row with another token is a
+    malformed one. `seed` orders the rows before they are packed, so that a window of a file sorted by subject
+    is not of one subject; texts are joined in file order. With section.streaming the result is a
+    StreamedExamples, of which one window is read now to see that there is one.
+
+    Raises DataError: no such file, a malformed row (on_bad_row: error), no usable row.
     """
     if section.sequence_len < 2:
         raise DataError(f"sequence_len {section.sequence_len}; at least 2, a token and its successor")
     if section.streaming:
-        stream = StreamedExamples(source, section, tokenizer)
+        stream = StreamedExamples(source, section, tokenizer, rows)
         if next(iter(stream), None) is None:
             raise _empty(source.path, stream.report)
         return stream
     report = DataReport(sequence_len=section.sequence_len)
     formatter = format_of(source.format, section.train_on, tokenizer)
     if section.packing and not formatter.joined:
-        rows = Examples(_rows(source, section, formatter, report))
-        order = list(range(len(rows)))
+        single = Examples(_rows(source, section, formatter, report, rows))
+        order = list(range(len(single)))
         random.Random(seed).shuffle(order)
-        examples = Examples(_counted(pack((rows[i] for i in order), section.sequence_len), report), report)
+        examples = Examples(_counted(pack((single[i] for i in order), section.sequence_len), report), report)
     else:
-        examples = Examples(_windows(source, section, formatter, report), report)
+        examples = Examples(_windows(source, section, formatter, report, rows), report)
     if not len(examples):
         raise _empty(source.path, report)
     return examples
@@ -100,11 +104,13 @@ def _empty(path: str, report: DataReport) -> DataError:
     )
 
 
-def _windows(source: Any, section: Any, formatter: Format, report: DataReport) -> Iterator[Example]:
-    rows = _rows(source, section, formatter, report)
+def _windows(
+    source: Any, section: Any, formatter: Format, report: DataReport, rows: int | None
+) -> Iterator[Example]:
+    windows = _rows(source, section, formatter, report, rows)
     if section.packing:
-        rows = (pack_text if formatter.joined else pack)(rows, section.sequence_len)
-    return _counted(rows, report)
+        windows = (pack_text if formatter.joined else pack)(windows, section.sequence_len)
+    return _counted(windows, report)
 
 
 def _counted(windows: Iterable[Example], report: DataReport) -> Iterator[Example]:
@@ -115,7 +121,9 @@ def _counted(windows: Iterable[Example], report: DataReport) -> Iterator[Example
         yield window
 
 
-def _rows(source: Any, section: Any, formatter: Format, report: DataReport) -> Iterator[Example]:
+def _rows(
+    source: Any, section: Any, formatter: Format, report: DataReport, rows: int | None
+) -> Iterator[Example]:
     """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
     and cut."""
     whole = section.packing and formatter.joined
@@ -126,6 +134,10 @@ def _rows(source: Any, section: Any, formatter: Format, report: DataReport) -> I
             if row.value is None:
                 raise BadRow(row.problem)
             tokens = formatter(row.value)
+            if rows is not None and max(tokens.input_ids, default=0) >= rows:
+                raise BadRow(
+                    f"its token {max(tokens.input_ids)} has no row in the model's embedding of {rows}"
+                )
             ignored = unread(row.value, formatter.reads(row.value))
         except BadRow as error:
             bad = DataError(str(error), row.file, row.number)

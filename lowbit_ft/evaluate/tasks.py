@@ -1,10 +1,9 @@
 """lm-eval tasks (https://github.com/EleutherAI/lm-evaluation-harness, extra `eval`) on the model of any
 stage, as it is in memory.
 
-A task is a name lm-eval knows (hellaswag, mmlu, ...) or a YAML file of its format. Data files that a YAML
-names are looked for from the current folder, then beside the YAML, so a task and its rows can be kept
-together and run without a network. Files that use lm-eval's own `include` or `!function` are handed to it as
-they are.
+A task is a name lm-eval knows (hellaswag, mmlu, ...) or a YAML file of its format, which is read without
+running code (task_files.py). Data files that a YAML names are looked for from the current folder, then
+beside the YAML, so a task and its rows can be kept together and run without a network.
 
 Everything is loaded before anything is computed (`load_tasks`), and the same tasks then measure every stage:
 same rows, same batches, same path through the layers (`packed_op_only`), so what was trained and what ships
@@ -24,11 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..model.linear import packed_op_only
 from ..names import did_you_mean
 from .perplexity import STAGES
+from .task_files import read_task, refuse_metrics, templates_in_sandbox
 
 TASK_FILES = (".yaml", ".yml")
 INSTALL = "lm-eval is not installed; run pip install 'lowbit-ft[eval]'"
@@ -54,27 +52,6 @@ class TaskRow:
         return asdict(self)
 
 
-class _Tags(yaml.SafeLoader):
-    """YAML with lm-eval's `!function`, which is noted and not followed."""
-
-
-_Tags.add_constructor("!function", lambda loader, node: _FUNCTION)
-_FUNCTION = object()
-
-
-def read_task(path: Path) -> dict[str, Any]:
-    """The content of a task file. ValueError when it is not one."""
-    try:
-        content = _Tags(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as a task ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str) or "group" in content:
-        raise ValueError(
-            f"{path}: needs `task: name` (one task in the YAML format of lm-eval; of a group, give the tasks)"
-        )
-    return content
-
-
 def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
     """(index, what is wrong) for everything that is known before data is read: the package, files, names."""
     if not names:
@@ -89,11 +66,8 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
             try:
                 if not path.is_file():
                     raise ValueError("there is no such file; give a task file (YAML) or a name of lm-eval")
-                config = read_task(path)
-                own = config["task"]
-                if _plain(config):
-                    _with_data(config, path)
-            except (ValueError, RecursionError) as error:  # the second: YAML that contains itself
+                own = _own_task(path)["task"]
+            except ValueError as error:
                 found.append((i, f"got {name!r}: {error}"))
                 continue
         elif name not in known_tasks():
@@ -116,6 +90,14 @@ def task_problems(names: Sequence[str]) -> list[tuple[int, str]]:
             )
         seen.setdefault(own, i)
     return found
+
+
+def _own_task(path: Path) -> dict[str, Any]:
+    """The task in a file, all that it needs looked at. ValueError saying what is wrong with it."""
+    config = read_task(path)
+    _lm_eval("api.metrics")  # which fills the registry
+    refuse_metrics(config, path, _lm_eval("api.registry").metric_registry)
+    return config
 
 
 def known_tasks() -> list[str]:
@@ -144,10 +126,11 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         spec: Any = name
-        if name.lower().endswith(TASK_FILES) and _plain(config := read_task(path := Path(name).expanduser())):
-            spec = _with_data(config, path)
+        if name.lower().endswith(TASK_FILES):
+            spec = _own_task(Path(name).expanduser())
         try:
-            one = manager.load([spec])
+            with templates_in_sandbox():
+                one = manager.load([spec])
         except Exception as error:  # datasets and hub clients raise what they like
             raise ValueError(
                 f"task {name!r} cannot be loaded ({type(error).__name__}: "
@@ -161,46 +144,6 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
-
-
-def _plain(config: dict[str, Any]) -> bool:
-    return "include" not in config and not _holds(config, _FUNCTION)
-
-
-def _holds(value: Any, wanted: object) -> bool:
-    children: Iterable[Any] = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
-    return value is wanted or any(_holds(child, wanted) for child in children)
-
-
-def _with_data(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The task with data files that only exist beside its YAML given from there. ValueError for one that is
-    nowhere.
-    """
-
-    def found(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: found(child) for key, child in value.items()}
-        if isinstance(value, list):
-            return [found(child) for child in value]
-        if not isinstance(value, str):
-            raise ValueError(f"its data_files hold {value!r}; needs names of files")
-        if "://" in value or any(c in value for c in "*?["):
-            return value
-        for candidate in (Path(value).expanduser(), path.parent / value):
-            if candidate.is_file():
-                return str(candidate)
-        raise ValueError(f"its data file {value!r} is neither here nor beside {path}")
-
-    options = config.get("dataset_kwargs")
-    if (
-        not isinstance(options, dict)
-        or not options.get("data_files")
-        or config.get("dataset_path") not in ("json", "csv", "parquet", "text")
-    ):
-        return config
-    return {**config, "dataset_kwargs": {**options, "data_files": found(options["data_files"])}}
 
 
 def run_tasks(
@@ -226,6 +169,7 @@ def run_tasks(
         logger.setLevel(logging.ERROR)  # it warns that a model in memory ignores options we do not give
         stack.callback(model.train, training)
         stack.enter_context(packed_op_only(model))
+        stack.enter_context(templates_in_sandbox())
         model.eval()
         lm = _lm_eval("models.huggingface").HFLM(
             pretrained=model,

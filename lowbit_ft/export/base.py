@@ -127,6 +127,8 @@ class Exporter(ABC):
     transformers_serve: ClassVar[bool] = True
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
+    # What must be known before a folder is read: the first lines of its card.
+    read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.
     needs: ClassVar[str] = ""
     # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are
@@ -231,6 +233,10 @@ class Exporter(ABC):
     @abstractmethod
     def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json. skipped: names of the layers that stay dense."""
+
+    def folder_config(self) -> dict[str, Any]:
+        """Further keys of config.json."""
+        return {}
 
     @abstractmethod
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:

@@ -1,9 +1,17 @@
 """The model card (README.md) of a shipped folder: what it is, how it was trained, what was measured, how to
 serve it.
+
+Names of folders and tasks come from elsewhere, and a card is shown as a page: `shown` writes them so that no
+character of theirs is Markdown, HTML or the end of a table cell. The recipe is data in a fence that nothing
+in it can close.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow, by_task
@@ -43,15 +51,16 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "pipeline_tag: text-generation",
         "tags: [lowbit_ft, quantized, qat]",
     ]
-    if not Path(base).exists():
+    if not Path(base).exists() and _is_hub_id(base):
         front.insert(1, f"base_model: {base}")
     lines = [
         *front,
         "---",
+        *((f"> {first}", "") if (first := EXPORTERS[format].read_first) else ()),
         f"# {facts.name}",
         "",
-        f"`{Path(base).name if Path(base).exists() else base}` fine-tuned with lowbit_ft: method "
-        f"`{facts.method}`, grid {facts.grid}.",
+        f"{shown(base if _is_hub_id(base) and not Path(base).exists() else Path(base).name)} fine-tuned "
+        f"with lowbit_ft: method `{facts.method}`, grid {facts.grid}.",
         "The weights in this folder are the integers and scales the training forward ran on; nothing was "
         "rounded afterwards."
         if facts.exact_merge
@@ -80,7 +89,27 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         lines += [f"| lm-eval task | metric | {' | '.join(stages)} |", "|---|---|" + "--:|" * len(stages)]
         for (task, metric), values in metrics.items():
             cells = " | ".join(f"{values[stage].value:.5g}" if stage in values else "" for stage in stages)
-            lines.append(f"| {task} | {metric} | {cells} |")
+            lines.append(f"| {escaped(task)} | {escaped(metric)} | {cells} |")
         lines.append("")
-    lines += ["## Recipe", "", "```yaml", facts.recipe.rstrip(), "```", ""]
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", facts.recipe))])
+    lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
     return "\n".join(lines)
+
+
+def shown(name: str) -> str:
+    """A name in the text of a card: code where its characters are those of ordinary names, else escaped."""
+    return f"`{name}`" if re.fullmatch(r"[\w.+@/-][\w.+@/ -]*", name) else escaped(name)
+
+
+def escaped(name: str) -> str:
+    """A name with every character that is none of ordinary names as its number (&#60;), which no reader of
+    Markdown takes for more than the character."""
+    return re.sub(r"[^\w.+@/(), -]", lambda found: f"&#{ord(found[0])};", name)
+
+
+def _is_hub_id(base: str) -> bool:
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True

@@ -33,7 +33,8 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
 
 config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no
 group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in exactly one
-place: in one group, or in `ignore`.
+place: in one group, or in `ignore`. A packed head is named beside "Linear" too: vLLM's class of it,
+ParallelLMHead, is no Linear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..grid.bitstream import pack_stream, stream_words, unpack_stream
 from ..model.matrices import Matrix
 from ..model.names import Part
+from ..model.roles import is_head
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while
@@ -197,9 +199,9 @@ class CompressedTensors(Exporter):
             assert isinstance(grid, IntGrid)
             row = grid.group_size == -1
             groups[f"group_{i}"] = {
-                # One grid: every Linear that `ignore` does not name, which every reader understands. Several:
-                # by name.
-                "targets": ["Linear"] if len(names) == 1 else targets,
+                # One grid: every Linear that `ignore` does not name, which every reader understands, and the
+                # head by name (see above). Several: all by name.
+                "targets": ["Linear", *filter(is_head, targets)] if len(names) == 1 else targets,
                 "weights": {
                     "num_bits": grid.bits,
                     "type": "int",

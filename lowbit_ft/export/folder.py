@@ -1,25 +1,23 @@
 """A model folder of ours: a manifest that says what we wrote and what it must hash to.
 
 lowbit_ft.json lists every file with its size and sha256 and, per layer, its name in the files and the sha256
-of every tensor of the weight. It is why a folder can be replaced safely: only one that is wholly ours is.
+of every tensor of the weight, and carries a hash of itself (files/manifest.py). It is why a folder can be
+replaced safely: only one that is wholly ours is; and why what is read back is what was written: whatever
+ships, measures or answers from a folder of ours compares it with its manifest first.
 """
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files.atomic import file_entry, leftover_of, write_bytes
-from ..files.jsonfile import read_json
+from ..files.atomic import leftover_of, write_bytes
+from ..files.manifest import MANIFEST, changed_files, file_entry, json_bytes, open_sealed, sealed
 from ..grid import Weight
-
-MANIFEST = "lowbit_ft.json"
 
 # Files of a checkpoint that belong to the model and are not weights. By name, not "*.json": a folder may hold
 # optimizer states, trainer logs and adapters, which are not this model.
@@ -49,31 +47,36 @@ COPIED = (
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder that `write_model` wrote. ValueError when there is none or it is damaged."""
     path = Path(folder) / MANIFEST
-    manifest = read_json(path, dict[str, Any], "not a folder that lowbit_ft wrote")
+    manifest = open_sealed(path)
     whole = manifest.get("writer") == "lowbit_ft"
     if not whole or not all(isinstance(manifest.get(key), dict) for key in ("files", "layers")):
-        raise ValueError(f"{path}: not a manifest of lowbit_ft")
+        raise ValueError(f"{path}: not a manifest of a model of lowbit_ft")
     if not all(
         isinstance(entry, dict) for entry in (*manifest["files"].values(), *manifest["layers"].values())
     ):
-        raise ValueError(f"{path}: not a manifest of lowbit_ft")
+        raise ValueError(f"{path}: not a manifest of a model of lowbit_ft")
     return manifest
 
 
 def check_files(folder: str | Path) -> dict[str, Any]:
-    """Read every file of the folder and compare it with the manifest. ValueError naming what is missing or
-    changed.
+    """Read every file of the folder and compare it with the manifest, which is returned. ValueError naming
+    what is missing or changed.
     """
-    manifest, problems = read_manifest(folder), []
-    for name, entry in manifest["files"].items():
-        path = Path(folder) / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
-            problems.append(f"{name}: missing")
-        elif entry and file_entry(path) != entry:  # an empty entry: see replace_file
-            problems.append(f"{name}: its content is not the one that was written")
-    if problems:
-        raise ValueError(f"{folder}: " + "; ".join(problems))
+    manifest = read_manifest(folder)
+    if problems := changed_files(Path(folder), manifest["files"]):
+        raise ValueError(
+            f"{folder}: {'; '.join(problems)}. Whoever changed it, this is not what was written: move the "
+            "folder away and run the line again (lowbit-ft run), or copy it again from where it is whole"
+        )
     return manifest
+
+
+def check_if_ours(folder: str | Path) -> None:
+    """`check_files` of a folder with a manifest; other folders, such as a plain model, have nothing to be
+    compared with.
+    """
+    if (Path(folder) / MANIFEST).exists():
+        check_files(folder)
 
 
 def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
@@ -92,7 +95,7 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
             write_bytes(folder / name, data)
             entry = file_entry(folder / name)
         manifest["files"][name] = entry
-        write_bytes(folder / MANIFEST, json_bytes(manifest))
+        write_bytes(folder / MANIFEST, sealed(manifest))
 
 
 def layer_digests(weight: Weight) -> dict[str, str]:
@@ -109,10 +112,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def write_json(path: Path, data: Any) -> None:
     path.write_bytes(json_bytes(data))
-
-
-def json_bytes(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -156,21 +155,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"{folder}: needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB "
             "free; make room there"
         )
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """What the disk says while a folder is written (full, read-only, no permission), as a ValueError that
-    names the folder.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: could not be written ({error}); nothing was left behind, and what was there before "
-            "is untouched. "
-            "Make room or choose another place, then run the same command again"
-        ) from error
 
 
 def check_target(folder: Path) -> None:

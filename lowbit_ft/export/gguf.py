@@ -100,7 +100,8 @@ class Gguf(Exporter):
         return None
 
     def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
-        return reject(config) or (reject_tokenizer(folder) if folder is not None else [])
+        rows = config.get("vocab_size")
+        return reject(config) or (reject_tokenizer(folder, rows) if folder is not None else [])
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:
         kind = block_type(layer.grid, layer.shape[1])

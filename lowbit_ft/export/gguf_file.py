@@ -5,6 +5,7 @@ packed layers back, with their rows in the model's order. The gguf package makes
 and pads the tensors.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.errors import FileError
 from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
 from .base import Exporter, Weights
-from .folder import layer_digests
+from .folder import layer_digests, tensor_bytes
 from .gguf import block_type
 from .gguf_model import FILE, Names, describe, rope_divisors
 from .gguf_tokenizer import write_tokenizer
@@ -79,17 +81,18 @@ class GgufFile:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        digests = {}
+        digests, written = {}, []
         for layer, weight in weights.items():
             blocks = self.exporter.pack(weight)["weight"]
             order = self.names.rows(f"{layer}.weight", len(blocks))
-            _append(writer, blocks if order is None else blocks[order])
+            written.append(_append(writer, blocks if order is None else blocks[order]))
             digests[layer] = layer_digests(weight)
         for slot, name in self.dense.items():
-            _append(writer, self.names.dense(str(name), self.checkpoint.read(slot.source)))
+            written.append(_append(writer, self.names.dense(str(name), self.checkpoint.read(slot.source))))
         if divisors is not None:
-            _append(writer, divisors)
+            written.append(_append(writer, divisors))
         writer.close()
+        _read_back(stage / FILE, written)
         return digests
 
     def _announce(self, writer: Any, parameter: str, shape: tuple[int, ...], kind: str) -> None:
@@ -134,10 +137,24 @@ class GgufTensors(Mapping[str, list[dict[str, Tensor]]]):
         return len(self.prefixes)
 
 
-def _append(writer: Any, tensor: Tensor) -> None:
+def _append(writer: Any, tensor: Tensor) -> str:
+    """Write the next tensor; returns the sha256 of its bytes."""
     tensor = tensor.contiguous()
     # numpy has no bfloat16: its bytes are written
     writer.write_tensor_data((tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy())
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _read_back(path: Path, written: list[str]) -> None:
+    """FileError naming the tensor when the file does not hold what was written, in this order."""
+    from gguf import GGUFReader
+
+    for tensor, digest in zip(GGUFReader(path).tensors, written, strict=True):
+        if hashlib.sha256(tensor.data.tobytes()).hexdigest() != digest:
+            raise FileError(
+                f"{path}: {tensor.name} is not what was written a moment ago: another program writes to this "
+                "file, or the disk fails; nothing was replaced. Run the line again"
+            )
 
 
 def _file_type(kind: str) -> int:

@@ -33,11 +33,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 STOPS = ("eos", "eot", "eom")
 
 
-def reject(folder: Path) -> list[str]:
-    """Why the tokenizer of a checkpoint folder cannot be written; empty when it can. Reads JSON only."""
+def reject(folder: Path, vocab_size: int | None = None) -> list[str]:
+    """Why the tokenizer of a checkpoint folder cannot be written; empty when it can. Reads JSON only.
+    vocab_size: rows of the embedding; None: not known."""
     try:
         tokenizer = _json(folder / "tokenizer.json")
         _kind(tokenizer)
+        if vocab_size is not None:
+            _tokens(tokenizer, vocab_size, folder)
         stops(folder)
     except ValueError as error:
         return [str(error)]
@@ -142,7 +145,8 @@ def _tokens(tokenizer: dict[str, Any], vocab_size: int, folder: Path) -> tuple[l
     kinds |= {i: UNKNOWN for i, token in names.items() if not byte_level and token == unknown}
     if names and max(names) >= vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has token {max(names)}, and the model {vocab_size} embeddings"
+            f"{folder}: the tokenizer has token {max(names)} ({names[max(names)]!r}), and the model "
+            f"{vocab_size} embeddings; give the model rows for all its tokens, or {WAY_OUT}"
         )
     tokens = [names.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     return tokens, [kinds.get(i, UNUSED) for i in range(vocab_size)]

@@ -176,7 +176,7 @@ class Layout:
         entry = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
         config[self.exporter.config_key] = entry
         config["quantization_config"] = {"quant_method": self.exporter.quant_method} | entry
-        return config
+        return config | self.exporter.folder_config()
 
 
 def _dense_layers(model: nn.Module, packed: set[str]) -> list[str]:

@@ -9,6 +9,11 @@ Packing is the identity. This is the format of a run's `base/` (with the residua
 and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
 quantized or skipped by accident.
+
+Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0.
+So config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
+`transformers_weights`): transformers stops at it. Our reader (integrations/transformers.py) puts the key
+aside.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,11 +29,18 @@ from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, che
 
 METHOD = "lowbit_ft"
 VERSION = 1
+STOP_KEY = "transformers_weights"
+STOP = f"import lowbit_ft before this folder is read (its reader, version {VERSION}).safetensors"
 
 
 class Native(Exporter):
     name = "native"
     quant_method = METHOD
+    read_first = (
+        "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format.\n"
+        "> Without it transformers stops at a missing file whose name says so; an older one warns, and\n"
+        "> starts from random weights."
+    )
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         return None
@@ -57,6 +69,9 @@ class Native(Exporter):
         ]
         return {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
 
+    def folder_config(self) -> dict[str, Any]:
+        return {STOP_KEY: STOP}
+
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
         weight = self.unpack(tensors, layer)  # the format's own reader is this one
         if isinstance(weight, PackedWeight):
@@ -71,11 +86,7 @@ class Native(Exporter):
 
     def use(self, folder: str) -> str:
         code = super().use(folder).replace("from transformers", "import lowbit_ft\nfrom transformers", 1)
-        return f"""The layers stay packed in memory. `lowbit_ft` must be imported: \
-without it transformers does not know the format and
-would start from random weights.
-
-{code}"""
+        return f"The layers stay packed in memory.\n\n{code}"
 
 
 def layers_from_config(config: Any) -> dict[str, LayerSpec]:

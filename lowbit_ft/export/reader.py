@@ -2,7 +2,8 @@
 `load_exported` (a model).
 
 `read_weights` is how `base/` and `merged/` of a run are used again, one layer at a time straight from the
-files. What is in a file is data from a stranger: headers are checked before anything is read, every tensor
+files. A folder of ours is compared with its manifest first. What is in a file is data from a
+stranger all the same: headers are checked before anything is read, every tensor
 against the layer's spec, and values for what no writer of ours makes.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..files.errors import reading
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
 from ..model.config import (
@@ -29,6 +31,7 @@ from ..model.mapped import to_device
 from ..model.meta import model_class
 from . import EXPORTERS
 from .base import Weights
+from .folder import check_if_ours
 from .native import Native, layers_from_config
 
 
@@ -36,9 +39,11 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
     """The packed layers of a native folder; each access reads that layer's tensors. Headers are checked here
     and now.
 
-    ValueError naming the folder and layer for anything that does not fit.
+    ValueError naming the folder and layer for anything that does not fit, or that is not what its manifest
+    says.
     """
     root = Path(folder)
+    check_if_ours(root)
     config = read_config(root).get("quantization_config")
     exporter = Native()
     try:
@@ -80,8 +85,9 @@ def load_exported(
 
     dtype None: the one of config.json. Native folders stay packed and can be trained on; compressed-tensors
     ones become dense. What is packed is not copied on a CPU: it stays in the pages of the files
-    (model/mapped.py).
+    (model/mapped.py). ValueError when a folder of ours is not what its manifest says.
     """
+    check_if_ours(folder)
     whole = read_config(folder)
     config, options = whole.get("quantization_config"), {}
     kind = dtype or stored_dtype(Path(folder) / CONFIG, whole)
@@ -94,7 +100,8 @@ def load_exported(
         options = exporter.load_options(whole["quantization_config"], Path(folder))
     refuse_irregular(Path(folder))
     stop_ids(Path(folder) / GENERATION)  # which transformers believes
-    with warnings.catch_warnings(), answered(Path(folder) / CONFIG, "the model cannot be loaded"):
+    whole_file = Path(folder) / CONFIG
+    with reading(folder), warnings.catch_warnings(), answered(whole_file, "the model cannot be loaded"):
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         made = load_config(folder)

@@ -7,12 +7,15 @@ from the checkpoint in the dtype it is stored in. config.json's dtype becomes th
 in, because that is the dtype in which what ships is what was trained.
 
 The folder is there whole or not at all, and takes the place of another only when we wrote all of that one
-(folder.py).
+(folder.py). Before that it is read back: every tensor in its file must have the hash of what was handed to
+the disk, so neither a failing disk nor another program that writes there ships another model.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.atomic import file_entry, staged_folder
+from ..files.atomic import is_same_file, staged_folder
+from ..files.errors import FileError, writing
+from ..files.manifest import MANIFEST, file_entry, sealed
 from ..files.tensorfile import DTYPES
 from ..grid import Weight
 from ..model.checkpoint import Checkpoint
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
-    MANIFEST,
     check_extra,
     check_files,
     check_space,
     check_target,
     copied_files,
-    disk_errors,
     layer_digests,
     read_manifest,
     replace_file,
@@ -68,13 +71,15 @@ def write_model(
     *,
     extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    before_it_counts: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Write `folder` and return its manifest (the content of lowbit_ft.json).
 
     weights: layer name in the model -> weight; a `Weights` is read one layer at a time. extra_files: name ->
-    content of further files (README.md, recipe.yaml). Raises ValueError before anything is written when the
-    format cannot hold a layer, a layer is not one of the checkpoint's, the disk is too small, or the folder
-    exists and is not wholly ours.
+    content of further files (README.md, recipe.yaml). before_it_counts: called when all is written, before it
+    takes its place; what it raises leaves `folder` as it was. Raises ValueError before anything is written
+    when the format cannot hold a layer, a layer is not one of the checkpoint's, the disk is too small, or the
+    folder exists and is not wholly ours; FileError when the disk refuses, or does not hold what was written.
     """
     folder, stream = Path(folder), as_integers(Weights.of(weights), exporter)
     check_target(folder)
@@ -90,7 +95,7 @@ def write_model(
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
-    with disk_errors(folder), staged_folder(folder) as stage:
+    with writing(folder), staged_folder(folder) as stage:
         digests = files.write(stage, stream)
         write_json(stage / "config.json", layout.config(checkpoint))
         for path in copied:
@@ -108,7 +113,9 @@ def write_model(
                 for name, spec in stream.specs.items()
             },
         }
-        write_json(stage / MANIFEST, manifest)
+        (stage / MANIFEST).write_bytes(sealed(manifest))
+        if before_it_counts is not None:
+            before_it_counts()
     return manifest
 
 
@@ -200,49 +207,92 @@ def _write_shards(
     exporter: Exporter,
     metadata: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """Headers, then tensors at their places. Returns the digests of every layer."""
-    places: dict[str, tuple[Path, int]] = {}
-    for name, slots in shards.items():
-        header, path = _header(slots, metadata), stage / name
-        position = len(header)
-        for slot in slots:
-            places[slot.key] = (path, position)
-            position += slot.nbytes
-        with path.open("wb") as file:
-            file.write(header)
-            file.truncate(position)
+    """Headers, then tensors at their places, then all of it read back. Returns the digests of every layer."""
     by_layer: dict[str | None, list[Slot]] = {}
     for slot in (slot for slots in shards.values() for slot in slots):
         by_layer.setdefault(slot.layer, []).append(slot)
+    with ExitStack() as stack:
+        files = [stack.enter_context(_Shard(stage / name, slots, metadata)) for name, slots in shards.items()]
+        put = {slot.key: shard.put for shard in files for slot in shard.slots}
 
-    def put(slot: Slot, pieces: Iterable[Tensor]) -> None:
-        path, position = places[slot.key]
-        with path.open("r+b") as file:
-            file.seek(position)
-            written = sum(file.write(tensor_bytes(piece)) for piece in pieces)
-        assert written == slot.nbytes, f"{slot}: {written} bytes"
+        def put_layer(name: str) -> dict[str, str]:
+            """One layer; none of it is left when the next one is asked for."""
+            weight, tensors = weights[name], {}
+            for slot in by_layer[name]:
+                if slot.part not in tensors:
+                    first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
+                    whole = last - first == weight.shape[0]
+                    tensors = {slot.part: exporter.pack(weight if whole else weight.rows(first, last))}
+                made = tensors[slot.part][slot.source]
+                kept = made.to(slot.dtype)
+                assert kept is made or torch.equal(kept.to(made.dtype), made), (
+                    f"{slot.key}: {slot.dtype} cannot hold its values"
+                )
+                assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
+                put[slot.key](slot, [kept])
+            return layer_digests(weight)
 
-    def put_layer(name: str) -> dict[str, str]:
-        """One layer; none of it is left when the next one is asked for."""
-        weight, tensors = weights[name], {}
-        for slot in by_layer[name]:
-            if slot.part not in tensors:
-                first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
-                whole = last - first == weight.shape[0]
-                tensors = {slot.part: exporter.pack(weight if whole else weight.rows(first, last))}
-            made = tensors[slot.part][slot.source]
-            kept = made.to(slot.dtype)
-            assert kept is made or torch.equal(kept.to(made.dtype), made), (
-                f"{slot.key}: {slot.dtype} cannot hold its values"
-            )
-            assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
-            put(slot, [kept])
-        return layer_digests(weight)
-
-    digests = {name: put_layer(name) for name in weights}
-    for slot in by_layer.get(None, []):
-        put(slot, checkpoint.stored_pieces(slot.source))
+        digests = {name: put_layer(name) for name in weights}
+        for slot in by_layer.get(None, []):
+            put[slot.key](slot, checkpoint.stored_pieces(slot.source))
+        for shard in files:
+            shard.read_back()
     return digests
+
+
+class _Shard:
+    """One safetensors file while it is written: opened once, so that it stays this file whatever happens to
+    its name, with the hash of every tensor that was put into it.
+    """
+
+    def __init__(self, path: Path, slots: list[Slot], metadata: Mapping[str, str]):
+        self.path, self.slots = path, slots
+        self.places: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
+        header = _header(slots, metadata)
+        position = len(header)
+        for slot in slots:
+            self.places[slot.key] = position
+            position += slot.nbytes
+        self.file = path.open("w+b")
+        self.file.write(header)
+        self.file.truncate(position)
+
+    def __enter__(self) -> "_Shard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def put(self, slot: Slot, pieces: Iterable[Tensor]) -> None:
+        sha, written = hashlib.sha256(), 0
+        self.file.seek(self.places[slot.key])
+        for piece in pieces:
+            data = tensor_bytes(piece)
+            written += self.file.write(data)
+            sha.update(data)
+        assert written == slot.nbytes, f"{slot}: {written} bytes"
+        self.digests[slot.key] = sha.hexdigest()
+
+    def read_back(self) -> None:
+        """FileError naming the layer when the file does not hold what was put into it."""
+        self.file.flush()
+        self.file.seek(self.places[self.slots[0].key] if self.slots else 0)
+        for slot in self.slots:
+            sha, left = hashlib.sha256(), slot.nbytes
+            while left and (data := self.file.read(min(left, 1 << 22))):
+                sha.update(data)
+                left -= len(data)
+            if sha.hexdigest() != self.digests[slot.key]:
+                raise FileError(
+                    f"{self.path}: {slot.key} is not what was written a moment ago: another program writes "
+                    "to this file, or the disk fails; nothing was replaced. Run the line again"
+                )
+        if not is_same_file(self.file.fileno(), self.path):
+            raise FileError(
+                f"{self.path}: was replaced by another program while it was written; nothing was replaced. "
+                "Run the line again"
+            )
 
 
 def _write_index(stage: Path, shards: Mapping[str, list[Slot]]) -> None:

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .errors import reading, writing
 from .regular import open_regular
 
 DTYPES = {
@@ -81,11 +83,15 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
                 raise CheckpointError(
                     f"{path}: truncated in its header: expected at least {8 + length} bytes, has {size}"
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except _Duplicate as error:
+        raise CheckpointError(
+            f"{path}: damaged header: {error} is there twice. Download or copy this file again."
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON: {error})") from error
     except ValueError as error:  # a pipe or a device; or a number of thousands of digits
@@ -124,6 +130,34 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             "Download or copy this file again."
         )
     return 8 + length, header
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name, in this process's memory. ValueError naming the file and
+    what is wrong with it."""
+    read_header(path)  # its messages say more than the library's
+    with reading(path):
+        return load_file(path)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a new safetensors file. FileError naming it when the disk refuses."""
+    with writing(path):
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+
+
+class _Duplicate(Exception):
+    """A JSON object with the same key twice: readers differ in which one they believe."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Duplicate(repr(next(name for name in names if names.count(name) > 1)))
+    return found
 
 
 def _offset_of(item: tuple[str, Any]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import lowbit_kernels as kernels
 import torch
+from lowbit_kernels.grid import GridWeight
 from torch import Tensor
 
 from .binary import BinaryGrid
@@ -161,49 +162,21 @@ class PackedWeight(_Tensors):
             return kernels.packed_matmul(
                 x, self.codes, self.scale, self.zero, self.offset, g.bits, g.group_size
             )
+        estimated = (args.low_rank_gradient, args.scale_grad_tokens)
         return kernels.grid_linear(
-            x,
-            self.codes,
-            self.residual,
-            self.scale,
-            self.zero,
-            args.a,
-            args.b,
-            args.scale,
-            args.zero,
-            args.offset,
-            args.gain,
-            args.units,
-            g.bits,
-            g.residual_bits,
-            g.group_size,
-            args.clip_first,
-            step_codes,
-            args.low_rank_gradient,
-            args.scale_grad_tokens,
+            x, *self.on_grid(args), g.group_size, args.clip_first, step_codes, *estimated
         )
+
+    def on_grid(self, args: GridArgs) -> GridWeight:
+        """The weight that args ask for, as the grid ops take it."""
+        base = (self.codes, self.residual, self.scale, self.zero)
+        trained = (args.a, args.b, args.scale, args.zero, args.offset, args.gain, args.units)
+        return GridWeight(*base, *trained, self.grid.bits, self.grid.residual_bits)
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:
         """The packed codes that linear(x, args) multiplies with, int16 [N, W]."""
-        g = self.grid
-        return kernels.grid_codes(
-            self.codes,
-            self.residual,
-            self.scale,
-            self.zero,
-            args.a,
-            args.b,
-            args.scale,
-            args.zero,
-            args.offset,
-            args.gain,
-            args.units,
-            g.bits,
-            g.residual_bits,
-            self.shape[1],
-            g.group_size,
-        )
+        return kernels.grid_codes(*self.on_grid(args), self.shape[1], self.grid.group_size)
 
     @torch.no_grad()
     def merged(self, args: GridArgs) -> "PackedWeight":

@@ -2,26 +2,29 @@
 
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
     adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32
+    README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
+    lowbit_ft.json               size and sha256 of both, and its own (files/manifest.py; PEFT writes none)
 
 base_digest is the sha256 of the packed base (attach.base_digest). An adapter says which way the integers of
 *one* base move, so `PeftModel.from_pretrained` and whoever calls `read_adapter` refuse any other base.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..adapters.attach import adapted_names
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
-from ..files.atomic import staged_folder
+from ..files.atomic import leftover_of, staged_folder
+from ..files.errors import writing
 from ..files.jsonfile import read_json
-from ..files.tensorfile import is_finite, read_header
+from ..files.manifest import MANIFEST, changed_files, file_entry, open_sealed, sealed
+from ..files.tensorfile import is_finite, load_tensors, save_tensors
 from ..names import did_you_mean
 from ..recipe.errors import to_problems
 from ..recipe.values import for_method
@@ -31,20 +34,53 @@ PEFT_TYPE = "LOWBIT"
 # tell that here.
 NOT_OPTIONS = ("targets", "init_from")
 
+CARD_FILE = "README.md"
+IMPORT_FIRST = (
+    "> **`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches PEFT this method. "
+    f"Without it PEFT stops with\n> `KeyError: '{PEFT_TYPE}'`."
+)
+CARD = """---
+library_name: peft
+tags: [lowbit_ft, quantized, qat]
+---
+The adapter moves the integers of one packed base, which `adapter_config.json` names
+(`base_model_name_or_path`, `base_digest`); any other base is refused.
 
-def adapter_config(method: str, options: Mapping[str, Any]) -> AdapterConfig:
-    """The config of `method` with its own keys in `options`. ValueError: one line per wrong key or value."""
+```python
+import lowbit_ft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")
+```
+"""
+
+
+def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str] = ()) -> AdapterConfig:
+    """The config of `method` with its own keys in `options`. ValueError: one line per wrong key or value.
+    others: keys that are allowed beside them where the user wrote these.
+    """
     kind = ADAPTERS.get(method)
     if kind is None:
         raise ValueError(
             f"adapter.method: got {method!r}; allowed: {', '.join(ADAPTERS)}{did_you_mean(method, ADAPTERS)}"
         )
-    given = for_method({**options, "method": method})
+    allowed = [key for key in kind.model_fields if key not in ("method", *NOT_OPTIONS)]
+    allowed += [key for key in others if key not in allowed]
+    lines = [
+        f"adapter.{key}: unknown key{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}"
+        for key in options
+        if key not in kind.model_fields
+    ]
+    given = for_method({**{k: v for k, v in options.items() if k in kind.model_fields}, "method": method})
     try:
-        return kind.model_validate(given)
+        config = kind.model_validate(given)
     except ValidationError as error:
-        problems = to_problems("adapter", kind, error.errors(), given)
-        raise ValueError("\n".join(map(str, problems))) from None
+        lines += map(str, to_problems("adapter", kind, error.errors(), given))
+    else:
+        if not lines:
+            return config
+    raise ValueError("\n".join(lines))
 
 
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:
@@ -74,9 +110,11 @@ def write_adapter(
 
     state: attach.adapter_state(model), its tensors whole; base_digest: attach.base_digest(model); base_path:
     where the packed base is, for AutoPeft. A folder that is there is replaced as a whole: a reader never sees
-    new tensors beside an old config. Returns the folder.
+    new tensors beside an old config. ValueError when something is there that this function did not write.
+    Returns the folder.
     """
     folder = Path(folder)
+    refuse_foreign(folder)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
@@ -94,19 +132,72 @@ def write_adapter(
         "inference_mode": True,
         "revision": None,
     }
-    with staged_folder(folder) as stage:
-        save_file(tensors, stage / TENSOR_FILE, metadata={"format": "pt"})
+    with writing(folder), staged_folder(folder) as stage:
+        save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        say_on_card(stage)  # not in the manifest: a card may be edited
+        files = {name: file_entry(stage / name) for name in (CONFIG_FILE, TENSOR_FILE)}
+        (stage / MANIFEST).write_bytes(sealed({"writer": "lowbit_ft", "version": 1, "files": files}))
     return folder
+
+
+def say_on_card(folder: Path) -> None:
+    """Put IMPORT_FIRST into the first lines of the folder's README.md, below the hub's front matter; make the
+    card when there is none. A card that has it stays as it is.
+    """
+    path = folder / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.exists() else CARD
+    if IMPORT_FIRST in text:
+        return
+    front, end, rest = ("", "", text)
+    if text.startswith("---\n"):
+        front, end, rest = text[4:].partition("\n---\n")
+        front = "---\n" + front
+    stage = path.with_name(f".{CARD_FILE}.new")
+    stage.write_text(f"{front}{end}\n{IMPORT_FIRST}\n\n{rest.lstrip()}", encoding="utf-8")
+    stage.replace(path)
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Compare an adapter folder with its manifest. ValueError naming what is missing or changed; a folder
+    that PEFT wrote has no manifest and nothing to be compared with.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        return
+    entries = open_sealed(folder / MANIFEST).get("files")
+    if not isinstance(entries, dict) or not {CONFIG_FILE, TENSOR_FILE} <= entries.keys():
+        raise ValueError(f"{folder / MANIFEST}: not a manifest of an adapter of lowbit_ft")
+    if problems := changed_files(folder, entries):
+        raise ValueError(
+            f"{folder}: {'; '.join(problems)}. Whoever changed it, this is not what was trained: run the "
+            "line again (lowbit-ft run), or copy the folder again"
+        )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """ValueError when a folder is there that is not empty and has other files than those of an adapter that
+    we wrote.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        return  # nothing, a link (which is replaced itself), or a file, which is refused later
+    ours = {CONFIG_FILE, TENSOR_FILE, MANIFEST, CARD_FILE}
+    names = {path.name for path in folder.iterdir() if leftover_of(path.name) not in ours}
+    if names - ours or (names and MANIFEST not in names):
+        raise ValueError(
+            f"{folder}: exists and holds what lowbit_ft did not write ({', '.join(sorted(names)[:5])}); "
+            "nothing is overwritten: move it, or choose another folder"
+        )
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], str]:
     """(config, tensors by PEFT key, base_digest) of a folder that write_adapter or PEFT wrote.
 
-    The tensors are for attach.load_adapter_state. ValueError naming the file when one is missing, damaged, of
-    another PEFT method, or holds NaN or Inf.
+    The tensors are for attach.load_adapter_state. ValueError naming the file when one is missing, damaged,
+    not what the manifest says, of another PEFT method, or holds NaN or Inf.
     """
     folder = Path(folder)
+    check_adapter(folder)
     facts = _read_config(folder / CONFIG_FILE)
     try:
         config = adapter_config(str(facts.get("method")), facts.get("options") or {})
@@ -121,8 +212,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
         )
     refuse_pickle(folder)
     tensors = folder / TENSOR_FILE
-    read_header(tensors)  # says what is wrong with a missing or truncated file
-    state = load_file(tensors)
+    state = load_tensors(tensors)
     broken = [name for name, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(f"{tensors}: NaN or Inf in {', '.join(broken[:5])}; this adapter cannot be used")

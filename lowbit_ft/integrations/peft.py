@@ -10,12 +10,11 @@ One of them is active at a time: adapters of this kind decide how the weight is 
 is not round(a) + round(b), so two cannot be added. For the same reason unmerging cannot subtract: a merge
 leaves the base alone and is forgotten.
 
-What is extended in PEFT, all in `_register`: the PeftType enum (it has no other way in), its method table,
-and the count of print_trainable_parameters, which sees Parameters only and would leave out the packed
-weights (they are buffers).
+`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). What is extended in
+PEFT itself is in peft_extend.py. A training loop that is not ours tells l4q's warm-up its steps with
+`model.begin_step(step)`, or with the Trainer callback of callbacks.py.
 """
 
-import functools
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,25 +22,29 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..adapters import AdapterConfig
 from ..adapters.attach import PEFT_SLOT, base_digest
 from ..adapters.folder import refuse_pickle
-from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from .adapter_files import (
     NOT_OPTIONS,
     PEFT_TYPE,
     adapter_config,
     adapter_options,
+    check_adapter,
     read_adapter,
     refuse_other_base,
+    say_on_card,
     write_adapter,
 )
+from .peft_extend import extend
 from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
+from .peft_whole import resized_keys, settle_whole, whole_keys
 
 __all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write_adapter"]
 
@@ -51,14 +54,19 @@ class LowBitConfig(PeftConfig):
     """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}.
 
     target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
-    likewise. base_digest is filled in by get_peft_model and names the packed base; another base is refused
-    when the adapter is loaded. ValueError with one line per key or value that the method does not have.
+    likewise. modules_to_save: names of dense modules that are trained whole and saved with the adapter (a new
+    head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}.
+    A tied head stays tied. base_digest is filled in by get_peft_model and names the packed base; another base
+    is refused when the adapter is loaded. ValueError with one line per key or value that the method does not
+    have.
     """
 
     method: str = "lr_qat"
     options: dict[str, Any] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     base_digest: str | None = None
 
     def __init__(
@@ -67,6 +75,8 @@ class LowBitConfig(PeftConfig):
         options: dict[str, Any] | None = None,
         target_modules: list[str] | str | None = None,
         exclude_modules: list[str] | str | None = None,
+        modules_to_save: list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
         base_digest: str | None = None,
         **others: Any,
     ):
@@ -92,10 +102,18 @@ class LowBitConfig(PeftConfig):
                 "train with a recipe)"
             )
         self.method = method
-        self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}))
+        own = [f.name for f in fields(self) if f.name not in {*ours, "options", "base_digest"}]
+        self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}, own))
         everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
         self.target_modules = None if everything else _plain(target_modules)
         self.exclude_modules = _plain(exclude_modules)
+        if isinstance(modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save: got {modules_to_save!r}; allowed: a list; write [{modules_to_save!r}]"
+            )
+        self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
+        self.modules_to_tie: list[str] | None = None  # what shares the matrix of the first of them
+        self.trainable_token_indices = trainable_token_indices
         self.base_digest = base_digest
         self.matcher: SimpleNamespace | None = (
             None  # what PEFT's matching of layer names reads, once the model is known
@@ -105,8 +123,14 @@ class LowBitConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        refuse_pickle(Path(pretrained_model_name_or_path, subfolder or ""))
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        refuse_pickle(folder)
+        check_adapter(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        say_on_card(Path(save_directory))
 
     @property
     def adapter(self) -> AdapterConfig:
@@ -135,6 +159,13 @@ class LowBitModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LowBitConfig, model_config: dict) -> LowBitConfig:
         return peft_config  # target_modules None means every packed layer, and stays None in the file
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: LowBitConfig) -> None:
+        settle_whole(model, peft_config, self._get_module_names_tied_with_embedding())
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        leave_out_of_ddp(model, ("model.", "base_model.model."))
+
     def _prepare_model(self, peft_config: LowBitConfig, model: nn.Module) -> None:
         """Every check, before the first layer is touched. ValueError in the user's terms."""
         hosts = packed_hosts(model)
@@ -147,6 +178,11 @@ class LowBitModel(BaseTuner):
                 "the model has adapters from attach(); use write_adapter and load the folder on a fresh base"
             )
         self._check_names(hosts)
+        if peft_config.restored and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "the model has layers on the disk, where transformers' load_adapter leaves the adapters of "
+                "those layers unread: load the folder with PeftModel.from_pretrained(model, folder)"
+            )
         # Hashed once, while no layer is wrapped: the wrapping changes layer names and never a base.
         if not hasattr(model, "lowbit_base_digest"):
             model.lowbit_base_digest = base_digest(model)  # pyright: ignore[reportArgumentType]
@@ -161,9 +197,12 @@ class LowBitModel(BaseTuner):
             )
         # An embedding is looked up; there is no product for an adapter to be in.
         hosts = {name: layer for name, layer in hosts.items() if not isinstance(layer, PackedEmbedding)}
-        targets = hosts.keys() if peft_config.target_modules is None else peft_config.target_modules
+        targets = list(hosts) if peft_config.target_modules is None else peft_config.target_modules
         peft_config.matcher = SimpleNamespace(
-            target_modules=targets, exclude_modules=peft_config.exclude_modules, target_parameters=None
+            target_modules=targets,
+            exclude_modules=peft_config.exclude_modules,
+            modules_to_save=peft_config.modules_to_save,
+            target_parameters=None,
         )
         problems = []
         for name, module in outside_hosts(model, hosts):
@@ -231,8 +270,8 @@ class LowBitModel(BaseTuner):
     def begin_step(self, step: int) -> None:
         """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them)."""
         for layer in self.model.modules():
-            if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(layer.active_adapters)):
-                found[1].begin_step(step, layer.base_layer.base)
+            if isinstance(layer, LowBitLinear):
+                layer.begin_step(step)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -269,11 +308,14 @@ class LowBitModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT warns about missing tensors and goes on with untrained ones; here that is an error."""
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        wanted = {
-            k: tuple(v.shape) for k, v in model.state_dict().items() if f".{PEFT_SLOT}.{adapter_name}." in k
-        }
-        problems = [f"missing: {key}" for key in wanted.keys() - state.keys()]
-        problems += [f"unknown: {key}" for key in state.keys() - wanted.keys()]
+        held = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        needed = {key for key in held if f".{PEFT_SLOT}.{adapter_name}." in key} | whole_keys(
+            model, adapter_name
+        )
+        resized = resized_keys(model, adapter_name) & state.keys()
+        wanted = {key: held[key] for key in needed | (resized & held.keys())}
+        problems = [f"missing: {key}" for key in needed - state.keys()]
+        problems += [f"unknown: {key}" for key in state.keys() - wanted.keys() - resized]
         problems += [
             f"{key}: got shape {tuple(state[key].shape)}, the adapter has {shape}"
             for key, shape in wanted.items()
@@ -286,30 +328,4 @@ class LowBitModel(BaseTuner):
         return state
 
 
-def _register() -> None:
-    if PEFT_TYPE in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, PEFT_TYPE)
-    member._name_ = member._value_ = PEFT_TYPE
-    member._sort_order_ = len(PeftType)  # pyright: ignore[reportAttributeAccessIssue]
-    type.__setattr__(PeftType, PEFT_TYPE, member)
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
-    register_peft_method(name=PEFT_TYPE.lower(), config_cls=LowBitConfig, model_cls=LowBitModel)
-
-    plain = PeftModel.get_nb_trainable_parameters
-
-    @functools.wraps(plain)
-    def with_packed(self: PeftModel) -> tuple[int, int]:
-        trainable, total = plain(self)
-        if isinstance(self.base_model, LowBitModel):
-            total += sum(
-                layer.in_features * layer.out_features
-                for layer in packed_hosts(self.base_model.model).values()
-            )
-        return trainable, total
-
-    PeftModel.get_nb_trainable_parameters = with_packed
-
-
-_register()
+extend(LowBitConfig, LowBitModel)

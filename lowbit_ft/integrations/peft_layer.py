@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, AdapterConfig
 from ..adapters.attach import PEFT_SLOT
 from ..grid import Weight
-from ..model.linear import PackedLinear
+from ..model.linear import PackedLinear, in_memory
 
 ONE_ACTIVE = (
     "one adapter can be active at a time, got {names}: each decides how the weights are rounded, and "
@@ -44,7 +44,8 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: AdapterConfig) -> None:
         """Add a fresh adapter, frozen until it is made active."""
-        adapter = config.build(self.base_layer.base)
+        with in_memory(self.base_layer):
+            adapter = config.build(self.base_layer.base)
         self.untrained[adapter_name] = frozenset(
             n for n, p in adapter.named_parameters() if not p.requires_grad
         )
@@ -66,13 +67,20 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if merged is not None:
-            y = merged.linear(x)
-        else:
-            assert found is not None
-            y = found[1](x, self.base_layer.base)
-        bias = self.base_layer.bias
-        return y if bias is None else y + bias.to(y.dtype)
+        with in_memory(self.base_layer):
+            if merged is not None:
+                y = merged.linear(x)
+            else:
+                assert found is not None
+                y = found[1](x, self.base_layer.base)
+            bias = self.base_layer.bias
+            return y if bias is None else y + bias.to(y.dtype)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the active adapter which optimizer step (0-based) comes next."""
+        if found := self.adapter_named(self.active_adapters):
+            with in_memory(self.base_layer):
+                found[1].begin_step(step, self.base_layer.base)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         one_name(adapter_names)
@@ -109,7 +117,8 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"adapter {name!r} has NaN or Inf: its training diverged, and there is nothing to merge"
             )
-        self.merged_weight, self.merged_adapters = adapter.merge(self.base_layer.base), [name]
+        with in_memory(self.base_layer):
+            self.merged_weight, self.merged_adapters = adapter.merge(self.base_layer.base), [name]
 
     def unmerge(self) -> None:
         """Forget the merged weight: the base was never changed."""
@@ -156,8 +165,9 @@ def one_name(names: str | list[str]) -> str | None:
 
 def deployed(layer: PackedLinear, weight: Weight | None) -> PackedLinear:
     """The layer with `weight` (None: its own) and no residual, which only training reads."""
-    kept = (layer.base if weight is None else weight).without_residual()
-    return PackedLinear(kept, layer.bias).train(layer.training)
+    with in_memory(layer):
+        kept = (layer.base if weight is None else weight).without_residual()
+        return PackedLinear(kept, layer.bias).train(layer.training)
 
 
 def packed_hosts(model: nn.Module) -> dict[str, PackedLinear]:

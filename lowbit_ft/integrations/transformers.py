@@ -2,7 +2,12 @@
 from disk to forward.
 
 Importing this module registers `quant_method: lowbit_ft`; `import lowbit_ft` does so (see __init__.py).
-Without it transformers only warns about an unknown quantization type and initialises the layers at random.
+Without it transformers stops at a missing file whose name says so (export/native.py).
+
+A folder may be read into another class than it was written for: AutoModelForSequenceClassification puts a
+new head on, AutoModel takes the head off. What is new by design, which is what the class that wrote the
+folder does not have, is initialised as transformers does it, and said; what only that class has is left out,
+and said.
 
 Before any weight is read the files' headers are compared with the model: a missing tensor, one of the wrong
 shape or dtype, or a truncated file is an error that names the layer and the file. (transformers itself would
@@ -12,10 +17,14 @@ so a map that offloads needs `offload_buffers=True` to move them too. `generate`
 `lowbit-ft serve`) `transformers serve` need nothing of their own.
 """
 
+import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -23,10 +32,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters.attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
-from ..export.native import METHOD, VERSION, Native, layers_from_config
+from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_config
 from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
-from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from ..model.matrices import find_matrices, stand_in
 
 
@@ -69,8 +78,18 @@ class LowbitQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that transformers (5.18 on) says of the model's config, before it looks for files."""
+        if hasattr(config, STOP_KEY):
+            delattr(config, STOP_KEY)  # it stops readers without us (export/native.py)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what transformers before 5.20 calls at that place
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        layers = named_in(model, self.quantization_config.layers)
+        layers, new = named_in(model, self.quantization_config.layers), frozenset[str]()
+        if (writer := other_writer(model)) is not None:
+            layers, new = in_another_class(model, writer, layers)
         stand_in(model, layers)
         for name, spec in layers.items():
             try:
@@ -105,7 +124,7 @@ class LowbitQuantizer(HfQuantizer):
             model.set_submodule(name, packed)
         files = kwargs.get("checkpoint_files")
         if files:
-            check_headers(model, layers, [Path(file) for file in files])
+            check_headers(model, layers, [Path(file) for file in files], new)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in packed_layers(model):
@@ -115,6 +134,7 @@ class LowbitQuantizer(HfQuantizer):
                 check_values(layer.base)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
+        leave_out_of_ddp(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -151,11 +171,53 @@ def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
     return {here(name): spec for name, spec in layers.items()}
 
 
+def other_writer(model: Any) -> frozenset[str] | None:
+    """The tensors of the class that wrote the folder (config.architectures), without its prefix. None when
+    it is the model's own class, or none that transformers knows.
+    """
+    for name in model.config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if kind is type(model):
+            return None
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            with torch.device("meta"):
+                tensors = kind(copy.deepcopy(model.config)).state_dict()
+            return frozenset(key.removeprefix(f"{kind.base_model_prefix}.") for key in tensors)
+    return None
+
+
+def in_another_class(
+    model: Any, writer: frozenset[str], layers: dict[str, LayerSpec]
+) -> tuple[dict[str, LayerSpec], frozenset[str]]:
+    """(the packed layers that this model has, its tensors that the writer had not), with a word on either."""
+    prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
+    # What gives the logits of a language model is never new by design: drawn at random it is a broken one.
+    logits = model.get_output_embeddings()
+    kept = {name for name, module in model.named_modules() if module is logits}
+    new = frozenset(
+        key
+        for key in model.state_dict().keys() - set(model.all_tied_weights_keys)
+        if key.removeprefix(prefix) not in writer and key.rpartition(".")[0] not in kept
+    )
+    gone = [name for name in layers if name not in known and f"{name.removeprefix(prefix)}.weight" in writer]
+    kind = f"this folder was written by {', '.join(model.config.architectures)}, and {type(model).__name__}"
+    if new:
+        warnings.warn(
+            f"{kind} has {', '.join(sorted(new))} besides: new, initialised at random; train them "
+            "(modules_to_save) before they are used",
+            stacklevel=2,
+        )
+    if gone:
+        warnings.warn(f"{kind} has no {', '.join(gone)}: left out", stacklevel=2)
+    return {name: spec for name, spec in layers.items() if name not in gone}, new
+
+
 def mark_packed(model: Any) -> None:
     """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its
     save_pretrained then writes a native folder."""
     model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
+    leave_out_of_ddp(model)
     model.config.quantization_config = model.hf_quantizer.quantization_config
     # Not at the top: this module is imported in the middle of transformers' own import.
     from transformers import PreTrainedModel
@@ -167,9 +229,11 @@ def mark_packed(model: Any) -> None:
             module.config._is_quantized = True
 
 
-def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -> None:
-    """Compare the files' headers with the model that is about to be filled. ValueError listing every
-    difference.
+def check_headers(
+    model: Any, layers: dict[str, LayerSpec], files: list[Path], new: frozenset[str] = frozenset()
+) -> None:
+    """Compare the files' headers with the model that is about to be filled. new: tensors that need not be in
+    them. ValueError listing every difference.
 
     Names go through transformers' own renaming, as they will when it loads.
     """
@@ -209,7 +273,7 @@ def check_headers(model: Any, layers: dict[str, LayerSpec], files: list[Path]) -
                 )
             elif layer in layers and local != "bias" and dtype != tensor.dtype:
                 problems.append(f"{path}: {name} has dtype {dtype}; {what} needs {tensor.dtype}")
-        elif name not in optional and not any(pattern.search(name) for pattern in ignored):
+        elif name not in optional | new and not any(pattern.search(name) for pattern in ignored):
             problems.append(f"{files[0].parent}: no file has {name}, which {what} needs")
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -89,6 +89,11 @@ class Checkpoint(TensorFiles):
             self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
         return model.eval()
 
+    def refuse_strangers(self) -> None:
+        """Raise CheckpointError for tensors of the files that the model does not take (names.py), and for a
+        model that cannot be built."""
+        self._sources()
+
     def keys_for(self, name: str) -> list[str]:
         """The file tensors that the model's parameter or buffer `name` is made of; more than one, or one that
         is changed on the way, when transformers converts it. Empty when the files have none."""

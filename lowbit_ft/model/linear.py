@@ -5,7 +5,8 @@ Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, 
 reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
 `weight` parameter; `weight` dequantizes on every read and exists for tools that look at it. Only
 train/sharding.py turns the buffers into frozen Parameters of the same names, because FSDP spreads nothing
-else.
+else. The buffers are the same in every process and never change, so DistributedDataParallel, which cannot
+send their integers around anyway, is told to leave them alone (`leave_out_of_ddp`).
 
 Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through
 PyTorch's int4 kernel where it can hold the grid: the same weight, repacked at the first such call and kept
@@ -78,6 +79,11 @@ class PackedLinear(nn.Module):
         """A layer whose tensors a checkpoint will fill."""
         base = empty_weight((out_features, in_features), grid, device, offset)
         return cls(base, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        """The names of the packed tensors, those of `Weight.to_tensors()`."""
+        return self._names
 
     @property
     def base(self) -> Weight:
@@ -255,6 +261,42 @@ class _Repacked:
         return all(
             a is b and b._version == v for a, b, v in zip(tensors, self.tensors, self.versions, strict=True)
         )
+
+
+def leave_out_of_ddp(model: nn.Module, above: tuple[str, ...] = ()) -> None:
+    """Tell DistributedDataParallel, whoever puts it around `model`, not to broadcast the packed buffers:
+    every process has read the same ones, and gloo and NCCL have no 16-bit integers ("Invalid scalar type").
+
+    DDP asks the module it is given for names as that module sees them. above: prefixes ("base_model.model.")
+    under which a wrapper that forwards attributes to this model (PEFT's) will see them. Called again when
+    layers have been wrapped. What was listed before stays: names that nothing has are of no consequence.
+    """
+    names = [
+        f"{prefix}{name}.{key}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedLinear)
+        for key in layer.packed_names
+        for prefix in ("", *above)
+    ]
+    before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = sorted({*before, *names})  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def in_memory(layer: PackedLinear) -> Iterator[None]:
+    """Inside, the packed tensors are there, wherever a device map has put them between calls: accelerate's
+    hook, which brings them for the layer's own forward, is asked to do so for whoever reads `base`.
+    """
+    hook = getattr(layer, "_hf_hook", None)
+    held = (*layer.buffers(recurse=False), *layer.parameters(recurse=False))
+    if hook is None or not any(tensor.is_meta for tensor in held):
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, None)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ a CPU a packed model that was read from base/ has no copy of its integers: they 
 all processes of a machine share and which the system takes back when memory is short. They are copy-on-write:
 who writes to one gets a page of its own, the file never changes. Only whole files are mapped: headers are
 compared with the file's size before (tensorfile.parse_header), hashes by `check_files`, and our writers never
-change a file in place, they rename a new one over it.
+change a file in place, they rename a new one over it. What other programs do to it meanwhile,
+files/opened.py sees: a run asks it at the end of every step.
 
 On the way to a GPU each tensor's pages are given back as soon as it is there (`to_device`), so that CPU
 memory stays free too.

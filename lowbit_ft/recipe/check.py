@@ -22,7 +22,7 @@ from .sections.base import Problems
 from .sections.data import check_chat, check_data, check_lengths
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
-from .sections.model import check_device, check_model
+from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
 from .sections.train import check_offload, check_train
@@ -30,6 +30,7 @@ from .yaml import Problem
 
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_model),
+    (("model",), check_tokens),
     (("model",), check_device),
     (("quant",), check_grid),
     (("quant", "adapter"), check_method),

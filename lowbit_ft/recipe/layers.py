@@ -117,6 +117,12 @@ class Shapes:
         embedding = self.token_embedding
         return None if embedding is None else Layer("lm_head", embedding.out_features, embedding.in_features)
 
+    @property
+    def rows(self) -> int | None:
+        """Tokens that the model has an embedding and a logit of; None when no tensor has such a name."""
+        known = [layer.out_features for layer in (self.token_embedding, self.head) if layer is not None]
+        return min(known, default=None)
+
     def _plain(self) -> Iterator[Layer]:
         turned = _CONV1D.get(self.config.get("model_type", ""), ())
         for name, shape in self.tensors.items():

@@ -29,13 +29,18 @@ def read_data(session: Session) -> Examples:
     before it.
     """
     recipe = session.recipe
-    examples = load_examples(recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed)
+    examples = load_examples(
+        recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed, rows=session.rows
+    )
     session.say(f"data: {examples.report}")
     if warning := unstopped(session):
         session.say(f"note: {warning}")
     if recipe.data.valid is not None:
         valid = load_examples(
-            recipe.data.valid, recipe.data.model_copy(update={"streaming": False}), session.tokenizer
+            recipe.data.valid,
+            recipe.data.model_copy(update={"streaming": False}),
+            session.tokenizer,
+            rows=session.rows,
         )
         session.say(f"valid: {valid.report}")
     return examples
@@ -92,7 +97,8 @@ def valid_batches(session: Session, model: Any) -> Batches | None:
     data = session.recipe.data
     if data.valid is None:
         return None
-    examples = load_examples(data.valid, data.model_copy(update={"streaming": False}), session.tokenizer)
+    section = data.model_copy(update={"streaming": False})
+    examples = load_examples(data.valid, section, session.tokenizer, rows=session.rows)
     return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
 
 
@@ -130,4 +136,5 @@ def first_windows(
 ) -> Examples:
     """The first `count` windows (None: all) of a source, read only as far as needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
-    return Examples(itertools.islice(iter(StreamedExamples(source, section, session.tokenizer)), count))
+    stream = StreamedExamples(source, section, session.tokenizer, session.rows)
+    return Examples(itertools.islice(iter(stream), count))

@@ -45,6 +45,7 @@ def measure_trained(session: Session, model: Any) -> Measured:
             with adapters_off(model):
                 done.rows.append(evaluate(model, done.data, "quantized", done.reference))
             done.rows.append(evaluate(model, done.data, "trained", done.reference))
+            session.check_files()
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
             with packed_op_only(model):  # before and after on one path, whatever decoding would take

@@ -1,14 +1,15 @@
 """export: merged/ in the format of a server, read back and compared before it counts as a model."""
 
-import shutil
 import sys
 from pathlib import Path
 
 from ..export import EXPORTERS
-from ..export.folder import MANIFEST, read_manifest
+from ..export.folder import check_target, read_manifest
 from ..export.reader import read_weights
 from ..export.verify import verify
 from ..export.writer import write_model
+from ..files.atomic import free_name, remove_folder
+from ..files.manifest import MANIFEST
 from ..session import Session
 from ..train.memory import release_freed
 from .card import card
@@ -36,10 +37,12 @@ def export_stage(session: Session, name: str) -> Path:
     native format is merged/ itself."""
     folder = session.run / ("merged" if name == "native" else "exported")
     with session.run.stage("export", session.device):
+        session.run.refuse_other("merged")
         if name != "native":
             before = read_manifest(folder)["format"] if (folder / MANIFEST).is_file() else name
             merged = read_weights(session.run / "merged")
             write_model(folder, session.checkpoint, merged, EXPORTERS[name], extra_files=card(session, name))
+            session.run.made("exported")
             if before != name and session.run.main:
                 print(f"{folder}: the {before} export that was here is replaced by {name}", file=sys.stderr)
         if session.recipe.export.verify:
@@ -79,9 +82,13 @@ def check_export(session: Session, folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder that failed to <name>.refused, instead of one that failed before. Nothing takes it for
-    a model of the run.
+    a model of the run. What stands there and is not wholly ours stays: another name is taken.
     """
     refused = folder.with_name(f"{folder.name}.refused")
     if refused.exists():
-        shutil.rmtree(refused)
+        try:
+            check_target(refused)
+            remove_folder(refused)
+        except ValueError:  # somebody else's, or changed since: it stays
+            refused = free_name(refused)
     return folder.rename(refused)

@@ -23,8 +23,13 @@ def merge_stage(session: Session, model: Any) -> None:
             # said below, with its size
             warnings.filterwarnings("ignore", message="lora: the merge rounds again")
             merging.merge(
-                model, session.checkpoint, session.run / "merged", extra_files=card(session, "native")
+                model,
+                session.checkpoint,
+                session.run / "merged",
+                extra_files=card(session, "native"),
+                before_it_counts=session.check_files,
             )
+            session.run.made("merged")
             session.run.write_json("moved.json", merging.moved(model))
         losses = [getattr(layer.adapter, "rounding_loss", None) for _, layer in adapted_layers(model)]
         if told := [loss for loss in losses if loss is not None]:
@@ -39,6 +44,7 @@ def compare_merge(session: Session, model: Any, folder: Path) -> None:
     """Merge again without writing, and say how merged/ compares. ValueError when it differs from what
     training wrote on this kind of device; on another kind the codes that differ are counted.
     """
+    session.run.refuse_other(folder.name)
     check_files(folder)
     report = merging.verify_merge(model, folder)
     trained_on = session.run.read_json("environment.json", Environment, Environment()).device or str(

@@ -1,6 +1,6 @@
 """The model of each stage, read back from the folder that the stage left, on a device that holds it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
+from ..export.folder import check_files
 from ..export.reader import load_exported
-from ..integrations.adapter_files import read_adapter, refuse_other_base
+from ..integrations.adapter_files import check_adapter, read_adapter, refuse_other_base
 from ..model.config import read_config
 from ..model.load import load_model
 from ..session import Session
@@ -26,6 +27,7 @@ def stage_model(session: Session, stage: str) -> Any:
     folder = run_dir / ("base" if stage == "quantized" else stage)
     if not folder.is_dir():
         raise ValueError(f"{run_dir.path} has no {folder.name}/ yet, so there is no {stage} model to measure")
+    run_dir.refuse_other(folder.name)
     if stage == "quantized":
         return load_packed(folder, session)
     return load_exported(
@@ -36,6 +38,19 @@ def stage_model(session: Session, stage: str) -> Any:
     )
 
 
+FOLDERS = ("base", "adapter", "merged", "exported")
+
+
+def check_folders(session: Session, names: Sequence[str] = FOLDERS) -> None:
+    """That what is there of these folders is whole and this run's, before any of it is loaded. ValueError
+    naming what is not.
+    """
+    for name in names:
+        if (session.run / name).is_dir():
+            session.run.refuse_other(name)
+            check_adapter(session.run / name) if name == "adapter" else check_files(session.run / name)
+
+
 def trained_model(session: Session) -> Any:
     """base/ with adapter/ on it. ValueError when the run has not trained, or the adapter belongs to another
     base.
@@ -43,6 +58,8 @@ def trained_model(session: Session) -> Any:
     run_dir = session.run
     if not (run_dir / "adapter").is_dir():
         raise ValueError(f"{run_dir.path} has no adapter yet; run `lowbit-ft train` on its recipe first")
+    for name in ("base", "adapter"):
+        run_dir.refuse_other(name)
     model = load_packed(run_dir / "base", session)
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))

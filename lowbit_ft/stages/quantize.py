@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..adapters.attach import base_digest
 from ..export import EXPORTERS, LayerSpec, Weights
-from ..export.folder import check_files
+from ..export.folder import check_files, read_manifest
 from ..export.writer import write_model
+from ..files.atomic import free_name, remove_folder
+from ..files.manifest import MANIFEST
 from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
@@ -31,15 +32,44 @@ def quantize_stage(session: Session) -> Any:
         if stored.key == key and folder.is_dir():
             try:
                 check_files(folder)
+                run_dir.refuse_other("base")
+                model = open_base(session, folder, place)
                 session.say(f"base: reusing {folder}")
-                return load_packed(folder, session, place)
+                return model
             except ValueError as error:
+                if not run_dir.main:  # the main one has just packed and checked it
+                    raise
                 session.say(f"base: {error}\nbase: packing it again")
-                shutil.rmtree(folder)
+                clear(session, folder)
         pack_base(session, folder)
-        model = load_packed(folder, session, place)
+        run_dir.made("base")
+        model = open_base(session, folder, place)
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
     return model
+
+
+def open_base(session: Session, folder: Path, place: str | None) -> Any:
+    """The packed model in base/, and from here on the session knows whether its files are still these."""
+    opened = session.watch(folder)
+    model = load_packed(folder, session, place)
+    opened.check()
+    return model
+
+
+def clear(session: Session, folder: Path) -> None:
+    """Make room for a new base/: a damaged one is deleted, unless there are files in it that we did not
+    write.
+    """
+    try:
+        ours = {MANIFEST, *read_manifest(folder)["files"]}
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    except ValueError:
+        foreign = [MANIFEST]
+    if not foreign:
+        remove_folder(folder)
+        return
+    aside = folder.rename(free_name(folder.with_name(f"{folder.name}.damaged")))
+    session.say(f"base: the damaged one is kept as {aside} ({foreign[0]} is not a file that we wrote)")
 
 
 def pack_base(session: Session, folder: Path) -> None:

@@ -47,6 +47,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
             resume=True,
             on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
+            after_step=session.check_files,
             console=session.console,
         )
     if result.stopped:
@@ -57,7 +58,9 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
     if not run_dir.main:
         return None
+    session.check_files()
     write_adapter(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
+    run_dir.made("adapter")
     if not session.splits_base:
         return model
     del model, state  # shards make room for the whole base; hooks tie them into cycles

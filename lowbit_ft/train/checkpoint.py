@@ -4,7 +4,7 @@
         adapter.safetensors     the trained tensors, by parameter name
         optimizer.safetensors   "<parameter>/<key>" of the optimizer, and the generators' states ("rng/...")
         state.json              step, data position, best validation loss, what it belongs to
-        manifest.json           sha256 and size of each of the above
+        manifest.json           sha256 and size of each of the above, and its own (files/manifest.py)
 
 Written aside and renamed whole (files/atomic.py): a checkpoint under its own name is complete, whenever the
 process or the machine died, and an old one that goes is renamed before it is deleted. Read only after every
@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files.atomic import file_entry, recover_all, remove_folder, staged_folder
+from ..files.atomic import free_name, recover_all, remove_folder, staged_folder
+from ..files.errors import writing
 from ..files.jsonfile import read_json
+from ..files.manifest import file_entry, open_sealed, sealed
+from ..files.tensorfile import load_tensors, save_tensors
 
 FORMAT = 1
 ADAPTER, OPTIMIZER, STATE, MANIFEST = (
@@ -37,6 +39,7 @@ ADAPTER, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+FILES = (ADAPTER, OPTIMIZER, STATE, MANIFEST)
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -80,17 +83,17 @@ class Checkpoints:
         best: int | None,
     ) -> Path:
         """Write the checkpoint of `step`, then remove old ones: the newest `keep` and the one of step
-        `best` stay.
+        `best` stay, and so does one in which somebody keeps other files. FileError when the disk refuses.
         """
-        with staged_folder(self.path(step)) as stage:
-            save_file(adapter, stage / ADAPTER)
-            save_file(optimizer, stage / OPTIMIZER)
+        with writing(self.path(step)), staged_folder(self.path(step)) as stage:
+            save_tensors(stage / ADAPTER, adapter)
+            save_tensors(stage / OPTIMIZER, optimizer)
             (stage / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
             files = {name: file_entry(stage / name) for name in (ADAPTER, OPTIMIZER, STATE)}
             manifest = {"format": FORMAT, "step": step, "files": files}
-            (stage / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (stage / MANIFEST).write_bytes(sealed(manifest))
         for old in self.steps()[: -self.keep]:
-            if old != best:
+            if old != best and {path.name for path in self.path(old).iterdir()} <= set(FILES):
                 remove_folder(self.path(old))
         return self.path(step)
 
@@ -102,7 +105,7 @@ class Checkpoints:
         """Why the checkpoint of `step` cannot be trusted, or None. Reads and hashes all of it."""
         path = self.path(step)
         try:
-            manifest = read_json(path / MANIFEST, dict[str, Any])
+            manifest = open_sealed(path / MANIFEST)
             if manifest["format"] != FORMAT:
                 return f"{path / MANIFEST}: format {manifest['format']!r}; this version reads {FORMAT}"
             for name in (ADAPTER, OPTIMIZER, STATE):
@@ -113,7 +116,9 @@ class Checkpoints:
                     return f"{path / name}: damaged (its sha256 is not the one in {MANIFEST})"
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
+            return str(error)
+        except (KeyError, TypeError) as error:
             return f"{path / MANIFEST}: damaged ({type(error).__name__}: {error})"
         return None
 
@@ -123,7 +128,7 @@ class Checkpoints:
             raise ValueError(problem)
         path = self.path(step)
         state = read_json(path / STATE, dict[str, Any])
-        return Saved(path, load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
+        return Saved(path, load_tensors(path / ADAPTER), load_tensors(path / OPTIMIZER), state)
 
     def newest_valid(self) -> int | None:
         """Step of the newest checkpoint whose hashes agree; nothing is changed on disk."""
@@ -137,7 +142,7 @@ class Checkpoints:
             problem = self.problem(step)
             if problem is None:
                 return self.read(step)
-            aside = _free_name(self.path(step).with_suffix(".corrupt"))
+            aside = free_name(self.path(step).with_suffix(".corrupt"))
             self.path(step).rename(aside)
             warnings.warn(f"skipped a damaged checkpoint: {problem}. It is now {aside}", stacklevel=2)
         return None
@@ -165,10 +170,3 @@ def set_rng_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: t
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = numbers["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-def _free_name(path: Path) -> Path:
-    candidate, n = path, 1
-    while candidate.exists():
-        candidate, n = path.with_name(f"{path.name}-{n}"), n + 1
-    return candidate

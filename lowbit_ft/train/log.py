@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..files.atomic import write_text
+from ..files.errors import writing
 
 _PLAIN_LINES = 20  # about so many lines a run where there is no terminal
 
@@ -64,8 +65,9 @@ class TrainLog:
         """One line of metrics.jsonl (None values are left out)."""
         if self.main:
             kept = {key: value for key, value in values.items() if value is not None}
-            self.out.write(json.dumps(kept, allow_nan=False) + "\n")
-            self.out.flush()
+            with writing(self.file):
+                self.out.write(json.dumps(kept, allow_nan=False) + "\n")
+                self.out.flush()
 
     def show(self, values: dict[str, Any]) -> None:
         """Show a step: the bar where there is a terminal, now and then a line elsewhere."""

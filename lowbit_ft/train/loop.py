@@ -73,6 +73,7 @@ def train(
     resume: bool = False,
     accelerator: Accelerator | None = None,
     on_step: Callable[[int], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     choose_after: int = 0,
     console: Console | None = None,
 ) -> TrainResult:
@@ -81,12 +82,14 @@ def train(
     meta: what the checkpoint belongs to (JSON-able, such as the base's digest); another one is refused on
     resume. resume: go on from the newest valid checkpoint, if there is one. on_step(step): called with the
     0-based step before its forward, and on resume with the last step done before its tensors are read: what
-    on_step keeps beside them is then as it was, what it writes to them is replaced. choose_after: steps of a
-    warm-up that trains another model than the one that ships (l4q's warmup_steps): evaluations up to that
-    step never become the best, the scale group waits until then, and the run must be longer. Raises
-    TrainError, or ValueError from the section's names.
+    on_step keeps beside them is then as it was, what it writes to them is replaced. after_step: called when
+    a step is computed, before it counts or is saved; what it raises ends the run at the last checkpoint.
+    choose_after: steps of a warm-up that trains another model than the one that ships (l4q's warmup_steps):
+    evaluations up to that step never become the best, the scale group waits until then, and the run must be
+    longer. Raises TrainError, or ValueError from the section's names.
     """
     run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after)
+    run.after_step = after_step
     try:
         run.start(resume, on_step)
         stopped = _loop(run, batches, section, on_step, console)

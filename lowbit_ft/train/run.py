@@ -74,6 +74,7 @@ class Run:
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
         self.saved_step: int | None = None
+        self.after_step: Callable[[], None] | None = None
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
@@ -232,6 +233,8 @@ class Run:
         mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
         everyone = self.accelerator.reduce(mine, "sum")
         total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
+        if self.after_step is not None:  # all is computed, nothing has changed yet
+            self.after_step()
         return total / max(1, goals), size, int(goals), int(count), stops > 0
 
     def sum(self, *values: float | Tensor) -> list[float]:

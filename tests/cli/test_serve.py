@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +30,9 @@ from tests.packed_tools import int_grid, random_weights
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def post(url: str, body: dict[str, object]) -> dict:
+def post(url: str, body: dict[str, object], timeout: float = 60) -> dict:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
         return json.load(answer)
 
 
@@ -47,8 +48,9 @@ def wait_for(url: str, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"no server: {process.communicate()[0][-3000:]}")
 
 
-@pytest.mark.slow
-def test_a_native_folder_answers_over_http(tmp_path: Path) -> None:
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, address) of a server of tmp_path, a run folder that ships merged/."""
     for name in NEEDS:
         pytest.importorskip(name)
     checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
@@ -68,45 +70,99 @@ def test_a_native_folder_answers_over_http(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
+    command = [sys.executable, "-m", "lowbit_ft", "serve", str(tmp_path), "--device", "cpu"]
     server = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "lowbit_ft",
-            "serve",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ],
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=tmp_path,
     )
-    messages = [{"role": "user", "content": "def f(x): return x"}]
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
-        body = {"model": str(tmp_path / "merged"), "messages": messages, "max_tokens": 6, "temperature": 0}
-        said = post(f"http://127.0.0.1:{port}/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        yield server, f"http://127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
+        if server.poll() is None:
             server.kill()
-            server.communicate()
+        server.communicate()
+
+
+MESSAGES = [{"role": "user", "content": "def f(x): return x"}]
+# A request that would take the tiny model many minutes: no token ends it.
+ENDLESS = {"messages": MESSAGES, "generation_config": '{"max_new_tokens": 100000, "min_new_tokens": 100000}'}
+
+
+def status(url: str, body: dict[str, object]) -> int:
+    try:
+        post(url, body)
+    except urllib.error.HTTPError as error:
+        return error.code
+    return 200
+
+
+def begin(address: str, body: dict[str, object], seconds: float = 3) -> socket.socket:
+    """A client whose request is being answered: the connection, after some time of it."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    client = socket.create_connection((host, int(port)))
+    text = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+    time.sleep(seconds)
+    return client
+
+
+@pytest.mark.slow
+def test_a_native_folder_answers_over_http(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+    server, address = served
+    body = {"model": str(tmp_path / "merged"), "messages": MESSAGES, "max_tokens": 6, "temperature": 0}
+    said = post(f"{address}/v1/chat/completions", body)["choices"][0]["message"]["content"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = model.generate(**ids, max_new_tokens=6, do_sample=False)
     assert said == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) and said
+
+    # It is pinned: what loads, unloads or names another model is closed, and the model is listed.
+    other = {"model": str(ROOT / "recipes" / "assets" / "tiny-llama")}
+    for path in ("/load_model", "/reset", "/v1/audio/transcriptions"):
+        assert status(address + path, other) == 404, path
+    assert status(f"{address}/v1/chat/completions", body | other) == 400
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=20) as answer:
+        (listed,) = json.load(answer)["data"]
+    assert listed["id"] == str(tmp_path / "merged") and listed["object"] == "model"
+    assert status(f"{address}/v1/chat/completions", body | {"model": listed["id"]}) == 200
+
+    server.send_signal(signal.SIGTERM)  # with nothing to answer, one signal is enough
+    server.communicate(timeout=20)
+    assert server.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_ends_when_its_client_leaves(
+    served: tuple[subprocess.Popen[str], str], stream: bool
+) -> None:
+    """One thread generates: a request that went on would keep all others waiting."""
+    _, address = served
+    with begin(address, ENDLESS | {"stream": stream}):
+        with pytest.raises(TimeoutError):  # it does go on while the client is there
+            post(f"{address}/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}, timeout=3)
+    short = {"messages": MESSAGES, "max_tokens": 2}
+    assert post(f"{address}/v1/chat/completions", short, timeout=30)["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_server_that_answers(served: tuple[subprocess.Popen[str], str]) -> None:
+    server, address = served
+    with begin(address, ENDLESS):
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # the first lets the request go on
+            server.wait(timeout=3)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,20 +235,6 @@ def test_packed_and_dense_give_the_same_numbers(packed: Any, tasks: list[str], t
     assert mine == dense and len(mine) == 2
 
 
-def test_code_of_a_task_runs(packed: Any, tasks: list[str]) -> None:
-    """A file with !function goes to lm-eval as it is (so its data files count from the current folder)."""
-    folder = Path(tasks[0]).parent
-    (folder / "utils.py").write_text("def question(row):\n    return row['question'].upper()\n")
-    coded = CHOICE.replace("choice.jsonl", str(folder / "choice.jsonl")).replace(
-        '"{{question}}"', "!function utils.question"
-    )
-    (folder / "coded.yaml").write_text(coded)
-    assert task_problems([str(folder / "coded.yaml")]) == []
-    loaded = load_tasks([str(folder / "coded.yaml")])
-    assert loaded["tasks"]["choice"].doc_to_text({"question": "abc"}) == "ABC"
-    assert run_tasks(*packed, loaded, "base", limit=2)[0].samples == 2
-
-
 def test_a_group_is_one_row(packed: Any, tasks: list[str]) -> None:
     """Groups are for names that lm-eval knows; here it is told two of ours."""
     from lm_eval.tasks import TaskManager

@@ -16,8 +16,9 @@ from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.grid.bitstream import pack_stream, unpack_stream
+from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import COMPRESSED, NATIVE, checkpoint
-from tests.packed_tools import int_grid, packed_model, random_weights
+from tests.packed_tools import int_grid, packed_model, random_weight, random_weights
 
 
 def test_every_layer_is_in_one_group_or_ignored_by_the_librarys_own_matching(tmp_path: Path) -> None:
@@ -99,3 +100,34 @@ def test_compressed_tensors_refuses_what_it_cannot_hold() -> None:
     problems = COMPRESSED.reject_model({name: LayerSpec((4, 64), grid) for name, grid in two.items()})
     assert len(problems) == 1 and "2 different grids" in problems[0]
     assert NATIVE.reject_model({name: LayerSpec((4, 100), grid, True) for name, grid in two.items()}) == []
+
+
+def test_a_packed_head_is_named_beside_linear(tmp_path: Path) -> None:
+    """vLLM's head is no Linear: it has a scheme only where a target names it. transformers matches it by
+    either, and reads the same weights."""
+    from compressed_tensors.utils import is_match
+
+    class ParallelLMHead(torch.nn.Module):
+        """The name of vLLM's class, which is what a target is compared with."""
+
+    exporter = EXPORTERS["compressed-tensors"]
+    source = checkpoint(tmp_path / "c")
+    weights = random_weights(source.empty_model(), int_grid())
+    write_model(tmp_path / "dense", source, weights, exporter)
+    head = source.empty_model().lm_head.weight
+    weights["lm_head"] = random_weight((head.shape[0], head.shape[1]), int_grid())
+    write_model(tmp_path / "packed", source, weights, exporter)
+    targets = {}
+    for name in ("dense", "packed"):
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        (group,) = config["config_groups"].values()
+        targets[name] = group["targets"]
+        matched = is_match("lm_head", ParallelLMHead(), group["targets"], config["ignore"])
+        assert matched == (name == "packed")
+    assert targets == {"dense": ["Linear"], "packed": ["Linear", "lm_head"]}
+    assert verify(tmp_path / "packed", weights, model=packed_model(source, weights), source=source.folder).ok
+    # As a checkpoint that comes in, it is the same codes again.
+    again = Checkpoint.open(tmp_path / "packed")
+    assert torch.equal(
+        again.packed_weight("lm_head.weight", int_grid()).unpack_codes(), weights["lm_head"].unpack_codes()
+    )

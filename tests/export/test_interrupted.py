@@ -20,6 +20,7 @@ from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.files.atomic import leftover_of
 from lowbit_ft.model.checkpoint import Checkpoint
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
 from tests.processes import environment
@@ -65,7 +66,8 @@ def test_a_killed_export_leaves_no_folder_that_loads_and_the_next_one_cleans_up(
     target = tmp_path / "out" / "m"
     assert killed(source, target, name, "SIGKILL").returncode == -signal.SIGKILL
     left = [path.name for path in target.parent.iterdir()]
-    assert left == [".m.partial"]  # hidden, and without the files by which a reader would know a model
+    assert [leftover_of(name) for name in left] == ["m"]
+    # hidden, and without the files by which a reader would know a model
     assert not {"config.json", "lowbit_ft.json"} & {path.name for path in (target.parent / left[0]).iterdir()}
     for folder in (target, target.parent / left[0]):
         with pytest.raises(ValueError, match="config.json: missing"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lowbit_ft.export import LayerSpec, folder, reader
+from lowbit_ft.export import LayerSpec, reader
 from lowbit_ft.export.answers import Answers, answer
 from lowbit_ft.export.folder import check_files, read_manifest
 from lowbit_ft.export.native import layers_from_config
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.files.manifest import file_entry, sealed
 from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import BOTH, NATIVE
 from tests.packed_tools import IDS, packed_model, random_weight
@@ -82,10 +82,10 @@ def test_verify_names_the_layers_that_differ(
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match="model.safetensors: its content"):
             verify(target, weights)
-        entry = folder.file_entry(target / "model.safetensors")  # as if it had been written so
+        entry = file_entry(target / "model.safetensors")  # as if it had been written so
         manifest = read_manifest(target)
         manifest["files"]["model.safetensors"] = entry
-        (target / "lowbit_ft.json").write_text(json.dumps(manifest))
+        (target / "lowbit_ft.json").write_bytes(sealed(manifest))
         with pytest.raises(ValueError, match=rf"{layer}: 1 codes"):
             verify(target, weights)
 
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_an_error_of_ours_never_a_crash(native_folder: Path, d
     """
     name = data.draw(st.sampled_from(["model.safetensors", "config.json", "lowbit_ft.json"]))
     path = native_folder / name
-    original = path.read_bytes()
+    original, vouched = path.read_bytes(), (native_folder / "lowbit_ft.json").read_bytes()
     # Most of the damage in the header and in the JSON, where it can be misread; the tensors' bytes are all
     # alike.
     reach = data.draw(st.sampled_from([8, 5000, len(original)]))
@@ -130,9 +130,12 @@ def test_a_damaged_file_is_an_error_of_ours_never_a_crash(native_folder: Path, d
             content[data.draw(st.integers(0, min(reach, len(content)) - 1))] = data.draw(st.integers(0, 255))
     try:
         path.write_bytes(content)
-        if bytes(content) != original and name != "lowbit_ft.json":  # the manifest vouches for the rest
+        if bytes(content) != original:
             with pytest.raises(ValueError):
                 check_files(native_folder)
+            with pytest.raises(ValueError):
+                read_weights(native_folder)
+        (native_folder / "lowbit_ft.json").unlink()  # what nobody vouches for is data from a stranger
         try:
             stream = read_weights(native_folder)
             for layer, weight in stream.items():
@@ -140,6 +143,7 @@ def test_a_damaged_file_is_an_error_of_ours_never_a_crash(native_folder: Path, d
         except ValueError as error:
             assert str(error)
     finally:
+        (native_folder / "lowbit_ft.json").write_bytes(vouched)
         path.write_bytes(original)
 
 
@@ -155,6 +159,9 @@ def test_read_weights_names_the_layer_of_a_tensor_that_does_not_fit(
         tensors = load_file(target / "model.safetensors")
         change(tensors)
         save_file(tensors, target / "model.safetensors")
+        with pytest.raises(ValueError, match=r"model\.safetensors: its content is not the one"):
+            read_weights(target)
+        (target / "lowbit_ft.json").unlink()  # nobody vouches for it any more: data from a stranger
         return read_weights(target)
 
     with pytest.raises(ValueError, match=rf"layer {layer} \(W4 g64 asym\) has no tensor {layer}.zero"):

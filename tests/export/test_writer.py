@@ -147,10 +147,11 @@ def test_nothing_of_others_is_overwritten_and_ours_is_replaced_whole(
         write("c", Weights({n: LayerSpec.of(w) for n, w in weights.items()}, broken))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"] and check_files(target)
 
-    (tmp_path / ".m.partial").mkdir()  # of a killed process
-    os.rename(target, tmp_path / ".m.replaced")
+    (tmp_path / ".m.lowbit_ft-0123456789abcdef.partial").mkdir()  # of a killed process
+    os.rename(target, tmp_path / ".m.lowbit_ft-0123456789abcdef.replaced")
+    (tmp_path / ".m.partial").mkdir()  # somebody else's
     write("d")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"] and check_files(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".m.partial", "m"] and check_files(target)
 
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"notes\.txt: was added"):

@@ -25,13 +25,16 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 
 
-def packed_model(grid: Grid = INTEGER, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A fresh copy of a random Llama whose 14 decoder linears are packed; one seed, one set of integers."""
-    return copy.deepcopy(_packed_once(grid, seed)).to(dtype)
+def packed_model(
+    grid: Grid = INTEGER, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
+) -> LlamaForCausalLM:
+    """A fresh copy of a random Llama whose 14 decoder linears are packed; one seed, one set of integers.
+    tied: its head is its embedding."""
+    return copy.deepcopy(_packed_once(grid, seed, tied)).to(dtype)
 
 
 @functools.cache
-def _packed_once(grid: Grid, seed: int) -> LlamaForCausalLM:
+def _packed_once(grid: Grid, seed: int, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
@@ -42,6 +45,7 @@ def _packed_once(grid: Grid, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         attention_bias=True,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
     calibrate = CALIBRATORS["greedy" if isinstance(grid, BinaryGrid) else "mse"]

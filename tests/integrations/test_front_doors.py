@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, base_digest, packed_layers
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
+from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear, packed_op_only
 from tests.integrations.loading import NATIVE, load
@@ -133,3 +135,49 @@ def test_a_model_that_has_decoded_trains_on_the_packed_op(decodable: Path) -> No
     assert all(
         layer.adapter.B.grad is not None for _, layer in packed_layers(model) if layer.adapter is not None
     )
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_an_adapter_over_a_base_on_the_disk(buffers: bool, decodable: Path, tmp_path: Path) -> None:
+    """Trained, saved, loaded and merged with layers on the disk: the numbers of the model in memory."""
+    spread = spread_over_disk(load(decodable))
+
+    def on_disk(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            decodable,
+            dtype=torch.float32,
+            device_map=spread,
+            offload_folder=tmp_path / name,
+            offload_buffers=buffers,
+        )
+
+    def trained(model: Any) -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LowBitConfig(rank=4)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.eval()
+
+    reference, model = trained(load(decodable)), trained(on_disk("one"))
+    layer = model.base_model.model.model.layers[1].mlp.down_proj.base_layer
+    assert (
+        layer.codes.is_meta == buffers
+        and model.base_model.model.model.layers[1].input_layernorm.weight.is_meta
+    )
+    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theirs = {name: p for name, p in reference.named_parameters() if p.requires_grad}
+    assert ours.keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    expected = reference(input_ids=IDS).logits
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    reference.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(on_disk("two"), tmp_path / "adapter")
+    assert again.hf_device_map == spread
+    assert torch.equal(again(input_ids=IDS).logits, expected)
+    assert torch.equal(again.merge_and_unload()(input_ids=IDS).logits, expected)
+    with pytest.raises(
+        ValueError, match="PeftModel.from_pretrained"
+    ):  # transformers' own way would read a part
+        on_disk("three").load_adapter(str(tmp_path / "adapter"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapter_state, attach, base_digest, load_adapter_state
+from lowbit_ft.files.errors import FileError
 from lowbit_ft.integrations.adapter_files import read_adapter, write_adapter
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.model.linear import PackedLinear
@@ -42,9 +44,11 @@ def test_the_folder_of_a_run_is_a_peft_adapter(method: str, tmp_path: Path) -> N
             tmp_path / "run" / "adapter", adapter_state(model), config, base_digest(model), tmp_path / "base"
         )
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == [
+        "README.md",
         "adapter",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lowbit_ft.json",
     ]
     expected, state = logits(model), adapter_state(model)
 
@@ -176,7 +180,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         save_file(state, folder / tensors)
 
     cases: list[tuple[Callable[[Path], object], str]] = [
-        (lambda f: (f / config).unlink(), "adapter_config.json: cannot be read"),
+        (lambda f: (f / config).unlink(), "adapter_config.json: missing"),
         (lambda f: (f / config).write_text("{"), "adapter_config.json: not JSON"),
         (facts(peft_type="LORA"), "got peft_type 'LORA'"),
         (facts(method="qlora"), "adapter.method: got 'qlora'"),
@@ -208,11 +212,11 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest
 
     def fail_on_new(source: Path, target: Path) -> None:
         if ".partial" in str(source):
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         real(source, target)
 
     monkeypatch.setattr(os, "rename", fail_on_new)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FileError, match=r"adapter: could not be written \(disk full\)"):
         write_adapter(folder, adapter_state(model), config, base_digest(model), "base")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]

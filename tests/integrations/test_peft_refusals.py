@@ -123,3 +123,20 @@ def test_a_warm_up_needs_its_steps() -> None:
     model.begin_step(2)
     expected = logits(model)
     assert torch.equal(logits(model.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [("r", "rank"), ("lora_alpha", "alpha"), ("rnak", "rank"), ("target_module", "target_modules")],
+)
+def test_other_words_and_what_may_be_written(key: str, meant: str) -> None:
+    """LoRA's names are known; what is refused is not listed as allowed, and what is taken is."""
+    with pytest.raises(ValueError, match=f"adapter.{key}: unknown key; did you mean '{meant}'") as said:
+        LowBitConfig(method="lr_qat", **{key: 8})
+    allowed = str(said.value).partition("allowed: ")[2].split(", ")
+    assert not {"targets", "init_from"} & set(allowed)
+    taken = {"rank": 8, "alpha": 8, "target_modules": ["q_proj"], "modules_to_save": ["x"]}
+    assert taken.keys() <= set(allowed) and LowBitConfig(**taken).adapter.rank == 8  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    for name in ("targets", "init_from"):
+        with pytest.raises(ValueError, match=f"{name} is a key of recipes"):
+            LowBitConfig(**{name: ["q_proj"]})  # pyright: ignore[reportArgumentType]

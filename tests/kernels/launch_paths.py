@@ -51,6 +51,7 @@ def main() -> None:
         hadamard_triton,
         launch,
         matmul_triton,
+        matmul_weight_triton,
         pack_triton,
     )
 
@@ -59,7 +60,7 @@ def main() -> None:
     dispatch.architecture = lambda: 90
     dispatch.processors = lambda arch=None: 132
     zeros = torch.zeros(1 << 12, dtype=torch.int32)
-    for module in (matmul_triton, binary_triton):
+    for module in (matmul_weight_triton, binary_triton):
         module.counters = lambda count, device: zeros
     torch.mm = lambda a, b, out=None, **options: (
         out if out is not None else a.new_zeros(a.shape[0], b.shape[1], dtype=torch.float32)

@@ -236,7 +236,7 @@ def test_two_streams_at_once():
     """Split sums share counters: two streams must not share the same ones, and none may start before they are
     zero.
     """
-    importlib.import_module("lowbit_kernels.triton_common").drop_counters()
+    importlib.import_module("lowbit_kernels.counters").drop_counters()
     w, x = weights(4, 4096, 4096, 128), torch.randn(1, 4096, device="cuda").bfloat16()
     streams = [torch.cuda.Stream() for _ in range(4)]
     torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plan_error
+from benchmarks import plan_counts, plan_error, plan_shapes
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.plan.counting import Counter, reference_workspace
 from lowbit_ft.plan.plan import Card, find_card, no_card, plan
@@ -29,8 +29,8 @@ SMALL = ["data.sequence_len=64", "train.micro_batch_size=2", "quant.group_size=3
 
 
 def _shape(monkeypatch: pytest.MonkeyPatch, overrides: list[str], **config: Any) -> str:
-    values = plan_error._llama(128, 3, 4, 2, 256, 1024) | config
-    monkeypatch.setitem(plan_error.SHAPES, "test", (values, [*SMALL, *overrides], ("real", "fake")))
+    values = plan_shapes.llama(128, 3, 4, 2, 256, 1024) | config
+    monkeypatch.setitem(plan_shapes.SHAPES, "test", (values, [*SMALL, *overrides], ("real", "fake")))
     return "test"
 
 
@@ -101,9 +101,9 @@ def test_a_step_holds_what_plan_says(
     """
     overrides, config = CASES[name]
     shape = _shape(monkeypatch, overrides, **config)
-    recipe = plan_error.recipe_for(shape, tmp_path / "model", checkpointing)
+    recipe = plan_shapes.recipe_for(shape, tmp_path / "model", checkpointing)
     _, guess = plan_error.predicted(recipe, True)
-    found = plan_error.count_real(recipe, shape, tmp_path / "model")
+    found = plan_counts.count_real(recipe, shape, tmp_path / "model")
     assert guess["packed base"] + guess["dense"] == found["packed base"] + found["dense"]
     assert guess["adapters"] == found["adapters"] and guess["optimizer"] == found["optimizer"]
     assert guess["total"] == pytest.approx(found["total"], rel=0.05)
@@ -113,8 +113,11 @@ def test_a_step_holds_what_plan_says(
 
 def test_counts_without_data_are_the_counts_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = _shape(monkeypatch, ["adapter={method: lr_qat, rank: 8}", "train.gradient_accumulation_steps=2"])
-    recipe = plan_error.recipe_for(shape, tmp_path / "model", True)
-    real, fake = plan_error.count_real(recipe, shape, tmp_path / "model"), plan_error.count_fake(recipe, True)
+    recipe = plan_shapes.recipe_for(shape, tmp_path / "model", True)
+    real, fake = (
+        plan_counts.count_real(recipe, shape, tmp_path / "model"),
+        plan_counts.count_fake(recipe, True),
+    )
     assert fake["step"] == pytest.approx(real["step"], rel=0.01), "every position is a target there"
 
 
@@ -196,7 +199,7 @@ def test_every_architecture_is_counted_as_quantize_and_attach_make_it(
     )
     model, _ = quantize(checkpoint, recipe.quant)
     attach(model, recipe.adapter)
-    found = plan_error.parts_of(model)
+    found = plan_counts.parts_of(model)
     p = made.parts
     assert p["codes"] + p["residual"] + p["scales and zeros"] == found["packed base"]
     assert p["embeddings"] + p["head"] + p["norms and other"] == found["dense"]

@@ -28,6 +28,7 @@ def test_an_export_that_fails_verification_does_not_stay(
         random_weights(checkpoint.empty_model(), int_grid()),
         EXPORTERS["native"],
     )
+    RunDir(tmp_path).made("merged")
     (tmp_path / "recipe.yaml").write_text(recipe(tmp_path / "no").to_yaml())
     session: Any = SimpleNamespace(
         run=RunDir(tmp_path),

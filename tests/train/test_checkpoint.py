@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from lowbit_ft.files import atomic as files
+from lowbit_ft.files.errors import FileError
+from lowbit_ft.files.manifest import sealed
 from lowbit_ft.train import checkpoint
 from lowbit_ft.train.checkpoint import (
     ADAPTER,
@@ -112,8 +115,41 @@ def test_all_damaged_is_none(store: Checkpoints) -> None:
 
 def test_another_format_is_not_read(store: Checkpoints) -> None:
     path = save(store, 1) / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    path.write_bytes(sealed(json.loads(path.read_text()) | {"format": 99}))
     assert "format 99; this version reads 1" in (store.problem(1) or "")
+
+
+def test_a_flipped_bit_of_the_manifest_is_damage(store: Checkpoints) -> None:
+    path = save(store, 1) / MANIFEST
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert MANIFEST in (store.problem(1) or ""), place
+    path.write_bytes(whole)
+    assert store.problem(1) is None
+
+
+def test_a_disk_that_is_full_is_an_error_of_one_line_and_costs_no_checkpoint(store: Checkpoints) -> None:
+    """The system refuses files above a size, as a full disk does; the library's error is its own kind."""
+    save(store, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(FileError) as caught:
+            save(store, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{ADAPTER}: could not be written (" in str(caught.value) and "Make room" in str(caught.value)
+    assert store.steps() == [1] and store.problem(1) is None and not list(store.folder.glob(".*"))
+
+
+def test_a_checkpoint_with_a_file_of_somebody_stays(store: Checkpoints) -> None:
+    (save(store, 1) / "notes.txt").write_text("mine")
+    for step in range(2, 6):
+        save(store, step)
+    assert 1 in store.steps() and 2 not in store.steps()
 
 
 class Killed(BaseException):
@@ -123,7 +159,12 @@ class Killed(BaseException):
 def test_killed_anywhere_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die at every write, sync, rename and delete of a save: the newest valid checkpoint is the old or the
     new one, complete, and the leftovers are cleaned."""
-    points = [(checkpoint, "save_file"), (checkpoint, "file_entry"), (Path, "write_text")]
+    points = [
+        (checkpoint, "save_tensors"),
+        (checkpoint, "file_entry"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+    ]
     points += [(files, "sync"), (files.os, "rename"), (files.shutil, "rmtree")]
     outcomes = set()
     for deadline in range(1, 60):

@@ -88,7 +88,7 @@ def test_crash_resumes_from_the_last_checkpoint_bit_equal(at: int, tmp_path: Pat
         go(tmp_path / "b", Toy(dropout=0.3), save_every=2, on_step=crash)
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # half a line, as a kill leaves it
-    (tmp_path / "b" / "checkpoints" / ".step-00000008.partial").mkdir()
+    (tmp_path / "b" / "checkpoints" / ".step-00000008.lowbit_ft-0123456789abcdef.partial").mkdir()
     resumed, _ = go(tmp_path / "b", Toy(start=9, dropout=0.3), save_every=2, resume=True)
     assert equal(state(straight), state(resumed)) and losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [row["step"] for row in lines(tmp_path / "b")] == list(range(1, 9))

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from ...model.config import load_config
+from ...data.errors import DataError
+from ...data.examples import StreamedExamples
+from ...files.tensorfile import CheckpointError
+from ...model.checkpoint import Checkpoint
+from ...model.tokenizer import read_tokenizer
+from ...names import listed
 from ...train.compiling import missing_compiler
-from ..layers import read_shapes
+from ..layers import local_folder, read_shapes, shapes_here
 from ..paths import HUB_ID, near_names, path_is
 from ..yaml import Problem
 from .base import Problems, Section
+
+# Tokens that stand for something else than text: a model that reads text alone may lack their rows.
+_MEDIA = ("image_token", "audio_token", "video_token")
+_FIRST_ROWS = 16
 
 
 class ModelSection(Section):
@@ -65,9 +75,43 @@ def check_model(r: Any) -> Problems:
         incoming = read_shapes(folder).incoming
         if incoming is not None:
             incoming.refuse_order()
-        load_config(folder)
+        Checkpoint.open(folder).refuse_strangers()
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
+
+
+def check_tokens(r: Any) -> Problems:
+    """Tokens of the tokenizer, and of the first training rows, that the model has no embedding of."""
+    folder = local_folder(r.model.path, r.model.revision)
+    shapes = shapes_here(r.model.path, r.model.revision)
+    rows = shapes.rows if shapes is not None else None
+    if folder is None or rows is None:
+        return
+    try:
+        tokenizer = read_tokenizer(folder)
+    except CheckpointError:
+        return  # check_chat, or the start of the run, tells what is missing
+    special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    ids = {**tokenizer.get_vocab(), **dict(special)}
+    beyond = sorted((i, token) for token, i in ids.items() if i is not None and i >= rows)
+    media = {getattr(tokenizer, name, None) for name in _MEDIA}
+    if text := [token for _, token in beyond if token not in media]:
+        yield Problem(
+            ("model", "path"),
+            f"got {r.model.path!r}, whose tokenizer has {len(tokenizer)} tokens (up to id {beyond[-1][0]}) "
+            f"and whose embedding has {rows} rows: none for {listed(map(repr, text[:4]))}"
+            f"{' and more' if len(text) > 4 else ''}; give the model rows for them "
+            "(model.resize_token_embeddings(len(tokenizer)) in transformers, then save it), or the "
+            "tokenizer it was made with",
+        )
+    elif beyond and hasattr(r, "data") and path_is(Path(r.data.train.path).expanduser(), "any"):
+        section = r.data.model_copy(update={"packing": False, "streaming": True})
+        try:
+            first = iter(StreamedExamples(r.data.train, section, tokenizer, rows))
+            for _ in itertools.islice(first, _FIRST_ROWS):
+                pass
+        except DataError as error:
+            yield Problem(("data", "train", "path"), f"got {r.data.train.path!r}: {error}")
 
 
 def check_device(r: Any) -> Problems:

@@ -8,20 +8,10 @@ import os
 from typing import Any
 
 from ...files.atomic import visible_names
+from ...files.marker import is_run
 from ..paths import path_is
 from ..yaml import Problem
 from .base import Problems
-
-RUN_FILES = {
-    "recipe.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "base",
-    "checkpoints",
-    "adapter",
-    "merged",
-    "report.html",
-}
 
 
 def check_output(r: Any) -> Problems:
@@ -36,7 +26,7 @@ def check_output(r: Any) -> Problems:
                 f"got {str(output)!r}; it cannot be read ({error.strerror}); choose another folder",
             )
             return
-        if inside and not RUN_FILES & set(inside):
+        if inside and not is_run(output):
             yield Problem(
                 ("output",),
                 f"got {str(output)!r}, which holds other files ({inside[0]}, ...); choose "

@@ -38,11 +38,11 @@ import lowbit_kernels
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 MODULES = (
-    "matmul_triton",
+    "matmul_cases_triton",
     "codes_triton",
-    "gradients_triton",
+    "gradients_cases_triton",
     "pack_triton",
-    "binary_triton",
+    "binary_cases_triton",
     "hadamard_triton",
 )
 TENSOR_CORE = ("HMMA", "HGMMA")

@@ -10,7 +10,14 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("triton")
-from tests.kernels.aot.gate import ARCHITECTURES, SHARED_LIMIT, Case, cases, compile_case, hot_loop  # noqa: E402
+from tests.kernels.aot.gate import (  # noqa: E402
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    Case,
+    cases,
+    compile_case,
+    hot_loop,
+)
 
 ALL = os.environ.get("LOWBIT_AOT") == "all"
 # Instructions per weight of a thread's hot loop, by the beginning of a case's name. Where a number comes

@@ -4,7 +4,7 @@ groups.
 
 import pytest
 import torch
-from lowbit_kernels import binary_triton, dispatch, group_count, pack
+from lowbit_kernels import binary_gradients_triton, binary_triton, dispatch, group_count, pack
 from torch import Tensor
 
 from tests import reference
@@ -117,7 +117,7 @@ def test_gradients(shape, q, g, offset, form):
 
     with dispatch.override("binary_gradients", FORMS[form]):
         for trained in {0, 1, q}:
-            da, dt = binary_triton.binary_gradients(x, dy, planes, g, trained)
+            da, dt = binary_gradients_triton.binary_gradients(x, dy, planes, g, trained)
             close(dt, sums(dw))
             close(
                 da,

@@ -13,7 +13,13 @@ import lowbit_kernels as kernels
 import numpy as np
 import pytest
 import torch
-from lowbit_kernels import dispatch, matmul_triton, triton_common
+from lowbit_kernels import (
+    dispatch,
+    matmul_dequantize_triton,
+    matmul_triton,
+    matmul_weight_triton,
+    triton_common,
+)
 from torch import Tensor
 
 from tests.kernels.common import error
@@ -168,12 +174,15 @@ def test_dequantize_has_the_bits_of_the_reference(bits: int) -> None:
 def test_the_two_stage_regime_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     args, dense = weight(4, 300, 300, 64, "integer", False)
     x, dy = torch.randn(4, 300), torch.randn(4, 300)
-    monkeypatch.setattr(matmul_triton, "_COLUMNS", 128)
+    monkeypatch.setattr(matmul_dequantize_triton, "COLUMNS", 128)
     chunks = []
-    whole = matmul_triton._dequantize_into
-    monkeypatch.setattr(
-        matmul_triton, "_dequantize_into", lambda out, *a: (chunks.append(tuple(out.shape)), whole(out, *a))
-    )
+    whole = matmul_dequantize_triton.dequantize_into
+
+    def watched(out: Tensor, *rest: object) -> None:
+        chunks.append(tuple(out.shape))
+        whole(out, *rest)
+
+    monkeypatch.setattr(matmul_dequantize_triton, "dequantize_into", watched)
     config = {"regime": "two_stage", "CHUNK_MB": 128 * 300 * 4 / 2**20}
     with dispatch.override("packed_matmul", config):
         assert error(matmul_triton.packed_matmul(x, *args, 4, 64), x.double() @ dense.t()) < 2e-6
@@ -188,14 +197,14 @@ def test_split_sums_are_the_same_in_every_run_and_leave_the_counters_at_zero() -
     args, _ = weight(4, 40, 600, 128, "none", False)
     x = torch.randn(3, 600)
     seen: list[Tensor] = []
-    real = matmul_triton.counters
+    real = matmul_weight_triton.counters
 
     def watched(count: int, device: torch.device) -> Tensor:
         seen.append(real(count, device))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matmul_triton, "counters", watched)
+        patch.setattr(matmul_weight_triton, "counters", watched)
         first = forward("decode, split, unrolled", x, args, 4, 128)
         assert torch.equal(first, forward("decode, split, unrolled", x, args, 4, 128))
     assert len(seen) == 2 and all((c == 0).all() and c.numel() > 0 for c in seen)

@@ -100,7 +100,7 @@ def test_a_packed_head_meets_the_format_tied_or_not(name: str, tied: bool, tmp_p
 
     from tests.packed_tools import SIZE, tiny_checkpoint
 
-    tiny_checkpoint(tmp_path / "model", LlamaConfig(**SIZE, tie_word_embeddings=tied))
+    tiny_checkpoint(tmp_path / "model", LlamaConfig(**SIZE | {"vocab_size": 4096}, tie_word_embeddings=tied))
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TINY / file, tmp_path / "model" / file)
     text = (

@@ -1,0 +1,173 @@
+"""The QLoRA script of a Hugging Face user, on a packed base: transformers + peft + trl, SFT then DPO, DDP.
+
+    pip install trl
+    torchrun --nproc-per-node 2 benchmarks/hf_qlora.py --steps 30 --out hf_qlora.json
+
+What a QLoRA tutorial has, with two lines changed: the base is a packed folder (here made of the tiny Llama
+with mse codes, so that the script stands alone), and the config is a LowBitConfig. Nothing of our training
+loop is used. SFT is on the docstrings of the recipes' assets; DPO prefers a docstring's own text to the same
+text with its words in reverse. Rank 0 writes and prints the loss curves. The adapter of SFT is saved, loaded
+and merged: its logits must be those of the trained model, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl  # pyright: ignore[reportMissingImports]  (of this script alone, no requirement of ours)
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.grid import IntGrid
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.integrations.callbacks import StepCallback
+from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.model.checkpoint import Checkpoint
+
+ASSETS = Path(__file__).resolve().parents[1] / "recipes" / "assets"
+
+
+def packed_base(folder: Path, bits: int) -> Path:
+    """The tiny Llama with its decoder linears on a W`bits` g128 grid, in the native format."""
+    checkpoint = Checkpoint.open(ASSETS / "tiny-llama", dtype="float32")
+    grid = IntGrid(bits=bits, group_size=128, residual_bits=4)
+    dense = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-llama", dtype=torch.float32)
+    weights = {
+        name: CALIBRATORS["mse"].run(module.weight.detach(), grid, Stats())
+        for name, module in dense.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    write_model(folder, checkpoint, weights, EXPORTERS["native"])
+    return folder
+
+
+def texts(count: int) -> list[list[dict[str, str]]]:
+    lines = (ASSETS / "docstrings" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines[:count]]
+
+
+def sft_rows(count: int) -> Dataset:
+    return Dataset.from_list([{"messages": messages} for messages in texts(count)])
+
+
+def dpo_rows(count: int) -> Dataset:
+    def pair(messages: list[dict[str, str]]) -> dict[str, Any]:
+        answer = messages[-1]["content"]
+        worse = " ".join(reversed(answer.split()))
+        return {
+            "prompt": messages[:-1],
+            "chosen": [{"role": "assistant", "content": answer}],
+            "rejected": [{"role": "assistant", "content": worse}],
+        }
+
+    return Dataset.from_list([pair(messages) for messages in texts(count)])
+
+
+def curve(trainer: transformers.Trainer, key: str = "loss") -> list[float]:
+    return [round(entry[key], 4) for entry in trainer.state.log_history if key in entry]
+
+
+def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
+    return kind(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        max_length=128,
+        seed=0,
+        lr_scheduler_type="constant",
+        **more,
+    )
+
+
+def loaded(base: Path) -> Any:
+    return prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+
+
+def one_run(base: Path, folder: Path, method: str, steps: int) -> dict[str, Any]:
+    """SFT, and DPO with a fresh adapter over the same base: the curves, and what was checked."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options: dict[str, Any] = {"rank": 16} | ({"warmup_steps": steps // 3} if method == "l4q" else {})
+    config = LowBitConfig(method=method, task_type="CAUSAL_LM", **options)
+    sft = trl.SFTTrainer(
+        loaded(base),
+        arguments(trl.SFTConfig, folder / "sft", steps, learning_rate=1e-3),
+        train_dataset=sft_rows(4 * steps),
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=[StepCallback()],
+    )
+    sft.train()
+    wrapped = type(sft.model_wrapped).__name__
+    model = sft.accelerator.unwrap_model(sft.model_wrapped).eval()
+    masters = {p.dtype for p in model.parameters() if p.requires_grad}
+    ids = torch.arange(3, 60)[None].to(model.device)
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        adapter = folder / f"adapter-{os.environ.get('RANK', '0')}"
+        model.save_pretrained(adapter)
+        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(model.device)
+        merged = PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
+        exact = torch.equal(merged(input_ids=ids).logits, trained)
+    dpo_model = loaded(base)
+    torch.manual_seed(0)
+    dpo = trl.DPOTrainer(
+        get_peft_model(dpo_model, LowBitConfig(method=method, task_type="CAUSAL_LM", rank=16)),
+        args=arguments(trl.DPOConfig, folder / "dpo", steps, learning_rate=1e-3, beta=0.1),
+        train_dataset=dpo_rows(4 * steps),
+        processing_class=tokenizer,
+    )
+    dpo.train()
+    return {
+        "wrapped": [wrapped, type(dpo.model_wrapped).__name__],
+        "masters": sorted(map(str, masters)),
+        "merged as trained": exact,
+        "sft loss": curve(sft),
+        "dpo loss": curve(dpo),
+        "dpo reward margin": curve(dpo, "rewards/margins"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--methods", default="lr_qat,l4q")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    found: dict[str, Any] = {
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        base = packed_base(Path(folder, "base"), given.bits)
+        for method in given.methods.split(","):
+            found[method] = one_run(base, Path(folder, method), method, given.steps)
+    if rank == 0:
+        text = json.dumps(found, indent=1)
+        print(text)
+        if given.out:
+            given.out.write_text(text + "\n", encoding="utf-8")
+    bad = [m for m in given.methods.split(",") if not found[m]["merged as trained"]]
+    if bad:
+        raise SystemExit(f"merged is not what was trained: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

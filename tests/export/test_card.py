@@ -1,0 +1,60 @@
+"""The model card: what others named is shown as they wrote it and is never markup."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import pytest
+
+from lowbit_ft.evaluate.tasks import TaskRow
+from lowbit_ft.export.card import CardFacts, model_card
+from tests.packed_tools import int_grid
+
+NAMES = [
+    "<img src=x onerror=alert(1)>",
+    "a`<script>alert(1)</script>`b",
+    "![x](http:x)",
+    "a\n\n<b>\n# head",
+    "a|b --- c",
+    "&lt;b&gt; *c* _d_ [e](f)",
+]
+
+
+def card(base: str, task: str = "mine", recipe: str = "name: x") -> str:
+    facts = CardFacts("x", base, "lr_qat", True, int_grid(), recipe)
+    return model_card(facts, "native", [], [TaskRow("base", task, "acc", 0.5, None, True, 4)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_and_a_task_named_with_markup_are_only_names(
+    name: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = name.replace("/", "")  # a folder's name has none
+    if there:
+        Path(base).mkdir()
+    text = card(base, name)
+    assert not re.search(r"<[a-z/]|!\[|\*c\*|^# head", text, re.M)
+    assert "base_model" not in text and text.count("\n---\n") == card("plain").count("\n---\n")
+    assert f"\n{base} fine-tuned" in html.unescape(text)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "0.5" in line]
+    assert len(rows) == 1 and rows[0].count("|") == 4 and f"| {name} | acc" in html.unescape(text)
+
+
+def test_ordinary_names_are_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "tiny-llama").mkdir()
+    text = card(str(tmp_path / "tiny-llama"), "mmlu_pro")
+    assert "\n`tiny-llama` fine-tuned with lowbit_ft: method `lr_qat`" in text and "base_model" not in text
+    assert "| mmlu_pro | acc | 0.5 |" in text
+    text = card("meta-llama/Llama-3.1-8B")
+    assert "\nbase_model: meta-llama/Llama-3.1-8B\n" in text and "\n`meta-llama/Llama-3.1-8B` fine" in text
+
+
+def test_nothing_in_a_recipe_closes_its_fence() -> None:
+    text = card("plain", recipe="name: x\nprompt: |\n  ```\n  <b>\n  `````")
+    fence = "\n" + "`" * 6
+    assert text.count(fence) == 2 and text.endswith(f"  `````{fence}\n")
+    assert card("plain").endswith("\n```yaml\nname: x\n```\n")
