@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .regular import read_regular
+from .regular import open_regular, read_regular
 
 MANIFEST = "lowbit_ft.json"  # of a folder of ours: a model, an adapter
 SEAL = "manifest_sha256"
