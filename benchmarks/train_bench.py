@@ -18,7 +18,7 @@ Models have real shapes and random weights (train_models.py). Stages:
               plan` predicted
     length    8B W4, offload to the CPU: as many tokens as fit
 
-A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train_run. The figure is
+A step is forward, backward, clip and optimizer of one micro-batch, through lowbit_ft.train.run. The figure is
 the median over rounds.
 """
 

@@ -14,8 +14,7 @@ from benchmarks.train_models import SHAPES, with_lora
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
-from lowbit_ft.plan import plan
-from lowbit_ft.plan.plan import Card
+from lowbit_ft.plan.plan import Card, plan
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.train.run import Run
