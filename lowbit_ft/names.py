@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterable
+
+import regex
 
 # What other tools call the same thing: PEFT's LoraConfig, transformers' TrainingArguments.
 ELSEWHERE = {
@@ -22,22 +23,69 @@ ELSEWHERE = {
     "per_device_train_batch_size": "micro_batch_size",
 }
 
+# Patterns come from recipes and from the config.json of strangers, and one such as (.*)*X takes longer than a
+# life on a name of 40 letters. A form that is safe cannot be told by looking ((a|a)*b nests nothing), so
+# `regex` matches them, which stops after a time: CPU seconds, so that a busy machine refuses no more than an
+# idle one. An honest pattern takes microseconds.
+MATCH_SECONDS = 0.2
+MAX_PATTERN = 1000  # characters
+MAX_REPEATS = 1000  # what the counts {m,n} of a pattern multiply to: `regex` writes them out when it compiles
+_COUNTS = regex.compile(r"\{(\d*),?(\d*)\}")
+
+
+_NO_REGEX = (regex.error, OverflowError, RecursionError)
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be used on names: too long, or without an end."""
+
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a layer name is meant by `pattern`: its last part(s) ("q_proj"), a glob ("*.layers.0.*"), or a
-    full regex match.
+    full regex match. PatternError for one that takes too long.
     """
-    if name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern):
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    _refuse_large(pattern)
+    if fnmatch.fnmatchcase(name, pattern):
         return True
     try:
-        return re.fullmatch(pattern, name) is not None
-    except (re.error, OverflowError, RecursionError):
+        return regex_matches(pattern, name, whole=True)
+    except _NO_REGEX:
         return False  # a glob such as "*.mlp.*" is not a regex
+
+
+def regex_matches(pattern: str, name: str, whole: bool = False) -> bool:
+    """Whether a regex matches the name from its start, or the whole name. PatternError for one that is too
+    long or takes too long; regex.error (and its kin) for one that is none."""
+    _refuse_large(pattern)
+    match = regex.fullmatch if whole else regex.match
+    try:
+        return match(pattern, name, timeout=MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise PatternError(
+            f"got the pattern {pattern!r}, which takes more than {MATCH_SECONDS} seconds on the name "
+            f"{name!r}; write it without a repeat inside a repeat"
+        ) from None
+
+
+def _refuse_large(pattern: str) -> None:
+    if len(pattern) > MAX_PATTERN:
+        raise PatternError(f"got a pattern of {len(pattern)} characters; allowed: at most {MAX_PATTERN}")
+    repeats = 1
+    for least, most in _COUNTS.findall(pattern):
+        repeats *= max(1, int((most or least or "1")[:9]))
+    if repeats > MAX_REPEATS:
+        raise PatternError(
+            f"got the pattern {pattern!r}, whose counts multiply to {repeats}; allowed: at most {MAX_REPEATS}"
+        )
 
 
 def nearest(word: object, allowed: Iterable[object]) -> str:
     """The allowed word that was meant: what another tool's word for it is here, or the closest one to what
     was typed; '' when none is close."""
+    if len(str(word)) > MAX_PATTERN:
+        return ""  # not a typing error, and comparing it takes as long as it is
     by_lower = {str(name).lower(): str(name) for name in allowed}
     if (ours := ELSEWHERE.get(str(word).lower())) in by_lower:
         return by_lower[ours]
@@ -59,7 +107,10 @@ def listed(names: Iterable[object]) -> str:
 def pattern_error(pattern: str) -> str:
     """What is wrong with a pattern that is neither a glob nor a regex, or ''."""
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        _refuse_large(pattern)
+        regex.compile(pattern)
+    except PatternError as error:
+        return str(error)
+    except _NO_REGEX as error:
         return "" if any(character in pattern for character in "*?[") else str(error)
     return ""

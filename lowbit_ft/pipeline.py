@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from .evaluate.generate import generate as answer
-from .evaluate.generate import read_tokenizer
 from .evaluate.tasks import load_tasks
 from .export.card import serve_line
 from .export.folder import check_if_ours
 from .export.reader import load_exported
+from .model.tokenizer import read_tokenizer
 from .recipe.recipe import Recipe
 from .report.page import write_report
 from .rundir import RunDir, shipped

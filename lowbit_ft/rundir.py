@@ -27,10 +27,13 @@ import torch
 import yaml
 
 from .files.atomic import visible_names, write_text
+from .files.jsonfile import read_json
 from .files.lock import FolderLock
 from .files.manifest import MANIFEST, identity
 from .files.marker import MARKER, WRITER, is_run
+from .files.records import Made, StageTime, Started
 from .recipe.recipe import Recipe, load_recipe
+from .recipe.yaml import read_source
 from .train.memory import peak_gb, reset_peak
 
 # Keys that may differ between two starts of one run: they change where it lies and what is measured or kept,
@@ -83,7 +86,7 @@ class RunDir:
     def _begin(self, recipe: Recipe) -> None:
         run, stored = self, self / "recipe.yaml"
         if stored.exists():
-            before = yaml.safe_load(stored.read_text()) or {}
+            before = read_source(stored).values
             now = yaml.safe_load(recipe.to_yaml())
             changed = [
                 key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)
@@ -132,11 +135,13 @@ class RunDir:
     def made(self, name: str) -> None:
         """Note that this run has just written the folder `name` of tensors."""
         if self.main:
-            self.write_json("made.json", {**self.read_json("made.json", {}), name: identity(self / name)})
+            self.write_json(
+                "made.json", {**self.read_json("made.json", Made, {}), name: identity(self / name)}
+            )
 
     def refuse_other(self, name: str) -> None:
         """ValueError when the tensors in the folder `name` are not the ones that this run wrote there."""
-        noted, folder = self.read_json("made.json", {}).get(name), self / name
+        noted, folder = self.read_json("made.json", Made, {}).get(name), self / name
         if noted != identity(folder):
             raise ValueError(
                 f"{folder}: its {MANIFEST} is of other tensors than this run wrote there (of another run, or "
@@ -160,8 +165,8 @@ class RunDir:
 
     def started(self) -> list[Path]:
         """Where the folder may be in which the run was started; none where that was not recorded."""
-        noted = self.read_json(MARKER, {})
-        given = [noted["folder"], self.path.resolve() / noted["from_here"]] if noted else []
+        noted = self.read_json(MARKER, Started | None, None)
+        given = [noted.folder, self.path.resolve() / noted.from_here] if noted else []
         return [Path(os.path.normpath(folder)) for folder in given]
 
     def _read(self, folders: Sequence[Path]) -> Recipe:
@@ -177,9 +182,12 @@ class RunDir:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def read_json(self, name: str, default: Any = None) -> Any:
+    def read_json(self, name: str, shape: Any, default: Any) -> Any:
+        """The file as `shape` (files/records.py), `default` where there is none. ValueError for another
+        content."""
         path = self / name
-        return json.loads(path.read_text()) if path.is_file() else default
+        fix = "a file of this run was changed; put it back, or remove it"
+        return read_json(path, shape, fix) if os.path.lexists(path) else default
 
     @contextmanager
     def stage(self, name: str, device: torch.device, resumable: bool = False) -> Iterator[None]:
@@ -189,12 +197,12 @@ class RunDir:
         began = time.perf_counter()
         yield
         row = {"stage": name, "seconds": time.perf_counter() - began, "peak_memory_gb": peak_gb(device)}
-        rows = self.read_json("stages.json", [])
-        before = next((r for r in rows if r["stage"] == name), None)
+        rows: list[StageTime] = self.read_json("stages.json", list[StageTime], [])
+        before = next((r for r in rows if r.stage == name), None)
         if before is not None and resumable:
-            row["seconds"] += before["seconds"]
-            row["peak_memory_gb"] = max(row["peak_memory_gb"], before["peak_memory_gb"])
-        self.write_json("stages.json", [*(r for r in rows if r["stage"] != name), row])
+            row["seconds"] += before.seconds
+            row["peak_memory_gb"] = max(row["peak_memory_gb"], before.peak_memory_gb)
+        self.write_json("stages.json", [*(r.model_dump() for r in rows if r.stage != name), row])
 
 
 def shipped(folder: Path) -> Path:

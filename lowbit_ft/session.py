@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from .files.opened import LastWords, OpenedFiles
+from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
@@ -100,9 +101,9 @@ def start(recipe: Recipe) -> Session:
     # without it.
     torch.set_float32_matmul_precision("highest")
     with main_process_first():
-        stored = RunDir(recipe.output, main=False).read_json("environment.json", {})
+        stored = RunDir(recipe.output, main=False).read_json("environment.json", Environment | None, None)
         # A branch of a hub model moves on; a run stays with the commit it began with.
-        revision = recipe.model.revision or stored.get("revision")
+        revision = recipe.model.revision or (stored.revision if stored else None)
         if local_folder(recipe.model.path, revision) is None:
             Checkpoint.open(
                 recipe.model.path, revision, recipe.model.dtype
@@ -114,7 +115,7 @@ def start(recipe: Recipe) -> Session:
             if checkpoint.revision is not None and (problems := check_recipe(recipe)):
                 # A hub model has only now been fetched: its layers can be checked against grid and format.
                 raise RecipeError([str(problem) for problem in problems])
-            if not stored:
+            if stored is None:
                 facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
                 run.write_json("environment.json", environment() | facts)
             tokenizer = load_tokenizer(checkpoint)
@@ -153,7 +154,7 @@ def resume(run_dir: Path, writes: bool = False) -> Session:
 
 def _opened(run: RunDir) -> Session:
     recipe, given = run.recipe_here(), run.recipe().model.path
-    revision = recipe.model.revision or run.read_json("environment.json", {}).get("revision")
+    revision = recipe.model.revision or run.read_json("environment.json", Environment, Environment()).revision
     try:
         checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
     except CheckpointError as error:

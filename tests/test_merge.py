@@ -12,16 +12,18 @@ from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, base_digest, packed_layers
-from lowbit_ft.evaluate.generate import encode_prompt, generate, read_tokenizer
+from lowbit_ft.evaluate.generate import encode_prompt, generate
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.folder import check_files, layer_digests, read_manifest
-from lowbit_ft.export.reader import load_exported, read_config, read_weights
+from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.files.manifest import sealed
 from lowbit_ft.grid import BinaryGrid, PackedWeight
 from lowbit_ft.merge import base_weights, merge, merged_weights, moved, verify_merge
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.config import read_config
+from lowbit_ft.model.tokenizer import read_tokenizer
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights, tiny_checkpoint
 
 TINY = Path(__file__).parents[1] / "recipes" / "assets" / "tiny-llama"

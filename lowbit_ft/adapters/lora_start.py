@@ -16,18 +16,20 @@ nothing at step 0. How much of the LoRA the rounded weights have is reported too
 are read.
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
+from ..files.jsonfile import as_shape, read_json
 from ..files.tensorfile import DTYPES, TensorEntry, is_finite, parse_header, read_tensor
 from ..grid import PackedWeight
+from ..names import regex_matches
 from . import AdapterConfig
 from .attach import packed_layers
 from .base import _expand
@@ -84,15 +86,7 @@ def read_lora(folder: str | Path) -> PeftLora:
     """
     folder = Path(folder).expanduser()
     path = folder / CONFIG_FILE
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        settings: dict[str, Any] = dict(facts)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); give a folder of PEFT's save_pretrained"
-        ) from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
+    settings = read_json(path, dict[str, Any], "give a folder of PEFT's save_pretrained")
     for key, plain in PLAIN.items():
         if key in settings and settings[key] not in plain or key == "peft_type" and key not in settings:
             raise ValueError(
@@ -142,12 +136,13 @@ def _gain(path: Path, facts: dict[str, Any], layer: str, rank: int) -> float:
     the layer's name.
     """
     alpha: Any = facts.get("lora_alpha")
-    for pattern, value in (facts.get("alpha_pattern") or {}).items():
+    patterns = as_shape(facts.get("alpha_pattern") or {}, dict[str, Any], f"{path}: alpha_pattern")
+    for pattern, value in patterns.items():
         try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            if regex_matches(rf"(.*\.)?({pattern})", layer, whole=True):
                 alpha = value
                 break
-        except re.error as error:
+        except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path}: alpha_pattern: {pattern!r} is no regular expression ({error})"
             ) from None

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..files.atomic import write_text
+from ..model.config import read_config
 from ..plan.fixes import (
     MOST_WINDOWS,
     Fix,
@@ -21,7 +22,6 @@ from ..plan.fixes import (
     largest_batch,
     largest_length,
 )
-from ..plan.model import read_config
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.stages import throughput
 from ..recipe.recipe import Recipe

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..export import EXPORTERS
 from ..export.folder import check_if_ours
-from ..export.reader import read_config
 from ..integrations import register
+from ..model.config import read_config
 from ..rundir import shipped
 from .serve_app import one_model
 

@@ -21,7 +21,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -30,8 +33,37 @@ from .errors import BadRow, DataError, first_line
 
 Span = tuple[int, int]  # characters [start, end)
 
+# A template is a program of a stranger. The sandbox of transformers keeps it from everything but time: a
+# range in a range in a range runs for years. An honest one takes milliseconds.
+RENDER_SECONDS = 10
 _MARKER = "Zq7MarkerTurnQz"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class TemplateTime(BaseException):
+    """No Exception, so that a template's own error handling, or a library's, cannot take it for one."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """TemplateTime in the block after so many seconds of this process's own work (a busy machine stops no
+    honest template). Signals reach the main thread only, so elsewhere nothing is bounded; rows are rendered
+    in the main thread.
+    """
+    if not hasattr(signal, "SIGVTALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TemplateTime
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class ChatTemplate:
@@ -136,9 +168,15 @@ class ChatTemplate:
     ) -> str:
         """The chat as text; `prompt`: up to where the assistant is to go on."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
+            with limited(RENDER_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+                )
+        except TemplateTime as error:
+            raise DataError(
+                f"the chat template takes more than {RENDER_SECONDS} seconds for {len(messages)} messages; "
+                "its loops do not end in time: use another chat_template.jinja"
+            ) from error
         except (
             Exception
         ) as error:  # a template is a program: it may raise anything, raise_exception() included

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.regular import irregular
 from .errors import DataError, first_line, kind
 from .splits import find_files, no_such_split, refuse_remote_keys, saved_dataset
 
@@ -67,6 +68,8 @@ def _read_files(files: list[Path]) -> Iterator[Row]:
         reader = READERS.get(file.suffix.lower())
         if reader is None:
             raise DataError(f"unknown suffix {file.suffix!r}; known: {' '.join(READERS)}", str(file))
+        if (what := irregular(file)) is not None:
+            raise DataError(f"got {what}; allowed: a regular file", str(file))
         try:
             yield from reader(file)
         except OSError as error:

@@ -6,11 +6,12 @@ and then, a greedy choice.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..data.chat import ChatTemplate
 
 
 @torch.no_grad()
@@ -71,22 +72,10 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     """Token ids [1, L]. ValueError when the prompt gives no token."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = ChatTemplate(tokenizer).render(messages, prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError(f"prompts: {prompt!r} gives no token")
     return torch.tensor([ids], dtype=torch.int64)
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. ValueError when it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise ValueError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
-        ) from error

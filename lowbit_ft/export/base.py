@@ -9,7 +9,6 @@ a time is in memory: the writer computes every offset of every file from the spe
 one by one.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import Grid, PackedWeight, Weight
+from ..model.config import stop_ids
 from ..model.matrices import Matrix
 from ..model.names import Part
+from ..model.tokenizer import read_tokenizer
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
 
@@ -271,22 +272,13 @@ class Exporter(ABC):
             for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
         ):
             return None
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise ValueError(
-                f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error})"
-            ) from error
+        return read_tokenizer(folder)
 
     def stops(self, folder: Path) -> list[int]:
         """Ids of the tokens that end an answer, as the format's users get them, sorted."""
         for name in ("generation_config.json", "config.json"):
-            path = folder / name
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-            if ids is not None:
-                return sorted({ids} if isinstance(ids, int) else set(ids))
+            if ids := stop_ids(folder / name):
+                return sorted(set(ids))
         return []
 
     def reader(self) -> str:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..files.errors import FileError
 from ..model.checkpoint import Checkpoint
+from ..model.config import read_config
 from .base import Exporter, Weights
 from .folder import layer_digests, tensor_bytes
 from .gguf import block_type
 from .gguf_model import FILE, Names, describe, rope_divisors
 from .gguf_tokenizer import write_tokenizer
 from .layout import Layout, Slot
-from .reader import read_config
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -17,7 +17,6 @@ scalings, another activation) is refused by `reject`, before a model is trained 
 convert_hf_to_gguf.py and llama-model.cpp of llama.cpp.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..model.config import read_config
 
 FILE = "model.gguf"
 WAY_OUT = "set export.format: compressed-tensors or native"
@@ -227,7 +228,7 @@ def reader_config(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(
         str(folder), gguf_file=FILE, local_files_only=True, trust_remote_code=False
     )
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = read_config(folder)
     full = AutoConfig.for_model(
         **{key: value for key, value in stored.items() if key != "quantization_config"}
     )

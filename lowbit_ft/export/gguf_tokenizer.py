@@ -11,6 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files.jsonfile import read_json
+from ..model.config import GENERATION, stop_ids
+
 WAY_OUT = "set export.format: compressed-tensors or native"
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -72,9 +75,8 @@ def stops(folder: Path) -> list[int]:
 
     ValueError for more than gguf has room for.
     """
-    generation = folder / "generation_config.json"
-    listed = _json(generation).get("eos_token_id") if generation.is_file() else None
-    ids = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    generation = folder / GENERATION
+    ids = stop_ids(generation) or []
     config = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
@@ -89,18 +91,11 @@ def stops(folder: Path) -> list[int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: missing; a gguf file holds its tokenizer, made from this file (AutoTokenizer's "
-            f"save_pretrained writes it); or {WAY_OUT}"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: needs a JSON object")
-    return found
+    fix = (
+        "a gguf file holds its tokenizer, made from this file (AutoTokenizer's save_pretrained writes it); "
+        f"or {WAY_OUT}"
+    )
+    return read_json(path, dict[str, Any], fix)
 
 
 def _parts(entry: Any, key: str) -> list[dict[str, Any]]:

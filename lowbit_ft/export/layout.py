@@ -4,7 +4,6 @@ Packed layers take the names and shapes their exporter gives; everything else ke
 the format cannot hold is refused here, while nothing has been trained yet.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..model.checkpoint import Checkpoint
+from ..model.config import read_config
 from ..model.matrices import Matrix
 from ..model.names import Part
 from .base import Exporter, LayerSpec
@@ -165,9 +165,7 @@ class Layout:
 
     def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The checkpoint's config.json, with our quantization_config and the dtype of training."""
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("auto_map", None)  # names Python files that are not copied
-        config.pop("transformers_weights", None)  # names the checkpoint's file of weights; here they are new
+        config = read_config(checkpoint.folder)  # without keys that name code, kernels or other files
         # Readers on transformers 4 know the older key only; whichever the checkpoint used is kept.
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(checkpoint.dtype).removeprefix(
             "torch."

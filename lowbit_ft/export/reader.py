@@ -7,7 +7,6 @@ stranger all the same: headers are checked before anything is read, every tensor
 against the layer's spec, and values for what no writer of ours makes.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,23 @@ import torch
 from ..files.errors import reading
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
-from ..model.hub import tensor_entries
+from ..model.config import (
+    CONFIG,
+    GENERATION,
+    answered,
+    check_counts,
+    load_config,
+    read_config,
+    stop_ids,
+    stored_dtype,
+)
+from ..model.hub import refuse_irregular, tensor_entries
 from ..model.mapped import to_device
 from ..model.meta import model_class
 from . import EXPORTERS
 from .base import Weights
 from .folder import check_if_ours
 from .native import Native, layers_from_config
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder. ValueError when it is missing or not a JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; give a model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: needs a JSON object")
-    return config
 
 
 def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weights:
@@ -56,6 +51,8 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
     except ValueError as error:
         raise ValueError(f"{root / 'config.json'}: {error}") from None
     entries, problems = tensor_entries(root)
+    if not problems:
+        check_counts(root / CONFIG, read_config(root), entries)
     if problems:
         raise CheckpointError("\n".join(problems))
     for name, spec in specs.items():
@@ -90,12 +87,10 @@ def load_exported(
     ones become dense. What is packed is not copied on a CPU: it stays in the pages of the files
     (model/mapped.py). ValueError when a folder of ours is not what its manifest says.
     """
-    from transformers import AutoConfig
-
     check_if_ours(folder)
     whole = read_config(folder)
     config, options = whole.get("quantization_config"), {}
-    kind: Any = dtype or getattr(torch, whole.get("dtype") or whole.get("torch_dtype") or "float32")
+    kind = dtype or stored_dtype(Path(folder) / CONFIG, whole)
     method = config.get("quant_method") if isinstance(config, dict) else None
     for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][:1]:
         if reason := exporter.missing(exporter.reads_with):
@@ -103,14 +98,20 @@ def load_exported(
         if (model := exporter.open(Path(folder), kind)) is not None:
             return model.eval()
         options = exporter.load_options(whole["quantization_config"], Path(folder))
-    with reading(folder), warnings.catch_warnings():
+    refuse_irregular(Path(folder))
+    stop_ids(Path(folder) / GENERATION)  # which transformers believes
+    config_file = Path(folder) / CONFIG
+    with (
+        warnings.catch_warnings(),
+        answered(config_file, "the model cannot be loaded"),
+        reading(folder),
+    ):
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        auto = model_class(
-            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        )
-        model = auto.from_pretrained(
+        made = load_config(folder)
+        model = model_class(made).from_pretrained(
             str(folder),
+            config=made,
             dtype=kind if method else dtype or "auto",
             device_map=None if device == "cpu" or method == Native.quant_method else device,
             attn_implementation=attention,  # None: the best one the model has

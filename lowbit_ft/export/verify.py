@@ -32,6 +32,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
+from ..model.config import read_config
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
 from . import EXPORTERS
@@ -40,7 +41,7 @@ from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
 from .gguf_file import GgufTensors
 from .planes import as_integers
-from .reader import load_exported, read_config
+from .reader import load_exported
 
 # Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
 # of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import reading, writing
+from .regular import open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,8 +71,8 @@ def read_header(path: str | Path) -> dict[str, dict[str, Any]]:
 def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """(bytes before the data, header) of a safetensors file; see `read_header`."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > _MAX_HEADER:
@@ -82,6 +84,8 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
                     f"{path}: truncated in its header: expected at least {8 + length} bytes, has {size}"
                 )
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except _Duplicate as error:
@@ -90,6 +94,8 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON: {error})") from error
+    except ValueError as error:  # a pipe or a device; or a number of thousands of digits
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(
             f"{path}: not a safetensors file (its header is a JSON {type(header).__name__})"
@@ -102,6 +108,8 @@ def parse_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             shape, dtype = entry["shape"], entry["dtype"]
             if not all(type(v) is int and v >= 0 for v in (*shape, begin, stop)):
                 raise TypeError("shape and offsets must be integers >= 0")
+            if not isinstance(dtype, str):
+                raise TypeError("dtype must be text")
         except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged header entry of tensor {name!r} ({error})") from error
         if dtype not in DTYPES:

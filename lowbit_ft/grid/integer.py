@@ -18,8 +18,8 @@ SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def require(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """ValueError unless value is allowed (True is not 1: YAML's booleans are refused for numbers)."""
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+    """ValueError unless value is allowed (True is not 1, and 4.0 not 4: YAML and JSON tell them apart)."""
+    if value not in allowed or type(value) is not type(allowed[0]):
         raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(str, allowed))}")
 
 

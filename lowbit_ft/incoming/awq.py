@@ -10,12 +10,26 @@ from typing import Any
 
 import lowbit_kernels as kernels
 import torch
+from pydantic import BaseModel, StrictBool, StrictInt, StrictStr
 from torch import Tensor
 
+from ..files.jsonfile import as_shape
 from ..files.tensorfile import TensorEntry
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, stored_scale_dtype
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class _Config(BaseModel):
+    """The keys that are read, under the names of transformers and of AutoAWQ, and of which kind they are."""
+
+    bits: StrictInt | None = None
+    w_bit: StrictInt | None = None
+    group_size: StrictInt = 128
+    q_group_size: StrictInt = 128
+    version: StrictStr = "gemm"
+    backend: StrictStr = "autoawq"
+    zero_point: StrictBool = True
 
 
 class AWQ(Reader):
@@ -24,6 +38,7 @@ class AWQ(Reader):
     scale = "scales"
 
     def check(self, config: Mapping[str, Any]) -> None:
+        as_shape(config, _Config, "quantization_config")
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm" or config.get("backend", "autoawq") != "autoawq":
             raise ValueError(

@@ -12,19 +12,50 @@ Several config_groups (mixed bits) are read; which group a layer belongs to is w
 layer's name or "re:..." before a class name.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import lowbit_kernels as kernels
+import regex
 import torch
+from pydantic import BaseModel, StrictBool, StrictInt, StrictStr
 from torch import Tensor
 
+from ..files.jsonfile import as_shape
 from ..files.tensorfile import TensorEntry, read_tensor
 from ..grid.bitstream import unpack_stream
+from ..names import regex_matches
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, refuse_order, stored_scale_dtype
 
 FORMAT = "pack-quantized"
+
+
+class _Weights(BaseModel):
+    num_bits: StrictInt
+    group_size: StrictInt | None = None
+    symmetric: StrictBool = True
+    dynamic: Any = False
+    type: StrictStr | None = None
+    strategy: StrictStr | None = None
+    actorder: StrictStr | StrictBool | None = None
+
+
+class _Group(BaseModel):
+    weights: _Weights
+    targets: list[StrictStr] | None = None
+    format: StrictStr | None = None
+
+
+class _Sparsity(BaseModel):
+    format: StrictStr = "dense"
+
+
+class _Config(BaseModel):
+    """The keys that are read, and of which kind they are."""
+
+    config_groups: dict[str, _Group]
+    format: StrictStr | None = None
+    sparsity_config: _Sparsity | None = None
 
 
 class CompressedTensorsReader(Reader):
@@ -34,11 +65,8 @@ class CompressedTensorsReader(Reader):
     order = "weight_g_idx"
 
     def check(self, config: Mapping[str, Any]) -> None:
-        groups = config.get("config_groups")
-        if not isinstance(groups, dict) or not all(
-            isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values()
-        ):
-            raise ValueError("config_groups: needs an object of groups with `weights`")
+        as_shape(config, _Config, "quantization_config")
+        groups = config["config_groups"]
         for name, group in groups.items():
             form = group.get("format") or config.get("format")
             if form != FORMAT:
@@ -62,7 +90,7 @@ class CompressedTensorsReader(Reader):
             if config.get(key):
                 raise ValueError(f"{key}: got a scheme; allowed: null")
         sparsity = config.get("sparsity_config")
-        if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        if sparsity and sparsity.get("format", "dense") != "dense":
             raise ValueError(f"sparsity_config.format: got {sparsity['format']!r}; allowed: dense")
 
     def _grid(self, group: str, weights: Mapping[str, Any], scale_dtype: str) -> Any:
@@ -88,8 +116,14 @@ class CompressedTensorsReader(Reader):
                 "but the files have no weight_g_idx; quantize again with actorder null or weight"
             )
         grid = self._grid(group, weights, stored_scale_dtype(name, parts["weight_scale"]))
-        shape = read_tensor(parts["weight_shape"]).tolist()
-        if len(shape) != 2 or min(shape) < 1:
+        stored = parts["weight_shape"]
+        if stored.shape != (2,) or stored.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{name}: weight_shape is {str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}; "
+                "needs two integers, [out, in]"
+            )
+        shape = read_tensor(stored).tolist()
+        if min(shape) < 1:
             raise ValueError(f"{name}: weight_shape is {shape}; needs [out, in]")
         n, k = shape
         groups = kernels.group_count(k, grid.group_size)
@@ -131,7 +165,7 @@ def group_of(groups: Mapping[str, Any], layer: str) -> str:
     """The config group of a layer: by name or pattern first, then by class. ValueError when none has it."""
     by_class = None
     for name, group in groups.items():
-        for target in map(str, group.get("targets") or ()):
+        for target in group.get("targets") or ():
             if target == layer or (target.startswith("re:") and _matches(target[3:], layer)):
                 return name
             if by_class is None and target == "Linear":
@@ -146,8 +180,8 @@ def group_of(groups: Mapping[str, Any], layer: str) -> str:
 
 def _matches(pattern: str, layer: str) -> bool:
     try:
-        return re.match(pattern, layer) is not None
-    except (re.error, OverflowError, RecursionError) as error:
+        return regex_matches(pattern, layer)
+    except (regex.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"config_groups: the target 're:{pattern}' is no regular expression ({error})"
         ) from None

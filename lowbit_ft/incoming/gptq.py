@@ -16,13 +16,28 @@ from typing import Any
 
 import lowbit_kernels as kernels
 import torch
+from pydantic import BaseModel, StrictBool, StrictInt, StrictStr
 from torch import Tensor
 
+from ..files.jsonfile import as_shape
 from ..files.tensorfile import TensorEntry
 from ..grid.bitstream import unpack_stream
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, refuse_order, stored_scale_dtype
 
 FORMATS = ("gptq", "gptq_v2")
+
+
+class _Config(BaseModel):
+    """The keys that are read, and of which kind they are."""
+
+    bits: StrictInt
+    group_size: StrictInt = 128
+    sym: StrictBool = True
+    desc_act: StrictBool | None = None
+    checkpoint_format: StrictStr | None = None
+    is_marlin_format: StrictBool | None = None
+    pack_dtype: StrictStr = "int32"
+    dynamic: dict[str, Any] | None = None
 
 
 class GPTQ(Reader):
@@ -32,6 +47,7 @@ class GPTQ(Reader):
     order = "g_idx"
 
     def check(self, config: Mapping[str, Any]) -> None:
+        as_shape(config, _Config, "quantization_config")
         form = config.get("checkpoint_format") or "gptq"
         if form not in FORMATS or config.get("is_marlin_format"):
             raise ValueError(

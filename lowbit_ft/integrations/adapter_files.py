@@ -22,6 +22,7 @@ from ..adapters.attach import adapted_names
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..files.atomic import leftover_of, staged_folder
 from ..files.errors import writing
+from ..files.jsonfile import read_json
 from ..files.manifest import MANIFEST, changed_files, file_entry, open_sealed, sealed
 from ..files.tensorfile import is_finite, load_tensors, save_tensors
 from ..names import did_you_mean
@@ -198,7 +199,10 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     folder = Path(folder)
     check_adapter(folder)
     facts = _read_config(folder / CONFIG_FILE)
-    config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    try:
+        config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     if isinstance(modules := facts.get("target_modules"), list):
         config = config.model_copy(update={"targets": [str(name) for name in modules]})
     digest = facts.get("base_digest")
@@ -216,16 +220,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); "
-            f"an adapter folder has {CONFIG_FILE} and {TENSOR_FILE}"
-        ) from None
-    except ValueError as error:  # not JSON, not UTF-8
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    found = facts.get("peft_type") if isinstance(facts, dict) else None
+    facts = read_json(path, dict[str, Any], f"an adapter folder has {CONFIG_FILE} and {TENSOR_FILE}")
+    found = facts.get("peft_type")
     if found != PEFT_TYPE:
         raise ValueError(f"{path}: got peft_type {found!r}; a lowbit adapter has {PEFT_TYPE!r}")
     if not isinstance(facts.get("options") or {}, dict):

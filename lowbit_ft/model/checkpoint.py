@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..files.tensorfile import CheckpointError
 from ..grid import IntGrid, PackedWeight
+from .config import CONFIG, check_counts, load_config, read_config
 from .hub import locate
 from .matrices import Matrix, find_matrices
 from .meta import meta_model
@@ -41,6 +42,10 @@ class Checkpoint(TensorFiles):
         self, source: str, folder: Path, revision: str | None, config: Any, dtype: torch.dtype
     ) -> None:
         super().__init__(folder, getattr(config, "quantization_config", None))
+        try:
+            check_counts(folder / CONFIG, read_config(folder), self.entries)
+        except ValueError as error:
+            self._problems.append(str(error))
         if self.incoming is not None:
             # From here on its layers are ours: no model of it may look for the packages of that format.
             del config.quantization_config
@@ -63,13 +68,8 @@ class Checkpoint(TensorFiles):
         Reads config.json and the safetensors headers. Raises CheckpointError; with check=False problems of
         the weight files are kept for `check()`.
         """
-        from transformers import AutoConfig
-
         folder, commit = locate(str(source), revision)
-        try:
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
-            raise CheckpointError(_config_problem(folder, error)) from error
+        config = load_config(folder)
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         checkpoint = cls(str(source), folder, commit, config, resolved)
         if check:
@@ -268,13 +268,3 @@ class Checkpoint(TensorFiles):
             self.empty_model("eager")
         assert self._plan is not None
         return self._plan
-
-
-def _config_problem(folder: Path, error: Exception) -> str:
-    path = folder / "config.json"
-    if not path.is_file():
-        return f"{path}: missing. Give a Hugging Face checkpoint folder (with config.json and *.safetensors)."
-    text = str(error).strip().splitlines()
-    if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return f"{path}: this model needs Python code of its own; code from a checkpoint is never run here"
-    return f"{path}: cannot be used ({type(error).__name__}: {text[0] if text else 'no detail'})"

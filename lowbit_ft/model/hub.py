@@ -8,15 +8,30 @@ links, from a snapshot to the blobs of the same repository, are the one exceptio
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, StrictStr
+
+from ..files.jsonfile import read_json
+from ..files.regular import irregular
 from ..files.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
 
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*\.safetensors")
+
+
+class _Index(BaseModel):
+    weight_map: dict[StrictStr, StrictStr]
+
+
+def refuse_irregular(folder: Path) -> None:
+    """CheckpointError naming the first pipe, device or socket of a folder: whoever opens it may wait for
+    ever."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (what := irregular(path)) is not None:
+            raise CheckpointError(f"{path}: got {what}; a checkpoint has regular files; remove it")
 
 
 def contained_file(folder: Path, name: Any) -> Path:
@@ -53,14 +68,14 @@ def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
         return {"model.safetensors": []}
     if index.exists():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards: dict[str, list[str]] = {}
-            for name, shard in weight_map.items():
-                shards.setdefault(shard, []).append(name)
-            return shards
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{index}: not a weight index ({type(error).__name__}: {error})")
+            weight_map = read_json(index, _Index).weight_map
+        except ValueError as error:
+            problems.append(f"{index}: not a weight index ({str(error).removeprefix(f'{index}: ')})")
             return {}
+        shards: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            shards.setdefault(shard, []).append(name)
+        return shards
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickles:
         problems.append(
@@ -107,6 +122,7 @@ def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     if local.is_dir():
         if revision is not None:
             raise CheckpointError(f"{source}: a local folder has no revision; remove revision {revision!r}")
+        refuse_irregular(local)
         return local.resolve(), None
     if local.exists():
         raise CheckpointError(f"{source}: a file; give the folder that has config.json and *.safetensors")

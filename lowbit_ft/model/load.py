@@ -7,7 +7,6 @@ over the layers (walk.py) fills one, uses it and lets it go.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 from ..files.tensorfile import CheckpointError
 from .checkpoint import Checkpoint
+from .config import GENERATION, answered, stop_ids
 from .experts import StandIn
+from .tokenizer import read_tokenizer
 
 
 def materialize(
@@ -63,32 +64,18 @@ def load_model(
     """The whole full-precision model in memory (for evaluation against it, and for small models)."""
     model: Any = checkpoint.empty_model(attention)
     materialize(model, checkpoint, "", device, dtype)
-    try:
+    if stop_ids(checkpoint.folder / GENERATION) is not None:
         from transformers import GenerationConfig
 
         folder = str(checkpoint.folder)
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        pass  # no generation_config.json: the model keeps the one made from its configuration
-    return model
+        with answered(checkpoint.folder / GENERATION):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model  # without that file it keeps the one made from its configuration
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of the checkpoint. Raises CheckpointError if none loads without running code."""
-    return tokenizer_in(checkpoint.folder)
-
-
-def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError if none loads without running code."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        raise CheckpointError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}). "
-            "The folder needs tokenizer.json (or its older files) and tokenizer_config.json."
-        ) from error
+    return read_tokenizer(checkpoint.folder)
 
 
 def _checked(checkpoint: Checkpoint, name: str, wanted: Tensor, device: Any, dtype: torch.dtype) -> Tensor:

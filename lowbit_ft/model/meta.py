@@ -26,14 +26,19 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) ->
             model = model_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except (ValueError, ImportError, AssertionError) as error:  # the last: a pad token without a row
+    # A bad value of config.json raises anything: KeyError, ZeroDivisionError; a pad token without a row an
+    # AssertionError.
+    except Exception as error:
         fix = (
             "this model has no such attention in transformers; set model.attention: eager. "
             if (attention != "eager" and "attn_implementation" in str(error))
             else ""
         )
+        said = (
+            str(error) if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {error}"
+        )
         raise CheckpointError(
-            f"{source}: no model can be built with attention={attention!r}: {fix}{error}"
+            f"{source}: no model can be built with attention={attention!r}: {fix}{said}"
         ) from error
     model.tie_weights()  # making the parameters meta replaced the objects, which undid the ties
     # Parts the model's class says must stay float32, as from_pretrained keeps them.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..grid import empty_weight
+from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
 from ..model.meta import meta_model
@@ -319,30 +319,7 @@ def _stamp(folder: Path) -> int:
 @functools.lru_cache(maxsize=4)
 def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
     """The dense model on meta; read only: everybody copies what they change."""
-    from transformers import AutoConfig
-
-    path = Path(folder) / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # OSError, ValueError, KeyError, and validation errors of its own
-        raise ValueError(
-            f"{path}: cannot be used ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''})"
-        ) from error
+    path, config = Path(folder) / CONFIG, load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
     return meta_model(config, getattr(torch, dtype), attention, path)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. ValueError when it is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: not readable ({error}); give the folder of a checkpoint, "
-            "or of its config.json"
-        ) from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'}: got a JSON {type(config).__name__}; allowed: an object")
-    return config

@@ -5,13 +5,18 @@ Optimizer states and files are counted exactly; quantizing and evaluating are es
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..files.jsonfile import parse_json
+from ..files.regular import read_regular
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
+from ..report.files import MAX_TEXT
 from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
@@ -155,12 +160,11 @@ def throughput(run: Path) -> float | None:
     """Tokens per second of an earlier run of the recipe: the median of the second half of its metrics.jsonl;
     None without one.
     """
-    import json
-    import statistics
-
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rates = [row["tokens_per_s"] for row in map(json.loads, lines) if "tokens_per_s" in row]
-    except (OSError, ValueError, TypeError):
+        lines = read_regular(run / "metrics.jsonl", MAX_TEXT).decode().splitlines()
+        rows = [parse_json(line.encode(), "metrics.jsonl", dict[str, Any]) for line in lines]
+    except (OSError, ValueError):
         return None
+    found = [row.get("tokens_per_s") for row in rows]
+    rates = [rate for rate in found if isinstance(rate, int | float) and not isinstance(rate, bool)]
     return statistics.median(rates[len(rates) // 2 :]) if rates else None

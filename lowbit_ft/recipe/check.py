@@ -15,6 +15,7 @@ from typing import Any
 from ..adapters.lora_start import read_lora
 from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
+from ..names import PatternError
 from .layers import local_folder, shapes_here
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
@@ -56,7 +57,10 @@ def check(values: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     for needs, run in CHECKS:
         if all(name in values for name in needs):
-            problems += run(sections)
+            try:
+                problems += run(sections)
+            except PatternError as error:
+                problems.append(Problem(needs[-1:], str(error)))
     return problems
 
 

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..names import did_you_mean, nearest
-from .yaml import KeyPath, Problem
+from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
 LONGEST = 80  # characters of a wrong value that are shown
 
@@ -62,7 +62,11 @@ def to_problems(section: str, annotation: Any, details: list[ErrorDetails], give
     told = (
         "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
     )
-    return [_to_problem(section, annotation, detail, given) for detail in details if detail["type"] != told]
+    wrong = [detail for detail in details if detail["type"] != told]
+    problems = [_to_problem(section, annotation, detail, given) for detail in wrong[:MOST_PROBLEMS]]
+    if len(wrong) > MOST_PROBLEMS:
+        problems.append(Problem((section,), f"and {len(wrong) - MOST_PROBLEMS} more problems"))
+    return problems
 
 
 def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any) -> Problem:

@@ -12,14 +12,15 @@ exchanged.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.jsonfile import read_bytes
 from ..incoming import Incoming, collapse
+from ..model.config import check_counts, read_config
 from ..model.hub import tensor_entries
 from ..model.matrices import Matrix
 from ..model.names import Part
@@ -214,8 +215,8 @@ def has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return b'"chat_template"' in read_bytes(folder / "tokenizer_config.json")
+    except ValueError:
         return False
 
 
@@ -226,15 +227,7 @@ def read_shapes(folder: Path) -> Shapes:
         ValueError: no config.json, no safetensors, a damaged header; the message names the file and the fix.
     """
     config_file = folder / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{config_file}: missing; give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{config_file}: not readable JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_file}: got a JSON {type(config).__name__}; allowed: an object")
-
+    config = read_config(folder)
     entries, problems = tensor_entries(folder)
     if problems:
         raise ValueError(problems[0])
@@ -242,6 +235,7 @@ def read_shapes(folder: Path) -> Shapes:
         entries, incoming = collapse(config.get("quantization_config"), entries)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
+    check_counts(config_file, config, entries)
     shapes = {name: entry.shape for name, entry in entries.items()}
     return Shapes(folder, config, shapes, {name: entry.nbytes for name, entry in entries.items()}, incoming)
 

@@ -31,7 +31,7 @@ from .sections.model import ModelSection
 from .sections.quant import QuantSection
 from .sections.train import TrainSection
 from .values import OneMethod, for_method
-from .yaml import Problem, RecipeError, apply_override, read_source
+from .yaml import MOST_PROBLEMS, Problem, RecipeError, apply_override, read_source
 
 
 class Recipe(Section):
@@ -98,12 +98,14 @@ def load_recipe(
         apply_override(source, override)
     problems: list[Problem] = []
     values: dict[str, Any] = {}
-    for key in source.values:
-        if key not in Recipe.model_fields:
-            known = ", ".join(Recipe.model_fields)
-            problems.append(
-                Problem((key,), f"unknown key{did_you_mean(key, Recipe.model_fields)}; allowed: {known}")
-            )
+    known = ", ".join(Recipe.model_fields)
+    unknown = [key for key in source.values if key not in Recipe.model_fields]
+    for key in unknown[:MOST_PROBLEMS]:
+        problems.append(
+            Problem((key,), f"unknown key{did_you_mean(key, Recipe.model_fields)}; allowed: {known}")
+        )
+    if len(unknown) > MOST_PROBLEMS:
+        problems.append(Problem((unknown[-1],), f"and {len(unknown) - MOST_PROBLEMS} more unknown keys"))
     for name, info in Recipe.model_fields.items():
         given = source.values.get(name)
         if name not in source.values or (

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ..files.regular import read_regular
 from ..names import did_you_mean
 
 KeyPath = tuple[str | int, ...]
@@ -22,6 +23,7 @@ KeyPath = tuple[str | int, ...]
 MAX_NODES = 100_000  # an alias bomb of 1 kB expands to 10^9 values; the longest real recipe has a few hundred
 MAX_DEPTH = 50
 MAX_BYTES = 1 << 18
+MOST_PROBLEMS = 100  # told of one section: nobody reads more, and each looks for the word that was meant
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read_source(path: Path) -> Source:
     """
     source = Source(str(path))
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path(".")
         others = sorted(p.name for p in folder.glob("*.y*ml"))
@@ -101,13 +103,8 @@ def read_source(path: Path) -> Source:
         raise RecipeError(
             [f"{path}: cannot be read: {error.strerror}; give the path of a recipe YAML"]
         ) from None
-    if len(data) > MAX_BYTES:
-        raise RecipeError(
-            [
-                f"{path}: got {len(data)} bytes; a recipe has at most {MAX_BYTES}; is this "
-                "another kind of file?"
-            ]
-        )
+    except ValueError as error:  # too long, or a pipe or a device
+        raise RecipeError([f"{error}; give the path of a recipe YAML"]) from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

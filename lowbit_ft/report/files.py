@@ -6,13 +6,15 @@ what can be trusted or raises NotShown with the reason, in words for the page; n
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..files.jsonfile import parse_json, read_json
+from ..files.regular import read_regular
 from .html import is_number
 
 # stage in evaluation.json -> its name on the page, in the order of the line
@@ -24,6 +26,7 @@ STAGES = {
     "exported": "exported and reloaded",
 }
 SHIPPED = ("trained", "merged", "exported")  # the three stages that must agree
+MAX_TEXT = 1 << 30  # bytes of a file of a run; metrics.jsonl of a million steps has a fifth of it
 DIGITS = 4  # of a perplexity, as printed; the verdict compares what is printed
 
 
@@ -40,17 +43,18 @@ class RunFiles:
     def text(self, name: str, missing: str) -> str:
         """A whole text file. `missing` says what its absence means."""
         try:
-            return (self.folder / name).read_text(encoding="utf-8")
+            return read_regular(self.folder / name, MAX_TEXT).decode()
         except FileNotFoundError:
             raise NotShown(f"{missing} ({name} is not in the run directory).") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise NotShown(f"{name} cannot be read: {error}") from None
 
     def json(self, name: str, missing: str, kind: type) -> Any:
         """The content of a JSON file, which must be of this kind (list or dict; object for any)."""
-        text = self.text(name, missing)
+        if not os.path.lexists(self.folder / name):
+            raise NotShown(f"{missing} ({name} is not in the run directory).")
         try:
-            value = json.loads(text)
+            value = read_json(self.folder / name)
         except ValueError as error:
             raise NotShown(f"{name} is not valid JSON: {error}") from None
         if not isinstance(value, kind):
@@ -68,7 +72,7 @@ class RunFiles:
         """recipe.yaml as plain data, {} where there is none: only the headings come from it."""
         try:
             data = yaml.safe_load(self.text("recipe.yaml", ""))
-        except (NotShown, yaml.YAMLError):
+        except (NotShown, yaml.YAMLError, ValueError, RecursionError):
             return {}
         return data if isinstance(data, dict) else {}
 
@@ -84,10 +88,10 @@ class RunFiles:
         rows = []
         for line in self.text("metrics.jsonl", "Training did not run").splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line.encode(), "metrics.jsonl", dict[str, Any])
             except ValueError:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if is_number(row.get("step")) and isinstance(row["step"], int):
                 rows.append(row)
         if not rows:
             raise NotShown("Training wrote no metrics (metrics.jsonl has no complete line).")

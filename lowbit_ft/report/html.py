@@ -57,7 +57,9 @@ def image(svg: str, words: str) -> str:
 
 def is_number(value: object) -> TypeGuard[float]:
     """A finite int or float; a bool is not a number here."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else value.bit_length() < 1000
 
 
 def number(value: Any, digits: int = 0) -> str:

@@ -3,6 +3,7 @@
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card
+from ..files.records import Evaluation, TaskTable
 from ..recipe.recipe import Recipe
 from ..session import Session
 
@@ -18,6 +19,8 @@ def card_facts(recipe: Recipe) -> CardFacts:
 
 def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
-    rows = [EvalRow(**row) for row in session.run.read_json("evaluation.json", {}).get("rows", [])]
-    tasks = [TaskRow(**row) for row in session.run.read_json("tasks.json", {}).get("rows", [])]
+    measured = session.run.read_json("evaluation.json", Evaluation, Evaluation())
+    rows = [EvalRow(**row.model_dump()) for row in measured.rows]
+    table = session.run.read_json("tasks.json", TaskTable, TaskTable())
+    tasks = [TaskRow(**row.model_dump()) for row in table.rows]
     return {"README.md": model_card(card_facts(session.run.recipe()), format, rows, tasks)}

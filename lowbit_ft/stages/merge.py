@@ -9,6 +9,7 @@ import torch
 from .. import merge as merging
 from ..adapters.attach import adapted_layers
 from ..export.folder import check_files
+from ..files.records import Environment
 from ..session import Session
 from .card import card
 
@@ -46,7 +47,9 @@ def compare_merge(session: Session, model: Any, folder: Path) -> None:
     session.run.refuse_other(folder.name)
     check_files(folder)
     report = merging.verify_merge(model, folder)
-    trained_on = str(session.run.read_json("environment.json", {}).get("device", session.device))
+    trained_on = session.run.read_json("environment.json", Environment, Environment()).device or str(
+        session.device
+    )
     if not report.exact and torch.device(trained_on).type == session.device.type:
         raise ValueError(f"{folder} is not what base/ and adapter/ merge to:\n{report}")
     session.say(report)

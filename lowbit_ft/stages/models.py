@@ -9,8 +9,9 @@ import torch
 
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
 from ..export.folder import check_files
-from ..export.reader import load_exported, read_config
+from ..export.reader import load_exported
 from ..integrations.adapter_files import check_adapter, read_adapter, refuse_other_base
+from ..model.config import read_config
 from ..model.load import load_model
 from ..session import Session
 

@@ -11,6 +11,7 @@ from ..export.folder import check_files, read_manifest
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
 from ..files.manifest import MANIFEST
+from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
@@ -27,8 +28,8 @@ def quantize_stage(session: Session) -> Any:
     # A base that is about to be cut waits on the CPU, so that no device has to hold it whole.
     place = "cpu" if session.splits_base else None
     with run_dir.stage("quantize", session.device, resumable=True), main_process_first():
-        stored = run_dir.read_json("base.json", {})
-        if stored.get("key") == key and folder.is_dir():
+        stored = run_dir.read_json("base.json", PackedBase, PackedBase())
+        if stored.key == key and folder.is_dir():
             try:
                 check_files(folder)
                 run_dir.refuse_other("base")

@@ -11,8 +11,10 @@ from ..evaluate.perplexity import STAGES
 from ..evaluate.tasks import TaskRow, load_tasks, merged_rows, run_tasks, table
 from ..export import EXPORTERS
 from ..export.folder import read_manifest, replace_file
-from ..export.reader import load_exported, read_config
+from ..export.reader import load_exported
+from ..files.records import TaskTable
 from ..model.checkpoint import Checkpoint
+from ..model.config import read_config
 from ..model.load import load_tokenizer
 from ..rundir import shipped
 from ..session import Session
@@ -43,7 +45,8 @@ def measure_tasks(
     stages = stages or ("base", "quantized", "trained", shipped(run_dir.path).name)
     if "exported" in stages and (run_dir / "exported").is_dir():
         refuse_tasks(run_dir / "exported")
-    rows = [TaskRow(**row) for row in run_dir.read_json("tasks.json", {}).get("rows", [])]
+    stored = run_dir.read_json("tasks.json", TaskTable, TaskTable())
+    rows = [TaskRow(**row.model_dump()) for row in stored.rows]
     with run_dir.stage("tasks", session.device):
         for stage in stages:
             model = stage_model(session, stage)

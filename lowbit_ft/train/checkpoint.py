@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..files.atomic import free_name, recover_all, remove_folder, staged_folder
 from ..files.errors import writing
+from ..files.jsonfile import read_json
 from ..files.manifest import file_entry, open_sealed, sealed
 from ..files.tensorfile import load_tensors, save_tensors
 
@@ -126,7 +127,7 @@ class Checkpoints:
         if (problem := self.problem(step)) is not None:
             raise ValueError(problem)
         path = self.path(step)
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE, dict[str, Any])
         return Saved(path, load_tensors(path / ADAPTER), load_tensors(path / OPTIMIZER), state)
 
     def newest_valid(self) -> int | None:

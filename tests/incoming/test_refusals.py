@@ -106,7 +106,13 @@ def group(**changes: Any) -> dict[str, Any]:
         ("compressed-tensors", group(targets=["re:["]), "no regular expression"),
         ("compressed-tensors", group(targets=["Conv2d"]), "no group of config_groups has it"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: got a scheme"),
-        ("compressed-tensors", {"config_groups": None}, "config_groups: needs an object"),
+        ("gptq", {"bits": 4.0}, "quantization_config: bits: got 4.0; allowed: an integer"),
+        ("gptq", {"sym": "x"}, "quantization_config: sym: got 'x'; allowed: true or false"),
+        ("awq", {"group_size": [64]}, "group_size: got a JSON list; allowed: an integer"),
+        ("compressed-tensors", group(targets=5), "config_groups.group_0.targets: got 5; allowed: a list"),
+        ("compressed-tensors", group(targets=["re:(?R)*"]), "takes more than .* seconds"),
+        ("compressed-tensors", group(targets=["re:(.*)*(.*)*X"]), "no group of config_groups has it"),
+        ("compressed-tensors", {"config_groups": None}, "config_groups: got None; allowed: an object"),
         (
             "compressed-tensors",
             {"sparsity_config": {"format": "sparse-24"}},
@@ -120,6 +126,13 @@ def test_settings_no_grid_can_hold_are_refused(
     quantized_checkpoint(tmp_path / "q", method)
     change(tmp_path / "q", **settings)
     with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path / "q")
+
+
+def test_a_shape_that_is_no_pair_is_refused(tmp_path: Path) -> None:
+    quantized_checkpoint(tmp_path / "q", "compressed-tensors")
+    rewrite(tmp_path / "q", ".weight_shape", lambda t: t[0].clone())
+    with pytest.raises(CheckpointError, match=r"weight_shape is int64 \[\]; needs two integers"):
         Checkpoint.open(tmp_path / "q")
 
 

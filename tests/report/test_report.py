@@ -83,7 +83,7 @@ def test_long_runs_and_odd_values_stay_readable(tmp_path: Path):
         assert words in page.text["environment"], words
     (tmp_path / "samples.json").write_bytes(b"\xff\xfe\x00")
     text = Page(write_report(tmp_path).read_text(encoding="utf-8")).text["samples"]
-    assert "samples.json cannot be read" in text
+    assert "samples.json is not valid JSON" in text
 
 
 def test_tasks_have_a_column_per_stage(tmp_path: Path):

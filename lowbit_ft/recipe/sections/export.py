@@ -12,6 +12,8 @@ from pydantic import Field
 
 from ...export import EXPORTERS, LayerSpec
 from ...export.planes import held
+from ...files.tensorfile import CheckpointError
+from ...model.config import load_config
 from ..layers import Shapes, local_folder, shapes_here
 from ..paths import path_is
 from ..values import OneOf
@@ -116,13 +118,9 @@ def _check_reader(r: Any, exporter: Any) -> Problems:
     folder = local_folder(r.model.path, r.model.revision) if hasattr(r, "model") else None
     if folder is None:
         return
-    from transformers import AutoConfig  # here, because it takes seconds and `schema` needs none of it
-
     try:
-        config = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        ).to_dict()
-    except Exception:  # check_model tells what is wrong with it; transformers raises anything here
+        config = load_config(folder).to_dict()
+    except CheckpointError:  # check_model tells
         return
     whole = path_is(
         Path(r.model.path).expanduser(), "dir"

@@ -14,7 +14,7 @@ from ...data.errors import DataError
 from ...data.examples import StreamedExamples
 from ...files.tensorfile import CheckpointError
 from ...model.checkpoint import Checkpoint
-from ...model.load import tokenizer_in
+from ...model.tokenizer import read_tokenizer
 from ...names import listed
 from ...train.compiling import missing_compiler
 from ..layers import local_folder, read_shapes, shapes_here
@@ -88,7 +88,7 @@ def check_tokens(r: Any) -> Problems:
     if folder is None or rows is None:
         return
     try:
-        tokenizer = tokenizer_in(folder)
+        tokenizer = read_tokenizer(folder)
     except CheckpointError:
         return  # check_chat, or the start of the run, tells what is missing
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)

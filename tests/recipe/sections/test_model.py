@@ -67,7 +67,7 @@ def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
     ("break_it", "words"),
     [
         (lambda f: (f / "config.json").unlink(), "config.json: missing"),
-        (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "got a JSON list"),
         (lambda f: (f / "model.safetensors").write_bytes(b"PK" * 10), "not a safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
