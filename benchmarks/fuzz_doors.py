@@ -177,7 +177,7 @@ def read_run(folder: Path, name: str) -> None:
         raise Nonsense(said) from error
     _honest_verdict(run)
     session = resume(run)
-    RunDir.start(session.run.recipe_here(), main=False)
+    RunDir.start(session.run.recipe_here(), main=False).close()
     card(session, "native")
     session.run.read_json("base.json", PackedBase, PackedBase())
     with session.run.stage("evaluate", torch.device("cpu"), resumable=True):

@@ -90,7 +90,7 @@ def test_a_stage_is_not_written_over_an_edited_file(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_the_repository")
 def test_a_recipe_that_is_none_is_told_when_its_run_starts_again(tmp_path: Path) -> None:
     recipe = load_recipe("recipes/quickstart.yaml", [f"output={tmp_path / 'run'}"])
-    RunDir.start(recipe)
+    RunDir.start(recipe).close()
     for content in (b"a: [", b"\xff", b"[" * 3000):
         (tmp_path / "run" / "recipe.yaml").write_bytes(content)
         with pytest.raises(RecipeError, match=r"recipe\.yaml"):

@@ -69,6 +69,8 @@ class _Read(BaseModel):
     vocab_size: StrictInt | None = None
     max_position_embeddings: StrictInt | None = None
     n_positions: StrictInt | None = None
+    sliding_window: StrictInt | None = None  # the cache of transformers reads it, whatever model has it
+    layer_types: list[StrictStr] | None = None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -79,6 +79,10 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path: Path) -> None:
             read_json(path)
     with pytest.raises(CheckpointError, match="got a pipe"):
         read_header(pipe)
+    header = b'{"a": {"dtype": {"": null}, "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "odd").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
+    with pytest.raises(CheckpointError, match="damaged header entry of tensor 'a'"):
+        read_header(tmp_path / "odd")
     assert irregular(pipe) == "a pipe (FIFO)" and irregular(tmp_path) is None
     assert irregular(tmp_path / "nothing") is None
     (tmp_path / "file").write_bytes(b"abc")

@@ -180,7 +180,7 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         save_file(state, folder / tensors)
 
     cases: list[tuple[Callable[[Path], object], str]] = [
-        (lambda f: (f / config).unlink(), "adapter_config.json: cannot be read"),
+        (lambda f: (f / config).unlink(), "adapter_config.json: missing"),
         (lambda f: (f / config).write_text("{"), "adapter_config.json: not JSON"),
         (facts(peft_type="LORA"), "got peft_type 'LORA'"),
         (facts(method="qlora"), "adapter.method: got 'qlora'"),

@@ -46,6 +46,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({"num_attention_heads": 0}, "ZeroDivisionError|num_attention_heads"),
     "an unknown kind": ({"model_type": "nothing"}, "nothing"),
     "a kind that is no text": ({"model_type": [1]}, "model_type: got a JSON list; allowed: text"),
+    "a window that is text": ({"sliding_window": "zzz"}, "sliding_window: got 'zzz'; allowed: an integer"),
     "not a number": ({"num_hidden_layers": float("nan")}, "num_hidden_layers: got nan"),
 }
 

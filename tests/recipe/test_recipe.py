@@ -1,6 +1,8 @@
 """The recipe as a whole: the file, the overrides, the order of the problems, the schema."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,24 @@ def test_schema_is_one_schema_per_method():
     assert seen > 100
     for section in ("ModelSection", "QuantSection", "TrainSection"):
         assert all("description" in entry for entry in schema["$defs"][section]["properties"].values())
+
+
+def test_thousands_of_unknown_keys_are_told_in_little_time():
+    many = "\n".join(f"key_{i}: 1" for i in range(15_000))
+    inside = "\n".join(f"  key_{i}: 1" for i in range(15_000))
+    began = time.process_time()
+    for text in (f"{GOOD}{many}\n", GOOD.replace("train:\n  max", f"train:\n{inside}\n  max")):
+        problems = refused(text)
+        assert any("and 14900 more" in problem for problem in problems) and len(problems) < 150
+    assert time.process_time() - began < 30
+
+
+def test_a_pipe_is_no_recipe():
+    os.mkfifo("r.yaml")
+    with pytest.raises(RecipeError, match="r.yaml: got a pipe"):
+        load_recipe("r.yaml")
+
+
+def test_a_pattern_without_an_end_is_a_problem_of_its_section():
+    problems = refused(GOOD.replace("  bits: 4\n", "  bits: 4\n  exclude: ['(?R)*']\n"))
+    assert any("quant" in problem and "takes more than" in problem for problem in problems)
