@@ -23,8 +23,6 @@ MANIFEST = "lowbit_ft.json"  # of a folder of ours: a model, an adapter
 SEAL = "manifest_sha256"
 GRAIN = 2.0  # seconds; FAT's clock ticks as slowly, ext4 and NFS in milliseconds
 
-_MAX_MANIFEST = 64 << 20  # bytes
-
 _Key = tuple[int, int, int, int, int]
 _digests: dict[_Key, str] = {}
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from .jsonfile import read_json
 
-from .regular import read_regular
-
 MARKER = "started.json"
 WRITER = "lowbit_ft"
 
