@@ -12,6 +12,17 @@ from collections.abc import Iterable
 
 import regex
 
+# What other tools call the same thing: PEFT's LoraConfig, transformers' TrainingArguments.
+ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "init_lora_weights": "init",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+}
+
 # Patterns come from recipes and from the config.json of strangers, and one such as (.*)*X takes longer than a
 # life on a name of 40 letters. A form that is safe cannot be told by looking ((a|a)*b nests nothing), so
 # `regex` matches them, which stops after a time: CPU seconds, so that a busy machine refuses no more than an
@@ -27,18 +38,6 @@ _NO_REGEX = (regex.error, OverflowError, RecursionError)
 
 class PatternError(ValueError):
     """A pattern that cannot be used on names: too long, or without an end."""
-
-
-# What other tools call the same thing: PEFT's LoraConfig, transformers' TrainingArguments.
-ELSEWHERE = {
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "init_lora_weights": "init",
-    "lr": "learning_rate",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-}
 
 
 def matches(pattern: str, name: str) -> bool:

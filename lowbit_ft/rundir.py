@@ -31,7 +31,7 @@ from .files.jsonfile import read_json
 from .files.lock import FolderLock
 from .files.manifest import MANIFEST, identity
 from .files.marker import MARKER, WRITER, is_run
-from .files.records import StageTime, Started
+from .files.records import Made, StageTime, Started
 from .recipe.recipe import Recipe, load_recipe
 from .recipe.yaml import read_source
 from .train.memory import peak_gb, reset_peak
@@ -136,12 +136,12 @@ class RunDir:
         """Note that this run has just written the folder `name` of tensors."""
         if self.main:
             self.write_json(
-                "made.json", {**self.read_json("made.json", dict[str, Any], {}), name: identity(self / name)}
+                "made.json", {**self.read_json("made.json", Made, {}), name: identity(self / name)}
             )
 
     def refuse_other(self, name: str) -> None:
         """ValueError when the tensors in the folder `name` are not the ones that this run wrote there."""
-        noted, folder = self.read_json("made.json", dict[str, Any], {}).get(name), self / name
+        noted, folder = self.read_json("made.json", Made, {}).get(name), self / name
         if noted != identity(folder):
             raise ValueError(
                 f"{folder}: its {MANIFEST} is of other tensors than this run wrote there (of another run, or "

@@ -5,12 +5,12 @@ The tables name the values that mean what is done here anyway; any other value i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..data.columns import LEARN_KEYS, THOUGHT_KEYS
 from ..data.formats import FORMATS
+from ..files.jsonfile import read_json
 from .import_draft import Draft
 
 AXOLOTL_FORMATS = {
@@ -181,8 +181,8 @@ def _dataset_info(draft: Draft, name: str) -> tuple[dict[str, Any] | None, Path]
     given = Path(str(draft.theirs.get("dataset_dir") or "data"))
     for folder in (given, draft.folder / given, draft.folder):
         try:
-            found = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8")).get(name)
-        except (OSError, ValueError, AttributeError, RecursionError):
+            found = read_json(folder / "dataset_info.json", dict[str, Any]).get(name)
+        except ValueError:
             continue
         if isinstance(found, dict):
             return found, folder

@@ -18,11 +18,13 @@ from typing import Any
 
 import yaml
 
+from ..files.jsonfile import read_bytes
 from ..names import did_you_mean
 
 # Keys whose value is code, wherever they stand in a task: a class, a function, a module that is fetched.
 CODE_KEYS = ("class", "custom_dataset", "custom_generate", "trust_remote_code", "hf_evaluate", "unsafe_code")
 DATA_READERS = ("json", "csv", "parquet", "text")  # of the data sets library, for files
+MAX_BYTES = 1 << 20  # of a task file
 _PLAIN = "tag:yaml.org,2002:"
 _MERGE = _PLAIN + "merge"
 
@@ -42,12 +44,12 @@ def _read(path: Path, above: list[Path]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"{path}: includes itself")
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(read_bytes(path, limit=MAX_BYTES).decode())
         node = loader.get_single_node()
         if node is not None:
             _refuse_code(node, path, ())
         content = None if node is None else loader.construct_document(node)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a task ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: needs `task: name`; got a YAML {type(content).__name__}")

@@ -100,8 +100,12 @@ def load_exported(
         options = exporter.load_options(whole["quantization_config"], Path(folder))
     refuse_irregular(Path(folder))
     stop_ids(Path(folder) / GENERATION)  # which transformers believes
-    whole_file = Path(folder) / CONFIG
-    with reading(folder), warnings.catch_warnings(), answered(whole_file, "the model cannot be loaded"):
+    config_file = Path(folder) / CONFIG
+    with (
+        warnings.catch_warnings(),
+        answered(config_file, "the model cannot be loaded"),
+        reading(folder),
+    ):
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         made = load_config(folder)

@@ -39,14 +39,18 @@ def read_json(path: Path, shape: Any = Any, fix: str = "", limit: int = MAX_BYTE
     fix: what to do when the file is missing or cannot be read, for the message. ValueError for everything
     that is wrong, a missing file included.
     """
+    return parse_json(read_bytes(path, fix, limit), str(path), shape)
+
+
+def read_bytes(path: Path, fix: str = "", limit: int = MAX_BYTES) -> bytes:
+    """The bytes of such a file, for who compares them, or reads YAML of them. ValueError as `read_json`."""
     end = f"; {fix}" if fix else ""
     try:
-        data = read_regular(path, limit)
+        return read_regular(path, limit)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing{end}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}){end}") from None
-    return parse_json(data, str(path), shape)
 
 
 def parse_json(data: bytes, where: str, shape: Any = Any) -> Any:

@@ -21,8 +21,10 @@ from typing import IO, Any
 
 from .atomic import is_same_file
 from .errors import FileError, writing
+from .jsonfile import parse_json
 
 LOCK = ".lowbit_ft.lock"
+LONGEST = 1 << 20  # characters of the file that are read
 SHOWN = 100  # characters of the holder's command in a message
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -99,7 +101,7 @@ def _holder(file: IO[str]) -> str:
     """Who holds a lock, in words."""
     try:
         file.seek(0)
-        facts = json.load(file)
+        facts = parse_json(file.read(LONGEST).encode(), LOCK, dict[str, Any])
         mine = facts["pid"] == os.getpid() and facts["host"] == socket.gethostname()
         who = "this very process" if mine else f"process {facts['pid']} on {facts['host']}"
         command = str(facts["command"])

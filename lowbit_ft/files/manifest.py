@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .regular import open_regular, read_regular
+from .jsonfile import parse_json, read_bytes
+from .regular import open_regular
 
 MANIFEST = "lowbit_ft.json"  # of a folder of ours: a model, an adapter
 SEAL = "manifest_sha256"
 GRAIN = 2.0  # seconds; FAT's clock ticks as slowly, ext4 and NFS in milliseconds
-
-_MAX_MANIFEST = 64 << 20  # bytes
 
 _Key = tuple[int, int, int, int, int]
 _digests: dict[_Key, str] = {}
@@ -37,15 +36,8 @@ def sealed(facts: Mapping[str, Any]) -> bytes:
 
 def open_sealed(path: Path) -> dict[str, Any]:
     """The content of a manifest, without its seal. ValueError when it is missing or not what was written."""
-    try:
-        data = read_regular(path, _MAX_MANIFEST)
-        facts = json.loads(data.decode())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; not a folder that lowbit_ft wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path}: not a manifest of lowbit_ft")
+    data = read_bytes(path, "not a folder that lowbit_ft wrote")
+    facts = parse_json(data, str(path), dict[str, Any])
     try:
         whole = sealed(facts) == data
     except ValueError:  # text that is no UTF-8 when it is written again

@@ -3,10 +3,10 @@
 A recipe.yaml alone is no mark: whoever keeps recipes has one.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-from .regular import read_regular
+from .jsonfile import read_json
 
 MARKER = "started.json"
 WRITER = "lowbit_ft"
@@ -15,7 +15,6 @@ WRITER = "lowbit_ft"
 def is_run(folder: Path) -> bool:
     """Whether lowbit_ft made this folder for a run."""
     try:
-        facts = json.loads(read_regular(folder / MARKER, 1 << 16).decode())
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / MARKER, dict[str, Any]).get("writer") == WRITER
+    except ValueError:
         return False
-    return isinstance(facts, dict) and facts.get("writer") == WRITER

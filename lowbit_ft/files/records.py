@@ -7,6 +7,7 @@ names the file.
     base.json         PackedBase       what base/ was packed from
     evaluation.json   Evaluation       the table of perplexity and KL
     tasks.json        TaskTable        what lm-eval measured
+    made.json         Made             {folder: identity of the tensors that this run wrote there}
 
 A key that is more than these is kept where the file is written again, and means nothing here. The report
 reads the same files more leniently, section by section (report/files.py): it shows what is left of a run.
@@ -21,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt
 Number = Annotated[float, Strict()]  # an integer is one too, true and "1" are not
 Amount = Annotated[float, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=0)]
+
+Made = dict[StrictStr, StrictStr]
 
 
 class Record(BaseModel):

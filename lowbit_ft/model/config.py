@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
 
 from ..files.atomic import write_text
+from ..files.errors import FileError
 from ..files.jsonfile import as_shape, read_json, shown
 from ..files.tensorfile import CheckpointError, TensorEntry
 
@@ -131,7 +132,7 @@ def answered(path: Path, hint: str = "") -> Iterator[None]:
     own errors pass."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, FileError):
         raise
     except Exception as error:  # any type: see above
         text = str(error).strip().splitlines()

@@ -26,7 +26,9 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) ->
             model = model_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except Exception as error:  # a bad value of config.json raises anything: KeyError, ZeroDivisionError, ...
+    # A bad value of config.json raises anything: KeyError, ZeroDivisionError; a pad token without a row an
+    # AssertionError.
+    except Exception as error:
         fix = (
             "this model has no such attention in transformers; set model.attention: eager. "
             if (attention != "eager" and "attn_implementation" in str(error))

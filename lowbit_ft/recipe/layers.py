@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.jsonfile import read_bytes
 from ..incoming import Incoming, collapse
 from ..model.config import check_counts, read_config
 from ..model.hub import tensor_entries
@@ -214,8 +215,8 @@ def has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     try:
-        return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return b'"chat_template"' in read_bytes(folder / "tokenizer_config.json")
+    except ValueError:
         return False
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lowbit_ft.data import chat
 from lowbit_ft.data.chat import ChatTemplate, limited
-from lowbit_ft.data.read import DataError
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.evaluate.generate import encode_prompt
 from tests.checkpoint_tools import TINY
 
