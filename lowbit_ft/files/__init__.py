@@ -1,5 +1,8 @@
-"""Files that a kill cannot leave half written and two processes cannot mix (atomic.py, lock.py), manifests
-that vouch for them (manifest.py, marker.py, opened.py), one error for it all (errors.py), files that a
-stranger wrote (regular.py, jsonfile.py), what a run folder keeps in JSON (records.py), and safetensors files
-that are checked (tensorfile.py).
+"""Files that hold: nothing is left half written, nothing is believed unread, one error for whatever goes wrong.
+
+atomic.py lock.py                    what a kill cannot leave half written and two processes cannot mix
+manifest.py marker.py opened.py      what vouches for a folder of ours; whether it still is the one we opened
+regular.py jsonfile.py records.py    files of strangers, read within bounds; the JSON of a run folder
+tensorfile.py                        safetensors headers that are checked
+errors.py                            every library's file errors as ours, with the path
 """
