@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -72,7 +73,8 @@ def honest_files(folder: Path) -> None:
         num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0, pad_token_id=1,
         tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(dense)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(dense)
     for path in (ASSETS / "tiny-llama").glob("*"):
         if "token" in path.name or path.name in ("chat_template.jinja", "generation_config.json"):
             shutil.copyfile(path, dense / path.name)
@@ -178,7 +180,7 @@ def fuzz(
         verdict = judged(partial(kind.read, folder, kind.honest), folder, limit)
         assert verdict == ("fine", ""), f"{name}: an honest file is {verdict}"
         shutil.rmtree(folder)
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for number in numbers:
         if time.monotonic() > until:
             break
@@ -229,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["TQDM_DISABLE"] = "1"
     import transformers
 
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.set_verbosity(logging.CRITICAL)
     numbers = (
         [options.only] if options.only is not None else range(options.first, options.first + options.count)
     )

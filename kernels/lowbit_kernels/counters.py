@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -59,7 +58,7 @@ class _Counters:
     def of_stream(self, stream: int, count: int) -> Tensor:
         have = self.by_stream.get(stream)
         if have is None or have.numel() < count:
-            have = self.take(max(4096, triton.next_power_of_2(count)))
+            have = self.take(max(4096, 1 << (count - 1).bit_length()))
             if have is None:
                 return torch.zeros(count, dtype=torch.int32, device=self.pool.device)
             self.by_stream[stream] = have

@@ -174,7 +174,8 @@ class ChatTemplate:
                 )
         except TemplateTime as error:
             raise DataError(
-                f"the chat template takes more than {RENDER_SECONDS} seconds for {len(messages)} messages; "
+                f"{self.tokenizer.name_or_path}: the chat template takes more than {RENDER_SECONDS} seconds "
+                f"for {len(messages)} messages; "
                 "its loops do not end in time: use another chat_template.jinja"
             ) from error
         except (

@@ -15,8 +15,10 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from benchmarks.train_bench import Bench, Contender, correct, grid_of, head_of, memory
+from benchmarks.train_bed import Bench
+from benchmarks.train_bench import correct, memory
 from benchmarks.train_cases import LENGTH, MEMORY, QLORA, SPEED, Case
+from benchmarks.train_contender import Contender, grid_of, head_of
 from benchmarks.train_models import SHAPES, packed, sharing
 from benchmarks.train_report import table, write_report
 from lowbit_ft.adapters import ADAPTERS
