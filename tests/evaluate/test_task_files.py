@@ -88,7 +88,7 @@ def test_what_a_file_includes_is_read_the_same_way(folder: Path) -> None:
         file.write("process_docs: !function ../evil.pwn\n")
     assert "base.yaml:11: !function ../evil.pwn" in refused(folder, "include: deep/base.yaml\n")
     assert "includes itself" in refused(folder, "include: task.yaml\ntask: a\n")
-    assert "cannot be read as a task" in refused(folder, "include: none.yaml\ntask: a\n")
+    assert "none.yaml: missing" in refused(folder, "include: none.yaml\ntask: a\n")
 
 
 def test_a_template_reaches_no_python(folder: Path) -> None:

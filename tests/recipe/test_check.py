@@ -1,7 +1,9 @@
 """Checks of several sections at once, and what is only noted."""
 
+import json
 from pathlib import Path
 
+from lowbit_ft.files.marker import MARKER, WRITER
 from lowbit_ft.recipe.check import notes
 from lowbit_ft.recipe.recipe import load_recipe
 from tests.recipe.recipe_text import GOOD, refused, write
@@ -20,6 +22,7 @@ def test_packages_that_are_not_installed(monkeypatch):
 def test_existing_run_is_noted_not_refused():
     Path("runs/test").mkdir(parents=True)
     Path("runs/test/recipe.yaml").write_text(GOOD)
+    Path("runs/test", MARKER).write_text(json.dumps({"writer": WRITER}))
     assert any("continued" in note for note in notes(load_recipe(write(GOOD))))
 
 
