@@ -10,8 +10,9 @@ import torch
 from benchmarks.continue_asset import chat_tokens, chats_of, read_files, share_that_ends
 from lowbit_ft import pipeline
 from lowbit_ft.data.chat import ChatTemplate
-from lowbit_ft.evaluate.generate import encode_prompt, read_tokenizer
+from lowbit_ft.evaluate.generate import encode_prompt
 from lowbit_ft.export.reader import load_exported
+from lowbit_ft.model.tokenizer import read_tokenizer
 from lowbit_ft.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
