@@ -243,6 +243,7 @@ def test_generate_refuses(answered: tuple[Path, Any, Any], tmp_path: Path) -> No
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         generate(model, ["x"], tokenizer=bare, chat=True)
+    templated = read_tokenizer(folder)
     assert generate(model, ["x"], max_new_tokens=2, tokenizer=bare) == generate(
-        folder, ["x"], max_new_tokens=2, chat=False
+        model, ["x"], max_new_tokens=2, tokenizer=templated, chat=False
     )

@@ -111,13 +111,12 @@ def load_exported(
         made = load_config(folder)
         model = model_class(made).from_pretrained(
             str(folder),
-            config=made,
             dtype=kind if method else dtype or "auto",
             device_map=None if device == "cpu" or method == Native.quant_method else device,
             attn_implementation=attention,  # None: the best one the model has
             local_files_only=True,
             trust_remote_code=False,
-            **options,
+            **{"config": made, **options},  # a GGUF file brings its own
         )
     if method == Native.quant_method and device != "cpu":
         model = to_device(model, device, folder)

@@ -147,3 +147,13 @@ def test_what_is_not_ours_beside_the_target_stays(tmp_path: Path) -> None:
             (stage / "a").write_text("new")
     assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "m"])
     assert all((tmp_path / name / "a").read_text() == "mine" for name in theirs)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"\xff", b"[1]", b"{}"])
+def test_a_holder_that_says_nonsense_is_a_holder(content: bytes, tmp_path: Path) -> None:
+    with (tmp_path / LOCK).open("wb") as file:
+        file.write(content)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(FileError, match="another process is writing .*: one that has started"):
+            FolderLock(tmp_path)

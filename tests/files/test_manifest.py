@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from lowbit_ft.files import manifest
 from lowbit_ft.files.errors import FileError, reading, writing
 from lowbit_ft.files.manifest import MANIFEST, SEAL, changed_files, file_entry, identity, open_sealed, sealed
+from lowbit_ft.files.marker import MARKER, is_run
 from lowbit_ft.files.tensorfile import CheckpointError, load_tensors, read_header
 
 FACTS = {"writer": "lowbit_ft", "files": {"ü.bin": {"bytes": 3, "sha256": "ab" * 32}}, "layers": {}}
@@ -139,3 +140,21 @@ def test_a_header_with_a_name_twice_is_an_error_of_ours(tmp_path: Path) -> None:
     for read in (read_header, load_tensors):
         with pytest.raises(CheckpointError, match=r"twice\.safetensors: damaged header: 'a' is there twice"):
             read(path)
+
+
+def test_a_manifest_or_mark_of_a_stranger_is_not_waited_for(tmp_path: Path) -> None:
+    """Pipes, devices, JSON without an end: one message that names the file, and no run is seen."""
+    for name in (MANIFEST, MARKER):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=r"lowbit_ft\.json: got a pipe"):
+        open_sealed(tmp_path / MANIFEST)
+    assert not is_run(tmp_path)
+    for name in (MANIFEST, MARKER):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"lowbit_ft\.json: not readable JSON \(nested deeper"):
+        open_sealed(tmp_path / MANIFEST)
+    assert not is_run(tmp_path)
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="zero: got a device"):
+        file_entry(tmp_path / "zero")
