@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import load_exported
+from lowbit_ft.files.manifest import MANIFEST, file_entry, open_sealed, sealed
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
@@ -109,6 +110,12 @@ def test_merge_refuses_codes_that_are_not_the_written_ones(tmp_path: Path) -> No
     name = next(key for key in state if key.endswith(".B"))
     state[name] = state[name] + 0.5
     save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: its content is not the one"):
+        pipeline.merge(out)
+    facts = open_sealed(out / "adapter" / MANIFEST)  # as if it had been written so
+    facts["files"][path.name] = file_entry(path)
+    (out / "adapter" / MANIFEST).write_bytes(sealed(facts))
+    RunDir(out).made("adapter")
     with pytest.raises(
         ValueError, match=r"is not what base/ and adapter/ merge to:\nmerge: .* are not the written ones"
     ):

@@ -170,9 +170,7 @@ def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"serving needs uvicorn; run pip install 'lowbit-ft\[serve\]'"):
         serve(tmp_path, [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(
-        ValueError, match="config.json: missing; give the folder of a Hugging Face checkpoint"
-    ):
+    with pytest.raises(ValueError, match="config.json: missing; give the folder of a Hugging Face"):
         serve(tmp_path, [])
 
 
