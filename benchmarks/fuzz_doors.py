@@ -198,12 +198,17 @@ def _honest_verdict(run: Path) -> None:
     if 'class="verdict good"' not in page:
         return
     rows = json.loads((run / "evaluation.json").read_bytes())["rows"]
-    last = {row["stage"]: row["perplexity"] for row in rows if isinstance(row, dict) and "stage" in row}
+    last = {
+        row["stage"]: row.get("perplexity") for row in rows if isinstance(row, dict) and "stage" in row
+    }
     values = [last.get(stage) for stage in ("trained", "merged", "exported")]
     numbers = [
         v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
     ]
-    native = re.search(r"format:\s*native", (run / "recipe.yaml").read_text(errors="replace"))
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():  # made a device: reading it would never end
+        return
+    native = re.search(r"format:\s*native", recipe.read_text(errors="replace"))
     if len({f"{v:.4f}" for v in numbers}) != 1 or len(numbers) < (2 if native else 3):
         raise Nonsense(f"the report calls {values} equal")
 

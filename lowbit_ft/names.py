@@ -81,15 +81,15 @@ def _refuse_large(pattern: str) -> None:
         )
 
 
-def nearest(word: object, allowed: Iterable[object]) -> str:
+def nearest(word: object, allowed: Iterable[object], cutoff: float = 0.5) -> str:
     """The allowed word that was meant: what another tool's word for it is here, or the closest one to what
-    was typed; '' when none is close."""
+    was typed; '' when none is close. cutoff: how much of the letters must be the same, in (0, 1]."""
     if len(str(word)) > MAX_PATTERN:
         return ""  # not a typing error, and comparing it takes as long as it is
     by_lower = {str(name).lower(): str(name) for name in allowed}
     if (ours := ELSEWHERE.get(str(word).lower())) in by_lower:
         return by_lower[ours]
-    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else ""
 
 

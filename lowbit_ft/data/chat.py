@@ -77,7 +77,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                "the tokenizer has no chat template, which format: chat needs; use format: completion, "
+                f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, which format: chat "
+                "needs; use format: completion, "
                 "or put a chat_template.jinja beside the tokenizer"
             )
         self.tokenizer = tokenizer

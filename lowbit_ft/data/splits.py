@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files.regular import read_card
 from .errors import DataError, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -190,7 +191,7 @@ def _declared(source: Any, folder: Path, names: Sequence[str]) -> dict[str, list
     from huggingface_hub import DatasetCard
 
     try:
-        card: Any = DatasetCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        card: Any = DatasetCard(read_card(readme), ignore_metadata_errors=True)
         configs = MetadataConfigs.from_dataset_card_data(card.data)
     except Exception as error:  # YAML, its checks and text encoding each have their own kind
         raise DataError(f"its YAML header cannot be read: {first_line(error)}", str(readme)) from error

@@ -13,6 +13,9 @@ from io import FileIO
 from pathlib import Path
 
 
+MAX_CARD = 4 << 20  # bytes of a README.md that is read: the longest cards of the hub have some 100 kB
+
+
 def open_regular(path: str | Path) -> FileIO:
     """The file opened for reading, unbuffered. OSError as `open` raises it; ValueError naming the file when
     it is no regular file."""
@@ -41,6 +44,16 @@ def read_regular(path: str | Path, limit: int) -> bytes:
         if not left:
             raise ValueError(f"{path}: got more than {limit} bytes; it grew while it was read")
     return b"".join(parts)
+
+
+def read_card(path: str | Path) -> str:
+    """The text of a README.md. OSError as `open` raises it; ValueError naming the file when it is too large,
+    no regular file or no text."""
+    data = read_regular(path, MAX_CARD)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or remove it") from None
 
 
 def irregular(path: str | Path) -> str | None:

@@ -24,6 +24,7 @@ from ..files.atomic import leftover_of, staged_folder
 from ..files.errors import writing
 from ..files.jsonfile import read_json
 from ..files.manifest import MANIFEST, changed_files, file_entry, open_sealed, sealed
+from ..files.regular import read_card
 from ..files.tensorfile import is_finite, load_tensors, save_tensors
 from ..names import did_you_mean
 from ..recipe.errors import to_problems
@@ -146,7 +147,7 @@ def say_on_card(folder: Path) -> None:
     card when there is none. A card that has it stays as it is.
     """
     path = folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else CARD
+    text = read_card(path) if path.exists() else CARD
     if IMPORT_FIRST in text:
         return
     front, end, rest = ("", "", text)

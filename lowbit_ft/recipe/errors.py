@@ -89,8 +89,13 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     fields = model.model_fields if model is not None else {}
 
     if kind == "extra_forbidden":
+        # A word that is nearly a key is that key; of what is only like several, one that is not set yet.
         unused = [name for name in fields if not (isinstance(holder, dict) and name in holder)]
-        close = nearest(inside[-1], unused) or nearest(inside[-1], fields)
+        close = (
+            nearest(inside[-1], fields, cutoff=0.8)
+            or nearest(inside[-1], unused)
+            or nearest(inside[-1], fields)
+        )
         hint = f"; did you mean '{close}'?" if close else ""
         return Problem(path, f"unknown key{hint}; allowed: {', '.join(fields)}")
     if kind == "missing":

@@ -12,7 +12,7 @@ import pytest
 
 from lowbit_ft.files.jsonfile import MAX_DEPTH, read_json
 from lowbit_ft.files.records import Environment, Evaluation, StageTime
-from lowbit_ft.files.regular import irregular, open_regular, read_regular
+from lowbit_ft.files.regular import MAX_CARD, irregular, open_regular, read_card, read_regular
 from lowbit_ft.files.tensorfile import CheckpointError, read_header
 
 BAD_JSON: dict[str, tuple[bytes, Any, str]] = {
@@ -87,3 +87,16 @@ def test_pipes_devices_and_folders_are_not_opened(tmp_path: Path) -> None:
     assert irregular(tmp_path / "nothing") is None
     (tmp_path / "file").write_bytes(b"abc")
     assert read_regular(tmp_path / "file", 3) == b"abc" and irregular(tmp_path / "file") is None
+
+
+def test_a_card_is_text_of_some_size(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("# a model \N{GREEK SMALL LETTER ALPHA}", encoding="utf-8")
+    assert read_card(card) == card.read_text(encoding="utf-8")
+    card.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="README.md: not UTF-8 text"):
+        read_card(card)
+    with card.open("wb") as file:
+        file.truncate(MAX_CARD + 1)  # sparse
+    with pytest.raises(ValueError, match="README.md.*at most"):
+        read_card(card)

@@ -11,6 +11,12 @@ BAD = [
         "r.yaml:19: train.stpes: unknown key; did you mean",
     ),
     (
+        "a key that is set, mistyped",
+        ("max_steps: 10", "max_steps: 10\n  max_stepz: 3"),
+        (),
+        "r.yaml:19: train.max_stepz: unknown key; did you mean 'max_steps'",
+    ),
+    (
         "number",
         ("learning_rate: 1e-4", "learning_rate: fast"),
         (),
