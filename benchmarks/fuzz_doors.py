@@ -198,9 +198,7 @@ def _honest_verdict(run: Path) -> None:
     if 'class="verdict good"' not in page:
         return
     rows = json.loads((run / "evaluation.json").read_bytes())["rows"]
-    last = {
-        row["stage"]: row.get("perplexity") for row in rows if isinstance(row, dict) and "stage" in row
-    }
+    last = {row["stage"]: row.get("perplexity") for row in rows if isinstance(row, dict) and "stage" in row}
     values = [last.get(stage) for stage in ("trained", "merged", "exported")]
     numbers = [
         v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)

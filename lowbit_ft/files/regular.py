@@ -12,7 +12,6 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-
 MAX_CARD = 4 << 20  # bytes of a README.md that is read: the longest cards of the hub have some 100 kB
 
 
