@@ -35,7 +35,7 @@ Span = tuple[int, int]  # characters [start, end)
 
 # A template is a program of a stranger. The sandbox of transformers keeps it from everything but time: a
 # range in a range in a range runs for years. An honest one takes milliseconds.
-RENDER_SECONDS = 10
+RENDER_SECONDS = 3
 _MARKER = "Zq7MarkerTurnQz"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
