@@ -114,19 +114,24 @@ def eval_batches(session: Session, model: Any) -> list[Batch]:
 
 
 def calibration_batches(session: Session) -> list[Batch]:
-    """Token windows for gptq, from quant.calibration.path or the training rows: a seeded choice among the
-    first 4 x samples, so that a large or remote data set is not read whole."""
-    recipe, wanted = session.recipe, session.recipe.quant.calibration
-    source = recipe.data.train
-    if wanted.path is not None:
-        kind = "text" if Path(wanted.path).suffix == ".txt" else source.format
-        source = DataSource(path=wanted.path, format=kind)
-    pool = first_windows(
-        session, source, 4 * wanted.samples, {"sequence_len": wanted.sequence_len, "train_on": "all"}
-    )
-    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(wanted.samples, len(pool)))
+    """Token windows for a calibrator that looks at text."""
+    wanted = session.recipe.quant.calibration
+    size = max(1, 4096 // wanted.sequence_len)
+    return calibration_windows(session, wanted.samples, wanted.sequence_len, size)
+
+
+def calibration_windows(session: Session, samples: int, sequence_len: int, size: int) -> list[Batch]:
+    """Batches of `size` token windows from quant.calibration.path or the training rows: a seeded choice among
+    the first 4 x samples, so that a large or remote data set is not read whole."""
+    recipe = session.recipe
+    source, path = recipe.data.train, recipe.quant.calibration.path
+    if path is not None:
+        kind = "text" if Path(path).suffix == ".txt" else source.format
+        source = DataSource(path=path, format=kind)
+    pool = first_windows(session, source, 4 * samples, {"sequence_len": sequence_len, "train_on": "all"})
+    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(samples, len(pool)))
     chosen = Examples(pool[i] for i in sorted(picked))
-    size = min(len(chosen), max(1, 4096 // wanted.sequence_len))
+    size = min(len(chosen), size)
     found = Batches(chosen, size, session.pad_id, 0, shuffle=False).one_epoch()
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
 

@@ -1,4 +1,6 @@
-"""train: adapters on the packed base, trained, and adapter/ written."""
+"""train: adapters on the packed base, fitted to the dense layers if the recipe says so, trained, and adapter/
+written.
+"""
 
 import gc
 from functools import partial
@@ -21,6 +23,7 @@ from ..train.processes import world
 from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import trained_model
+from .reconstruct import reconstruct_stage
 
 
 class RunStopped(Exception):
@@ -28,32 +31,17 @@ class RunStopped(Exception):
 
 
 def train_stage(session: Session, model: Any, examples: Examples) -> Any:
-    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on
+    """Attach, reconstruct and train (train.max_steps: 0 leaves it at that); writes adapter/. Returns the trained model, whole, on the main process and None on
     the others. RunStopped when a signal ended it before the last step."""
     recipe, run_dir = session.recipe, session.run
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
+    fitted = reconstruct_stage(session, model)
     share_base(session, model)
-    with run_dir.stage("train", session.device, resumable=True):
-        result = train(
-            model,
-            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
-            valid_batches(session, model),
-            recipe.train,
-            run_dir.path,
-            meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
-            resume=True,
-            on_step=partial(begin_step, model),
-            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
-            after_step=session.check_files,
-            console=session.console,
-        )
-    if result.stopped:
-        raise RunStopped(
-            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
-        )
+    if recipe.train.max_steps != 0:
+        optimize(session, model, examples, digest, fitted)
     # by all processes, for the one that writes
     state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
     if not run_dir.main:
@@ -67,6 +55,32 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     gc.collect()
     release_freed()
     return trained_model(session)
+
+
+def optimize(session: Session, model: Any, examples: Examples, digest: str, fitted: str | None) -> None:
+    """The training steps. digest: of the base; fitted: what the adapters were fitted to before, if they were.
+    RunStopped when a signal ended it before the last step.
+    """
+    recipe, run_dir = session.recipe, session.run
+    meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
+    with run_dir.stage("train", session.device, resumable=True):
+        result = train(
+            model,
+            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
+            valid_batches(session, model),
+            recipe.train,
+            run_dir.path,
+            meta=meta if fitted is None else {**meta, "reconstruct": fitted},
+            resume=True,
+            on_step=partial(begin_step, model),
+            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
+            after_step=session.check_files,
+            console=session.console,
+        )
+    if result.stopped:
+        raise RunStopped(
+            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
+        )
 
 
 def attach_adapters(session: Session, model: Any) -> None:

@@ -19,12 +19,15 @@ from ..paths import path_is
 from ..values import OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
+from .reconstruct import ReconstructSection
 
 
 class TrainSection(Section):
     """How it is trained."""
 
-    max_steps: Count | None = Field(default=None, description="optimizer steps; give this or epochs")
+    max_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="optimizer steps; give this or epochs. 0: reconstruct only"
+    )
     epochs: Positive | None = Field(
         default=None, description="passes over data.train; give this or max_steps"
     )
@@ -33,6 +36,10 @@ class TrainSection(Section):
     learning_rate: Positive = Field(default=1e-3, description="of the low-rank matrices A and B")
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
+    )
+    reconstruct: ReconstructSection | None = Field(
+        default=None,
+        description="fit the adapters to the dense layers first, one after the other; null: start as attached",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -142,6 +149,11 @@ class TrainSection(Section):
                 f"max_steps {self.max_steps} and epochs {self.epochs}; allowed: exactly one of them; set "
                 "max_steps or epochs"
             )
+        if self.max_steps == 0 and self.reconstruct is None:
+            raise ValueError(
+                "max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more, or reconstruct: {} "
+                "(then the run is a post-training quantizer)"
+            )
         return self
 
 
@@ -184,6 +196,8 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
         )
+    if train.keep_best and train.max_steps == 0:
+        yield Problem(("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false")
     if wrong := SCHEDULERS[train.scheduler].problem(train):
         yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
