@@ -23,7 +23,7 @@ from ..plan.fixes import (
     largest_length,
 )
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
-from ..plan.stages import throughput
+from ..plan.stages import reconstruct_tokens, throughput
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
 
@@ -76,10 +76,12 @@ def show_plan(
         )
         return None
     planner = Planner(recipe, folder, card, processes)
+    trains = recipe.train.max_steps != 0
     _show_layers(made, console)
-    _show_parts(made, console)
+    if trains:
+        _show_parts(made, console)
     _show_stages(made, console)
-    if search:
+    if search and trains:
         _show_largest(planner, made, console)
     _show_needs(recipe, made, console, tokens_per_second)
     for note in made.notes:
@@ -145,7 +147,7 @@ def refusal(recipe: Recipe) -> str | None:
         made = plan(recipe, folder, card) if folder is not None else None
         if (
             made is None
-            or made.stages["training"] <= card.nbytes
+            or made.stages.get("training", 0) <= card.nbytes
             or (made.notes and made.certain <= card.nbytes)
         ):
             return None
@@ -177,6 +179,8 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     rates = (
         f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
     )
+    fitted = train.reconstruct
+    first = f"reconstruct {fitted.steps} steps a layer on {fitted.inputs} inputs, then " if fitted else ""
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
@@ -193,7 +197,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ),
         (
             "train",
-            f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
+            f"{first}{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
             f"{rates}",
         ),
         ("export", recipe.export.format),
@@ -259,7 +263,7 @@ def _show_parts(made: Plan, console: Console) -> None:
             cell, text = "", f"{made.moments[name] / 1e9:.3f} GB, but at another moment ({text})"
         table.add_row(name, cell, escape(text))
     table.add_section()
-    table.add_row("total", f"{made.stages['training'] / 1e9:.3f}", f"{made.trainable:,} trained parameters")
+    table.add_row("total", f"{sum(made.parts.values()) / 1e9:.3f}", f"{made.trainable:,} trained parameters")
     console.print(table)
 
 
@@ -319,6 +323,15 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
+    if section := recipe.train.reconstruct:
+        alike = reconstruct_tokens(recipe)
+        line = (
+            f"reconstruct: {section.steps} steps of {section.micro_batch_size * section.sequence_len:,} tokens "
+            f"in every decoder layer, as much work as training on {alike / 1e6:,.1f} million tokens"
+        )
+        _say(console, line + (f", about {_duration(alike / rate)}" if rate else ""))
+    if steps == 0:
+        return
     if steps is None:
         _say(
             console,

@@ -104,7 +104,9 @@ class LayerWalk:
             if keep is not None:
                 keep(number, out)
 
-    def call(self, index: int, number: int, hidden: Tensor, layer: Callable[..., Any] | None = None) -> Tensor:
+    def call(
+        self, index: int, number: int, hidden: Tensor, layer: Callable[..., Any] | None = None
+    ) -> Tensor:
         """The output [B, L, H] of layer `index` (or of one that stands in for it) for these hidden states,
         with what the model gives it beside them for batch `number`.
         """

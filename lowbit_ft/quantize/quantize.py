@@ -7,7 +7,8 @@ PackedLinears.
 Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of
 rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read,
 the inputs of its linears are summed into Hessians, its linears are packed in place, and the text goes on
-through the packed layer, so later layers see the errors of earlier ones. A checkpoint that is quantized
+through the packed layer, so later layers see the errors of earlier ones. signround walks too, and rounds all
+linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is quantized
 already (incoming/) is not calibrated: its codes are repacked as they are.
 """
 
@@ -30,6 +31,7 @@ from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
 from ..train.memory import release_freed
 from .adopt import check_adopted
+from .blocks import DenseBlock, DenseStream
 from .memory import BLOCK_BYTES, HESSIAN_BYTES
 from .table import QuantRow, QuantTable, check_shapes, plan_layers, some
 
@@ -121,18 +123,22 @@ class Packing:
         return self.model.eval()
 
     def _walked(self) -> Iterator[tuple[str, Weight]]:
-        """The linears of the decoder layers, by gptq."""
+        """The linears of the decoder layers, by a calibrator that looks at text."""
         assert self.calibration is not None
         walk = LayerWalk(
             self.model, self.checkpoint, self.calibration(), self.device, self.dtype, logits=False
         )
         if not self.keep:
             walk.forget_rest()
+        stream = DenseStream(walk) if self.calibrator.block is not None else None
         for index, layer_name, layer in walk:
             inside = {n: self.model.get_submodule(n) for n in self.targets if n.startswith(layer_name + ".")}
             experts = {name for name in inside if self.targets[name].expert is not None}
             made: dict[str, Weight] = {}
-            for part in _passes(inside):
+            if stream is not None and inside:
+                made = self._pack_block(stream, index, f"{layer_name}.", list(inside))
+                yield from made.items()
+            for part in _passes(inside) if stream is None else ():
                 hessians = _hessians(walk, index, part, experts)
                 for name in part:
                     made[name] = self._pack(name, hessians.pop(name, None))
@@ -154,14 +160,12 @@ class Packing:
             run, note = CALIBRATORS[grid.start], f"outside the decoder layers: calibrated by {grid.start}"
             if matrix.expert is not None:
                 note = f"no calibration token reached this expert: calibrated by {grid.start}"
-        stats = Stats(hessian=hessian, p=self.quant.mse_p, damping=self.quant.calibration.damping)
+        stats = self._stats(hessian)
         parts, error, size = [], 0.0, 0.0
         for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if hessian is None else None):
             # As stored, whatever the model's dtype: scales are searched on these weights, in fp32, some rows
             # at a time.
-            weight = self.checkpoint.matrix(
-                name, device=self.device, dtype=self.checkpoint.stored_matrix_dtype(name), rows=rows
-            )
+            weight = self._stored(name, rows)
             parts.append(run.run(weight, grid, stats))
             off, whole = _squares(weight, parts[-1])
             error, size = error + off, size + whole
@@ -170,6 +174,32 @@ class Packing:
         error = error / max(size, 1e-30)
         self._said(name, base, note, error)
         return base
+
+    def _pack_block(
+        self, stream: DenseStream, index: int, prefix: str, names: list[str]
+    ) -> dict[str, Weight]:
+        """All linears of a decoder layer at once, by their effect on its output."""
+        assert self.calibrator.block is not None
+        grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
+        unit = stream.advance(index)
+        weights = {name: self._stored(name).float() for name in names}
+        block = DenseBlock(stream, index, prefix, weights, grids, unit)
+        made, (before, after) = self.calibrator.block(block, self._stats())
+        for name, base in made.items():
+            off, whole = _squares(weights[name], base)
+            self._said(name, base, f"its layer's loss {before:.5f} -> {after:.5f}", off / max(whole, 1e-30))
+        return made
+
+    def _stats(self, hessian: Tensor | None = None) -> Stats:
+        quant = self.quant
+        return Stats(
+            hessian=hessian, p=quant.mse_p, damping=quant.calibration.damping, steps=quant.calibration.steps
+        )
+
+    def _stored(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The matrix [N, K] of a layer, or some of its rows, in the dtype of the files."""
+        dtype = self.checkpoint.stored_matrix_dtype(name)
+        return self.checkpoint.matrix(name, device=self.device, dtype=dtype, rows=rows)
 
     def _adopt(self, name: str) -> Weight:
         grid = self.quant.grid_for(name)

@@ -82,7 +82,9 @@ def reconstruct_stage(session: Session, model: Any) -> str | None:
 
 def progress(number: int, count: int, fit: Fit, left: float) -> str:
     """A line for a finished layer; left: seconds that the others will take."""
-    told = f"loss {fit.before:.5f} -> {fit.after:.5f} (step {fit.step})" if fit.trained else "no adapter in it"
+    told = (
+        f"loss {fit.before:.5f} -> {fit.after:.5f} (step {fit.step})" if fit.trained else "no adapter in it"
+    )
     return f"reconstruct: layer {number} of {count}  {told}  {fit.seconds:.0f} s, {left:.0f} s left"
 
 

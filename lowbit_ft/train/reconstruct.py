@@ -14,8 +14,8 @@ The unit is the square of what the dense layer adds to the stream: 0.01 is an er
 that of leaving the layer out. What trains is all that the method trains (A, B, scales, zero points, offsets,
 plane scales), through the same forward as in training, so the merge stays exact. Adam, two rates, both
 falling linearly to zero; windows in an order drawn from the seed and the layer's number. The loss over all
-windows is measured before, CHECKS times on the way and at the end, and the best of these states is kept: it
-never ends above its start. (mixed is measured on x^.)
+windows is measured before, on the way and at the end, and the best of these states is kept: it never ends
+above its start (grid/calibrate/descent.py). (mixed is measured on x^.)
 
 Memory beside the packed model: one dense layer while its outputs are made, which is then dropped; gradients
 and Adam's averages of one packed layer; activations of one micro-batch. Hidden states wait on the CPU.
@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from ..adapters import is_scale
 from ..adapters.attach import adapted_layers, adapter_state, load_adapter_state
+from ..grid.calibrate.descent import descend
 from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
 from ..model.walk import Batch, LayerWalk, decoder_layers, entering
 
-CHECKS = 4  # looks at the loss of all windows while a layer is fitted, the last one at the end
+BETAS = (0.9, 0.99)  # of Adam: a layer has few steps, and its gradients are alike
 CPU = torch.device("cpu")
 
 
@@ -76,50 +77,42 @@ class LayerText:
             return x
         return torch.where(torch.rand(x.shape, generator=generator) < 0.5, x, self.dense[number])
 
-    def loss(self, number: int, inputs: Tensor) -> Tensor:
+    @property
+    def batches(self) -> int:
+        return len(self.targets)
+
+    def loss(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         """Of one batch, fp32, differentiable."""
-        out = self.call(number, inputs)
+        out = self.call(number, self.inputs(number, generator))
         target = self.targets[number].to(out.device)
         return (out.float() - target.float()).square().mean() / self.unit
 
     @torch.no_grad()
     def whole(self) -> float:
-        """The loss over all windows."""
-        total = sum(float(self.loss(n, self.inputs(n))) * t.numel() for n, t in enumerate(self.targets))
-        return total / sum(t.numel() for t in self.targets)
+        """Over all windows."""
+        total = sum(float(self.loss(n)) * target.numel() for n, target in enumerate(self.targets))
+        return total / sum(target.numel() for target in self.targets)
 
 
-def fit(trained: dict[str, nn.Parameter], text: LayerText, section: Any, seed: int) -> tuple[float, float, int]:
-    """Train `trained` in place by a ReconstructSection; returns the loss before, after, and the step that was
-    kept. ValueError when the loss is not a number.
-    """
+def fit(
+    trained: dict[str, nn.Parameter], text: LayerText, section: Any, seed: int
+) -> tuple[float, float, int]:
+    """Train `trained` in place by a ReconstructSection; the loss before, after, and the step that was kept."""
     rates = {True: section.scale_learning_rate, False: section.learning_rate}
     groups = [
         {"params": parameters, "lr": rate, "peak": rate}
         for scale, rate in rates.items()
         if (parameters := [p for name, p in trained.items() if is_scale(name) == scale])
     ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(seed)
-    before = best = _finite(text.whole(), 0)
-    kept, kept_step = _copied(trained), 0
-    checks = {round(section.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    order: list[int] = []
-    for step in range(section.steps):
-        order = order or torch.randperm(len(text.targets), generator=generator).tolist()
-        number = order.pop()
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+
+    def step(share: float) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - step / section.steps)
-        with torch.enable_grad():
-            text.loss(number, text.inputs(number, generator)).backward()
+            group["lr"] = group["peak"] * share
         optimizer.step()
         optimizer.zero_grad()
-        if step + 1 in checks and (now := _finite(text.whole(), step + 1)) < best:
-            best, kept, kept_step = now, _copied(trained), step + 1
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(kept[name])
-    return before, best, kept_step
+
+    return descend(trained, text, section.steps, seed, step, "train.reconstruct")
 
 
 def reconstruct(
@@ -195,19 +188,6 @@ def _dense_outputs(walk: LayerWalk, index: int) -> tuple[list[Tensor], float]:
 
     walk.run(index, keep)
     return outputs, max(float(added) / sum(out.numel() for out in outputs), 1e-30)
-
-
-def _copied(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-
-def _finite(loss: float, step: int) -> float:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise ValueError(
-            f"train.reconstruct: the loss of a layer is {loss} after {step} steps: lower "
-            "train.reconstruct.learning_rate and scale_learning_rate, or check the dense model (model.dtype)"
-        )
-    return loss
 
 
 @contextmanager

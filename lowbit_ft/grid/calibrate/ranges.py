@@ -24,12 +24,14 @@ CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in 
 @dataclass(frozen=True)
 class Stats:
     """Inputs of a calibration. hessian [K, K] = sum over calibration tokens of x x^T (gptq); p: exponent of
-    `mse`.
+    `mse`; steps, seed: of signround.
     """
 
     hessian: Tensor | None = None
     p: float = 2.4
     damping: float = 0.01
+    steps: int = 200
+    seed: int = 0
 
 
 def round_scale(scale: Tensor, grid: IntGrid) -> Tensor:

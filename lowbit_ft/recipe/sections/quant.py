@@ -26,7 +26,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 class CalibrationSection(Section):
-    """Text that data-driven calibrators (gptq) look at."""
+    """Text that data-driven calibrators (gptq, signround) look at."""
 
     path: str | None = Field(
         default=None, description="text, jsonl, ... or a hub data set; null: the rows of data.train"
@@ -35,6 +35,9 @@ class CalibrationSection(Section):
     sequence_len: Count = Field(default=512, description="tokens per window")
     damping: Positive = Field(
         default=0.01, description="gptq: fraction of the mean Hessian diagonal that is added to it"
+    )
+    steps: Count = Field(
+        default=200, description="signround: steps in every decoder layer, a batch of 4096 tokens each"
     )
 
 
@@ -68,7 +71,7 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
-        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
+        description="integer: absmax, minmax, mse, gptq, signround (default mse); binary: greedy, alternating "
         "(default greedy); "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
@@ -82,7 +85,7 @@ class QuantSection(Section):
         default=2.4, description="mse: the error norm |w - w_hat|^p that the clipping search minimises"
     )
     calibration: CalibrationSection = Field(
-        default_factory=lambda: CalibrationSection(), description="text for gptq"
+        default_factory=lambda: CalibrationSection(), description="text for gptq and signround"
     )
     targets: Literal["all-linear"] | list[str] = Field(
         default="all-linear",
@@ -135,6 +138,11 @@ class QuantSection(Section):
     def reads_text(self) -> bool:
         """The calibrator looks at text (quant.calibration)."""
         return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the calibrator rounds the linears of a decoder layer together."""
+        return self.reads_text and CALIBRATORS[self.calibrate].block is not None
 
     @property
     def from_checkpoint(self) -> bool:

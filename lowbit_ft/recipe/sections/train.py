@@ -197,7 +197,9 @@ def check_train(r: Any) -> Problems:
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
         )
     if train.keep_best and train.max_steps == 0:
-        yield Problem(("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false")
+        yield Problem(
+            ("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false"
+        )
     if wrong := SCHEDULERS[train.scheduler].problem(train):
         yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
