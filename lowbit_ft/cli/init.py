@@ -40,7 +40,7 @@ quant:
   group_size: {group:<4}                   # {group_why}
   symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers
   residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept for training; never ship
-  calibrate: mse                     # absmax, minmax, mse, gptq (better at 2 and 3 bits, takes minutes)
+  calibrate: mse                     # absmax, minmax, mse; gptq, signround: better at 2 and 3 bits, take minutes
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
   overrides: []                      # [{{match: "*.down_proj", bits: 8}}]; the last match wins
@@ -61,7 +61,8 @@ data:
   on_bad_row: error                  # skip counts malformed rows and goes on
 
 train:
-  max_steps: 1000                    # or epochs: 1
+  max_steps: 1000                    # or epochs: 1; 0 with reconstruct: quantize only
+  # reconstruct: {{}}                  # fit each layer to the dense one first: a better start at 2 and 3 bits
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
   learning_rate: 1e-3                # of the low-rank matrices

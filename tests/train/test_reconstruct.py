@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.packed_tools import adapter_config, tiny_checkpoint
 from tests.toy import equal
 
 CPU = torch.device("cpu")
+BASES: dict[str, Any] = {}  # settings -> packed model, to be copied
 EXACT = [method for method, config in ADAPTERS.items() if config.exact_merge]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "integer": [
@@ -39,7 +41,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"), num_hidden_layers=3)
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"), **small)
     return Checkpoint.open(folder, dtype="float32")
 
 
@@ -52,8 +55,11 @@ def adapted(checkpoint: Checkpoint, method: str = "lr_qat", seed: int = 0, **qua
     settings = {"bits": 2, "group_size": 64, "calibrate": "mse"} | quant
     if settings.get("grid") == "binary":
         settings["calibrate"] = "greedy"
-    section = QuantSection.model_validate(settings)
-    model = quantize(checkpoint, section, calibration=text)[0]
+    key = repr(settings)
+    if key not in BASES:
+        section = QuantSection.model_validate(settings)
+        BASES[key] = quantize(checkpoint, section, calibration=text)[0]
+    model = copy.deepcopy(BASES[key])
     torch.manual_seed(seed)
     attach(model, adapter_config(method))
     return model
