@@ -40,7 +40,7 @@ quant:
   group_size: {group:<4}                   # {group_why}
   symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers
   residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept for training; never ship
-  calibrate: mse                     # absmax, minmax, mse; gptq, signround: better at 2 and 3 bits, take minutes
+  calibrate: mse                     # absmax, minmax, mse; gptq, signround: better at 2 and 3 bits, minutes
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
   overrides: []                      # [{{match: "*.down_proj", bits: 8}}]; the last match wins

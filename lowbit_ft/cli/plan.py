@@ -325,8 +325,9 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
     if section := recipe.train.reconstruct:
         alike = reconstruct_tokens(recipe)
+        tokens = section.micro_batch_size * section.sequence_len
         line = (
-            f"reconstruct: {section.steps} steps of {section.micro_batch_size * section.sequence_len:,} tokens "
+            f"reconstruct: {section.steps} steps of {tokens:,} tokens "
             f"in every decoder layer, as much work as training on {alike / 1e6:,.1f} million tokens"
         )
         _say(console, line + (f", about {_duration(alike / rate)}" if rate else ""))

@@ -31,8 +31,9 @@ class RunStopped(Exception):
 
 
 def train_stage(session: Session, model: Any, examples: Examples) -> Any:
-    """Attach, reconstruct and train (train.max_steps: 0 leaves it at that); writes adapter/. Returns the trained model, whole, on the main process and None on
-    the others. RunStopped when a signal ended it before the last step."""
+    """Attach, reconstruct and train (train.max_steps: 0 leaves it at that); writes adapter/. Returns the
+    trained model, whole, on the main process and None on the others. RunStopped when a signal ended it before
+    the last step."""
     recipe, run_dir = session.recipe, session.run
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?

@@ -5,10 +5,10 @@ before l and x^ those that the packed model itself has there (its earlier layers
 
     loss = sum |F^(u) - F(x)|^2  /  sum |F(x) - x|^2          both sums over all calibration tokens and widths
 
-    u = x^                          inputs: quantized    what inference sees; earlier errors are made good too
-    u = x                           inputs: dense        every layer by itself
-    u = x^ or x, number by number   inputs: mixed        a fair coin for each, thrown anew in each step (QDrop,
-                                                         arXiv 2203.05740, section 4.3)
+    u = x^                        inputs: quantized    what inference sees; earlier errors are made good too
+    u = x                         inputs: dense        every layer by itself
+    u = x^ or x, one by one       inputs: mixed        a fair coin for each number, thrown anew in each step
+                                                       (QDrop, arXiv 2203.05740, section 4.3)
 
 The unit is the square of what the dense layer adds to the stream: 0.01 is an error of a tenth of it, 1 is
 that of leaving the layer out. What trains is all that the method trains (A, B, scales, zero points, offsets,
@@ -97,7 +97,9 @@ class LayerText:
 def fit(
     trained: dict[str, nn.Parameter], text: LayerText, section: Any, seed: int
 ) -> tuple[float, float, int]:
-    """Train `trained` in place by a ReconstructSection; the loss before, after, and the step that was kept."""
+    """Train `trained` in place by a ReconstructSection; the loss before, after, and the step that was
+    kept.
+    """
     rates = {True: section.scale_learning_rate, False: section.learning_rate}
     groups = [
         {"params": parameters, "lr": rate, "peak": rate}

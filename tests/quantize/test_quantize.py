@@ -86,10 +86,12 @@ def test_walking_layer_by_layer_is_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("calibrate", ["mse", "gptq"])
+@pytest.mark.parametrize("calibrate", ["mse", "gptq", "signround"])
 def test_every_linear_is_packed_or_named(name: str, calibrate: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path)
-    quant = QuantSection(bits=4, group_size=32, calibrate=calibrate)  # pyright: ignore[reportArgumentType]
+    quant = QuantSection.model_validate(
+        {"bits": 4, "group_size": 32, "calibrate": calibrate, "calibration": {"steps": 2}}
+    )
     model, rows = quantize(checkpoint, quant, calibration=lambda: tokens(4))
     named = {row.layer for row in rows.rows}
     packed = dict(packed_layers(model))

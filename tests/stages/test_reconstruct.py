@@ -1,5 +1,5 @@
-"""The stage: a run that is killed goes on by layer, a damaged or foreign layer is made again, and with no step
-of training the line is a post-training quantizer.
+"""The stage: a run that is killed goes on by layer, a damaged or foreign layer is made again, and with no
+step of training the line is a post-training quantizer.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """signround: rounding offsets and clipping, trained block by block by the signs of gradients (Cheng et al.,
 arXiv 2309.05516).
 
-    W^ = s (clip(round(W / s + V + z), 0, 2^b - 1) - z)            V in [-1/2, 1/2], one for every weight
-    symmetric    s = alpha max|w| / ((2^b - 1) / 2)                 alpha, beta in [1/4, 1], one for every group
+    W^ = s (clip(round(W / s + V + z), 0, 2^b - 1) - z)         V in [-1/2, 1/2], one for every weight
+    symmetric    s = alpha max|w| / ((2^b - 1) / 2)              alpha, beta in [1/4, 1], one for every group
     asymmetric   s = (alpha max w - beta min w) / (2^b - 1),  z = round(-beta min w / s)
 
 A step is p <- clip(p - rate sign(dL/dp)), rate = (1 - t / steps) / steps, for all three: no number moves by

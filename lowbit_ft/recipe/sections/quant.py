@@ -71,8 +71,8 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
-        description="integer: absmax, minmax, mse, gptq, signround (default mse); binary: greedy, alternating "
-        "(default greedy); "
+        description="integer: absmax, minmax, mse, gptq, signround (default mse); binary: greedy, "
+        "alternating (default greedy); "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
     )

@@ -1,5 +1,5 @@
-"""train.reconstruct: adapters fitted to the dense layers before training, and what that needs: dense weights, a
-method whose merge ships what was fitted.
+"""train.reconstruct: adapters fitted to the dense layers before training, and what that needs: dense weights,
+a method whose merge ships what was fitted.
 """
 
 from __future__ import annotations

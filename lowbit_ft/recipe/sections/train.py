@@ -39,7 +39,7 @@ class TrainSection(Section):
     )
     reconstruct: ReconstructSection | None = Field(
         default=None,
-        description="fit the adapters to the dense layers first, one after the other; null: start as attached",
+        description="fit the adapters to the dense layers first, one by one; null: start as attached",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -151,8 +151,8 @@ class TrainSection(Section):
             )
         if self.max_steps == 0 and self.reconstruct is None:
             raise ValueError(
-                "max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more, or reconstruct: {} "
-                "(then the run is a post-training quantizer)"
+                "max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more, or "
+                "reconstruct: {} (then the run is a post-training quantizer)"
             )
         return self
 
