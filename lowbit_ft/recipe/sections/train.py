@@ -71,8 +71,8 @@ class TrainSection(Section):
     teacher: str | None = Field(
         default=None,
         description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
-        "its codes and residual, no second copy; a folder or hub id: that model, packed to 8 bits (the run's own "
-        "model.path: full precision at 8 bits)",
+        "its codes and residual, no second copy; a folder or hub id: that model, packed to 8 bits (the "
+        "run's own model.path: full precision at 8 bits)",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
