@@ -17,6 +17,7 @@ from ..export.writer import check_model
 from ..integrations.adapter_files import write_adapter
 from ..model.shards import is_sharded, whole
 from ..session import Session
+from ..signals import Lesson
 from ..train.loop import train
 from ..train.memory import release_freed
 from ..train.processes import world
@@ -24,6 +25,7 @@ from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import trained_model
 from .reconstruct import reconstruct_stage
+from .teacher import lesson_of
 
 
 class RunStopped(Exception):
@@ -40,9 +42,11 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
     fitted = reconstruct_stage(session, model)
+    # It is judged against the student as it will start.
+    lesson = lesson_of(session, model, examples) if recipe.train.max_steps != 0 else None
     share_base(session, model)
-    if recipe.train.max_steps != 0:
-        optimize(session, model, examples, digest, fitted)
+    if lesson is not None:
+        optimize(session, model, examples, lesson, digest, fitted)
     # by all processes, for the one that writes
     state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
     if not run_dir.main:
@@ -58,16 +62,25 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     return trained_model(session)
 
 
-def optimize(session: Session, model: Any, examples: Examples, digest: str, fitted: str | None) -> None:
-    """The training steps. digest: of the base; fitted: what the adapters were fitted to before, if they were.
-    RunStopped when a signal ended it before the last step.
+def optimize(
+    session: Session, model: Any, examples: Examples, lesson: Lesson, digest: str, fitted: str | None
+) -> None:
+    """The training steps. lesson: what the loss is made of; digest: of the base; fitted: what the adapters
+    were fitted to before, if they were. RunStopped when a signal ended it before the last step.
     """
     recipe, run_dir = session.recipe, session.run
     meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
     with run_dir.stage("train", session.device, resumable=True):
         result = train(
             model,
-            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
+            batches(
+                session,
+                model,
+                examples,
+                recipe.train.micro_batch_size,
+                shuffle=True,
+                taught=lesson.teacher is not None,
+            ),
             valid_batches(session, model),
             recipe.train,
             run_dir.path,
@@ -76,6 +89,7 @@ def optimize(session: Session, model: Any, examples: Examples, digest: str, fitt
             on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             after_step=session.check_files,
+            lesson=lesson,
             console=session.console,
         )
     if result.stopped:
