@@ -268,6 +268,7 @@ def test_a_layer_without_adapters_is_passed_through(checkpoint: Checkpoint) -> N
 
 def test_a_loss_that_is_not_a_number_is_an_error(checkpoint: Checkpoint) -> None:
     model = adapted(checkpoint)
-    next(iter(adapted_layers(model)))[1].adapter.log_scale.data.fill_(float("nan"))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"train.reconstruct: the loss is nan before the first step"):
+    for _, layer in adapted_layers(model):
+        layer.adapter.log_scale.data.fill_(60.0)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"train.reconstruct: the loss is (nan|inf) before the first step"):
         go(model, checkpoint)

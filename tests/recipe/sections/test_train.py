@@ -38,7 +38,7 @@ BAD = [
         "no step of training",
         ("max_steps: 10", "max_steps: 0"),
         (),
-        "r.yaml:17: train: max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more",
+        "r.yaml:17: train: got max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more",
     ),
     (
         "fitted, then rounded again",
