@@ -90,11 +90,12 @@ def progress(number: int, count: int, fit: Fit, left: float) -> str:
 
 def reconstruct_key(session: Session, model: Any) -> str:
     """What the result is a function of: base, adapters as they start, text, section, seed, and dtype."""
-    recipe = session.recipe
+    recipe, section = session.recipe, session.recipe.train.reconstruct
+    assert section is not None
     facts = {
         "base": base_digest(model),
         "adapter": recipe.adapter.model_dump(mode="json"),
-        "reconstruct": recipe.train.reconstruct.model_dump(mode="json"),
+        "reconstruct": section.model_dump(mode="json"),
         "text": [recipe.data.train.model_dump(mode="json"), recipe.quant.calibration.path],
         "seed": recipe.train.seed,
         "dtype": recipe.model.dtype,

@@ -13,6 +13,7 @@ from lowbit_ft import pipeline
 from lowbit_ft.export.folder import check_files
 from lowbit_ft.stages import reconstruct as stage
 from tests.line_tools import recipe
+from tests.test_killed_runs import child
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -96,6 +97,18 @@ def test_a_damaged_layer_and_all_after_it_are_made_again(whole: Path, tmp_path: 
     assert shas(out) == wanted and fits(out) == rows
     kept = out / "reconstruct" / "layer-00002.other" / "notes.txt"
     assert kept.read_text() == "mine", "somebody's file was deleted"
+
+
+@pytest.mark.slow
+def test_two_processes_ship_the_bytes_of_one(whole: Path, tmp_path: Path) -> None:
+    """The main process fits, the other one reads what it wrote; both then agree on what is trained."""
+    out = tmp_path / "run"
+    run = child(out, *PTQ, processes=2)
+    said = run.communicate(timeout=500)[0]
+    assert run.returncode == 0, said
+    assert said.count("reconstruct: layer 4 of 4") == 1
+    alone = {name: sha for name, sha in shas(whole).items() if not name.startswith("exported")}
+    assert shas(out) == alone
 
 
 def test_training_goes_on_from_what_was_fitted(tmp_path: Path) -> None:

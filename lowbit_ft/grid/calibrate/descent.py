@@ -20,7 +20,8 @@ CHECKS = 4
 class Text(Protocol):
     """What is minimised."""
 
-    batches: int
+    @property
+    def batches(self) -> int: ...
 
     def loss(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         """Of batch `number`, a scalar with a gradient. generator: of a step, for what is drawn in it."""
