@@ -77,8 +77,10 @@ class TrainLog:
             for name, value in values.items()
             if name.endswith("_loss")
         )
+        parts = f" ({parts})" if parts else ""
         numbers = (
-            f"loss {values['loss']:.4f}{f' ({parts})' if parts else ''}  {values['tokens_per_s']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
+            f"loss {values['loss']:.4f}{parts}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"{values['memory_gb']:.2f} GB"
             if "loss" in values
             else f"skipped: {values['skipped']}"
         )
