@@ -174,9 +174,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     train = recipe.train
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
-    rates = (
-        f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
-    )
+    rates = f"learning rate {train.learning_rate}, scales {train.scale_learning_rate or train.learning_rate}"
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
