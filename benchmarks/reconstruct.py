@@ -32,6 +32,7 @@ from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step
+from lowbit_ft.adapters.rates import rate_for
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Examples
 from lowbit_ft.files.atomic import write_text
@@ -65,7 +66,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8, help="windows per step")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=240)
-    p.add_argument("--learning-rate", type=float, default=2e-3, help="of the KL")
+    p.add_argument("--learning-rate", type=float, default=None, help="of the KL; default: as auto takes it")
     p.add_argument("--out", type=Path, default=HERE / "results" / "reconstruct.json")
     return p.parse_args()
 
@@ -100,9 +101,12 @@ class Race(Bench):
             self.packing[key] = time.process_time() - began
         return self.base(quant), self.packing[key]
 
-    def fit(self, model: Any, seed: int) -> list[float]:
+    def fit(self, model: Any, bits: int, seed: int) -> list[float]:
         """train.reconstruct; the loss of every layer after it."""
-        section = ReconstructSection.model_validate({"steps": self.o.steps, "inputs": self.o.inputs})
+        rate = rate_for(self.o.method, bits)[0]
+        section = ReconstructSection.model_validate(
+            {"steps": self.o.steps, "inputs": self.o.inputs, "learning_rate": rate}
+        )
         fits = reconstruct(
             model,
             self.checkpoint,
@@ -114,14 +118,14 @@ class Race(Bench):
         )
         return [fit.after for fit, _ in fits]
 
-    def distil(self, model: Any, steps: int, seed: int) -> None:
+    def distil(self, model: Any, bits: int, steps: int, seed: int) -> None:
         """KL to the full-precision model on every position."""
         section = TrainSection.model_validate(
             {
                 "max_steps": steps,
                 "micro_batch_size": self.o.batch,
                 "gradient_accumulation_steps": 1,
-                "learning_rate": self.o.learning_rate,
+                "learning_rate": self.o.learning_rate or rate_for(self.o.method, bits)[0],
                 "signal": {"kind": "logits"},
                 "teacher": self.o.model,
                 "seed": seed,
@@ -149,7 +153,7 @@ class Race(Bench):
         row: dict[str, Any] = {"packing_s": packing, "kl_steps": 0}
         began = time.process_time()
         if "fit" in arm:
-            row["layers"] = self.fit(model, seed)
+            row["layers"] = self.fit(model, bits, seed)
         row["fit_s"] = time.process_time() - began
         if "kl" in arm:
             row["kl_steps"] = self.o.kl_steps
@@ -157,7 +161,7 @@ class Race(Bench):
                 a_step = before["kl_s"] / before["kl_steps"]
                 row["kl_steps"] += round(before["fit_s"] / a_step)
             began = time.process_time()
-            self.distil(model, row["kl_steps"], seed)
+            self.distil(model, bits, row["kl_steps"], seed)
             row["kl_s"] = time.process_time() - began
         return row | {"perplexity": self.perplexity(model)}
 

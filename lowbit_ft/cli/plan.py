@@ -176,9 +176,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     train = recipe.train
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
-    rates = (
-        f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
-    )
+    rates = f"learning rate {train.learning_rate}, scales {train.scale_learning_rate or train.learning_rate}"
     fitted = train.reconstruct
     first = f"reconstruct {fitted.steps} steps a layer on {fitted.inputs} inputs, then " if fitted else ""
     for label, text in (

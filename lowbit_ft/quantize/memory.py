@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ..grid.calibrate import CALIBRATORS
+from ..grid.calibrate.gptq import ROWS
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 
@@ -21,9 +22,9 @@ BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at
 HESSIAN_BYTES = (
     5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
 )
-FACTOR_BYTES = (
-    8 + 4
-)  # per element of a Hessian while it is factored (grid/calibrate/gptq.py): fp64, then the factor in fp32
+# per element of a Hessian, beside it, while it is factored (grid/calibrate/curvature.py): nothing, it becomes
+# its own factor; act-order sorts it into a copy. Where fp32 fails, which real text has not made it do, 20 more.
+SORT_BYTES = 4
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)
 CHUNK_BYTES = 300_000_000
@@ -79,6 +80,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     outside = layers.pop("", 0)
     packed = [layer for layer in shapes.linears if recipe.quant.skip_reason(layer.name) is None]
     largest = max((layer.out_features * layer.in_features for layer in packed), default=0)
+    rows = max((min(layer.out_features, ROWS) * layer.in_features for layer in packed), default=0)
     squares: dict[str, list[int]] = {}  # decoder layer -> bytes of the Hessian of each of its linears
     for layer in packed:
         squares.setdefault(found[1] if (found := _LAYER.match(layer.name)) else "", []).append(
@@ -105,12 +107,12 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         outside=outside if any_walk else 0,
         layer=max(layers.values(), default=0) if any_walk else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
-        # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns
+        # gptq: the weight as stored with codes and residual, and three fp32 copies of the rows at work.
         # Others: a block of rows, as much again for its codes and residual while they are put together.
         # signround: what it holds of all linears of a layer
         work=walking.block_bytes * max(whole.values(), default=0)
         if walking is not None and by_block
-        else FACTOR_BYTES * hessian // 4 + 10 * largest
+        else (SORT_BYTES * hessian // 4 if text.act_order else 0) + 4 * largest + 12 * rows
         if walks
         else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest),
     )

@@ -100,7 +100,7 @@ def fit(
     """Train `trained` in place by a ReconstructSection; the loss before, after, and the step that was
     kept.
     """
-    rates = {True: section.scale_learning_rate, False: section.learning_rate}
+    rates = {True: section.scale_learning_rate or section.learning_rate, False: section.learning_rate}
     groups = [
         {"params": parameters, "lr": rate, "peak": rate}
         for scale, rate in rates.items()

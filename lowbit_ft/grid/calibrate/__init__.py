@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..binary import BinaryGrid
 from ..integer import IntGrid
 from ..packed import Weight
+from .curvature import Curvature
 from .gptq import gptq
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
@@ -63,4 +64,4 @@ def calibrators_of(kind: str) -> list[str]:
     return [name for name, calibrator in CALIBRATORS.items() if calibrator.grid == kind]
 
 
-__all__ = ["CALIBRATORS", "Block", "Calibrator", "Stats", "calibrators_of"]
+__all__ = ["CALIBRATORS", "Block", "Calibrator", "Curvature", "Stats", "calibrators_of"]

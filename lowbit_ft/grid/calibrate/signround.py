@@ -142,7 +142,7 @@ def signround_block(block: Block, stats: Stats) -> tuple[dict[str, Weight], tupl
 
 @dataclass
 class _Alone:
-    """One linear as a block of its own: |X (W^ - W)^T|^2 over the tokens, by the Hessian X^T X [K, K]."""
+    """One linear as a block of its own: |X (W^ - W)^T|^2 / tokens, by the Hessian X^T X / tokens [K, K]."""
 
     weights: Mapping[str, Tensor]
     grids: Mapping[str, IntGrid]
@@ -151,14 +151,14 @@ class _Alone:
 
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         error = weights[""] - self.weights[""]
-        return ((error @ self.hessian.float()) * error).sum()
+        return ((error @ self.hessian) * error).sum()
 
 
 def signround(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
-    """weight [N, K] by itself, stats.hessian [K, K]. ValueError without a Hessian."""
-    if stats.hessian is None:
+    """weight [N, K] by itself, with stats.curvature of its inputs. ValueError without it."""
+    if stats.curvature is None:
         raise ValueError("signround needs calibration text: set quant.calibration.path, or calibrate: mse")
-    block = _Alone({"": weight.float()}, {"": grid}, stats.hessian)
+    block = _Alone({"": weight.float()}, {"": grid}, stats.curvature.hessian())
     packed = signround_block(block, stats)[0][""]
     assert isinstance(packed, PackedWeight)
     return packed

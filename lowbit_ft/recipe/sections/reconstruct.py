@@ -22,11 +22,13 @@ class ReconstructSection(Section):
     samples: Count = Field(default=128, description="windows of text")
     sequence_len: Count = Field(default=512, description="tokens per window")
     micro_batch_size: Count = Field(default=8, description="windows per step")
-    learning_rate: Positive = Field(
-        default=4e-3, description="of A and B at the first step; it falls linearly to zero"
+    learning_rate: Positive | Literal["auto"] = Field(
+        default="auto",
+        description="of A and B at the first step, it falls linearly to zero; auto: by method and bits, from "
+        "adapters/rates.py",
     )
-    scale_learning_rate: Positive = Field(
-        default=4e-3, description="of scales, magnitudes and offsets, as learning_rate"
+    scale_learning_rate: Positive | None = Field(
+        default=None, description="of scales, magnitudes and offsets; null: learning_rate"
     )
     inputs: Literal["quantized", "dense", "mixed"] = Field(
         default="quantized",

@@ -24,6 +24,9 @@ from .reconstruct import ReconstructSection
 from .signal import SignalSection
 
 
+AUTO = "auto"
+
+
 class TrainSection(Section):
     """How it is trained."""
 
@@ -35,7 +38,11 @@ class TrainSection(Section):
     )
     micro_batch_size: Count = Field(default=1, description="windows per forward; raise while memory lasts")
     gradient_accumulation_steps: Count = Field(default=8, description="forwards per optimizer step")
-    learning_rate: Positive = Field(default=1e-3, description="of the low-rank matrices A and B")
+    learning_rate: Positive | Literal["auto"] = Field(
+        default=AUTO,
+        description="of the low-rank matrices A and B; auto: by method and bits, from adapters/rates.py. What "
+        "a LoRA takes (2e-4) moves few codes or none",
+    )
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
     )
