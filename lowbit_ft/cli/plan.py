@@ -23,7 +23,8 @@ from ..plan.fixes import (
     largest_length,
 )
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
-from ..plan.stages import reconstruct_tokens, throughput
+from ..plan.reconstruct import reconstruct_tokens, reconstruct_words
+from ..plan.stages import throughput
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
 
@@ -76,12 +77,11 @@ def show_plan(
         )
         return None
     planner = Planner(recipe, folder, card, processes)
-    trains = recipe.train.max_steps != 0
     _show_layers(made, console)
-    if trains:
+    if recipe.train.max_steps != 0:
         _show_parts(made, console)
     _show_stages(made, console)
-    if search and trains:
+    if search and recipe.train.max_steps != 0:
         _show_largest(planner, made, console)
     _show_needs(recipe, made, console, tokens_per_second)
     for note in made.notes:
@@ -177,8 +177,6 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
     rates = f"learning rate {train.learning_rate}, scales {train.scale_learning_rate or train.learning_rate}"
-    fitted = train.reconstruct
-    first = f"reconstruct {fitted.steps} steps a layer on {fitted.inputs} inputs, then " if fitted else ""
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
@@ -195,7 +193,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ),
         (
             "train",
-            f"{first}{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
+            f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
             f"{rates}",
         ),
         ("export", recipe.export.format),
@@ -321,14 +319,8 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
-    if section := recipe.train.reconstruct:
-        alike = reconstruct_tokens(recipe)
-        tokens = section.micro_batch_size * section.sequence_len
-        line = (
-            f"reconstruct: {section.steps} steps of {tokens:,} tokens "
-            f"in every decoder layer, as much work as training on {alike / 1e6:,.1f} million tokens"
-        )
-        _say(console, line + (f", about {_duration(alike / rate)}" if rate else ""))
+    if line := reconstruct_words(recipe):
+        _say(console, line + (f", about {_duration(reconstruct_tokens(recipe) / rate)}" if rate else ""))
     if steps == 0:
         return
     if steps is None:

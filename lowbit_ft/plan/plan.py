@@ -28,15 +28,8 @@ from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
-from .stages import (
-    Needs,
-    evaluation_bytes,
-    needs,
-    optimizer_state,
-    quantize_bytes,
-    reconstruct_bytes,
-    rough_step,
-)
+from .reconstruct import reconstruct_bytes
+from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
 from .step import step_costs
 from .teacher import teacher_costs, teacher_notes
 
@@ -64,9 +57,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: bytes by name at the peak of a training step (they add up to stages["training"], which
-    is not there when train.max_steps is 0); moments: what
-    is largest at another moment; stages: peak by stage of the run, context included; notes: what is an
+    """parts: bytes by name at the peak of a training step (they add up to stages["training"], which is not
+    there when train.max_steps is 0); moments: what is largest at another moment; stages: peak by stage of the run, context included; notes: what is an
     estimate, and why."""
 
     recipe: Recipe
@@ -209,16 +201,14 @@ def plan(
     stages["evaluation while training"] = (
         kept + step.context + forward + context + parts.get("gathered layers", 0)
     )
-    tokens = recipe.train.micro_batch_size * recipe.data.sequence_len
-    per_token = max(cost.evaluation for cost in step.layers) / tokens
+    per_token = max(cost.evaluation for cost in step.layers) / (
+        recipe.train.micro_batch_size * recipe.data.sequence_len
+    )
     if recipe.train.max_steps == 0:
         stages = {}  # parts and moments still say what a step would hold
     if recipe.train.reconstruct is not None:
         stages["reconstructing"] = held + reconstruct_bytes(recipe, made, step) + context
-    backward = max(cost.backward for cost in step.layers) / tokens
-    stages["quantizing"] = (
-        quantize_bytes(recipe, made, backward if recipe.quant.by_block else per_token) + context
-    )
+    stages["quantizing"] = quantize_bytes(recipe, made, step) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)

@@ -14,7 +14,6 @@ import torch
 
 from ..files.jsonfile import parse_json
 from ..files.regular import read_regular
-from ..grid.calibrate.descent import CHECKS
 from ..model.heads import LOGITS_AT_A_TIME
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
@@ -75,41 +74,16 @@ def walk_activations(per_token: float, windows: int, length: int) -> int:
     return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
 
 
-def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
+def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). With text: a batch
-    of activations too (per_token: bytes of a token through a layer).
+    of activations too, and back where whole layers are rounded together.
     """
     device = quantize_memory(recipe, made.shapes).device
     if not recipe.quant.reads_text:
         return device
-    text = recipe.quant.calibration
-    return device + walk_activations(per_token, text.samples, text.sequence_len)
-
-
-def reconstruct_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
-    """What train.reconstruct needs on the device beside the packed model: the walk with one dense layer; then
-    a micro-batch through one packed layer and back, with the layer's gradients, Adam's averages and best
-    state."""
-    section, train = recipe.train.reconstruct, recipe.train
-    assert section is not None
-    tokens = section.micro_batch_size * section.sequence_len
-    share = tokens / (train.micro_batch_size * recipe.data.sequence_len)
-    walk = quantize_memory(recipe, made.shapes)
-    forward = max(cost.evaluation for cost in step.layers) * share
-    both = max(cost.backward for cost in step.layers) * share
-    masters = max((masters for _, masters in made.block_bytes.values()), default=0)
-    return round(max(walk.outside + walk.layer + forward, walk.outside + both + 4 * 4 * masters))
-
-
-def reconstruct_tokens(recipe: Recipe) -> int:
-    """Tokens of training that cost as much as train.reconstruct: a step passes one layer forward and back, a
-    look at the loss or a pass of a stream one third of that, both in every layer once."""
-    section = recipe.train.reconstruct
-    if section is None:
-        return 0
-    passes = (CHECKS + 1) + 2  # looks at the loss; the dense layer's outputs and the packed layer's
-    size = section.sequence_len
-    return section.steps * section.micro_batch_size * size + passes * section.samples * size // 3
+    text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
+    largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)
+    return device + walk_activations(largest / tokens, text.samples, text.sequence_len)
 
 
 def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:

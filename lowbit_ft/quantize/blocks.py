@@ -42,7 +42,8 @@ class DenseStream:
 
 class DenseBlock:
     """Layer `index` of a walk, dense, after `stream` has passed through it. weights: fp32 [N, K] of the
-    linears to be packed, by the name in the model.
+    linears to be packed, by the name in the model; told(n): called at each of n losses that is asked for
+    with a gradient.
     """
 
     def __init__(
@@ -53,14 +54,19 @@ class DenseBlock:
         weights: Mapping[str, Tensor],
         grids: Mapping[str, IntGrid],
         unit: float,
+        told: Callable[[int], None],
     ):
         self.walk, self.index, self.prefix = stream.walk, index, prefix
         self.layer: nn.Module = self.walk.layers[index]
         self.weights, self.grids, self.unit = weights, grids, unit
         self.targets, self.batches = stream.hidden, len(stream.hidden)
+        self.told, self.steps = told, 0
 
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Differentiable in the weights."""
+        if torch.is_grad_enabled():
+            self.steps += 1
+            self.told(self.steps)
         named = {
             f"{name.removeprefix(self.prefix)}.weight": weight.to(self.walk.dtype)
             for name, weight in weights.items()

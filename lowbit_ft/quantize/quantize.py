@@ -198,8 +198,11 @@ class Packing:
         grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
         unit = stream.advance(index)
         weights = {name: self._stored(name).float() for name in names}
-        block = DenseBlock(stream, index, prefix, weights, grids, unit)
-        made, (before, after) = self.calibrator.block(block, self._stats())
+        stats = self._stats()
+        block = DenseBlock(
+            stream, index, prefix, weights, grids, unit, lambda step: self.progress.tick(step / stats.steps)
+        )
+        made, (before, after) = self.calibrator.block(block, stats)
         for name, base in made.items():
             off, whole = _squares(weights[name], base)
             self._said(name, base, f"its layer's loss {before:.5f} -> {after:.5f}", off / max(whole, 1e-30))

@@ -16,7 +16,8 @@ from lowbit_ft.adapters.attach import attach
 from lowbit_ft.plan.counting import Counter, reference_workspace
 from lowbit_ft.plan.model import PARTS
 from lowbit_ft.plan.plan import Card, find_card, no_card, plan
-from lowbit_ft.plan.stages import optimizer_bytes, optimizer_state, reconstruct_tokens, throughput
+from lowbit_ft.plan.reconstruct import reconstruct_tokens
+from lowbit_ft.plan.stages import optimizer_bytes, optimizer_state, throughput
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from tests.architectures import CONFIGS, checkpoint_of
