@@ -23,7 +23,7 @@ from ..plan.fixes import (
     largest_length,
 )
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
-from ..plan.reconstruct import reconstruct_tokens, reconstruct_words
+from ..plan.reconstruct import duration, reconstruct_words
 from ..plan.stages import throughput
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
@@ -319,8 +319,8 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
-    if line := reconstruct_words(recipe):
-        _say(console, line + (f", about {_duration(reconstruct_tokens(recipe) / rate)}" if rate else ""))
+    if recipe.train.reconstruct is not None:
+        _say(console, reconstruct_words(recipe, rate))
     if steps == 0:
         return
     if steps is None:
@@ -334,7 +334,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens / 1e6:,.1f} million tokens"
     if rate:
         source = "given" if tokens_per_second else f"measured in {recipe.output}"
-        line += f", about {_duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
+        line += f", about {duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
     else:
         line += "; --tokens-per-second, or an earlier run in the same output folder, gives the time"
     _say(console, line)
@@ -388,12 +388,6 @@ def _override(fix: Fix) -> str:
         f"--processes {value}" if key == "processes" else f"{key}={_yaml(value)}"
         for key, value in fix.changes.items()
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _say(console: Console, text: str) -> None:

@@ -58,8 +58,8 @@ class Card:
 @dataclass(frozen=True)
 class Plan:
     """parts: bytes by name at the peak of a training step (they add up to stages["training"], which is not
-    there when train.max_steps is 0); moments: what is largest at another moment; stages: peak by stage of the run, context included; notes: what is an
-    estimate, and why."""
+    there when train.max_steps is 0); moments: what is largest at another moment; stages: peak by stage of the
+    run, context included; notes: what is an estimate, and why."""
 
     recipe: Recipe
     card: Card

@@ -35,13 +35,19 @@ def reconstruct_tokens(recipe: Recipe) -> int:
     return section.steps * section.micro_batch_size * size + passes * section.samples * size // 3
 
 
-def reconstruct_words(recipe: Recipe) -> str | None:
-    """A line of `plan`; None where nothing is fitted."""
-    section = recipe.train.reconstruct
-    if section is None:
-        return None
+def reconstruct_words(recipe: Recipe, rate: float | None) -> str:
+    """A line of `plan`. rate: tokens per second of training, where they are known."""
+    section, alike = recipe.train.reconstruct, reconstruct_tokens(recipe)
+    assert section is not None
+    tokens = section.micro_batch_size * section.sequence_len
     return (
-        f"reconstruct: {section.steps} steps of {section.micro_batch_size * section.sequence_len:,} tokens in "
-        f"every decoder layer on {section.inputs} inputs, as much work as training on "
-        f"{reconstruct_tokens(recipe) / 1e6:,.1f} million tokens"
+        f"reconstruct: {section.steps} steps of {tokens:,} tokens in every decoder layer on {section.inputs} "
+        f"inputs, as much work as training on {alike / 1e6:,.1f} million tokens"
+        + (f", about {duration(alike / rate)}" if rate else "")
     )
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
