@@ -1,13 +1,13 @@
 """Reach: whether a learning rate can move a single code in the steps there are.
 
-Adam moves every element by about the learning rate per step, so after steps whose rates sum to s an element of B
-is at most s, one of A at most a0 + s, and
+Adam moves every element by about the learning rate per step, so after steps whose rates sum to s an element
+of B is at most s, one of A at most a0 + s, and
 
     |D| = alpha/rank |B A| <= alpha * s * (a0 + s)            a0: the largest element that A starts with
 
-A code moves when |D| passes what its residual leaves: with f residual bits the nearest ties are half a step over
-2^f away (f = 0: half a step), in weight units that times the scale. Where the bound stays below, no code moves
-whatever the data say, and only scales train: a LoRA's 2e-4 for 30 steps is such a rate.
+A code moves when |D| passes what its residual leaves: with f residual bits the nearest ties are half a step
+over 2^f away (f = 0: half a step), in weight units that times the scale. Where the bound stays below, no
+code moves whatever the data say, and only scales train: a LoRA's 2e-4 for 30 steps is such a rate.
 """
 
 import math

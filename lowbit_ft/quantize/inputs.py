@@ -1,4 +1,4 @@
-"""What calibration text tells of the inputs of a layer's linears, one Curvature for those that share an input."""
+"""What calibration text tells of the inputs of a layer's linears: a Curvature for all that share one."""
 
 from collections.abc import Callable, Iterator
 
@@ -34,7 +34,9 @@ def curvatures(
     Linears that are given one and the same tensor (q, k and v; gate and up) share one. Where that changes from
     batch to batch, the text goes through once more and each has its own.
     """
-    return _pass(walk, index, linears, tick, share=True) or _pass(walk, index, linears, tick, share=False) or {}
+    return (
+        _pass(walk, index, linears, tick, share=True) or _pass(walk, index, linears, tick, share=False) or {}
+    )
 
 
 def _pass(

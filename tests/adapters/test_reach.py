@@ -63,5 +63,7 @@ def test_rates_are_of_methods_and_bits_that_there_are():
     assert RATES and set(RATES) <= set(ADAPTERS)
     for method, by_bits in RATES.items():
         assert set(by_bits) <= {2, 3, 4, 8} and all(1e-4 < rate <= 1e-1 for rate in by_bits.values())
-        assert [by_bits[b] for b in sorted(by_bits)] == sorted(by_bits.values(), reverse=True), "fewer bits, more"
+        assert [by_bits[b] for b in sorted(by_bits)] == sorted(by_bits.values(), reverse=True), (
+            "fewer bits, more"
+        )
     assert rate_for("alpha_tuning", 1)[0] == OTHERS and "not searched" in rate_for("alpha_tuning", 1)[1]

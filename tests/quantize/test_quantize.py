@@ -342,7 +342,9 @@ def test_packing_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen[every] = out.getvalue().splitlines()
     text = "\n".join(seen[0.0])
     assert "quantize  0%  layer 1 of " in text and "inputs of 7 matrices (50%)  0:00:00 passed" in text
-    assert re.search(r"quantize  \d+%  layer 2 of \d: mlp.down_proj  0:00:0\d passed, about 0:00:0\d left", text)
+    assert re.search(
+        r"quantize  \d+%  layer 2 of \d: mlp.down_proj  0:00:0\d passed, about 0:00:0\d left", text
+    )
     assert seen[1e9] == []
     shares = [int(found) for found in re.findall(r"quantize  (\d+)%", text)]
     assert shares == sorted(shares) and shares[-1] == 100

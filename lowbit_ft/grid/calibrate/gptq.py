@@ -1,8 +1,8 @@
 """GPTQ: round column after column, and let the columns not yet rounded make up for each rounding error (arXiv
 2210.17323).
 
-With H = X^T X over calibration tokens, damped, and its factor H = L L^T (curvature.py), columns are taken from
-the last to the first, and when column i comes up
+With H = X^T X over calibration tokens, damped, and its factor H = L L^T (curvature.py), columns are taken
+from the last to the first, and when column i comes up
 
     w_i' = w_i + 1 / L_ii * sum over j > i of L_ji (w_j - q_j);        q_i = Q(w_i')
 
@@ -101,7 +101,9 @@ class _Rows:
         top, lower = self.grid.levels - 1, self.factor.lower
         for i in range(sub.stop - 1, sub.start - 1, -1):
             scale, zero, w = self.scale[self.owner[i]], self.zero[self.owner[i]], self.w[i]
-            due = torch.addmv(owed[i - sub.start], self.moved[i + 1 : sub.stop].t(), lower[i + 1 : sub.stop, i])
+            due = torch.addmv(
+                owed[i - sub.start], self.moved[i + 1 : sub.stop].t(), lower[i + 1 : sub.stop, i]
+            )
             now = torch.add(w, due, alpha=1 / self.pivots[i])
             q = torch.div(now, scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
             torch.sub(w, q, out=self.moved[i])

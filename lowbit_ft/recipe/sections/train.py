@@ -20,7 +20,6 @@ from ..values import OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
 
-
 AUTO = "auto"
 
 
