@@ -1,16 +1,15 @@
 """Defaults: the learning rates that `train.learning_rate: auto` takes, found and checked by this search.
 
-    python benchmarks/defaults.py search                             # every method, grid, task and rate
+    python benchmarks/defaults.py search                    # every method, grid, task and rate
     python benchmarks/defaults.py search --methods lr_qat --grids 2:64 --rates 1e-3 4e-3 --tasks docstrings
-    python benchmarks/defaults.py table                              # what the rows say, beside adapters/rates.py
-    python benchmarks/defaults.py third --folder FOLDER              # another model, trained briefly on the text
-    python benchmarks/defaults.py search --model FOLDER --note third # and what the table is worth there
+    python benchmarks/defaults.py table                     # what the rows say, beside adapters/rates.py
+    python benchmarks/defaults.py third --model FOLDER      # make another model: a small Qwen3, on the text
+    python benchmarks/defaults.py search --model FOLDER     # what the table is worth on it
 
-Two tasks, because a rate must serve both: `text`, the kind of text the model knows (all that training can do is
-win back what rounding lost), and `docstrings`, which is new to it (what a user comes for). One number is
-minimised: the loss on held-out rows after --steps steps of --batch windows. A rate's regret is its loss over the
-best loss of that method, grid and task; the rate with the least regret summed over the tasks is the one for the
-table. Everything but the rate is the recipe's default.
+Two tasks, because a rate must serve both: `text`, the kind of text the model knows (all that training can
+do is win back what rounding lost), and `docstrings`, which is new to it (what a user comes for). One number
+is minimised: the loss on held-out rows after --steps steps of --batch windows. A rate's regret is its loss
+over the least loss of that model, method, grid and task. Everything but the rate is the recipe's default.
 
 Rows are written to --out as they come, so a stopped search goes on.
 """
@@ -26,9 +25,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step
+from lowbit_ft.adapters.rates import rate_for
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.windows import Examples
@@ -40,6 +41,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.sections.data import DataSection
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.train import TrainSection
+from lowbit_ft.train.loop import train
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
@@ -59,19 +61,25 @@ class Bed:
         self.checkpoint = Checkpoint.open(o.model, dtype="float32")
         self.tokenizer = load_tokenizer(self.checkpoint)
         self.bases: dict[str, Any] = {}
-        self.data = {task: self._windows(task) for task in o.tasks}
+        self.data = {
+            task: self.windows_of(task, self.tokenizer, o.window, o.valid_windows) for task in o.tasks
+        }
         self.starts: dict[tuple[str, str], float] = {}
 
-    def _windows(self, task: str) -> tuple[Examples, list[dict[str, Any]]]:
+    @staticmethod
+    def windows_of(
+        task: str, tokenizer: Any, window: int, count: int
+    ) -> tuple[Examples, list[dict[str, Any]]]:
         """Training windows, and batches of held-out ones."""
         kind, learned = TASKS[task]
         sources = {
-            part: {"path": str(ASSETS / task / f"{part}.jsonl"), "format": kind} for part in ("train", "valid")
+            part: {"path": str(ASSETS / task / f"{part}.jsonl"), "format": kind}
+            for part in ("train", "valid")
         }
-        section = DataSection.model_validate({**sources, "sequence_len": self.o.window, "train_on": learned})
+        section = DataSection.model_validate({**sources, "sequence_len": window, "train_on": learned})
         assert section.valid is not None
-        train = load_examples(section.train, section, self.tokenizer, seed=0)
-        valid = Examples(load_examples(section.valid, section, self.tokenizer)[: self.o.valid_windows])
+        train = load_examples(section.train, section, tokenizer, seed=0)
+        valid = Examples(load_examples(section.valid, section, tokenizer)[:count])
         batches = Batches(valid, 8, 0, seed=0, shuffle=False, mask_dtype=torch.float32)
         return train, list(batches.one_epoch())
 
@@ -81,7 +89,9 @@ class Bed:
         if key not in self.bases:
             found = Batches(self.data[task][0], 16, 0, seed=0, mask_dtype=torch.float32)
             text = [{k: v for k, v in next(found).items() if k != "labels"} for _ in range(8)]
-            self.bases = {key: quantize(self.checkpoint, quant, dtype=torch.float32, calibration=lambda: text)[0]}
+            self.bases = {
+                key: quantize(self.checkpoint, quant, dtype=torch.float32, calibration=lambda: text)[0]
+            }
         return copy.deepcopy(self.bases[key]), key
 
     def run(self, fact: dict[str, Any]) -> dict[str, float]:
@@ -115,8 +125,6 @@ class Bed:
 
 
 def _trained(model: Any, rows: Examples, section: TrainSection, folder: str) -> Any:
-    from lowbit_ft.train.loop import train
-
     batches = Batches(rows, section.micro_batch_size, 0, seed=section.seed, mask_dtype=torch.float32)
     return train(
         model, batches, None, section, folder,
@@ -146,10 +154,66 @@ def search(o: argparse.Namespace) -> None:
                     stored.append(row)
                     write_text(o.out, json.dumps(stored, indent=1) + "\n")
                     print(
-                        f"W{bits} g{group} {task} {method} rate {rate:g}: {row['start']:.4f} -> {row['loss']:.4f} "
-                        f"({row['seconds']:.0f} s)",
+                        f"W{bits} g{group} {task} {method} rate {rate:g}: {row['start']:.4f} -> "
+                        f"{row['loss']:.4f} ({row['seconds']:.0f} s)",
                         flush=True,
                     )
+
+
+def table(o: argparse.Namespace) -> None:
+    """Regrets by rate (Markdown), and what the rate of `auto` costs over the best one that was tried."""
+    rows = read(o.out)
+    rates = sorted({row["learning_rate"] for row in rows})
+    print("| model | grid | method | task | " + " | ".join(f"{rate:g}" for rate in rates) + " | auto |")
+    print("|---|---|---|---|" + "--:|" * (len(rates) + 1))
+    keys = ("model", "bits", "group_size", "symmetric", "method", "task", "steps", "seed", "note", "rank")
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        mine = {r["learning_rate"]: r["loss"] for r in rows if tuple(r[k] for k in keys) == key}
+        best, auto = min(mine.values()), rate_for(key[4], key[1])[0]
+        cells = [f"+{mine[rate] - best:.4f}" if rate in mine else "" for rate in rates]
+        cost = f"{auto:g}: +{mine[auto] - best:.4f}" if auto in mine else f"{auto:g}: not tried"
+        grid = f"W{key[1]} g{key[2]} {'sym' if key[3] else 'asym'}"
+        print(f"| {key[0]} | {grid} | {key[4]} | {key[5]} | " + " | ".join([*cells, cost]) + " |")
+
+
+def third(o: argparse.Namespace) -> None:
+    """A Qwen3 of 4 layers trained for --steps steps on the bundled text, in --model: no search has seen it."""
+    folder = Path(o.model)
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already; give --model another name, or search on it")
+    checkpoint = Checkpoint.open(ASSETS / "tiny-llama", dtype="float32")
+    tokenizer = load_tokenizer(checkpoint)
+    torch.manual_seed(o.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=checkpoint.config.vocab_size,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    rows, _ = Bed.windows_of("text", tokenizer, o.window, o.valid_windows)
+    batches = Batches(rows, o.batch, 0, seed=o.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    curve = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=o.steps)
+    for step in range(o.steps):
+        ids = next(batches)["input_ids"]
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        curve.step()
+        if step % 50 == 0 or step == o.steps - 1:
+            print(f"step {step + 1}/{o.steps}: loss {loss.item():.4f}", flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -158,12 +222,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["search"])
+    p.add_argument("what", choices=["search", "table", "third"])
     p.add_argument("--model", default=str(ASSETS / "tiny-llama"))
     p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ADAPTERS))
     p.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group, and :asym")
-    p.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3, 8e-3])
+    p.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
     p.add_argument("--scale-rate", type=float, default=None, help="scale_learning_rate; default: the rate")
     p.add_argument("--rank", type=int, default=None)
     p.add_argument("--alpha", type=float, default=None)
@@ -182,7 +246,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     o = options()
     torch.set_num_threads(o.threads)
-    {"search": search}[o.what](o)
+    {"search": search, "table": table, "third": third}[o.what](o)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The learning rates that `train.learning_rate: auto` takes: by method and bits, measured (LOG.md, benchmarks/defaults.py).
+"""The learning rates that `train.learning_rate: auto` takes, by method and bits.
 
-A rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D counts grid steps,
-16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back, and codes lie farther apart. Groups
-of 64 and 128 wanted the same. Scales, magnitudes and offsets learn at the rate of A and B.
+Measured (LOG.md, benchmarks/defaults.py).
+
+A rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D counts grid
+steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back, and codes lie farther apart.
+Groups of 64 and 128 wanted the same. Scales, magnitudes and offsets learn at the rate of A and B.
 """
 
 RATES: dict[str, dict[int, float]] = {

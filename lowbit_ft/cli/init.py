@@ -41,8 +41,8 @@ quant:
   group_size: {group:<4}                   # {group_why}
   symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers
   residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept for training; never ship
-  calibrate: auto                    # gptq at 2, 3 and 4 bits: it looks at data.train and loses least of those
-                                     # that train nothing; mse at 8. Or absmax, minmax, mse, gptq, signround
+  calibrate: auto                    # gptq at 2, 3 and 4 bits: it looks at data.train; mse at 8. Or by name;
+                                     # signround loses less at 2 and 3 bits and takes minutes
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
   overrides: []                      # [{{match: "*.down_proj", bits: 8}}]; the last match wins

@@ -1,4 +1,4 @@
-"""What calibration text tells of the inputs of a layer's linears, one Curvature for those that share an input."""
+"""What calibration text tells of the inputs of a layer's linears: a Curvature for all that share one."""
 
 from collections.abc import Callable, Iterator
 

@@ -11,6 +11,8 @@ import torch
 from .. import merge as merging
 from ..adapters.attach import adapter_state, attach, base_digest, begin_step
 from ..adapters.lora_start import read_lora, start_from_lora
+from ..adapters.rates import rate_for
+from ..adapters.reach import reach
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..export.writer import check_model
@@ -20,7 +22,9 @@ from ..session import Session
 from ..signals import Lesson
 from ..train.loop import train
 from ..train.memory import release_freed
+from ..train.optim import lr_factor
 from ..train.processes import world
+from ..train.setup import total_steps
 from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import trained_model
@@ -40,6 +44,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
+    warn_of_rate(session, model, examples)
     digest = base_digest(model)
     fitted = reconstruct_stage(session, model)
     # It is judged against the student as it will start.
@@ -111,6 +116,25 @@ def attach_adapters(session: Session, model: Any) -> None:
         started = start_from_lora(model, recipe.adapter, read_lora(folder))
         run_dir.write_json("lora_start.json", started.to_json())
         session.say(started)
+
+
+def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
+    """Say it when no code can move at this learning rate in this many steps, with the rate it takes."""
+    section = session.recipe.train
+    windows = batches(session, model, examples, section.micro_batch_size, shuffle=False)
+    total = total_steps(section, windows)
+    factors = sum(lr_factor(section, step, total) for step in range(total))
+    found = reach(model, section.learning_rate * factors)
+    if found is None or 2 * found.still < found.layers:
+        return
+    usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
+    least = found.needed / factors
+    session.say(
+        f"warning: train.learning_rate {section.learning_rate:g} for {total} steps moves no code in {found.still} "
+        f"of {found.layers} layers: the low-rank product stays below the distance to the next code, and only "
+        f"scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} (a LoRA's rate is too "
+        "small here: what is trained must cross a step of the grid)"
+    )
 
 
 def share_base(session: Session, model: Any) -> None:

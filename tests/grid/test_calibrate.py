@@ -164,9 +164,7 @@ def test_gptq_with_uncorrelated_inputs_is_plain_rounding(grid: IntGrid, options:
     scale, zero = ranges.search(kernels.layout.grouped(weight, grid.group_size), grid, 2.0)
     errors = []
     for ratios in (ranges.RATIOS, ranges.COARSE_RATIOS):
-        scale, zero = ranges.search(
-            kernels.layout.grouped(weight, grid.group_size), grid, 2.0, ratios=ratios
-        )
+        scale, zero = ranges.search(kernels.layout.grouped(weight, grid.group_size), grid, 2.0, ratios=ratios)
         want = PackedWeight.quantize(weight, scale.t(), None if zero is None else zero.t(), grid)
         errors.append(group_error(weight, want).sum())
     assert run("gptq", weight, grid, **options).digest() == want.digest()
@@ -214,7 +212,9 @@ def test_scales_of_groups_that_are_not_static_see_what_came_before():
     moving, static = (run("gptq", weight, grid, hessian=hessian, static_groups=s) for s in (False, True))
     assert torch.equal(moving.scale[3], static.scale[3]) and torch.equal(moving.zero[3], static.zero[3])
     assert all(not torch.equal(moving.scale[g], static.scale[g]) for g in range(3))
-    error = [(((weight - p.dequantize()) @ hessian) * (weight - p.dequantize())).sum() for p in (moving, static)]
+    error = [
+        (((weight - p.dequantize()) @ hessian) * (weight - p.dequantize())).sum() for p in (moving, static)
+    ]
     assert error[0] < error[1]
 
 
@@ -247,7 +247,9 @@ def test_where_fp32_fails_the_factor_is_made_in_fp64(monkeypatch: pytest.MonkeyP
     total = (x.t() @ x).double()
     damping = 1e-9 * 10 ** (len(tried) - 2)
     wanted = total + damping * total.diagonal().mean() * torch.eye(k)
-    assert (factor.lower.double().tril() @ factor.lower.double().tril().t() - wanted).norm() < 1e-5 * wanted.norm()
+    assert (
+        factor.lower.double().tril() @ factor.lower.double().tril().t() - wanted
+    ).norm() < 1e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)

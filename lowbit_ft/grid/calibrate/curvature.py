@@ -5,9 +5,8 @@ and factored once, in place, whatever the number of weights.
 
 H is symmetric, so half of it is summed: blocks of rows up to their diagonal. Before it is factored that half
 is mirrored. The factor L (H + damping = L L^T, L lower) then takes the lower half, block column by block
-column, in fp32, and the upper half still has H: where fp32 fails, it begins again from there in fp64. fp32 is
-enough because it disturbs H by about eps |H|, and damping adds 0.01 of the mean diagonal: on 4096 inputs of
-one loud direction 60 times as much (measured in LOG.md: the codes are as good).
+column, in fp32, and the upper half still has H: where fp32 fails, it begins again from there in fp64. fp32
+is enough because it disturbs H by about eps |H|, and damping adds 0.01 of the mean diagonal (LOG.md).
 
 K inputs. Memory: K x K fp32, and a panel of K x PANEL; act-order and the fall-back to fp64 hold one more copy.
 """

@@ -1,8 +1,8 @@
 """GPTQ: round column after column, and let the columns not yet rounded make up for each rounding error (arXiv
 2210.17323).
 
-With H = X^T X over calibration tokens, damped, and its factor H = L L^T (curvature.py), columns are taken from
-the last to the first, and when column i comes up
+With H = X^T X over calibration tokens, damped, and its factor H = L L^T (curvature.py), columns are taken
+from the last to the first, and when column i comes up
 
     w_i' = w_i + 1 / L_ii * sum over j > i of L_ji (w_j - q_j);        q_i = Q(w_i')
 

@@ -23,7 +23,6 @@ from .base import Count, Positive, Problems, Section, Unit
 from .reconstruct import ReconstructSection
 from .signal import SignalSection
 
-
 AUTO = "auto"
 
 
