@@ -44,7 +44,8 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
-    warn_of_rate(session, model, examples)
+    if recipe.train.max_steps != 0:
+        warn_of_rate(session, model, examples)
     digest = base_digest(model)
     fitted = reconstruct_stage(session, model)
     # It is judged against the student as it will start.
