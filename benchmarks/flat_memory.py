@@ -62,6 +62,7 @@ def main() -> None:
     section = TrainSection(
         max_steps=o.evals,
         gradient_accumulation_steps=1,
+        learning_rate=1e-3,
         eval_every=1,
         save_every=max(1, o.evals // o.checkpoints),
         gradient_checkpointing=True,

@@ -86,7 +86,9 @@ def main() -> None:
     )
     torch.manual_seed(0)
     attach(model, ADAPTERS[mine.method].model_validate({"method": mine.method}))
-    section = TrainSection(max_steps=mine.steps, micro_batch_size=o.batch, gradient_accumulation_steps=1)
+    section = TrainSection(
+        max_steps=mine.steps, micro_batch_size=o.batch, gradient_accumulation_steps=1, learning_rate=1e-3
+    )
     print(f"clipped before training: {clipped_share(model):.2%}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         train(

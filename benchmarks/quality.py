@@ -23,7 +23,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from full_qat import FullQATLinear, unrounded
+from full_qat import FullQATLinear
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
@@ -67,10 +67,11 @@ def options() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8, help="windows per step")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=160)
-    p.add_argument("--learning-rate", type=float, default=TrainSection.model_fields["learning_rate"].default)
+    p.add_argument("--learning-rate", type=float, default=1e-3)
     p.add_argument("--scale-learning-rate", type=float, default=None)
     p.add_argument("--full-qat-learning-rate", type=float, default=2e-4)
     p.add_argument("--set", nargs="*", default=[], help="adapter options, for example rank=32 alpha=32")
+    p.add_argument("--calibration", nargs="*", default=[], help="of gptq, for example act_order=true")
     p.add_argument("--note", default="", help="kept with each row, to tell sweeps apart")
     p.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
     p.add_argument("--threads", type=int, default=2)
@@ -129,6 +130,7 @@ class Bench:
                 "group_size": group,
                 "symmetric": symmetric,
                 "calibrate": calibrate,
+                "calibration": dict(item.split("=", 1) for item in self.o.calibration),
             }
         )
         model = self.base(quant)
@@ -140,7 +142,7 @@ class Bench:
             model.requires_grad_(False)
             for name, layer in list(packed_layers(model)):
                 assert isinstance(layer.base, PackedWeight)
-                model.set_submodule(name, FullQATLinear(layer, unrounded(layer.base)))
+                model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
             rate = self.o.full_qat_learning_rate
         else:
             chosen = dict(item.split("=", 1) for item in self.o.set)

@@ -50,6 +50,7 @@ class Contender:
             "gradient_accumulation_steps": 1,
             "gradient_checkpointing": True,
             "scheduler": "constant",
+            "learning_rate": 1e-3,
             **case.train,
         }
         if not _has_bitsandbytes():

@@ -18,6 +18,7 @@ from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
+from .recipe.defaults import taken
 from .recipe.incoming import resolve_quant
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
@@ -127,6 +128,8 @@ def start(recipe: Recipe) -> Session:
         f"{recipe.name}: {recipe.model.path} ({checkpoint.revision or 'local'}) on {device}, "
         f"{recipe.model.dtype}"
     )
+    for line in taken(recipe):
+        session.say(line)
     return session
 
 

@@ -10,8 +10,9 @@ import re
 import tempfile
 from pathlib import Path
 
+from ..adapters.rates import rate_for
+from ..names import HUB_ID
 from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
-from ..recipe.paths import HUB_ID
 from ..recipe.sections.quant import QuantSection
 from .places import refuse_existing
 
@@ -40,7 +41,8 @@ quant:
   group_size: {group:<4}                   # {group_why}
   symmetric: true                    # false adds zero points: more exact at 2 and 3 bits, fewer servers
   residual_bits: 4                   # 0, 1, 2, 4 bits of the rounding error kept for training; never ship
-  calibrate: mse                     # absmax, minmax, mse, gptq (better at 2 and 3 bits, takes minutes)
+  calibrate: auto                    # gptq at 2, 3 and 4 bits: it looks at data.train; mse at 8. Or by name;
+                                     # signround loses less at 2 and 3 bits and takes minutes
   targets: all-linear                # attention and MLP; or names, globs, regexes: ["q_proj", "*.mlp.*"]
   exclude: [lm_head]                 # left in full precision
   overrides: []                      # [{{match: "*.down_proj", bits: 8}}]; the last match wins
@@ -61,10 +63,12 @@ data:
   on_bad_row: error                  # skip counts malformed rows and goes on
 
 train:
-  max_steps: 1000                    # or epochs: 1
+  max_steps: 1000                    # or epochs: 1; 0 with reconstruct: quantize only
+  # reconstruct: {{}}                  # fit each layer to the dense one first: a better start at 2 and 3 bits
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
-  learning_rate: 1e-3                # of the low-rank matrices
+  learning_rate: auto                # of A and B, here {rate:g}: {rate_why};
+                                     # `plan` and `run` print it. A LoRA's 2e-4 would move few codes or none
   scale_learning_rate: null          # of scales; null: learning_rate
   optimizer: adamw                   # paged_adamw8bit saves memory on a GPU
   scheduler: cosine                  # linear, wsd, constant
@@ -188,6 +192,7 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
             f"as it is quantized ({incoming}), tuned with DL-QAT",
         )
         facts = f"{len(incoming.layers)} layers are packed already; their codes are taken as they are."
+    rate, rate_why = rate_for("lr_qat", 4)
     return template.format(
         title=f"{_comment(model_path)} {what}.",
         file=_comment(str(output)),
@@ -206,6 +211,8 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
         train_on="assistant" if chat else "all      ",
         eval_window=min(window, 256),
         checkpointing="true " if gpu else "false",
+        rate=rate,
+        rate_why=rate_why,
     )
 
 

@@ -23,6 +23,7 @@ from ..plan.fixes import (
     largest_length,
 )
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
+from ..plan.reconstruct import duration, reconstruct_words
 from ..plan.stages import throughput
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
@@ -77,9 +78,10 @@ def show_plan(
         return None
     planner = Planner(recipe, folder, card, processes)
     _show_layers(made, console)
-    _show_parts(made, console)
+    if recipe.train.max_steps != 0:
+        _show_parts(made, console)
     _show_stages(made, console)
-    if search:
+    if search and recipe.train.max_steps != 0:
         _show_largest(planner, made, console)
     _show_needs(recipe, made, console, tokens_per_second)
     for note in made.notes:
@@ -145,7 +147,7 @@ def refusal(recipe: Recipe) -> str | None:
         made = plan(recipe, folder, card) if folder is not None else None
         if (
             made is None
-            or made.stages["training"] <= card.nbytes
+            or made.stages.get("training", 0) <= card.nbytes
             or (made.notes and made.certain <= card.nbytes)
         ):
             return None
@@ -174,9 +176,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     train = recipe.train
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
-    rates = (
-        f"learning rate {train.learning_rate:g}, scales {train.scale_learning_rate or train.learning_rate:g}"
-    )
+    rates = f"learning rate {train.learning_rate}, scales {train.scale_learning_rate or train.learning_rate}"
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
@@ -259,7 +259,7 @@ def _show_parts(made: Plan, console: Console) -> None:
             cell, text = "", f"{made.moments[name] / 1e9:.3f} GB, but at another moment ({text})"
         table.add_row(name, cell, escape(text))
     table.add_section()
-    table.add_row("total", f"{made.stages['training'] / 1e9:.3f}", f"{made.trainable:,} trained parameters")
+    table.add_row("total", f"{sum(made.parts.values()) / 1e9:.3f}", f"{made.trainable:,} trained parameters")
     console.print(table)
 
 
@@ -319,6 +319,10 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
+    if recipe.train.reconstruct is not None:
+        _say(console, reconstruct_words(recipe, rate))
+    if steps == 0:
+        return
     if steps is None:
         _say(
             console,
@@ -330,7 +334,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens / 1e6:,.1f} million tokens"
     if rate:
         source = "given" if tokens_per_second else f"measured in {recipe.output}"
-        line += f", about {_duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
+        line += f", about {duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
     else:
         line += "; --tokens-per-second, or an earlier run in the same output folder, gives the time"
     _say(console, line)
@@ -384,12 +388,6 @@ def _override(fix: Fix) -> str:
         f"--processes {value}" if key == "processes" else f"{key}={_yaml(value)}"
         for key, value in fix.changes.items()
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _say(console: Console, text: str) -> None:

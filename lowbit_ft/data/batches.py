@@ -33,24 +33,31 @@ SHUFFLE_BUFFER = 256  # windows of a stream held to choose the next from; 256 x 
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, *, mask_dtype: torch.dtype | None = None
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    mask_dtype: torch.dtype | None = None,
+    used: bool = False,
 ) -> dict[str, Tensor]:
     """Windows -> input_ids, labels, position_ids, int64 [B, L], L the longest window; with mask_dtype also
-    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it."""
+    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; with used also `used`, int64
+    [B]: the tokens of each row before its padding, which is no model's business but a teacher's."""
     length = max(len(e.input_ids) for e in examples)
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     positions = torch.empty_like(ids)
     for b, example in enumerate(examples):
-        used = len(example.input_ids)
-        assert sum(example.segments) == used == len(example.labels), "segments do not cover the window"
-        ids[b, :used] = torch.tensor(example.input_ids)
-        labels[b, :used] = torch.tensor(example.labels)
-        sizes = [*example.segments[:-1], example.segments[-1] + length - used]
+        size = len(example.input_ids)
+        assert sum(example.segments) == size == len(example.labels), "segments do not cover the window"
+        ids[b, :size] = torch.tensor(example.input_ids)
+        labels[b, :size] = torch.tensor(example.labels)
+        sizes = [*example.segments[:-1], example.segments[-1] + length - size]
         positions[b] = torch.cat([torch.arange(n) for n in sizes])
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if mask_dtype is not None:
         batch["attention_mask"] = block_diagonal_mask(positions, mask_dtype)
+    if used:
+        batch["used"] = torch.tensor([len(e.input_ids) for e in examples])
     return batch
 
 
@@ -86,10 +93,10 @@ class Batches:
     """An endless iterator of micro-batches (see collate) over Examples, in memory or streamed.
 
     rank, world: this process and how many there are.  mask_dtype: add an explicit mask of this dtype (file
-    head). state_dict() after n batches, loaded into a Batches over the same data, continues with batch n + 1,
-    bit for bit; take it when all ranks have had the same number of batches, as at the end of a step. A stream
-    is resumed by reading it again up to there.
-    """
+    head). taught: add what a teacher has to know of a batch (`used`). state_dict() after n batches, loaded
+    into a Batches over the same data, continues with batch n + 1, bit for bit; take it when all ranks have
+    had the same number of batches, as at the end of a step. A stream is resumed by reading it again up to
+    there."""
 
     def __init__(
         self,
@@ -102,6 +109,7 @@ class Batches:
         shuffle: bool = True,
         *,
         mask_dtype: torch.dtype | None = None,
+        taught: bool = False,
     ):
         if micro_batch_size < 1:
             raise DataError(f"micro_batch_size {micro_batch_size}; at least 1")
@@ -110,7 +118,7 @@ class Batches:
             raise DataError("no examples to make batches of")
         self.examples, self.micro_batch_size, self.pad_id = examples, micro_batch_size, pad_id
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
-        self.mask_dtype = mask_dtype
+        self.mask_dtype, self.taught = mask_dtype, taught
         self._go_to(0, 0)
 
     def __iter__(self) -> Batches:
@@ -125,6 +133,7 @@ class Batches:
             [self.examples[w] if isinstance(w, int) else w for w in mine],
             self.pad_id,
             mask_dtype=self.mask_dtype,
+            used=self.taught,
         )
 
     def __len__(self) -> int:

@@ -24,6 +24,8 @@ class BinaryGrid:
     kind: ClassVar[str] = "binary"  # see IntGrid
     widths: ClassVar[tuple[int, ...]] = PLANES
     start: ClassVar[str] = "greedy"
+    text_start: ClassVar[str] = "greedy"
+    text_bits: ClassVar[tuple[int, ...]] = ()
     packs_tables: ClassVar[bool] = False
 
     bits: int = 3

@@ -35,7 +35,9 @@ class IntGrid:
     name: ClassVar[str] = "integer"
     kind: ClassVar[str] = "integer"  # what its weights are (WEIGHTS); calibrators and adapters serve a kind
     widths: ClassVar[tuple[int, ...]] = BITS
-    start: ClassVar[str] = "mse"  # the default of quant.calibrate
+    start: ClassVar[str] = "mse"  # quant.calibrate: auto, without text or at other bits than text_bits
+    text_start: ClassVar[str] = "gptq"  # the same where there is calibration text, at
+    text_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)  # 8 bits round to nothing worth the time (LOG.md)
     packs_tables: ClassVar[bool] = True  # quant.lm_head and quant.embeddings
 
     bits: int = 4

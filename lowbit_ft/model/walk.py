@@ -1,8 +1,9 @@
 """LayerWalk: run text through a full-precision model one decoder layer at a time.
 
 The dense model is never whole in memory: a layer is read from the checkpoint, all the batches pass through
-it, and it is dropped. Two users: GPTQ (which packs the layer before going on) and evaluation (which wants the
-full-precision logits as the reference).
+it, and it is dropped. Its users: the calibrators that look at text (which pack the layer before going on),
+evaluation (which wants the full-precision logits as the reference) and train.reconstruct (which wants what
+every dense layer makes of its input).
 
 How: the decoder layers are stood in for by stubs that record the arguments the model gives each of them
 (attention masks and rotary positions differ by layer in some models) and pass the hidden states on. Then
@@ -98,13 +99,20 @@ class LayerWalk:
     @torch.no_grad()
     def run(self, index: int, keep: Callable[[int, Tensor], None] | None = None) -> None:
         """Pass every batch through layer `index`; keep(batch, output) is called with each result."""
-        layer = self.layers[index]
         for number in range(len(self.batches)):
-            args, kwargs = _moved(self.arguments[index][number], self.device, {})
-            out = layer(self.hidden[number].to(self.device), *args, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            out = self.call(index, number, self.hidden[number])
             if keep is not None:
                 keep(number, out)
+
+    def call(
+        self, index: int, number: int, hidden: Tensor, layer: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """The output [B, L, H] of layer `index` (or of one that stands in for it) for these hidden states,
+        with what the model gives it beside them for batch `number`.
+        """
+        args, kwargs = _moved(self.arguments[index][number], self.device, {})
+        out = (layer or self.layers[index])(hidden.to(self.device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def advance(self, index: int) -> None:
         """The hidden states of every batch become the output of layer `index`."""
@@ -201,6 +209,31 @@ class LayerWalk:
         finally:
             layer.__dict__.pop("forward")
         return seen[0]
+
+
+@torch.no_grad()
+def entering(model: Any, first: nn.Module, batches: list[Batch]) -> list[Tensor]:
+    """The hidden states that a model in memory gives its first decoder layer, [batch] -> [B, L, H] on the
+    CPU. They are not the dense model's where its embedding is packed.
+    """
+    seen: list[Tensor] = []
+
+    def spy(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].cpu())
+        raise _Seen
+
+    device = model.get_input_embeddings()
+    device = next(t.device for t in [*device.parameters(), *device.buffers()])
+    handle = first.register_forward_pre_hook(spy)
+    try:
+        for batch in batches:
+            try:
+                model(**_moved(dict(batch), device, {}), use_cache=False)
+            except _Seen:
+                pass
+    finally:
+        handle.remove()
+    return seen
 
 
 class _Seen(Exception):

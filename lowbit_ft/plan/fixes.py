@@ -97,7 +97,7 @@ def largest(planner: Planner, key: str, step: int, most: int) -> int | None:
     def size(value: int) -> int:
         made = planner({key: value})
         return (
-            max(made.stages["training"], made.stages["evaluation while training"])
+            max(sum(made.parts.values()), made.stages.get("evaluation while training", 0))
             if made is not None
             else 1 << 62
         )

@@ -28,8 +28,10 @@ from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
+from .reconstruct import reconstruct_bytes
 from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
 from .step import step_costs
+from .teacher import teacher_costs, teacher_notes
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
@@ -55,9 +57,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: bytes by name at the peak of a training step (they add up to stages["training"]); moments: what
-    is largest at another moment; stages: peak by stage of the run, context included; notes: what is an
-    estimate, and why."""
+    """parts: bytes by name at the peak of a training step (they add up to stages["training"], which is not
+    there when train.max_steps is 0); moments: what is largest at another moment; stages: peak by stage of the
+    run, context included; notes: what is an estimate, and why."""
 
     recipe: Recipe
     card: Card
@@ -202,13 +204,17 @@ def plan(
     per_token = max(cost.evaluation for cost in step.layers) / (
         recipe.train.micro_batch_size * recipe.data.sequence_len
     )
-    stages["quantizing"] = quantize_bytes(recipe, made, per_token) + context
+    if recipe.train.max_steps == 0:
+        stages = {}  # parts and moments still say what a step would hold
+    if recipe.train.reconstruct is not None:
+        stages["reconstructing"] = held + reconstruct_bytes(recipe, made, step) + context
+    stages["quantizing"] = quantize_bytes(recipe, made, step) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))
-    notes = [*step.notes, *note]
+    notes = [*step.notes, *note, *teacher_notes(recipe, made)]
     return Plan(
         recipe, card, made.rows, parts, moments, stages, peak_at, made.trainable, wanted, notes, count
     )
@@ -267,6 +273,13 @@ def _training(
     train = recipe.train
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
     moments = _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
+    teacher = teacher_costs(recipe, made)
+    beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
+    if teacher.live:  # in eval mode, before the student has kept anything
+        work = max(step.frame + max(cost.evaluation for cost in step.layers) - beside, 0)
+        gradients = made.trainable * 4 if train.gradient_accumulation_steps > 1 else 0
+        own = {"gradients": gradients, "saved layer inputs": 0, "one layer": work}
+        moments.append((gradients + work, "the forward of the teacher", own))
     _, peak_at, at_peak = max(moments, key=lambda m: m[0])
 
     optimizer, _ = optimizer_state(train.optimizer, made.trained)
@@ -278,6 +291,8 @@ def _training(
     }
     if train.keep_codes:
         parts["kept codes"] = parts["codes"]
+    if teacher.asked:
+        parts["teacher"] = teacher.held + beside
     parts["saved layer inputs"] = at_peak["saved layer inputs"]
     parts |= {
         "one layer": at_peak.get("one layer", 0),

@@ -14,13 +14,15 @@ import torch
 
 from ..files.jsonfile import parse_json
 from ..files.regular import read_regular
+from ..model.heads import LOGITS_AT_A_TIME
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
-from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+from ..signals.tokens import FLOATS_AT_A_TIME
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
 from .model import Skeleton
+from .teacher import teacher_costs
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.
@@ -72,15 +74,16 @@ def walk_activations(per_token: float, windows: int, length: int) -> int:
     return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
 
 
-def quantize_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
+def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). With text: a batch
-    of activations too.
+    of activations too, and back where whole layers are rounded together.
     """
     device = quantize_memory(recipe, made.shapes).device
     if not recipe.quant.reads_text:
         return device
-    text = recipe.quant.calibration
-    return device + walk_activations(per_token, text.samples, text.sequence_len)
+    text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
+    largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)
+    return device + walk_activations(largest / tokens, text.samples, text.sequence_len)
 
 
 def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
@@ -145,6 +148,12 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     disk = {"base/": packed, "checkpoints/": checkpoints, "adapter/": masters, "merged/": shipped}
     if recipe.export.format != "native":
         disk["exported/"] = shipped
+    if train.reconstruct is not None:
+        disk["reconstruct/"] = masters
+    if steps == 0:
+        del disk["checkpoints/"]
+    if (teacher := teacher_costs(recipe, made)).disk:
+        disk["teacher/"] = teacher.disk
     tokens = train.micro_batch_size * recipe.data.sequence_len
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden

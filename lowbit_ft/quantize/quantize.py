@@ -7,19 +7,21 @@ PackedLinears.
 Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of
 rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read,
 the inputs of its linears are summed into Hessians, its linears are packed in place, and the text goes on
-through the packed layer, so later layers see the errors of earlier ones. A checkpoint that is quantized
+through the packed layer, so later layers see the errors of earlier ones. signround walks too, and rounds all
+linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is quantized
 already (incoming/) is not calibrated: its codes are repacked as they are.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from lowbit_kernels.layout import row_chunks
+from rich.console import Console
 from torch import Tensor, nn
 
 from ..grid import Grid, IntGrid, Weight, stack_rows
-from ..grid.calibrate import CALIBRATORS, Stats
+from ..grid.calibrate import CALIBRATORS, Curvature, Stats
 from ..integrations.transformers import mark_packed
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
@@ -30,8 +32,11 @@ from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
 from ..train.memory import release_freed
 from .adopt import check_adopted
-from .memory import BLOCK_BYTES, HESSIAN_BYTES
-from .table import QuantRow, QuantTable, check_shapes, plan_layers, some
+from .blocks import DenseBlock, DenseStream
+from .inputs import curvatures, passes
+from .memory import BLOCK_BYTES
+from .progress import Progress
+from .table import QuantRow, QuantTable, check_shapes, plan_layers
 
 
 class Packing:
@@ -40,7 +45,8 @@ class Packing:
 
     specs: layer -> (shape [N, K], grid), known beforehand. keep: the weights also go into `model`, the others
     then being read too (`finished`). calibration() gives the token batches of gptq; it is called only when
-    the calibrator needs text. ValueError where the recipe's choice cannot be packed.
+    the calibrator needs text; with quant.calibrate: auto it decides which calibrator that is. console: where
+    the progress is shown (None: nowhere). ValueError where the recipe's choice cannot be packed.
     """
 
     def __init__(
@@ -52,12 +58,13 @@ class Packing:
         dtype: torch.dtype | None = None,
         attention: str = "sdpa",
         calibration: Callable[[], list[Batch]] | None = None,
-        progress: Callable[[str], None] | None = None,
+        console: Console | None = None,
         keep: bool = False,
     ):
+        quant = quant.resolved(rows=calibration is not None)
         self.checkpoint, self.quant, self.keep = checkpoint, quant, keep
         self.device, self.dtype = torch.device(device), dtype or checkpoint.dtype
-        self.calibration, self.tell = calibration, progress or (lambda name: None)
+        self.calibration, self.progress = calibration, Progress(console, 0)
         self.model = checkpoint.empty_model(attention)
         self.targets, self.rows = plan_layers(self.model, quant)
         stand_in(self.model, self.targets)
@@ -84,16 +91,19 @@ class Packing:
             n: (self.targets[n].shape, quant.grid_for(n)) for n in names
         }
         self._made: Iterator[tuple[str, Weight]] | None = None
+        self.progress = Progress(console, sum(n * k for (n, k), _ in self.specs.values()))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Weight]]:
         left = dict.fromkeys(self.specs)
-        if self.checkpoint.incoming is None and self.calibrator.needs_text:
-            for name, base in self._walked():
-                del left[name]
-                yield name, base
-        for name in left:
-            yield name, self._one(name)
+        with self.progress:
+            if self.checkpoint.incoming is None and self.calibrator.needs_text:
+                for name, base in self._walked():
+                    del left[name]
+                    yield name, base
+            for number, name in enumerate(left, len(self.specs) - len(left) + 1):
+                self.progress.at(f"matrix {number} of {len(self.specs)}: {name}")
+                yield name, self._one(name)
 
     def _one(self, name: str) -> Weight:
         base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
@@ -121,47 +131,56 @@ class Packing:
         return self.model.eval()
 
     def _walked(self) -> Iterator[tuple[str, Weight]]:
-        """The linears of the decoder layers, by gptq."""
+        """The linears of the decoder layers, by a calibrator that looks at text."""
         assert self.calibration is not None
         walk = LayerWalk(
             self.model, self.checkpoint, self.calibration(), self.device, self.dtype, logits=False
         )
         if not self.keep:
             walk.forget_rest()
+        of = f"of {len(walk.layers)}"
+        stream = DenseStream(walk) if self.calibrator.block is not None else None
         for index, layer_name, layer in walk:
+            here = f"layer {index + 1} {of}"
             inside = {n: self.model.get_submodule(n) for n in self.targets if n.startswith(layer_name + ".")}
-            experts = {name for name in inside if self.targets[name].expert is not None}
             made: dict[str, Weight] = {}
-            for part in _passes(inside):
-                hessians = _hessians(walk, index, part, experts)
+            if stream is not None and inside:
+                self.progress.at(f"{here}: {len(inside)} matrices together")
+                made = self._pack_block(stream, index, f"{layer_name}.", list(inside))
+                yield from made.items()
+            for part in passes(inside) if stream is None else ():
+                self.progress.at(f"{here}: inputs of {len(part)} matrices")
+                found = curvatures(walk, index, part, self.progress.tick)
                 for name in part:
-                    made[name] = self._pack(name, hessians.pop(name, None))
+                    self.progress.at(f"{here}: {name.removeprefix(layer_name + '.')}")
+                    made[name] = self._pack(name, found.pop(name, None), inside=True)
                     yield name, made[name]
             for name, base in made.items():
                 self._put(name, base)
             del made
+            self.progress.at(f"{here}: text through the packed layer")
             layer.eval()
             walk.advance(index)
             if not self.keep:
                 walk.drop(index)
 
-    def _pack(self, name: str, hessian: Tensor | None = None) -> Weight:
-        """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless a Hessian is
-        factored for them.
+    def _pack(self, name: str, curvature: Curvature | None = None, inside: bool = False) -> Weight:
+        """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless there is the
+        curvature of their inputs. inside: text was looked for.
         """
-        grid, matrix, run, note = self.quant.grid_for(name), self.targets[name], self.calibrator, ""
-        if run.needs_text and hessian is None:
-            run, note = CALIBRATORS[grid.start], f"outside the decoder layers: calibrated by {grid.start}"
-            if matrix.expert is not None:
-                note = f"no calibration token reached this expert: calibrated by {grid.start}"
-        stats = Stats(hessian=hessian, p=self.quant.mse_p, damping=self.quant.calibration.damping)
+        grid, run, note = self.quant.grid_for(name), self.calibrator, ""
+        if run.needs_text and curvature is None:
+            run, why = CALIBRATORS[grid.start], "outside the decoder layers"
+            if inside:
+                kind = "layer" if self.targets[name].expert is None else "expert"
+                why = f"no calibration token reached this {kind}"
+            note = f"{why}: calibrated by {grid.start}"
+        stats = self._stats(curvature)
         parts, error, size = [], 0.0, 0.0
-        for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if hessian is None else None):
+        for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if curvature is None else None):
             # As stored, whatever the model's dtype: scales are searched on these weights, in fp32, some rows
             # at a time.
-            weight = self.checkpoint.matrix(
-                name, device=self.device, dtype=self.checkpoint.stored_matrix_dtype(name), rows=rows
-            )
+            weight = self._stored(name, rows)
             parts.append(run.run(weight, grid, stats))
             off, whole = _squares(weight, parts[-1])
             error, size = error + off, size + whole
@@ -170,6 +189,40 @@ class Packing:
         error = error / max(size, 1e-30)
         self._said(name, base, note, error)
         return base
+
+    def _pack_block(
+        self, stream: DenseStream, index: int, prefix: str, names: list[str]
+    ) -> dict[str, Weight]:
+        """All linears of a decoder layer at once, by their effect on its output."""
+        assert self.calibrator.block is not None
+        grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
+        unit = stream.advance(index)
+        weights = {name: self._stored(name).float() for name in names}
+        stats = self._stats()
+        block = DenseBlock(
+            stream, index, prefix, weights, grids, unit, lambda step: self.progress.tick(step / stats.steps)
+        )
+        made, (before, after) = self.calibrator.block(block, stats)
+        for name, base in made.items():
+            off, whole = _squares(weights[name], base)
+            self._said(name, base, f"its layer's loss {before:.5f} -> {after:.5f}", off / max(whole, 1e-30))
+        return made
+
+    def _stats(self, curvature: Curvature | None = None) -> Stats:
+        text = self.quant.calibration
+        return Stats(
+            curvature=curvature,
+            p=self.quant.mse_p,
+            damping=text.damping,
+            act_order=text.act_order,
+            static_groups=text.static_groups,
+            steps=text.steps,
+        )
+
+    def _stored(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The matrix [N, K] of a layer, or some of its rows, in the dtype of the files."""
+        dtype = self.checkpoint.stored_matrix_dtype(name)
+        return self.checkpoint.matrix(name, device=self.device, dtype=dtype, rows=rows)
 
     def _adopt(self, name: str) -> Weight:
         grid = self.quant.grid_for(name)
@@ -182,7 +235,7 @@ class Packing:
         bits, group, numbers = base.grid.bits, base.grid.group_size, base.shape[0] * base.shape[1]
         self.rows.append(QuantRow(name, "quantized", note, bits, group, error, numbers, base.nbytes))
         release_freed()
-        self.tell(name)
+        self.progress.done(numbers)
 
     def _put(self, name: str, base: Weight) -> None:
         """The weight takes the place of its layer in the model."""
@@ -207,7 +260,7 @@ def quantize(
     dtype: torch.dtype | None = None,
     attention: str = "sdpa",
     calibration: Callable[[], list[Batch]] | None = None,
-    progress: Callable[[str], None] | None = None,
+    console: Console | None = None,
 ) -> tuple[Any, QuantTable]:
     """The model with PackedLinears, in eval mode on `device`, everything unquantized in `dtype`; and the
     table. Arguments as `Packing`."""
@@ -218,7 +271,7 @@ def quantize(
         dtype=dtype,
         attention=attention,
         calibration=calibration,
-        progress=progress,
+        console=console,
         keep=True,
     )
     for _ in packing:
@@ -235,59 +288,3 @@ def _squares(weight: Tensor, base: Weight) -> tuple[float, float]:
         sums[0] += base.rows(rows.start, rows.stop).dequantize().sub_(dense).square_().sum()
     off, whole = sums.tolist()
     return off, whole
-
-
-def _passes(linears: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """The linears of a layer in groups whose Hessians fit HESSIAN_BYTES (those of the experts of a large
-    mixture do not), in order. What is shared is counted twice: that is known only once text has passed."""
-    part: dict[str, nn.Module] = {}
-    used = 0
-    for name, linear in linears.items():
-        size = 4 * int(linear.in_features) ** 2  # pyright: ignore[reportArgumentType]
-        if part and used + size > HESSIAN_BYTES:
-            yield part
-            part, used = {}, 0
-        part[name] = linear
-        used += size
-    if part:
-        yield part
-
-
-def _hessians(
-    walk: LayerWalk, index: int, linears: dict[str, nn.Module], experts: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """sum x x^T / tokens over all batches, fp32 [K, K], for every linear of a layer. Linears that are given
-    one and the same tensor (q, k and v; gate and up) share one sum. Of `experts`, those that no token reached
-    have none."""
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(linears, 0)
-    owner: dict[str, str] = {}  # linear -> the one whose sum it shares
-    given: dict[
-        str, Tensor
-    ] = {}  # inputs of the forward that is running; held, so that none is freed and mistaken for another
-    handles = []
-    for name, linear in linears.items():
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], _name: str = name) -> None:
-            same = next((other for other, x in given.items() if x is args[0]), _name)
-            if owner.setdefault(_name, same) != same:
-                raise ValueError(
-                    f"gptq: {_name} is given its input in changing ways; use calibrate: mse for this model"
-                )
-            given[_name] = args[0]
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            tokens[_name] += x.shape[0]
-            if same == _name:
-                sums[_name] = sums[_name].addmm_(x.t(), x) if _name in sums else x.t() @ x
-
-        handles.append(linear.register_forward_pre_hook(hook))
-    walk.run(index, keep=lambda number, out: given.clear())
-    for handle in handles:
-        handle.remove()
-    if idle := [name for name in linears if not tokens[name] and name not in experts]:
-        raise ValueError(
-            f"gptq: no calibration token reached {some(idle)}; use calibrate: mse, or other calibration text"
-        )
-    for name, total in sums.items():
-        total.div_(tokens[name])
-    return {name: sums[owner[name]] for name in linears if tokens[name]}

@@ -20,6 +20,7 @@ from ..adapters import AdapterConfig
 from ..names import did_you_mean
 from .check import check
 from .check import check as cross_check
+from .defaults import resolve
 from .errors import to_problems
 from .incoming import resolve_quant
 from .paths import located
@@ -125,6 +126,7 @@ def load_recipe(
     if folders and "model" in values and "quant" in values:
         values["quant"], against = resolve_quant(values["model"], values["quant"])
         problems += against
+    values = resolve(values)
     if check:
         problems += cross_check(values)
     lines = source.lines(problems)

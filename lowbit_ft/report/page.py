@@ -235,7 +235,7 @@ def _layers(run: RunFiles) -> str:
             notes.append(f"Scales moved by {100 * change:.2f} % on average (mean |s/s0 - 1|).")
     except NotShown as reason:
         notes.append(f"Codes moved: not shown. {reason}")
-    html = ""
+    html = _fitted(run)
     if panels:
         html += image(report_plots.layers(panels), "quantization error and codes moved, per layer")
     html += "".join(note(text) for text in notes)
@@ -248,6 +248,17 @@ def _layers(run: RunFiles) -> str:
         head = ["layer", "bits", "group size", "weights", "relative squared error"]
         html += folded("every quantized layer", table(head, lines))
     return html
+
+
+def _fitted(run: RunFiles) -> str:
+    """What train.reconstruct did to every decoder layer; nothing where it was not asked for."""
+    try:
+        rows = run.rows("reconstruct.json", "Not asked for")
+    except NotShown:
+        return ""
+    lines = [[row.get("layer"), *(number(row.get(key), 5) for key in ("before", "after"))] for row in rows]
+    text = "error of a decoder layer's output over what the dense layer adds (train.reconstruct)"
+    return folded(text, table(["decoder layer", "loss before", "loss after"], lines))
 
 
 def _trainable(run: RunFiles) -> str:

@@ -47,10 +47,17 @@ def read_data(session: Session) -> Examples:
 
 
 def batches(
-    session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False
+    session: Session,
+    model: Any,
+    examples: Examples,
+    size: int,
+    *,
+    shuffle: bool,
+    alone: bool = False,
+    taught: bool = False,
 ) -> Batches:
-    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not
-    keep packed segments apart by itself."""
+    """Micro-batches for this process (alone: the only one; taught: with what a teacher has to know), with
+    an explicit mask where the model does not keep packed segments apart by itself."""
     apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
     length = session.recipe.data.sequence_len
     if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
@@ -64,6 +71,7 @@ def batches(
         world=1 if alone else world(),
         shuffle=shuffle,
         mask_dtype=None if apart else session.dtype,
+        taught=taught,
     )
 
 
@@ -114,19 +122,24 @@ def eval_batches(session: Session, model: Any) -> list[Batch]:
 
 
 def calibration_batches(session: Session) -> list[Batch]:
-    """Token windows for gptq, from quant.calibration.path or the training rows: a seeded choice among the
-    first 4 x samples, so that a large or remote data set is not read whole."""
-    recipe, wanted = session.recipe, session.recipe.quant.calibration
-    source = recipe.data.train
-    if wanted.path is not None:
-        kind = "text" if Path(wanted.path).suffix == ".txt" else source.format
-        source = DataSource(path=wanted.path, format=kind)
-    pool = first_windows(
-        session, source, 4 * wanted.samples, {"sequence_len": wanted.sequence_len, "train_on": "all"}
-    )
-    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(wanted.samples, len(pool)))
+    """Token windows for a calibrator that looks at text."""
+    wanted = session.recipe.quant.calibration
+    size = max(1, 4096 // wanted.sequence_len)
+    return calibration_windows(session, wanted.samples, wanted.sequence_len, size)
+
+
+def calibration_windows(session: Session, samples: int, sequence_len: int, size: int) -> list[Batch]:
+    """Batches of `size` token windows from quant.calibration.path or the training rows: a seeded choice among
+    the first 4 x samples, so that a large or remote data set is not read whole."""
+    recipe = session.recipe
+    source, path = recipe.data.train, recipe.quant.calibration.path
+    if path is not None:
+        kind = "text" if Path(path).suffix == ".txt" else source.format
+        source = DataSource(path=path, format=kind)
+    pool = first_windows(session, source, 4 * samples, {"sequence_len": sequence_len, "train_on": "all"})
+    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(samples, len(pool)))
     chosen = Examples(pool[i] for i in sorted(picked))
-    size = min(len(chosen), max(1, 4096 // wanted.sequence_len))
+    size = min(len(chosen), size)
     found = Batches(chosen, size, session.pad_id, 0, shuffle=False).one_epoch()
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
 

@@ -85,6 +85,7 @@ def pack_base(session: Session, folder: Path) -> None:
         dtype=session.dtype,
         attention=recipe.model.attention,
         calibration=lambda: calibration_batches(session),
+        console=session.console if run_dir.main else None,
     )
     weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
     write_model(folder, session.checkpoint, weights, EXPORTERS["native"])

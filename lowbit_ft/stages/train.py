@@ -1,4 +1,6 @@
-"""train: adapters on the packed base, trained, and adapter/ written."""
+"""train: adapters on the packed base, fitted to the dense layers if the recipe says so, trained, and adapter/
+written.
+"""
 
 import gc
 from functools import partial
@@ -9,18 +11,25 @@ import torch
 from .. import merge as merging
 from ..adapters.attach import adapter_state, attach, base_digest, begin_step
 from ..adapters.lora_start import read_lora, start_from_lora
+from ..adapters.rates import rate_for
+from ..adapters.reach import reach
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..export.writer import check_model
 from ..integrations.adapter_files import write_adapter
 from ..model.shards import is_sharded, whole
 from ..session import Session
+from ..signals import Lesson
 from ..train.loop import train
 from ..train.memory import release_freed
+from ..train.optim import lr_factor
 from ..train.processes import world
+from ..train.setup import total_steps
 from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import trained_model
+from .reconstruct import reconstruct_stage
+from .teacher import lesson_of
 
 
 class RunStopped(Exception):
@@ -28,32 +37,22 @@ class RunStopped(Exception):
 
 
 def train_stage(session: Session, model: Any, examples: Examples) -> Any:
-    """Attach and train; writes adapter/. Returns the trained model, whole, on the main process and None on
-    the others. RunStopped when a signal ended it before the last step."""
+    """Attach, reconstruct and train (train.max_steps: 0 leaves it at that); writes adapter/. Returns the
+    trained model, whole, on the main process and None on the others. RunStopped when a signal ended it before
+    the last step."""
     recipe, run_dir = session.recipe, session.run
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
+    if recipe.train.max_steps != 0:
+        warn_of_rate(session, model, examples)
     digest = base_digest(model)
+    fitted = reconstruct_stage(session, model)
+    # It is judged against the student as it will start.
+    lesson = lesson_of(session, model, examples) if recipe.train.max_steps != 0 else None
     share_base(session, model)
-    with run_dir.stage("train", session.device, resumable=True):
-        result = train(
-            model,
-            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
-            valid_batches(session, model),
-            recipe.train,
-            run_dir.path,
-            meta={"base": digest, "adapter": recipe.adapter.model_dump(mode="json")},
-            resume=True,
-            on_step=partial(begin_step, model),
-            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
-            after_step=session.check_files,
-            console=session.console,
-        )
-    if result.stopped:
-        raise RunStopped(
-            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
-        )
+    if lesson is not None:
+        optimize(session, model, examples, lesson, digest, fitted)
     # by all processes, for the one that writes
     state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
     if not run_dir.main:
@@ -69,6 +68,42 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     return trained_model(session)
 
 
+def optimize(
+    session: Session, model: Any, examples: Examples, lesson: Lesson, digest: str, fitted: str | None
+) -> None:
+    """The training steps. lesson: what the loss is made of; digest: of the base; fitted: what the adapters
+    were fitted to before, if they were. RunStopped when a signal ended it before the last step.
+    """
+    recipe, run_dir = session.recipe, session.run
+    meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
+    with run_dir.stage("train", session.device, resumable=True):
+        result = train(
+            model,
+            batches(
+                session,
+                model,
+                examples,
+                recipe.train.micro_batch_size,
+                shuffle=True,
+                taught=lesson.teacher is not None,
+            ),
+            valid_batches(session, model),
+            recipe.train,
+            run_dir.path,
+            meta=meta if fitted is None else {**meta, "reconstruct": fitted},
+            resume=True,
+            on_step=partial(begin_step, model),
+            choose_after=getattr(recipe.adapter, "warmup_steps", 0),
+            after_step=session.check_files,
+            lesson=lesson,
+            console=session.console,
+        )
+    if result.stopped:
+        raise RunStopped(
+            f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
+        )
+
+
 def attach_adapters(session: Session, model: Any) -> None:
     """The recipe's adapters on the packed layers, started from the seed or from adapter.init_from; says what
     trains.
@@ -82,6 +117,25 @@ def attach_adapters(session: Session, model: Any) -> None:
         started = start_from_lora(model, recipe.adapter, read_lora(folder))
         run_dir.write_json("lora_start.json", started.to_json())
         session.say(started)
+
+
+def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
+    """Say it when no code can move at this learning rate in this many steps, with the rate it takes."""
+    section = session.recipe.train
+    windows = batches(session, model, examples, section.micro_batch_size, shuffle=False)
+    total = total_steps(section, windows)
+    factors = sum(lr_factor(section, step, total) for step in range(total))
+    found = reach(model, section.learning_rate * factors)
+    if found is None or 2 * found.still < found.layers:
+        return
+    usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
+    least = found.needed / factors
+    session.say(
+        f"warning: train.learning_rate {section.learning_rate:g} for {total} steps moves no code in {found.still} "
+        f"of {found.layers} layers: the low-rank product stays below the distance to the next code, and only "
+        f"scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} (a LoRA's rate is too "
+        "small here: what is trained must cross a step of the grid)"
+    )
 
 
 def share_base(session: Session, model: Any) -> None:

@@ -31,6 +31,11 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
     for name, parameter in named:
         groups["scale" if is_scale(name) else "low_rank"].append(parameter)
     rate = section.learning_rate
+    if isinstance(rate, str):
+        raise ValueError(
+            f"learning_rate: got {rate!r}, which only a recipe resolves (load_recipe); give a TrainSection of "
+            "your own a number, for example 1e-3"
+        )
     scale_rate = rate if section.scale_learning_rate is None else section.scale_learning_rate
     settings = {
         "low_rank": {"lr": rate, "peak": rate, "weight_decay": section.weight_decay},

@@ -23,6 +23,7 @@ from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid, stack_rows
+from lowbit_ft.grid.calibrate import CALIBRATORS
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.walk import LayerWalk
 from lowbit_ft.quantize import memory as quantize_memory
@@ -170,6 +171,32 @@ def test_hessians_in_several_passes_are_the_same(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(quantize_module, "HESSIAN_BYTES", 3 * 4 * 64 * 64)
     assert {n: w.digest() for n, w in packing(checkpoint, "gptq")} == digests
     assert max(held) == 3 and len(held) > 3 * 3
+
+
+@pytest.mark.parametrize(("inputs", "streams"), [("quantized", 3), ("mixed", 3), ("dense", 2)])
+def test_what_waits_where_a_layer_is_fitted_is_foretold(inputs: str, streams: int, tmp_path: Path) -> None:
+    """signround keeps two hidden states of every token, reconstruct as many as it has streams; and packing a
+    whole layer is counted by its linears."""
+    llama(tmp_path / "dense")
+    changes = [
+        f"model.path={tmp_path / 'dense'}",
+        "quant.group_size=32",
+        "quant.calibrate=signround",
+        "quant.calibration.samples=10",
+        "quant.calibration.sequence_len=32",
+        f"train.reconstruct={{inputs: {inputs}, samples: 6, sequence_len: 16}}",
+        "eval.kl=false",
+    ]
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", changes, check=False)
+    shapes = read_shapes(tmp_path / "dense")
+    foretold = quantize_memory.quantize_memory(recipe, shapes)
+    rest = 2 * 16 * 4 + 8  # cosines and sines, positions
+    assert foretold.calibration == 10 * 32 * (2 * 64 * 4 + 32 + rest)
+    assert foretold.reconstruction == 6 * 16 * (streams * 64 * 4 + 16 + rest)
+    linears = [layer for layer in shapes.linears if ".0." in layer.name]
+    weights = sum(layer.out_features * layer.in_features for layer in linears)
+    assert len(linears) == 7 and foretold.hessians == 0
+    assert foretold.work == CALIBRATORS["signround"].block_bytes * weights and foretold.layer > 4 * weights
 
 
 def test_gptq_reads_no_head_and_what_waits_is_what_was_foretold(

@@ -2,6 +2,7 @@
 needed whole.
 """
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -25,8 +27,9 @@ from lowbit_ft.evaluate.perplexity import Reference, evaluate, table
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
 from lowbit_ft.model.walk import LayerWalk
-from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.quantize.table import plan_layers
+from lowbit_ft.quantize import progress
+from lowbit_ft.quantize.quantize import Packing, quantize
+from lowbit_ft.quantize.table import QuantTable, plan_layers
 from lowbit_ft.recipe.sections.quant import QuantSection
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "tiny-llama"
@@ -86,10 +89,12 @@ def test_walking_layer_by_layer_is_the_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("calibrate", ["mse", "gptq"])
+@pytest.mark.parametrize("calibrate", ["mse", "gptq", "signround"])
 def test_every_linear_is_packed_or_named(name: str, calibrate: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(CONFIGS[name](), tmp_path)
-    quant = QuantSection(bits=4, group_size=32, calibrate=calibrate)  # pyright: ignore[reportArgumentType]
+    quant = QuantSection.model_validate(
+        {"bits": 4, "group_size": 32, "calibrate": calibrate, "calibration": {"steps": 2}}
+    )
     model, rows = quantize(checkpoint, quant, calibration=lambda: tokens(4))
     named = {row.layer for row in rows.rows}
     packed = dict(packed_layers(model))
@@ -269,6 +274,82 @@ def test_a_head_or_embedding_that_cannot_be_packed_is_refused(tmp_path: Path) ->
     model.model.embed_tokens = Own(config["vocab_size"], 64)
     with pytest.raises(ValueError, match="quant.embeddings: 8: this model has none that can be packed"):
         plan_layers(model, QuantSection(group_size=32, embeddings=8))
+
+
+def test_auto_is_gptq_at_2_3_and_4_bits_where_there_is_text(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(CONFIGS["llama"](), tmp_path)
+
+    def digest(calibration: Any = None, **quant: Any) -> str:
+        model, _ = quantize(checkpoint, QuantSection(group_size=32, **quant), calibration=calibration)
+        return dict(packed_layers(model))["model.layers.0.mlp.down_proj"].base.digest()
+
+    for bits in (2, 3, 4):
+        named = {name: digest(tokens, bits=bits, calibrate=name) for name in ("gptq", "mse")}
+        assert digest(tokens, bits=bits) == named["gptq"] != named["mse"] == digest(bits=bits)
+    assert digest(tokens, bits=8) == digest(bits=8, calibrate="mse")
+
+
+def test_a_layer_that_no_token_reached_and_sharing_that_changes(tmp_path: Path) -> None:
+    """The first is calibrated without text, and said; the second costs another pass of the text and no
+    error."""
+    checkpoint = checkpoint_of(CONFIGS["llama"](), tmp_path)
+    quant = QuantSection(bits=3, group_size=32, calibrate="gptq")
+
+    def run(patch: Any) -> tuple[dict[str, Any], QuantTable]:
+        packing = Packing(checkpoint, quant, calibration=lambda: tokens(3), keep=True)
+        patch(packing.model.model.layers[1].self_attn)
+        for _ in packing:
+            pass
+        return dict(packed_layers(packing.finished())), packing.table
+
+    def skipping(attention: Any) -> None:  # as a layer that runs for some inputs only
+        def zeros(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+
+        attention.v_proj.__class__ = type("Skipped", (torch.nn.Linear,), {"__call__": zeros})
+
+    plain, table = run(lambda attention: None)
+    assert not any("no calibration token" in row.reason for row in table.rows)
+    _, table = run(skipping)
+    said = {row.layer: row.reason for row in table.quantized if "no calibration token" in row.reason}
+    assert said == {
+        "model.layers.1.self_attn.v_proj": "no calibration token reached this layer: calibrated by mse"
+    }
+
+    def changing(attention: Any) -> None:
+        calls = iter(range(10**6))
+
+        def another(module: Any, args: tuple[torch.Tensor]) -> Any:
+            return (args[0].clone(),) if next(calls) % 2 else None
+
+        attention.k_proj.register_forward_pre_hook(another)
+
+    other, table = run(changing)
+    assert not any("no calibration token" in row.reason for row in table.rows)
+    for name, layer in plain.items():
+        near = (layer.weight - other[name].weight).norm() / layer.weight.norm()
+        assert near < 0.02, name
+
+
+def test_packing_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line every EVERY seconds where there is no terminal, with layer, matrix, share and what is left."""
+    checkpoint = checkpoint_of(CONFIGS["llama"](), tmp_path)
+    quant = QuantSection(bits=3, group_size=32, calibrate="gptq")
+    seen: dict[float, list[str]] = {}
+    for every in (0.0, 1e9):
+        monkeypatch.setattr(progress, "EVERY", every)
+        out = io.StringIO()
+        console = Console(file=out, width=200, force_terminal=False)
+        quantize(checkpoint, quant, calibration=lambda: tokens(2), console=console)
+        seen[every] = out.getvalue().splitlines()
+    text = "\n".join(seen[0.0])
+    assert "quantize  0%  layer 1 of " in text and "inputs of 7 matrices (50%)  0:00:00 passed" in text
+    assert re.search(
+        r"quantize  \d+%  layer 2 of \d: mlp.down_proj  0:00:0\d passed, about 0:00:0\d left", text
+    )
+    assert seen[1e9] == []
+    shares = [int(found) for found in re.findall(r"quantize  (\d+)%", text)]
+    assert shares == sorted(shares) and shares[-1] == 100
 
 
 def test_gptq_says_what_it_lacks(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Calibrators: from a dense weight to a base on its grid. One file per family; the tables are the list.
 
 A calibrator is a function (weight [N, K] fp32, grid, stats) -> PackedWeight or BinaryWeight. `stats` carries
-what calibration text told about the layer's inputs (only `gptq` needs it) and the options of the recipe. To
+what calibration text told about the layer's inputs (for those with `needs_text`) and the options of the
+recipe. One that rounds the linears of a decoder layer together (`signround`) has a second function, `block`,
+which is given the layer (signround.Block) and packs all of it; the first one is then for a linear alone. To
 add one: write the function, add one line to CALIBRATORS, and the recipe, the tests and the quality benchmark
 know it.
 """
@@ -12,21 +14,26 @@ from dataclasses import dataclass
 from ..binary import BinaryGrid
 from ..integer import IntGrid
 from ..packed import Weight
+from .curvature import Curvature
 from .gptq import gptq
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
+from .signround import Block, signround, signround_block
 
 
 @dataclass(frozen=True)
 class Calibrator:
     """run(weight, grid, stats); the kind of grid it serves; whether it needs the Hessian of calibration
-    text.
+    text; block(layer, stats): the linears of a decoder layer at once, (weights by name, loss before and
+    after), with block_bytes of the device's memory for each of their weights meanwhile.
     """
 
     run: Callable[..., Weight]  # (weight: Tensor [N, K], grid of the kind below, stats: Stats)
     grid: str
     needs_text: bool = False
     symmetric: bool | None = None  # None: both
+    block: Callable[[Block, Stats], tuple[dict[str, Weight], tuple[float, float]]] | None = None
+    block_bytes: int = 0
 
     def reject(self, grid: IntGrid | BinaryGrid) -> str | None:
         """Why this calibrator cannot start this grid, with the way out; None when it can."""
@@ -45,6 +52,8 @@ CALIBRATORS: dict[str, Calibrator] = {
     "minmax": Calibrator(minmax, "integer", symmetric=False),
     "mse": Calibrator(mse, "integer"),
     "gptq": Calibrator(gptq, "integer", needs_text=True),
+    # fp32: the weight, V, its gradient, the best V, W^ and what autograd keeps of it (5)
+    "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=40),
     "greedy": Calibrator(greedy, "binary"),
     "alternating": Calibrator(alternating, "binary"),
 }
@@ -55,4 +64,4 @@ def calibrators_of(kind: str) -> list[str]:
     return [name for name, calibrator in CALIBRATORS.items() if calibrator.grid == kind]
 
 
-__all__ = ["CALIBRATORS", "Calibrator", "Stats", "calibrators_of"]
+__all__ = ["CALIBRATORS", "Block", "Calibrator", "Curvature", "Stats", "calibrators_of"]

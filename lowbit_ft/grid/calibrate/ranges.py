@@ -4,6 +4,7 @@ Scales are searched and stored as values of grid.scale_dtype, so the error that 
 ships. N out features, K in features, g group size, G groups; group tensors are [G, N].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +14,29 @@ from torch import Tensor
 from ..estimators import SMALLEST_SCALE
 from ..integer import IntGrid
 from ..packed import PackedWeight
+from .curvature import Curvature
 
 # 80 clipping ratios down to a fifth of the range: at 2 bit the best ratio is often near 0.5, below 0.3 almost
 # never.
 RATIOS = torch.linspace(1.0, 0.2, 80).tolist()
-PRUNE_EVERY = 6  # ratios between two looks at which groups are done
+COARSE_RATIOS = RATIOS[::3]  # steps of 0.03, for gptq: a bf16 scale is rounded by up to 0.004 (LOG.md)
+PRUNE_EVERY = 6  # of RATIOS between two looks at which groups are done
 CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in fp32
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Inputs of a calibration. hessian [K, K] = sum over calibration tokens of x x^T (gptq); p: exponent of
-    `mse`.
+    """Inputs of a calibration. curvature: of the layer's inputs, from calibration text (gptq); p: exponent
+    of `mse`; steps, seed: of signround; the rest: see gptq.py.
     """
 
-    hessian: Tensor | None = None
+    curvature: Curvature | None = None
     p: float = 2.4
     damping: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    steps: int = 200
+    seed: int = 0
 
 
 def round_scale(scale: Tensor, grid: IntGrid) -> Tensor:
@@ -60,9 +67,13 @@ def rounding_error(
 
 
 def search(
-    groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None = None
+    groups: Tensor,
+    grid: IntGrid,
+    p: float,
+    weight: Tensor | None = None,
+    ratios: Sequence[float] = RATIOS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero [...] that minimise `rounding_error` of [..., g] groups over RATIOS of the full range.
+    """Scale and zero [...] that minimise `rounding_error` of [..., g] groups over ratios of the full range.
 
     Asymmetric: for every ratio the range shrinks about the middle, and the zero points next to that one are
     tried as well.
@@ -78,12 +89,14 @@ def search(
         if groups.device.type == "cpu"
         else len(groups)
     )
-    found = [_search(part, grid, p, weight) for part in groups.split(max(1, some))]
+    found = [_search(part, grid, p, weight, ratios) for part in groups.split(max(1, some))]
     zeros = None if grid.symmetric else torch.cat([zero for _, zero in found if zero is not None]).view(shape)
     return torch.cat([scale for scale, _ in found]).view(shape), zeros
 
 
-def _search(groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _search(
+    groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None, ratios: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
     """`search` of [n, g] groups at once."""
     scale, zero = full_range(groups, grid)
     half = float(grid.levels // 2)
@@ -92,8 +105,9 @@ def _search(groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None) -> t
     )
     full, low, done = scale, groups.amin(-1).clamp_max(0), []
     rows = torch.arange(len(groups), device=groups.device)
-    for number, ratio in enumerate(RATIOS):
-        if number and number % PRUNE_EVERY == 0:
+    every = max(1, PRUNE_EVERY * len(ratios) // len(RATIOS))
+    for number, ratio in enumerate(ratios):
+        if number and number % every == 0:
             open_ = (
                 _clipping_error(state.groups, full * ratio, grid, p, weight, low * ratio) * (1 - 1e-4)
                 < state.best

@@ -35,7 +35,7 @@ def check_method(r: Any) -> Problems:
         if isinstance(value, float) and not math.isfinite(value):
             yield Problem(("adapter", key), f"got {value}; allowed: a finite number")
     steps, limit = getattr(config, "warmup_steps", 0), r.train.max_steps if hasattr(r, "train") else None
-    if limit is not None and steps >= limit:
+    if limit is not None and steps and steps >= limit:
         yield Problem(
             ("adapter", "warmup_steps"),
             f"got {steps}, but train.max_steps is {limit}: the grid would never be trained; lower it",

@@ -21,12 +21,12 @@ from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, GroupSize, Positive, Problems, Section
 
-FROM_CHECKPOINT = "from_checkpoint"
+AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
 
 
 class CalibrationSection(Section):
-    """Text that data-driven calibrators (gptq) look at."""
+    """Text that data-driven calibrators (gptq, signround) look at."""
 
     path: str | None = Field(
         default=None, description="text, jsonl, ... or a hub data set; null: the rows of data.train"
@@ -35,6 +35,18 @@ class CalibrationSection(Section):
     sequence_len: Count = Field(default=512, description="tokens per window")
     damping: Positive = Field(
         default=0.01, description="gptq: fraction of the mean Hessian diagonal that is added to it"
+    )
+    steps: Count = Field(
+        default=200, description="signround: steps in every decoder layer, a batch of 4096 tokens each"
+    )
+    act_order: bool = Field(
+        default=False,
+        description="gptq: round the inputs with the largest activations first, on static groups; groups stay "
+        "contiguous, so every format holds the result",
+    )
+    static_groups: bool = Field(
+        default=False,
+        description="gptq: scales of the weights as they came, not as they are when their group comes up",
     )
 
 
@@ -67,11 +79,12 @@ class QuantSection(Section):
         default=4, description="bits of the rounding error kept for training (integer grid only)"
     )
     calibrate: str = Field(
-        default_factory=lambda data: GRIDS[data["grid"]].start if "grid" in data else "mse",
-        description="integer: absmax, minmax, mse, gptq (default mse); binary: greedy, alternating "
-        "(default greedy); "
+        default=AUTO,
+        description="integer: absmax, minmax, mse, gptq, signround; binary: greedy, alternating; auto: gptq at "
+        "2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy for "
+        "planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
-        json_schema_extra=lambda schema: schema.update(enum=[*CALIBRATORS, FROM_CHECKPOINT]),
+        json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16",
@@ -82,7 +95,7 @@ class QuantSection(Section):
         default=2.4, description="mse: the error norm |w - w_hat|^p that the clipping search minimises"
     )
     calibration: CalibrationSection = Field(
-        default_factory=lambda: CalibrationSection(), description="text for gptq"
+        default_factory=lambda: CalibrationSection(), description="text for gptq and signround"
     )
     targets: Literal["all-linear"] | list[str] = Field(
         default="all-linear",
@@ -135,6 +148,24 @@ class QuantSection(Section):
     def reads_text(self) -> bool:
         """The calibrator looks at text (quant.calibration)."""
         return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+
+    def start(self, rows: bool) -> str:
+        """What `calibrate: auto` is. rows: there is text to look at."""
+        grid = GRIDS[self.grid]
+        return grid.text_start if rows and self.bits in grid.text_bits else grid.start
+
+    def resolved(self, rows: bool) -> QuantSection:
+        """With auto replaced; what the recipe does not say stays unsaid (a quantized checkpoint may say it)."""
+        if self.calibrate != AUTO:
+            return self
+        section = self.model_copy(update={"calibrate": self.start(rows)})
+        section.model_fields_set.discard("calibrate")
+        return section
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the calibrator rounds the linears of a decoder layer together."""
+        return self.reads_text and CALIBRATORS[self.calibrate].block is not None
 
     @property
     def from_checkpoint(self) -> bool:
@@ -238,10 +269,10 @@ def check_grid(r: Any) -> Problems:
     if refused := chosen.refuses(dict(quant)):
         yield Problem(("quant", refused[0]), refused[1])
     calibrator = CALIBRATORS.get(quant.calibrate)
-    if quant.from_checkpoint:
-        pass  # incoming.py has looked
+    if quant.from_checkpoint or quant.calibrate == AUTO:
+        pass  # incoming.py has looked; auto takes what fits
     elif calibrator is None:
-        fits = calibrators_of(chosen.kind)
+        fits = [AUTO, *calibrators_of(chosen.kind)]
         yield Problem(
             ("quant", "calibrate"),
             f"got {quant.calibrate!r}; allowed: {listed(fits)}{did_you_mean(quant.calibrate, fits)}",

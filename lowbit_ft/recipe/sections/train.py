@@ -10,29 +10,44 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...signals import TEACHERS
 from ...train.losses import LOSSES
 from ...train.optimizers import OPTIMIZERS
 from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
 from ..layers import shapes_here
 from ..paths import path_is
-from ..values import OneOf
+from ..values import Among, OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
+from .reconstruct import ReconstructSection
+from .signal import SignalSection
+
+AUTO = "auto"
 
 
 class TrainSection(Section):
     """How it is trained."""
 
-    max_steps: Count | None = Field(default=None, description="optimizer steps; give this or epochs")
+    max_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="optimizer steps; give this or epochs. 0: reconstruct only"
+    )
     epochs: Positive | None = Field(
         default=None, description="passes over data.train; give this or max_steps"
     )
     micro_batch_size: Count = Field(default=1, description="windows per forward; raise while memory lasts")
     gradient_accumulation_steps: Count = Field(default=8, description="forwards per optimizer step")
-    learning_rate: Positive = Field(default=1e-3, description="of the low-rank matrices A and B")
+    learning_rate: Positive | Literal["auto"] = Field(
+        default=AUTO,
+        description="of the low-rank matrices A and B; auto: by method and bits, from adapters/rates.py. What "
+        "a LoRA takes (2e-4) moves few codes or none",
+    )
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
+    )
+    reconstruct: ReconstructSection | None = Field(
+        default=None,
+        description="fit the adapters to the dense layers first, one by one; null: start as attached",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="decoupled weight decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -63,6 +78,15 @@ class TrainSection(Section):
         default="chunked",
         description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
         "(extra liger, a GPU, a plain head)",
+    )
+    signal: SignalSection = Field(
+        default_factory=SignalSection, description="what the loss compares the model with"
+    )
+    teacher: Annotated[str, Among(TEACHERS)] | None = Field(
+        default=None,
+        description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
+        "its codes and residual, no second copy; a folder or hub id: that model, packed to 8 bits (the "
+        "run's own model.path: full precision at 8 bits)",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
@@ -142,6 +166,11 @@ class TrainSection(Section):
                 f"max_steps {self.max_steps} and epochs {self.epochs}; allowed: exactly one of them; set "
                 "max_steps or epochs"
             )
+        if self.max_steps == 0 and self.reconstruct is None:
+            raise ValueError(
+                "max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more, or "
+                "reconstruct: {} (then the run is a post-training quantizer)"
+            )
         return self
 
 
@@ -183,6 +212,10 @@ def check_train(r: Any) -> Problems:
     if train.keep_best and train.eval_every is None:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
+        )
+    if train.keep_best and train.max_steps == 0:
+        yield Problem(
+            ("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false"
         )
     if wrong := SCHEDULERS[train.scheduler].problem(train):
         yield Problem(("train", wrong[0]), wrong[1])

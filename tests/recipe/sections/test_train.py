@@ -41,6 +41,42 @@ BAD = [
         "r.yaml:17: train: got max_steps 10 and epochs 2.0; allowed: exactly one",
     ),
     (
+        "no step of training",
+        ("max_steps: 10", "max_steps: 0"),
+        (),
+        "r.yaml:17: train: got max_steps 0 without reconstruct trains nothing; set max_steps: 1 or more",
+    ),
+    (
+        "fitted, then rounded again",
+        ("max_steps: 10", "max_steps: 10\n  reconstruct: {}"),
+        ("adapter={method: lora}",),
+        "r.yaml:19: train.reconstruct: got a section, but lora is merged by rounding again",
+    ),
+    (
+        "fitted, then started again",
+        ("max_steps: 10", "max_steps: 10\n  reconstruct: {}"),
+        ("adapter={method: l4q, warmup_steps: 2}",),
+        "adapter.warmup_steps: got 2 with train.reconstruct",
+    ),
+    (
+        "one state to keep",
+        ("max_steps: 10", "max_steps: 0\n  reconstruct: {}\n  keep_best: true"),
+        (),
+        "r.yaml:20: train.keep_best: got true with max_steps 0: there is one state",
+    ),
+    (
+        "steps of a layer",
+        ("max_steps: 10", "max_steps: 10\n  reconstruct: {steps: 0}"),
+        (),
+        "r.yaml:19: train.reconstruct.steps: got 0; allowed:",
+    ),
+    (
+        "unknown inputs",
+        ("max_steps: 10", "max_steps: 10\n  reconstruct: {inputs: both}"),
+        (),
+        "r.yaml:19: train.reconstruct.inputs: got 'both'; allowed:",
+    ),
+    (
         "nothing to keep",
         ("rank: 8", "rank: 8\n"),
         ("adapter={method: lora}", "train.keep_codes=true"),

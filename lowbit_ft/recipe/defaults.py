@@ -1,0 +1,57 @@
+"""What `auto` is in this recipe: quant.calibrate and the learning rates, resolved before anything is checked, so that
+the recipe in the run folder says what was done. `taken` tells the user, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adapters.rates import rate_for
+from .sections.data import DataSection
+from .sections.quant import QuantSection
+from .sections.train import AUTO, TrainSection
+
+
+def resolve(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections with every auto replaced whose neighbours are there to decide it. A key that the recipe
+    leaves out stays out of model_fields_set: that is how `taken` knows."""
+    found = dict(values)
+    quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
+    if isinstance(quant, QuantSection):
+        found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
+    if isinstance(train, TrainSection) and quant is not None and adapter is not None:
+        found["train"] = _with_rate(train, rate_for(adapter.method, quant.bits)[0])
+    return found
+
+
+def taken(recipe: Any) -> list[str]:
+    """A line for each key that was auto."""
+    found, quant, train, adapter = [], recipe.quant, recipe.train, recipe.adapter
+    if "calibrate" not in quant.model_fields_set:
+        why = f"the default at {quant.bits} bits"
+        if quant.reads_text:
+            source = quant.calibration.path or recipe.data.train.path
+            why = f"the default at {quant.bits} bits; it looks at rows of {source}"
+        found.append(f"quant.calibrate: {quant.calibrate} ({why})")
+    if "learning_rate" not in train.model_fields_set:
+        why = rate_for(adapter.method, quant.bits)[1]
+        scales = "" if train.scale_learning_rate is None else f", of scales {train.scale_learning_rate:g}"
+        found.append(f"train.learning_rate: {train.learning_rate:g}{scales} ({why})")
+    return found
+
+
+def _with_rate(train: TrainSection, rate: float) -> TrainSection:
+    fitted = train.reconstruct
+    if fitted is not None and fitted.learning_rate == AUTO:
+        train = train.model_copy(update={"reconstruct": fitted.model_copy(update={"learning_rate": rate})})
+    if train.learning_rate != AUTO:
+        return train
+    section = train.model_copy(update={"learning_rate": rate})
+    section.model_fields_set.discard("learning_rate")
+    return section
+
+
+def _has_rows(data: Any, quant: QuantSection) -> bool:
+    """Whether there is text for a calibrator to look at."""
+    given = isinstance(data, DataSection) and data.train is not None
+    return given or quant.calibration.path is not None

@@ -1,0 +1,69 @@
+"""Whether a learning rate can move a code: the bound against training, at the rates on both of its sides."""
+
+import pytest
+import torch
+
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.adapters.attach import adapted_layers, attach
+from lowbit_ft.adapters.rates import OTHERS, RATES, rate_for
+from lowbit_ft.adapters.reach import reach
+from lowbit_ft.grid import IntGrid, PackedWeight
+from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft.model.linear import PackedLinear
+
+STEPS = 12
+
+
+def model_of(method: str, residual_bits: int = 4) -> torch.nn.Module:
+    torch.manual_seed(0)
+    grid = IntGrid(bits=3, group_size=32, residual_bits=residual_bits)
+    base = CALIBRATORS["mse"].run(torch.randn(48, 64) * 0.1, grid, Stats())
+    model = torch.nn.Sequential(PackedLinear(base))
+    options = {"rank": 8} if "rank" in ADAPTERS[method].model_fields else {}
+    attach(model, ADAPTERS[method].model_validate({"method": method, **options}))
+    return model
+
+
+def moved(model: torch.nn.Module, rate: float) -> int:
+    """Codes that are others after STEPS of Adam on a random target."""
+    layer = next(iter(adapted_layers(model)))[1]
+    assert layer.adapter is not None and isinstance(layer.base, PackedWeight)
+    optimizer = torch.optim.Adam(layer.adapter.parameters(), lr=rate)
+    x, y = torch.randn(256, 64), torch.randn(256, 48)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    return int((layer.adapter.merge(layer.base).unpack_codes() != layer.base.unpack_codes()).sum())
+
+
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat"])
+@pytest.mark.parametrize("residual_bits", [0, 2, 4])
+def test_below_the_bound_no_code_moves_and_above_it_some_do(method: str, residual_bits: int):
+    model = model_of(method, residual_bits)
+    found = reach(model, 0.0)
+    assert found is not None and (found.layers, found.still) == (1, 1)
+    least = found.needed / STEPS
+    below, above = reach(model, 0.99 * found.needed), reach(model, 1.01 * found.needed)
+    assert below is not None and above is not None and (below.still, above.still) == (1, 0)
+    assert moved(model, 0.9 * least) == 0
+    assert moved(model_of(method, residual_bits), 4 * least) > 0, "the bound is no empty one"
+
+
+def test_what_the_bound_says_nothing_of():
+    assert reach(model_of("scale"), 1.0) is None
+    assert reach(model_of("l4q"), 1.0) is None  # its scale re-grids the base
+    assert reach(model_of("lora"), 1.0) is None
+    model = model_of("lr_qat")
+    next(iter(adapted_layers(model)))[1].adapter.B.data[0, 0] = 1.0  # pyright: ignore[reportOptionalMemberAccess]
+    assert reach(model, 1.0) is None
+
+
+def test_rates_are_of_methods_and_bits_that_there_are():
+    assert RATES and set(RATES) <= set(ADAPTERS)
+    for method, by_bits in RATES.items():
+        assert set(by_bits) <= {2, 3, 4, 8} and all(1e-4 < rate <= 1e-1 for rate in by_bits.values())
+        assert [by_bits[b] for b in sorted(by_bits)] == sorted(by_bits.values(), reverse=True), (
+            "fewer bits, more"
+        )
+    assert rate_for("alpha_tuning", 1)[0] == OTHERS and "not searched" in rate_for("alpha_tuning", 1)[1]

@@ -1,0 +1,65 @@
+"""auto: what it becomes, that the resolved recipe says so, and that a number of one's own stays."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowbit_ft.adapters.rates import OTHERS, RATES
+from lowbit_ft.recipe.defaults import taken
+from lowbit_ft.recipe.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(tmp_path: Path, quant: dict, adapter: dict, train: dict) -> Recipe:
+    """A user's recipe that says little: bits and a method."""
+    assets = ROOT / "recipes" / "assets"
+    values = {
+        "name": "r",
+        "model": {"path": str(assets / "tiny-llama"), "device": "cpu"},
+        "quant": quant,
+        "adapter": adapter,
+        "data": {
+            "train": {"path": str(assets / "docstrings" / "train.jsonl"), "format": "chat"},
+            "sequence_len": 128,
+        },
+        "train": {"max_steps": 3, **train},
+        "export": {"format": "native"},
+        "output": str(tmp_path / "run"),
+    }
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return load_recipe(file)
+
+
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale", "lora"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bits_and_method_are_enough(method: str, bits: int, tmp_path: Path):
+    got = recipe(tmp_path, {"bits": bits, "group_size": 64}, {"method": method}, {})
+    assert got.quant.calibrate == ("mse" if bits == 8 else "gptq")
+    assert got.train.learning_rate == RATES.get(method, {}).get(bits, OTHERS)
+    said = taken(got)
+    assert len(said) == 2 and f"quant.calibrate: {got.quant.calibrate}" in said[0]
+    assert f"train.learning_rate: {got.train.learning_rate:g}" in said[1]
+    if bits < 8:
+        assert "docstrings" in said[0], "what it looks at"
+    # What the run folder keeps: numbers and names, and nothing is auto any more.
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(got.to_yaml())
+    again = load_recipe(kept)
+    assert again == got and "auto" not in (again.quant.calibrate, again.train.learning_rate)
+    assert taken(again) == []
+
+
+def test_what_is_written_stays(tmp_path: Path):
+    got = recipe(tmp_path, {"bits": 3, "calibrate": "mse"}, {"method": "lr_qat"}, {"learning_rate": "2e-4"})
+    assert (got.quant.calibrate, got.train.learning_rate, taken(got)) == ("mse", 2e-4, [])
+    got = recipe(tmp_path, {"bits": 3, "calibrate": "auto"}, {"method": "dl_qat"}, {"learning_rate": "auto"})
+    assert (got.quant.calibrate, got.train.learning_rate) == ("gptq", RATES["dl_qat"][3])
+    assert len(taken(got)) == 2, "auto that is written is auto"
+
+
+def test_planes_start_by_greedy(tmp_path: Path):
+    got = recipe(tmp_path, {"grid": "binary", "bits": 3}, {"method": "alpha_tuning"}, {})
+    assert got.quant.calibrate == "greedy" and got.train.learning_rate == OTHERS
