@@ -17,6 +17,7 @@ from ..session import Session
 from ..train.processes import main_process_first
 from .data import calibration_batches
 from .models import load_packed
+from .synthesis import text_key
 
 
 def quantize_stage(session: Session) -> Any:
@@ -100,6 +101,6 @@ def base_key(session: Session) -> str:
     facts = {
         "quant": recipe.quant.model_dump(mode="json"),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": [recipe.data.train.model_dump(mode="json"), recipe.train.seed] if reads_text else None,
+        "text": [text_key(session), recipe.train.seed] if reads_text else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

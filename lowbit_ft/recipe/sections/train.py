@@ -175,10 +175,12 @@ def check_train(r: Any) -> Problems:
             ("train", "epochs"),
             f"got {train.epochs:g} with data.streaming, whose length is unknown; set train.max_steps",
         )
-    if train.eval_every is not None and r.data.valid is None:
+    written = r.data.synthesis.valid if r.data.synthesis is not None else 0
+    if train.eval_every is not None and r.data.valid is None and not written:
+        fix = "add data.valid" if r.data.synthesis is None else "set data.synthesis.valid: 32, add data.valid"
         yield Problem(
             ("train", "eval_every"),
-            f"got {train.eval_every}, but there is no data.valid; add data.valid or set eval_every: null",
+            f"got {train.eval_every}, but there is no data.valid; {fix} or set eval_every: null",
         )
     if train.keep_best and train.eval_every is None:
         yield Problem(
