@@ -134,7 +134,7 @@ class Synthesis(BaseModel):
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
         rows = sum(self.count(part) for part in ("train", "valid", "dropped"))
         return (
-            f"{rows:,} rows of {self.tokens:,} tokens, written by the {self.by} model: {self.count('train'):,} "
-            f"to train on, {self.count('valid'):,} for validation, {self.count('dropped'):,} dropped"
-            + (f" ({dropped})" if dropped else "")
+            f"{rows:,} rows of {self.tokens:,} tokens, written by the {self.by} model: "
+            f"{self.count('train'):,} to train on, {self.count('valid'):,} for validation, "
+            f"{self.count('dropped'):,} dropped" + (f" ({dropped})" if dropped else "")
         )

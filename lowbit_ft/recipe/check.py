@@ -94,11 +94,8 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
-    if (
-        recipe.data.synthesis is not None
-        and recipe.eval.perplexity
-        and not (recipe.eval.data or recipe.data.valid)
-    ):
+    other_text = recipe.eval.data or recipe.data.valid
+    if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
         found.append(
             "the table is measured on text that the model wrote itself (data.synthesis): perplexities are low "
             "there; set eval.data for those of other text"

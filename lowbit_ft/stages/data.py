@@ -104,8 +104,8 @@ def valid_batches(session: Session, model: Any) -> Batches | None:
 
 
 def eval_batches(session: Session, model: Any) -> list[Batch]:
-    """The windows of the table: eval.data, or the validation rows, or the training rows; the first eval.windows of
-    eval.window tokens.
+    """The windows of the table: eval.data, or the validation rows, or the training rows; the first
+    eval.windows of eval.window tokens.
     """
     recipe = session.recipe
     source = recipe.eval.data or valid_source(session) or train_source(session)

@@ -69,8 +69,8 @@ def _write(session: Session, config: SynthesisConfig) -> None:
         session.say(f"synthesis: reusing {session.run / FOLDER}: {folder.state}")
     if not folder.state.count("train"):
         raise ValueError(
-            f"data.synthesis: no row is left to train on ({folder.state}); look at {session.run / FOLDER}/dropped, "
-            "loosen data.synthesis.filter, or lower the temperature"
+            f"data.synthesis: no row is left to train on ({folder.state}); look at "
+            f"{session.run / FOLDER}/dropped, loosen data.synthesis.filter, or lower the temperature"
         )
 
 
@@ -106,14 +106,15 @@ def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
     if needed < free:
         return "dense"
     session.say(
-        f"synthesis: the dense model needs {needed / 1e9:.1f} GB with its keys and values, {free / 1e9:.1f} GB "
-        "are free: packed to 8 bits"
+        f"synthesis: the dense model needs {needed / 1e9:.1f} GB with its keys and values, "
+        f"{free / 1e9:.1f} GB are free: packed to 8 bits"
     )
     return "packed"
 
 
 def cache_bytes(config: Any, size: int) -> int:
-    """Keys and values of one token, an upper bound where a model keeps less (windows, shared or latent keys)."""
+    """Bytes of the keys and values of one token, of `size` bytes each; too many where a model keeps less
+    (windows, latent keys)."""
 
     def number(*names: str) -> int:
         return next((v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)), 0)
@@ -190,7 +191,7 @@ class Told:
     def __init__(self, session: Session, rows: int, max_len: int):
         self.session, self.total, self.longest = session, rows, rows * max_len
         self.rows, self.tokens, self.began = 0, 0, time.monotonic()
-        self.said = self.began
+        self.said, self.whole = self.began, 0  # tokens of the rows that are done
         self.live = session.console.status("synthesis") if session.console.is_terminal else None
 
     def __enter__(self) -> "Told":
@@ -204,6 +205,7 @@ class Told:
 
     def __call__(self, rows: int, tokens: int) -> None:
         self.rows, self.tokens = self.rows + rows, self.tokens + tokens
+        self.whole = self.tokens if rows else self.whole
         now = time.monotonic()
         if now - self.said < (0.5 if self.live is not None else SAY_EVERY):
             return

@@ -16,8 +16,9 @@ class Ids(Format):
     columns = {
         "ids": "tokens of this model's tokenizer, learned as they are; no EOS is added",
         "learned": "a list of `[start, end]`: only these tokens are learned, unless `train_on: all`",
-        "text": "for people; not read",
-        "messages": "for people; not read",
+        "row": "its number: not read",
+        "text": "the same for people: not read",
+        "messages": "the same for people: not read",
     }
 
     def __init__(self, train_on: str, tokenizer: Any):

@@ -19,8 +19,8 @@ from .base import FilterConfig
 
 
 def why_dropped(wrote: Sequence[Sequence[int]], text: str, wanted: FilterConfig) -> str | None:
-    """The reason to leave a row out, None to train on it. wrote: the stretches that the model wrote; text: the
-    words of the row."""
+    """The reason to leave a row out, None to train on it. wrote: the stretches that the model wrote; text:
+    their words."""
     last = wrote[-1]
     if len(last) < wanted.min_tokens or not all(wrote):
         return "too short"

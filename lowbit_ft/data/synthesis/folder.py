@@ -26,7 +26,7 @@ import torch
 from ...files.atomic import write_bytes
 from ...files.jsonfile import as_shape
 from ...files.manifest import MANIFEST, file_entry, open_sealed, sealed
-from ...files.records import Synthesis, SynthesisShard
+from ...files.records import FileEntry, Synthesis, SynthesisShard
 from .base import Row, Rows, SynthesisConfig, Voice
 from .filters import why_dropped
 from .write import write_rows
@@ -57,13 +57,13 @@ class RowsFolder:
     def put(self, number: int, lines: Mapping[str, Sequence[dict[str, Any]]], tokens: int) -> None:
         """The rows of a shard: part -> rows."""
         data = {f"{part}/{number:05}.jsonl": _jsonl(rows) for part, rows in lines.items() if rows}
-        for name, content in data.items():
+        for name in data:
             known = self._files(number).get(name)
-            if os.path.lexists(self.folder / name) and known != file_entry(self.folder / name):
+            if os.path.lexists(self.folder / name) and _dump(known) != file_entry(self.folder / name):
                 raise ValueError(f"{self.folder / name}: was not written by this run; move it away")
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         self.state.shards[f"{number:05}"] = SynthesisShard(
-            files={n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in data.items()},
+            files={name: _entry(content) for name, content in data.items()},
             rows={part: len(rows) for part, rows in lines.items()},
             reasons=dict(Counter(row["dropped"] for row in lines["dropped"])),
             tokens=tokens,
@@ -78,7 +78,7 @@ class RowsFolder:
             self.state.done = True
             self._save()
 
-    def _files(self, number: int) -> dict[str, Any]:
+    def _files(self, number: int) -> dict[str, FileEntry]:
         shard = self.state.shards.get(f"{number:05}")
         return {} if shard is None else dict(shard.files)
 
@@ -117,7 +117,7 @@ def read_state(folder: Path) -> Synthesis:
     return as_shape(open_sealed(folder / MANIFEST), Synthesis, str(folder / MANIFEST))
 
 
-def refuse_changed(folder: Path, files: Mapping[str, Any], whole: bool = False) -> None:
+def refuse_changed(folder: Path, files: Mapping[str, FileEntry], whole: bool = False) -> None:
     """ValueError naming a file whose content is not the one that was written; with whole also a missing
     one."""
     for name, entry in files.items():
@@ -127,11 +127,15 @@ def refuse_changed(folder: Path, files: Mapping[str, Any], whole: bool = False) 
         if not path.is_file():
             if whole:
                 raise ValueError(f"{path}: missing; run the line again (lowbit-ft run), it is written again")
-        elif file_entry(path) != (entry if isinstance(entry, dict) else entry.model_dump()):
+        elif file_entry(path) != entry.model_dump():
             raise ValueError(
                 f"{path}: its content is not the one that was written; remove it and run the line again "
                 "(lowbit-ft run): the model writes it as it was"
             )
+
+
+def _dump(entry: FileEntry | None) -> Any:
+    return None if entry is None else entry.model_dump()
 
 
 def row_name(ids: Sequence[int]) -> str:
@@ -195,6 +199,10 @@ def _judged(
         return "dropped", {**stored, "dropped": reason}
     seen.add(name)
     return ("valid" if number < config.valid else "train"), stored
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:

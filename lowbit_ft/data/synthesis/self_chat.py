@@ -1,5 +1,5 @@
-"""kind: self_chat. Chats that a chat model writes both sides of: a question from the head of its template, and
-then the answer to it.
+"""kind: self_chat. Chats of which a chat model writes both sides: a question, from the head of its template,
+and then the answer to it.
 
 Magpie (arXiv 2406.08464): a model that was tuned on chats has seen the words of users behind the head of the
 user's turn, so it writes some there; what follows is put by the template, and the answer is drawn. There is

@@ -76,8 +76,8 @@ def check_data(r: Any) -> Problems:
         if r.data.train is None and r.data.synthesis is None:
             yield Problem(
                 ("data", "train"),
-                "missing; add `train: ...` (training rows), or `synthesis: {kind: self_generated}`, with which "
-                "the model writes them itself",
+                "missing; add `train: ...` (training rows), or `synthesis: {kind: self_generated}`, with "
+                "which the model writes them itself",
             )
         sources += [(("data", "train"), r.data.train), (("data", "valid"), r.data.valid)]
     if hasattr(r, "eval"):
@@ -116,7 +116,8 @@ def check_synthesis(r: Any) -> Problems:
     if data.train is not None:
         yield Problem(
             ("data", "train"),
-            f"got {data.train.path!r} beside data.synthesis, which writes the training rows; remove one of the two",
+            f"got {data.train.path!r} beside data.synthesis, which writes the training rows; remove one of "
+            "the two",
         )
     if data.valid is not None and config.valid:
         yield Problem(
@@ -126,8 +127,8 @@ def check_synthesis(r: Any) -> Problems:
     if config.max_len is not None and config.max_len > data.sequence_len:
         yield Problem(
             (*here, "max_len"),
-            f"got {config.max_len}, more than a window of {data.sequence_len} tokens, which would cut what was "
-            f"written; set it to {data.sequence_len} or less, or raise data.sequence_len",
+            f"got {config.max_len}, more than a window of {data.sequence_len} tokens, which would cut what "
+            f"was written; set it to {data.sequence_len} or less, or raise data.sequence_len",
         )
     if wrong := config.problem(config.max_len or data.sequence_len):
         yield Problem((*here, wrong[0]), wrong[1])
@@ -167,8 +168,8 @@ def check_chat(r: Any) -> Problems:
     if config is not None and config.needs_template:
         yield Problem(
             ("data", "synthesis", "kind"),
-            f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or put a "
-            "chat_template.jinja into its folder",
+            f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or put "
+            "a chat_template.jinja into its folder",
         )
     for key, source in (("train", r.data.train), ("valid", r.data.valid)):
         if source is not None and FORMATS[source.format].needs_template:
