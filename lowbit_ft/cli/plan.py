@@ -188,7 +188,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
             "data",
-            f"{_rows(recipe)}, windows of {recipe.data.sequence_len} tokens",
+            f"{recipe.data.rows}, windows of {recipe.data.sequence_len} tokens",
         ),
         (
             "train",
@@ -199,15 +199,6 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ("output", str(recipe.output)),
     ):
         console.print(f"{label:>8}  {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _rows(recipe: Recipe) -> str:
-    """Where the training rows are from."""
-    train, written = recipe.data.train, recipe.data.synthesis
-    if train is not None:
-        return f"{train.path} ({train.format})"
-    assert written is not None, "refused before: neither rows nor synthesis"
-    return f"rows that the model writes ({written.kind})"
 
 
 def _show_layers(made: Plan, console: Console) -> None:

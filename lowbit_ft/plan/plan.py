@@ -29,7 +29,15 @@ from ..recipe.recipe import Recipe
 from ..train.memory import free_ram
 from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
-from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
+from .stages import (
+    Needs,
+    evaluation_bytes,
+    needs,
+    optimizer_state,
+    quantize_bytes,
+    rough_step,
+    synthesis_bytes,
+)
 from .step import step_costs
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
@@ -173,6 +181,8 @@ def plan(
         recipe.train.micro_batch_size * recipe.data.sequence_len
     )
     stages["quantizing"] = quantize_bytes(recipe, made, per_token) + context
+    if recipe.data.synthesis is not None:
+        stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)

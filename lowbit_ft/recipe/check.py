@@ -97,8 +97,8 @@ def notes(recipe: Any) -> list[str]:
     other_text = recipe.eval.data or recipe.data.valid
     if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
         found.append(
-            "the table is measured on text that the model wrote itself (data.synthesis): perplexities are low "
-            "there; set eval.data for those of other text"
+            "the table is measured on text that the model wrote itself (data.synthesis): perplexities are "
+            "low there; set eval.data for those of other text"
         )
     exporter = EXPORTERS[recipe.export.format]
     found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []

@@ -94,15 +94,12 @@ def writer(session: Session, by: str) -> Any:
 
 
 def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
-    """dense where the weights, and twice the keys and values of a batch (they grow by copies), fit what is
-    free now; else packed."""
+    """dense where it fits what is free now; else packed."""
     model = session.checkpoint.empty_model()
-    size = session.dtype.itemsize
-    weights = sum(p.numel() for p in model.parameters()) * size
-    cache = cache_bytes(model.config.get_text_config(), size) * config.batch_size * max_len
+    weights = sum(p.numel() for p in model.parameters()) * session.dtype.itemsize
     cuda = session.device.type == "cuda"
     free = torch.cuda.mem_get_info(session.device)[0] if cuda else free_ram()
-    needed = 1.15 * weights + 2 * cache
+    needed = writing_bytes(weights, model.config.get_text_config(), session.dtype.itemsize, config, max_len)
     if needed < free:
         return "dense"
     session.say(
@@ -110,6 +107,15 @@ def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
         f"{free / 1e9:.1f} GB are free: packed to 8 bits"
     )
     return "packed"
+
+
+def writing_bytes(weights: int, model: Any, size: int, config: SynthesisConfig, max_len: int) -> int:
+    """Memory of writing with weights of so many bytes: the keys and values of a batch at its end, twice for a
+    layer at a time (they grow by copies, which the allocator keeps), and the distribution of a step in fp32
+    and 64 bits. model: its text configuration; size: bytes of a number of it."""
+    cache = cache_bytes(model, size) * config.batch_size * max_len
+    step = config.batch_size * getattr(model, "vocab_size", 0) * (size + 2 * 4 + 3 * 8)
+    return round(1.15 * weights) + 2 * cache + step
 
 
 def cache_bytes(config: Any, size: int) -> int:

@@ -79,6 +79,10 @@ class SynthesisConfig(BaseModel):
         max_len tokens; else None."""
         return None
 
+    def most_rows(self, vocabulary: int) -> int:
+        """Rows at most, for a model of so many tokens."""
+        return self.samples or 0
+
     def rows(self, voice: Voice) -> Rows:
         """The rows of this kind for a model and its tokenizer. ValueError where they cannot be written."""
         raise NotImplementedError

@@ -57,8 +57,8 @@ class Chats(Rows):
         if not found or not self.head or not self.between or self.between[0] not in voice.special:
             raise ValueError(
                 "data.synthesis.kind: got self_chat, but the chat template ends a user's turn with no token "
-                f"of its own ({between[:40]!r} stands behind it), so nothing tells when the question is over; "
-                "set kind: self_generated"
+                f"of its own ({between[:40]!r} stands behind it), so nothing tells when the question is "
+                "over; set kind: self_generated"
             )
         self.ends = voice.stops | frozenset(template.ending()[:1])
         self.drawable = self.ends | {self.between[0]}

@@ -39,6 +39,10 @@ class SelfGeneratedConfig(SynthesisConfig):
             return None
         return "deterministic_prefix", f"got {longest} of rows of {max_len} tokens; nothing would be drawn"
 
+    def most_rows(self, vocabulary: int) -> int:
+        starts = vocabulary if self.starts == "all" else self.starts
+        return self.samples or starts * len(self.deterministic_prefix)
+
     def rows(self, voice: Voice) -> Rows:
         return FromTokens(self, voice)
 

@@ -68,6 +68,15 @@ class DataSection(Section):
     )
     streaming: bool = Field(default=False, description="read while training; needs train.max_steps")
 
+    @property
+    def rows(self) -> str:
+        """Where the training rows are from, for people."""
+        if self.train is not None:
+            return f"{self.train.path} ({self.train.format})"
+        return (
+            f"rows that the model writes ({self.synthesis.kind})" if self.synthesis is not None else "no rows"
+        )
+
 
 def check_data(r: Any) -> Problems:
     """Data files that do not exist."""
