@@ -29,14 +29,20 @@ from ..model.attention import block_diagonal_mask, segment_inputs
 from .errors import DataError
 from .windows import Example, Examples
 
+WINDOWS = "windows"  # key of a batch: the numbers of its windows, of Batches(numbered=True)
 SHUFFLE_BUFFER = 256  # windows of a stream held to choose the next from; 256 x 2048 tokens are about 20 MB
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, *, mask_dtype: torch.dtype | None = None
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    mask_dtype: torch.dtype | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Windows -> input_ids, labels, position_ids, int64 [B, L], L the longest window; with mask_dtype also
-    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it."""
+    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; with numbers also windows
+    int64 [B], which windows of the data these are."""
     length = max(len(e.input_ids) for e in examples)
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
@@ -51,6 +57,8 @@ def collate(
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if mask_dtype is not None:
         batch["attention_mask"] = block_diagonal_mask(positions, mask_dtype)
+    if numbers is not None:
+        batch[WINDOWS] = torch.tensor(numbers, dtype=torch.int64)
     return batch
 
 
@@ -86,7 +94,8 @@ class Batches:
     """An endless iterator of micro-batches (see collate) over Examples, in memory or streamed.
 
     rank, world: this process and how many there are.  mask_dtype: add an explicit mask of this dtype (file
-    head). state_dict() after n batches, loaded into a Batches over the same data, continues with batch n + 1,
+    head). numbered: add the numbers of the windows, by which a teacher's words about them are found; a stream
+    has none. state_dict() after n batches, loaded into a Batches over the same data, continues with batch n + 1,
     bit for bit; take it when all ranks have had the same number of batches, as at the end of a step. A stream
     is resumed by reading it again up to there.
     """
@@ -102,15 +111,18 @@ class Batches:
         shuffle: bool = True,
         *,
         mask_dtype: torch.dtype | None = None,
+        numbered: bool = False,
     ):
         if micro_batch_size < 1:
             raise DataError(f"micro_batch_size {micro_batch_size}; at least 1")
         assert 0 <= rank < world, f"rank {rank} of {world}"
         if not examples.streaming and not len(examples):
             raise DataError("no examples to make batches of")
+        if numbered and examples.streaming:
+            raise DataError("the windows of a streamed data set have no numbers; set data.streaming: false")
         self.examples, self.micro_batch_size, self.pad_id = examples, micro_batch_size, pad_id
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
-        self.mask_dtype = mask_dtype
+        self.mask_dtype, self.numbered = mask_dtype, numbered
         self._go_to(0, 0)
 
     def __iter__(self) -> Batches:
@@ -121,11 +133,14 @@ class Batches:
         # every rank walks over the windows of all, and builds its own only
         walked = [self._advance() for _ in range(size * self.world)]
         mine = walked[self.rank * size : (self.rank + 1) * size]
-        return collate(
+        return self._collate(
             [self.examples[w] if isinstance(w, int) else w for w in mine],
-            self.pad_id,
-            mask_dtype=self.mask_dtype,
+            [w for w in mine if isinstance(w, int)],
         )
+
+    def _collate(self, windows: Sequence[Example], numbers: Sequence[int]) -> dict[str, Tensor]:
+        told = numbers if self.numbered else None
+        return collate(windows, self.pad_id, mask_dtype=self.mask_dtype, numbers=told)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank, the last one counted whole. DataError for a stream."""
@@ -137,15 +152,15 @@ class Batches:
         For evaluation: a rank may have one batch less than another, and the position stays as it is.
         """
         held: list[Example] = []
-        index = 0
+        index = first = 0
         for example in self.examples:
             held.append(example)
             if len(held) == self.micro_batch_size:
                 if index % self.world == self.rank:
-                    yield collate(held, self.pad_id, mask_dtype=self.mask_dtype)
-                held, index = [], index + 1
+                    yield self._collate(held, range(first, first + len(held)))
+                held, index, first = [], index + 1, first + len(held)
         if held and index % self.world == self.rank:
-            yield collate(held, self.pad_id, mask_dtype=self.mask_dtype)
+            yield self._collate(held, range(first, first + len(held)))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: epoch, position (windows of the epoch consumed by all ranks), and what they mean a
