@@ -162,6 +162,18 @@ class Batches:
         if held and index % self.world == self.rank:
             yield self._collate(held, range(first, first + len(held)))
 
+    def first(self, count: int) -> list[int]:
+        """The numbers, ascending, of the windows that all ranks together see first when they see `count`."""
+        order = Batches(self.examples, 1, self.pad_id, self.seed, shuffle=self.shuffle, numbered=True)
+        found: set[int] = set()
+        for _ in range(count):
+            if len(found) == len(self.examples):
+                break  # the next epochs bring the same
+            number = order._advance()
+            assert isinstance(number, int)
+            found.add(number)
+        return sorted(found)
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: epoch, position (windows of the epoch consumed by all ranks), and what they mean a
         position in."""

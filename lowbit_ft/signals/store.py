@@ -128,7 +128,8 @@ class Store:
         self._refuse_foreign(path)
         if not (self.folder / MANIFEST).exists():  # first: from here on the folder is ours
             self._write_manifest()
-        write_bytes(path, save(tensors, metadata={"writer": FORMAT, "key": _digest(self.key)}))
+        # One entry: the order of several differs from process to process, and with it the hash.
+        write_bytes(path, save(tensors, metadata={"lowbit_ft": _digest(self.key)}))
         self.files[path.name] = file_entry(path)
         self._write_manifest()
 
@@ -182,7 +183,7 @@ class Store:
             return
         try:
             with reading(path), safe_open(path, "pt") as file:
-                ours = (file.metadata() or {}).get("key") == _digest(self.key)
+                ours = (file.metadata() or {}).get("lowbit_ft") == _digest(self.key)
         except FileError:
             ours = False
         if not ours or path.is_symlink():
