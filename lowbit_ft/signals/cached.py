@@ -13,13 +13,16 @@ One asking serves every run on the same windows: train.teacher_dir is a folder t
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..files.errors import FileError
+from ..model.upload import upload
 from .base import Answers, Ask, Costs, Making, Sparse, Teacher
-from .store import Store, bytes_per_position
+from .store import LEAST, Store, bytes_per_position
 from .tokens import IGNORE, next_tokens, within_segments
 
 TOP_K = 64
@@ -50,22 +53,47 @@ class Cached(Teacher):
 
     @classmethod
     def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
-        return Costs()
+        """At most: a run of epochs has as many windows as its data, which plan does not read."""
+        train, each = recipe.train, bytes_per_position(recipe.train.signal.top_k or TOP_K, 1 << 17)
+        said = f"asked once, before training: {each:,} bytes per position"
+        if train.max_steps is None:
+            return Costs(note=f"{said}, of all windows of data.train")
+        windows = train.max_steps * train.micro_batch_size * train.gradient_accumulation_steps
+        return Costs(disk=windows * recipe.data.sequence_len * each, note=said)
 
     @classmethod
     def make(cls, making: Making, name: str) -> Cached:
         return cls(making.kept())
 
     def answers(self, ask: Ask) -> Answers:
-        batch, on = ask.batch, self.store.key["on"]
-        if on == "all":
-            looked = within_segments(batch["position_ids"], batch.get("used"))
-        else:
-            looked = next_tokens(batch["labels"]) != IGNORE
-        found = self.store.lookup(batch["windows"].tolist())
+        looked = looked_at(ask.batch, self.store.key["on"])
+        found = self.store.lookup(ask.batch["windows"].tolist())
         where = looked.reshape(-1).nonzero()[:, 0]
         if len(where) != len(found.ids):
-            raise ValueError("x")
-        rows = torch.full((looked.numel(),), -1)
-        rows[where] = torch.arange(len(where))
-        ...
+            raise FileError(
+                f"{self.store.folder}: has {len(found.ids)} positions of windows {ask.batch['windows'].tolist()}, "
+                f"where the loss looks at {len(where)}; it is of other windows: remove it and run the line again"
+            )
+        if not len(where):  # nothing is looked at; the loss asks about one position and does not count it
+            found = _nothing(found)
+        row = torch.zeros(looked.numel(), dtype=torch.int64)
+        row[where] = torch.arange(len(where))
+        row, ids, log_p, rest = (upload(t, ask.device) for t in (row, found.ids, found.log_p, found.rest))
+
+        def answer(positions: Tensor) -> Sparse:
+            rows = row[positions]
+            return Sparse(ids[rows], log_p[rows], rest[rows])
+
+        return answer
+
+
+def looked_at(batch: dict[str, Tensor], on: str) -> Tensor:
+    """bool [B, L]: the positions of a micro-batch that the signal looks at, and so those that are kept."""
+    looked = next_tokens(batch["labels"]) != IGNORE
+    return looked | within_segments(batch["position_ids"], batch.get("used")) if on == "all" else looked
+
+
+def _nothing(found: Sparse) -> Sparse:
+    """One position of which all k tokens are as likely."""
+    k = found.ids.shape[-1]
+    return Sparse(torch.arange(k)[None], torch.full((1, k), -math.log(k)), torch.full((1,), float(LEAST)))

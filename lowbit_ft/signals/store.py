@@ -27,7 +27,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -39,21 +39,13 @@ from ..files.errors import FileError, reading
 from ..files.manifest import MANIFEST, file_entry, open_sealed, sealed
 from ..files.opened import OpenedFiles
 from ..files.tensorfile import DTYPES, TensorEntry, parse_header, read_tensor
+from .base import Sparse
 
 FORMAT = "lowbit_ft teacher 1"
 LEAST = torch.finfo(torch.float16).min  # of a logarithm; its exponential is 0
 OFF = 0.01  # how far the masses of a row may add up from 1; the bound of the file's head is 0.006
 _ADVICE = "Remove that file and run the line again: its windows are asked again, the others stay"
 _CHANGED = f"by another program since this run compared it with its hash. {_ADVICE}"
-
-
-class Kept(NamedTuple):
-    """A teacher's k likeliest tokens of T positions: ids int64 [T, k], logp float32 [T, k], rest float32 [T]
-    (log of the mass of all others). exp(logp) and exp(rest) add up to 1."""
-
-    ids: Tensor
-    logp: Tensor
-    rest: Tensor
 
 
 def condense(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +93,11 @@ class Store:
                 raise FileError(f"{folder / name}: its content is not the one that was written. {_ADVICE}")
 
     @property
+    def digest(self) -> str:
+        """One hash for the key: which answers these are, wherever they lie."""
+        return _digest(self.key)
+
+    @property
     def shards(self) -> int:
         return -(-len(self.numbers) // self.per_shard)
 
@@ -129,11 +126,11 @@ class Store:
         if not (self.folder / MANIFEST).exists():  # first: from here on the folder is ours
             self._write_manifest()
         # One entry: the order of several differs from process to process, and with it the hash.
-        write_bytes(path, save(tensors, metadata={"lowbit_ft": _digest(self.key)}))
+        write_bytes(path, save(tensors, metadata={"lowbit_ft": self.digest}))
         self.files[path.name] = file_entry(path)
         self._write_manifest()
 
-    def lookup(self, numbers: Sequence[int]) -> Kept:
+    def lookup(self, numbers: Sequence[int]) -> Sparse:
         """What the teacher says about the positions of these windows, one window after the other; on the CPU.
 
         FileError when a file changed since it was opened or does not hold what a shard holds; ValueError for
@@ -150,7 +147,7 @@ class Store:
                 path = self.folder / _name(shard)
                 self._shards[shard] = _Shard(path, len(self.windows(shard)), self.k, self.vocabulary)
             parts.append(self._shards[shard].window(within))
-        return Kept(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return Sparse(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _listed(self) -> dict[str, Any]:
         """The shards of the manifest, of a folder that is ours and has our key; none of a new folder."""
@@ -183,7 +180,7 @@ class Store:
             return
         try:
             with reading(path), safe_open(path, "pt") as file:
-                ours = (file.metadata() or {}).get("lowbit_ft") == _digest(self.key)
+                ours = (file.metadata() or {}).get("lowbit_ft") == self.digest
         except FileError:
             ours = False
         if not ours or path.is_symlink():
@@ -236,7 +233,8 @@ class _Shard:
             raise self._wrong("the positions of its windows do not add up")
         self.entries, self.ends = found, [0, *rows.cumsum(0).tolist()]
 
-    def window(self, index: int) -> Kept:
+    def window(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids int64, log p and the log of the rest's mass float32, of the positions of a window."""
         first, last = self.ends[index], self.ends[index + 1]
         ids, logp, rest = (self._rows(name, first, last) for name in ("ids", "logp", "rest"))
         ids, logp, rest = ids.long(), logp.float(), rest.float()
@@ -247,7 +245,7 @@ class _Shard:
         mass = torch.cat([logp, rest[:, None]], -1).logsumexp(-1)  # the log of it
         if bool((logp > 0).any()) or bool((rest > 0).any()) or bool((mass.abs() > OFF).any()):
             raise self._wrong("probabilities that do not add up to 1")
-        return Kept(ids, logp - mass[:, None], rest - mass)
+        return ids, logp - mass[:, None], rest - mass
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         entry = self.entries[name]

@@ -26,7 +26,7 @@ from ..quantize.memory import waiting_bytes
 from ..recipe.layers import Shapes, read_shapes
 from ..recipe.recipe import Recipe
 from ..session import Session
-from ..signals.cached import TOP_K
+from ..signals.cached import TOP_K, looked_at
 from ..signals.store import OtherKey, Store, bytes_per_position, condense
 from ..train.log import WalkLog
 from ..train.losses import FLOATS_AT_A_TIME, Targets
@@ -122,7 +122,7 @@ def windows_per_forward(recipe: Recipe) -> int:
 def ask(session: Session, model: Any, examples: Examples, store: Store) -> None:
     """Write the shards of `store` that are missing: the full-precision model's words about `examples`. model:
     the packed one, which is asked how its kind attends."""
-    k, temperature = store.k, float(store.key["temperature"])
+    on, temperature = store.key["on"], float(store.key["temperature"])
     missing = store.missing()
     done = len(store.numbers) - sum(len(store.windows(shard)) for shard in missing)
     with WalkLog("teacher", len(store.numbers), done, session.run.main, session.console) as log:
@@ -142,15 +142,17 @@ def ask(session: Session, model: Any, examples: Examples, store: Store) -> None:
                 ),
             )
             rows: list[int] = []
-            parts: list[tuple[Any, ...]] = []
+            kept = [condense(torch.empty(0, store.vocabulary), store.k)]
             for number, batch in enumerate(found):
-                targets = Targets(batch["labels"], session.device)
+                looked = looked_at(batch, on)
+                rows += looked.sum(1).tolist()
+                if not bool(looked.any()):
+                    continue  # Targets would make up a position
+                targets = Targets(batch["labels"], session.device, looked)
                 for logits, _ in reference.target_logits(number, targets):
                     for some in logits.split(max(1, FLOATS_AT_A_TIME // logits.shape[-1])):
-                        parts.append(tuple(t.cpu() for t in condense(some, k, temperature)))
-                count, length = batch["labels"].shape
-                rows += torch.tensor(targets.where).div(length, rounding_mode="floor").bincount(minlength=count).tolist()
-            store.write(shard, rows, *(torch.cat(part) for part in zip(*parts, strict=True)))
+                        kept.append(tuple(t.cpu() for t in condense(some, store.k, temperature)))
+            store.write(shard, rows, *(torch.cat(column) for column in zip(*kept, strict=True)))
             session.check_files()
             done += len(windows)
             log.show(done)

@@ -66,8 +66,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     # what float16 lost of the mass of 1 is divided out
     mass = wanted[1].double().exp().sum(-1) + wanted[2].double().exp()
     assert (mass - 1).abs().max() < 0.006
-    assert (found.logp - (wanted[1].double() - mass.log()[:, None])).abs().max() < 1e-6
-    assert (found.logp.double().exp().sum(-1) + found.rest.double().exp() - 1).abs().max() < 1e-6
+    assert (found.log_p - (wanted[1].double() - mass.log()[:, None])).abs().max() < 1e-6
+    assert (found.log_p.double().exp().sum(-1) + found.rest.double().exp() - 1).abs().max() < 1e-6
     with pytest.raises(ValueError, match="window 2 is not in it; it has 5"):
         here.lookup([2])
     assert here.lookup([4]).ids.shape == (0, 3)
