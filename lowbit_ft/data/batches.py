@@ -29,7 +29,6 @@ from ..model.attention import block_diagonal_mask, segment_inputs
 from .errors import DataError
 from .windows import Example, Examples
 
-WINDOWS = "windows"  # key of a batch: the numbers of its windows, of Batches(numbered=True)
 SHUFFLE_BUFFER = 256  # windows of a stream held to choose the next from; 256 x 2048 tokens are about 20 MB
 
 
@@ -38,27 +37,31 @@ def collate(
     pad_id: int,
     *,
     mask_dtype: torch.dtype | None = None,
-    numbers: Sequence[int] | None = None,
+    taught: bool = False,
+    numbers: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Windows -> input_ids, labels, position_ids, int64 [B, L], L the longest window; with mask_dtype also
-    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; with numbers also windows
-    int64 [B], which windows of the data these are."""
+    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; taught: also what is no
+    model's business but a teacher's: `used`, int64 [B], the tokens of each row before its padding, and with
+    numbers `windows`, int64 [B], which windows of the data these are."""
     length = max(len(e.input_ids) for e in examples)
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     positions = torch.empty_like(ids)
     for b, example in enumerate(examples):
-        used = len(example.input_ids)
-        assert sum(example.segments) == used == len(example.labels), "segments do not cover the window"
-        ids[b, :used] = torch.tensor(example.input_ids)
-        labels[b, :used] = torch.tensor(example.labels)
-        sizes = [*example.segments[:-1], example.segments[-1] + length - used]
+        size = len(example.input_ids)
+        assert sum(example.segments) == size == len(example.labels), "segments do not cover the window"
+        ids[b, :size] = torch.tensor(example.input_ids)
+        labels[b, :size] = torch.tensor(example.labels)
+        sizes = [*example.segments[:-1], example.segments[-1] + length - size]
         positions[b] = torch.cat([torch.arange(n) for n in sizes])
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if mask_dtype is not None:
         batch["attention_mask"] = block_diagonal_mask(positions, mask_dtype)
-    if numbers is not None:
-        batch[WINDOWS] = torch.tensor(numbers, dtype=torch.int64)
+    if taught:
+        batch["used"] = torch.tensor([len(e.input_ids) for e in examples])
+        if numbers:
+            batch["windows"] = torch.tensor(numbers, dtype=torch.int64)
     return batch
 
 
@@ -94,11 +97,11 @@ class Batches:
     """An endless iterator of micro-batches (see collate) over Examples, in memory or streamed.
 
     rank, world: this process and how many there are.  mask_dtype: add an explicit mask of this dtype (file
-    head). numbered: add the numbers of the windows, by which a teacher's words about them are found; a stream
-    has none. state_dict() after n batches, loaded into a Batches over the same data, continues with batch n + 1,
-    bit for bit; take it when all ranks have had the same number of batches, as at the end of a step. A stream
-    is resumed by reading it again up to there.
-    """
+    head). taught: add what a teacher has to know of a batch (`used`, and but for a stream `windows`).
+    state_dict() after n batches, loaded
+    into a Batches over the same data, continues with batch n + 1, bit for bit; take it when all ranks have
+    had the same number of batches, as at the end of a step. A stream is resumed by reading it again up to
+    there."""
 
     def __init__(
         self,
@@ -111,18 +114,16 @@ class Batches:
         shuffle: bool = True,
         *,
         mask_dtype: torch.dtype | None = None,
-        numbered: bool = False,
+        taught: bool = False,
     ):
         if micro_batch_size < 1:
             raise DataError(f"micro_batch_size {micro_batch_size}; at least 1")
         assert 0 <= rank < world, f"rank {rank} of {world}"
         if not examples.streaming and not len(examples):
             raise DataError("no examples to make batches of")
-        if numbered and examples.streaming:
-            raise DataError("the windows of a streamed data set have no numbers; set data.streaming: false")
         self.examples, self.micro_batch_size, self.pad_id = examples, micro_batch_size, pad_id
         self.seed, self.rank, self.world, self.shuffle = seed, rank, world, shuffle
-        self.mask_dtype, self.numbered = mask_dtype, numbered
+        self.mask_dtype, self.taught = mask_dtype, taught
         self._go_to(0, 0)
 
     def __iter__(self) -> Batches:
@@ -139,8 +140,7 @@ class Batches:
         )
 
     def _collate(self, windows: Sequence[Example], numbers: Sequence[int]) -> dict[str, Tensor]:
-        told = numbers if self.numbered else None
-        return collate(windows, self.pad_id, mask_dtype=self.mask_dtype, numbers=told)
+        return collate(windows, self.pad_id, mask_dtype=self.mask_dtype, taught=self.taught, numbers=numbers)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank, the last one counted whole. DataError for a stream."""
@@ -163,14 +163,15 @@ class Batches:
             yield self._collate(held, range(first, first + len(held)))
 
     def first(self, count: int) -> list[int]:
-        """The numbers, ascending, of the windows that all ranks together see first when they see `count`."""
-        order = Batches(self.examples, 1, self.pad_id, self.seed, shuffle=self.shuffle, numbered=True)
+        """The numbers, ascending, of the windows that all ranks together see first when they see `count`.
+        DataError for a stream."""
+        order = Batches(self.examples, 1, self.pad_id, self.seed, shuffle=self.shuffle)
         found: set[int] = set()
         for _ in range(count):
             if len(found) == len(self.examples):
                 break  # the next epochs bring the same
             number = order._advance()
-            assert isinstance(number, int)
+            assert isinstance(number, int), "a stream has no length"
             found.add(number)
         return sorted(found)
 

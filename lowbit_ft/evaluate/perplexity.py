@@ -22,7 +22,8 @@ from ..model.attention import segment_attention, segment_inputs, switch
 from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
 from ..model.walk import Batch, LayerWalk
-from ..train.losses import FLOATS_AT_A_TIME, IGNORE, Targets, target_logits
+from ..signals.tokens import FLOATS_AT_A_TIME, IGNORE
+from ..train.losses import Targets, target_logits
 
 STAGES = ("base", "quantized", "trained", "merged", "exported")
 

@@ -232,16 +232,18 @@ def test_batches_carry_the_numbers_of_their_windows_when_asked(count, size, worl
     """By which a teacher's words are found; `first` knows beforehand which ones a run of so many steps sees."""
     examples, seen = numbered(count), set()
     for rank in range(world):
-        plain, told = (Batches(examples, size, 0, 3, rank, world, numbered=n) for n in (False, True))
+        plain, told = (Batches(examples, size, 0, 3, rank, world, taught=n) for n in (False, True))
         for _ in range(steps):
             batch, same = next(told), next(plain)
             windows = batch.pop("windows")
+            assert batch.pop("used").tolist() == [3] * size
             assert windows.tolist() == batch["input_ids"][:, 0].tolist() and equal(batch, same)
             seen |= set(windows.tolist())
         state = json.dumps(told.state_dict())
         assert told.first(steps * size * world) == Batches(examples, 9, 0, 3).first(steps * size * world)
         assert json.dumps(told.state_dict()) == state == json.dumps(plain.state_dict())
         for batch, same in zip(told.one_epoch(), plain.one_epoch(), strict=True):
+            assert batch.pop("used").tolist() == [3] * len(batch["labels"])
             assert batch.pop("windows").tolist() == batch["input_ids"][:, 0].tolist() and equal(batch, same)
     assert told.first(steps * size * world) == sorted(seen)
 
@@ -338,8 +340,9 @@ def test_stream_shuffles_within_a_bounded_buffer_and_resumes(tokenizer, tmp_path
 
 def test_windows_of_a_stream_have_no_numbers(tokenizer):
     stream = load(ASSETS / "docstrings" / "train.jsonl", tokenizer, streaming=True, limit=4)
-    with pytest.raises(DataError, match="have no numbers; set data.streaming: false"):
-        Batches(stream, 1, 0, numbered=True)
+    assert set(next(Batches(stream, 1, 0, taught=True))) == {"input_ids", "labels", "position_ids", "used"}
+    with pytest.raises(DataError, match="has no length"):
+        Batches(stream, 1, 0).first(3)
 
 
 def test_stream_reports_the_bad_row_when_it_comes(tokenizer, tmp_path):
