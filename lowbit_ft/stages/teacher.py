@@ -29,7 +29,8 @@ from ..session import Session
 from ..signals.cached import TOP_K, looked_at
 from ..signals.store import OtherKey, Store, bytes_per_position, condense
 from ..train.log import WalkLog
-from ..train.losses import FLOATS_AT_A_TIME, Targets
+from ..signals.tokens import FLOATS_AT_A_TIME
+from ..train.losses import Targets
 from ..train.processes import main_process_first, world
 from ..train.setup import total_steps
 from .data import batches
@@ -129,10 +130,11 @@ def ask(session: Session, model: Any, examples: Examples, store: Store) -> None:
         for shard in missing:
             windows = Examples(examples[number] for number in store.windows(shard))
             size = windows_per_forward(session.recipe)
-            found = list(batches(session, model, windows, size, shuffle=False, alone=True).one_epoch())
+            taught = batches(session, model, windows, size, shuffle=False, alone=True, taught=True)
+            found = list(taught.one_epoch())
             reference = Reference(
                 session.checkpoint,
-                found,
+                [{k: v for k, v in batch.items() if k not in ("used", "windows")} for batch in found],
                 attention=session.recipe.model.attention,
                 device=session.device,
                 dtype=session.dtype,

@@ -71,8 +71,14 @@ class TrainSection(Section):
     teacher: str | None = Field(
         default=None,
         description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
-        "its codes and residual, no second copy; a folder or hub id: that model, packed to 8 bits (the run's own "
+        "its codes and residual, no second copy; cached: the full-precision model, asked once before training, its "
+        "top_k likeliest tokens kept on the disk; a folder or hub id: that model, packed to 8 bits (the run's own "
         "model.path: full precision at 8 bits)",
+    )
+    teacher_dir: str | None = Field(
+        default=None,
+        description="cached: folder that keeps the answers, for other runs on the same windows too; null: "
+        "teacher/ of the run",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
