@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
 from lowbit_ft.evaluate.perplexity import Reference
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.model.attention import segment_attention, segment_inputs, why_not
-from lowbit_ft.data.batches import Batches
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.quantize.quantize import quantize

@@ -7,6 +7,7 @@ names the file.
     base.json         PackedBase       what base/ was packed from
     evaluation.json   Evaluation       the table of perplexity and KL
     tasks.json        TaskTable        what lm-eval measured
+    teacher.json      TeacherMeasure   how near a teacher and the model as it starts are to full precision
     made.json         Made             {folder: identity of the tensors that this run wrote there}
 
 A key that is more than these is kept where the file is written again, and means nothing here. The report
@@ -83,3 +84,13 @@ class TaskMeasure(BaseModel):
 
 class TaskTable(Record):
     rows: list[TaskMeasure] = []
+
+
+class TeacherMeasure(Record):
+    """of: the teacher, base, adapter and data that were measured (stages/teacher.py)."""
+
+    of: Any
+    kl: Number
+    student_kl: Number
+    windows: Count
+    tokens: Count

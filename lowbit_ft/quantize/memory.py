@@ -80,7 +80,9 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     hessian = max((max(sizes) for sizes in squares.values()), default=0)
     return QuantizeMemory(
         calibration=waiting_bytes(text.samples, text.sequence_len, shapes, size) if walks else 0,
-        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size)
+        if compares
+        else 0,
         outside=outside if walks or compares else 0,
         layer=max(layers.values(), default=0) if walks or compares else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,

@@ -44,7 +44,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "data", "train", "output"), check_offload),
     ((), check_data),
     (("train", "data"), check_train),
-    (("train",), check_signal),
+    (("model", "train"), check_signal),
     (("eval",), check_tasks),
     (("eval", "export"), check_tasks_reader),
     (("output",), check_output),

@@ -14,8 +14,6 @@ from pydantic import BaseModel
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
 
 def path_is(path: Path, kind: str) -> bool:
     """path.is_dir() and friends, False for text that cannot be a path (too long, a NUL in it)."""

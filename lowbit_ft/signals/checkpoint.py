@@ -9,14 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model.attention import block_diagonal_mask, segment_attention, segment_inputs, why_not
+from ..model.config import read_config
 from ..model.heads import Answering, find_head
+from ..model.tokenizer import read_tokenizer
+from ..names import HUB_ID
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
+
+WIDTH = 8  # bits it is packed to
+
+
+def unlike(theirs: Path, ours: Path) -> str | None:
+    """Why the model in one folder cannot teach that in another: it is quantized, or its tokens are not the
+    same; None when it can. Reads config.json and tokenizers."""
+    if read_config(theirs).get("quantization_config"):
+        return "it is quantized already; give the dense checkpoint that it was made of"
+    mine, other = read_tokenizer(ours).get_vocab(), read_tokenizer(theirs).get_vocab()
+    if mine == other:
+        return None
+    odd = sorted(token for token in {*mine, *other} if mine.get(token) != other.get(token))
+    return (
+        f"its tokens are others ({len(other)} against {len(mine)}; {len(odd)} differ, such as {odd[0]!r}: "
+        f"{other.get(odd[0])} there, {mine.get(odd[0])} here), so its probabilities are of other things; "
+        "give a model of the same family"
+    )
 
 
 class OtherModel(Teacher):
@@ -26,6 +48,17 @@ class OtherModel(Teacher):
         super().__init__(facts)
         self.other: Any = model.eval().requires_grad_(False)
         self.answering: Answering | None = None
+
+    @classmethod
+    def problems(cls, recipe: Any, name: str) -> list[str]:
+        folder, ours = Path(name).expanduser(), Path(recipe.model.path).expanduser()
+        if not folder.is_dir():
+            return [] if HUB_ID.fullmatch(name) else ["there is no such folder, and no hub id looks like it"]
+        try:
+            reason = unlike(folder, ours) if ours.is_dir() else None
+        except (OSError, ValueError) as error:
+            return [str(error)]
+        return [reason] if reason else []
 
     @classmethod
     def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:

@@ -240,7 +240,11 @@ class _Shard:
         ids, logp, rest = ids.long(), logp.float(), rest.float()
         if not (bool(logp.isfinite().all()) and bool(rest.isfinite().all())):
             raise self._wrong("a log-probability is NaN or infinite")
-        if bool((ids < 0).any()) or bool((ids >= self.vocabulary).any()) or bool((ids.diff(dim=-1) <= 0).any()):
+        if (
+            bool((ids < 0).any())
+            or bool((ids >= self.vocabulary).any())
+            or bool((ids.diff(dim=-1) <= 0).any())
+        ):
             raise self._wrong(f"ids that are not ascending, or beyond the vocabulary of {self.vocabulary}")
         mass = torch.cat([logp, rest[:, None]], -1).logsumexp(-1)  # the log of it
         if bool((logp > 0).any()) or bool((rest > 0).any()) or bool((mass.abs() > OFF).any()):

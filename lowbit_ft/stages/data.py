@@ -47,10 +47,17 @@ def read_data(session: Session) -> Examples:
 
 
 def batches(
-    session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False, taught: bool = False
+    session: Session,
+    model: Any,
+    examples: Examples,
+    size: int,
+    *,
+    shuffle: bool,
+    alone: bool = False,
+    taught: bool = False,
 ) -> Batches:
-    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not
-    keep packed segments apart by itself. taught: with what a teacher has to know of them."""
+    """Micro-batches for this process (alone: the only one; taught: with what a teacher has to know), with
+    an explicit mask where the model does not keep packed segments apart by itself."""
     apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
     length = session.recipe.data.sequence_len
     if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):

@@ -1,160 +1,138 @@
-"""teacher: cached. The full-precision model is asked once, about the run's own windows, and its words are kept.
+"""teacher: what the run learns from: the signal, and the teacher it asks, made and measured before training.
 
-The model is walked one dense layer at a time (evaluate.Reference), so nothing of it is whole in memory. The
-windows go through it some at a time, a walk for each shard of the store: so many that what waits for them in
-CPU memory stays below WALK_BYTES and a shard below SHARD_BYTES. Which windows go together depends on the
-recipe alone, not on where an earlier try was killed: what is written is the same bytes either way.
-
-Only windows that the run will see are asked about, in a short run fewer than there are.
+A live teacher's own KL to the full-precision model is measured on the run's first windows by the walk that
+holds one layer at a time, and written to teacher.json beside the student's at step 0. One that is not several
+times nearer than the student (`Teacher.nearest`) would be trained towards for nothing: it is refused, not
+warned of, because the hours would be spent and the model would be worse than with labels.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-
-from ..data.batches import Batches
+from ..adapters.attach import base_digest
 from ..data.windows import Examples
-from ..evaluate.perplexity import Reference
-from ..files.lock import FolderLock
+from ..evaluate.perplexity import Reference, evaluate
+from ..files.records import TeacherMeasure
 from ..model.attention import why_not
-from ..quantize.memory import waiting_bytes
-from ..recipe.layers import Shapes, read_shapes
-from ..recipe.recipe import Recipe
+from ..model.checkpoint import Checkpoint
+from ..quantize.quantize import quantize
+from ..recipe.sections.quant import QuantSection
 from ..session import Session
-from ..signals.cached import TOP_K, looked_at
-from ..signals.store import OtherKey, Store, bytes_per_position, condense
-from ..train.log import WalkLog
-from ..signals.tokens import FLOATS_AT_A_TIME
-from ..train.losses import Targets
-from ..train.processes import main_process_first, world
-from ..train.setup import total_steps
-from .data import batches
-from .quantize import clear
+from ..signals import SIGNALS, Lesson, Making, Teacher, teacher_kind
+from ..signals.checkpoint import WIDTH, unlike
+from ..train.processes import main_process_first
+from .answers import kept_answers
+from .data import batches, first_windows
 
-WALK_BYTES = 2 << 30  # of CPU memory: hidden states, masks and rotary angles of a walk's windows
-SHARD_BYTES = 256 << 20  # of a file
-LAYERS_SHARE = 0.9  # of a walk's time, for the bar: then come the head and the choice of the k
+FILE = "teacher.json"
+WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
 
 
-def kept_answers(session: Session, model: Any, examples: Examples) -> Store:
-    """What the full-precision model says about the windows of this run: read where it is there, asked where it
-    is not, and checked by every process. model: the packed one, which is asked how its kind attends.
+def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
+    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded. ValueError
+    for a teacher that cannot be made or is not near enough to full precision."""
+    section = session.recipe.train
+    signal = SIGNALS[section.signal.kind]
+    if not signal.asks:
+        return Lesson(signal, section.signal)
+    assert section.teacher is not None, "refused by the recipe"
+    making = Making(
+        recipe=session.recipe,
+        checkpoint=session.checkpoint,
+        model=model,
+        windows=examples,
+        device=session.device,
+        dtype=session.dtype,
+        folder=session.run / "teacher",
+        main=session.run.main,
+        pad_id=session.pad_id,
+        pack=partial(pack_other, session),
+        kept=partial(kept_answers, session, model, examples),
+        say=session.say,
+    )
+    teacher = teacher_kind(section.teacher).make(making, section.teacher)
+    with main_process_first():
+        measured = measure(session, model, teacher)
+    if measured is not None:
+        _judge(session, teacher, measured)
+    return Lesson(signal, section.signal, teacher)
 
-    ValueError for a folder of other answers that is not this run's own, and for files that are not whole.
-    """
-    recipe, run_dir = session.recipe, session.run
-    shared = recipe.train.teacher_dir is not None
-    folder = Path(recipe.train.teacher_dir) if shared else run_dir / "teacher"
-    key, numbers, together = _asked(session, model, examples)
-    with run_dir.stage("teacher", session.device, resumable=True), main_process_first():
-        store = _opened(session, folder, key, numbers, together, own=not shared)
-        if store.missing():
-            assert run_dir.main, "the main process has just filled it"
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(folder) if shared else None  # the run's own folder is held already
-            try:
-                ask(session, model, examples, Store(folder, key, numbers, together))
-            finally:
-                if lock is not None:
-                    lock.release()
-            store = Store(folder, key, numbers, together)  # as it is on the disk now
-        else:
-            session.say(f"teacher: reusing {folder}")
-    return store
+
+def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
+    """The model of another checkpoint, packed to rows of 8 bits on the session's device, and what tells it
+    from any other. ValueError where its tokens are others."""
+    session.say(f"teacher: {source}, packed to {WIDTH} bits")
+    checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
+    if reason := unlike(checkpoint.folder, session.checkpoint.folder):
+        raise ValueError(f"train.teacher: got {source!r}, but {reason}")
+    quant = QuantSection(
+        bits=WIDTH,
+        group_size=-1,
+        symmetric=True,
+        residual_bits=0,
+        calibrate="absmax",
+        exclude=list(session.recipe.quant.exclude),
+    )
+    model, _ = quantize(
+        checkpoint,
+        quant,
+        device=session.device,
+        dtype=session.dtype,
+        attention=session.recipe.model.attention,
+    )
+    return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
 
 
-def _asked(session: Session, model: Any, examples: Examples) -> tuple[dict[str, Any], list[int], int]:
-    """(what the answers depend on, the windows that the run will see, how many go through the model together)"""
-    recipe, train, signal = session.recipe, session.recipe.train, session.recipe.train.signal
-    seen = Batches(examples, train.micro_batch_size, session.pad_id, train.seed, world=world())
-    size = train.micro_batch_size * train.gradient_accumulation_steps * world()
-    numbers = seen.first(total_steps(train, seen) * size)
-    vocabulary = model.config.get_text_config().vocab_size
-    k = signal.top_k or min(TOP_K, vocabulary)
-    if k > vocabulary:
-        raise ValueError(f"train.signal.top_k: got {k}; this model has {vocabulary} tokens, so at most that")
-    together = windows_per_walk(recipe, read_shapes(session.checkpoint.folder), bytes_per_position(k, vocabulary))
-    which = hashlib.sha256(json.dumps([examples.digest, numbers]).encode()).hexdigest()
+def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | None:
+    """KL to full precision of a live teacher and of the student as it starts; by the main process, once per
+    run. None for a teacher that is full precision by what it is made of."""
+    found = teacher.model()
+    if found is None:
+        return None
+    other, at_work = found
     key = {
-        "model": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "dtype": recipe.model.dtype,
-        "windows": which,
-        "on": signal.on,
-        "top_k": k,
-        "temperature": signal.temperature,
-        "vocabulary": vocabulary,
+        "teacher": teacher.facts,
+        "base": base_digest(model),
+        "adapter": session.recipe.adapter.model_dump(mode="json"),
+        "data": session.recipe.data.train.model_dump(mode="json"),
     }
-    return key, numbers, together
+    stored = session.run.read_json(FILE, TeacherMeasure | None, None)
+    if stored is not None and stored.of == key:
+        return stored
+    assert session.run.main, "the main process has measured it"
+    length = min(TOKENS, session.recipe.data.sequence_len)
+    rows = first_windows(session, session.recipe.data.train, WINDOWS, {"sequence_len": length})
+    windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
+    reference = Reference(
+        session.checkpoint,
+        windows,
+        attention=session.recipe.model.attention,
+        device=session.device,
+        dtype=session.dtype,
+        segments=not why_not(model),
+    )
+    student = evaluate(model, windows, "student", reference)
+    with at_work:
+        theirs = evaluate(other, windows, "teacher", reference)
+    assert student.kl is not None and theirs.kl is not None
+    measured = TeacherMeasure(
+        of=key, kl=theirs.kl, student_kl=student.kl, windows=len(rows), tokens=theirs.tokens
+    )
+    session.run.write_json(FILE, measured.model_dump(mode="json"))
+    return measured
 
 
-def _opened(
-    session: Session, folder: Path, key: dict[str, Any], numbers: list[int], together: int, *, own: bool
-) -> Store:
-    """The store in `folder`. In the run's own folder one of another recipe makes room, as a base does."""
-    try:
-        return Store(folder, key, numbers, together)
-    except OtherKey:
-        if not own or not session.run.main:
-            raise
-        session.say(f"teacher: {folder} is of another recipe; asking again")
-        clear(session, folder)
-        return Store(folder, key, numbers, together)
-
-
-def windows_per_walk(recipe: Recipe, shapes: Shapes, row_bytes: int) -> int:
-    """How many windows go through the model together. row_bytes: of a position on the disk."""
-    length = recipe.data.sequence_len
-    held = waiting_bytes(1, length, shapes, getattr(torch, recipe.model.dtype).itemsize)
-    most = min(WALK_BYTES // held, SHARD_BYTES // (length * row_bytes))
-    size = windows_per_forward(recipe)
-    return max(1, most // size) * size
-
-
-def windows_per_forward(recipe: Recipe) -> int:
-    """As many as evaluation has: about 4096 tokens."""
-    return max(1, 4096 // recipe.data.sequence_len)
-
-
-def ask(session: Session, model: Any, examples: Examples, store: Store) -> None:
-    """Write the shards of `store` that are missing: the full-precision model's words about `examples`. model:
-    the packed one, which is asked how its kind attends."""
-    on, temperature = store.key["on"], float(store.key["temperature"])
-    missing = store.missing()
-    done = len(store.numbers) - sum(len(store.windows(shard)) for shard in missing)
-    with WalkLog("teacher", len(store.numbers), done, session.run.main, session.console) as log:
-        for shard in missing:
-            windows = Examples(examples[number] for number in store.windows(shard))
-            size = windows_per_forward(session.recipe)
-            taught = batches(session, model, windows, size, shuffle=False, alone=True, taught=True)
-            found = list(taught.one_epoch())
-            reference = Reference(
-                session.checkpoint,
-                [{k: v for k, v in batch.items() if k not in ("used", "windows")} for batch in found],
-                attention=session.recipe.model.attention,
-                device=session.device,
-                dtype=session.dtype,
-                segments=not why_not(model),
-                on_layer=lambda share, before=done, count=LAYERS_SHARE * len(windows): log.show(
-                    before + share * count
-                ),
-            )
-            rows: list[int] = []
-            kept = [condense(torch.empty(0, store.vocabulary), store.k)]
-            for number, batch in enumerate(found):
-                looked = looked_at(batch, on)
-                rows += looked.sum(1).tolist()
-                if not bool(looked.any()):
-                    continue  # Targets would make up a position
-                targets = Targets(batch["labels"], session.device, looked)
-                for logits, _ in reference.target_logits(number, targets):
-                    for some in logits.split(max(1, FLOATS_AT_A_TIME // logits.shape[-1])):
-                        kept.append(tuple(t.cpu() for t in condense(some, store.k, temperature)))
-            store.write(shard, rows, *(torch.cat(column) for column in zip(*kept, strict=True)))
-            session.check_files()
-            done += len(windows)
-            log.show(done)
+def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:
+    name = session.recipe.train.teacher
+    session.say(
+        f"teacher {name}: KL to full precision {measured.kl:.6f}, the model as it starts "
+        f"{measured.student_kl:.6f} ({measured.tokens:,} tokens)"
+    )
+    if teacher.nearest is not None and teacher.nearest * measured.kl > measured.student_kl:
+        raise ValueError(
+            f"train.teacher: got {name!r}, whose KL to full precision is {measured.kl:.4g}, and the model "
+            f"that it would teach starts at {measured.student_kl:.4g}: it must be {teacher.nearest:g} times "
+            f"nearer, or training on it leads away from the model; {teacher.instead}"
+        )

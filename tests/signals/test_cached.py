@@ -38,7 +38,9 @@ def reference(z: Tensor, teacher: Tensor, k: int, temperature: float, kind: str)
         outcomes.append(torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1) if k < p.shape[-1] else top)
     a, b = outcomes
     forward, reverse = (a * (a.log() - b.log())).sum(), (b * (b.log() - a.log())).sum()
-    return temperature**2 * {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
+    return (
+        temperature**2 * {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "symmetric"])
@@ -105,7 +107,9 @@ def test_answers_are_those_of_the_positions_asked(on: str, tmp_path: Path) -> No
         given = answer(where)
         ids, log_p, rest = condense(teacher_logits(batch["input_ids"]).reshape(-1, VOCABULARY)[where], 4)
         assert isinstance(given, Sparse) and torch.equal(given.ids, ids)
-        assert (given.log_p - log_p.float()).abs().max() < 5e-3 and (given.rest - rest.float()).abs().max() < 5e-3
+        assert (given.log_p - log_p.float()).abs().max() < 5e-3 and (
+            given.rest - rest.float()
+        ).abs().max() < 5e-3
         assert answer(torch.arange(batch["labels"].numel())).ids.shape == (batch["labels"].numel(), 4)
         inside = [2, len(batch["labels"][0]) - 1]  # the last tokens of the first row's segments
         assert not looked_at(batch, on)[0, inside].any()

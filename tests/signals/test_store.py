@@ -111,7 +111,9 @@ def test_a_kill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path: Path, 
 
 def test_another_key_is_refused_and_named(tmp_path: Path) -> None:
     folder = filled(tmp_path / "t").folder
-    with pytest.raises(stores.OtherKey, match=r"top_k 3, and this run has 4\. Give this run another train.tea"):
+    with pytest.raises(
+        stores.OtherKey, match=r"top_k 3, and this run has 4\. Give this run another train.tea"
+    ):
         opened(folder, top_k=4)
     with pytest.raises(stores.OtherKey, match='model "here", and this run has "there"'):
         opened(folder, model="there")
@@ -145,7 +147,9 @@ def test_a_file_that_changes_under_a_run_is_refused(tmp_path: Path) -> None:
     here.lookup([0])
     file = here.folder / "windows-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(FileError, match="windows-00000.safetensors: was replaced or written to .* Remove that"):
+    with pytest.raises(
+        FileError, match="windows-00000.safetensors: was replaced or written to .* Remove that"
+    ):
         here.lookup([0])
 
 

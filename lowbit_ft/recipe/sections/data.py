@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...data.formats import FORMATS
-from ...names import listed
+from ...names import HUB_ID, listed
 from ..layers import has_chat_template, shapes_here
-from ..paths import HUB_ID, globs, near_names, path_is
+from ..paths import globs, near_names, path_is
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, Problems, Section

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ...names import did_you_mean, nearest
 from ...signals import SIGNALS, TEACHERS, teacher_kind
 from ...train.losses import LOSSES
+from ..paths import path_is
 from ..values import OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
@@ -73,6 +76,14 @@ def check_signal(r: Any) -> Problems:
         yield Problem(
             ("train", "teacher"),
             f"missing, and train.signal.kind: {train.signal.kind} asks a teacher; set one of "
+            f"{', '.join(TEACHERS)}, or the folder or hub id of a model with the same tokens",
+        )
+        return
+    name = train.teacher
+    if name not in TEACHERS and not path_is(Path(name), "any") and nearest(name, TEACHERS):
+        yield Problem(
+            ("train", "teacher"),
+            f"got {name!r}, which is no folder here{did_you_mean(name, TEACHERS)}; allowed: "
             f"{', '.join(TEACHERS)}, or the folder or hub id of a model with the same tokens",
         )
         return

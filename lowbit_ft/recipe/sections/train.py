@@ -71,9 +71,9 @@ class TrainSection(Section):
     teacher: str | None = Field(
         default=None,
         description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
-        "its codes and residual, no second copy; cached: the full-precision model, asked once before training, its "
-        "top_k likeliest tokens kept on the disk; a folder or hub id: that model, packed to 8 bits (the run's own "
-        "model.path: full precision at 8 bits)",
+        "its codes and residual, no second copy; cached: the full-precision model, asked once before "
+        "training, its likeliest tokens kept on the disk; a folder or hub id: that model, packed to 8 bits "
+        "(the run's own model.path: full precision at 8 bits)",
     )
     teacher_dir: str | None = Field(
         default=None,
