@@ -1,17 +1,24 @@
 """What a KL to a teacher loses when only its k likeliest tokens (and the mass of the rest) are known.
 
-    python benchmarks/teacher_top_k.py
+    python benchmarks/teacher_top_k.py                   some minutes: distributions
+    python benchmarks/teacher_top_k.py --steps 120       hours of one core: students trained on them
 
-The teacher is the full-precision model, the student its packed base before training. For every position of the
-windows: KL(teacher, student) of all tokens, and of k tokens and one more that stands for all others. The
-second is never larger. Beside it the gradient with respect to the student's logits: the length of the
-difference over the length of the whole one's gradient, all positions together; and the same two for the
-numbers as they are kept on the disk (signals/store.py: float16). k = 1 is what a label of the teacher's own
-choice would be. Rows are written as they come.
+Without steps. The teacher is the full-precision model, the student its packed base before training. For every
+position of the windows: KL(teacher, student) of all tokens, and of k tokens and one more that stands for all
+others. The second is never larger. Beside it the gradient with respect to the student's logits: the length of
+the difference over the length of the whole one's gradient, all positions together; and the same two for the
+numbers as they are kept on the disk (signals/store.py: float16).
+
+With steps. The quickstart is run with train.teacher: cached for every k and grid; k = the vocabulary is the
+whole divergence. The row is that of the trained model in its table: perplexity, and KL to full precision, of
+all tokens. Rows are kept in --out as they come, so a stopped run goes on.
 """
 
 import argparse
+import itertools
 import json
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +31,7 @@ from lowbit_ft.files.atomic import write_text
 from lowbit_ft.model.attention import segment_attention, segment_inputs, why_not
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_tokenizer
+from lowbit_ft.pipeline import run
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
@@ -41,6 +49,10 @@ def options() -> argparse.Namespace:
     p.add_argument("--k", nargs="+", type=int, default=[1, 4, 16, 32, 64, 128, 256])
     p.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
     p.add_argument("--windows", type=int, default=64)
+    p.add_argument("--steps", type=int, default=0, help="train so many steps of 8 windows for every k")
+    p.add_argument("--on", default="all", choices=["all", "targets"], help="where the trained ones are taught")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--temperatures-trained", nargs="+", type=float, default=[1.0])
     p.add_argument("--out", default=str(HERE / "results" / "teacher_top_k.json"))
     return p.parse_args()
 
@@ -59,8 +71,45 @@ def sparse(ids: Tensor, logp: Tensor, rest: Tensor, logq: Tensor) -> tuple[float
     return float(kl.sum() + others.sum()), grad
 
 
+def trained(o: argparse.Namespace) -> None:
+    """Students of every k, one run of the whole line each."""
+    out = Path(o.out).with_stem(Path(o.out).stem + "_trained")
+    rows: list[dict[str, object]] = json.loads(out.read_text()) if out.exists() else []
+    for seed, grid, temperature, k in itertools.product(o.seeds, o.grids, o.temperatures_trained, o.k):
+        case = {"grid": grid, "k": k, "temperature": temperature, "seed": seed, "steps": o.steps, "on": o.on}
+        if any(all(row[name] == value for name, value in case.items()) for row in rows):
+            continue
+        bits, group = grid.split(":")
+        with tempfile.TemporaryDirectory() as folder:
+            overrides = [
+                f"quant.bits={bits}",
+                f"quant.group_size={group}",
+                f"train.max_steps={o.steps}",
+                "train.eval_every=null",
+                "train.save_every=null",
+                f"train.seed={seed}",
+                "train.teacher=cached",
+                f"train.signal={{kind: logits, top_k: {k}, temperature: {temperature}, on: {o.on}}}",
+                "eval.generate=[]",
+                f"output={folder}/run",
+            ]
+            began = time.process_time()
+            run(load_recipe(o.recipe, overrides))
+            measured = json.loads((Path(folder) / "run" / "evaluation.json").read_text())["rows"]
+        by_stage = {row["stage"]: row for row in measured}
+        rows.append(
+            case
+            | {"perplexity": by_stage["trained"]["perplexity"], "kl": by_stage["trained"]["kl"]}
+            | {"kl before": by_stage["quantized"]["kl"], "seconds": time.process_time() - began}
+        )
+        print(rows[-1], flush=True)
+        write_text(out, json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     o = options()
+    if o.steps:
+        return trained(o)
     recipe = load_recipe(o.recipe)
     checkpoint = Checkpoint.open(recipe.model.path, dtype=recipe.model.dtype)
     examples = load_examples(recipe.data.train, recipe.data, load_tokenizer(checkpoint), rows=None)

@@ -8,7 +8,7 @@ the key (what the numbers were computed from) and the size and hash of every sha
 
     rows  int32 [W]            positions of each window
     ids   uint16 or int32 [T, k]   ascending in every row, so that "no id twice" is one comparison
-    logp  float16 [T, k]       log p, of the ids
+    log_p  float16 [T, k]       log p, of the ids
     rest  float16 [T]          log r; the smallest float16 where nothing is left
 
 float16 keeps 11 bits: p is off by at most |log p| / 2048 of itself, so the k + 1 masses add up to 1 within
@@ -49,13 +49,13 @@ _CHANGED = f"by another program since this run compared it with its hash. {_ADVI
 
 
 def condense(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [T, V] -> ids int64 [T, k] ascending, logp [T, k], rest [T] in float16: softmax(logits / t)."""
+    """logits [T, V] -> ids int64 [T, k] ascending, log_p [T, k], rest [T] in float16: softmax(logits / t)."""
     z = logits.float() / temperature
     ids = z.topk(k, dim=-1, sorted=False).indices.sort(-1).values
     whole = z.logsumexp(-1, keepdim=True)
-    logp = z.gather(-1, ids) - whole
+    log_p = z.gather(-1, ids) - whole
     rest = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - whole[:, 0]
-    return ids, *(v.clamp(LEAST, 0).to(torch.float16) for v in (logp, rest))
+    return ids, *(v.clamp(LEAST, 0).to(torch.float16) for v in (log_p, rest))
 
 
 def bytes_per_position(k: int, vocabulary: int) -> int:
@@ -109,15 +109,15 @@ class Store:
         """The numbers of the windows of a shard."""
         return self.numbers[shard * self.per_shard : (shard + 1) * self.per_shard]
 
-    def write(self, shard: int, rows: Sequence[int], ids: Tensor, logp: Tensor, rest: Tensor) -> None:
+    def write(self, shard: int, rows: Sequence[int], ids: Tensor, log_p: Tensor, rest: Tensor) -> None:
         """Put a shard in its place and then into the manifest. rows: positions of each of its windows; the
         tensors as `condense` makes them."""
         path = self.folder / _name(shard)
-        assert len(rows) == len(self.windows(shard)) and ids.shape == logp.shape == (sum(rows), self.k)
+        assert len(rows) == len(self.windows(shard)) and ids.shape == log_p.shape == (sum(rows), self.k)
         tensors = {
             "rows": torch.tensor(rows, dtype=torch.int32),
             "ids": ids.to(id_dtype(self.vocabulary)).contiguous(),
-            "logp": logp.contiguous(),
+            "log_p": log_p.contiguous(),
             "rest": rest.contiguous(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class _Shard:
         wanted = {
             "rows": (torch.int32, (windows,)),
             "ids": (id_dtype(vocabulary), (total, k)),
-            "logp": (torch.float16, (total, k)),
+            "log_p": (torch.float16, (total, k)),
             "rest": (torch.float16, (total,)),
         }
         if {name: (entry.dtype, entry.shape) for name, entry in found.items()} != wanted:
@@ -236,9 +236,9 @@ class _Shard:
     def window(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """ids int64, log p and the log of the rest's mass float32, of the positions of a window."""
         first, last = self.ends[index], self.ends[index + 1]
-        ids, logp, rest = (self._rows(name, first, last) for name in ("ids", "logp", "rest"))
-        ids, logp, rest = ids.long(), logp.float(), rest.float()
-        if not (bool(logp.isfinite().all()) and bool(rest.isfinite().all())):
+        ids, log_p, rest = (self._rows(name, first, last) for name in ("ids", "log_p", "rest"))
+        ids, log_p, rest = ids.long(), log_p.float(), rest.float()
+        if not (bool(log_p.isfinite().all()) and bool(rest.isfinite().all())):
             raise self._wrong("a log-probability is NaN or infinite")
         if (
             bool((ids < 0).any())
@@ -246,10 +246,10 @@ class _Shard:
             or bool((ids.diff(dim=-1) <= 0).any())
         ):
             raise self._wrong(f"ids that are not ascending, or beyond the vocabulary of {self.vocabulary}")
-        mass = torch.cat([logp, rest[:, None]], -1).logsumexp(-1)  # the log of it
-        if bool((logp > 0).any()) or bool((rest > 0).any()) or bool((mass.abs() > OFF).any()):
+        mass = torch.cat([log_p, rest[:, None]], -1).logsumexp(-1)  # the log of it
+        if bool((log_p > 0).any()) or bool((rest > 0).any()) or bool((mass.abs() > OFF).any()):
             raise self._wrong("probabilities that do not add up to 1")
-        return ids, logp - mass[:, None], rest - mass
+        return ids, log_p - mass[:, None], rest - mass
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         entry = self.entries[name]

@@ -110,7 +110,7 @@ class WalkLog:
             disable=not (main and self.console.is_terminal),
         )
         self.task = self.bar.add_task(what, total=total, completed=done, numbers="")
-        self.began, self.said = time.monotonic(), -1
+        self.began, self.said = time.monotonic(), (-1, -1)  # the part and the windows said last
 
     def __enter__(self) -> WalkLog:
         self.bar.start()
@@ -124,9 +124,9 @@ class WalkLog:
         left = (time.monotonic() - self.began) / max(done - self.start, 1e-9) * (self.total - done)
         numbers = f"{int(done):,} of {self.total:,} windows, {_clock(left)} left"
         self.bar.update(self.task, completed=done, numbers=numbers)
-        part = int(done * _PLAIN_LINES / max(1, self.total))
-        if self.main and not self.console.is_terminal and part > self.said:
-            self.said = part
+        part, whole = int(done * _PLAIN_LINES / max(1, self.total)), int(done)
+        if self.main and not self.console.is_terminal and part > self.said[0] and whole > self.said[1]:
+            self.said = (part, whole)
             self.console.print(f"{self.what}: {numbers}", highlight=False)
 
 
