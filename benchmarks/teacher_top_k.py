@@ -34,7 +34,6 @@ from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.pipeline import run
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import load_recipe
-from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.signals.store import bytes_per_position, condense
 from lowbit_ft.train.losses import Targets, target_logits
 
@@ -50,7 +49,9 @@ def options() -> argparse.Namespace:
     p.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
     p.add_argument("--windows", type=int, default=64)
     p.add_argument("--steps", type=int, default=0, help="train so many steps of 8 windows for every k")
-    p.add_argument("--on", default="all", choices=["all", "targets"], help="where the trained ones are taught")
+    p.add_argument(
+        "--on", default="all", choices=["all", "targets"], help="where the trained ones are taught"
+    )
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--temperatures-trained", nargs="+", type=float, default=[1.0])
     p.add_argument("--out", default=str(HERE / "results" / "teacher_top_k.json"))
@@ -116,8 +117,8 @@ def main() -> None:
     found = list(Batches(examples, 8, 0, shuffle=False).one_epoch())[: o.windows // 8]
     rows: list[dict[str, object]] = []
     for grid in o.grids:
-        bits, group = map(int, grid.split(":"))
-        quant = QuantSection(bits=bits, group_size=group, calibrate="mse")
+        bits, group = grid.split(":")
+        quant = load_recipe(o.recipe, [f"quant.bits={bits}", f"quant.group_size={group}"]).quant
         model, _ = quantize(checkpoint, quant, device=CPU, dtype=torch.float32)
         teacher = Reference(
             checkpoint, found, attention="sdpa", device=CPU, dtype=torch.float32, segments=not why_not(model)

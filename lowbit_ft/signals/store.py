@@ -14,10 +14,11 @@ the key (what the numbers were computed from) and the size and hash of every sha
 float16 keeps 11 bits: p is off by at most |log p| / 2048 of itself, so the k + 1 masses add up to 1 within
 0.6 % (the bound is entropy / 2048, and no vocabulary has an entropy above 13); `lookup` divides it out.
 
-A kill leaves whole shards and a manifest that names them; the next writer goes on with the shard that is not
-named. Reading believes nothing: the key, the hash of every shard when a store is opened, whether the files are
-still these at every `lookup`, and there of each row shape, order, range, finiteness and mass. It reads at
-offsets and maps nothing: a file that another program cuts is an error with its name, not a bus error.
+A kill leaves whole shards and a manifest that names them; the next writer goes on with the shard that is
+not named. Reading believes nothing: the key and the hash of every shard are compared when a store is
+opened, whether the files are still these at every `lookup`, and there of each row shape, order, range,
+finiteness and mass. It reads at offsets and maps nothing: a file that another program cuts is an error with
+its name, not a bus error.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ def condense(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, 
     whole = z.logsumexp(-1, keepdim=True)
     log_p = z.gather(-1, ids) - whole
     rest = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - whole[:, 0]
-    return ids, *(v.clamp(LEAST, 0).to(torch.float16) for v in (log_p, rest))
+    return ids, _half(log_p), _half(rest)
+
+
+def _half(logs: Tensor) -> Tensor:
+    return logs.clamp(LEAST, 0).to(torch.float16)
 
 
 def bytes_per_position(k: int, vocabulary: int) -> int:
@@ -154,8 +159,8 @@ class Store:
         if not (self.folder / MANIFEST).exists():
             if self.folder.exists() and (not self.folder.is_dir() or visible_names(self.folder)):
                 raise ValueError(
-                    f"{self.folder}: is not empty and holds no teacher's words (no {MANIFEST}), and nothing of "
-                    "it is overwritten; choose another folder"
+                    f"{self.folder}: is not empty and holds no teacher's words (no {MANIFEST}), and nothing "
+                    "of it is overwritten; choose another folder"
                 )
             return {}
         facts = open_sealed(self.folder / MANIFEST)

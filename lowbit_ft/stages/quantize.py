@@ -57,8 +57,8 @@ def open_base(session: Session, folder: Path, place: str | None) -> Any:
 
 
 def clear(session: Session, folder: Path) -> None:
-    """Make room for a new base/ (or another folder of ours in a run): the one that is there is deleted, unless
-    there are files in it that we did not write.
+    """Make room for a new base/ (or another folder of ours in a run): the one that is there is deleted,
+    unless there are files in it that we did not write.
     """
     try:
         ours = {MANIFEST, *open_sealed(folder / MANIFEST).get("files", {})}

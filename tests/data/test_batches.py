@@ -229,7 +229,7 @@ def test_resume_is_bit_equal(count, size, stop, seed):
 @QUICK
 @given(count=st.integers(1, 23), size=st.integers(1, 5), world=st.integers(1, 3), steps=st.integers(0, 9))
 def test_batches_carry_the_numbers_of_their_windows_when_asked(count, size, world, steps):
-    """By which a teacher's words are found; `first` knows beforehand which ones a run of so many steps sees."""
+    """By which a teacher's words are found; `first` knows beforehand which ones so many steps see."""
     examples, seen = numbered(count), set()
     for rank in range(world):
         plain, told = (Batches(examples, size, 0, 3, rank, world, taught=n) for n in (False, True))

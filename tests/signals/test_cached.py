@@ -47,7 +47,7 @@ def reference(z: Tensor, teacher: Tensor, k: int, temperature: float, kind: str)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("k", [1, 5, 37])
 def test_against_float64(kind: Any, temperature: float, k: int, tmp_path: Path) -> None:
-    """Value and gradient, through the disk. k = 37 is the whole vocabulary: then it is the whole divergence."""
+    """Value and gradient, through the disk. k = 37 is the whole vocabulary: then it is the whole one."""
     teacher, vocabulary = random_logits(9, 37, 1), 37
     key = {"top_k": k, "vocabulary": vocabulary}
     Store(tmp_path, key, [0], 1).write(0, [9], *condense(teacher, k, temperature))

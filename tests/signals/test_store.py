@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from lowbit_ft.files.atomic import write_bytes
 from lowbit_ft.files.errors import FileError
 from lowbit_ft.files.manifest import MANIFEST, file_entry, open_sealed, sealed
 from lowbit_ft.signals import store as stores
@@ -96,9 +97,8 @@ def test_a_kill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path: Path, 
             left -= 1
             if not left:
                 raise KeyboardInterrupt
-            real(path, data)
+            write_bytes(path, data)
 
-        real = stores.write_bytes
         monkeypatch.setattr(stores, "write_bytes", dies)
         with pytest.raises(KeyboardInterrupt):
             filled(folder)

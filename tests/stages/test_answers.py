@@ -45,7 +45,9 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("the model is asked again")
 
 
-@pytest.mark.parametrize("signal", ["top_k: 5", "top_k: 4096, on: all", "top_k: 20, temperature: 2.0, on: all"])
+@pytest.mark.parametrize(
+    "signal", ["top_k: 5", "top_k: 4096, on: all", "top_k: 20, temperature: 2.0, on: all"]
+)
 def test_it_says_what_the_dense_model_says(signal: str, tmp_path: Path, monkeypatch: Any) -> None:
     """At every position that is looked at, of every window the run sees and of no other."""
     few_at_a_time(monkeypatch)
@@ -60,7 +62,9 @@ def test_it_says_what_the_dense_model_says(signal: str, tmp_path: Path, monkeypa
     taught = list(Batches(examples, 1, 0, shuffle=False, taught=True).one_epoch())
     for number in seen:
         batch = taught[number]
-        ends = [i for i, p in enumerate(batch["position_ids"][0].tolist()) if p == 0] + [batch["labels"].numel()]
+        ends = [i for i, p in enumerate(batch["position_ids"][0].tolist()) if p == 0] + [
+            batch["labels"].numel()
+        ]
         logits = [  # each segment alone
             dense(input_ids=batch["input_ids"][:, a:b], use_cache=False).logits[0]
             for a, b in zip(ends, ends[1:], strict=False)
