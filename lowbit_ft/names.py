@@ -23,6 +23,8 @@ ELSEWHERE = {
     "per_device_train_batch_size": "micro_batch_size",
 }
 
+HUB_ID = regex.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
 # Patterns come from recipes and from the config.json of strangers, and one such as (.*)*X takes longer than a
 # life on a name of 40 letters. A form that is safe cannot be told by looking ((a|a)*b nests nothing), so
 # `regex` matches them, which stops after a time: CPU seconds, so that a busy machine refuses no more than an

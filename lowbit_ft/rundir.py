@@ -2,7 +2,8 @@
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
     base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
-           stages.json   report.html   made.json (which tensors this run wrote into which folder)
+           teacher.json (how near it is)   stages.json   report.html
+           made.json (which tensors this run wrote into which folder)
     started.json       the mark of a run folder, written first; the folder that relative paths are from
     .lowbit_ft.lock    held by the process that writes (files/lock.py)
 
@@ -52,6 +53,7 @@ FREE = (
     "train.micro_batch_size",
     "train.gradient_accumulation_steps",
     "train.keep_codes",
+    "train.teacher_dir",
 )
 
 

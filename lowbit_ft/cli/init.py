@@ -10,8 +10,8 @@ import re
 import tempfile
 from pathlib import Path
 
+from ..names import HUB_ID
 from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
-from ..recipe.paths import HUB_ID
 from ..recipe.sections.quant import QuantSection
 from .places import refuse_existing
 

@@ -7,6 +7,7 @@ names the file.
     base.json         PackedBase       what base/ was packed from
     evaluation.json   Evaluation       the table of perplexity and KL
     tasks.json        TaskTable        what lm-eval measured
+    teacher.json      TeacherMeasure   how near a teacher and the model as it starts are to full precision
     made.json         Made             {folder: identity of the tensors that this run wrote there}
     synthesis/lowbit_ft.json  Synthesis  the rows that the model wrote itself
 
@@ -138,3 +139,13 @@ class Synthesis(BaseModel):
             f"{self.count('train'):,} to train on, {self.count('valid'):,} for validation, "
             f"{self.count('dropped'):,} dropped" + (f" ({dropped})" if dropped else "")
         )
+
+
+class TeacherMeasure(Record):
+    """of: the teacher, base, adapter and data that were measured (stages/teacher.py)."""
+
+    of: Any
+    kl: Number
+    student_kl: Number
+    windows: Count
+    tokens: Count

@@ -206,6 +206,28 @@ class PackedWeight(_Tensors):
             self.codes, self.scale, self.zero, self.offset, g.bits, k, g.group_size, dtype
         )
 
+    def linear_unrounded(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] with codes + residual; codes alone where no residual is kept."""
+        y, rest = self.linear(x), self._rest()
+        if rest is None:
+            return y
+        return y + kernels.packed_matmul(x, *rest, self.grid.residual_bits, self.grid.group_size)
+
+    def dequantize_unrounded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight of `linear_unrounded`, [N, K], rounded to dtype once."""
+        weight, rest, g = self.dequantize(), self._rest(), self.grid
+        if rest is not None:
+            weight += kernels.dequantize(*rest, g.residual_bits, self.shape[1], g.group_size, torch.float32)
+        return weight.to(dtype)
+
+    def _rest(self) -> tuple[Tensor, Tensor, None, Tensor] | None:
+        """(codes, scale, zero, offset) of the residual as a packed weight: s0 ((e + 1/2) / 2^f - 1/2) =
+        s0 / 2^f (e - 2^(f-1)) + s0 / 2^(f+1). Powers of two: exact in the dtype of s0."""
+        if self.residual is None:
+            return None
+        step = self.scale / (1 << self.grid.residual_bits)
+        return self.residual, step, None, step / 2
+
     def unpack_codes(self) -> Tensor:
         """uint8 [N, K]."""
         return kernels.unpack(self.codes, self.grid.bits, self.shape[1])
@@ -287,6 +309,14 @@ class BinaryWeight(_Tensors):
         return kernels.binary_dequantize(
             self.planes, self.scale, None, self.shape[1], self.grid.group_size, dtype
         )
+
+    def linear_unrounded(self, x: Tensor) -> Tensor:
+        """As `linear`: sign planes keep no residual."""
+        return self.linear(x)
+
+    def dequantize_unrounded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """As `dequantize`: sign planes keep no residual."""
+        return self.dequantize(dtype)
 
     def unpack_codes(self) -> Tensor:
         """uint8 [q, N, K] in {0, 1}."""

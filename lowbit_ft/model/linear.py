@@ -53,6 +53,7 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
     fast_decode: bool = True  # `packed_op_only` turns it off
+    unrounded: bool = False  # the base with its residual, without the adapter (model/unrounded.py)
 
     def __init__(self, base: Weight, bias: Tensor | None = None):
         super().__init__()
@@ -94,6 +95,11 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return WEIGHTS[self.grid.kind](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether the base keeps what its rounding threw away."""
+        return "residual" in self._names
+
     def freeze_into_parameters(self) -> None:
         """The packed buffers become Parameters without gradient, same names and memory: what FSDP can
         spread.
@@ -111,6 +117,8 @@ class PackedLinear(nn.Module):
         Some models multiply with a layer's weight instead of calling the layer (Mamba's dt_proj). Where
         gradients are wanted the weight is the layer's answer to the identity: the same bits, and what was
         read is trained."""
+        if self.unrounded:
+            return self.base.dequantize_unrounded()
         if self.adapter is not None and torch.is_grad_enabled():
             device = self.base.to_tensors()["scale"].device
             return self.adapter(torch.eye(self.in_features, device=device), self.base).t()
@@ -120,7 +128,9 @@ class PackedLinear(nn.Module):
         """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.adapter is not None:
+        if self.unrounded:
+            y = self.base.linear_unrounded(x)
+        elif self.adapter is not None:
             y = self.adapter(x, self.base)
         elif (int4 := self._int4_for(x)) is not None:
             y = int4_linear(x, int4)
@@ -209,9 +219,12 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., H]."""
+        chosen = self.base.chosen(ids.reshape(-1))
         rows = (
-            self.base.chosen(ids.reshape(-1)).dequantize(self.like.dtype).view(*ids.shape, self.in_features)
-        )
+            chosen.dequantize_unrounded(self.like.dtype)
+            if self.unrounded
+            else chosen.dequantize(self.like.dtype)
+        ).view(*ids.shape, self.in_features)
         return (
             rows
             if self.factor is None

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.heads import LOGITS_AT_A_TIME
 from ..model.walk import decoder_layers
-from ..train.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
+from ..train.losses import ChunkedHead, next_token_loss
 from .costs import Setting
 from .counting import Counter
 from .fake import autocast, targets_without_data, tensors_in

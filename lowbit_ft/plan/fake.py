@@ -80,6 +80,7 @@ def targets_without_data(windows: int, length: int) -> Targets:
     targets = Targets.__new__(Targets)
     targets.where = [i for i in range(windows * length) if (i + 1) % length]
     targets.positions, targets.tokens = (torch.empty(len(targets.where), dtype=torch.int64) for _ in range(2))
+    targets.counted = torch.empty(len(targets.where), dtype=torch.bool)
     targets.labels = torch.empty((windows, length), dtype=torch.int64)
     return targets
 

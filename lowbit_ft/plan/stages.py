@@ -14,11 +14,12 @@ import torch
 
 from ..files.jsonfile import parse_json
 from ..files.regular import read_regular
+from ..model.heads import LOGITS_AT_A_TIME
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
+from ..signals.tokens import FLOATS_AT_A_TIME
 from ..stages.synthesis import writing_bytes
-from ..train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
 from .model import Skeleton

@@ -79,8 +79,10 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         )
     hessian = max((max(sizes) for sizes in squares.values()), default=0)
     return QuantizeMemory(
-        calibration=_waiting(text.samples, text.sequence_len, shapes, size) if walks else 0,
-        reference=_waiting(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        calibration=waiting_bytes(text.samples, text.sequence_len, shapes, size) if walks else 0,
+        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size)
+        if compares
+        else 0,
         outside=outside if walks or compares else 0,
         layer=max(layers.values(), default=0) if walks or compares else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
@@ -92,7 +94,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     )
 
 
-def _waiting(samples: int, length: int, shapes: Shapes, size: int) -> int:
+def waiting_bytes(samples: int, length: int, shapes: Shapes, size: int) -> int:
     """Hidden states, masks (a byte per pair of tokens), rotary cosines and sines, and positions (8 bytes) of
     `samples` windows.
     """

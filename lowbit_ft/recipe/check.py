@@ -25,6 +25,7 @@ from .sections.export import check_export
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
+from .sections.signal import check_signal
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
@@ -44,6 +45,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     ((), check_data),
     (("data",), check_synthesis),
     (("train", "data"), check_train),
+    (("model", "train"), check_signal),
     (("eval",), check_tasks),
     (("eval", "export"), check_tasks_reader),
     (("output",), check_output),

@@ -12,8 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..names import did_you_mean
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from ..signals import TEACHERS
 
 
 def path_is(path: Path, kind: str) -> bool:
@@ -65,7 +64,7 @@ def located(value: Any, folders: Sequence[Path]) -> Any:
         moved = child
         if isinstance(child, BaseModel):
             moved = located(child, folders)
-        elif name in ("path", "init_from") and isinstance(child, str):
+        elif name in ("path", "init_from", "teacher") and isinstance(child, str) and child not in TEACHERS:
             moved = _from(child, folders)
         elif name == "tasks":  # names of lm-eval, or files
             moved = [_from(task, folders) for task in child]

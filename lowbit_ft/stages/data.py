@@ -48,10 +48,17 @@ def read_data(session: Session) -> Examples:
 
 
 def batches(
-    session: Session, model: Any, examples: Examples, size: int, *, shuffle: bool, alone: bool = False
+    session: Session,
+    model: Any,
+    examples: Examples,
+    size: int,
+    *,
+    shuffle: bool,
+    alone: bool = False,
+    taught: bool = False,
 ) -> Batches:
-    """Micro-batches for this process (alone: the only one), with an explicit mask where the model does not
-    keep packed segments apart by itself."""
+    """Micro-batches for this process (alone: the only one; taught: with what a teacher has to know), with
+    an explicit mask where the model does not keep packed segments apart by itself."""
     apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
     length = session.recipe.data.sequence_len
     if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
@@ -65,6 +72,7 @@ def batches(
         world=1 if alone else world(),
         shuffle=shuffle,
         mask_dtype=None if apart else session.dtype,
+        taught=taught,
     )
 
 

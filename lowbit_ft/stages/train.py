@@ -21,6 +21,7 @@ from ..train.processes import world
 from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import trained_model
+from .teacher import lesson_of
 
 
 class RunStopped(Exception):
@@ -35,11 +36,19 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     digest = base_digest(model)
+    lesson = lesson_of(session, model, examples)
     share_base(session, model)
     with run_dir.stage("train", session.device, resumable=True):
         result = train(
             model,
-            batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True),
+            batches(
+                session,
+                model,
+                examples,
+                recipe.train.micro_batch_size,
+                shuffle=True,
+                taught=lesson.teacher is not None,
+            ),
             valid_batches(session, model),
             recipe.train,
             run_dir.path,
@@ -48,6 +57,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
             on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             after_step=session.check_files,
+            lesson=lesson,
             console=session.console,
         )
     if result.stopped:

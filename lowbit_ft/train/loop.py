@@ -2,9 +2,10 @@
 calls.
 
 A step is gradient_accumulation_steps micro-batches on every process. Its loss is the sum of the token
-losses over the number of targets of that whole global batch, counted before the first forward, so
-accumulation and the number of processes change nothing but the order of a sum. DDP averages gradients over
-processes, and so does FSDP (sharding.py); multiplying by their number makes the average that sum.
+losses over the number of targets of that whole global batch, counted before the first forward (a signal may
+have several such parts, each with its weight and its count: signals/), so accumulation and the number of
+processes change nothing but the order of a sum. DDP averages gradients over processes, and so does FSDP
+(sharding.py); multiplying by their number makes the average that sum.
 
 A run is not lost: SIGTERM and ctrl-C finish the step, save all there is and return with stopped=True; a
 kill loses the steps since the last checkpoint. `resume` goes on bit-equal: weights, optimizer, learning
@@ -35,11 +36,14 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from ..model.upload import upload
+from ..signals import Lesson
 from .log import TrainLog
-from .losses import target_count
+from .losses import LABELS
 from .memory import peak_gb
 from .optim import lr_factor, set_learning_rates
 from .progress import why_bad
+from .refusals import refuse_unreached
 from .run import Run
 from .setup import StopSignal, TrainBatches, ValidBatches
 
@@ -75,6 +79,7 @@ def train(
     on_step: Callable[[int], None] | None = None,
     after_step: Callable[[], None] | None = None,
     choose_after: int = 0,
+    lesson: Lesson = LABELS,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `model` in place by a TrainSection; checkpoints and metrics.jsonl go to `run_dir`.
@@ -86,9 +91,10 @@ def train(
     a step is computed, before it counts or is saved; what it raises ends the run at the last checkpoint.
     choose_after: steps of a warm-up that trains another model than the one that ships (l4q's warmup_steps):
     evaluations up to that step never become the best, the scale group waits until then, and the run must be
-    longer. Raises TrainError, or ValueError from the section's names.
+    longer. lesson: what the loss is made of (signals/); with a teacher, what it says of itself belongs to the
+    checkpoint. Raises TrainError, or ValueError from the section's names.
     """
-    run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after)
+    run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after, lesson)
     run.after_step = after_step
     try:
         run.start(resume, on_step)
@@ -106,7 +112,8 @@ def _loop(
     console: Console | None,
 ) -> bool:
     """The steps from where `run` is to the end; whether a signal stopped it."""
-    now, total, accelerator = run.now, run.total, run.accelerator
+    now, total, accelerator, lesson = run.now, run.total, run.accelerator, run.lesson
+    weights = upload(torch.tensor(lesson.weights, dtype=torch.float64), accelerator.device)
     with (
         StopSignal() as stop,
         TrainLog(run.run_dir, now.step, now.evaluated, total, run.main, console) as log,
@@ -129,25 +136,24 @@ def _loop(
                 on_step(now.step)
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
-            targets = run.over_processes(
-                torch.stack([target_count(batch["labels"]) for batch in micro]).sum()
-            )
+            counts = run.counts(micro)
             tokens = sum(batch["input_ids"].numel() for batch in micro)
 
-            # 3. Gradients of (sum of token losses) / targets.
-            scale = accelerator.num_processes / targets.clamp_min(1)
+            # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
+            scale = accelerator.num_processes / counts.clamp_min(1) * weights
             # In fp64, so that it does not matter how the micro-batches are spread over processes.
-            loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+            sums = torch.zeros_like(counts)
             for i, batch in enumerate(micro):
                 with accelerator.no_sync(run.wrapped) if i < len(micro) - 1 else nullcontext():
-                    loss = run.loss(batch)
-                    accelerator.backward(loss * scale.to(loss.dtype))
-                    loss_sum += loss.detach()
+                    parts = run.loss(batch)
+                    accelerator.backward((parts * scale.to(parts.dtype)).sum())
+                    sums += parts.detach()
             if now.step == 0:
-                run.refuse_unreached()
+                refuse_unreached(run.names)
             run.drop_idle_gradients()
             norm = run.clip()
-            loss, norm, targets, tokens, told = run.read(loss_sum, norm, targets, tokens, stop.requested)
+            parts, norm, targets, tokens, told = run.read(sums, norm, counts, tokens, stop.requested)
+            loss = lesson.joined(parts)
 
             # 4. The step, unless something is not a number.
             bad = why_bad(loss, norm, targets)
@@ -165,6 +171,7 @@ def _loop(
                 else {
                     "step": now.step,
                     "loss": loss,
+                    **lesson.told(parts),
                     **rates,
                     "grad_norm": norm,
                     "tokens": now.tokens,

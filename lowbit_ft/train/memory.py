@@ -82,12 +82,3 @@ def release_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return  # not glibc
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. From pinned memory, because a copy to a GPU from any other makes the host
-    wait until it is done.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

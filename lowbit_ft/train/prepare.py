@@ -23,17 +23,21 @@ from ..model.attention import segment_attention
 from ..model.mlp_chunks import cut_mlps
 from ..model.shards import is_sharded
 from ..model.walk import decoder_layers
+from ..signals import Lesson
 from .compiling import compile_layers
-from .losses import loss_forward
+from .losses import LABELS, chunked_head, loss_forward
 from .offload import Offload, open_store
 from .processes import world
 from .setup import activation_checkpointing, share_frozen
 
 
 class Prepared:
-    """A model as it trains. wrapped: what a training forward calls; it returns the sum of token losses."""
+    """A model as it trains. wrapped: what a training forward calls; it returns the
+    sums of the parts of the loss."""
 
-    def __init__(self, model: Any, section: Any, accelerator: Accelerator, run_dir: Path) -> None:
+    def __init__(
+        self, model: Any, section: Any, accelerator: Accelerator, run_dir: Path, lesson: Lesson = LABELS
+    ) -> None:
         self.model, self.section, self.accelerator = model, section, accelerator
         sharded = is_sharded(model)
         with ExitStack() as changes:
@@ -46,7 +50,10 @@ class Prepared:
                 changes.callback(self.offload.store.close)
             keep_codes(model, section.keep_codes)
             changes.callback(keep_codes, model, False)
-            loss = loss_forward(model, section.loss)
+            student = chunked_head(model)
+            if lesson.teacher is not None:
+                changes.enter_context(lesson.teacher.begin(student))
+            loss = loss_forward(model, section.loss, lesson, student)
             self.restored = changes.pop_all()  # nothing was refused: undone by release()
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss, model)

@@ -22,15 +22,16 @@ from torch.distributed.tensor import DTensor
 
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
-from ..model.walk import decoder_layers
+from ..model.upload import upload
+from ..signals import Lesson
 from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from .log import TrainLog
-from .losses import Targets, count_targets
-from .memory import upload
+from .losses import LABELS, Targets, count_targets, everywhere, part_counts
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world
 from .progress import Progress
+from .refusals import refuse
 from .setup import (
     StopSignal,
     TrainBatches,
@@ -39,7 +40,8 @@ from .setup import (
     make_accelerator,
     total_steps,
 )
-from .sharding import unshardable
+
+BESIDE = ("labels", "used", "windows")  # of a batch, what no model is given
 
 
 class Run:
@@ -55,7 +57,9 @@ class Run:
         meta: dict[str, Any],
         accelerator: Accelerator | None,
         choose_after: int = 0,
+        lesson: Lesson = LABELS,
     ) -> None:
+        self.lesson = lesson
         self.sharded = is_sharded(model)
         refuse(section, model, valid, self.sharded)
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
@@ -63,6 +67,8 @@ class Run:
         self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
         windows = section.micro_batch_size * section.gradient_accumulation_steps * world()
         self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
+        if lesson.teacher is not None:
+            self.meta["signal"] = {**_plain(lesson.options), **lesson.teacher.facts}
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end
         # sets.
@@ -78,7 +84,7 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
-        self.prepared = Prepared(model, section, self.accelerator, run_dir)
+        self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson)
         self.wrapped: Any = self.prepared.wrapped
         self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
 
@@ -158,34 +164,25 @@ class Run:
     # ---------------------------------------------------------------- a step
 
     def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
-        """Sum of the token losses of a micro-batch."""
+        """The sums of the parts of the loss over a micro-batch [parts]; without gradients, of the token
+        losses alone, [1]."""
         model = self.wrapped if model is None else model
         # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for
         # them.
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | segment_inputs(
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k not in BESIDE} | segment_inputs(
             self.model, batch.get("position_ids")
         )
         device = self.accelerator.device
         inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        return model(
-            **inputs, labels=Targets(batch["labels"], device)
-        )  # its forward is the loss since __init__
+        asks = self.lesson.teacher is not None and torch.is_grad_enabled()
+        every = everywhere(batch) if asks and any(p.on == "all" for p in self.lesson.parts.values()) else None
+        # the model's forward is the loss since __init__
+        return model(**inputs, labels=Targets(batch["labels"], device, every, batch))
 
-    def refuse_unreached(self) -> None:
-        """TrainError when the first backward passed layers by: they would ship as they are, and nobody would
-        know.
-        """
-        layers: dict[str, bool] = {}  # layer -> whether one of its tensors has a gradient
-        for parameter, name in self.names.items():
-            layer = name.rpartition(".")[0]
-            layers[layer] = layers.get(layer, False) or parameter.grad is not None
-        if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
-            raise TrainError(
-                f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this "
-                "model's forward goes past "
-                "them, so they would not be trained. Leave them in full precision: quant.exclude: "
-                f"['*.{missed[0].rpartition('.')[2]}']"
-            )
+    def counts(self, micro: list[dict[str, Tensor]]) -> Tensor:
+        """How many positions each part of the loss counts in the micro-batches of all processes [parts]."""
+        counts = torch.stack([part_counts(self.lesson, batch) for batch in micro]).sum(0)
+        return self.over_processes(counts)
 
     def drop_idle_gradients(self) -> None:
         """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part,
@@ -225,17 +222,23 @@ class Run:
         return self.accelerator.reduce(upload(value, self.accelerator.device).double(), "sum")  # pyright: ignore
 
     def read(
-        self, loss_sum: Tensor, norm: Tensor, targets: Tensor, tokens: int, stop: bool
-    ) -> tuple[float, float, int, int, bool]:
-        """(loss per target, norm, targets, tokens, stop) of all processes: the one time in a step that the
-        host waits for the device.
-        """
-        mine = torch.stack([loss_sum, *(torch.full_like(loss_sum, float(value)) for value in (tokens, stop))])
+        self, sums: Tensor, norm: Tensor, counts: Tensor, tokens: int, stop: bool
+    ) -> tuple[list[float], float, int, int, bool]:
+        """(parts of the loss, each per position, norm, positions, tokens, stop) of all processes: the one
+        time in a step that the host waits for the device. sums, counts [parts]; positions: of the part that
+        has most."""
+        mine = torch.cat([sums, sums.new_tensor([float(tokens), float(stop)])])
         everyone = self.accelerator.reduce(mine, "sum")
-        total, count, stops, size, goals = torch.cat([everyone, torch.stack([norm, targets])]).tolist()  # pyright: ignore
+        numbers = torch.cat([everyone, norm[None], counts]).tolist()  # pyright: ignore
         if self.after_step is not None:  # all is computed, nothing has changed yet
             self.after_step()
-        return total / max(1, goals), size, int(goals), int(count), stops > 0
+        parts, (count, stops, size), goals = (
+            numbers[: len(sums)],
+            numbers[len(sums) : len(sums) + 3],
+            numbers[len(sums) + 3 :],
+        )
+        means = [total / max(1, goal) for total, goal in zip(parts, goals, strict=True)]
+        return means, size, int(max(goals)), int(count), stops > 0
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over the processes. The host waits: for between the steps."""
@@ -305,7 +308,9 @@ class Run:
         for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            total += self.loss(batch, self.model)  # not DDP's wrapper: processes may have unequal shares
+            total += self.loss(
+                batch, self.model
+            ).sum()  # one part, the labels'; not DDP's wrapper: processes may have unequal shares
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)
@@ -375,24 +380,6 @@ class Run:
             tracker.finish()
         self.prepared.release()
         self.optimizer.zero_grad()
-
-
-def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: bool) -> None:
-    """TrainError for a section that this model, or this data, cannot be trained by."""
-    if section.keep_best and valid is None:
-        raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
-    if sharded and (problems := unshardable(section)):
-        raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
-    if section.sharding == "fsdp" and world() > 1 and not sharded:
-        raise TrainError(
-            "train.sharding: got 'fsdp', but the model is whole; call "
-            "lowbit_ft.train.sharding.shard(model, device) first"
-        )
-    if section.compile:
-        try:
-            decoder_layers(model)
-        except ValueError as error:
-            raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
 
 
 def _plain(section: Any) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import evaluate
 from lowbit_ft.grid import IntGrid
+from lowbit_ft.model import heads
 from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.signals import tokens as token_sums
 from lowbit_ft.train import losses
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.run import Run
@@ -60,8 +62,8 @@ def windows(count: int) -> Examples:
 def test_measuring_and_saving_do_not_raise_the_peak(
     whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", VOCABULARY * 16)
-    monkeypatch.setattr(losses, "FLOATS_AT_A_TIME", VOCABULARY * 2)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", VOCABULARY * 16)
+    monkeypatch.setattr(token_sums, "FLOATS_AT_A_TIME", VOCABULARY * 2)
     peaks: dict[str, list[int]] = {"step": []}
     model = model_of()
     with Counted([*model.parameters(), *model.buffers()]) as counted:
@@ -92,7 +94,7 @@ def test_measuring_and_saving_do_not_raise_the_peak(
     step = min(peaks["step"][::2])  # before each evaluation; the others are between it and a save
     assert max(peaks["evaluate"]) < step and max(peaks["save"]) < step, peaks
     if whole:  # as it would be with logits of all targets: this comparison can fail
-        monkeypatch.setattr(losses, "_head_of", lambda _: (None, "a test"))
+        monkeypatch.setattr(losses, "find_head", lambda *_: (None, "a test"))
     with Counted([*model.parameters(), *model.buffers()]) as counted:
         row = evaluate(model, list(Batches(windows(3), 2, 0).one_epoch()), "trained")
     assert row.tokens == 3 * (LENGTH - 4) and (counted.peak < step) is not whole, (counted.peak, peaks)

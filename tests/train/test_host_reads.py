@@ -15,7 +15,7 @@ from lowbit_ft.adapters.attach import begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.grid import BinaryGrid, IntGrid
-from lowbit_ft.train import losses
+from lowbit_ft.model import heads
 from lowbit_ft.train.loop import train
 from tests.host_reads import HostReads
 from tests.packed_tools import adapted_llama, adapter_config
@@ -64,7 +64,7 @@ def packed() -> Examples:
 def test_one_read_per_step_and_none_per_micro_batch(
     case: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 600 * 7)  # in chunks, as a real vocabulary has it
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", 600 * 7)  # in chunks, as a real vocabulary has it
     method, options, changes = CASES[case]
     model, reads, marks = llama(method, options), HostReads(), []
 

@@ -12,7 +12,7 @@ import transformers
 from accelerate import Accelerator
 from rich.console import Console
 
-import lowbit_ft.train.losses
+from lowbit_ft.model import heads
 from lowbit_ft.train.loop import TrainResult, train
 from lowbit_ft.train.losses import count_targets, next_token_loss
 from lowbit_ft.train.setup import TrainError, make_accelerator, total_steps
@@ -132,7 +132,7 @@ def test_a_loss_in_chunks_trains_as_the_whole_does(
     }
     curves, rows = [], []
     for logits in (1 << 25, 600 * 7):
-        monkeypatch.setattr(lowbit_ft.train.losses, "LOGITS_AT_A_TIME", logits)
+        monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", logits)
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config).requires_grad_(False)
         model.model.layers[0].self_attn.q_proj.weight.requires_grad_()

@@ -17,7 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.grid import BinaryGrid, IntGrid
+from lowbit_ft.model import heads
 from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.signals import tokens as token_sums
 from lowbit_ft.train import losses
 from lowbit_ft.train.losses import (
     ChunkedHead,
@@ -45,7 +47,7 @@ def data(dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("chunk", [1, 30, 1 << 22])
 def test_value_and_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "FLOATS_AT_A_TIME", chunk)
+    monkeypatch.setattr(token_sums, "FLOATS_AT_A_TIME", chunk)
     logits, labels = data(torch.float64)
     exact = logits.clone().requires_grad_()
     reference(exact, labels).mul(0.7).backward()
@@ -166,11 +168,11 @@ def compare(model: Any, monkeypatch: pytest.MonkeyPatch, tolerance: float) -> No
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert grads and want > 0
     model.zero_grad()
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", ROWS * 520)
     forward = loss_forward(model)
     seen: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[-2]))
-    loss = forward(model, **inputs, labels=Targets(batch["labels"], CPU))
+    loss = forward(model, **inputs, labels=Targets(batch["labels"], CPU))[0]
     (loss * 0.3).backward()
     hook.remove()
     targets = count_targets(batch["labels"])
@@ -224,7 +226,7 @@ def test_chunks_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_hidden_states_are_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", ROWS * 520)
     model, labels = model_of("llama"), batch_of()["labels"]
     head = ChunkedHead(model.model, model.forward, 520)
     hidden = torch.randn(3, 7, 64, requires_grad=True)
@@ -243,17 +245,17 @@ def test_only_the_hidden_states_are_kept_for_the_backward(monkeypatch: pytest.Mo
 def test_stretches_hold_so_many_targets_each(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.tensor([[9, -100, 3, -100, 5], [9, 6, 7, -100, -100]])  # targets at 1, 3, 5, 6
     lengths, pairs = Targets(labels, CPU).stretches(3)
-    assert lengths == [6, 4] and [(p.tolist(), t.tolist()) for p, t in pairs] == [
+    assert lengths == [6, 4] and [(p.tolist(), t.tolist()) for p, t, *_ in pairs] == [
         ([1, 3, 5], [3, 5, 6]),
         ([0], [7]),
     ]
     lengths, pairs = Targets(torch.full((1, 4), -100), CPU).stretches(3)  # none: one that counts nothing
-    assert lengths == [4] and [(p.tolist(), t.tolist()) for p, t in pairs] == [([0], [-100])]
+    assert lengths == [4] and [(p.tolist(), t.tolist()) for p, t, *_ in pairs] == [([0], [-100])]
     # and what trains still has a gradient, of zeros: DDP waits for every one
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", ROWS * 520)
     model = model_of("llama")
     batch = batch_of() | {"labels": Targets(torch.full((3, 7), -100), CPU)}
-    loss = loss_forward(model)(model, **batch)
+    loss = loss_forward(model)(model, **batch)[0]
     loss.backward()
     assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -263,10 +265,10 @@ def test_logits_of_the_targets_some_at_a_time(family: str, monkeypatch: pytest.M
     model, batch = model_of(family), batch_of()
     targets = Targets(batch.pop("labels"), CPU)
     want = model(**batch, use_cache=False).logits.reshape(21, -1)[targets.where]
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", ROWS * 520)
     for apart in (True, False):
         if not apart:
-            monkeypatch.setattr(losses, "_head_of", lambda _: (None, "a test"))
+            monkeypatch.setattr(losses, "find_head", lambda *_: (None, "a test"))
         logits, tokens = zip(*target_logits(model)(batch, targets), strict=True)
         assert [len(t) for t in tokens] == [5, 5, 2] and not logits[0].requires_grad
         torch.testing.assert_close(torch.cat(logits), want, rtol=1e-4, atol=1e-5)
@@ -308,14 +310,14 @@ def test_liger_gets_the_targets_and_nothing_else(family: str, monkeypatch: pytes
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     forward = loss_forward(model, "liger")
-    loss = forward(model, **inputs, labels=Targets(labels, CPU))
+    loss = forward(model, **inputs, labels=Targets(labels, CPU))[0]
     loss.backward()
     torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-9, atol=1e-11)
     with torch.no_grad():  # measuring goes through the chunks
         torch.testing.assert_close(
-            forward(model, **inputs, labels=Targets(labels, CPU)), want.detach(), rtol=1e-12, atol=0
+            forward(model, **inputs, labels=Targets(labels, CPU))[0], want.detach(), rtol=1e-12, atol=0
         )
     assert FakeLiger.rows == [count_targets(labels)]
 
@@ -352,10 +354,10 @@ class Shifted(transformers.LlamaForCausalLM):
 
 def test_a_model_that_cannot_be_taken_apart_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = Shifted(FAMILIES["llama"]()), batch_of()
-    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", ROWS * 520)
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", ROWS * 520)
     forward = loss_forward(model)
     with pytest.warns(UserWarning, match="not a function of its hidden states alone"):
-        loss = forward(model, **batch | {"labels": Targets(batch["labels"], CPU)})
+        loss = forward(model, **batch | {"labels": Targets(batch["labels"], CPU)})[0]
     want = next_token_loss(model(input_ids=batch["input_ids"], use_cache=False).logits, batch["labels"])
     torch.testing.assert_close(loss, want)
 
@@ -365,5 +367,7 @@ def test_without_labels_and_with_few_tokens_it_is_the_models_own_forward() -> No
     forward, labels = loss_forward(model), batch.pop("labels")
     logits = model(**batch, use_cache=False).logits
     assert torch.equal(forward(model, **batch, use_cache=False).logits, logits)
-    assert torch.equal(forward(model, **batch, labels=Targets(labels, CPU)), next_token_loss(logits, labels))
+    assert torch.equal(
+        forward(model, **batch, labels=Targets(labels, CPU))[0], next_token_loss(logits, labels)
+    )
     assert model.training == model.lm_head.training

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
+from lowbit_ft.model import heads
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import part_like, whole
-from lowbit_ft.train import losses
 from lowbit_ft.train.loop import TrainResult, train
 from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held_by_rank, shard
@@ -99,8 +99,8 @@ LONG = {"gradient_checkpointing": True, "offload": "cpu", "mlp_chunk": 16}
 def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResult:
     """`go` with the loss in chunks of 5 targets, which so small a vocabulary has not by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGITS_AT_A_TIME", model.config.vocab_size * 5)
-        patch.setattr(losses, "_SMALL_VOCABULARY", 0)
+        patch.setattr(heads, "LOGITS_AT_A_TIME", model.config.vocab_size * 5)
+        patch.setattr(heads, "SMALL_VOCABULARY", 0)
         seen: list[int] = []
         hook = model.lm_head.register_forward_hook(
             lambda _m, _a, out: seen.append(out.shape[-2]) if model.training else None

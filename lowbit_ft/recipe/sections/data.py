@@ -11,9 +11,9 @@ from pydantic import Field
 
 from ...data.formats import FORMATS
 from ...data.synthesis import SynthesisConfig
-from ...names import listed
+from ...names import HUB_ID, listed
 from ..layers import has_chat_template, shapes_here
-from ..paths import HUB_ID, globs, near_names, path_is
+from ..paths import globs, near_names, path_is
 from ..values import OneOf, OneSynthesis
 from ..yaml import KeyPath, Problem
 from .base import Count, Problems, Section

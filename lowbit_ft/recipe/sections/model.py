@@ -15,10 +15,10 @@ from ...data.examples import StreamedExamples
 from ...files.tensorfile import CheckpointError
 from ...model.checkpoint import Checkpoint
 from ...model.tokenizer import read_tokenizer
-from ...names import listed
+from ...names import HUB_ID, listed
 from ...train.compiling import missing_compiler
 from ..layers import local_folder, read_shapes, shapes_here
-from ..paths import HUB_ID, near_names, path_is
+from ..paths import near_names, path_is
 from ..yaml import Problem
 from .base import Problems, Section
 

@@ -19,6 +19,7 @@ from ..paths import path_is
 from ..values import OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
+from .signal import SignalSection
 
 
 class TrainSection(Section):
@@ -63,6 +64,21 @@ class TrainSection(Section):
         default="chunked",
         description="chunked: logits in chunks through the model's own head; liger: Liger's fused kernel "
         "(extra liger, a GPU, a plain head)",
+    )
+    signal: SignalSection = Field(
+        default_factory=SignalSection, description="what the loss compares the model with"
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
+        "its codes and residual, no second copy; cached: the full-precision model, asked once before "
+        "training, its likeliest tokens kept on the disk; a folder or hub id: that model, packed to 8 bits "
+        "(the run's own model.path: full precision at 8 bits)",
+    )
+    teacher_dir: str | None = Field(
+        default=None,
+        description="cached: folder that keeps the answers, for other runs on the same windows too; null: "
+        "teacher/ of the run",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,

@@ -1,0 +1,97 @@
+"""train.signal: what the loss compares the model with, and what its options go with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ...names import did_you_mean, nearest
+from ...signals import SIGNALS, TEACHERS, teacher_kind
+from ...train.losses import LOSSES
+from ..paths import path_is
+from ..values import OneOf
+from ..yaml import Problem
+from .base import Count, Positive, Problems, Section, Unit
+
+
+class SignalSection(Section):
+    """What the loss compares the model with."""
+
+    kind: Annotated[str, OneOf(SIGNALS)] = Field(
+        default="labels",
+        description="labels: the tokens of the data; logits: the teacher's next-token distribution; "
+        "mix: both",
+    )
+    temperature: Positive = Field(
+        default=1.0, description="of both distributions; the divergence is multiplied with its square"
+    )
+    label_weight: Unit = Field(default=0.5, description="mix: of the labels; the teacher has the rest")
+    top_k: Count | None = Field(
+        default=None,
+        description="compare the k most likely tokens of the teacher and the mass of all others; null: all "
+        "that the teacher has (cached: 64)",
+    )
+    on: Literal["all", "targets"] = Field(
+        default="targets",
+        description="where the teacher is asked: at the labels' targets, or everywhere but padding",
+    )
+    divergence: Literal["forward", "reverse", "symmetric"] = Field(
+        default="forward", description="KL(teacher, model), KL(model, teacher), or their mean"
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> SignalSection:
+        unread = self.model_fields_set - {"kind"} - SIGNALS[self.kind].keys
+        changed = sorted(k for k in unread if getattr(self, k) != type(self).model_fields[k].default)
+        if changed:
+            readers = [name for name, signal in SIGNALS.items() if changed[0] in signal.keys]
+            raise ValueError(
+                f"{changed[0]} {getattr(self, changed[0])!r}, which kind: {self.kind} does not read; "
+                f"remove it, or set kind: {' or '.join(readers)}"
+            )
+        return self
+
+
+def check_signal(r: Any) -> Problems:
+    """A signal that asks a teacher has one that this recipe can have, and nothing beside it that cannot."""
+    train = r.train
+    signal = SIGNALS[train.signal.kind]
+    if train.teacher_dir is not None and not (signal.asks and train.teacher == "cached"):
+        yield Problem(
+            ("train", "teacher_dir"),
+            f"got {train.teacher_dir!r}, which only teacher: cached reads; remove it, or set teacher: cached",
+        )
+    if not signal.asks:
+        if train.teacher is not None:
+            asking = ", ".join(name for name, s in SIGNALS.items() if s.asks)
+            yield Problem(
+                ("train", "teacher"),
+                f"got {train.teacher!r}, but train.signal.kind: {train.signal.kind} asks no teacher; remove "
+                f"it, or set train.signal.kind (with a teacher: {asking})",
+            )
+        return
+    if train.teacher is None:
+        yield Problem(
+            ("train", "teacher"),
+            f"missing, and train.signal.kind: {train.signal.kind} asks a teacher; set one of "
+            f"{', '.join(TEACHERS)}, or the folder or hub id of a model with the same tokens",
+        )
+        return
+    name = train.teacher
+    if name not in TEACHERS and not path_is(Path(name), "any") and nearest(name, TEACHERS):
+        yield Problem(
+            ("train", "teacher"),
+            f"got {name!r}, which is no folder here{did_you_mean(name, TEACHERS)}; allowed: "
+            f"{', '.join(TEACHERS)}, or the folder or hub id of a model with the same tokens",
+        )
+        return
+    for reason in teacher_kind(train.teacher).problems(r, train.teacher):
+        yield Problem(("train", "teacher"), f"got {train.teacher!r}, but {reason}")
+    if LOSSES[train.loss].fuse is not None:
+        yield Problem(
+            ("train", "loss"),
+            f"got {train.loss!r}, which makes the loss of labels and of nothing else; set loss: chunked, or "
+            "train.signal.kind: labels",
+        )

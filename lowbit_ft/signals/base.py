@@ -1,0 +1,196 @@
+"""What a signal and a teacher are.
+
+A signal turns the logits of a chunk of positions into sums, one for each of its parts; the loop divides each
+by the number of positions that the part counts in the whole global batch, and adds them up by their weights.
+A teacher answers for the same positions: with whole logits, made chunk by chunk, or with the k most likely
+tokens and the mass of the rest. It trains nothing, wants no gradient, and does not change while the student
+trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..model.checkpoint import Checkpoint
+from ..model.heads import Answering
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A teacher's logits [r, V] of r positions, before any temperature."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A teacher's most likely tokens of r positions: ids int64 [r, k], their log-probabilities [r, k], and
+    the log of the mass of all others [r] (-inf when there are none). At the temperature of the signal."""
+
+    ids: Tensor
+    log_p: Tensor
+    rest: Tensor
+
+
+Given = Whole | Sparse
+# positions int64 [r] of the B x L of a batch, on the device -> what the teacher says there. Called in the
+# forward of a chunk and again in its recomputation, so it must give the same both times.
+Answers = Callable[[Tensor], Given]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a loss: its weight in the sum, and the positions it is a mean over: those whose next token
+    is a target, or all that have one within their segment."""
+
+    weight: float
+    on: Literal["targets", "all"] = "targets"
+
+
+class Signal:
+    """A member of SIGNALS. options: the section train.signal, as everywhere below."""
+
+    asks: ClassVar[bool] = True  # it needs a teacher
+    keys: ClassVar[frozenset[str]] = frozenset()  # of the section, beside `kind`: those it reads
+
+    def parts(self, options: Any) -> dict[str, Part]:
+        """Name -> part, in the order of `sums`."""
+        raise AssertionError(f"{type(self).__name__} has no parts")
+
+    def sums(
+        self, options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None
+    ) -> tuple[Tensor, ...]:
+        """The sums of the parts over the positions of a chunk: scalars in fp32 (fp64 for fp64 logits),
+        differentiable in logits.
+
+        logits [r, V] of the student; tokens int64 [r] that come next, IGNORE where none is a target; counted
+        bool [r]: whether a part that is not on targets counts the position; given: the teacher's answers.
+        """
+        raise AssertionError(f"{type(self).__name__} has no sums")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A micro-batch, for a teacher: as it came from the data, on the CPU (input_ids, labels, position_ids,
+    perhaps attention_mask; used [B]: tokens before the padding; windows int64 [B]: numbers of the windows in
+    data order), and `inputs`, what the student's forward is called with, on its device."""
+
+    batch: dict[str, Tensor]
+    inputs: dict[str, Any]
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What a teacher can be made of, from the session of a run. model: the student, packed, adapters
+    attached, before it is wrapped or sharded; windows: the training windows in data order; folder: teacher/
+    of the run; main: whether this process writes; pack(source) -> another checkpoint's model, packed to 8
+    bits, and facts that tell it from any other; kept() -> what the full-precision model says about the
+    windows of this run, on the disk (store.Store), asked now where it was not; say: prints on the main
+    process."""
+
+    recipe: Any
+    checkpoint: Checkpoint
+    model: nn.Module
+    windows: Any
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+    main: bool
+    pad_id: int
+    pack: Callable[[str], tuple[Any, dict[str, Any]]]
+    kept: Callable[[], Any]
+    say: Callable[[object], None]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a teacher costs, for plan: bytes held on the device while training, bytes on the disk, forwards
+    of a model of this many weights per step beside the student's (1: one of the student's size), and a
+    word."""
+
+    held: int = 0
+    disk: int = 0
+    forwards: float = 0.0
+    note: str = ""
+
+
+class Teacher:
+    """A member of TEACHERS, made for one run.
+
+    facts: JSON-able, goes into the checkpoint's meta: a resume with another teacher is refused. nearest: how
+    many times nearer to full precision than the student it must be at step 0, by KL, or it is refused with
+    `instead`; None: it is not measured against it.
+    """
+
+    nearest: ClassVar[float | None] = None
+    instead: ClassVar[str] = ""
+    batches_need: ClassVar[frozenset[str]] = frozenset()  # keys of Ask.batch beside the usual ones
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    @classmethod
+    def problems(cls, recipe: Any, name: str) -> list[str]:
+        """Why this recipe cannot have it, each with the way out. Nothing is loaded. name: train.teacher."""
+        return []
+
+    @classmethod
+    def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
+        """weights: numbers in the model; packed: bytes of its base as it is packed for training."""
+        return Costs()
+
+    @classmethod
+    def make(cls, making: Making, name: str) -> Teacher:
+        """ValueError where it cannot be made."""
+        raise AssertionError(f"{cls.__name__} cannot be made")
+
+    def model(self) -> tuple[nn.Module, AbstractContextManager[None]] | None:
+        """The model to measure (KL to full precision) and what to do it in; None: it is full precision by
+        what it is made of."""
+        return None
+
+    def begin(self, student: Answering) -> AbstractContextManager[None]:
+        """Called when the student is ready to train, before it is compiled or wrapped; closed behind
+        training."""
+        return nullcontext()
+
+    def answers(self, ask: Ask) -> Answers:
+        """Called in the student's forward, inside its autocast, before it runs itself."""
+        raise AssertionError(f"{type(self).__name__} has no answers")
+
+
+@dataclass
+class Lesson:
+    """What a run learns from: a signal, its options, and the teacher where it asks one."""
+
+    signal: Signal
+    options: Any
+    teacher: Teacher | None = None
+    parts: dict[str, Part] = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.signal.asks == (self.teacher is not None), (
+            "a signal that asks, and only such, has a teacher"
+        )
+        self.parts = self.signal.parts(self.options)
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the parts, in the order of their sums."""
+        return [part.weight for part in self.parts.values()]
+
+    def joined(self, parts: list[float]) -> float:
+        """The loss that its parts, each a mean, make."""
+        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+
+    def told(self, parts: list[float]) -> dict[str, float]:
+        """The parts under the names they have in the log; {} where there is but one, which is the loss."""
+        names = [f"{name}_loss" for name in self.parts]
+        return dict(zip(names, parts, strict=True)) if len(parts) > 1 else {}

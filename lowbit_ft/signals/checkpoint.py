@@ -1,0 +1,105 @@
+"""train.teacher: <folder or hub id>. Another model with the same tokens, packed to 8 bits, forward beside the
+student.
+
+With the path of the run's own model it is full precision at 8 bits, whatever start the student's codes had.
+It is packed by the same code as the base, to rows of absmax, held frozen, and never written: made again, it
+is the same bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.attention import block_diagonal_mask, segment_attention, segment_inputs, why_not
+from ..model.config import read_config
+from ..model.heads import Answering, find_head
+from ..model.tokenizer import read_tokenizer
+from ..names import HUB_ID
+from .base import Answers, Ask, Costs, Making, Teacher, Whole
+
+WIDTH = 8  # bits it is packed to
+
+
+def unlike(theirs: Path, ours: Path) -> str | None:
+    """Why the model in one folder cannot teach that in another: it is quantized, or its tokens are not the
+    same; None when it can. Reads config.json and tokenizers."""
+    if read_config(theirs).get("quantization_config"):
+        return "it is quantized already; give the dense checkpoint that it was made of"
+    mine, other = read_tokenizer(ours).get_vocab(), read_tokenizer(theirs).get_vocab()
+    if mine == other:
+        return None
+    odd = sorted(token for token in {*mine, *other} if mine.get(token) != other.get(token))
+    return (
+        f"its tokens are others ({len(other)} against {len(mine)}; {len(odd)} differ, such as {odd[0]!r}: "
+        f"{other.get(odd[0])} there, {mine.get(odd[0])} here), so its probabilities are of other things; "
+        "give a model of the same family"
+    )
+
+
+class OtherModel(Teacher):
+    instead = "set train.teacher to a model that is nearer, or signal.kind: labels"
+
+    def __init__(self, model: Any, facts: dict[str, Any]) -> None:
+        super().__init__(facts)
+        self.other: Any = model.eval().requires_grad_(False)
+        self.answering: Answering | None = None
+
+    @classmethod
+    def problems(cls, recipe: Any, name: str) -> list[str]:
+        folder, ours = Path(name).expanduser(), Path(recipe.model.path).expanduser()
+        if not folder.is_dir():
+            return [] if HUB_ID.fullmatch(name) else ["there is no such folder, and no hub id looks like it"]
+        try:
+            reason = unlike(folder, ours) if ours.is_dir() else None
+        except (OSError, ValueError) as error:
+            return [str(error)]
+        return [reason] if reason else []
+
+    @classmethod
+    def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
+        return Costs(held=weights, forwards=1.0, note="taken to be of the student's size, packed to 8 bits")
+
+    @classmethod
+    def make(cls, making: Making, name: str) -> OtherModel:
+        model, facts = making.pack(name)
+        return cls(model, {"teacher": "checkpoint", **facts})
+
+    def model(self) -> tuple[nn.Module, AbstractContextManager[None]]:
+        return self.other, nullcontext()
+
+    @contextmanager
+    def begin(self, student: Answering) -> Iterator[None]:
+        with ExitStack() as stack:
+            self.apart = not why_not(self.other)  # it attends by segments; else it is given a mask
+            stack.enter_context(segment_attention(self.other))
+            self.answering = Answering(self.other.forward, *find_head(self.other))
+            try:
+                yield
+            finally:
+                self.answering = None
+
+    def answers(self, ask: Ask) -> Answers:
+        answering = self.answering
+        assert answering is not None, "begin() first"
+        inputs = {name: ask.inputs[name] for name in ("input_ids", "position_ids") if name in ask.inputs}
+        positions = ask.batch.get("position_ids")
+        if positions is not None and self.apart:
+            inputs |= {
+                name: value.to(ask.device) if isinstance(value, Tensor) else value
+                for name, value in segment_inputs(self.other, positions).items()
+            }
+        elif positions is not None:
+            inputs["attention_mask"] = block_diagonal_mask(inputs["position_ids"], self.other.dtype)
+        with torch.no_grad():
+            read = answering.read(inputs)
+
+        def answer(places: Tensor) -> Whole:
+            with torch.no_grad():
+                return Whole(read(places))
+
+        return answer

@@ -1,0 +1,35 @@
+"""logits: the divergence from the teacher's next-token distribution, T^2 KL(teacher, student)
+(divergence.py).
+
+A teacher says more of a position than one token does, and it says it of positions that have no label. What it
+cannot do is know the user's task: with it alone the run stays as near to the teacher as the grid allows.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .base import Given, Part, Signal
+from .divergence import divergence, most_likely
+from .tokens import IGNORE
+
+
+def compared(options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None) -> Tensor:
+    """The divergence part of a signal, summed over the positions it counts."""
+    assert given is not None, "a teacher was not asked"
+    if options.top_k is not None:
+        given = most_likely(given, options.top_k, options.temperature)
+    where = counted if options.on == "all" else tokens != IGNORE
+    return divergence(logits, given, where, options.temperature, options.divergence)
+
+
+class Logits(Signal):
+    keys = frozenset({"temperature", "top_k", "on", "divergence"})
+
+    def parts(self, options: Any) -> dict[str, Part]:
+        return {"logits": Part(1.0, options.on)}
+
+    def sums(
+        self, options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None
+    ) -> tuple[Tensor, ...]:
+        return (compared(options, logits, tokens, counted, given),)

@@ -1,0 +1,72 @@
+"""The cross entropy of tokens, and which positions of a batch are counted.
+
+With z the logits of one position and t its target, loss = logsumexp(z) - z_t and d loss / d z = softmax(z)
+- e_t. F.cross_entropy keeps a float32 copy of all logits and its log-softmax; here float32 exists for a few
+rows at a time, in the forward and again in the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # labels that are not targets
+FLOATS_AT_A_TIME = 1 << 22  # float32 elements at a time (16 MB)
+
+
+def row_chunks(logits: Tensor) -> list[slice]:
+    """Slices over the rows of logits [T, V] of at most FLOATS_AT_A_TIME numbers each."""
+    step = max(1, FLOATS_AT_A_TIME // logits.shape[-1])
+    return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.empty(targets.shape, dtype=exact, device=logits.device)
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for rows in row_chunks(logits):
+            z, t = logits[rows].to(exact), targets[rows]
+            lse[rows] = z.logsumexp(-1)
+            losses = lse[rows] - z.gather(-1, t.clamp_min(0)[:, None])[:, 0]
+            total += losses.masked_fill(t == IGNORE, 0).double().sum()
+        ctx.save_for_backward(logits, targets, lse)
+        return total.to(exact)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, targets, lse = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in row_chunks(logits):
+            t = targets[rows]
+            p = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
+            p.scatter_add_(-1, t.clamp_min(0)[:, None], p.new_full((len(t), 1), -1))
+            out[rows] = p.mul_(grad).masked_fill_((t == IGNORE)[:, None], 0)
+        return out, None
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [T, V] (any floating dtype), targets [T] int64, IGNORE where there is none -> sum of the token
+    losses, scalar in float32 (float64 for float64 logits).
+    """
+    return _TokenLoss.apply(logits, targets)  # pyright: ignore[reportReturnType]
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """[B, L] labels, not shifted -> [B, L]: what each position is to predict, IGNORE where nothing."""
+    targets = torch.full_like(labels, IGNORE)
+    targets[:, :-1] = labels[:, 1:]
+    return targets
+
+
+def within_segments(position_ids: Tensor, used: Tensor | None = None) -> Tensor:
+    """bool [B, L]: the positions whose next token is of the same segment and no padding. position_ids [B, L]
+    are 0 where a segment starts; used [B]: tokens of each row before the padding; None: rows are full."""
+    inside = torch.zeros_like(position_ids, dtype=torch.bool)
+    inside[:, :-1] = position_ids[:, 1:] != 0
+    if used is not None:
+        length = position_ids.shape[1]
+        inside &= torch.arange(1, length + 1, device=used.device) < used[:, None]
+    return inside

@@ -1,0 +1,138 @@
+"""teacher: what the run learns from: the signal, and the teacher it asks, made and measured before training.
+
+A live teacher's own KL to the full-precision model is measured on the run's first windows by the walk that
+holds one layer at a time, and written to teacher.json beside the student's at step 0. One that is not several
+times nearer than the student (`Teacher.nearest`) would be trained towards for nothing: it is refused, not
+warned of, because the hours would be spent and the model would be worse than with labels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..adapters.attach import base_digest
+from ..data.windows import Examples
+from ..evaluate.perplexity import Reference, evaluate
+from ..files.records import TeacherMeasure
+from ..model.attention import why_not
+from ..model.checkpoint import Checkpoint
+from ..quantize.quantize import quantize
+from ..recipe.sections.quant import QuantSection
+from ..session import Session
+from ..signals import SIGNALS, Lesson, Making, Teacher, teacher_kind
+from ..signals.checkpoint import WIDTH, unlike
+from ..train.processes import main_process_first
+from .answers import kept_answers
+from .data import batches, first_windows
+
+FILE = "teacher.json"
+WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
+
+
+def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
+    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded. ValueError
+    for a teacher that cannot be made or is not near enough to full precision."""
+    section = session.recipe.train
+    signal = SIGNALS[section.signal.kind]
+    if not signal.asks:
+        return Lesson(signal, section.signal)
+    assert section.teacher is not None, "refused by the recipe"
+    making = Making(
+        recipe=session.recipe,
+        checkpoint=session.checkpoint,
+        model=model,
+        windows=examples,
+        device=session.device,
+        dtype=session.dtype,
+        folder=session.run / "teacher",
+        main=session.run.main,
+        pad_id=session.pad_id,
+        pack=partial(pack_other, session),
+        kept=partial(kept_answers, session, model, examples),
+        say=session.say,
+    )
+    teacher = teacher_kind(section.teacher).make(making, section.teacher)
+    with main_process_first():
+        measured = measure(session, model, teacher)
+    if measured is not None:
+        _judge(session, teacher, measured)
+    return Lesson(signal, section.signal, teacher)
+
+
+def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
+    """The model of another checkpoint, packed to rows of 8 bits on the session's device, and what tells it
+    from any other. ValueError where its tokens are others."""
+    session.say(f"teacher: {source}, packed to {WIDTH} bits")
+    checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
+    if reason := unlike(checkpoint.folder, session.checkpoint.folder):
+        raise ValueError(f"train.teacher: got {source!r}, but {reason}")
+    quant = QuantSection(
+        bits=WIDTH,
+        group_size=-1,
+        symmetric=True,
+        residual_bits=0,
+        calibrate="absmax",
+        exclude=list(session.recipe.quant.exclude),
+    )
+    model, _ = quantize(
+        checkpoint,
+        quant,
+        device=session.device,
+        dtype=session.dtype,
+        attention=session.recipe.model.attention,
+    )
+    return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
+
+
+def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | None:
+    """KL to full precision of a live teacher and of the student as it starts; by the main process, once per
+    run. None for a teacher that is full precision by what it is made of."""
+    found = teacher.model()
+    if found is None:
+        return None
+    other, at_work = found
+    key = {
+        "teacher": teacher.facts,
+        "base": base_digest(model),
+        "adapter": session.recipe.adapter.model_dump(mode="json"),
+        "data": session.recipe.data.train.model_dump(mode="json"),
+    }
+    stored = session.run.read_json(FILE, TeacherMeasure | None, None)
+    if stored is not None and stored.of == key:
+        return stored
+    assert session.run.main, "the main process has measured it"
+    length = min(TOKENS, session.recipe.data.sequence_len)
+    rows = first_windows(session, session.recipe.data.train, WINDOWS, {"sequence_len": length})
+    windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
+    reference = Reference(
+        session.checkpoint,
+        windows,
+        attention=session.recipe.model.attention,
+        device=session.device,
+        dtype=session.dtype,
+        segments=not why_not(model),
+    )
+    student = evaluate(model, windows, "student", reference)
+    with at_work:
+        theirs = evaluate(other, windows, "teacher", reference)
+    assert student.kl is not None and theirs.kl is not None
+    measured = TeacherMeasure(
+        of=key, kl=theirs.kl, student_kl=student.kl, windows=len(rows), tokens=theirs.tokens
+    )
+    session.run.write_json(FILE, measured.model_dump(mode="json"))
+    return measured
+
+
+def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:
+    name = session.recipe.train.teacher
+    session.say(
+        f"teacher {name}: KL to full precision {measured.kl:.6f}, the model as it starts "
+        f"{measured.student_kl:.6f} ({measured.tokens:,} tokens)"
+    )
+    if teacher.nearest is not None and teacher.nearest * measured.kl > measured.student_kl:
+        raise ValueError(
+            f"train.teacher: got {name!r}, whose KL to full precision is {measured.kl:.4g}, and the model "
+            f"that it would teach starts at {measured.student_kl:.4g}: it must be {teacher.nearest:g} times "
+            f"nearer, or training on it leads away from the model; {teacher.instead}"
+        )

@@ -1,0 +1,48 @@
+"""What a training run refuses: sections that its model or data cannot be trained by, and layers that the
+model's forward passes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..model.walk import decoder_layers
+from .processes import world
+from .setup import TrainError, ValidBatches
+from .sharding import unshardable
+
+
+def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: bool) -> None:
+    """TrainError for a section that this model, or this data, cannot be trained by."""
+    if section.keep_best and valid is None:
+        raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
+    if sharded and (problems := unshardable(section)):
+        raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+    if section.sharding == "fsdp" and world() > 1 and not sharded:
+        raise TrainError(
+            "train.sharding: got 'fsdp', but the model is whole; call "
+            "lowbit_ft.train.sharding.shard(model, device) first"
+        )
+    if section.compile:
+        try:
+            decoder_layers(model)
+        except ValueError as error:
+            raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
+
+
+def refuse_unreached(names: Mapping[Tensor, str]) -> None:
+    """TrainError when the first backward passed layers by: they would ship as they are, and nobody would
+    know. names: of all that trains."""
+    layers: dict[str, bool] = {}  # layer -> whether one of its tensors has a gradient
+    for parameter, name in names.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers.get(layer, False) or parameter.grad is not None
+    if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
+        raise TrainError(
+            f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this "
+            "model's forward goes past "
+            "them, so they would not be trained. Leave them in full precision: quant.exclude: "
+            f"['*.{missed[0].rpartition('.')[2]}']"
+        )
