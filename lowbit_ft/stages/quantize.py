@@ -17,7 +17,7 @@ from ..session import Session
 from ..train.processes import main_process_first
 from .data import calibration_batches
 from .models import load_packed
-from .synthesis import text_key
+from .synthesis import rows_key
 
 
 def quantize_stage(session: Session) -> Any:
@@ -99,10 +99,12 @@ def base_key(session: Session) -> str:
     """What the base is made of: the checkpoint's files, the quant section, and the text that its
     calibrator looks at.
     """
-    recipe, reads_text = session.recipe, session.recipe.quant.reads_text
+    recipe = session.recipe
+    # with a path of its own for calibration (part of the quant section) the model need not have written any
+    reads_rows = recipe.quant.reads_text and not (recipe.data.synthesis and recipe.quant.calibration.path)
     facts = {
         "quant": recipe.quant.model_dump(mode="json"),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": [text_key(session), recipe.train.seed] if reads_text else None,
+        "text": [rows_key(session), recipe.train.seed] if reads_rows else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

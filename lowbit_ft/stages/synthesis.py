@@ -168,13 +168,10 @@ def _written(session: Session, part: str) -> DataSource:
     return DataSource(path=str(folder / part), format="ids")
 
 
-def text_key(session: Session) -> Any:
-    """What the rows are that a calibrator looks at, for the key of what is made of them."""
-    recipe = session.recipe
-    if recipe.data.train is not None:
-        return recipe.data.train.model_dump(mode="json")
-    # with a path of its own (part of the quant section) the rows need not be there
-    return written_rows(session).model_dump(mode="json") if recipe.quant.calibration.path is None else None
+def rows_key(session: Session) -> Any:
+    """What the training rows are, for the key of what is made of them."""
+    train = session.recipe.data.train
+    return (train if train is not None else written_rows(session)).model_dump(mode="json")
 
 
 def _key(session: Session, config: SynthesisConfig) -> str:

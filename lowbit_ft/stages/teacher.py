@@ -25,6 +25,7 @@ from ..signals.checkpoint import WIDTH, unlike
 from ..train.processes import main_process_first
 from .answers import kept_answers
 from .data import batches, first_windows
+from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
@@ -96,14 +97,14 @@ def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | 
         "teacher": teacher.facts,
         "base": base_digest(model),
         "adapter": session.recipe.adapter.model_dump(mode="json"),
-        "data": session.recipe.data.train.model_dump(mode="json"),
+        "data": rows_key(session),
     }
     stored = session.run.read_json(FILE, TeacherMeasure | None, None)
     if stored is not None and stored.of == key:
         return stored
     assert session.run.main, "the main process has measured it"
     length = min(TOKENS, session.recipe.data.sequence_len)
-    rows = first_windows(session, session.recipe.data.train, WINDOWS, {"sequence_len": length})
+    rows = first_windows(session, train_source(session), WINDOWS, {"sequence_len": length})
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
     reference = Reference(
         session.checkpoint,
