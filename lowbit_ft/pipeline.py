@@ -34,6 +34,7 @@ from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
 from .stages.models import check_folders, trained_model
 from .stages.quantize import quantize_stage
+from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.train import train_stage
 
@@ -41,6 +42,7 @@ from .stages.train import train_stage
 def run(recipe: Recipe) -> Path:
     """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
     with start(recipe) as session:
+        synthesis_stage(session)
         examples = read_data(session)
         tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
         model = train_stage(session, quantize_stage(session), examples)
@@ -60,6 +62,8 @@ def run(recipe: Recipe) -> Path:
 def quantize(recipe: Recipe) -> Path:
     """Pack the base into <output>/base and stop there."""
     with start(recipe) as session:
+        if recipe.quant.reads_text and recipe.quant.calibration.path is None:
+            synthesis_stage(session)
         quantize_stage(session)
         return session.run / "base"
 
@@ -67,6 +71,7 @@ def quantize(recipe: Recipe) -> Path:
 def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
     with start(recipe) as session:
+        synthesis_stage(session)
         examples = read_data(session)
         model = train_stage(session, quantize_stage(session), examples)
         if session.run.main:

@@ -53,6 +53,7 @@ FREE = (
     "train.micro_batch_size",
     "train.gradient_accumulation_steps",
     "train.keep_codes",
+    "train.teacher_dir",
 )
 
 

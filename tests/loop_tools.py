@@ -29,7 +29,7 @@ def go(
     run_dir: Path, model: Any = None, data: Any = None, valid: Any = None, **changes: Any
 ) -> tuple[Any, TrainResult]:
     """Train a toy; keyword arguments of train() are taken out of the changes to the section."""
-    names = ("meta", "resume", "on_step", "choose_after", "console", "accelerator")
+    names = ("meta", "resume", "on_step", "choose_after", "console", "accelerator", "lesson")
     options = {name: changes.pop(name) for name in names if name in changes}
     model = model if model is not None else Toy()
     data = data if data is not None else batches()

@@ -36,6 +36,8 @@ from lowbit_ft.export.reader import read_weights
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.load import load_model
 from lowbit_ft.recipe.recipe import Recipe, load_recipe, recipe_schema
 from lowbit_ft.recipe.yaml import RecipeError
 
@@ -244,6 +246,17 @@ def rows_in_capitals(run: Run) -> None:
     assert text == text.upper() != text.lower()
 
 
+def the_likeliest_tokens(run: Run) -> None:
+    model = load_model(Checkpoint.open(str(TINY), dtype="float32"), dtype=torch.float32).eval()
+    lines = [json.loads(x) for f in (run.folder / "synthesis").rglob("*.jsonl") for x in f.open()]
+    assert sorted(row["row"] for row in lines) == list(range(6))
+    for row in lines:
+        ids = torch.tensor([row["ids"]])
+        with torch.no_grad():
+            likeliest = model(input_ids=ids).logits[0, :-1].argmax(-1)
+        assert row["ids"][0] == row["row"] and likeliest.tolist() == row["ids"][1:]
+
+
 def steps_of_one_size(run: Run) -> None:
     _, state, _ = read_adapter(run.folder / "adapter")
     steps = torch.cat([tensor.flatten() for tensor in state.values()]) / 0.01  # rates 0.01, then 0.005 x 2
@@ -318,6 +331,19 @@ ROWS: dict[str, Row] = {
     "FORMATS": Row(
         with_key("data.train.format", data__train__path=str(ASSETS / "text" / "train.jsonl"), **ABSMAX),
         rows_in_capitals,
+    ),
+    "SYNTHESIS": Row(
+        with_key(
+            "data.synthesis.kind",
+            data__train=None,
+            data__sequence_len=16,
+            data__synthesis__samples=6,
+            data__synthesis__batch_size=4,
+            data__synthesis__filter={"min_tokens": 1, "max_repetition": 1.0, "max_unreadable": 1.0},
+            eval__window=16,
+            **ABSMAX,
+        ),
+        the_likeliest_tokens,
     ),
     "OPTIMIZERS": Row(with_key("train.optimizer", train__scheduler="constant", **ABSMAX), steps_of_one_size),
     "SCHEDULERS": Row(with_key("train.scheduler", **ABSMAX), a_quarter_from_the_middle_on),

@@ -80,6 +80,38 @@ def test_two_at_once_and_killed_with_another_one_starting(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_two_processes_learn_the_same_from_a_teacher_that_was_asked(tmp_path: Path) -> None:
+    """The main one asks, both read; killed in between, they go on to the same bytes."""
+    cached = ["train.teacher=cached", "train.signal={kind: mix, on: all}", "train.max_steps=4"]
+    one = child(tmp_path / "one", *cached, "train.gradient_accumulation_steps=2")
+    said = one.communicate(timeout=300)[0]
+    assert one.returncode == 0, said
+    for name in ("two", "killed"):
+        two = child(tmp_path / name, *cached, "train.gradient_accumulation_steps=1", processes=2)
+        deadline = time.monotonic() + 200
+        while name == "killed" and time.monotonic() < deadline:
+            if (tmp_path / name / "checkpoints" / "step-00000002").exists():
+                two.terminate()  # torchrun passes it on
+                break
+            time.sleep(0.05)
+        said = two.communicate(timeout=300)[0]
+        assert (two.returncode == 0) is (name == "two"), said
+    again = child(tmp_path / "killed", *cached, "train.gradient_accumulation_steps=1", processes=2)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "teacher: reusing" in said, said
+    assert adapter_sha(tmp_path / "killed") == adapter_sha(tmp_path / "two")
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for key in ("labels_loss", "logits_loss", "valid_loss"):
+        a, b = ([row[key] for row in run if key in row] for run in rows)
+        assert a and a == pytest.approx(b, abs=1e-4)
+    files = [sorted((tmp_path / name / "teacher").glob("*.safetensors")) for name in ("one", "two")]
+    assert files[0] and [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["method: lr_qat", "method: l4q, rank: 4, warmup_steps: 1"])
 def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
     adapter = f"adapter={{{adapter}}}"

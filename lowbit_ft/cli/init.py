@@ -57,6 +57,7 @@ adapter:
 data:
   train: {{path: data/train.jsonl, format: {format}}}   # {format_why}
   # valid: {{path: data/valid.jsonl, format: {format}}}
+  # synthesis: {{kind: self_generated}}  # instead of train: the model writes the rows itself (docs/data.md)
   sequence_len: {window:<4}                 # tokens per window; activations and logits grow with it
   packing: true                      # several rows per window, without attention between them
   train_on: {train_on}                # assistant, completion or all: which tokens carry loss

@@ -188,8 +188,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
             "data",
-            f"{recipe.data.train.path} ({recipe.data.train.format}), windows of "
-            f"{recipe.data.sequence_len} tokens",
+            f"{recipe.data.rows}, windows of {recipe.data.sequence_len} tokens",
         ),
         (
             "train",

@@ -37,11 +37,13 @@ def collate(
     pad_id: int,
     *,
     mask_dtype: torch.dtype | None = None,
-    used: bool = False,
+    taught: bool = False,
+    numbers: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Windows -> input_ids, labels, position_ids, int64 [B, L], L the longest window; with mask_dtype also
-    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; with used also `used`, int64
-    [B]: the tokens of each row before its padding, which is no model's business but a teacher's."""
+    attention_mask [B, 1, L, L] of that dtype, as block_diagonal_mask makes it; taught: also what is no
+    model's business but a teacher's: `used`, int64 [B], the tokens of each row before its padding, and with
+    numbers `windows`, int64 [B], which windows of the data these are."""
     length = max(len(e.input_ids) for e in examples)
     ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
@@ -56,8 +58,10 @@ def collate(
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     if mask_dtype is not None:
         batch["attention_mask"] = block_diagonal_mask(positions, mask_dtype)
-    if used:
+    if taught:
         batch["used"] = torch.tensor([len(e.input_ids) for e in examples])
+        if numbers:
+            batch["windows"] = torch.tensor(numbers, dtype=torch.int64)
     return batch
 
 
@@ -93,7 +97,8 @@ class Batches:
     """An endless iterator of micro-batches (see collate) over Examples, in memory or streamed.
 
     rank, world: this process and how many there are.  mask_dtype: add an explicit mask of this dtype (file
-    head). taught: add what a teacher has to know of a batch (`used`). state_dict() after n batches, loaded
+    head). taught: add what a teacher has to know of a batch (`used`, and but for a stream `windows`).
+    state_dict() after n batches, loaded
     into a Batches over the same data, continues with batch n + 1, bit for bit; take it when all ranks have
     had the same number of batches, as at the end of a step. A stream is resumed by reading it again up to
     there."""
@@ -129,12 +134,13 @@ class Batches:
         # every rank walks over the windows of all, and builds its own only
         walked = [self._advance() for _ in range(size * self.world)]
         mine = walked[self.rank * size : (self.rank + 1) * size]
-        return collate(
+        return self._collate(
             [self.examples[w] if isinstance(w, int) else w for w in mine],
-            self.pad_id,
-            mask_dtype=self.mask_dtype,
-            used=self.taught,
+            [w for w in mine if isinstance(w, int)],
         )
+
+    def _collate(self, windows: Sequence[Example], numbers: Sequence[int]) -> dict[str, Tensor]:
+        return collate(windows, self.pad_id, mask_dtype=self.mask_dtype, taught=self.taught, numbers=numbers)
 
     def __len__(self) -> int:
         """Micro-batches per epoch and rank, the last one counted whole. DataError for a stream."""
@@ -146,15 +152,28 @@ class Batches:
         For evaluation: a rank may have one batch less than another, and the position stays as it is.
         """
         held: list[Example] = []
-        index = 0
+        index = first = 0
         for example in self.examples:
             held.append(example)
             if len(held) == self.micro_batch_size:
                 if index % self.world == self.rank:
-                    yield collate(held, self.pad_id, mask_dtype=self.mask_dtype)
-                held, index = [], index + 1
+                    yield self._collate(held, range(first, first + len(held)))
+                held, index, first = [], index + 1, first + len(held)
         if held and index % self.world == self.rank:
-            yield collate(held, self.pad_id, mask_dtype=self.mask_dtype)
+            yield self._collate(held, range(first, first + len(held)))
+
+    def first(self, count: int) -> list[int]:
+        """The numbers, ascending, of the windows that all ranks together see first when they see `count`.
+        DataError for a stream."""
+        order = Batches(self.examples, 1, self.pad_id, self.seed, shuffle=self.shuffle)
+        found: set[int] = set()
+        for _ in range(count):
+            if len(found) == len(self.examples):
+                break  # the next epochs bring the same
+            number = order._advance()
+            assert isinstance(number, int), "a stream has no length"
+            found.add(number)
+        return sorted(found)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: epoch, position (windows of the epoch consumed by all ranks), and what they mean a

@@ -10,7 +10,7 @@ mask (model/attention.py): measuring takes less memory than a step.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from typing import Any
@@ -46,7 +46,7 @@ class Reference:
     """The full-precision model's logits on some batches, without the full-precision model in memory.
 
     segments: attend segment by segment; the model of these batches was asked (attention.why_not), this one
-    has no layers to ask.
+    has no layers to ask. on_layer: called with the share of the layers that all batches went through, 0 to 1.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Reference:
         device: torch.device,
         dtype: torch.dtype,
         segments: bool = False,
+        on_layer: Callable[[float], None] | None = None,
     ):
         self.batches = batches
         model = checkpoint.empty_model(attention)
@@ -67,6 +68,8 @@ class Reference:
         for index, _, _ in self._walk:
             self._walk.advance(index)
             self._walk.drop(index)
+            if on_layer is not None:
+                on_layer((index + 1) / len(self._walk.layers))
         self._walk.hand_over(None)
         self._target_logits = target_logits(model)
 

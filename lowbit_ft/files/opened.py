@@ -38,9 +38,13 @@ if not sys.stdin.buffer.read():
 
 
 class OpenedFiles:
-    """The safetensors files of a folder as they were when this was made, a moment before they are read."""
+    """The safetensors files of a folder as they were when this was made, a moment before they are read.
 
-    def __init__(self, folder: Path):
+    advice: what to do once they changed; what follows "was deleted" or "was replaced".
+    """
+
+    def __init__(self, folder: Path, advice: str = _ADVICE):
+        self.advice = advice
         self.files = {path: _state(path) for path in sorted(Path(folder).absolute().glob("*.safetensors"))}
 
     def check(self) -> None:
@@ -54,7 +58,7 @@ class OpenedFiles:
             what = "was deleted" if now is None else "was replaced or written to"
             if now is not None and before is not None and now[2] != before[2]:
                 what += f" ({before[2]:,} bytes before, {now[2]:,} now)"
-            raise FileError(f"{path}: {what} {_ADVICE}")
+            raise FileError(f"{path}: {what} {self.advice}")
 
 
 class LastWords:
@@ -65,7 +69,7 @@ class LastWords:
     def __init__(self, opened: OpenedFiles):
         facts = json.dumps([(str(path), state) for path, state in opened.files.items()])
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WAITING, facts, _ADVICE],
+            [sys.executable, "-I", "-S", "-c", _WAITING, facts, opened.advice],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # ctrl-C is not for it

@@ -9,6 +9,7 @@ names the file.
     tasks.json        TaskTable        what lm-eval measured
     teacher.json      TeacherMeasure   how near a teacher and the model as it starts are to full precision
     made.json         Made             {folder: identity of the tensors that this run wrote there}
+    synthesis/lowbit_ft.json  Synthesis  the rows that the model wrote itself
 
 A key that is more than these is kept where the file is written again, and means nothing here. The report
 reads the same files more leniently, section by section (report/files.py): it shows what is left of a run.
@@ -84,6 +85,60 @@ class TaskMeasure(BaseModel):
 
 class TaskTable(Record):
     rows: list[TaskMeasure] = []
+
+
+class FileEntry(BaseModel):
+    """A file of a manifest (manifest.py: file_entry)."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: Count
+    sha256: StrictStr
+
+
+class SynthesisShard(BaseModel):
+    """rows: part -> rows in it; reasons: why a row was dropped -> rows; tokens: written, dropped ones too."""
+
+    model_config = ConfigDict(extra="forbid")
+    files: dict[StrictStr, FileEntry]
+    rows: dict[StrictStr, Count]
+    reasons: dict[StrictStr, Count]
+    tokens: Count
+
+
+class Synthesis(BaseModel):
+    """The manifest of synthesis/. key: of what the rows are made; by: the model that wrote them."""
+
+    model_config = ConfigDict(extra="forbid")
+    key: StrictStr
+    by: StrictStr | None = None
+    done: StrictBool = False
+    shards: dict[StrictStr, SynthesisShard] = {}
+
+    def count(self, part: str) -> int:
+        """Rows of a part (train, valid, dropped)."""
+        return sum(shard.rows.get(part, 0) for shard in self.shards.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards.values())
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why rows were dropped -> rows, the most frequent first."""
+        total: dict[str, int] = {}
+        for shard in self.shards.values():
+            for reason, count in shard.reasons.items():
+                total[reason] = total.get(reason, 0) + count
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
+        rows = sum(self.count(part) for part in ("train", "valid", "dropped"))
+        return (
+            f"{rows:,} rows of {self.tokens:,} tokens, written by the {self.by} model: "
+            f"{self.count('train'):,} to train on, {self.count('valid'):,} for validation, "
+            f"{self.count('dropped'):,} dropped" + (f" ({dropped})" if dropped else "")
+        )
 
 
 class TeacherMeasure(Record):

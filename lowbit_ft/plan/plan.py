@@ -26,10 +26,19 @@ import torch
 from ..model.attention import without_masks
 from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
+from ..train.memory import free_ram
 from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
 from .reconstruct import reconstruct_bytes
-from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
+from .stages import (
+    Needs,
+    evaluation_bytes,
+    needs,
+    optimizer_state,
+    quantize_bytes,
+    rough_step,
+    synthesis_bytes,
+)
 from .step import step_costs
 from .teacher import teacher_costs, teacher_notes
 
@@ -132,37 +141,6 @@ def find_card(recipe: Recipe, memory_gb: float | None = None, in_use: bool = Fal
     )
 
 
-def free_ram() -> int:
-    """Bytes that a process may still take on this machine: what the system says is available, and the limit
-    of its cgroup.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-        if most.isdecimal() and int(most) < 1 << 60:
-            # Cached files count as used and are given back under pressure.
-            free = min(free, max(0, int(most) - now) + _cached_files(Path(used).parent))
-    return free
-
-
-def _cached_files(folder: Path) -> int:
-    try:
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(stat.get("inactive_file", stat.get("total_inactive_file", 0))) + int(
-        stat.get("active_file", stat.get("total_active_file", 0))
-    )
-
-
 def plan_folder(recipe: Recipe) -> Path | None:
     """The folder with the config.json of a recipe's model, when it is on this disk."""
     return local_folder(recipe.model.path, recipe.model.revision)
@@ -209,6 +187,8 @@ def plan(
     if recipe.train.reconstruct is not None:
         stages["reconstructing"] = held + reconstruct_bytes(recipe, made, step) + context
     stages["quantizing"] = quantize_bytes(recipe, made, step) + context
+    if recipe.data.synthesis is not None:
+        stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)

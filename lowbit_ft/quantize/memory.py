@@ -94,12 +94,12 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         key = found[1] if (found := _LAYER.match(layer.name)) else ""
         whole[key] = whole.get(key, 0) + layer.out_features * layer.in_features
     return QuantizeMemory(
-        calibration=_waiting(text.samples, text.sequence_len, shapes, size, 2 if by_block else 1)
+        calibration=waiting_bytes(text.samples, text.sequence_len, shapes, size, 2 if by_block else 1)
         if walks
         else 0,
-        reference=_waiting(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
         # x, what the dense layer makes of it, and the packed model's own
-        reconstruction=_waiting(
+        reconstruction=waiting_bytes(
             section.samples, section.sequence_len, shapes, size, 2 if section.inputs == "dense" else 3
         )
         if section is not None
@@ -118,7 +118,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     )
 
 
-def _waiting(samples: int, length: int, shapes: Shapes, size: int, streams: int = 1) -> int:
+def waiting_bytes(samples: int, length: int, shapes: Shapes, size: int, streams: int = 1) -> int:
     """Hidden states (of so many models), masks (a byte per pair of tokens), rotary cosines and sines, and
     positions (8 bytes) of `samples` windows.
     """

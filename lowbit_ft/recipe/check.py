@@ -19,7 +19,7 @@ from ..names import PatternError
 from .layers import local_folder, shapes_here
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
-from .sections.data import check_chat, check_data, check_lengths
+from .sections.data import check_chat, check_data, check_lengths, check_synthesis
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
 from .sections.model import check_device, check_model, check_tokens
@@ -44,6 +44,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "data"), check_chat),
     (("model", "data", "train", "output"), check_offload),
     ((), check_data),
+    (("data",), check_synthesis),
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
@@ -96,6 +97,12 @@ def notes(recipe: Any) -> list[str]:
     if local_folder(recipe.model.path, recipe.model.revision) is None:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
+        )
+    other_text = recipe.eval.data or recipe.data.valid
+    if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
+        found.append(
+            "the table is measured on text that the model wrote itself (data.synthesis): perplexities are "
+            "low there; set eval.data for those of other text"
         )
     exporter = EXPORTERS[recipe.export.format]
     found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []

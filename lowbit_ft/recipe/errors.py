@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from ..adapters import ADAPTERS, AdapterConfig
+from ..data.synthesis import SYNTHESIS, SynthesisConfig
 from ..names import did_you_mean, nearest
 from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
@@ -29,11 +30,13 @@ def shown(value: Any) -> str:
 
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
-    """The model class behind `Model`, `Model | None`, `list[Model]` or the adapter section (the config
-    of the method that was given).
+    """The model class behind `Model`, `Model | None`, `list[Model]`, the adapter section (the config of the
+    method that was given) or data.synthesis (that of the kind).
     """
     if annotation is AdapterConfig and isinstance(given, dict):
         return ADAPTERS.get(str(given.get("method")))
+    if annotation is SynthesisConfig and isinstance(given, dict):
+        return SYNTHESIS.get(str(given.get("kind")))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
@@ -82,10 +85,10 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     # The model and the values that the last key of the path belongs to.
     model, holder = model_of(annotation, given), given
     for part in inside[:-1]:
+        holder = holder[part]
         if model is not None and isinstance(part, str):
             field = model.model_fields.get(part)
-            model = model_of(field.annotation, None) if field is not None else None
-        holder = holder[part]
+            model = model_of(field.annotation, holder) if field is not None else None
     fields = model.model_fields if model is not None else {}
 
     if kind == "extra_forbidden":

@@ -13,6 +13,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdap
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..adapters import ADAPTERS
+from ..data.synthesis import SYNTHESIS
 from ..names import did_you_mean
 from .errors import shown
 
@@ -58,10 +59,36 @@ class OneMethod:
         return handler(_methods().core_schema)
 
 
+class OneSynthesis:
+    """Marks data.synthesis: the config class of its kind in SYNTHESIS, as the table is now."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(_synthesis)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return handler(_kinds_of(SYNTHESIS, "kind").core_schema)
+
+
+def _synthesis(value: Any) -> Any:
+    if not isinstance(value, dict):  # a config that was validated before
+        return _kinds_of(SYNTHESIS, "kind").validate_python(value)
+    config = SYNTHESIS.get(str(value.get("kind")))
+    if config is None:
+        got = shown(value["kind"]) if "kind" in value else "no kind"
+        allowed = ", ".join(SYNTHESIS)
+        raise ValueError(f"{got}; allowed: kind: {allowed}{did_you_mean(value.get('kind', ''), SYNTHESIS)}")
+    return config.model_validate(numbers(config, value))
+
+
 def _methods() -> TypeAdapter[Any]:
     """The validator of all config classes of ADAPTERS, told apart by method."""
-    kinds: Any = Union[tuple(ADAPTERS.values())]  # noqa: UP007 - built from the table
-    told_apart: Any = Annotated[kinds, Field(discriminator="method")]
+    return _kinds_of(ADAPTERS, "method")
+
+
+def _kinds_of(table: Mapping[str, Any], key: str) -> TypeAdapter[Any]:
+    """The validator of the config classes of a table, told apart by that key."""
+    kinds: Any = Union[tuple(table.values())]  # noqa: UP007 - built from the table
+    told_apart: Any = Annotated[kinds, Field(discriminator=key)] if len(table) > 1 else kinds
     return TypeAdapter(told_apart)
 
 
@@ -95,11 +122,13 @@ def _kinds(annotation: Any) -> set[Any]:
 
 def for_method(given: Any) -> Any:
     """The adapter section with its numbers read as the other sections' are (a wrong one stays as it was, for
-    pydantic to refuse).
-    """
+    pydantic to refuse)."""
     config = ADAPTERS.get(str(given.get("method"))) if isinstance(given, dict) else None
-    if config is None:
-        return given
+    return given if config is None else numbers(config, given)
+
+
+def numbers(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config class with their numbers read as the other sections' are."""
     result = dict(given)
     for key, value in given.items():
         if key in config.model_fields:

@@ -17,6 +17,7 @@ from a run is HTML-escaped.
     trainable.json    a list of rows, or an object of facts with its list under "rows"
     stages.json       [{"stage", "seconds", "peak_memory_gb"}]
     samples.json      [{"prompt", "before", "after"}]
+    synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
 
@@ -42,6 +43,8 @@ from .html import (
     tiles,
     words,
 )
+from .synthesis import FOLDER as SYNTHESIS
+from .synthesis import synthesis_section
 from .tasks import tasks_section
 
 REPORT = "report.html"
@@ -69,6 +72,8 @@ def _page(run: RunFiles) -> str:
         state, sentence = _verdict(run, recipe)
         verdict = f'<p class="verdict {state}">{escape(sentence)}</p>\n'
     sections = [s for s in SECTIONS if s[0] not in ON_REQUEST or run.asked(*ON_REQUEST[s[0]])]
+    if not (run.folder / SYNTHESIS).is_dir():
+        sections = [s for s in sections if s[0] != SYNTHESIS]
     body = "".join(_section(run, key, title, build) for key, title, build in sections)
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     return (
@@ -324,6 +329,7 @@ def _environment(run: RunFiles) -> str:
 SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("result", "Result", _result),
     ("tasks", "Tasks", tasks_section),
+    (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("trainable", "What was trained", _trainable),

@@ -12,6 +12,7 @@ name in train.teacher is a folder or hub id (checkpoint.py). What is measured (v
 the cross entropy of the labels."""
 
 from .base import Ask, Costs, Given, Lesson, Making, Part, Signal, Sparse, Teacher, Whole
+from .cached import Cached
 from .checkpoint import OtherModel
 from .labels import Labels
 from .logits import Logits
@@ -19,7 +20,7 @@ from .mix import Mix
 from .residual import Residual
 
 SIGNALS: dict[str, Signal] = {"labels": Labels(), "logits": Logits(), "mix": Mix()}
-TEACHERS: dict[str, type[Teacher]] = {"residual": Residual}
+TEACHERS: dict[str, type[Teacher]] = {"residual": Residual, "cached": Cached}
 
 
 def teacher_kind(name: str) -> type[Teacher]:

@@ -91,7 +91,9 @@ class Making:
     """What a teacher can be made of, from the session of a run. model: the student, packed, adapters
     attached, before it is wrapped or sharded; windows: the training windows in data order; folder: teacher/
     of the run; main: whether this process writes; pack(source) -> another checkpoint's model, packed to 8
-    bits, and facts that tell it from any other; say: prints on the main process."""
+    bits, and facts that tell it from any other; kept() -> what the full-precision model says about the
+    windows of this run, on the disk (store.Store), asked now where it was not; say: prints on the main
+    process."""
 
     recipe: Any
     checkpoint: Checkpoint
@@ -103,6 +105,7 @@ class Making:
     main: bool
     pad_id: int
     pack: Callable[[str], tuple[Any, dict[str, Any]]]
+    kept: Callable[[], Any]
     say: Callable[[object], None]
 
 

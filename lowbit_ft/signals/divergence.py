@@ -50,11 +50,14 @@ def divergence(
 @torch.no_grad()
 def most_likely(given: Given, k: int, temperature: float = 1.0) -> Sparse:
     """The k most likely tokens of whole logits, and the mass of the rest, at a temperature; of a sparse
-    teacher the first k of its own, which it has in order."""
+    teacher those of its own, which may be in any order."""
     if isinstance(given, Sparse):
-        k = min(k, given.ids.shape[-1])
-        rest = torch.cat([given.log_p[:, k:], given.rest[:, None]], -1).logsumexp(-1)
-        return Sparse(given.ids[:, :k], given.log_p[:, :k], rest)
+        if k >= given.ids.shape[-1]:
+            return given
+        top, at = given.log_p.topk(k)
+        others = given.log_p.scatter(-1, at, -torch.inf)
+        rest = torch.cat([others, given.rest[:, None]], -1).logsumexp(-1)
+        return Sparse(given.ids.gather(-1, at), top, rest)
     parts = []
     for rows in row_chunks(given.logits):
         log_p = _log_softmax(given.logits[rows], temperature)

@@ -1,5 +1,6 @@
 """The stages of a run, one file each; pipeline.py calls them in the order of the line.
 
+    synthesis  synthesis/  rows that the model writes itself, where the recipe has data.synthesis
     quantize   base/       pack the checkpoint, or reuse what is packed
     train      adapter/    attach, train, write what was trained
     merge      merged/     the integers that ship

@@ -20,6 +20,7 @@ from ..model.walk import Batch
 from ..recipe.sections.data import DataSource
 from ..session import Session
 from ..train.processes import rank, world
+from .synthesis import train_source, valid_source
 
 LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
 
@@ -30,14 +31,14 @@ def read_data(session: Session) -> Examples:
     """
     recipe = session.recipe
     examples = load_examples(
-        recipe.data.train, recipe.data, session.tokenizer, seed=recipe.train.seed, rows=session.rows
+        train_source(session), recipe.data, session.tokenizer, seed=recipe.train.seed, rows=session.rows
     )
     session.say(f"data: {examples.report}")
     if warning := unstopped(session):
         session.say(f"note: {warning}")
-    if recipe.data.valid is not None:
+    if (source := valid_source(session)) is not None:
         valid = load_examples(
-            recipe.data.valid,
+            source,
             recipe.data.model_copy(update={"streaming": False}),
             session.tokenizer,
             rows=session.rows,
@@ -79,7 +80,7 @@ def unstopped(session: Session) -> str | None:
     """What the user should know when the model will learn to end its turns with a token that no server stops
     at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
     configuration stops at another."""
-    kind = FORMATS[session.recipe.data.train.format]
+    kind = FORMATS[train_source(session).format]
     if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
         return None
     template, stops = ChatTemplate(session.tokenizer), EXPORTERS["native"].stops(session.checkpoint.folder)
@@ -101,21 +102,21 @@ def unstopped(session: Session) -> str | None:
 
 
 def valid_batches(session: Session, model: Any) -> Batches | None:
-    """data.valid for the losses during training; None when the recipe has none."""
-    data = session.recipe.data
-    if data.valid is None:
+    """The validation rows for the losses during training; None when the recipe has none."""
+    source = valid_source(session)
+    if source is None:
         return None
-    section = data.model_copy(update={"streaming": False})
-    examples = load_examples(data.valid, section, session.tokenizer, rows=session.rows)
+    section = session.recipe.data.model_copy(update={"streaming": False})
+    examples = load_examples(source, section, session.tokenizer, rows=session.rows)
     return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
 
 
 def eval_batches(session: Session, model: Any) -> list[Batch]:
-    """The windows of the table: eval.data, or data.valid, or the training rows; the first eval.windows of
-    eval.window tokens.
+    """The windows of the table: eval.data, or the validation rows, or the training rows; the first
+    eval.windows of eval.window tokens.
     """
     recipe = session.recipe
-    source = recipe.eval.data or recipe.data.valid or recipe.data.train
+    source = recipe.eval.data or valid_source(session) or train_source(session)
     chosen = first_windows(session, source, recipe.eval.windows, {"sequence_len": recipe.eval.window})
     size = max(1, min(len(chosen), 4096 // recipe.eval.window))
     return list(batches(session, model, chosen, size, shuffle=False, alone=True).one_epoch())
@@ -131,10 +132,12 @@ def calibration_batches(session: Session) -> list[Batch]:
 def calibration_windows(session: Session, samples: int, sequence_len: int, size: int) -> list[Batch]:
     """Batches of `size` token windows from quant.calibration.path or the training rows: a seeded choice among
     the first 4 x samples, so that a large or remote data set is not read whole."""
-    recipe = session.recipe
-    source, path = recipe.data.train, recipe.quant.calibration.path
-    if path is not None:
-        kind = "text" if Path(path).suffix == ".txt" else source.format
+    recipe, path = session.recipe, session.recipe.quant.calibration.path
+    if path is None:
+        source = train_source(session)
+    else:
+        train = recipe.data.train
+        kind = "text" if train is None or Path(path).suffix == ".txt" else train.format
         source = DataSource(path=path, format=kind)
     pool = first_windows(session, source, 4 * samples, {"sequence_len": sequence_len, "train_on": "all"})
     picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(samples, len(pool)))

@@ -7,16 +7,17 @@ from typing import Any
 
 from ..adapters.attach import base_digest
 from ..export import EXPORTERS, LayerSpec, Weights
-from ..export.folder import check_files, read_manifest
+from ..export.folder import check_files
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
-from ..files.manifest import MANIFEST
+from ..files.manifest import MANIFEST, open_sealed
 from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
 from .data import calibration_batches
 from .models import load_packed
+from .synthesis import rows_key
 
 
 def quantize_stage(session: Session) -> Any:
@@ -57,11 +58,11 @@ def open_base(session: Session, folder: Path, place: str | None) -> Any:
 
 
 def clear(session: Session, folder: Path) -> None:
-    """Make room for a new base/: a damaged one is deleted, unless there are files in it that we did not
-    write.
+    """Make room for a new base/ (or another folder of ours in a run): the one that is there is deleted,
+    unless there are files in it that we did not write.
     """
     try:
-        ours = {MANIFEST, *read_manifest(folder)["files"]}
+        ours = {MANIFEST, *open_sealed(folder / MANIFEST).get("files", {})}
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
     except ValueError:
         foreign = [MANIFEST]
@@ -69,7 +70,9 @@ def clear(session: Session, folder: Path) -> None:
         remove_folder(folder)
         return
     aside = folder.rename(free_name(folder.with_name(f"{folder.name}.damaged")))
-    session.say(f"base: the damaged one is kept as {aside} ({foreign[0]} is not a file that we wrote)")
+    session.say(
+        f"{folder.name}: the one before is kept as {aside} ({foreign[0]} is not a file that we wrote)"
+    )
 
 
 def pack_base(session: Session, folder: Path) -> None:
@@ -97,10 +100,12 @@ def base_key(session: Session) -> str:
     """What the base is made of: the checkpoint's files, the quant section, and the text that its
     calibrator looks at.
     """
-    recipe, reads_text = session.recipe, session.recipe.quant.reads_text
+    recipe = session.recipe
+    # with a path of its own for calibration (part of the quant section) the model need not have written any
+    reads_rows = recipe.quant.reads_text and not (recipe.data.synthesis and recipe.quant.calibration.path)
     facts = {
         "quant": recipe.quant.model_dump(mode="json"),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": [recipe.data.train.model_dump(mode="json"), recipe.train.seed] if reads_text else None,
+        "text": [rows_key(session), recipe.train.seed] if reads_rows else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

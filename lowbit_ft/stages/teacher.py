@@ -23,7 +23,9 @@ from ..session import Session
 from ..signals import SIGNALS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import WIDTH, unlike
 from ..train.processes import main_process_first
+from .answers import kept_answers
 from .data import batches, first_windows
+from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
@@ -48,6 +50,7 @@ def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
         main=session.run.main,
         pad_id=session.pad_id,
         pack=partial(pack_other, session),
+        kept=partial(kept_answers, session, model, examples),
         say=session.say,
     )
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
@@ -94,7 +97,7 @@ def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | 
         "teacher": teacher.facts,
         "base": base_digest(model),
         "adapter": session.recipe.adapter.model_dump(mode="json"),
-        "data": session.recipe.data.train.model_dump(mode="json"),
+        "data": rows_key(session),
     }
     stored = session.run.read_json(FILE, TeacherMeasure | None, None)
     if stored is not None and stored.of == key:
@@ -102,7 +105,7 @@ def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | 
     assert session.run.main, "the main process has measured it"
     length = min(TOKENS, session.recipe.data.sequence_len)
     whole = {"sequence_len": length, "train_on": "all"}
-    rows = first_windows(session, session.recipe.data.train, WINDOWS, whole)
+    rows = first_windows(session, train_source(session), WINDOWS, whole)
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
     reference = Reference(
         session.checkpoint,

@@ -99,6 +99,44 @@ class TrainLog:
             self.console.print(text, highlight=False, markup=False)
 
 
+class WalkLog:
+    """Context manager around something that goes through many windows: a bar where there is a terminal, now
+    and then a line elsewhere, each with what is done, of how many, and the time that is left.
+
+    what: a word; total: windows; done: of them, from before; main: whether this process speaks.
+    """
+
+    def __init__(self, what: str, total: int, done: int, main: bool, console: Console | None = None) -> None:
+        self.what, self.total, self.start, self.main = what, total, done, main
+        self.console = console or Console()
+        self.bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not (main and self.console.is_terminal),
+        )
+        self.task = self.bar.add_task(what, total=total, completed=done, numbers="")
+        self.began, self.said = time.monotonic(), (-1, -1)  # the part and the windows said last
+
+    def __enter__(self) -> WalkLog:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, done: float) -> None:
+        """So many windows are done; a part of one where several go through a model together."""
+        left = (time.monotonic() - self.began) / max(done - self.start, 1e-9) * (self.total - done)
+        numbers = f"{int(done):,} of {self.total:,} windows, {_clock(left)} left"
+        self.bar.update(self.task, completed=done, numbers=numbers)
+        part, whole = int(done * _PLAIN_LINES / max(1, self.total)), int(done)
+        if self.main and not self.console.is_terminal and part > self.said[0] and whole > self.said[1]:
+            self.said = (part, whole)
+            self.console.print(f"{self.what}: {numbers}", highlight=False)
+
+
 def cut_metrics(file: Path, step: int, evaluated: int) -> None:
     """Keep the lines of metrics.jsonl up to `step` (validation: `evaluated`); a half-written last line goes
     too.

@@ -36,10 +36,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from ..model.upload import upload
 from ..signals import Lesson
 from .log import TrainLog
 from .losses import LABELS
-from .memory import peak_gb, upload
+from .memory import peak_gb
 from .optim import lr_factor, set_learning_rates
 from .progress import why_bad
 from .refusals import refuse_unreached

@@ -32,11 +32,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model import heads
 from ..model.heads import Answering, Head, find_head
+from ..model.upload import upload
 from ..signals import SIGNALS, Ask, Lesson
 from ..signals.base import Answers
 from ..signals.tokens import IGNORE, next_tokens, token_loss, within_segments
 from .liger import Fused, liger_loss, liger_problems
-from .memory import upload
 
 LABELS = Lesson(SIGNALS["labels"], None)  # what is measured, whatever a run learns from
 

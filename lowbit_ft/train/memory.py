@@ -1,4 +1,5 @@
-"""Peak memory of a stage, in GB: the GPU's allocator when there is one, the process's resident set otherwise.
+"""Peak memory of a stage, in GB: the GPU's allocator when there is one, the process's resident set otherwise;
+and what is free.
 
 Linux keeps a resettable high-water mark (VmHWM, reset by writing 5 to clear_refs), so each stage gets its own
 peak; elsewhere the peak of the whole process is what can be told.
@@ -41,6 +42,35 @@ def peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_ram() -> int:
+    """Bytes that a process may still take on this machine: what the system says is available, and the limit
+    of its cgroup.
+    """
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        if most.isdecimal() and int(most) < 1 << 60:
+            # Cached files count as used and are given back under pressure.
+            free = min(free, max(0, int(most) - now) + _cached_files(Path(used).parent))
+    return free
+
+
+def _cached_files(folder: Path) -> int:
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(stat.get("inactive_file", stat.get("total_inactive_file", 0))) + int(
+        stat.get("active_file", stat.get("total_active_file", 0))
+    )
+
+
 def release_freed() -> None:
     """Give memory that was freed back to the system (glibc's malloc_trim; nothing elsewhere).
 
@@ -52,12 +82,3 @@ def release_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         return  # not glibc
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. From pinned memory, because a copy to a GPU from any other makes the host
-    wait until it is done.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

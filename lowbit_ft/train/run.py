@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
+from ..model.upload import upload
 from ..signals import Lesson
 from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from .log import TrainLog
 from .losses import LABELS, Targets, count_targets, everywhere, part_counts
-from .memory import upload
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world

@@ -226,6 +226,28 @@ def test_resume_is_bit_equal(count, size, stop, seed):
     assert straight.state_dict() == resumed.state_dict()
 
 
+@QUICK
+@given(count=st.integers(1, 23), size=st.integers(1, 5), world=st.integers(1, 3), steps=st.integers(0, 9))
+def test_batches_carry_the_numbers_of_their_windows_when_asked(count, size, world, steps):
+    """By which a teacher's words are found; `first` knows beforehand which ones so many steps see."""
+    examples, seen = numbered(count), set()
+    for rank in range(world):
+        plain, told = (Batches(examples, size, 0, 3, rank, world, taught=n) for n in (False, True))
+        for _ in range(steps):
+            batch, same = next(told), next(plain)
+            windows = batch.pop("windows")
+            assert batch.pop("used").tolist() == [3] * size
+            assert windows.tolist() == batch["input_ids"][:, 0].tolist() and equal(batch, same)
+            seen |= set(windows.tolist())
+        state = json.dumps(told.state_dict())
+        assert told.first(steps * size * world) == Batches(examples, 9, 0, 3).first(steps * size * world)
+        assert json.dumps(told.state_dict()) == state == json.dumps(plain.state_dict())
+        for batch, same in zip(told.one_epoch(), plain.one_epoch(), strict=True):
+            assert batch.pop("used").tolist() == [3] * len(batch["labels"])
+            assert batch.pop("windows").tolist() == batch["input_ids"][:, 0].tolist() and equal(batch, same)
+    assert told.first(steps * size * world) == sorted(seen)
+
+
 def test_resume_in_other_data_is_refused():
     state = Batches(numbered(9), 2, 0, 1).state_dict()
     for other in (
@@ -314,6 +336,13 @@ def test_stream_shuffles_within_a_bounded_buffer_and_resumes(tokenizer, tmp_path
     assert [int(t.split()[0]) for t in order] != list(range(20)) == sorted(int(t.split()[0]) for t in order)
     plain = next(batches(shuffle=False))
     assert tokenizer.decode(plain["input_ids"][0]).startswith("0 and on")
+
+
+def test_windows_of_a_stream_have_no_numbers(tokenizer):
+    stream = load(ASSETS / "docstrings" / "train.jsonl", tokenizer, streaming=True, limit=4)
+    assert set(next(Batches(stream, 1, 0, taught=True))) == {"input_ids", "labels", "position_ids", "used"}
+    with pytest.raises(DataError, match="has no length"):
+        Batches(stream, 1, 0).first(3)
 
 
 def test_stream_reports_the_bad_row_when_it_comes(tokenizer, tmp_path):

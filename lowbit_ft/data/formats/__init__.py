@@ -11,6 +11,7 @@ from .alpaca import Alpaca
 from .base import Format, Tokens
 from .chat import Chat
 from .completion import Completion
+from .ids import Ids
 from .text import Text
 
 FORMATS: dict[str, type[Format]] = {
@@ -18,6 +19,7 @@ FORMATS: dict[str, type[Format]] = {
     "completion": Completion,
     "alpaca": Alpaca,
     "text": Text,
+    "ids": Ids,
 }
 
 

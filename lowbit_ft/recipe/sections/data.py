@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...data.formats import FORMATS
+from ...data.synthesis import SynthesisConfig
 from ...names import HUB_ID, listed
 from ..layers import has_chat_template, shapes_here
 from ..paths import globs, near_names, path_is
-from ..values import OneOf
+from ..values import OneOf, OneSynthesis
 from ..yaml import KeyPath, Problem
 from .base import Count, Problems, Section
 
@@ -44,9 +45,14 @@ class DataSource(Section):
 class DataSection(Section):
     """What is trained on."""
 
-    train: DataSource = Field(description="training rows")
+    train: DataSource | None = Field(
+        default=None, description="training rows; left out with synthesis, which writes them"
+    )
     valid: DataSource | None = Field(
         default=None, description="validation rows: eval_every, keep_best and the perplexity table"
+    )
+    synthesis: Annotated[SynthesisConfig, OneSynthesis()] | None = Field(
+        default=None, description="no rows at all: the full-precision model writes them (data-free)"
     )
     sequence_len: Annotated[int, Field(ge=8)] = Field(
         default=2048, description="tokens per window; longer rows are cut, and counted"
@@ -62,11 +68,26 @@ class DataSection(Section):
     )
     streaming: bool = Field(default=False, description="read while training; needs train.max_steps")
 
+    @property
+    def rows(self) -> str:
+        """Where the training rows are from, for people."""
+        if self.train is not None:
+            return f"{self.train.path} ({self.train.format})"
+        return (
+            f"rows that the model writes ({self.synthesis.kind})" if self.synthesis is not None else "no rows"
+        )
+
 
 def check_data(r: Any) -> Problems:
     """Data files that do not exist."""
     sources: list[tuple[KeyPath, Any]] = []
     if hasattr(r, "data"):
+        if r.data.train is None and r.data.synthesis is None:
+            yield Problem(
+                ("data", "train"),
+                "missing; add `train: ...` (training rows), or `synthesis: {kind: self_generated}`, with "
+                "which the model writes them itself",
+            )
         sources += [(("data", "train"), r.data.train), (("data", "valid"), r.data.valid)]
     if hasattr(r, "eval"):
         sources.append((("eval", "data"), r.eval.data))
@@ -93,6 +114,33 @@ def check_data(r: Any) -> Problems:
                 f"got {path!r}; there is no such file{near_names(Path(path))}; give a file, "
                 "glob, folder or hub id",
             )
+
+
+def check_synthesis(r: Any) -> Problems:
+    """Rows that the model writes, beside the other keys of data."""
+    data, config = r.data, r.data.synthesis
+    if config is None:
+        return
+    here = ("data", "synthesis")
+    if data.train is not None:
+        yield Problem(
+            ("data", "train"),
+            f"got {data.train.path!r} beside data.synthesis, which writes the training rows; remove one of "
+            "the two",
+        )
+    if data.valid is not None and config.valid:
+        yield Problem(
+            (*here, "valid"),
+            f"got {config.valid} beside data.valid ({data.valid.path!r}); set valid: 0, or remove data.valid",
+        )
+    if config.max_len is not None and config.max_len > data.sequence_len:
+        yield Problem(
+            (*here, "max_len"),
+            f"got {config.max_len}, more than a window of {data.sequence_len} tokens, which would cut what "
+            f"was written; set it to {data.sequence_len} or less, or raise data.sequence_len",
+        )
+    if wrong := config.problem(config.max_len or data.sequence_len):
+        yield Problem((*here, wrong[0]), wrong[1])
 
 
 def check_lengths(r: Any) -> Problems:
@@ -125,6 +173,13 @@ def check_chat(r: Any) -> Problems:
             f"got {r.model.path!r}, which has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it there",
         )
         return
+    config = r.data.synthesis
+    if config is not None and config.needs_template:
+        yield Problem(
+            ("data", "synthesis", "kind"),
+            f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or put "
+            "a chat_template.jinja into its folder",
+        )
     for key, source in (("train", r.data.train), ("valid", r.data.valid)):
         if source is not None and FORMATS[source.format].needs_template:
             others = listed(name for name, kind in FORMATS.items() if not kind.needs_template)

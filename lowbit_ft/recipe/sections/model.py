@@ -104,14 +104,16 @@ def check_tokens(r: Any) -> Problems:
             "(model.resize_token_embeddings(len(tokenizer)) in transformers, then save it), or the "
             "tokenizer it was made with",
         )
-    elif beyond and hasattr(r, "data") and path_is(Path(r.data.train.path).expanduser(), "any"):
+        return
+    train = r.data.train if hasattr(r, "data") else None
+    if beyond and train is not None and path_is(Path(train.path).expanduser(), "any"):
         section = r.data.model_copy(update={"packing": False, "streaming": True})
         try:
-            first = iter(StreamedExamples(r.data.train, section, tokenizer, rows))
+            first = iter(StreamedExamples(train, section, tokenizer, rows))
             for _ in itertools.islice(first, _FIRST_ROWS):
                 pass
         except DataError as error:
-            yield Problem(("data", "train", "path"), f"got {r.data.train.path!r}: {error}")
+            yield Problem(("data", "train", "path"), f"got {train.path!r}: {error}")
 
 
 def check_device(r: Any) -> Problems:

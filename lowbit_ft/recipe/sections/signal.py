@@ -31,7 +31,7 @@ class SignalSection(Section):
     top_k: Count | None = Field(
         default=None,
         description="compare the k most likely tokens of the teacher and the mass of all others; null: all "
-        "that the teacher has",
+        "that the teacher has (cached: 64)",
     )
     on: Literal["all", "targets"] = Field(
         default="targets",
@@ -58,6 +58,11 @@ def check_signal(r: Any) -> Problems:
     """A signal that asks a teacher has one that this recipe can have, and nothing beside it that cannot."""
     train = r.train
     signal = SIGNALS[train.signal.kind]
+    if train.teacher_dir is not None and not (signal.asks and train.teacher == "cached"):
+        yield Problem(
+            ("train", "teacher_dir"),
+            f"got {train.teacher_dir!r}, which only teacher: cached reads; remove it, or set teacher: cached",
+        )
     if not signal.asks:
         if train.teacher is not None:
             asking = ", ".join(name for name, s in SIGNALS.items() if s.asks)

@@ -85,8 +85,14 @@ class TrainSection(Section):
     teacher: Annotated[str, Among(TEACHERS)] | None = Field(
         default=None,
         description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
-        "its codes and residual, no second copy; a folder or hub id: that model, packed to 8 bits (the "
-        "run's own model.path: full precision at 8 bits)",
+        "its codes and residual, no second copy; cached: the full-precision model, asked once before "
+        "training, its likeliest tokens kept on the disk; a folder or hub id: that model, packed to 8 bits "
+        "(the run's own model.path: full precision at 8 bits)",
+    )
+    teacher_dir: str | None = Field(
+        default=None,
+        description="cached: folder that keeps the answers, for other runs on the same windows too; null: "
+        "teacher/ of the run",
     )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
@@ -204,10 +210,12 @@ def check_train(r: Any) -> Problems:
             ("train", "epochs"),
             f"got {train.epochs:g} with data.streaming, whose length is unknown; set train.max_steps",
         )
-    if train.eval_every is not None and r.data.valid is None:
+    written = r.data.synthesis.valid if r.data.synthesis is not None else 0
+    if train.eval_every is not None and r.data.valid is None and not written:
+        fix = "add data.valid" if r.data.synthesis is None else "set data.synthesis.valid: 32, add data.valid"
         yield Problem(
             ("train", "eval_every"),
-            f"got {train.eval_every}, but there is no data.valid; add data.valid or set eval_every: null",
+            f"got {train.eval_every}, but there is no data.valid; {fix} or set eval_every: null",
         )
     if train.keep_best and train.eval_every is None:
         yield Problem(
