@@ -97,7 +97,9 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         calibration=waiting_bytes(text.samples, text.sequence_len, shapes, size, 2 if by_block else 1)
         if walks
         else 0,
-        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size) if compares else 0,
+        reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size)
+        if compares
+        else 0,
         # x, what the dense layer makes of it, and the packed model's own
         reconstruction=waiting_bytes(
             section.samples, section.sequence_len, shapes, size, 2 if section.inputs == "dense" else 3

@@ -31,6 +31,7 @@ from ..session import Session
 from ..train.processes import main_process_first
 from ..train.reconstruct import Fit, has_adapters, reconstruct
 from .data import calibration_windows
+from .synthesis import rows_key
 
 FOLDER, ADAPTER, MANIFEST = "reconstruct", "adapter.safetensors", "manifest.json"
 
@@ -96,7 +97,7 @@ def reconstruct_key(session: Session, model: Any) -> str:
         "base": base_digest(model),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "reconstruct": section.model_dump(mode="json"),
-        "text": [recipe.data.train.model_dump(mode="json"), recipe.quant.calibration.path],
+        "text": [rows_key(session), recipe.quant.calibration.path],
         "seed": recipe.train.seed,
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
