@@ -22,6 +22,7 @@ from ..signals.tokens import FLOATS_AT_A_TIME
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
 from .model import Skeleton
+from .teacher import teacher_costs
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.
@@ -146,6 +147,8 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     disk = {"base/": packed, "checkpoints/": checkpoints, "adapter/": masters, "merged/": shipped}
     if recipe.export.format != "native":
         disk["exported/"] = shipped
+    if (teacher := teacher_costs(recipe, made)).disk:
+        disk["teacher/"] = teacher.disk
     tokens = train.micro_batch_size * recipe.data.sequence_len
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden

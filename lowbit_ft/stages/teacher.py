@@ -103,7 +103,8 @@ def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | 
         return stored
     assert session.run.main, "the main process has measured it"
     length = min(TOKENS, session.recipe.data.sequence_len)
-    rows = first_windows(session, session.recipe.data.train, WINDOWS, {"sequence_len": length})
+    whole = {"sequence_len": length, "train_on": "all"}
+    rows = first_windows(session, session.recipe.data.train, WINDOWS, whole)
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
     reference = Reference(
         session.checkpoint,
