@@ -28,7 +28,7 @@ from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
-from .stages import Needs, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
+from .stages import Needs, asking_bytes, evaluation_bytes, needs, optimizer_state, quantize_bytes, rough_step
 from .step import step_costs
 from .teacher import teacher_costs, teacher_notes
 
@@ -206,6 +206,8 @@ def plan(
     stages["quantizing"] = quantize_bytes(recipe, made, per_token) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
+    if teacher_costs(recipe, made).before:
+        stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))
