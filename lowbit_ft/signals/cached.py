@@ -9,7 +9,7 @@ vocabulary 4096, the length of the error of the gradient over that of the whole 
 percent):
 
     k                     16    32    64   128   256        bytes per position    4 k + 2, of a vocabulary
-    W4                   9.3   6.0   3.9   2.4   1.3                              beyond 65,536 6 k + 2
+    W4                   9.3   6.0   3.8   2.4   1.3                              beyond 65,536 6 k + 2
     W2                  13.4   9.6   6.7   3.8   2.3
     W2, temperature 2   30.9  27.3  23.7  20.0  16.1
 
