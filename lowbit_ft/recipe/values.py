@@ -40,8 +40,7 @@ class OneOf:
 
 @dataclass(frozen=True, eq=False)
 class Among:
-    """Marks text that is a key of a table or something else (a path): the schema names the keys as
-    examples."""
+    """Marks text that is a key of a table or something else (a path): the schema has the keys as examples."""
 
     table: Mapping[str, object]
 
