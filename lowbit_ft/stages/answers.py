@@ -53,7 +53,7 @@ def kept_answers(session: Session, model: Any, examples: Examples) -> Store:
     """
     recipe, run_dir = session.recipe, session.run
     given = recipe.train.teacher_dir
-    shared, folder = given is not None, run_dir / "teacher" if given is None else Path(given)
+    shared, folder = given is not None, run_dir / "teacher" if given is None else Path(given).expanduser()
     key, numbers, together = _asked(session, model, examples)
     with run_dir.stage("teacher", session.device, resumable=True), main_process_first():
         store = _opened(session, folder, key, numbers, together, own=not shared)
