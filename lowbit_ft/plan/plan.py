@@ -32,6 +32,7 @@ from .model import PARTS, PlanRow, Skeleton, skeleton
 from .reconstruct import reconstruct_bytes
 from .stages import (
     Needs,
+    asking_bytes,
     evaluation_bytes,
     needs,
     optimizer_state,
@@ -175,6 +176,7 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
+    kept += teacher_costs(recipe, made).held
     forward = max(step.frame + max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = (
         kept + step.context + forward + context + parts.get("gathered layers", 0)
@@ -191,6 +193,8 @@ def plan(
         stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
+    if teacher_costs(recipe, made).before:
+        stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))

@@ -14,7 +14,8 @@ def teacher_costs(recipe: Recipe, made: Skeleton) -> Costs:
         return Costs(asked=False)
     weights = sum(row.out_features * row.in_features for row in made.rows)
     beside = sum(made.held[part] for part in ("embeddings", "head", "norms and other"))
-    return teacher_kind(train.teacher).costs(recipe, train.teacher, weights, beside)
+    vocabulary = getattr(made.model.config.get_text_config(), "vocab_size", 0)
+    return teacher_kind(train.teacher).costs(recipe, train.teacher, weights, beside, vocabulary)
 
 
 def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:
@@ -25,5 +26,7 @@ def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:
         return []
     step = 4 if recipe.train.gradient_checkpointing else 3
     share = f"; about {100 * costs.forwards / step:.0f} % more time per step" if costs.forwards else ""
+    if costs.before:
+        share = f"; before training at most {100 * costs.before / step:.0f} % of the time of training, once"
     train = recipe.train
     return [f"signal {train.signal.kind}, teacher {train.teacher}: {costs.note}{share}"]

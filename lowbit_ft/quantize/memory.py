@@ -28,18 +28,20 @@ SORT_BYTES = 4
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)
 CHUNK_BYTES = 300_000_000
+WALK_BYTES = 2 << 30  # of hidden states, masks and rotary angles, at most, while a teacher is asked
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """Bytes. calibration, reference and reconstruction: CPU memory of the walks of a calibrator, of
-    evaluation (eval.kl) and of train.reconstruct, one after the other. The rest is on the device: outside,
-    what the model has beside its layers (embedding and head), and one dense layer, for all walks; hessians
-    and work while packing."""
+    """Bytes. calibration, teacher, reference and reconstruction: CPU memory of the walks of a calibrator, of a
+    teacher (train.teacher), of evaluation (eval.kl) and of train.reconstruct, one after the other. The rest
+    is on the device: outside, what the model has beside its layers (embedding and head), and one dense layer,
+    for all walks; hessians and work while packing."""
 
     calibration: int
+    teacher: int
     reference: int
     reconstruction: int
     outside: int
@@ -50,7 +52,7 @@ class QuantizeMemory:
     @property
     def cpu(self) -> int:
         """The most that waits in CPU memory, beside a few MB of staging."""
-        return max(self.calibration, self.reference, self.reconstruction)
+        return max(self.calibration, self.teacher, self.reference, self.reconstruction)
 
     @property
     def device(self) -> int:
@@ -72,7 +74,8 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     compares = recipe.eval.perplexity and recipe.eval.kl
     section, walking = recipe.train.reconstruct, CALIBRATORS[recipe.quant.calibrate] if walks else None
     by_block = recipe.quant.by_block
-    any_walk = walks or compares or section is not None
+    asks = recipe.train.teacher is not None  # a live one is compared with full precision, a kept one is it
+    any_walk = walks or compares or asks or section is not None
     layers: dict[str, int] = {}  # decoder layer -> its bytes when dense; "": everything else
     for name, shape in shapes.tensors.items():
         key = found[1] if (found := _LAYER.match(name)) else ""
@@ -100,6 +103,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size)
         if compares
         else 0,
+        teacher=WALK_BYTES if recipe.train.teacher == "cached" else 0,
         # x, what the dense layer makes of it, and the packed model's own
         reconstruction=waiting_bytes(
             section.samples, section.sequence_len, shapes, size, 2 if section.inputs == "dense" else 3

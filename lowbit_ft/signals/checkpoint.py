@@ -61,7 +61,7 @@ class OtherModel(Teacher):
         return [reason] if reason else []
 
     @classmethod
-    def costs(cls, recipe: Any, name: str, weights: int, beside: int) -> Costs:
+    def costs(cls, recipe: Any, name: str, weights: int, beside: int, vocabulary: int) -> Costs:
         note = "taken to be of the size of the student, packed to 8 bits"
         return Costs(held=weights + beside, forwards=1.0, note=note)
 

@@ -55,7 +55,7 @@ class Residual(Teacher):
         return []
 
     @classmethod
-    def costs(cls, recipe: Any, name: str, weights: int, beside: int) -> Costs:
+    def costs(cls, recipe: Any, name: str, weights: int, beside: int, vocabulary: int) -> Costs:
         return Costs(forwards=1.0, note="the base and its residual, no second copy")
 
     @classmethod

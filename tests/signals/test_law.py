@@ -25,7 +25,7 @@ from tests.signals.common import ASKING, CPU, OPTIONS, VOCABULARY, Mirror, optio
 
 
 def batch_of() -> dict[str, torch.Tensor]:
-    return collate(list(windows(4)), 0, used=True)
+    return collate(list(windows(4)), 0, taught=True)
 
 
 def sums_and_gradients(
