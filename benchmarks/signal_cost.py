@@ -82,7 +82,9 @@ def cases(o: argparse.Namespace) -> dict[str, Callable[[], None]]:
     dtype = getattr(torch, o.dtype)
 
     def packed(bits: int, residual: int) -> Any:
-        quant = QuantSection(bits=bits, group_size=-1, calibrate="absmax", residual_bits=residual)
+        quant = QuantSection.model_validate(
+            {"bits": bits, "group_size": -1, "calibrate": "absmax", "residual_bits": residual}
+        )
         return quantize(checkpoint, quant, dtype=dtype)[0]
 
     base, eight = packed(o.bits, 4), packed(8, 0)
@@ -93,7 +95,7 @@ def cases(o: argparse.Namespace) -> dict[str, Callable[[], None]]:
     for kind, signal in SIGNALS.items():
         for name in ("residual", "checkpoint", "stored") if signal.asks else ("",):
             model = copy.deepcopy(base)
-            attach(model, ADAPTERS["lr_qat"]())
+            attach(model, ADAPTERS["lr_qat"].model_validate({"method": "lr_qat"}))
             made: dict[str, Callable[[], Teacher | None]] = {
                 "": lambda: None,
                 "residual": lambda model=model: Residual(model),

@@ -101,11 +101,13 @@ class Table(Bench):
 
     def student(self, bits: int, group: int, start: str) -> Any:
         """A fresh packed model from a start."""
-        quant = QuantSection(
-            bits=bits,
-            group_size=group,
-            symmetric=not self.o.asymmetric,
-            calibrate=start.partition("_")[0],
+        quant = QuantSection.model_validate(
+            {
+                "bits": bits,
+                "group_size": group,
+                "symmetric": not self.o.asymmetric,
+                "calibrate": start.partition("_")[0],
+            }
         )
         model = self.base(quant)
         if start == "gptq_original":
@@ -133,7 +135,7 @@ class Table(Bench):
         model = self.student(bits, group, start)
         row: dict[str, Any] = {"start_kl": self.kl(model)}
         torch.manual_seed(seed)
-        attach(model, ADAPTERS["lr_qat"]())
+        attach(model, ADAPTERS["lr_qat"].model_validate({"method": "lr_qat"}))
         teacher = self.teacher(asked, model)
         if teacher is not None and (other := teacher.model()) is not None:
             row["teacher_kl"] = self.kl(*other)

@@ -1,4 +1,4 @@
-"""train.teacher: <folder or hub id>. Another model with the same tokens, packed to 8 bits, forward beside the
+"""train.teacher: a folder or hub id. Another model with the same tokens, packed to 8 bits, forward beside the
 student.
 
 With the path of the run's own model it is full precision at 8 bits, whatever start the student's codes had.

@@ -113,7 +113,6 @@ def _loop(
 ) -> bool:
     """The steps from where `run` is to the end; whether a signal stopped it."""
     now, total, accelerator, lesson = run.now, run.total, run.accelerator, run.lesson
-    weights = upload(torch.tensor(lesson.weights, dtype=torch.float64), accelerator.device)
     with (
         StopSignal() as stop,
         TrainLog(run.run_dir, now.step, now.evaluated, total, run.main, console) as log,
@@ -140,7 +139,7 @@ def _loop(
             tokens = sum(batch["input_ids"].numel() for batch in micro)
 
             # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
-            scale = accelerator.num_processes / counts.clamp_min(1) * weights
+            scale = accelerator.num_processes / counts.clamp_min(1) * run.weights
             # In fp64, so that it does not matter how the micro-batches are spread over processes.
             sums = torch.zeros_like(counts)
             for i, batch in enumerate(micro):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def loss_forward(
     forward of the teacher, which comes first.
     """
     student = student or chunked_head(model)
-    plain, head, reason = student.plain, student.head, student.reason
+    plain, head, reason = student.plain, cast(ChunkedHead | None, student.head), student.reason
     fuse = LOSSES[kind].fuse
     if fuse is not None:
         if head is None:

@@ -84,6 +84,9 @@ class Run:
         self.raw_optimizer = build_optimizer(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
         )
+        # of the parts of the loss [parts]
+        weights = torch.tensor(lesson.weights, dtype=torch.float64)
+        self.weights = upload(weights, self.accelerator.device)
         self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson)
         self.wrapped: Any = self.prepared.wrapped
         self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
