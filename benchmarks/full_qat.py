@@ -36,16 +36,3 @@ class FullQATLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
-
-
-def unrounded(base: PackedWeight) -> Tensor:
-    """The base's weight with its residual, [N, K] fp32: where a calibrator such as gptq left the weight
-    before rounding.
-    """
-    from lowbit_kernels.pack import decode_residual
-
-    assert base.residual is not None
-    k, g = base.shape[1], base.grid.group_size
-    size = k if g == -1 else g
-    step = base.scale.t().float().repeat_interleave(size, dim=1)[:, :k]
-    return base.dequantize() + step * decode_residual(base.residual, base.grid.residual_bits, k)

@@ -19,6 +19,7 @@ from lowbit_ft.data.examples import load_examples
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.model.attention import Segments, switch
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.heads import LOGITS_AT_A_TIME
 from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.plan.counting import Counter
 from lowbit_ft.plan.fake import fake, quiet, rules_of, targets_without_data
@@ -28,7 +29,7 @@ from lowbit_ft.quantize.table import plan_layers
 from lowbit_ft.recipe.recipe import Recipe
 from lowbit_ft.train import run as train_run
 from lowbit_ft.train.loop import train
-from lowbit_ft.train.losses import LOGITS_AT_A_TIME, ChunkedHead, next_token_loss
+from lowbit_ft.train.losses import ChunkedHead, next_token_loss
 from lowbit_ft.train.setup import activation_checkpointing
 
 

@@ -23,7 +23,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from full_qat import FullQATLinear, unrounded
+from full_qat import FullQATLinear
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
@@ -140,7 +140,7 @@ class Bench:
             model.requires_grad_(False)
             for name, layer in list(packed_layers(model)):
                 assert isinstance(layer.base, PackedWeight)
-                model.set_submodule(name, FullQATLinear(layer, unrounded(layer.base)))
+                model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
             rate = self.o.full_qat_learning_rate
         else:
             chosen = dict(item.split("=", 1) for item in self.o.set)

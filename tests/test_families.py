@@ -271,6 +271,25 @@ def no_more_than_one_per_token(run: Run) -> None:
     assert all(0 < loss <= 1 for loss in run.metrics("loss"))
 
 
+def learned_from(run: Run) -> dict[str, Any]:
+    """What the newest checkpoint says it learned from."""
+    state = sorted((run.folder / "checkpoints").glob("step-*/state.json"))[-1]
+    return json.loads(state.read_text())["meta"]["signal"]
+
+
+def the_likeliest_token(run: Run) -> None:
+    facts, measured = learned_from(run), json.loads((run.folder / "teacher.json").read_text())
+    assert facts["kind"] == "hard" and facts["teacher"] == "residual"
+    assert 0 < 4 * measured["kl"] < measured["student_kl"]
+    assert all(0 < loss < 2 for loss in run.metrics("loss"))  # labels: above 4
+
+
+def as_likely_as_any_other(run: Run) -> None:
+    assert learned_from(run)["teacher"] == "even"
+    parts = zip(run.metrics("loss"), run.metrics("labels_loss"), run.metrics("logits_loss"), strict=True)
+    assert all(loss == pytest.approx((a + b) / 2) and b > 1 for loss, a, b in parts)
+
+
 def tiny_yaml(folder: Path, name: str) -> Path:
     theirs = folder / "tiny_model.yaml"
     rows = str(ASSETS / "docstrings" / "train.jsonl")
@@ -329,6 +348,8 @@ ROWS: dict[str, Row] = {
     "OPTIMIZERS": Row(with_key("train.optimizer", train__scheduler="constant", **ABSMAX), steps_of_one_size),
     "SCHEDULERS": Row(with_key("train.scheduler", **ABSMAX), a_quarter_from_the_middle_on),
     "LOSSES": Row(with_key("train.loss", **ABSMAX), no_more_than_one_per_token),
+    "SIGNALS": Row(with_key("train.signal.kind", train__teacher="residual"), the_likeliest_token),
+    "TEACHERS": Row(with_key("train.teacher", train__signal__kind="mix", **ABSMAX), as_likely_as_any_other),
     "TRAINERS": Row(tiny_yaml, what_its_yaml_said, word="tiny_model", schema=False),
 }
 

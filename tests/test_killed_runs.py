@@ -82,7 +82,7 @@ def test_two_at_once_and_killed_with_another_one_starting(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_two_processes_learn_the_same_from_a_teacher_that_was_asked(tmp_path: Path) -> None:
     """The main one asks, both read; killed in between, they go on to the same bytes."""
-    cached = ["train.teacher=cached", "train.signal={kind: mix, on: all}", "train.max_steps=4"]
+    cached = ["train.teacher=cached", "train.signal={kind: mix, on: all}", "train.max_steps=8"]
     one = child(tmp_path / "one", *cached, "train.gradient_accumulation_steps=2")
     said = one.communicate(timeout=300)[0]
     assert one.returncode == 0, said

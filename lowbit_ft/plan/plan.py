@@ -31,6 +31,7 @@ from .costs import Setting, Step
 from .model import PARTS, PlanRow, Skeleton, skeleton
 from .stages import (
     Needs,
+    asking_bytes,
     evaluation_bytes,
     needs,
     optimizer_state,
@@ -39,6 +40,7 @@ from .stages import (
     synthesis_bytes,
 )
 from .step import step_costs
+from .teacher import teacher_costs, teacher_notes
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
@@ -173,6 +175,7 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
+    kept += teacher_costs(recipe, made).held
     forward = max(step.frame + max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = (
         kept + step.context + forward + context + parts.get("gathered layers", 0)
@@ -185,10 +188,12 @@ def plan(
         stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
+    if teacher_costs(recipe, made).before:
+        stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))
-    notes = [*step.notes, *note]
+    notes = [*step.notes, *note, *teacher_notes(recipe, made)]
     return Plan(
         recipe, card, made.rows, parts, moments, stages, peak_at, made.trainable, wanted, notes, count
     )
@@ -247,6 +252,13 @@ def _training(
     train = recipe.train
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
     moments = _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
+    teacher = teacher_costs(recipe, made)
+    beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
+    if teacher.live:  # in eval mode, before the student has kept anything
+        work = max(step.frame + max(cost.evaluation for cost in step.layers) - beside, 0)
+        gradients = made.trainable * 4 if train.gradient_accumulation_steps > 1 else 0
+        own = {"gradients": gradients, "saved layer inputs": 0, "one layer": work}
+        moments.append((gradients + work, "the forward of the teacher", own))
     _, peak_at, at_peak = max(moments, key=lambda m: m[0])
 
     optimizer, _ = optimizer_state(train.optimizer, made.trained)
@@ -258,6 +270,8 @@ def _training(
     }
     if train.keep_codes:
         parts["kept codes"] = parts["codes"]
+    if teacher.asked:
+        parts["teacher"] = teacher.held + beside
     parts["saved layer inputs"] = at_peak["saved layer inputs"]
     parts |= {
         "one layer": at_peak.get("one layer", 0),

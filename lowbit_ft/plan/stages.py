@@ -19,10 +19,12 @@ from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
 from ..signals.tokens import FLOATS_AT_A_TIME
+from ..stages.answers import windows_per_forward
 from ..stages.synthesis import writing_bytes
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
 from .model import Skeleton
+from .teacher import teacher_costs
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.
@@ -114,6 +116,18 @@ def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
     return walk.outside + max(walk.layer + activations, 2 * logits + rows, activations)
 
 
+def asking_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
+    """Peak on the device while the full-precision model is asked (stages/answers.py): its embedding and head,
+    one dense layer and a batch through it; then a chunk of logits, some rows of which are put in order in
+    fp32."""
+    walk = quantize_memory(recipe, made.shapes)
+    length, size = recipe.data.sequence_len, getattr(torch, recipe.model.dtype).itemsize
+    tokens = windows_per_forward(recipe) * length
+    elements = tokens * getattr(made.model.config.get_text_config(), "vocab_size", 0)
+    logits, rows = min(elements, LOGITS_AT_A_TIME) * size, 5 * 4 * min(elements, FLOATS_AT_A_TIME)
+    return walk.outside + max(walk.layer + round(per_token * tokens), logits + rows)
+
+
 def rough_step(recipe: Recipe, made: Skeleton) -> Step:
     """The step of a model that does not run without data: the sum over the shapes of a Llama-like layer."""
     config, size = made.model.config.get_text_config(), getattr(torch, recipe.model.dtype).itemsize
@@ -161,6 +175,8 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     disk = {"base/": packed, "checkpoints/": checkpoints, "adapter/": masters, "merged/": shipped}
     if recipe.export.format != "native":
         disk["exported/"] = shipped
+    if (teacher := teacher_costs(recipe, made)).disk:
+        disk[recipe.train.teacher_dir or "teacher/"] = teacher.disk * processes
     if (rows := recipe.data.synthesis) is not None:
         most = rows.most_rows(getattr(made.model.config.get_text_config(), "vocab_size", 0))
         disk["synthesis/"] = most * (rows.max_len or recipe.data.sequence_len) * ROW_BYTES
@@ -168,7 +184,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden
     away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
-    waiting = quantize_memory(recipe, made.shapes).cpu  # hidden states of gptq's text, or of evaluation's
+    waiting = quantize_memory(recipe, made.shapes).cpu  # hidden states of a walk's windows
     # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its
     # own size.
     ram = 3_000_000_000 + away + paged + max(masters + states, waiting, 4 * made.largest)

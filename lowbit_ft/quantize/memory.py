@@ -25,17 +25,20 @@ FACTOR_BYTES = (
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)
 CHUNK_BYTES = 300_000_000
+WALK_BYTES = 2 << 30  # of hidden states, masks and rotary angles, at most, while a teacher is asked
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """Bytes. calibration and reference: CPU memory of gptq's walk and of evaluation's (eval.kl), one after
-    the other. The rest is on the device: outside, what the model has beside its layers (embedding and head),
-    and one dense layer, for both walks; hessians and work while packing."""
+    """Bytes. calibration, teacher and reference: CPU memory of gptq's walk, of a teacher's (train.teacher)
+    and of evaluation's (eval.kl), one after the other. The rest is on the device: outside, what the model has
+    beside its layers (embedding and head), and one dense layer, for all walks; hessians and work while
+    packing."""
 
     calibration: int
+    teacher: int
     reference: int
     outside: int
     layer: int
@@ -45,7 +48,7 @@ class QuantizeMemory:
     @property
     def cpu(self) -> int:
         """The most that waits in CPU memory, beside a few MB of staging."""
-        return max(self.calibration, self.reference)
+        return max(self.calibration, self.teacher, self.reference)
 
     @property
     def device(self) -> int:
@@ -65,6 +68,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     size = 4 if recipe.model.dtype == "float32" else 2
     text, walks = recipe.quant.calibration, recipe.quant.reads_text
     compares = recipe.eval.perplexity and recipe.eval.kl
+    asks = recipe.train.teacher is not None  # a live one is compared with full precision, a kept one is it
     layers: dict[str, int] = {}  # decoder layer -> its bytes when dense; "": everything else
     for name, shape in shapes.tensors.items():
         key = found[1] if (found := _LAYER.match(name)) else ""
@@ -83,8 +87,9 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         reference=waiting_bytes(recipe.eval.windows or 0, recipe.eval.window, shapes, size)
         if compares
         else 0,
-        outside=outside if walks or compares else 0,
-        layer=max(layers.values(), default=0) if walks or compares else 0,
+        teacher=WALK_BYTES if recipe.train.teacher == "cached" else 0,
+        outside=outside if walks or compares or asks else 0,
+        layer=max(layers.values(), default=0) if walks or compares or asks else 0,
         hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
         # gptq: the weight as stored, in fp32 as it is rounded, and the update of its later columns
         # Others: a block of rows, as much again for its codes and residual while they are put together.

@@ -39,6 +39,16 @@ class OneOf:
         return value
 
 
+@dataclass(frozen=True, eq=False)
+class Among:
+    """Marks text that is a key of a table or something else (a path): the schema has the keys as examples."""
+
+    table: Mapping[str, object]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        return {**handler(schema), "examples": list(self.table)}
+
+
 class OneMethod:
     """Marks the adapter section: the config class of its method in ADAPTERS, as the table is now."""
 

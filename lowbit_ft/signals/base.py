@@ -31,7 +31,8 @@ class Whole:
 @dataclass(frozen=True)
 class Sparse:
     """A teacher's most likely tokens of r positions: ids int64 [r, k], their log-probabilities [r, k], and
-    the log of the mass of all others [r] (-inf when there are none). At the temperature of the signal."""
+    the log of the mass of all others [r] (-inf when there are none). At the temperature of the signal; the k
+    in any order."""
 
     ids: Tensor
     log_p: Tensor
@@ -111,14 +112,21 @@ class Making:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a teacher costs, for plan: bytes held on the device while training, bytes on the disk, forwards
-    of a model of this many weights per step beside the student's (1: one of the student's size), and a
-    word."""
+    """What a teacher costs, for plan: bytes held on the device while training; bytes on the disk, of the
+    windows of one process; forwards per micro-batch, of a model of the student's size (its hidden states then
+    wait for the loss); forwards before training, at most, for every micro-batch of it; and a word."""
 
     held: int = 0
     disk: int = 0
     forwards: float = 0.0
+    before: float = 0.0
     note: str = ""
+    asked: bool = True
+
+    @property
+    def live(self) -> bool:
+        """Whether it runs beside the student."""
+        return self.forwards > 0
 
 
 class Teacher:
@@ -142,8 +150,9 @@ class Teacher:
         return []
 
     @classmethod
-    def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
-        """weights: numbers in the model; packed: bytes of its base as it is packed for training."""
+    def costs(cls, recipe: Any, name: str, weights: int, beside: int, vocabulary: int) -> Costs:
+        """weights: numbers in the matrices of the student's layers; beside: bytes of its embeddings, head and
+        norms."""
         return Costs()
 
     @classmethod

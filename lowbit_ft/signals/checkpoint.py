@@ -61,8 +61,9 @@ class OtherModel(Teacher):
         return [reason] if reason else []
 
     @classmethod
-    def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
-        return Costs(held=weights, forwards=1.0, note="taken to be of the student's size, packed to 8 bits")
+    def costs(cls, recipe: Any, name: str, weights: int, beside: int, vocabulary: int) -> Costs:
+        note = "taken to be of the size of the student, packed to 8 bits"
+        return Costs(held=weights + beside, forwards=1.0, note=note)
 
     @classmethod
     def make(cls, making: Making, name: str) -> OtherModel:

@@ -55,8 +55,8 @@ class Residual(Teacher):
         return []
 
     @classmethod
-    def costs(cls, recipe: Any, name: str, weights: int, packed: int) -> Costs:
-        return Costs(forwards=1.0, note="the base and its residual, one more forward; no second copy")
+    def costs(cls, recipe: Any, name: str, weights: int, beside: int, vocabulary: int) -> Costs:
+        return Costs(forwards=1.0, note="the base and its residual, no second copy")
 
     @classmethod
     def make(cls, making: Making, name: str) -> Residual:

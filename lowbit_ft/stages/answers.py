@@ -26,7 +26,7 @@ from ..data.windows import Examples
 from ..evaluate.perplexity import Reference
 from ..files.lock import FolderLock
 from ..model.attention import why_not
-from ..quantize.memory import waiting_bytes
+from ..quantize.memory import WALK_BYTES, waiting_bytes
 from ..recipe.layers import Shapes, read_shapes
 from ..recipe.recipe import Recipe
 from ..session import Session
@@ -40,7 +40,6 @@ from ..train.setup import total_steps
 from .data import batches
 from .quantize import clear
 
-WALK_BYTES = 2 << 30  # of CPU memory: hidden states, masks and rotary angles of a walk's windows
 SHARD_BYTES = 256 << 20  # of a file
 TEACHERS = ("used", "windows")  # of a batch, what the model is not given
 LAYERS_SHARE = 0.9  # of a walk's time, for the bar: then come the head and the choice of the k
@@ -54,7 +53,7 @@ def kept_answers(session: Session, model: Any, examples: Examples) -> Store:
     """
     recipe, run_dir = session.recipe, session.run
     given = recipe.train.teacher_dir
-    shared, folder = given is not None, run_dir / "teacher" if given is None else Path(given)
+    shared, folder = given is not None, run_dir / "teacher" if given is None else Path(given).expanduser()
     key, numbers, together = _asked(session, model, examples)
     with run_dir.stage("teacher", session.device, resumable=True), main_process_first():
         store = _opened(session, folder, key, numbers, together, own=not shared)

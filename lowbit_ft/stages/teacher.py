@@ -104,7 +104,8 @@ def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | 
         return stored
     assert session.run.main, "the main process has measured it"
     length = min(TOKENS, session.recipe.data.sequence_len)
-    rows = first_windows(session, train_source(session), WINDOWS, {"sequence_len": length})
+    whole = {"sequence_len": length, "train_on": "all"}
+    rows = first_windows(session, train_source(session), WINDOWS, whole)
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
     reference = Reference(
         session.checkpoint,

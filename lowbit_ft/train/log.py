@@ -72,8 +72,15 @@ class TrainLog:
     def show(self, values: dict[str, Any]) -> None:
         """Show a step: the bar where there is a terminal, now and then a line elsewhere."""
         step = values["step"]
+        parts = ", ".join(
+            f"{name.removesuffix('_loss')} {value:.4f}"
+            for name, value in values.items()
+            if name.endswith("_loss")
+        )
+        parts = f" ({parts})" if parts else ""
         numbers = (
-            f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
+            f"loss {values['loss']:.4f}{parts}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"{values['memory_gb']:.2f} GB"
             if "loss" in values
             else f"skipped: {values['skipped']}"
         )

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from docs import draw_house, write_pages
-from lowbit_ft.train.losses import FLOATS_AT_A_TIME, LOGITS_AT_A_TIME
+from lowbit_ft.model.heads import LOGITS_AT_A_TIME
+from lowbit_ft.signals.tokens import FLOATS_AT_A_TIME
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...signals import TEACHERS
 from ...train.losses import LOSSES
 from ...train.optimizers import OPTIMIZERS
 from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
 from ..layers import shapes_here
 from ..paths import path_is
-from ..values import OneOf
+from ..values import Among, OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
 from .signal import SignalSection
@@ -68,7 +69,7 @@ class TrainSection(Section):
     signal: SignalSection = Field(
         default_factory=SignalSection, description="what the loss compares the model with"
     )
-    teacher: str | None = Field(
+    teacher: Annotated[str, Among(TEACHERS)] | None = Field(
         default=None,
         description="who is asked by signal.kind logits and mix. residual: the base before rounding, from "
         "its codes and residual, no second copy; cached: the full-precision model, asked once before "
