@@ -95,7 +95,7 @@ class Bench:
         with start(recipe) as session:
             synthesis_stage(session)
         files = sorted((recipe.output / "synthesis" / "train").glob("*.jsonl"))
-        return [json.loads(line)["ids"] for file in files for line in file.read_text().splitlines()]
+        return [json.loads(line)["ids"] for file in files for line in file.open("rb")]
 
     def source(self, name: str, seed: int) -> Path:
         """The file of a source for this seed; all three have the tokens of what the model wrote."""

@@ -51,7 +51,7 @@ def _sums(shards: list[dict[str, Any]], key: str) -> dict[str, int]:
 
 def _texts(run: RunFiles, name: str) -> list[str]:
     found = []
-    for line in run.text(f"{FOLDER}/{name}", "No such rows").splitlines()[:SHOWN]:
+    for line in run.text(f"{FOLDER}/{name}", "No such rows").split("\n")[:SHOWN]:
         try:
             row = json.loads(line)
         except ValueError:

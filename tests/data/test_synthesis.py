@@ -17,7 +17,7 @@ from lowbit_ft.data.formats import format_of
 from lowbit_ft.data.synthesis import SYNTHESIS, FilterConfig, Row, SynthesisConfig, Voice
 from lowbit_ft.data.synthesis.draw import take, uniforms
 from lowbit_ft.data.synthesis.filters import longest_run, repetition, unreadable, why_dropped
-from lowbit_ft.data.synthesis.folder import RowsFolder, fill, read_state
+from lowbit_ft.data.synthesis.folder import RowsFolder, fill, read_state, row_name
 from lowbit_ft.data.synthesis.write import write_rows
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.model.checkpoint import Checkpoint
@@ -336,6 +336,15 @@ def test_a_stopped_folder_goes_on_to_the_same_bytes(
     (tmp_path / "part" / name).unlink()
     run(tmp_path / "part", model, v, config)
     assert contents(tmp_path / "part") == whole
+
+
+def test_a_text_may_hold_ends_of_lines(tmp_path: Path) -> None:
+    """JSON escapes line feeds, but not all that Python's splitlines splits at."""
+    rows = RowsFolder(tmp_path, "key")
+    row = {"row": 0, "ids": [5, 6], "text": "a\u2028b\x85c\nd"}
+    rows.put(0, {"train": [row], "valid": [], "dropped": []}, 2)
+    again = RowsFolder(tmp_path, "key")
+    assert again.missing(1) == [] and again.names(0) == [row_name([5, 6])]
 
 
 def test_what_was_changed_is_refused(

@@ -94,8 +94,9 @@ class RowsFolder:
         found = list[str]()
         for name in self._files(number):
             if not name.startswith("dropped/"):
-                lines = (self.folder / name).read_text(encoding="utf-8").splitlines()
-                found += [row_name(json.loads(line)["ids"]) for line in lines]
+                # by bytes: a text may hold what Python takes for the end of a line (U+2028)
+                with open(self.folder / name, "rb") as lines:
+                    found += [row_name(json.loads(line)["ids"]) for line in lines]
         return found
 
     def _clear(self) -> None:
