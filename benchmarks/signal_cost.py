@@ -144,6 +144,7 @@ def main() -> None:
     text = json.dumps({"environment": environment(), **facts, "rows": rows}, indent=1)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(o.out, text + "\n")
+    HELD.close()
 
 
 if __name__ == "__main__":

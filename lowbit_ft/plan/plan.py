@@ -197,6 +197,7 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
+    kept += teacher_costs(recipe, made).held
     forward = max(step.frame + max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = (
         kept + step.context + forward + context + parts.get("gathered layers", 0)

@@ -162,7 +162,7 @@ def loss_forward(
             return plain(*args, **inputs)
         now = lesson if torch.is_grad_enabled() else LABELS
         answers = None if now.teacher is None else now.teacher.answers(labels.ask(inputs))
-        if head is not None and (labels.labels.numel() > head.rows or head.fused is not None):
+        if head is not None and (labels.labels.numel() > head.at_a_time(answers) or head.fused is not None):
             return head.loss(head.base(*args, **inputs, use_cache=False), labels, now, answers)
         logits = plain(*args, **inputs, use_cache=False).logits
         if logits.numel() > heads.LOGITS_AT_A_TIME:
@@ -211,6 +211,11 @@ class ChunkedHead(Head):
 
     fused: Fused | None = None
 
+    def at_a_time(self, answers: Answers | None) -> int:
+        """Positions per chunk: a teacher's logits lie beside the student's, so half as many are as much
+        memory."""
+        return self.rows if answers is None else max(1, self.rows // 2)
+
     def loss(
         self, output: Any, targets: Targets, lesson: Lesson = LABELS, answers: Answers | None = None
     ) -> Tensor:
@@ -229,8 +234,7 @@ class ChunkedHead(Head):
             return lesson.signal.sums(lesson.options, self.logits(chosen, kind), tokens, counted, given)
 
         # split, not slices: its backward joins the gradients once; every slice would make a whole one.
-        # A teacher's logits of a chunk lie beside the student's: half as many rows are as much memory.
-        lengths, stretches = targets.stretches(self.rows if answers is None else max(1, self.rows // 2))
+        lengths, stretches = targets.stretches(self.at_a_time(answers))
         parts = hidden.reshape(-1, hidden.shape[-1]).split(lengths)
         sums: list[Any] = [
             checkpoint(chunk_loss, part, *stretch, use_reentrant=False)

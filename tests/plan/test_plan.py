@@ -316,6 +316,21 @@ def test_shards_hold_a_part_and_gather_a_layer() -> None:
     assert two.stages["training"] < alone.stages["training"] < ddp.stages["training"]
 
 
+def test_a_teacher_holds_its_hidden_states_and_another_model_its_weights() -> None:
+    """8B: the residual teacher adds [B, L, H] and a third of a step; another one 8 bits of every weight."""
+    plain = _big()
+    tokens = plain.recipe.train.micro_batch_size * plain.recipe.data.sequence_len
+    hidden = tokens * 4096 * 2
+    own = _big(["train.signal.kind=mix", "train.teacher=residual"])
+    assert own.parts["teacher"] == hidden
+    assert own.stages["training"] - plain.stages["training"] == hidden
+    assert any("signal mix, teacher residual" in note and "more time per step" in note for note in own.notes)
+    other = _big(["train.signal.kind=logits", "train.teacher=meta/other"])
+    weights = sum(row.out_features * row.in_features for row in other.rows)
+    assert weights < other.parts["teacher"] - hidden < 1.5 * weights + 3e9
+    assert "teacher" not in plain.parts
+
+
 def test_longer_windows_and_more_of_them_hold_more() -> None:
     totals = [_big([f"data.sequence_len={n}"]).stages["training"] for n in (1024, 2048, 4096)]
     assert totals[0] < totals[1] < totals[2]

@@ -1,0 +1,61 @@
+"""train.signal and train.teacher: what they need, and what they do not go with."""
+
+from tests.recipe.recipe_text import bad_recipes, refused_with
+
+BAD = [
+    # (what, changed text, overrides, place and words that must be in one line)
+    (
+        "kind",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: logit}"),
+        (),
+        "train.signal.kind: got 'logit'; allowed: labels, logits, mix; did you mean 'logits'?",
+    ),
+    (
+        "no teacher",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: logits}"),
+        (),
+        "train.teacher: missing, and train.signal.kind: logits asks a teacher; set one of residual",
+    ),
+    (
+        "nobody asks",
+        ("max_steps: 10", "max_steps: 10\n  teacher: residual"),
+        (),
+        "train.teacher: got 'residual', but train.signal.kind: labels asks no teacher; remove it, or set "
+        "train.signal.kind (with a teacher: logits, mix)",
+    ),
+    (
+        "not read",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: logits, label_weight: 0.2}\n  teacher: residual"),
+        (),
+        "train.signal: got label_weight 0.2, which kind: logits does not read; remove it, or set kind: mix",
+    ),
+    (
+        "temperature",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix, temperature: 0}\n  teacher: residual"),
+        (),
+        "train.signal.temperature: got 0; allowed: greater than 0",
+    ),
+    (
+        "mistyped",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: residuals"),
+        (),
+        "train.teacher: got 'residuals', which is no folder here; did you mean 'residual'?; allowed: ",
+    ),
+    (
+        "no such folder",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: /there/is/none"),
+        (),
+        "train.teacher: got '/there/is/none', but there is no such folder, and no hub id looks like it",
+    ),
+    (
+        "no residual",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: residual"),
+        ("quant.residual_bits=0",),
+        "train.teacher: got 'residual', but this base keeps no residual; set quant.residual_bits: 4",
+    ),
+]
+
+
+@bad_recipes(BAD)
+def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
+    refused_with(change, overrides, words)
