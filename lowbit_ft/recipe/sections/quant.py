@@ -41,8 +41,8 @@ class CalibrationSection(Section):
     )
     act_order: bool = Field(
         default=False,
-        description="gptq: round the inputs with the largest activations first, on static groups; groups stay "
-        "contiguous, so every format holds the result",
+        description="gptq: round the inputs with the largest activations first, on static groups; groups "
+        "stay contiguous, so every format holds the result",
     )
     static_groups: bool = Field(
         default=False,
@@ -155,7 +155,7 @@ class QuantSection(Section):
         return grid.text_start if rows and self.bits in grid.text_bits else grid.start
 
     def resolved(self, rows: bool) -> QuantSection:
-        """With auto replaced; what the recipe does not say stays unsaid (a quantized checkpoint may say it)."""
+        """With auto replaced; what the recipe does not say stays unsaid: a quantized checkpoint may."""
         if self.calibrate != AUTO:
             return self
         section = self.model_copy(update={"calibrate": self.start(rows)})
