@@ -166,7 +166,7 @@ def table(o: argparse.Namespace) -> None:
     rates = sorted({row["learning_rate"] for row in rows})
     print("| model | grid | method | task | " + " | ".join(f"{rate:g}" for rate in rates) + " | auto |")
     print("|---|---|---|---|" + "--:|" * (len(rates) + 1))
-    keys = ("model", "bits", "group_size", "symmetric", "method", "task", "steps", "seed", "note", "rank")
+    keys = ("model", "bits", "group_size", "symmetric", "method", "task", "steps", "seed", "note")
     for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
         mine = {r["learning_rate"]: r["loss"] for r in rows if tuple(r[k] for k in keys) == key}
         best, auto = min(mine.values()), rate_for(key[4], key[1])[0]
@@ -177,7 +177,7 @@ def table(o: argparse.Namespace) -> None:
 
 
 def third(o: argparse.Namespace) -> None:
-    """A Qwen3 of 4 layers trained for --steps steps on the bundled text, in --model: no search has seen it."""
+    """A Qwen3 of 4 layers trained for --steps steps on the bundled text, in --model."""
     folder = Path(o.model)
     if folder.exists():
         raise SystemExit(f"{folder} is there already; give --model another name, or search on it")

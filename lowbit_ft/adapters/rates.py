@@ -3,15 +3,14 @@
 Measured (LOG.md, benchmarks/defaults.py).
 
 A rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D counts grid
-steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back, and codes lie farther apart.
+steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back.
 Groups of 64 and 128 wanted the same. Scales, magnitudes and offsets learn at the rate of A and B.
 """
 
 RATES: dict[str, dict[int, float]] = {
-    "lr_qat": {2: 4e-3, 3: 2e-3, 4: 2e-3, 8: 1e-3},
-    "dl_qat": {2: 2e-3, 3: 1e-3, 4: 1e-3, 8: 1e-3},
-    "l4q": {2: 2e-3, 3: 1e-3, 4: 1e-3, 8: 1e-3},
-    "scale": {2: 4e-3, 3: 2e-3, 4: 2e-3, 8: 2e-3},
+    "lr_qat": {2: 4e-3, 3: 4e-3, 4: 2e-3},
+    "dl_qat": {2: 2e-3, 3: 1e-3},
+    "l4q": {2: 2e-3, 3: 1e-3},
 }
 OTHERS = 1e-3  # methods and widths that were not searched
 

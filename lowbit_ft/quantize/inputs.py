@@ -31,12 +31,11 @@ def curvatures(
     """The Curvature of every linear of a layer, over all batches; those that no token reached have none.
     tick(share): called after every batch with the share of them that is through.
 
-    Linears that are given one and the same tensor (q, k and v; gate and up) share one. Where that changes from
-    batch to batch, the text goes through once more and each has its own.
+    Linears that are given one and the same tensor (q, k and v; gate and up) share one. Where that changes
+    from batch to batch, the text goes through once more and each has its own.
     """
-    return (
-        _pass(walk, index, linears, tick, share=True) or _pass(walk, index, linears, tick, share=False) or {}
-    )
+    found = _pass(walk, index, linears, tick, share=True)
+    return (_pass(walk, index, linears, tick, share=False) or {}) if found is None else found
 
 
 def _pass(

@@ -23,7 +23,7 @@ HESSIAN_BYTES = (
     5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
 )
 # per element of a Hessian, beside it, while it is factored (grid/calibrate/curvature.py): nothing, it becomes
-# its own factor; act-order sorts it into a copy. Where fp32 fails, which real text has not made it do, 20 more.
+# its own factor; act-order sorts it into a copy. Where fp32 fails, which text has not made it do, 20 more.
 SORT_BYTES = 4
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)

@@ -1,5 +1,7 @@
-"""What `auto` is in this recipe: quant.calibrate and the learning rates, resolved before anything is checked, so that
-the recipe in the run folder says what was done. `taken` tells the user, with the reason.
+"""What `auto` is in this recipe: quant.calibrate and the learning rates.
+
+Resolved before anything is checked, so that the recipe in the run folder says what was done. `taken` tells
+the user, with the reason.
 """
 
 from __future__ import annotations

@@ -131,10 +131,10 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
     least = found.needed / factors
     session.say(
-        f"warning: train.learning_rate {section.learning_rate:g} for {total} steps moves no code in {found.still} "
-        f"of {found.layers} layers: the low-rank product stays below the distance to the next code, and only "
-        f"scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} (a LoRA's rate is too "
-        "small here: what is trained must cross a step of the grid)"
+        f"warning: train.learning_rate {section.learning_rate:g} for {total} steps moves no code in "
+        f"{found.still} of {found.layers} layers: the low-rank product stays below the distance to the next "
+        f"code, and only scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} "
+        "(a LoRA's rate is too small here: what is trained must cross a step of the grid)"
     )
 
 

@@ -33,8 +33,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
     rate = section.learning_rate
     if isinstance(rate, str):
         raise ValueError(
-            f"learning_rate: got {rate!r}, which only a recipe resolves (load_recipe); give a TrainSection of "
-            "your own a number, for example 1e-3"
+            f"learning_rate: got {rate!r}, which only load_recipe resolves; give a TrainSection of your own "
+            "a number, for example 1e-3"
         )
     scale_rate = rate if section.scale_learning_rate is None else section.scale_learning_rate
     settings = {

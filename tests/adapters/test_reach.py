@@ -61,7 +61,7 @@ def test_what_the_bound_says_nothing_of():
 
 def test_rates_are_of_methods_and_bits_that_there_are():
     assert RATES and set(RATES) <= set(ADAPTERS)
-    for method, by_bits in RATES.items():
+    for by_bits in RATES.values():
         assert set(by_bits) <= {2, 3, 4, 8} and all(1e-4 < rate <= 1e-1 for rate in by_bits.values())
         assert [by_bits[b] for b in sorted(by_bits)] == sorted(by_bits.values(), reverse=True), (
             "fewer bits, more"

@@ -190,7 +190,7 @@ def textbook(weight: Tensor, hessian: Tensor, scale: Tensor, damping: float, ord
 @pytest.mark.parametrize(("k", "group_size"), [(96, -1), (300, -1), (300, 256), (300, 32), (200, 128)])
 def test_gptq_follows_the_column_equations(k: int, group_size: int, order: str):
     """Against the textbook's loop, which has an inverse and goes from the first column of its order to the
-    last; ours has none, goes from the last to the first, and sums what lies outside a block in one product."""
+    last; ours has none, goes from the last to the first, and sums what lies outside a block at once."""
     weight, hessian = weights((40, k)), correlated_hessian(k)
     options = {"own": {}, "static": {"static_groups": True}, "activations": {"act_order": True}}[order]
     grid = IntGrid(bits=3, group_size=group_size)

@@ -8,7 +8,7 @@ is mirrored. The factor L (H + damping = L L^T, L lower) then takes the lower ha
 column, in fp32, and the upper half still has H: where fp32 fails, it begins again from there in fp64. fp32
 is enough because it disturbs H by about eps |H|, and damping adds 0.01 of the mean diagonal (LOG.md).
 
-K inputs. Memory: K x K fp32, and a panel of K x PANEL; act-order and the fall-back to fp64 hold one more copy.
+K inputs. Memory: K x K fp32 and a panel; act-order holds one more copy, the fall-back to fp64 20 bytes more.
 """
 
 from dataclasses import dataclass

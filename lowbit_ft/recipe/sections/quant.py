@@ -41,8 +41,8 @@ class CalibrationSection(Section):
     )
     act_order: bool = Field(
         default=False,
-        description="gptq: round the inputs with the largest activations first, on static groups; groups stay "
-        "contiguous, so every format holds the result",
+        description="gptq: round the inputs with the largest activations first, on static groups; groups "
+        "stay contiguous, so every format holds the result",
     )
     static_groups: bool = Field(
         default=False,
@@ -80,9 +80,9 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default=AUTO,
-        description="integer: absmax, minmax, mse, gptq, signround; binary: greedy, alternating; auto: gptq at "
-        "2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy for "
-        "planes; "
+        description="integer: absmax, minmax, mse, gptq, signround; binary: greedy, alternating; auto: gptq "
+        "at 2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy "
+        "for planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
@@ -155,7 +155,7 @@ class QuantSection(Section):
         return grid.text_start if rows and self.bits in grid.text_bits else grid.start
 
     def resolved(self, rows: bool) -> QuantSection:
-        """With auto replaced; what the recipe does not say stays unsaid (a quantized checkpoint may say it)."""
+        """With auto replaced; what the recipe does not say stays unsaid: a quantized checkpoint may."""
         if self.calibrate != AUTO:
             return self
         section = self.model_copy(update={"calibrate": self.start(rows)})

@@ -39,8 +39,8 @@ class TrainSection(Section):
     gradient_accumulation_steps: Count = Field(default=8, description="forwards per optimizer step")
     learning_rate: Positive | Literal["auto"] = Field(
         default=AUTO,
-        description="of the low-rank matrices A and B; auto: by method and bits, from adapters/rates.py. What "
-        "a LoRA takes (2e-4) moves few codes or none",
+        description="of the low-rank matrices A and B; auto: by method and bits, from adapters/rates.py. "
+        "What a LoRA takes (2e-4) moves few codes or none",
     )
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
