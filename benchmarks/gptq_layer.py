@@ -1,4 +1,4 @@
-"""gptq on single layers of 8B shapes: processor seconds of the Hessian, its factor and the rounding, and the error.
+"""gptq on single layers of 8B shapes: processor seconds of Hessian, factor and rounding, and the error.
 
     python benchmarks/gptq_layer.py --out benchmarks/results/gptq_layer.json
     python benchmarks/gptq_layer.py --shapes 4096x4096 --calibration act_order static_groups

@@ -25,8 +25,8 @@ from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid, stack_rows
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.walk import LayerWalk
-from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import inputs
+from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import quantize as quantize_module
 from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.recipe.layers import read_shapes
