@@ -26,6 +26,7 @@ from lowbit_ft.grid import BinaryGrid, Grid, IntGrid, stack_rows
 from lowbit_ft.grid.calibrate import CALIBRATORS
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.walk import LayerWalk
+from lowbit_ft.quantize import inputs
 from lowbit_ft.quantize import memory as quantize_memory
 from lowbit_ft.quantize import quantize as quantize_module
 from lowbit_ft.quantize.quantize import Packing, quantize
@@ -41,7 +42,7 @@ from tests.quantize.test_quantize import CONFIGS, checkpoint_of, tokens
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SECTIONS: dict[str, dict[str, Any]] = {
-    "mse": {"bits": 4},
+    "mse": {"bits": 4, "calibrate": "mse"},
     "minmax": {"bits": 3, "symmetric": False, "calibrate": "minmax"},
     "gptq": {"bits": 3, "calibrate": "gptq", "lm_head": 8, "embeddings": 8},
     "planes": {"grid": "binary", "bits": 2, "calibrate": "alternating"},
@@ -166,9 +167,9 @@ def test_hessians_in_several_passes_are_the_same(tmp_path: Path, monkeypatch: py
     checkpoint = checkpoint_of(CONFIGS["mixtral"](), tmp_path)
     digests = {n: w.digest() for n, w in packing(checkpoint, "gptq")}
     held: list[int] = []
-    real = quantize_module._hessians
-    monkeypatch.setattr(quantize_module, "_hessians", lambda *a: (held.append(len(a[2])), real(*a))[1])
-    monkeypatch.setattr(quantize_module, "HESSIAN_BYTES", 3 * 4 * 64 * 64)
+    real = quantize_module.curvatures
+    monkeypatch.setattr(quantize_module, "curvatures", lambda *a: (held.append(len(a[2])), real(*a))[1])
+    monkeypatch.setattr(inputs, "HESSIAN_BYTES", 3 * 4 * 64 * 64)
     assert {n: w.digest() for n, w in packing(checkpoint, "gptq")} == digests
     assert max(held) == 3 and len(held) > 3 * 3
 
@@ -242,7 +243,19 @@ def test_gptq_reads_no_head_and_what_waits_is_what_was_foretold(
     )
     assert foretold.layer == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64 + 2 * 64)
     assert foretold.outside == foretold.reference_device - foretold.layer == 4 * (2 * 128 * 64 + 64)
-    assert foretold.hessians == 4 * (6 * 64**2 + 192**2) and foretold.work == 12 * 192**2 + 10 * 192 * 64
+    assert foretold.hessians == 4 * (6 * 64**2 + 192**2) and foretold.work == (4 + 12) * 192 * 64
+    sorted_ = load_recipe(
+        ROOT / "recipes" / "quickstart.yaml",
+        [
+            f"model.path={tmp_path / 'dense'}",
+            "quant.calibrate=gptq",
+            "quant.group_size=32",
+            "quant.calibration.act_order=true",
+        ],
+        check=False,
+    )
+    more = quantize_memory.quantize_memory(sorted_, read_shapes(tmp_path / "dense"))
+    assert more.work == foretold.work + 4 * 192**2
     unwalked = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["eval.kl=false"], check=False)
     plain = quantize_memory.quantize_memory(unwalked, read_shapes(tmp_path / "dense"))
     assert (plain.calibration, plain.reference, plain.reference_device, plain.hessians) == (

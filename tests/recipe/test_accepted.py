@@ -19,7 +19,7 @@ def test_good_recipe_and_its_defaults():
     recipe = load_recipe(write(GOOD))
     assert recipe.train.learning_rate == 1e-4  # text to PyYAML
     assert (recipe.quant.calibrate, recipe.quant.residual_bits, recipe.export.format) == (
-        "mse",
+        "gptq",
         4,
         "compressed-tensors",
     )
