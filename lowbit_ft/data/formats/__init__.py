@@ -12,12 +12,14 @@ from .base import Format, Tokens
 from .chat import Chat
 from .completion import Completion
 from .text import Text
+from .tokens import TokenIds
 
 FORMATS: dict[str, type[Format]] = {
     "chat": Chat,
     "completion": Completion,
     "alpaca": Alpaca,
     "text": Text,
+    "tokens": TokenIds,
 }
 
 
