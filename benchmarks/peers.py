@@ -1,16 +1,19 @@
-"""Peers: post-training tools and our starts and methods on the same rows, by one measure, in one resumable table.
+"""Peers: post-training tools and our starts and methods on the same rows, by one measure, in one resumable
+table.
 
-    python benchmarks/peers.py --install                      # an environment for each tool (some GB, once)
-    python benchmarks/peers.py --models tiny-llama --grids 2:64:sym --seeds 0 1 2
-    python benchmarks/peers.py --only AutoRound "gptq, lr_qat" --table
+    python -m benchmarks.peers --install                      # an environment for each tool (some GB, once)
+    python -m benchmarks.peers --models tiny-llama --grids 2:64:sym --seeds 0 1 2
+    python -m benchmarks.peers --only AutoRound "gptq, lr_qat" --table
 
-Each row is a process of its own: the tool gets a checkpoint and token ids (peers_cases.py), leaves weights with scales
-and zero points (peer_tools/child.py), and they are checked to lie on the grid that was asked for and put into the dense
-model for perplexity and KL (peers_measure.py). Beside them: processor seconds (user and system, of the process and all
-it started; `work_cpu_seconds` is the part after imports and loading), threads, versions, bits per weight.
+Each row is a process of its own: the tool gets a checkpoint and token ids (peers_cases.py), leaves weights
+with scales and zero points (peer_tools/child.py), and they are checked to lie on the grid that was asked for
+and put into the dense model for perplexity and KL (peers_measure.py). Beside them: processor seconds (user
+and system, of the process and all it started; `work_cpu_seconds` is the part after imports and loading),
+threads, versions, bits per weight.
 
-A row is kept in --out as it comes. One that is there is not made again, unless what it came from has changed: the
-options of its contender, the checkpoint, the rows or the windows. --table prints the tables and measures nothing.
+A row is kept in --out as it comes. One that is there is not made again, unless what it came from has changed:
+the options of its contender, the checkpoint, the rows or the windows. --table prints the tables and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_cases import CONTENDERS, GRIDS, HERE, MODELS, TOOLS, Contender, Grid, Tool
-from peers_measure import Bench, check_weights
-from peers_table import key_of, tables
 from safetensors.torch import load_file
 
+from benchmarks.peers_cases import CONTENDERS, GRIDS, HERE, MODELS, TOOLS, Contender, Grid, Tool
+from benchmarks.peers_measure import Bench, check_weights
+from benchmarks.peers_table import key_of, tables
 from lowbit_ft.files.atomic import write_text
 
 VENVS = Path("~/.cache/lowbit_ft/peers").expanduser()
@@ -47,7 +50,9 @@ def options() -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--out", type=Path, default=HERE / "results" / "peers.json")
     p.add_argument("--venvs", type=Path, default=VENVS, help="the environments of the tools")
-    p.add_argument("--install", action="store_true", help="make the environments that are not there, and stop")
+    p.add_argument(
+        "--install", action="store_true", help="make the environments that are not there, and stop"
+    )
     p.add_argument("--table", action="store_true", help="print the tables of --out, and stop")
     p.add_argument("--model-path", nargs=2, action="append", default=[], metavar=("MODEL", "FOLDER"))
     return p.parse_args()
@@ -63,7 +68,7 @@ def python_of(name: str, venvs: Path) -> Path:
     found = venvs / name / "bin" / "python"
     if not found.is_file():
         raise ValueError(
-            f"{found}: no environment for {name}; run: python benchmarks/peers.py --install --venvs {venvs}"
+            f"{found}: no environment for {name}; run: python -m benchmarks.peers --install --venvs {venvs}"
         )
     return found
 
@@ -105,7 +110,9 @@ def run_tool(command: list[str], variables: dict[str, str], log: Path) -> dict[s
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def make_row(bench: Bench, contender: Contender, grid: Grid, seed: int, o: argparse.Namespace) -> dict[str, Any]:
+def make_row(
+    bench: Bench, contender: Contender, grid: Grid, seed: int, o: argparse.Namespace
+) -> dict[str, Any]:
     """Run the tool, check what it left, measure it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

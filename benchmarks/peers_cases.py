@@ -1,7 +1,9 @@
-"""What benchmarks/peers.py compares: models with their text, grids, tools in environments of their own, contenders.
+"""What benchmarks/peers.py compares: models with their text, grids, tools in environments of their own,
+contenders.
 
-Each is a literal table. A new contender of ours is a line of recipe keys; a new peer is a script in peer_tools/, a
-line in TOOLS and a line in CONTENDERS. A row is made again when the line it came from says something else.
+Each is a literal table. A new contender of ours is a line of recipe keys; a new peer is a script in
+peer_tools/, a line in TOOLS and a line in CONTENDERS. A row is made again when the line it came from says
+something else.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def prose() -> list[str]:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint: the texts its rows are cut from, the text it is measured on, and how many windows of it."""
+    """A checkpoint: the texts its rows are cut from, the text it is measured on, and how many windows of
+    it.
+    """
 
     path: Path
     train: Callable[[], list[str]]
@@ -63,7 +67,11 @@ class Model:
 
 MODELS: dict[str, Model] = {
     "tiny-llama": Model(
-        ASSETS / "tiny-llama", lambda: source_files("train.jsonl"), lambda: source_files("valid.jsonl"), 128, 512
+        ASSETS / "tiny-llama",
+        lambda: source_files("train.jsonl"),
+        lambda: source_files("valid.jsonl"),
+        128,
+        512,
     ),
     "smollm2-135m": Model(
         HERE.parent / "runs" / "smollm2-135m",

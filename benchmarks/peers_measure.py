@@ -1,10 +1,12 @@
-"""One measure for every tool: are its weights on the grid that was asked for, and what are they worth in the dense model.
+"""One measure for every tool: are its weights on the grid that was asked for, and what are they worth in the
+dense model.
 
     weight [N, K] = scale * (code - zero), codes 0 .. 2^bits - 1, scale and zero [N, G]; without a zero it is 2^(bits-1)
 
-The check is of values, not of what a tool says of itself: all linears of the decoder layers, each with as many scales
-as the group size gives, at most 2^bits values in any group, and each value an integer number of its scale away from its
-zero. Then the weights are put into the dense model, and perplexity and KL come from the same windows for all.
+The check is of values, not of what a tool says of itself: all linears of the decoder layers, each with as
+many scales as the group size gives, at most 2^bits values in any group, and each value an integer number of
+its scale away from its zero. Then the weights are put into the dense model, and perplexity and KL come from
+the same windows for all.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers_cases import WINDOW, Grid, Model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.peers_cases import WINDOW, Grid, Model
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import EvalRow, Reference, evaluate
@@ -78,7 +80,9 @@ def bits_per_weight(scale: Tensor, zero: Tensor | None, count: int, bits: int) -
 
 
 def check_weights(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[int, ...]], grid: Grid) -> float:
-    """Every layer of names (name -> shape) is there and on the grid. Returns bits per weight, scales included."""
+    """Every layer of names (name -> shape) is there and on the grid. Returns bits per weight, scales
+    included.
+    """
     found = {key.removesuffix(".weight") for key in tensors if key.endswith(".weight")}
     if found != names.keys():
         wrong = sorted(found ^ names.keys())
@@ -104,7 +108,9 @@ class Windows:
 
 
 def cut(model: Model, tokenizer: Any) -> Windows:
-    """The model's texts as windows; the rows are spread evenly over the training text, in a fixed random order."""
+    """The model's texts as windows; the rows are spread evenly over the training text, in a fixed random
+    order.
+    """
     train, valid = _windows(model.train(), tokenizer), _windows(model.valid(), tokenizer)
     for what, there, wanted in (("training", train, model.rows), ("evaluation", valid, model.windows)):
         if len(there) < wanted:
@@ -115,7 +121,9 @@ def cut(model: Model, tokenizer: Any) -> Windows:
 
 
 def _windows(texts: list[str], tokenizer: Any) -> Tensor:
-    """The texts joined by the end-of-text token, cut every WINDOW tokens; what is left at the end is dropped."""
+    """The texts joined by the end-of-text token, cut every WINDOW tokens; what is left at the end is
+    dropped.
+    """
     joined = (tokenizer.eos_token or "\n").join(texts)
     ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int32).view(-1, WINDOW)
@@ -124,7 +132,8 @@ def _windows(texts: list[str], tokenizer: Any) -> Tensor:
 class Bench:
     """A checkpoint, its windows, and the measure of any weights in it.
 
-    ValueError when the checkpoint is not there. `inputs` names all of it: what a row of the results was measured on.
+    ValueError when the checkpoint is not there. `inputs` names all of it: what a row of the results was
+    measured on.
     """
 
     def __init__(self, model: Model):

@@ -1,10 +1,11 @@
-"""The tables of benchmarks/results/peers.json: every contender on every grid, and pairs at equal processor time.
+"""The tables of benchmarks/results/peers.json: every contender on every grid, and pairs at equal processor
+time.
 
     python -m benchmarks.peers_table          # writes them into README.md, between <!-- quality --> and <!-- /quality -->
 
-A cell is the mean over seeds, with the spread (standard deviation of the seeds) where there are several, and below it
-the mean processor seconds of the work. An empty cell was not measured. `make docs` runs it; tests/docs/test_readme.py
-fails while the page says something else.
+A cell is the mean over seeds, with the spread (standard deviation of the seeds) where there are several, and
+below it the mean processor seconds of the work. An empty cell was not measured. `make docs` runs it;
+tests/docs/test_readme.py fails while the page says something else.
 """
 
 from __future__ import annotations
@@ -79,10 +80,11 @@ def quality(rows: list[Row]) -> str:
 
 
 def pairs(rows: list[Row]) -> str:
-    """Markdown: for every peer and grid, the best of ours that took no more processor time, and the difference.
+    """Markdown: for every peer and grid, the best of ours that took no more processor time, and the
+    difference.
 
-    "ahead" and "behind" are by more than both spreads together; anything nearer is "level". One seed has no spread: its
-    verdict is the bare sign, with a question mark.
+    "ahead" and "behind" are by more than both spreads together; anything nearer is "level". One seed has no
+    spread: its verdict is the bare sign, with a question mark.
     """
     by_name = cells(rows)
     lines = ["| grid | peer | ours, in no more time | difference | |", "|---|---|---|--:|---|"]
@@ -145,5 +147,7 @@ def render(page: str, stored: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    write_text(PAGE, render(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))))
+    write_text(
+        PAGE, render(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8")))
+    )
     print(f"wrote {PAGE.name}")

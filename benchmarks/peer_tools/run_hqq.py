@@ -1,7 +1,7 @@
 """HQQ (Half-Quadratic Quantization): no calibration text, a zero point that is no integer, axis 1.
 
-options: those of its BaseQuantizeConfig. Its zero points are 16-bit floats, so a group costs 16 bits more than that of
-an integer zero; `bits_per_weight` of the row says so. It has no symmetric grid.
+options: those of its BaseQuantizeConfig. Its zero points are 16-bit floats, so a group costs 16 bits more
+than that of an integer zero; `bits_per_weight` of the row says so. It has no symmetric grid.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def quantize(spec: Spec) -> tuple[Any, Callable[[], Iterable[Layer]]]:
         for name, linear in linears.items():
             group = linear.in_features if spec.group_size == -1 else spec.group_size
             config = BaseQuantizeConfig(nbits=spec.bits, group_size=group, axis=1, **spec.options)
-            made[name] = HQQLinear(
-                linear, config, compute_dtype=torch.float32, device="cpu", del_orig=False
-            )
+            made[name] = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu", del_orig=False)
 
     def layers() -> Iterable[Layer]:
         for name, layer in made.items():

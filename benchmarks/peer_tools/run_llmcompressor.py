@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323) of llm-compressor: its own settings, only the calibration rows are ours.
 
-options: those of its GPTQModifier (block_size, dampening_frac, actorder, ...). The weights are those it left in the
-model, with the scales and zero points beside them.
+options: those of its GPTQModifier (block_size, dampening_frac, actorder, ...). The weights are those it left
+in the model, with the scales and zero points beside them.
 """
 
 from __future__ import annotations

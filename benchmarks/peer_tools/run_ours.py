@@ -1,13 +1,13 @@
-"""lowbit-ft itself, as a peer among the others: a recipe on the given rows, and the weights that it would ship.
+"""lowbit-ft itself, as a peer among the others: a recipe on the given rows, and the weights that it would
+ship.
 
-options: recipe (dotted keys over the ones below), train (false: the packed base alone, true: trained and merged) and
-full_qat (true: every dense weight is trained behind the grid, benchmarks/full_qat.py).
+options: recipe (dotted keys over the ones below), train (false: the packed base alone, true: trained and
+merged) and full_qat (true: every dense weight is trained behind the grid, benchmarks/full_qat.py).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from child import Layer, Spec, main
 
+from benchmarks.full_qat import FullQATLinear, unrounded
 from lowbit_ft import pipeline
 from lowbit_ft.adapters.attach import packed_layers
 from lowbit_ft.export.reader import read_weights
@@ -25,9 +26,6 @@ from lowbit_ft.session import start
 from lowbit_ft.stages.data import batches, read_data
 from lowbit_ft.stages.quantize import quantize_stage
 from lowbit_ft.train.loop import train
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from full_qat import FullQATLinear, unrounded  # noqa: E402  (a script beside this folder)
 
 
 def recipe_of(spec: Spec, folder: Path) -> Recipe:
@@ -101,7 +99,9 @@ def full_qat(recipe: Recipe) -> list[Layer]:
 def grid_of(
     scale: torch.Tensor, zero: torch.Tensor | None, offset: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ours [G, N] -> scale and zero [N, G]; an offset T is part of the zero: s (q - z) + T = s (q - (z - T / s))."""
+    """Ours [G, N] -> scale and zero [N, G]; an offset T is part of the zero: s (q - z) + T = s (q - (z - T /
+    s)).
+    """
     assert offset is None, "a recipe with float offsets is not compared here"
     return scale.float().t(), None if zero is None else zero.float().t()
 

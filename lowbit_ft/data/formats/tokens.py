@@ -1,6 +1,8 @@
-"""format: tokens. Rows {"input_ids"}, tokenized already; what is learned is `labels` where it is there, else all.
+"""format: tokens. Rows {"input_ids"}, tokenized already; what is learned is `labels` where it is there, else
+all.
 
-A window that another program made, down to the token: nothing is added, no EOS either. train_on says nothing here.
+A window that another program made, down to the token: nothing is added, no EOS either. train_on says nothing
+here.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class TokenIds(Format):
         for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (token, IGNORE):
                 raise BadRow(
-                    f"'labels' has {label} at {place}, where 'input_ids' has {token}; allowed: {token} or {IGNORE}"
+                    f"'labels' has {label} at {place}, where 'input_ids' has {token}; allowed: {token} "
+                    f"or {IGNORE}"
                 )
         return Tokens(ids, [label != IGNORE for label in labels])
 
