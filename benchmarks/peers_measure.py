@@ -1,7 +1,7 @@
 """One measure for every tool: are its weights on the grid that was asked for, and what are they worth in the
 dense model.
 
-    weight [N, K] = scale * (code - zero), codes 0 .. 2^bits - 1, scale and zero [N, G]; without a zero it is 2^(bits-1)
+    weight [N, K] = scale * (code - zero), codes 0 .. 2^bits - 1, scale and zero [N, G]; zero None: 2^(bits-1)
 
 The check is of values, not of what a tool says of itself: all linears of the decoder layers, each with as
 many scales as the group size gives, at most 2^bits values in any group, and each value an integer number of

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BadRow, kind
+from ..windows import IGNORE
 from .base import Format, Tokens
-
-IGNORE = -100  # in labels: not learned, as cross_entropy has it
 
 
 class TokenIds(Format):
