@@ -1,7 +1,7 @@
 """The tables of benchmarks/results/peers.json: every contender on every grid, and pairs at equal processor
 time.
 
-    python -m benchmarks.peers_table      # writes them into README.md, from <!-- quality --> to <!-- /quality -->
+    python -m benchmarks.peers_table    # writes them into README.md, <!-- quality --> to <!-- /quality -->
 
 A cell is the mean over seeds, with the spread (standard deviation of the seeds) where there are several, and
 below it the mean processor seconds of the work. An empty cell was not measured. `make docs` runs it;

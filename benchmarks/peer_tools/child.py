@@ -62,7 +62,7 @@ def dense_model(spec: Spec, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(spec.model, dtype=dtype).eval()
 
 
-def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
+def decoder_linears(model: Any) -> dict[str, Any]:
     """The linears of the decoder layers by their name in the checkpoint."""
     return {
         name: module

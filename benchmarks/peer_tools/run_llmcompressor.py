@@ -13,19 +13,24 @@ from child import Layer, Spec, decoder_linears, dense_model, main
 
 
 def quantize(spec: Spec) -> tuple[Any, Callable[[], Iterable[Layer]]]:
-    # pyright: reportMissingImports=false
-    # (these packages live in the peer's own environment)
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        QuantizationStrategy,
+        QuantizationType,
+    )
     from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]  # of the peer's environment
+    from llmcompressor.modifiers.quantization import (  # pyright: ignore[reportMissingImports]  # as above
+        GPTQModifier,
+    )
 
     model, ids = dense_model(spec), spec.ids()
     weights = QuantizationArgs(
         num_bits=spec.bits,
-        type="int",
+        type=QuantizationType.INT,
         symmetric=spec.symmetric,
-        strategy="channel" if spec.group_size == -1 else "group",
+        strategy=QuantizationStrategy.CHANNEL if spec.group_size == -1 else QuantizationStrategy.GROUP,
         group_size=None if spec.group_size == -1 else spec.group_size,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
