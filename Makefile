@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
-MARKDOWN = README.md CHANGELOG.md CONTRIBUTING.md docs kernels/README.md recipes/assets/README.md
+MARKDOWN = README.md CHANGELOG.md CONTRIBUTING.md docs kernels/README.md recipes/assets/README.md benchmarks/data/README.md
 
 .PHONY: quickstart test lint docs install clean
 
@@ -39,6 +39,7 @@ docs: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks.data_table
 	$(VENV)/bin/python -m benchmarks.format_table
 	$(VENV)/bin/python -m benchmarks.plan_targets --write
+	$(VENV)/bin/python -m benchmarks.peers_table
 
 install: $(VENV)/installed
 

@@ -95,7 +95,7 @@ class Bench:
         with start(recipe) as session:
             synthesis_stage(session)
         files = sorted((recipe.output / "synthesis" / "train").glob("*.jsonl"))
-        return [json.loads(line)["ids"] for file in files for line in file.open("rb")]
+        return [json.loads(line)["input_ids"] for file in files for line in file.open("rb")]
 
     def source(self, name: str, seed: int) -> Path:
         """The file of a source for this seed; all three have the tokens of what the model wrote."""
@@ -110,7 +110,7 @@ class Bench:
             assert len({sum(map(len, ids)) for ids in sources.values()}) == 1, "sources differ in tokens"
             for key, ids in sources.items():
                 self.files[key, seed] = self.folder / f"{key}-{seed}.jsonl"
-                self.files[key, seed].write_text("".join(json.dumps({"ids": row}) + "\n" for row in ids))
+                self.files[key, seed].write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
         return self.files[name, seed]
 
     def real(self, tokens: int, draw: random.Random) -> list[list[int]]:
@@ -130,7 +130,7 @@ class Bench:
         rates = dict(item.split(":") for item in o.learning_rate)
         recipe = self.recipe(
             f"{source}-w{bits}g{group}-{signal}-{seed}",
-            {"train": {"path": str(path), "format": "ids"}},
+            {"train": {"path": str(path), "format": "tokens"}},
             quant={
                 "bits": bits,
                 "group_size": group,

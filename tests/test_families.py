@@ -251,10 +251,10 @@ def the_likeliest_tokens(run: Run) -> None:
     lines = [json.loads(x) for f in (run.folder / "synthesis").rglob("*.jsonl") for x in f.open()]
     assert sorted(row["row"] for row in lines) == list(range(6))
     for row in lines:
-        ids = torch.tensor([row["ids"]])
+        ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
             likeliest = model(input_ids=ids).logits[0, :-1].argmax(-1)
-        assert row["ids"][0] == row["row"] and likeliest.tolist() == row["ids"][1:]
+        assert row["input_ids"][0] == row["row"] and likeliest.tolist() == row["input_ids"][1:]
 
 
 def steps_of_one_size(run: Run) -> None:

@@ -205,7 +205,7 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
         group=group,
         group_why=group_why,
         format="chat" if chat else "text",
-        format_why='rows {"messages": [...]}; or completion, alpaca, text'
+        format_why='rows {"messages": [...]}; or completion, alpaca, text, tokens'
         if chat
         else 'rows {"text": ...}; the model has no chat template',
         window=window,

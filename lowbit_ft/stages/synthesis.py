@@ -165,7 +165,7 @@ def _written(session: Session, part: str) -> DataSource:
     entries = [shard.files for shard in written_rows(session).shards.values()]
     files = {name: entry for files in entries for name, entry in files.items()}
     refuse_changed(folder, {n: e for n, e in files.items() if n.startswith(f"{part}/")}, whole=True)
-    return DataSource(path=str(folder / part), format="ids")
+    return DataSource(path=str(folder / part), format="tokens")
 
 
 def rows_key(session: Session) -> Any:

@@ -6,6 +6,7 @@ them.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from lowbit_ft.data.chat import ChatTemplate
 from lowbit_ft.data.columns import LEARN_KEYS
 from lowbit_ft.data.errors import BadRow, DataError
-from lowbit_ft.data.formats import FORMATS, format_of
+from lowbit_ft.data.formats import FORMATS, Tokens, format_of
 from lowbit_ft.data.windows import Example
 from tests.chat_templates import (
     LLAMA3,
@@ -289,6 +290,29 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
     assert load(write(tmp_path, [twice]), tokenizer()).report.unread == {"conversations": 1}
 
 
+def test_ready_tokens_are_taken_as_they_are(tmp_path):
+    """Nothing is added; labels say what is learned; a window of exactly sequence_len stays one window."""
+    form = format_of("tokens", "assistant", tokenizer())
+    assert form({"input_ids": [5, 0, 7]}) == Tokens([5, 0, 7], [True] * 3)
+    assert form({"input_ids": [5, 0, 7], "labels": [-100, 0, -100]}).learned == [False, True, False]
+    rows = [{"input_ids": list(range(i, i + 8))} for i in range(3)]
+    for packing in (True, False):
+        found = load(write(tmp_path, rows), tokenizer(), "tokens", sequence_len=8, packing=packing)
+        assert sorted(found[i].input_ids for i in range(len(found))) == [row["input_ids"] for row in rows]
+    for row, problem in (
+        ({"ids": [1]}, "key 'input_ids' is missing; the row's keys are: 'ids'"),
+        ({"input_ids": "1 2"}, "'input_ids' must be a list of integers; got a string"),
+        ({"input_ids": [1, 2.5]}, "input_ids[1] must be an integer; got 2.5"),
+        ({"input_ids": [True]}, "input_ids[0] must be an integer; got True"),
+        ({"input_ids": []}, "'input_ids' is empty"),
+        ({"input_ids": [4, -1]}, "'input_ids' has -1"),
+        ({"input_ids": [4, 5], "labels": [4]}, "'labels' has 1 numbers and 'input_ids' 2"),
+        ({"input_ids": [4, 5], "labels": [4, 6]}, "'labels' has 6 at 1, where 'input_ids' has 5"),
+    ):
+        with pytest.raises(BadRow, match=re.escape(problem)):
+            form(row)
+
+
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_every_column_of_the_table_is_read(format):
     """With another value in it the tokens differ, or the row is refused."""
@@ -297,10 +321,12 @@ def test_every_column_of_the_table_is_read(format):
         "completion": {"prompt": "a", "completion": "b"},
         "alpaca": {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]},
         "text": {"text": "a"},
+        "tokens": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     }
+    kept = {"conversations", "learned", "row", "text", "messages"} if format == "tokens" else {"conversations"}
     form = format_of(format, "assistant", tokenizer(QWEN3))
     row = full[format]
-    assert FORMATS[format].columns.keys() - {"conversations"} == row.keys()
+    assert FORMATS[format].columns.keys() - kept == row.keys()
     for column in row:
         other = json.loads(
             json.dumps(row[column]).replace('"', '"z', 1) if isinstance(row[column], str) else "[]"

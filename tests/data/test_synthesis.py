@@ -214,13 +214,13 @@ def test_a_chat_is_what_the_template_writes_and_its_answer_is_learned(tokenizer:
     ]
     text = tokenizer.apply_chat_template(facts["messages"], tokenize=False).rstrip("\n")
     assert tokenizer.decode(row.ids) == text
-    tokens = format_of("ids", "assistant", tokenizer)({"ids": row.ids, **facts})
+    tokens = format_of("tokens", "assistant", tokenizer)({"input_ids": row.ids, **facts})
     learned = [i for i, flag in zip(tokens.input_ids, tokens.learned, strict=True) if flag]
     assert learned == [*answer, 3] and tokens.input_ids == row.ids
     theirs = format_of("chat", "assistant", tokenizer)({"messages": facts["messages"]})
     taught = [i for i, flag in zip(theirs.input_ids, theirs.learned, strict=True) if flag]
     assert learned == taught, "the chat format learns other tokens of this chat"
-    assert all(format_of("ids", "all", tokenizer)({"ids": row.ids, **facts}).learned)
+    assert all(format_of("tokens", "all", tokenizer)({"input_ids": row.ids, **facts}).learned)
 
 
 def test_a_chat_that_does_not_end(tokenizer: Any) -> None:
@@ -255,8 +255,8 @@ def test_ids_are_not_tokenized_again(tokenizer: Any, tmp_path: Path) -> None:
     odd = [[265, 17, 5, 6, 7], [9, 9, 9, 0]]  # whose text is tokenized to something else
     assert tokenizer(tokenizer.decode(odd[0]))["input_ids"] != odd[0]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"ids": ids, "text": "x"}) + "\n" for ids in odd))
-    examples = load(path, tokenizer, "ids")
+    path.write_text("".join(json.dumps({"input_ids": ids, "text": "x"}) + "\n" for ids in odd))
+    examples = load(path, tokenizer, "tokens")
     assert [e.input_ids for e in examples] == odd
     assert examples[0].labels == [-100, *odd[0][1:]]
 
@@ -264,17 +264,16 @@ def test_ids_are_not_tokenized_again(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({}, "'ids' must be a list of token ids; got null"),
-        ({"ids": []}, "without any"),
-        ({"ids": [1, "2"]}, "ids[1] must be a token id; got '2'"),
-        ({"ids": [1, True]}, "ids[1] must be a token id; got True"),
-        ({"ids": [1, -2]}, "ids[1] must be a token id; got -2"),
-        ({"ids": [1, 2], "learned": [[0, 3]]}, "within the 2 ids"),
+        ({"input_ids": [1, "2"]}, "input_ids[1] must be an integer; got '2'"),
+        ({"input_ids": [1, True]}, "input_ids[1] must be an integer; got True"),
+        ({"input_ids": [1, 1 << 31]}, "has 2147483648"),
+        ({"input_ids": [1, 2], "learned": [[0, 3]]}, "within the 2 input_ids"),
+        ({"input_ids": [1, 2], "learned": [[0, 1]], "labels": [1, 2]}, "give one of them"),
     ],
 )
 def test_wrong_ids_are_refused(tokenizer: Any, row: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRow) as error:
-        format_of("ids", "assistant", tokenizer)(row)
+        format_of("tokens", "assistant", tokenizer)(row)
     assert words in str(error.value)
 
 
@@ -324,8 +323,8 @@ def test_a_stopped_folder_goes_on_to_the_same_bytes(
     assert state.count("dropped") and state.reasons == {"repetition": state.count("dropped")}
     stored = [json.loads(line) for n, c in whole.items() if n != MANIFEST for line in c.decode().splitlines()]
     assert sorted(row["row"] for row in stored) == list(range(20))
-    assert all(tokenizer.decode(r["ids"], skip_special_tokens=True) == r["text"] for r in stored)
-    assert state.tokens == sum(len(row["ids"]) for row in stored)
+    assert all(tokenizer.decode(r["input_ids"], skip_special_tokens=True) == r["text"] for r in stored)
+    assert state.tokens == sum(len(row["input_ids"]) for row in stored)
     for stop in (10, 150, 301):
         with pytest.raises(Killed):
             run(tmp_path / "part", model, v, config, stop_after=stop)
@@ -341,7 +340,7 @@ def test_a_stopped_folder_goes_on_to_the_same_bytes(
 def test_a_text_may_hold_ends_of_lines(tmp_path: Path) -> None:
     """JSON escapes line feeds, but not all that Python's splitlines splits at."""
     rows = RowsFolder(tmp_path, "key")
-    row = {"row": 0, "ids": [5, 6], "text": "a\u2028b\x85c\nd"}
+    row = {"row": 0, "input_ids": [5, 6], "text": "a\u2028b\x85c\nd"}
     rows.put(0, {"train": [row], "valid": [], "dropped": []}, 2)
     again = RowsFolder(tmp_path, "key")
     assert again.missing(1) == [] and again.names(0) == [row_name([5, 6])]
@@ -354,7 +353,7 @@ def test_what_was_changed_is_refused(
     run(tmp_path, model, v, config)
     name = next(n for n in contents(tmp_path) if n.startswith("train/"))
     before = (tmp_path / name).read_text()
-    (tmp_path / name).write_text(before.replace('"ids": [', '"ids": [7, ', 1))
+    (tmp_path / name).write_text(before.replace('"input_ids": [', '"input_ids": [7, ', 1))
     with pytest.raises(ValueError, match="is not the one that was written; remove it"):
         run(tmp_path, model, v, config)
     other = config.model_copy(update={"seed": 1})

@@ -184,7 +184,15 @@ def test_the_memory_of_the_real_run_is_what_plan_predicts() -> None:
     assert f"comes to {(made.stages['training'] - made.parts['context']) / 1e9:.2f})" in MEMORY
 
 
-def test_the_quality_table_is_what_was_measured(
+def test_the_quality_tables_of_the_readme_are_those_of_the_rows() -> None:
+    from benchmarks import peers_table
+
+    stored = json.loads(peers_table.RESULTS.read_text(encoding="utf-8"))
+    assert peers_table.render(README, stored) == README, "run: python -m benchmarks.peers_table"
+    assert stored["rows"] and all(row["contender"] in README for row in stored["rows"])
+
+
+def test_the_table_of_methods_is_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # scripts import their neighbours
@@ -193,7 +201,8 @@ def test_the_quality_table_is_what_was_measured(
     rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
     quality.print_table(rows)
     printed = capsys.readouterr().out
-    assert printed.count("\n") > 8 and printed.strip() in README
+    page = (ROOT / "docs" / "choosing-a-method.md").read_text(encoding="utf-8")
+    assert printed.count("\n") > 8 and printed.strip() in page
 
 
 def test_the_number_of_architectures_is_that_of_the_table() -> None:

@@ -64,7 +64,7 @@ def test_the_whole_line_without_a_data_file(tmp_path: Path, capsys: pytest.Captu
     report = (run / "report.html").read_text()
     assert "Rows that the model wrote" in report and f"{state.count('train')}" in report
     with resume(run) as session:  # what evaluate and the other commands look at
-        assert train_source(session).format == "ids" and valid_source(session) is not None
+        assert train_source(session).format == "tokens" and valid_source(session) is not None
     _, trained, _ = read_adapter(run / "adapter")
 
     pipeline.run(recipe(run))  # again: nothing is written, packed or trained again

@@ -11,15 +11,15 @@ from .alpaca import Alpaca
 from .base import Format, Tokens
 from .chat import Chat
 from .completion import Completion
-from .ids import Ids
 from .text import Text
+from .tokens import TokenIds
 
 FORMATS: dict[str, type[Format]] = {
     "chat": Chat,
     "completion": Completion,
     "alpaca": Alpaca,
     "text": Text,
-    "ids": Ids,
+    "tokens": TokenIds,
 }
 
 

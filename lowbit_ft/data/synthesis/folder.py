@@ -1,7 +1,7 @@
 """synthesis/ of a run: the rows, shard by shard, and the manifest that knows them.
 
     lowbit_ft.json        what the rows are made of (key), counts, and every file with its hash; sealed
-    train/00000.jsonl     the rows of shard 0 to train on      {"ids", "text" | "messages", ...}
+    train/00000.jsonl     the rows of shard 0 to train on      {"input_ids", "text" | "messages", ...}
     valid/00000.jsonl     rows for validation
     dropped/00000.jsonl   what the filter left out, with the reason
 
@@ -96,7 +96,7 @@ class RowsFolder:
             if not name.startswith("dropped/"):
                 # by bytes: a text may hold what Python takes for the end of a line (U+2028)
                 with open(self.folder / name, "rb") as lines:
-                    found += [row_name(json.loads(line)["ids"]) for line in lines]
+                    found += [row_name(json.loads(line)["input_ids"]) for line in lines]
         return found
 
     def _clear(self) -> None:
@@ -190,7 +190,7 @@ def _judged(
     row: Row, number: int, config: SynthesisConfig, voice: Voice, seen: set[str]
 ) -> tuple[str, dict[str, Any]]:
     """The part that a row belongs to, and the row as it is stored."""
-    stored = {"row": number, "ids": row.ids, **row.facts()}
+    stored = {"row": number, "input_ids": row.ids, **row.facts()}
     wrote = row.wrote()
     reason = why_dropped(wrote, "".join(voice.text(part) for part in wrote), config.filter)
     name = row_name(row.ids)
