@@ -110,7 +110,9 @@ class Bench:
             assert len({sum(map(len, ids)) for ids in sources.values()}) == 1, "sources differ in tokens"
             for key, ids in sources.items():
                 self.files[key, seed] = self.folder / f"{key}-{seed}.jsonl"
-                self.files[key, seed].write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+                self.files[key, seed].write_text(
+                    "".join(json.dumps({"input_ids": row}) + "\n" for row in ids)
+                )
         return self.files[name, seed]
 
     def real(self, tokens: int, draw: random.Random) -> list[list[int]]:

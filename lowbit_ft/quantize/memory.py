@@ -35,7 +35,7 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 @dataclass(frozen=True)
 class QuantizeMemory:
-    """Bytes. calibration, teacher, reference and reconstruction: CPU memory of the walks of a calibrator, of a
+    """Bytes. calibration, teacher, reference and reconstruction: CPU memory of the walks of a calibrator, a
     teacher (train.teacher), of evaluation (eval.kl) and of train.reconstruct, one after the other. The rest
     is on the device: outside, what the model has beside its layers (embedding and head), and one dense layer,
     for all walks; hessians and work while packing."""

@@ -36,7 +36,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from ..model.upload import upload
 from ..signals import Lesson
 from .log import TrainLog
 from .losses import LABELS

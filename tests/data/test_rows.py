@@ -323,7 +323,9 @@ def test_every_column_of_the_table_is_read(format):
         "text": {"text": "a"},
         "tokens": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     }
-    kept = {"conversations", "learned", "row", "text", "messages"} if format == "tokens" else {"conversations"}
+    kept = (
+        {"conversations", "learned", "row", "text", "messages"} if format == "tokens" else {"conversations"}
+    )
     form = format_of(format, "assistant", tokenizer(QWEN3))
     row = full[format]
     assert FORMATS[format].columns.keys() - kept == row.keys()
