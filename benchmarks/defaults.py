@@ -64,7 +64,7 @@ class Bed:
         self.data = {
             task: self.windows_of(task, self.tokenizer, o.window, o.valid_windows) for task in o.tasks
         }
-        self.starts: dict[tuple[str, str], float] = {}
+        self.starts: dict[str, float] = {}
 
     @staticmethod
     def windows_of(

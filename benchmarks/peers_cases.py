@@ -170,6 +170,7 @@ def _dotted(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 # torch.compile off: on a CPU it costs AutoRound more than it gives at these sizes (LOG.md).
+TAUGHT: dict[str, Any] = {"train__signal__kind": "logits", "train__teacher": "cached"}
 EAGER = {"enable_torch_compile": False}
 CONTENDERS: dict[str, Contender] = {
     "HQQ": Contender("hqq", seeded=False, symmetric=False),
@@ -183,4 +184,7 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, dl_qat": trained("dl_qat", "gptq"),
     "gptq, l4q": trained("l4q", "gptq"),
     "gptq, full QAT": full_qat("gptq"),
+    "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
+    "signround": start(quant__calibrate="signround", quant__calibration__samples=128),
+    "signround, lr_qat, KL": trained("lr_qat", "signround", 60, quant__calibration__samples=128, **TAUGHT),
 }

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from child import Layer, Spec, main
 
-from benchmarks.full_qat import FullQATLinear, unrounded
+from benchmarks.full_qat import FullQATLinear
 from lowbit_ft import pipeline
 from lowbit_ft.adapters.attach import packed_layers
 from lowbit_ft.export.reader import read_weights
@@ -84,7 +84,7 @@ def full_qat(recipe: Recipe) -> list[Layer]:
         model.requires_grad_(False)
         for name, layer in list(packed_layers(model)):
             assert isinstance(layer.base, PackedWeight)
-            model.set_submodule(name, FullQATLinear(layer, unrounded(layer.base)))
+            model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
         order = batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True)
         train(model, order, None, recipe.train, session.run.path, console=session.console)
     out = []

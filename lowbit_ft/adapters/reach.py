@@ -37,7 +37,9 @@ def reach(model: nn.Module, total_rate: float) -> Reach | None:
     needed = []
     for _, layer in adapted_layers(model):
         adapter, base = layer.adapter, layer.base
-        config = adapter.config if isinstance(adapter, Adapter) else None
+        if not isinstance(adapter, Adapter):
+            return None
+        config = adapter.config
         if not isinstance(config, LowRankOptions) or config.live_grid or not isinstance(base, PackedWeight):
             return None  # no such product, or the trained scale moves codes too
         factors = dict(adapter.named_parameters())

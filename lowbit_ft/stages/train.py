@@ -125,13 +125,15 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     windows = batches(session, model, examples, section.micro_batch_size, shuffle=False)
     total = total_steps(section, windows)
     factors = sum(lr_factor(section, step, total) for step in range(total))
-    found = reach(model, section.learning_rate * factors)
+    rate = section.learning_rate
+    assert rate != "auto", "resolved when the recipe was read"
+    found = reach(model, rate * factors)
     if found is None or 2 * found.still < found.layers:
         return
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
     least = found.needed / factors
     session.say(
-        f"warning: train.learning_rate {section.learning_rate:g} for {total} steps moves no code in "
+        f"warning: train.learning_rate {rate:g} for {total} steps moves no code in "
         f"{found.still} of {found.layers} layers: the low-rank product stays below the distance to the next "
         f"code, and only scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} "
         "(a LoRA's rate is too small here: what is trained must cross a step of the grid)"

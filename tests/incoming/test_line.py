@@ -304,7 +304,7 @@ def test_a_hub_checkpoint_says_its_grid_once_it_is_here(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoint, "locate", fetch)
     recipe = load_recipe(write_recipe(tmp_path, Path("org/tiny")))
-    assert recipe.quant.calibrate == "mse" and recipe.quant.group_size == 128
+    assert recipe.quant.calibrate == "gptq" and recipe.quant.group_size == 128
     begun = session.start(recipe)
     quant = begun.recipe.quant
     assert (quant.calibrate, quant.group_size, quant.symmetric, quant.residual_bits) == (
