@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..adapters.rates import rate_for
 from ..names import HUB_ID
-from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
+from ..recipe.layers import POSITIONS, Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.sections.quant import QuantSection
 from .places import refuse_existing
 
@@ -172,7 +172,7 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
         group_why = f"divides the layers' inputs ({all_widths}); " + (
             "the whole row" if group == -1 else "smaller is more exact"
         )
-        window = min(window, shapes.number("max_position_embeddings", "n_positions") or window)
+        window = min(window, shapes.number(*POSITIONS) or window)
         chat = has_chat_template(shapes.folder)
         groups = sum(x.out_features * (1 if group == -1 else x.in_features // group) for x in shapes.linears)
         packed = (weights / 2 + 2 * groups) / 1e6

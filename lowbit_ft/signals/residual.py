@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..grid.calibrate import CALIBRATORS
 from ..model.heads import Answering, resting
 from ..model.unrounded import unrounded
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
@@ -47,6 +48,12 @@ class Residual(Teacher):
                 "id of the dense model, or train.signal.kind: labels"
             ]
         grid = quant.grid_for("")
+        calibrator = CALIBRATORS.get(quant.calibrate)
+        if calibrator is not None and calibrator.needs_text:
+            return [
+                f"quant.calibrate: {quant.calibrate} moves the weights before it rounds them, and the residual "
+                f"is that of the moved ones: no teacher; {cls.instead}"
+            ]
         if not getattr(grid, "residual_bits", 0) and grid.bits < 8:
             return [
                 "this base keeps no residual; set quant.residual_bits: 4 on an integer grid, "
