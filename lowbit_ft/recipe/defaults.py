@@ -45,7 +45,10 @@ def taken(recipe: Any) -> list[str]:
         scales = "" if train.scale_learning_rate is None else f", of scales {train.scale_learning_rate:g}"
         found.append(f"train.learning_rate: {train.learning_rate:g}{scales} ({why})")
     data = recipe.data
-    if "sequence_len" in unsaid(data) and data.sequence_len != type(data).model_fields["sequence_len"].default:
+    if (
+        "sequence_len" in unsaid(data)
+        and data.sequence_len != type(data).model_fields["sequence_len"].default
+    ):
         found.append(f"data.sequence_len: {data.sequence_len} (all positions that the model has)")
     return found
 
@@ -63,9 +66,7 @@ def _cut(section: Any, limit: int) -> Any:
     if not isinstance(section, Section):
         return section
     changed = {name: cut for name, value in section if (cut := _cut(value, limit)) is not value}
-    changed |= {
-        name: limit for name in LENGTHS & unsaid(section) if getattr(section, name) > limit
-    }
+    changed |= {name: limit for name in LENGTHS & unsaid(section) if getattr(section, name) > limit}
     if not changed:
         return section
     kept = section.model_fields_set

@@ -66,7 +66,9 @@ def to_problems(section: str, annotation: Any, details: list[ErrorDetails], give
         "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
     )
     wrong = [detail for detail in details if detail["type"] != told]
-    problems = _one_each([_to_problem(section, annotation, detail, given) for detail in wrong[:MOST_PROBLEMS]])
+    problems = _one_each(
+        [_to_problem(section, annotation, detail, given) for detail in wrong[:MOST_PROBLEMS]]
+    )
     if len(wrong) > MOST_PROBLEMS:
         problems.append(Problem((section,), f"and {len(wrong) - MOST_PROBLEMS} more problems"))
     return problems

@@ -48,16 +48,16 @@ class Residual(Teacher):
                 "id of the dense model, or train.signal.kind: labels"
             ]
         grid = quant.grid_for("")
-        calibrator = CALIBRATORS.get(quant.calibrate)
-        if calibrator is not None and calibrator.needs_text:
-            return [
-                f"quant.calibrate: {quant.calibrate} moves the weights before it rounds them, and the residual "
-                f"is that of the moved ones: no teacher; {cls.instead}"
-            ]
         if not getattr(grid, "residual_bits", 0) and grid.bits < 8:
             return [
                 "this base keeps no residual; set quant.residual_bits: 4 on an integer grid, "
                 "train.teacher: cached, or train.signal.kind: labels"
+            ]
+        calibrator = CALIBRATORS.get(quant.calibrate)
+        if calibrator is not None and calibrator.needs_text:
+            return [
+                f"quant.calibrate: {quant.calibrate} moves the weights before it rounds them, and the "
+                f"residual is that of the moved ones: no teacher; {cls.instead}"
             ]
         return []
 

@@ -33,7 +33,8 @@ WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so 
 
 def ready_teacher(session: Session, examples: Examples) -> None:
     """Refuse, before anything is quantized, what can be known of a teacher by then: another checkpoint is
-    fetched and its tokens are compared, and a shared folder of answers is one for these windows. ValueError."""
+    fetched and its tokens are compared, and a shared folder of answers is one for these windows.
+    ValueError."""
     section = session.recipe.train
     if not SIGNALS[section.signal.kind].asks:
         return
@@ -50,7 +51,10 @@ def other_checkpoint(session: Session, source: str) -> Checkpoint:
     try:
         checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
     except ValueError as error:
-        raise ValueError(f"train.teacher: {error}") from error
+        raise ValueError(
+            f"train.teacher: {error}; give one of {', '.join(TEACHERS)}, or the folder or hub id of a model "
+            "with the same tokens"
+        ) from error
     if reason := unlike(checkpoint.folder, session.checkpoint.folder):
         raise ValueError(f"train.teacher: got {source!r}, but {reason}")
     return checkpoint

@@ -133,8 +133,8 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
     least = found.needed / factors
     way_out = (
-        f"set train.learning_rate: auto, which is {usual:g} here (a LoRA's rate is too small: what is trained "
-        f"must cross a step of the grid)"
+        f"set train.learning_rate: auto, which is {usual:g} here (a LoRA's rate is too small: what is "
+        "trained must cross a step of the grid)"
         if least <= usual
         else f"so few steps reach none at the usual {usual:g} either: raise train.max_steps"
     )

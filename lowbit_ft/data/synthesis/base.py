@@ -80,7 +80,10 @@ class SynthesisConfig(BaseModel):
         least = self.filter.min_tokens
         if least < max_len:
             return None
-        return "filter", f"got min_tokens {least} of rows of {max_len} tokens, so none would be left; lower it"
+        return (
+            "filter",
+            f"got min_tokens {least} of rows of {max_len} tokens, so none would be left; lower it",
+        )
 
     def most_rows(self, vocabulary: int) -> int:
         """Rows at most, for a model of so many tokens."""
