@@ -66,6 +66,8 @@ data:
 train:
   max_steps: 1000                    # or epochs: 1; 0 with reconstruct: quantize only
   # reconstruct: {{}}                  # fit each layer to the dense one first: a better start at 2 and 3 bits
+  # signal: {{kind: mix}}              # learn a teacher's next-token distribution beside the labels (logits:
+  # teacher: cached                  # instead of them); cached: full precision, asked once before training
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
   learning_rate: auto                # of A and B, here {rate:g}: {rate_why};

@@ -132,11 +132,12 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
         return
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
     least = found.needed / factors
+    length = "epochs" if section.max_steps is None else "max_steps"
     way_out = (
         f"set train.learning_rate: auto, which is {usual:g} here (a LoRA's rate is too small: what is "
         "trained must cross a step of the grid)"
         if least <= usual
-        else f"so few steps reach none at the usual {usual:g} either: raise train.max_steps"
+        else f"so few steps reach none at the usual {usual:g} either: raise train.{length}"
     )
     session.say(
         f"warning: train.learning_rate {rate:g} for {total} steps moves no code in "
