@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 QUICK, SHAPES = RECIPES / "quickstart.yaml", ROOT / "tests" / "configs"
 TINY = RECIPES / "assets" / "tiny-llama"
-CONFIG = {"opt": "opt_1b3", "llama31": "llama31_8b", "smollm2": "smollm2_135m"}  # recipe's name -> whose config.json
+CONFIG = {"opt": "opt_1b3", "llama31": "llama31_8b", "smollm2": "smollm2_135m"}  # recipe -> whose shapes
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 
 
