@@ -25,6 +25,7 @@ from ..plan.fixes import (
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.reconstruct import duration, reconstruct_words
 from ..plan.stages import throughput
+from ..recipe.defaults import taken
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
 
@@ -197,6 +198,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         ),
         ("export", recipe.export.format),
         ("output", str(recipe.output)),
+        *(("auto", line) for line in taken(recipe)),
     ):
         console.print(f"{label:>8}  {text}", markup=False, highlight=False, soft_wrap=True)
 

@@ -75,7 +75,7 @@ def notes(recipe: Any) -> list[str]:
     """
     found = []
     if (recipe.output / "recipe.yaml").is_file():
-        found.append(f"{recipe.output} holds a run already: it is continued from its newest valid checkpoint")
+        found.append(f"{recipe.output} holds a run already: it is continued from what is finished there")
     if not recipe.adapter.exact_merge:
         found.append(
             f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and "
@@ -103,6 +103,11 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             "the table is measured on text that the model wrote itself (data.synthesis): perplexities are "
             "low there; set eval.data for those of other text"
+        )
+    elif recipe.eval.perplexity and not other_text:
+        found.append(
+            "the table is measured on the training rows, which flatters what was trained on them; set "
+            "data.valid or eval.data"
         )
     exporter = EXPORTERS[recipe.export.format]
     found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from lowbit_ft.adapters.rates import OTHERS, RATES
+from lowbit_ft.recipe.check import notes
 from lowbit_ft.recipe.defaults import taken
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 
@@ -76,6 +77,7 @@ def test_lengths_that_are_not_said_fit_the_model(tmp_path: Path):
     assert got.data.sequence_len == 1024
     assert got.quant.calibration.sequence_len == 512 and got.train.reconstruct is not None
     assert got.train.reconstruct.sequence_len == 512, "below what the model has: left as it is"
+    assert any("measured on the training rows" in note for note in notes(got)), "it has no data.valid"
     assert taken(got)[-1] == "data.sequence_len: 1024 (all positions that the model has)"
 
 

@@ -149,7 +149,7 @@ def check_lengths(r: Any) -> Problems:
     limit = shapes.number(*POSITIONS) if shapes else None
     if limit is None:
         return
-    windows = [(("data", "sequence_len"), r.data.sequence_len)]
+    windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), r.data.sequence_len)]
     if hasattr(r, "eval"):
         windows.append((("eval", "window"), r.eval.window))
     if hasattr(r, "quant") and r.quant.reads_text:
