@@ -31,9 +31,10 @@ FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
 
 
-def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
-    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded. ValueError
-    for a teacher that cannot be made or is not near enough to full precision."""
+def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | None) -> Lesson:
+    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded; fitted:
+    what the adapters were fitted to before (reconstruct_stage), if they were. ValueError for a teacher that
+    cannot be made or is not near enough to full precision."""
     section = session.recipe.train
     signal = SIGNALS[section.signal.kind]
     if not signal.asks:
@@ -55,7 +56,7 @@ def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
     )
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():
-        measured = measure(session, model, teacher)
+        measured = measure(session, model, teacher, fitted)
     if measured is not None:
         _judge(session, teacher, measured)
     return Lesson(signal, section.signal, teacher)
@@ -86,24 +87,29 @@ def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
     return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
 
 
-def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | None:
+def measure(
+    session: Session, model: Any, teacher: Teacher, fitted: str | None = None
+) -> TeacherMeasure | None:
     """KL to full precision of a live teacher and of the student as it starts; by the main process, once per
     run. None for a teacher that is full precision by what it is made of."""
     found = teacher.model()
     if found is None:
         return None
     other, at_work = found
+    recipe = session.recipe
     key = {
         "teacher": teacher.facts,
         "base": base_digest(model),
-        "adapter": session.recipe.adapter.model_dump(mode="json"),
-        "data": rows_key(session),
+        "adapter": recipe.adapter.model_dump(mode="json"),
+        "fitted": fitted,
+        "data": [rows_key(session), recipe.data.sequence_len, recipe.data.packing, recipe.data.on_bad_row],
+        "dtype": recipe.model.dtype,
     }
     stored = session.run.read_json(FILE, TeacherMeasure | None, None)
     if stored is not None and stored.of == key:
         return stored
     assert session.run.main, "the main process has measured it"
-    length = min(TOKENS, session.recipe.data.sequence_len)
+    length = min(TOKENS, recipe.data.sequence_len)
     whole = {"sequence_len": length, "train_on": "all"}
     rows = first_windows(session, train_source(session), WINDOWS, whole)
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())
