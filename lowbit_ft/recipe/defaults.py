@@ -48,8 +48,9 @@ def taken(recipe: Any) -> list[str]:
     if "calibrate" not in quant.model_fields_set:
         why = f"the default at {quant.bits} bits"
         if quant.reads_text:
-            source = quant.calibration.path or recipe.data.train.path
-            why = f"the default at {quant.bits} bits; it looks at rows of {source}"
+            why += f"; it looks at rows of {quant.calibration.path or recipe.data.train.path}"
+        elif (other := quant.start(rows=True)) != quant.calibrate:
+            why += f" without data.train; {other}, if it is named, looks at the rows that the model writes"
         found.append(f"quant.calibrate: {quant.calibrate} ({why})")
     if "learning_rate" not in train.model_fields_set:
         why = rate_for(adapter.method, quant.bits)[1]

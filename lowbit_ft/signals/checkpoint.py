@@ -42,8 +42,6 @@ def unlike(theirs: Path, ours: Path) -> str | None:
 
 
 class OtherModel(Teacher):
-    instead = "set train.teacher to a model that is nearer, or signal.kind: labels"
-
     def __init__(self, model: Any, facts: dict[str, Any]) -> None:
         super().__init__(facts)
         self.other: Any = model.eval().requires_grad_(False)

@@ -220,9 +220,8 @@ class Told:
 
     def __str__(self) -> str:
         spent = time.monotonic() - self.began
-        share = (
-            self.rows / self.total if self.rows else self.tokens / self.longest
-        )  # a bound, before the first row
+        # before the first row a bound
+        share = self.rows / self.total if self.rows else self.tokens / self.longest
         left = spent / share - spent if share else float("inf")
         return (
             f"synthesis: row {self.rows:,} of {self.total:,}, {self.tokens / max(spent, 1e-9):,.0f} "

@@ -41,18 +41,9 @@ def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | No
         return Lesson(signal, section.signal)
     assert section.teacher is not None, "refused by the recipe"
     making = Making(
-        recipe=session.recipe,
-        checkpoint=session.checkpoint,
         model=model,
-        windows=examples,
-        device=session.device,
-        dtype=session.dtype,
-        folder=session.run / "teacher",
-        main=session.run.main,
-        pad_id=session.pad_id,
         pack=partial(pack_other, session),
         kept=partial(kept_answers, session, model, examples),
-        say=session.say,
     )
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():

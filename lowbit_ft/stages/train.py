@@ -135,8 +135,8 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     session.say(
         f"warning: train.learning_rate {rate:g} for {total} steps moves no code in "
         f"{found.still} of {found.layers} layers: the low-rank product stays below the distance to the next "
-        f"code, and only scales train. It takes {least:.1g} for a first code to move; auto takes {usual:g} "
-        "(a LoRA's rate is too small here: what is trained must cross a step of the grid)"
+        f"code, and only scales train. It takes {least:.1g} for a first code to move, or more steps"
+        + ("" if rate >= usual else f"; auto takes {usual:g} (a LoRA's rate is too small here)")
     )
 
 
