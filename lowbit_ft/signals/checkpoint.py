@@ -22,8 +22,6 @@ from ..model.tokenizer import read_tokenizer
 from ..names import HUB_ID
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
 
-WIDTH = 8  # bits it is packed to
-
 
 def unlike(theirs: Path, ours: Path) -> str | None:
     """Why the model in one folder cannot teach that in another: it is quantized, or its tokens are not the

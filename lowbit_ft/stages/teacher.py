@@ -17,14 +17,13 @@ from ..evaluate.perplexity import Reference, evaluate
 from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
-from ..quantize.quantize import quantize
-from ..recipe.sections.quant import QuantSection
 from ..session import Session
 from ..signals import SIGNALS, Lesson, Making, Teacher, teacher_kind
-from ..signals.checkpoint import WIDTH, unlike
+from ..signals.checkpoint import unlike
 from ..train.processes import main_process_first
 from .answers import kept_answers
 from .data import batches, first_windows
+from .models import in_8_bits
 from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
@@ -56,25 +55,11 @@ def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | No
 def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
     """The model of another checkpoint, packed to rows of 8 bits on the session's device, and what tells it
     from any other. ValueError where its tokens are others."""
-    session.say(f"teacher: {source}, packed to {WIDTH} bits")
+    session.say(f"teacher: {source}, packed to 8 bits")
     checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
     if reason := unlike(checkpoint.folder, session.checkpoint.folder):
         raise ValueError(f"train.teacher: got {source!r}, but {reason}")
-    quant = QuantSection(
-        bits=WIDTH,
-        group_size=-1,
-        symmetric=True,
-        residual_bits=0,
-        calibrate="absmax",
-        exclude=list(session.recipe.quant.exclude),
-    )
-    model, _ = quantize(
-        checkpoint,
-        quant,
-        device=session.device,
-        dtype=session.dtype,
-        attention=session.recipe.model.attention,
-    )
+    model = in_8_bits(session, checkpoint, -1, exclude=session.recipe.quant.exclude)
     return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
 
 

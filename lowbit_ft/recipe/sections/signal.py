@@ -72,6 +72,12 @@ def check_signal(r: Any) -> Problems:
                 f"it, or set train.signal.kind (with a teacher: {asking})",
             )
         return
+    if train.max_steps == 0:
+        yield Problem(
+            ("train", "signal"),
+            f"got kind: {train.signal.kind} with max_steps 0: no step asks the teacher; remove signal and "
+            "teacher, or set max_steps: 1 or more",
+        )
     if train.teacher is None:
         yield Problem(
             ("train", "teacher"),

@@ -53,6 +53,12 @@ BAD = [
         ("quant.residual_bits=0",),
         "train.teacher: got 'residual', but this base keeps no residual; set quant.residual_bits: 4",
     ),
+    (
+        "no step",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: residual\n  reconstruct: {}"),
+        ("train.max_steps=0",),
+        "train.signal: got kind: mix with max_steps 0: no step asks the teacher; remove signal and teacher",
+    ),
 ]
 
 
