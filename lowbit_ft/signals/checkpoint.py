@@ -19,6 +19,7 @@ from ..model.attention import block_diagonal_mask, segment_attention, segment_in
 from ..model.config import read_config
 from ..model.heads import Answering, find_head
 from ..model.tokenizer import read_tokenizer
+from ..model.upload import upload
 from ..names import HUB_ID
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
 
@@ -87,7 +88,7 @@ class OtherModel(Teacher):
         positions = ask.batch.get("position_ids")
         if positions is not None and self.apart:
             inputs |= {
-                name: value.to(ask.device) if isinstance(value, Tensor) else value
+                name: upload(value, ask.device) if isinstance(value, Tensor) else value
                 for name, value in segment_inputs(self.other, positions).items()
             }
         elif positions is not None:
