@@ -1,10 +1,10 @@
 """The tables of benchmarks/results/peers.json: every contender on every grid, and pairs at equal processor
 time.
 
-    python -m benchmarks.peers_table    # writes them into README.md, <!-- quality --> to <!-- /quality -->
+    python -m benchmarks.peers_table    # writes them: README.md, <!-- quality -->, and docs/, <!-- pairs -->
 
-A cell is the mean over seeds, with the spread (standard deviation of the seeds) where there are several, and
-below it the mean processor seconds of the work. An empty cell was not measured. `make docs` runs it;
+A cell is the mean over seeds, with the spread (sample standard deviation) where there are several, and in
+brackets the mean processor seconds of the work. An empty cell was not measured. `make docs` runs it;
 tests/docs/test_readme.py fails while the page says something else.
 """
 
@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
 from lowbit_ft.files.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PAGE = HERE / "results" / "peers.json", HERE.parent / "README.md"
-BLOCK = "quality"
+RESULTS, ROOT = HERE / "results" / "peers.json", HERE.parent
+# block -> the page it stands on
+PAGES = {"quality": ROOT / "README.md", "pairs": ROOT / "docs" / "choosing-a-method.md"}
 SLACK = 1.05  # equal processor time: at most this times the peer's
 
 Row = Mapping[str, Any]
@@ -43,7 +44,7 @@ def grid_name(key: tuple[int, int, bool]) -> str:
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean, and the standard deviation where there are several."""
     found = list(values)
-    return mean(found), pstdev(found) if len(found) > 1 else None
+    return mean(found), stdev(found) if len(found) > 1 else None
 
 
 def figure(values: Iterable[float]) -> str:
@@ -126,30 +127,30 @@ def compare(theirs: list[Row], ours: list[Row]) -> tuple[float, str]:
     return off, word if abs(off) > (their_wide or 0) + (our_wide or 0) else "level"
 
 
-def tables(stored: Mapping[str, Any]) -> str:
-    """All of it, model by model."""
-    out = []
+def tables(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Block -> its text, model by model."""
+    out: dict[str, list[str]] = {block: [] for block in PAGES}
     for name, facts in stored["models"].items():
         rows = [row for row in stored["rows"] if row["model"] == name and row["inputs"] == facts["inputs"]]
         if rows:
             title = f"{name}, full precision {facts['perplexity']:.3f} on {facts['tokens']:,} tokens"
-            out += [f"{title}:", quality(rows)]
+            out["quality"] += [f"{title}:", quality(rows)]
             if any(row["tool"]["tool"] != "ours" for row in rows):
-                out += ["At equal processor time:", pairs(rows)]
-    return "\n\n".join(out)
+                out["pairs"] += [f"{name}:", pairs(rows)]
+    return {block: "\n\n".join(texts) for block, texts in out.items()}
 
 
-def render(page: str, stored: Mapping[str, Any]) -> str:
+def render(block: str, page: str, stored: Mapping[str, Any]) -> str:
     """The page with its block made anew."""
-    start, end = f"<!-- {BLOCK} -->\n", f"<!-- /{BLOCK} -->"
+    start, end = f"<!-- {block} -->\n", f"<!-- /{block} -->"
     head, found, rest = page.partition(start)
     _, closed, tail = rest.partition(end)
-    assert found and closed, f"{PAGE.name} has no block {BLOCK}"
-    return f"{head}{start}\n{tables(stored)}\n\n{end}{tail}"
+    assert found and closed, f"{PAGES[block].name} has no block {block}"
+    return f"{head}{start}\n{tables(stored)[block]}\n\n{end}{tail}"
 
 
 if __name__ == "__main__":
-    write_text(
-        PAGE, render(PAGE.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8")))
-    )
-    print(f"wrote {PAGE.name}")
+    for block, path in PAGES.items():
+        stored = json.loads(RESULTS.read_text(encoding="utf-8"))
+        write_text(path, render(block, path.read_text(encoding="utf-8"), stored))
+        print(f"wrote {path.name}")

@@ -36,6 +36,7 @@ from .stages.models import check_folders, trained_model
 from .stages.quantize import quantize_stage
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
+from .stages.teacher import ready_teacher
 from .stages.train import train_stage
 
 
@@ -44,6 +45,7 @@ def run(recipe: Recipe) -> Path:
     with start(recipe) as session:
         synthesis_stage(session)
         examples = read_data(session)
+        ready_teacher(session, examples)
         tasks = load_tasks(recipe.eval.tasks) if session.run.main else {}  # before anything that costs hours
         model = train_stage(session, quantize_stage(session), examples)
         if not session.run.main:
@@ -73,6 +75,7 @@ def train(recipe: Recipe) -> Path:
     with start(recipe) as session:
         synthesis_stage(session)
         examples = read_data(session)
+        ready_teacher(session, examples)
         model = train_stage(session, quantize_stage(session), examples)
         if session.run.main:
             merge_stage(session, model)

@@ -1,4 +1,4 @@
-"""This package, as a peer among the others: a recipe on the given rows, and the weights that it would
+"""This project, as a peer among the others: a recipe on the given rows, and the weights that it would
 ship.
 
 options: recipe (dotted keys over the ones below), train (false: the packed base alone, true: trained and

@@ -13,7 +13,7 @@ from statistics import mode
 
 from ..adapters.rates import rate_for
 from ..names import HUB_ID
-from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
+from ..recipe.layers import POSITIONS, Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.sections.quant import QuantSection
 from .places import refuse_existing
 
@@ -67,6 +67,8 @@ data:
 train:
   max_steps: 1000                    # or epochs: 1; 0 with reconstruct: quantize only
   # reconstruct: {{}}                  # fit each layer to the dense one first: a better start at 2 and 3 bits
+  # signal: {{kind: mix}}              # learn a teacher's next-token distribution beside the labels (logits:
+  # teacher: cached                  # instead of them); cached: full precision, asked once before training
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
   learning_rate: auto                # of A and B, here {rate:g}: {rate_why};
@@ -173,7 +175,7 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
         group_why = f"divides the layers' inputs ({all_widths}); " + (
             "the whole row" if group == -1 else "smaller is more exact"
         )
-        window = min(window, shapes.number("max_position_embeddings", "n_positions") or window)
+        window = min(window, shapes.number(*POSITIONS) or window)
         chat = has_chat_template(shapes.folder)
         groups = sum(x.out_features * (1 if group == -1 else x.in_features // group) for x in shapes.linears)
         packed = (weights / 2 + 2 * groups) / 1e6

@@ -295,6 +295,9 @@ def _folder(path: Path) -> Path:
     return path
 
 
+STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `lowbit-ft` command; always leaves through SystemExit (0 fine, 2 user error, 130
     ctrl-C).
@@ -305,8 +308,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app([a for a in arguments if a != "--debug"], prog_name="lowbit-ft", standalone_mode=True)
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        typer.echo(STOPPED, err=True)
         sys.exit(130)
+    except SystemExit as left:
+        if left.code == 130:  # typer took the KeyboardInterrupt, and said nothing
+            typer.echo(STOPPED, err=True)
+        raise
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -330,7 +330,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
         )
         return
     tokens = steps * needs.tokens_per_step
-    line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens / 1e6:,.1f} million tokens"
+    line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens:,} tokens"
     if rate:
         source = "given" if tokens_per_second else f"measured in {recipe.output}"
         line += f", about {duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"

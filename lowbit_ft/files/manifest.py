@@ -34,17 +34,23 @@ def sealed(facts: Mapping[str, Any]) -> bytes:
     return json_bytes({**open_facts, SEAL: digest})
 
 
+_AWAY = "move the folder away and run the line again"
+
+
 def open_sealed(path: Path) -> dict[str, Any]:
     """The content of a manifest, without its seal. ValueError when it is missing or not what was written."""
     data = read_bytes(path, "not a folder that lowbit_ft wrote")
-    facts = parse_json(data, str(path), dict[str, Any])
+    try:
+        facts = parse_json(data, str(path), dict[str, Any])
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AWAY}") from error
     try:
         whole = sealed(facts) == data
     except ValueError:  # text that is no UTF-8 when it is written again
         whole = False
     if not whole:
         found = "its own hash does not agree with it" if SEAL in facts else "it has no hash of its own"
-        raise ValueError(f"{path}: damaged: {found}; move the folder away and run the line again")
+        raise ValueError(f"{path}: damaged: {found}; {_AWAY}")
     del facts[SEAL]
     return facts
 

@@ -42,7 +42,7 @@ def reconstruct_words(recipe: Recipe, rate: float | None) -> str:
     tokens = section.micro_batch_size * section.sequence_len
     return (
         f"reconstruct: {section.steps} steps of {tokens:,} tokens in every decoder layer on {section.inputs} "
-        f"inputs, as much work as training on {alike / 1e6:,.1f} million tokens"
+        f"inputs, as much work as training on {alike:,} tokens"
         + (f", about {duration(alike / rate)}" if rate else "")
     )
 

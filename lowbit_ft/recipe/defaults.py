@@ -1,4 +1,5 @@
-"""What `auto` is in this recipe: quant.calibrate and the learning rates.
+"""What `auto` is in this recipe: quant.calibrate and the learning rates; and the lengths of windows that the
+recipe leaves out, for a model that has fewer positions.
 
 Resolved before anything is checked, so that the recipe in the run folder says what was done. `taken` tells
 the user, with the reason.
@@ -10,16 +11,20 @@ from typing import Any
 
 from ..adapters.rates import rate_for
 from .incoming import resolve_quant
+from .layers import POSITIONS, shapes_here
+from .sections.base import Section
 from .sections.data import DataSection
 from .sections.quant import QuantSection
 from .sections.train import AUTO, TrainSection
 from .yaml import Problem
 
+LENGTHS = {"sequence_len", "window"}  # keys of windows, in tokens
+
 
 def resolve(values: dict[str, Any]) -> dict[str, Any]:
     """The sections with every auto replaced whose neighbours are there to decide it. A key that the recipe
     leaves out stays out of model_fields_set: that is how `taken` knows."""
-    found = dict(values)
+    found = values = dict(_within(values))
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
     if isinstance(quant, QuantSection):
         found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
@@ -30,16 +35,15 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
 
 def settled(recipe: Any) -> tuple[Any, list[Problem]]:
     """The recipe once its checkpoint is on this disk, and what it says against a checkpoint that is quantized
-    already: that one's grid is taken, and rates that were auto are those of its bits. Equal to a recipe that
-    load_recipe made with the checkpoint at hand.
+    already: that one's grid is taken, and what was auto is that of its bits and positions. Equal to a recipe
+    that load_recipe made with the checkpoint at hand.
     """
     quant, against = resolve_quant(recipe.model, recipe.quant)
     train = recipe.train
     if "learning_rate" not in train.model_fields_set:
         train = train.model_copy(update={"learning_rate": AUTO})
     values = {name: getattr(recipe, name) for name in type(recipe).model_fields}
-    found = resolve(values | {"quant": quant, "train": train})
-    return recipe.model_copy(update={"quant": found["quant"], "train": found["train"]}), against
+    return recipe.model_copy(update=resolve(values | {"quant": quant, "train": train})), against
 
 
 def taken(recipe: Any) -> list[str]:
@@ -48,15 +52,47 @@ def taken(recipe: Any) -> list[str]:
     if "calibrate" not in quant.model_fields_set:
         why = f"the default at {quant.bits} bits"
         if quant.reads_text:
-            why += f"; it looks at rows of {quant.calibration.path or recipe.data.train.path}"
-        elif (other := quant.start(rows=True)) != quant.calibrate:
-            why += f" without data.train; {other}, if it is named, looks at the rows that the model writes"
+            text = recipe.data.train.path if recipe.data.train is not None else "data.synthesis"
+            why = f"the default at {quant.bits} bits; it looks at rows of {quant.calibration.path or text}"
         found.append(f"quant.calibrate: {quant.calibrate} ({why})")
     if "learning_rate" not in train.model_fields_set:
         why = rate_for(adapter.method, quant.bits)[1]
         scales = "" if train.scale_learning_rate is None else f", of scales {train.scale_learning_rate:g}"
         found.append(f"train.learning_rate: {train.learning_rate:g}{scales} ({why})")
+    data = recipe.data
+    if (
+        "sequence_len" in unsaid(data)
+        and data.sequence_len != type(data).model_fields["sequence_len"].default
+    ):
+        found.append(f"data.sequence_len: {data.sequence_len} (all positions that the model has)")
     return found
+
+
+def _within(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections with the lengths that the recipe does not say cut to the positions that the model has."""
+    model = values.get("model")
+    shapes = shapes_here(model.path, model.revision) if model is not None else None
+    limit = shapes.number(*POSITIONS) if shapes is not None else None
+    return values if limit is None else {name: _cut(section, limit) for name, section in values.items()}
+
+
+def _cut(section: Any, limit: int) -> Any:
+    """A section, and those in it, with the lengths that are not said at most `limit`."""
+    if not isinstance(section, Section):
+        return section
+    changed = {name: cut for name, value in section if (cut := _cut(value, limit)) is not value}
+    changed |= {name: limit for name in LENGTHS & unsaid(section) if getattr(section, name) > limit}
+    if not changed:
+        return section
+    kept = section.model_fields_set
+    section = section.model_copy(update=changed)
+    section.model_fields_set.intersection_update(kept)
+    return section
+
+
+def unsaid(section: Section) -> set[str]:
+    """The keys that the recipe does not set."""
+    return type(section).model_fields.keys() - section.model_fields_set
 
 
 def _with_rate(train: TrainSection, rate: float) -> TrainSection:
@@ -72,5 +108,5 @@ def _with_rate(train: TrainSection, rate: float) -> TrainSection:
 
 def _has_rows(data: Any, quant: QuantSection) -> bool:
     """Whether there is text for a calibrator to look at."""
-    given = isinstance(data, DataSection) and data.train is not None
+    given = isinstance(data, DataSection) and (data.train is not None or data.synthesis is not None)
     return given or quant.calibration.path is not None

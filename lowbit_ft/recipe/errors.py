@@ -7,7 +7,7 @@ were meant for side by side.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -66,10 +66,26 @@ def to_problems(section: str, annotation: Any, details: list[ErrorDetails], give
         "default_factory_not_called"  # a default that waits for another value, whose own error is in the list
     )
     wrong = [detail for detail in details if detail["type"] != told]
-    problems = [_to_problem(section, annotation, detail, given) for detail in wrong[:MOST_PROBLEMS]]
+    problems = _one_each(
+        [_to_problem(section, annotation, detail, given) for detail in wrong[:MOST_PROBLEMS]]
+    )
     if len(wrong) > MOST_PROBLEMS:
         problems.append(Problem((section,), f"and {len(wrong) - MOST_PROBLEMS} more problems"))
     return problems
+
+
+def _one_each(problems: list[Problem]) -> list[Problem]:
+    """One problem for each value: a number or a word is refused once as a number and once as a word."""
+    found: dict[tuple[KeyPath, str], Problem] = {}
+    for problem in problems:
+        got, allowed, rest = problem.message.partition("; allowed: ")
+        key = (problem.path, got if allowed else problem.message)
+        if key in found and allowed:
+            rest = f", or {rest}"
+            found[key] = Problem(problem.path, found[key].message + rest)
+        else:
+            found[key] = problem
+    return list(found.values())
 
 
 def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any) -> Problem:
@@ -123,12 +139,16 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     if kind == "value_error":
         return Problem(path, f"got {context.get('error', detail['msg'])}")
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
-        keys = f" with the keys {', '.join(fields)}" if fields else ""
+        field = fields.get(str(inside[-1])) if inside else None
+        wanted = model_of(field.annotation, None) if field is not None else model
+        keys = f" with the keys {', '.join(wanted.model_fields)}" if wanted is not None else ""
         return Problem(path, f"{got}; allowed: a mapping{keys}; indent its keys under it")
     if kind in {"string_type"}:
         return Problem(path, f"{got}; allowed: text; put it in quotes")
     if kind == "tuple_type" or kind == "list_type":
         return Problem(path, f"{got}; allowed: a list; write [a, b]")
+    if kind == "too_short":
+        return Problem(path, f"{got}; allowed: at least {context.get('min_length', 1)} of them")
     if kind == "path_type":
         return Problem(path, f"{got}; allowed: the path of a folder")
     # pydantic: "Input should be a valid integer, unable to parse string as an integer"
@@ -141,7 +161,6 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
 
 def _literals(annotation: Any) -> list[Any]:
     """The values of the Literal types in an annotation."""
-    found: list[Any] = []
-    for part in get_args(annotation):
-        found += _literals(part) if get_args(part) or isinstance(part, type) else [part]
-    return found
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in _literals(part)]

@@ -27,6 +27,8 @@ from ..model.names import Part
 from ..model.roles import is_head, is_token_embedding
 from ..names import did_you_mean, listed
 
+POSITIONS = ("max_position_embeddings", "n_positions")  # config.json: how long a window may be
+
 _NOT_LINEAR = (
     "embed",
     "wte",

@@ -12,6 +12,7 @@ from a run is HTML-escaped.
                       "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
+    teacher.json      {"kl", "student_kl"} to full precision, where the teacher is a model
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
     moved.json        {layer: share of its codes that training changed, "scale_change": mean |s/s0 - 1|}
     trainable.json    a list of rows, or an object of facts with its list under "rows"
@@ -199,6 +200,9 @@ def _result(run: RunFiles) -> str:
 def _training(run: RunFiles) -> str:
     from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
+    section = run.recipe().get("train")
+    if isinstance(section, dict) and section.get("max_steps") == 0:
+        raise NotShown("No step was asked for (train.max_steps: 0).")
     rows = run.metrics()
     train, valid = points(rows, "loss"), points(rows, "valid_loss")
     rates = {"learning rate": points(rows, "lr"), "learning rate of the scales": points(rows, "scale_lr")}
@@ -214,7 +218,23 @@ def _training(run: RunFiles) -> str:
     if memory := values(rows, "memory_gb"):
         facts.append(("peak memory", f"{max(memory):.2f} GB"))
     picture = report_plots.curves(train, valid, rates)
-    return image(picture, "loss and learning rate over the steps") + tiles(facts)
+    return image(picture, "loss and learning rate over the steps") + tiles(facts) + _teacher(run)
+
+
+def _teacher(run: RunFiles) -> str:
+    """How near the teacher was to the full-precision model; nothing where none was measured."""
+    try:
+        facts = run.json("teacher.json", "None was measured", dict)
+    except NotShown:
+        return ""
+    theirs, ours = facts.get("kl"), facts.get("student_kl")
+    if not (is_number(theirs) and is_number(ours)):
+        return ""
+    section = run.recipe().get("train")
+    name = section.get("teacher") if isinstance(section, dict) else None
+    return note(
+        f"Teacher {plain(name)}: KL to full precision {theirs:.6f}; the model as it started {ours:.6f}."
+    )
 
 
 def _layers(run: RunFiles) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..grid.calibrate import CALIBRATORS
 from ..model.heads import Answering, resting
 from ..model.unrounded import unrounded
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
@@ -51,6 +52,12 @@ class Residual(Teacher):
             return [
                 "this base keeps no residual; set quant.residual_bits: 4 on an integer grid, "
                 "train.teacher: cached, or train.signal.kind: labels"
+            ]
+        calibrator = CALIBRATORS.get(quant.calibrate)
+        if calibrator is not None and calibrator.needs_text:
+            return [
+                f"quant.calibrate: {quant.calibrate} moves the weights before it rounds them, and the "
+                f"residual is that of the moved ones: no teacher; {cls.instead}"
             ]
         return []
 

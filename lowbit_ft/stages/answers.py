@@ -54,7 +54,7 @@ def kept_answers(session: Session, model: Any, examples: Examples) -> Store:
     recipe, run_dir = session.recipe, session.run
     given = recipe.train.teacher_dir
     shared, folder = given is not None, run_dir / "teacher" if given is None else Path(given).expanduser()
-    key, numbers, together = _asked(session, model, examples)
+    key, numbers, together = _asked(session, examples)
     with run_dir.stage("teacher", session.device, resumable=True), main_process_first():
         store = _opened(session, folder, key, numbers, together, own=not shared)
         if store.missing():
@@ -72,14 +72,22 @@ def kept_answers(session: Session, model: Any, examples: Examples) -> Store:
     return store
 
 
-def _asked(session: Session, model: Any, examples: Examples) -> tuple[dict[str, Any], list[int], int]:
+def refuse_other_answers(session: Session, examples: Examples) -> None:
+    """ValueError where train.teacher_dir holds answers to other questions, or files that are not whole; now,
+    and not behind what quantizing takes."""
+    given = session.recipe.train.teacher_dir
+    if given is not None:
+        Store(Path(given).expanduser(), *_asked(session, examples))
+
+
+def _asked(session: Session, examples: Examples) -> tuple[dict[str, Any], list[int], int]:
     """(what the answers depend on, the windows that the run will see, how many go through the model at a
     time)"""
     recipe, train, signal = session.recipe, session.recipe.train, session.recipe.train.signal
     seen = Batches(examples, train.micro_batch_size, session.pad_id, train.seed, world=world())
     size = train.micro_batch_size * train.gradient_accumulation_steps * world()
     numbers = seen.first(total_steps(train, seen) * size)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = session.checkpoint.config.get_text_config().vocab_size
     k = signal.top_k or min(TOP_K, vocabulary)
     if k > vocabulary:
         raise ValueError(f"train.signal.top_k: got {k}; this model has {vocabulary} tokens, so at most that")

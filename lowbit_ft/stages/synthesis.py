@@ -18,6 +18,7 @@ import torch
 from ..data.synthesis import SynthesisConfig, Voice
 from ..data.synthesis.folder import RowsFolder, fill, read_state, refuse_changed
 from ..export import EXPORTERS
+from ..files.atomic import visible_names
 from ..files.records import Synthesis
 from ..model.load import load_model
 from ..recipe.sections.data import DataSource
@@ -66,10 +67,15 @@ def _write(session: Session, config: SynthesisConfig) -> None:
         session.say(f"synthesis: {folder.state}")
     else:
         session.say(f"synthesis: reusing {session.run / FOLDER}: {folder.state}")
+    if config.valid and not folder.state.count("valid"):
+        session.say(
+            f"synthesis: no row for validation is left of {config.valid}: there is none, as without valid"
+        )
     if not folder.state.count("train"):
         raise ValueError(
             f"data.synthesis: no row is left to train on ({folder.state}); look at "
-            f"{session.run / FOLDER}/dropped, loosen data.synthesis.filter, or lower the temperature"
+            f"{session.run / FOLDER}/dropped, loosen data.synthesis.filter, or change "
+            "the temperature: lower against text that is none, higher against repetition"
         )
 
 
@@ -155,7 +161,14 @@ def _written(session: Session, part: str) -> DataSource:
     folder = session.run / FOLDER
     entries = [shard.files for shard in written_rows(session).shards.values()]
     files = {name: entry for files in entries for name, entry in files.items()}
-    refuse_changed(folder, {n: e for n, e in files.items() if n.startswith(f"{part}/")}, whole=True)
+    written = {n: e for n, e in files.items() if n.startswith(f"{part}/")}
+    refuse_changed(folder, written, whole=True)
+    for name in visible_names(folder / part):
+        if f"{part}/{name}" not in written:
+            raise ValueError(
+                f"{folder / part / name}: no row there is the model's, and it would be trained on; move it "
+                "away, or give rows of your own as data.train"
+            )
     return DataSource(path=str(folder / part), format="tokens")
 
 

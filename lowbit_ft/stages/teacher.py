@@ -18,16 +18,45 @@ from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
 from ..session import Session
-from ..signals import SIGNALS, Lesson, Making, Teacher, teacher_kind
+from ..signals import SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import unlike
 from ..train.processes import main_process_first
-from .answers import kept_answers
+from .answers import kept_answers, refuse_other_answers
 from .data import batches, first_windows
 from .models import in_8_bits
 from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
+
+
+def ready_teacher(session: Session, examples: Examples) -> None:
+    """Refuse, before anything is quantized, what can be known of a teacher by then: another checkpoint is
+    fetched and its tokens are compared, and a shared folder of answers is one for these windows.
+    ValueError."""
+    section = session.recipe.train
+    if not SIGNALS[section.signal.kind].asks:
+        return
+    assert section.teacher is not None, "refused by the recipe"
+    with main_process_first():
+        if section.teacher == "cached":
+            refuse_other_answers(session, examples)
+        elif section.teacher not in TEACHERS:
+            other_checkpoint(session, section.teacher)
+
+
+def other_checkpoint(session: Session, source: str) -> Checkpoint:
+    """The checkpoint that teaches. ValueError where there is none, or its tokens are others."""
+    try:
+        checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"train.teacher: {error}; give one of {', '.join(TEACHERS)}, or the folder or hub id of a model "
+            "with the same tokens"
+        ) from error
+    if reason := unlike(checkpoint.folder, session.checkpoint.folder):
+        raise ValueError(f"train.teacher: got {source!r}, but {reason}")
+    return checkpoint
 
 
 def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | None) -> Lesson:
@@ -56,9 +85,7 @@ def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
     """The model of another checkpoint, packed to rows of 8 bits on the session's device, and what tells it
     from any other. ValueError where its tokens are others."""
     session.say(f"teacher: {source}, packed to 8 bits")
-    checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
-    if reason := unlike(checkpoint.folder, session.checkpoint.folder):
-        raise ValueError(f"train.teacher: got {source!r}, but {reason}")
+    checkpoint = other_checkpoint(session, source)
     model = in_8_bits(session, checkpoint, -1, exclude=session.recipe.quant.exclude)
     return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
 

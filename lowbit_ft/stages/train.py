@@ -44,7 +44,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
-    if recipe.train.max_steps != 0:
+    if recipe.train.max_steps != 0 and recipe.train.reconstruct is None:  # which moves codes itself
         warn_of_rate(session, model, examples)
     digest = base_digest(model)
     fitted = reconstruct_stage(session, model)
@@ -132,11 +132,17 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
         return
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)
     least = found.needed / factors
+    length = "epochs" if section.max_steps is None else "max_steps"
+    way_out = (
+        f"set train.learning_rate: auto, which is {usual:g} here (a LoRA's rate is too small: what is "
+        "trained must cross a step of the grid)"
+        if least <= usual
+        else f"so few steps reach none at the usual {usual:g} either: raise train.{length}"
+    )
     session.say(
         f"warning: train.learning_rate {rate:g} for {total} steps moves no code in "
         f"{found.still} of {found.layers} layers: the low-rank product stays below the distance to the next "
-        f"code, and only scales train. It takes {least:.1g} for a first code to move, or more steps"
-        + ("" if rate >= usual else f"; auto takes {usual:g} (a LoRA's rate is too small here)")
+        f"code, and only scales train. In so many steps a first code moves at {least:.1g}; {way_out}"
     )
 
 

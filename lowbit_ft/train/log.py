@@ -89,12 +89,13 @@ class TrainLog:
             every = max(1, self.total // _PLAIN_LINES)
             if step % every == 0 or step == self.total or step == self.start + 1 or "skipped" in values:
                 left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
-                self.console.print(f"step {step}/{self.total}  {numbers}  ETA {clock(left)}", highlight=False)
+                line = f"step {step}/{self.total}  {numbers}  ETA {clock(left)}"
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self.main:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class WalkLog:
@@ -132,7 +133,7 @@ class WalkLog:
         part, whole = int(done * _PLAIN_LINES / max(1, self.total)), int(done)
         if self.main and not self.console.is_terminal and part > self.said[0] and whole > self.said[1]:
             self.said = (part, whole)
-            self.console.print(f"{self.what}: {numbers}", highlight=False)
+            self.console.print(f"{self.what}: {numbers}", highlight=False, soft_wrap=True)
 
 
 def cut_metrics(file: Path, step: int, evaluated: int) -> None:

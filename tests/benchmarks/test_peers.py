@@ -207,7 +207,7 @@ def test_the_table_has_means_spreads_and_seconds() -> None:
     assert peers_table.quality(rows).splitlines() == [
         "| | W4 g64 sym | W2 g64 sym |",
         "|---|--:|--:|",
-        "| AutoRound |  | 10.500 ±0.500 (80 s) |",
+        "| AutoRound |  | 10.500 ±0.707 (80 s) |",
         "| gptq | 9.000 (5 s) | 12.000 (5 s) |",
     ]
 
@@ -215,9 +215,9 @@ def test_the_table_has_means_spreads_and_seconds() -> None:
 @pytest.mark.parametrize(
     "ours, seconds, said",
     [
-        ([9.0, 9.1], 80, "| slow 9.050 ±0.050, 80 s | -1.450 | ahead |"),
-        ([10.2, 10.3], 80, "| slow 10.250 ±0.050, 80 s | -0.250 | level |"),
-        ([12.0, 12.1], 80, "| slow 12.050 ±0.050, 80 s | +1.550 | behind |"),
+        ([9.0, 9.1], 80, "| slow 9.050 ±0.071, 80 s | -1.450 | ahead |"),
+        ([10.2, 10.3], 80, "| slow 10.250 ±0.071, 80 s | -0.250 | level |"),
+        ([12.0, 12.1], 80, "| slow 12.050 ±0.071, 80 s | +1.550 | behind |"),
         ([9.0, 9.1], 85, "| gptq 14.000, 5 s | +3.500 | behind |"),  # too slow: the other one stands for us
     ],
 )
@@ -225,7 +225,7 @@ def test_pairs_take_no_more_time_and_count_the_spread(ours: list[float], seconds
     rows = [row("AutoRound", 10, 70), row("AutoRound", 11, 90, seed=1), row("gptq", 14, 5)]
     rows += [row("slow", value, seconds, seed=i) for i, value in enumerate(ours)]
     (line,) = peers_table.pairs(rows).splitlines()[2:]
-    assert line == f"| W2 g64 sym | AutoRound 10.500 ±0.500, 80 s {said}"
+    assert line == f"| W2 g64 sym | AutoRound 10.500 ±0.707, 80 s {said}"
 
 
 def test_one_seed_gives_no_verdict_and_no_rival_is_said() -> None:
@@ -243,7 +243,7 @@ def test_rows_of_other_inputs_are_not_in_the_tables() -> None:
         "models": {"m": {"inputs": "x", "perplexity": 8.0, "tokens": 1020}},
         "rows": [row("gptq", 9, 5), row("mse", 9, 5) | {"inputs": "older"}],
     }
-    text = peers_table.tables(stored)
+    text = peers_table.tables(stored)["quality"]
     assert "m, full precision 8.000 on 1,020 tokens" in text and "gptq" in text and "mse" not in text
-    page = peers_table.render("a\n<!-- quality -->\nold\n<!-- /quality -->\nb\n", stored)
+    page = peers_table.render("quality", "a\n<!-- quality -->\nold\n<!-- /quality -->\nb\n", stored)
     assert page == f"a\n<!-- quality -->\n\n{text}\n\n<!-- /quality -->\nb\n" and "old" not in page

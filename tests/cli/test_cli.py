@@ -139,12 +139,13 @@ def test_a_bug_is_not_called_a_user_error(calls, monkeypatch):
         cli.main(["run", QUICK])
 
 
-def test_ctrl_c_exits_130(calls, monkeypatch):
+def test_ctrl_c_exits_130_and_says_what_is_kept(calls, monkeypatch, capsys):
     def stop(recipe):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["lowbit_ft.pipeline"], "run", stop)
     assert call("run", QUICK) == 130
+    assert "stopped; what was finished is kept, and the same command goes on" in capsys.readouterr().err
 
 
 def test_plan_shows_layers_and_memory(capsys):

@@ -101,3 +101,34 @@ def test_a_recipe_made_in_python_is_settled_as_one_of_a_file(tmp_path: Path):
     )
     assert (by_hand.quant.calibrate, by_hand.train.learning_rate) == ("auto", "auto")
     assert settled(by_hand) == (got, [])
+
+
+def test_lengths_that_are_not_said_fit_the_model(tmp_path: Path):
+    """The tiny Llama has 1024 positions, a window is 2048 tokens where nobody says otherwise."""
+    file = tmp_path / "r.yaml"
+    recipe(tmp_path, {"bits": 3, "group_size": 64}, {"method": "lr_qat"}, {"reconstruct": {}})
+    values = yaml.safe_load(file.read_text())
+    del values["data"]["sequence_len"]
+    file.write_text(yaml.safe_dump(values))
+    got = load_recipe(file)
+    assert got.data.sequence_len == 1024
+    assert got.quant.calibration.sequence_len == 512 and got.train.reconstruct is not None
+    assert got.train.reconstruct.sequence_len == 512, "below what the model has: left as it is"
+    assert taken(got)[-1] == "data.sequence_len: 1024 (all positions that the model has)"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.sequence_len=2048", "quant.calibration.sequence_len=2048", "train.reconstruct.sequence_len=2048"],
+)
+def test_lengths_that_are_said_are_refused(tmp_path: Path, change: str):
+    recipe(tmp_path, {"bits": 3, "group_size": 64}, {"method": "lr_qat"}, {"reconstruct": {}})
+    key = change.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{key}: got 2048; allowed: at most the 1024 positions"):
+        load_recipe(tmp_path / "r.yaml", [change])
+
+
+def test_rows_that_the_model_writes_are_looked_at(tmp_path: Path):
+    recipe(tmp_path, {"bits": 3, "group_size": 64}, {"method": "lr_qat"}, {})
+    got = load_recipe(tmp_path / "r.yaml", ["data.train=null", "data.synthesis={kind: self_generated}"])
+    assert got.quant.calibrate == "gptq" and "rows of data.synthesis" in taken(got)[0]

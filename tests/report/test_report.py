@@ -250,3 +250,15 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path):
     ]
     page = run(tmp_path, metrics__jsonl="\n".join(lines))
     assert "3.5000" in page.text["training"] and "9.0000" not in page.text["training"]
+
+
+def test_how_near_the_teacher_was(tmp_path: Path):
+    facts = {"kl": 0.001, "student_kl": 0.03}
+    page = run(tmp_path, teacher__json=facts, recipe__yaml="train: {teacher: residual}")
+    said = "Teacher residual: KL to full precision 0.001000; the model as it started 0.030000."
+    assert said in page.text["training"]
+
+
+def test_a_run_that_trains_no_step_says_so(tmp_path: Path):
+    page = run(tmp_path, metrics__jsonl=None, recipe__yaml="train: {max_steps: 0}")
+    assert "No step was asked for (train.max_steps: 0)." in page.text["training"]

@@ -172,7 +172,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
     manifest = filled(tmp_path / "t").folder / MANIFEST
-    manifest.write_bytes(manifest.read_bytes().replace(b'"top_k": 3', b'"top_k": 4'))
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="cut or damaged; move the folder away and run the line again"):
+        filled(tmp_path / "t")
+    manifest.write_bytes(whole.replace(b'"top_k": 3', b'"top_k": 4'))
     with pytest.raises(ValueError, match="its own hash does not agree"):
         opened(tmp_path / "t", top_k=4)
 

@@ -139,8 +139,3 @@ def test_the_folder_of_a_run_is_asked_anew_for_another_question(tmp_path: Path, 
             store = answers.kept_answers(session, quantize_stage(session), read_data(session))
         assert store.k == k and not store.missing()
     assert "teacher is of another recipe; asking again" in capsys.readouterr().out.replace("\n", " ")
-
-
-def test_more_tokens_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train.signal.top_k: got 4097; this model has 4096 tokens"):
-        train(recipe(tmp_path / "run", *CACHED, "train.signal.top_k=4097"))

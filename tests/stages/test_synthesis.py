@@ -97,6 +97,9 @@ def read_train(run: Path) -> None:
 def test_quantize_alone_has_its_rows_first(tmp_path: Path) -> None:
     pipeline.quantize(recipe(tmp_path / "gptq"))
     assert read_state(tmp_path / "gptq" / "synthesis").done
+    (tmp_path / "gptq" / "synthesis" / "train" / "mine.jsonl").write_text('{"ids": [5, 6, 7]}\n')
+    with pytest.raises(ValueError, match="mine.jsonl: no row there is the model's.*as data.train"):
+        read_train(tmp_path / "gptq")
     pipeline.quantize(recipe(tmp_path / "mse", "quant.calibrate=mse"))
     assert not (tmp_path / "mse" / "synthesis").exists(), "mse looks at no row"
 

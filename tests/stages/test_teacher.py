@@ -56,6 +56,27 @@ def test_a_teacher_of_other_tokens_is_refused_before_anything_is_loaded(tmp_path
     assert "quantized already" in str(unlike(other, TINY))
 
 
+def test_what_can_be_known_is_refused_before_the_base_is_packed(tmp_path: Path) -> None:
+    """A hub id that is none, and a shared folder with the answers to another question."""
+    given = tmp_path / "answers"
+    asked = (*SHORT, "train.teacher=cached", f"train.teacher_dir={given}")
+    pipeline.train(recipe(tmp_path / "first", *asked))
+    for changes, words in (
+        (
+            (*asked, "train.signal.temperature=3"),
+            "holds what a teacher says about something else: temperature",
+        ),
+        (
+            (*SHORT, "train.teacher=no-such-model"),
+            "train.teacher: no-such-model: no such folder.*residual, cached",
+        ),
+    ):
+        made = recipe(tmp_path / "second", *changes)
+        with pytest.raises(ValueError, match=words):
+            pipeline.train(made)
+        assert not (made.output / "base").exists()
+
+
 @pytest.mark.parametrize("name", ["residual", str(TINY)], ids=["residual", "checkpoint"])
 def test_the_line_with_a_teacher(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

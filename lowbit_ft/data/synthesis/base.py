@@ -77,7 +77,13 @@ class SynthesisConfig(BaseModel):
     def problem(self, max_len: int) -> tuple[str, str] | None:
         """(key, what is wrong with it and the way out) where the keys do not go together, for rows of
         max_len tokens; else None."""
-        return None
+        least = self.filter.min_tokens
+        if least < max_len:
+            return None
+        return (
+            "filter",
+            f"got min_tokens {least} of rows of {max_len} tokens, so none would be left; lower it",
+        )
 
     def most_rows(self, vocabulary: int) -> int:
         """Rows at most, for a model of so many tokens."""

@@ -36,7 +36,7 @@ class SelfGeneratedConfig(SynthesisConfig):
     def problem(self, max_len: int) -> tuple[str, str] | None:
         longest = max(self.deterministic_prefix)
         if longest < max_len:
-            return None
+            return super().problem(max_len)
         return "deterministic_prefix", f"got {longest} of rows of {max_len} tokens; nothing would be drawn"
 
     def most_rows(self, vocabulary: int) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field
 from ...data.formats import FORMATS
 from ...data.synthesis import SynthesisConfig
 from ...names import HUB_ID, listed
-from ..layers import has_chat_template, shapes_here
+from ..layers import POSITIONS, has_chat_template, shapes_here
 from ..paths import globs, near_names, path_is
 from ..values import OneOf, OneSynthesis
 from ..yaml import KeyPath, Problem
@@ -146,12 +146,16 @@ def check_synthesis(r: Any) -> Problems:
 def check_lengths(r: Any) -> Problems:
     """Window lengths against the positions the model has."""
     shapes = shapes_here(r.model.path, r.model.revision)
-    limit = shapes.number("max_position_embeddings", "n_positions") if shapes else None
+    limit = shapes.number(*POSITIONS) if shapes else None
     if limit is None:
         return
     windows = [(("data", "sequence_len"), r.data.sequence_len)]
     if hasattr(r, "eval"):
         windows.append((("eval", "window"), r.eval.window))
+    if hasattr(r, "quant") and r.quant.reads_text:
+        windows.append((("quant", "calibration", "sequence_len"), r.quant.calibration.sequence_len))
+    if hasattr(r, "train") and r.train.reconstruct is not None:
+        windows.append((("train", "reconstruct", "sequence_len"), r.train.reconstruct.sequence_len))
     for path, length in windows:
         if length > limit:
             yield Problem(

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ...names import did_you_mean, nearest
 from ...signals import SIGNALS, TEACHERS, teacher_kind
 from ...train.losses import LOSSES
+from ..layers import shapes_here
 from ..paths import path_is
 from ..values import OneOf
 from ..yaml import Problem
@@ -72,12 +73,6 @@ def check_signal(r: Any) -> Problems:
                 f"it, or set train.signal.kind (with a teacher: {asking})",
             )
         return
-    if train.max_steps == 0:
-        yield Problem(
-            ("train", "signal"),
-            f"got kind: {train.signal.kind} with max_steps 0: no step asks the teacher; remove signal and "
-            "teacher, or set max_steps: 1 or more",
-        )
     if train.teacher is None:
         yield Problem(
             ("train", "teacher"),
@@ -95,6 +90,19 @@ def check_signal(r: Any) -> Problems:
         return
     for reason in teacher_kind(train.teacher).problems(r, train.teacher):
         yield Problem(("train", "teacher"), f"got {train.teacher!r}, but {reason}")
+    if train.max_steps == 0:
+        yield Problem(
+            ("train", "signal", "kind"),
+            f"got {train.signal.kind!r} with max_steps 0: no step is trained, and no teacher asked; set "
+            "max_steps: 1 or more, or remove train.signal and train.teacher",
+        )
+    shapes = shapes_here(r.model.path, r.model.revision)
+    tokens = shapes.number("vocab_size") if shapes is not None else None
+    if tokens is not None and (train.signal.top_k or 0) > tokens:
+        yield Problem(
+            ("train", "signal", "top_k"),
+            f"got {train.signal.top_k}; allowed: at most the {tokens} tokens of the model, or null",
+        )
     if LOSSES[train.loss].fuse is not None:
         yield Problem(
             ("train", "loss"),

@@ -54,10 +54,28 @@ BAD = [
         "train.teacher: got 'residual', but this base keeps no residual; set quant.residual_bits: 4",
     ),
     (
+        "residual of moved weights",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: residual"),
+        ("quant.calibrate=auto",),
+        "train.teacher: got 'residual', but quant.calibrate: gptq moves the weights before it rounds them",
+    ),
+    (
+        "more tokens than there are",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix, top_k: 4097}\n  teacher: cached"),
+        (),
+        "train.signal.top_k: got 4097; allowed: at most the 4096 tokens of the model, or null",
+    ),
+    (
         "no step",
-        ("max_steps: 10", "max_steps: 10\n  signal: {kind: mix}\n  teacher: residual\n  reconstruct: {}"),
-        ("train.max_steps=0",),
-        "train.signal: got kind: mix with max_steps 0: no step asks the teacher; remove signal and teacher",
+        ("max_steps: 10", "max_steps: 0\n  reconstruct: {}\n  signal: {kind: mix}\n  teacher: cached"),
+        (),
+        "train.signal.kind: got 'mix' with max_steps 0: no step is trained, and no teacher asked",
+    ),
+    (
+        "a word for the section",
+        ("max_steps: 10", "max_steps: 10\n  signal: mix"),
+        (),
+        "train.signal: got 'mix'; allowed: a mapping with the keys kind, temperature, label_weight",
     ),
 ]
 
