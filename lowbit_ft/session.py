@@ -18,8 +18,7 @@ from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
-from .recipe.defaults import taken
-from .recipe.incoming import resolve_quant
+from .recipe.defaults import settled, taken
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
 from .recipe.yaml import RecipeError
@@ -109,7 +108,9 @@ def start(recipe: Recipe) -> Session:
             Checkpoint.open(
                 recipe.model.path, revision, recipe.model.dtype
             )  # fetched, before its grid is asked for
-        recipe = _with_checkpoint_grid(recipe)
+        recipe, against = settled(recipe)
+        if against:
+            raise RecipeError([str(problem) for problem in against])
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         try:
             checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
@@ -131,16 +132,6 @@ def start(recipe: Recipe) -> Session:
     for line in taken(recipe):
         session.say(line)
     return session
-
-
-def _with_checkpoint_grid(recipe: Recipe) -> Recipe:
-    """The recipe with the quant section of a checkpoint that is quantized already; equal to it when
-    load_recipe has seen to that.
-    """
-    quant, against = resolve_quant(recipe.model, recipe.quant)
-    if against:
-        raise RecipeError([str(problem) for problem in against])
-    return recipe.model_copy(update={"quant": quant})
 
 
 def resume(run_dir: Path, writes: bool = False) -> Session:

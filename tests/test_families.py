@@ -49,6 +49,7 @@ NO_FAMILY = {
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
+    "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
 }
 
 
@@ -348,7 +349,7 @@ ROWS: dict[str, Row] = {
     "OPTIMIZERS": Row(with_key("train.optimizer", train__scheduler="constant", **ABSMAX), steps_of_one_size),
     "SCHEDULERS": Row(with_key("train.scheduler", **ABSMAX), a_quarter_from_the_middle_on),
     "LOSSES": Row(with_key("train.loss", **ABSMAX), no_more_than_one_per_token),
-    "SIGNALS": Row(with_key("train.signal.kind", train__teacher="residual"), the_likeliest_token),
+    "SIGNALS": Row(with_key("train.signal.kind", train__teacher="residual", **ABSMAX), the_likeliest_token),
     "TEACHERS": Row(with_key("train.teacher", train__signal__kind="mix", **ABSMAX), as_likely_as_any_other),
     "TRAINERS": Row(tiny_yaml, what_its_yaml_said, word="tiny_model", schema=False),
 }

@@ -32,8 +32,8 @@ class Reach:
 
 def reach(model: nn.Module, total_rate: float) -> Reach | None:
     """For the layers that have adapters on them; total_rate: the sum of the learning rates of all steps.
-    None: something
-    there moves codes otherwise than by a low-rank product that starts at B = 0."""
+    None: something there moves codes otherwise than by a low-rank product that starts at B = 0.
+    """
     needed = []
     for _, layer in adapted_layers(model):
         adapter, base = layer.adapter, layer.base

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from statistics import mode
 
 from ..adapters.rates import rate_for
 from ..names import HUB_ID
@@ -195,7 +196,10 @@ def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
             f"as it is quantized ({incoming}), tuned with DL-QAT",
         )
         facts = f"{len(incoming.layers)} layers are packed already; their codes are taken as they are."
-    rate, rate_why = rate_for("lr_qat", 4)
+    method, bits = "lr_qat", 4
+    if incoming is not None:
+        method, bits = "dl_qat", mode(layer.grid.bits for layer in incoming.layers.values())
+    rate, rate_why = rate_for(method, bits)
     return template.format(
         title=f"{_comment(model_path)} {what}.",
         file=_comment(str(output)),

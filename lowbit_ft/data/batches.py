@@ -98,10 +98,9 @@ class Batches:
 
     rank, world: this process and how many there are.  mask_dtype: add an explicit mask of this dtype (file
     head). taught: add what a teacher has to know of a batch (`used`, and but for a stream `windows`).
-    state_dict() after n batches, loaded
-    into a Batches over the same data, continues with batch n + 1, bit for bit; take it when all ranks have
-    had the same number of batches, as at the end of a step. A stream is resumed by reading it again up to
-    there."""
+    state_dict() after n batches, loaded into a Batches over the same data, continues with batch n + 1, bit
+    for bit; take it when all ranks have had the same number of batches, as at the end of a step. A stream is
+    resumed by reading it again up to there."""
 
     def __init__(
         self,

@@ -35,9 +35,8 @@ class Head:
 
     def logits(self, hidden: Tensor, kind: Callable[..., Any]) -> Tensor:
         """hidden [T, H] -> [T, V]; kind: the class of the decoder's output."""
-        ids = torch.zeros(
-            (1, len(hidden)), dtype=torch.int64, device=hidden.device
-        )  # only their shape matters
+        # only their shape matters
+        ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with _answering(self.base, kind(last_hidden_state=hidden[None])):
             return self.plain(input_ids=ids, use_cache=False).logits[0]
 

@@ -18,9 +18,8 @@ from torch import nn
 
 from .linear import PackedLinear
 
-WHOLE_BITS = (
-    8  # from here on codes alone are taken for the weight, as in the teacher that is packed to 8 bits
-)
+# from here on codes alone are taken for the weight, as in the teacher that is packed to 8 bits
+WHOLE_BITS = 8
 
 
 def rounded_for_good(model: nn.Module) -> list[str]:

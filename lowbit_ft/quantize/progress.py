@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from ..train.log import clock
+
 EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
@@ -76,9 +78,3 @@ class Progress:
         if not self.packed:
             return passed
         return f"{passed}, about {clock(seconds * (self.total - self.packed) / self.packed)} left"
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"

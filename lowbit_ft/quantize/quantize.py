@@ -144,10 +144,12 @@ class Packing:
             here = f"layer {index + 1} {of}"
             inside = {n: self.model.get_submodule(n) for n in self.targets if n.startswith(layer_name + ".")}
             made: dict[str, Weight] = {}
-            if stream is not None and inside:
-                self.progress.at(f"{here}: {len(inside)} matrices together")
-                made = self._pack_block(stream, index, f"{layer_name}.", list(inside))
-                yield from made.items()
+            if stream is not None:
+                unit = stream.advance(index)  # a layer that stays dense is passed too
+                if inside:
+                    self.progress.at(f"{here}: {len(inside)} matrices together")
+                    made = self._pack_block(stream, index, f"{layer_name}.", list(inside), unit)
+                    yield from made.items()
             for part in passes(inside) if stream is None else ():
                 self.progress.at(f"{here}: inputs of {len(part)} matrices")
                 found = curvatures(walk, index, part, self.progress.tick)
@@ -191,12 +193,11 @@ class Packing:
         return base
 
     def _pack_block(
-        self, stream: DenseStream, index: int, prefix: str, names: list[str]
+        self, stream: DenseStream, index: int, prefix: str, names: list[str], unit: float
     ) -> dict[str, Weight]:
-        """All linears of a decoder layer at once, by their effect on its output."""
+        """All linears of a decoder layer at once, by their effect on its output. unit: see DenseBlock."""
         assert self.calibrator.block is not None
         grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
-        unit = stream.advance(index)
         weights = {name: self._stored(name).float() for name in names}
         stats = self._stats()
         block = DenseBlock(

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..adapters.rates import rate_for
+from .incoming import resolve_quant
 from .layers import POSITIONS, shapes_here
 from .sections.base import Section
 from .sections.data import DataSection
 from .sections.quant import QuantSection
 from .sections.train import AUTO, TrainSection
+from .yaml import Problem
 
 LENGTHS = {"sequence_len", "window"}  # keys of windows, in tokens
 
@@ -29,6 +31,19 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(train, TrainSection) and quant is not None and adapter is not None:
         found["train"] = _with_rate(train, rate_for(adapter.method, quant.bits)[0])
     return found
+
+
+def settled(recipe: Any) -> tuple[Any, list[Problem]]:
+    """The recipe once its checkpoint is on this disk, and what it says against a checkpoint that is quantized
+    already: that one's grid is taken, and what was auto is that of its bits and positions. Equal to a recipe
+    that load_recipe made with the checkpoint at hand.
+    """
+    quant, against = resolve_quant(recipe.model, recipe.quant)
+    train = recipe.train
+    if "learning_rate" not in train.model_fields_set:
+        train = train.model_copy(update={"learning_rate": AUTO})
+    values = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return recipe.model_copy(update=resolve(values | {"quant": quant, "train": train})), against
 
 
 def taken(recipe: Any) -> list[str]:

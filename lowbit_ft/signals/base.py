@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..model.checkpoint import Checkpoint
 from ..model.heads import Answering
+
+TAUGHT = ("used", "windows")  # of a batch, what is no model's business but a teacher's (see Ask)
 
 
 @dataclass(frozen=True)
@@ -89,25 +89,14 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What a teacher can be made of, from the session of a run. model: the student, packed, adapters
-    attached, before it is wrapped or sharded; windows: the training windows in data order; folder: teacher/
-    of the run; main: whether this process writes; pack(source) -> another checkpoint's model, packed to 8
-    bits, and facts that tell it from any other; kept() -> what the full-precision model says about the
-    windows of this run, on the disk (store.Store), asked now where it was not; say: prints on the main
-    process."""
+    """What a teacher can be made of, in a run. model: the student, packed, adapters attached, before it is
+    wrapped or sharded; pack(source) -> another checkpoint's model, packed to 8 bits, and facts that tell it
+    from any other; kept() -> what the full-precision model says about the windows of this run, on the disk
+    (store.Store), asked now where it was not."""
 
-    recipe: Any
-    checkpoint: Checkpoint
     model: nn.Module
-    windows: Any
-    device: torch.device
-    dtype: torch.dtype
-    folder: Path
-    main: bool
-    pad_id: int
     pack: Callable[[str], tuple[Any, dict[str, Any]]]
     kept: Callable[[], Any]
-    say: Callable[[object], None]
 
 
 @dataclass(frozen=True)

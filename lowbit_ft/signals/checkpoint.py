@@ -19,10 +19,9 @@ from ..model.attention import block_diagonal_mask, segment_attention, segment_in
 from ..model.config import read_config
 from ..model.heads import Answering, find_head
 from ..model.tokenizer import read_tokenizer
+from ..model.upload import upload
 from ..names import HUB_ID
 from .base import Answers, Ask, Costs, Making, Teacher, Whole
-
-WIDTH = 8  # bits it is packed to
 
 
 def unlike(theirs: Path, ours: Path) -> str | None:
@@ -42,8 +41,6 @@ def unlike(theirs: Path, ours: Path) -> str | None:
 
 
 class OtherModel(Teacher):
-    instead = "set train.teacher to a model that is nearer, or signal.kind: labels"
-
     def __init__(self, model: Any, facts: dict[str, Any]) -> None:
         super().__init__(facts)
         self.other: Any = model.eval().requires_grad_(False)
@@ -91,7 +88,7 @@ class OtherModel(Teacher):
         positions = ask.batch.get("position_ids")
         if positions is not None and self.apart:
             inputs |= {
-                name: value.to(ask.device) if isinstance(value, Tensor) else value
+                name: upload(value, ask.device) if isinstance(value, Tensor) else value
                 for name, value in segment_inputs(self.other, positions).items()
             }
         elif positions is not None:

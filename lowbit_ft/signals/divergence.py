@@ -41,10 +41,15 @@ def divergence(
     tokens that both have."""
     if isinstance(given, Sparse):
         return _Divergence.apply(logits, counted, temperature, kind, given.ids, given.log_p, given.rest)  # pyright: ignore
-    theirs, both = given.logits, min(logits.shape[-1], given.logits.shape[-1])
-    if both < logits.shape[-1]:
-        logits = logits[:, :both]
-    return _Divergence.apply(logits, counted, temperature, kind, theirs[:, :both])  # pyright: ignore
+    logits, given = both_have(logits, given)
+    return _Divergence.apply(logits, counted, temperature, kind, given.logits)  # pyright: ignore
+
+
+def both_have(logits: Tensor, given: Whole) -> tuple[Tensor, Whole]:
+    """The logits of student and teacher over the first tokens that both have."""
+    both = min(logits.shape[-1], given.logits.shape[-1])
+    mine = logits if both == logits.shape[-1] else logits[:, :both]
+    return mine, given if both == given.logits.shape[-1] else Whole(given.logits[:, :both])
 
 
 @torch.no_grad()
@@ -139,4 +144,4 @@ class _Divergence(torch.autograd.Function):
         return (out, None, None, None, *([None] * len(given)))
 
 
-__all__ = ["LEAST", "Divergence", "Sparse", "Whole", "divergence", "most_likely"]
+__all__ = ["LEAST", "Divergence", "Sparse", "Whole", "both_have", "divergence", "most_likely"]

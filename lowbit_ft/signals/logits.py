@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Given, Part, Signal
-from .divergence import divergence, most_likely
+from .base import Given, Part, Signal, Whole
+from .divergence import both_have, divergence, most_likely
 from .tokens import IGNORE
 
 
 def compared(options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None) -> Tensor:
     """The divergence part of a signal, summed over the positions it counts."""
     assert given is not None, "a teacher was not asked"
+    if isinstance(given, Whole):
+        logits, given = both_have(logits, given)  # before a choice: the student has to have what is chosen
     if options.top_k is not None:
         given = most_likely(given, options.top_k, options.temperature)
     where = counted if options.on == "all" else tokens != IGNORE

@@ -30,6 +30,7 @@ from ..quantize.memory import WALK_BYTES, waiting_bytes
 from ..recipe.layers import Shapes, read_shapes
 from ..recipe.recipe import Recipe
 from ..session import Session
+from ..signals.base import TAUGHT
 from ..signals.cached import TOP_K, looked_at
 from ..signals.store import OtherKey, Store, bytes_per_position, condense
 from ..signals.tokens import FLOATS_AT_A_TIME
@@ -41,7 +42,6 @@ from .data import batches
 from .quantize import clear
 
 SHARD_BYTES = 256 << 20  # of a file
-TEACHERS = ("used", "windows")  # of a batch, what the model is not given
 LAYERS_SHARE = 0.9  # of a walk's time, for the bar: then come the head and the choice of the k
 
 
@@ -163,7 +163,7 @@ def _walked(
     found = list(taught.one_epoch())
     reference = Reference(
         session.checkpoint,
-        [{name: value for name, value in batch.items() if name not in TEACHERS} for batch in found],
+        [{name: value for name, value in batch.items() if name not in TAUGHT} for batch in found],
         attention=session.recipe.model.attention,
         device=session.device,
         dtype=session.dtype,

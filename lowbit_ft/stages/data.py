@@ -20,7 +20,7 @@ from ..model.walk import Batch
 from ..recipe.sections.data import DataSource
 from ..session import Session
 from ..train.processes import rank, world
-from .synthesis import train_source, valid_source
+from .synthesis import rows_key, train_source, valid_source
 
 LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
 
@@ -133,18 +133,26 @@ def calibration_windows(session: Session, samples: int, sequence_len: int, size:
     """Batches of `size` token windows from quant.calibration.path or the training rows: a seeded choice among
     the first 4 x samples, so that a large or remote data set is not read whole."""
     recipe, path = session.recipe, session.recipe.quant.calibration.path
-    if path is None:
-        source = train_source(session)
-    else:
-        train = recipe.data.train
-        kind = "text" if train is None or Path(path).suffix == ".txt" else train.format
-        source = DataSource(path=path, format=kind)
+    source = train_source(session) if path is None else _calibration_source(session, path)
     pool = first_windows(session, source, 4 * samples, {"sequence_len": sequence_len, "train_on": "all"})
     picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(samples, len(pool)))
     chosen = Examples(pool[i] for i in sorted(picked))
     size = min(len(chosen), size)
     found = Batches(chosen, size, session.pad_id, 0, shuffle=False).one_epoch()
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
+
+
+def calibration_key(session: Session) -> list[Any]:
+    """What `calibration_windows` are chosen from and how, for the key of what is made of them."""
+    recipe, path = session.recipe, session.recipe.quant.calibration.path
+    rows = rows_key(session) if path is None else _calibration_source(session, path).model_dump(mode="json")
+    return [rows, recipe.train.seed, recipe.data.packing, recipe.data.on_bad_row]
+
+
+def _calibration_source(session: Session, path: str) -> DataSource:
+    train = session.recipe.data.train
+    kind = "text" if train is None or Path(path).suffix == ".txt" else train.format
+    return DataSource(path=path, format=kind)
 
 
 def first_windows(

@@ -11,8 +11,11 @@ from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_
 from ..export.folder import check_files
 from ..export.reader import load_exported
 from ..integrations.adapter_files import check_adapter, read_adapter, refuse_other_base
+from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
 from ..model.load import load_model
+from ..quantize.quantize import quantize
+from ..recipe.sections.quant import QuantSection
 from ..session import Session
 
 
@@ -36,6 +39,22 @@ def stage_model(session: Session, stage: str) -> Any:
         device=reader_device(folder, session),
         attention=session.recipe.model.attention,
     )
+
+
+def in_8_bits(session: Session, checkpoint: Checkpoint, group_size: int, **layers: Any) -> Any:
+    """A full-precision model that computes beside the student or before it: its linears packed to 8 bits by
+    their absmax, on the session's device, without calibration text or residual; never written, because made
+    again it is the same bit for bit. layers: quant.targets and quant.exclude."""
+    quant = QuantSection.model_validate(
+        {"bits": 8, "group_size": group_size, "residual_bits": 0, "calibrate": "absmax", **layers}
+    )
+    return quantized(session, checkpoint, quant)
+
+
+def quantized(session: Session, checkpoint: Checkpoint, quant: QuantSection) -> Any:
+    """A checkpoint packed in memory, for this session to compute with."""
+    attention = session.recipe.model.attention
+    return quantize(checkpoint, quant, device=session.device, dtype=session.dtype, attention=attention)[0]
 
 
 FOLDERS = ("base", "adapter", "merged", "exported")

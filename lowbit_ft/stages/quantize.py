@@ -15,9 +15,8 @@ from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
-from .data import calibration_batches
+from .data import calibration_batches, calibration_key
 from .models import load_packed
-from .synthesis import rows_key
 
 
 def quantize_stage(session: Session) -> Any:
@@ -100,12 +99,10 @@ def base_key(session: Session) -> str:
     """What the base is made of: the checkpoint's files, the quant section, and the text that its
     calibrator looks at.
     """
-    recipe = session.recipe
-    # with a path of its own for calibration (part of the quant section) the model need not have written any
-    reads_rows = recipe.quant.reads_text and not (recipe.data.synthesis and recipe.quant.calibration.path)
+    quant = session.recipe.quant
     facts = {
-        "quant": recipe.quant.model_dump(mode="json"),
+        "quant": quant.model_dump(mode="json"),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": [rows_key(session), recipe.train.seed] if reads_rows else None,
+        "text": calibration_key(session) if quant.reads_text else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -30,8 +30,7 @@ from ..model.walk import decoder_layers
 from ..session import Session
 from ..train.processes import main_process_first
 from ..train.reconstruct import Fit, has_adapters, reconstruct
-from .data import calibration_windows
-from .synthesis import rows_key
+from .data import calibration_key, calibration_windows
 
 FOLDER, ADAPTER, MANIFEST = "reconstruct", "adapter.safetensors", "manifest.json"
 
@@ -97,7 +96,7 @@ def reconstruct_key(session: Session, model: Any) -> str:
         "base": base_digest(model),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "reconstruct": section.model_dump(mode="json"),
-        "text": [rows_key(session), recipe.quant.calibration.path],
+        "text": calibration_key(session),
         "seed": recipe.train.seed,
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,

@@ -21,12 +21,11 @@ from ..export import EXPORTERS
 from ..files.atomic import visible_names
 from ..files.records import Synthesis
 from ..model.load import load_model
-from ..quantize.quantize import quantize
 from ..recipe.sections.data import DataSource
-from ..recipe.sections.quant import QuantSection
 from ..session import Session
 from ..train.memory import free_ram, release_freed
 from ..train.processes import main_process_first
+from .models import in_8_bits, quantized
 
 FOLDER = "synthesis"
 SAY_EVERY = 15.0  # seconds between two lines in a log
@@ -86,17 +85,9 @@ def writer(session: Session, by: str) -> Any:
     if by == "dense":
         return load_model(session.checkpoint, recipe.model.attention, session.device, session.dtype).eval()
     quant = recipe.quant
-    if not quant.from_checkpoint:
-        quant = QuantSection(
-            bits=8, residual_bits=0, calibrate="absmax", targets=quant.targets, exclude=quant.exclude
-        )
-    return quantize(
-        session.checkpoint,
-        quant,
-        device=session.device,
-        dtype=session.dtype,
-        attention=recipe.model.attention,
-    )[0].eval()
+    if quant.from_checkpoint:
+        return quantized(session, session.checkpoint, quant)
+    return in_8_bits(session, session.checkpoint, 128, targets=quant.targets, exclude=quant.exclude)
 
 
 def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
@@ -233,9 +224,8 @@ class Told:
 
     def __str__(self) -> str:
         spent = time.monotonic() - self.began
-        share = (
-            self.rows / self.total if self.rows else self.tokens / self.longest
-        )  # a bound, before the first row
+        # before the first row a bound
+        share = self.rows / self.total if self.rows else self.tokens / self.longest
         left = spent / share - spent if share else float("inf")
         return (
             f"synthesis: row {self.rows:,} of {self.total:,}, {self.tokens / max(spent, 1e-9):,.0f} "

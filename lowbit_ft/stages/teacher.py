@@ -17,14 +17,13 @@ from ..evaluate.perplexity import Reference, evaluate
 from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
-from ..quantize.quantize import quantize
-from ..recipe.sections.quant import QuantSection
 from ..session import Session
 from ..signals import SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
-from ..signals.checkpoint import WIDTH, unlike
+from ..signals.checkpoint import unlike
 from ..train.processes import main_process_first
 from .answers import kept_answers, refuse_other_answers
 from .data import batches, first_windows
+from .models import in_8_bits
 from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
@@ -60,31 +59,23 @@ def other_checkpoint(session: Session, source: str) -> Checkpoint:
     return checkpoint
 
 
-def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
-    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded. ValueError
-    for a teacher that cannot be made or is not near enough to full precision."""
+def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | None) -> Lesson:
+    """What train.signal and train.teacher say. model: packed, adapters attached, not yet sharded; fitted:
+    what the adapters were fitted to before (reconstruct_stage), if they were. ValueError for a teacher that
+    cannot be made or is not near enough to full precision."""
     section = session.recipe.train
     signal = SIGNALS[section.signal.kind]
     if not signal.asks:
         return Lesson(signal, section.signal)
     assert section.teacher is not None, "refused by the recipe"
     making = Making(
-        recipe=session.recipe,
-        checkpoint=session.checkpoint,
         model=model,
-        windows=examples,
-        device=session.device,
-        dtype=session.dtype,
-        folder=session.run / "teacher",
-        main=session.run.main,
-        pad_id=session.pad_id,
         pack=partial(pack_other, session),
         kept=partial(kept_answers, session, model, examples),
-        say=session.say,
     )
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():
-        measured = measure(session, model, teacher)
+        measured = measure(session, model, teacher, fitted)
     if measured is not None:
         _judge(session, teacher, measured)
     return Lesson(signal, section.signal, teacher)
@@ -93,44 +84,35 @@ def lesson_of(session: Session, model: Any, examples: Examples) -> Lesson:
 def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
     """The model of another checkpoint, packed to rows of 8 bits on the session's device, and what tells it
     from any other. ValueError where its tokens are others."""
-    session.say(f"teacher: {source}, packed to {WIDTH} bits")
+    session.say(f"teacher: {source}, packed to 8 bits")
     checkpoint = other_checkpoint(session, source)
-    quant = QuantSection(
-        bits=WIDTH,
-        group_size=-1,
-        symmetric=True,
-        residual_bits=0,
-        calibrate="absmax",
-        exclude=list(session.recipe.quant.exclude),
-    )
-    model, _ = quantize(
-        checkpoint,
-        quant,
-        device=session.device,
-        dtype=session.dtype,
-        attention=session.recipe.model.attention,
-    )
+    model = in_8_bits(session, checkpoint, -1, exclude=session.recipe.quant.exclude)
     return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
 
 
-def measure(session: Session, model: Any, teacher: Teacher) -> TeacherMeasure | None:
+def measure(
+    session: Session, model: Any, teacher: Teacher, fitted: str | None = None
+) -> TeacherMeasure | None:
     """KL to full precision of a live teacher and of the student as it starts; by the main process, once per
     run. None for a teacher that is full precision by what it is made of."""
     found = teacher.model()
     if found is None:
         return None
     other, at_work = found
+    recipe = session.recipe
     key = {
         "teacher": teacher.facts,
         "base": base_digest(model),
-        "adapter": session.recipe.adapter.model_dump(mode="json"),
-        "data": rows_key(session),
+        "adapter": recipe.adapter.model_dump(mode="json"),
+        "fitted": fitted,
+        "data": [rows_key(session), recipe.data.sequence_len, recipe.data.packing, recipe.data.on_bad_row],
+        "dtype": recipe.model.dtype,
     }
     stored = session.run.read_json(FILE, TeacherMeasure | None, None)
     if stored is not None and stored.of == key:
         return stored
     assert session.run.main, "the main process has measured it"
-    length = min(TOKENS, session.recipe.data.sequence_len)
+    length = min(TOKENS, recipe.data.sequence_len)
     whole = {"sequence_len": length, "train_on": "all"}
     rows = first_windows(session, train_source(session), WINDOWS, whole)
     windows = list(batches(session, model, rows, 1, shuffle=False, alone=True).one_epoch())

@@ -49,7 +49,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     digest = base_digest(model)
     fitted = reconstruct_stage(session, model)
     # It is judged against the student as it will start.
-    lesson = lesson_of(session, model, examples) if recipe.train.max_steps != 0 else None
+    lesson = lesson_of(session, model, examples, fitted) if recipe.train.max_steps != 0 else None
     share_base(session, model)
     if lesson is not None:
         optimize(session, model, examples, lesson, digest, fitted)

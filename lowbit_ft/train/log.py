@@ -89,7 +89,7 @@ class TrainLog:
             every = max(1, self.total // _PLAIN_LINES)
             if step % every == 0 or step == self.total or step == self.start + 1 or "skipped" in values:
                 left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
-                line = f"step {step}/{self.total}  {numbers}  ETA {_clock(left)}"
+                line = f"step {step}/{self.total}  {numbers}  ETA {clock(left)}"
                 self.console.print(line, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -128,7 +128,7 @@ class WalkLog:
     def show(self, done: float) -> None:
         """So many windows are done; a part of one where several go through a model together."""
         left = (time.monotonic() - self.began) / max(done - self.start, 1e-9) * (self.total - done)
-        numbers = f"{int(done):,} of {self.total:,} windows, {_clock(left)} left"
+        numbers = f"{int(done):,} of {self.total:,} windows, {clock(left)} left"
         self.bar.update(self.task, completed=done, numbers=numbers)
         part, whole = int(done * _PLAIN_LINES / max(1, self.total)), int(done)
         if self.main and not self.console.is_terminal and part > self.said[0] and whole > self.said[1]:
@@ -163,6 +163,7 @@ def check_trackers(names: list[str]) -> None:
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"

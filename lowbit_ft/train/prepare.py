@@ -32,8 +32,9 @@ from .setup import activation_checkpointing, share_frozen
 
 
 class Prepared:
-    """A model as it trains. wrapped: what a training forward calls; it returns the
-    sums of the parts of the loss."""
+    """A model as it trains. wrapped: what a training forward calls; it returns the sums of the parts of the
+    loss.
+    """
 
     def __init__(
         self, model: Any, section: Any, accelerator: Accelerator, run_dir: Path, lesson: Lesson = LABELS

@@ -24,6 +24,7 @@ from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
 from ..model.upload import upload
 from ..signals import Lesson
+from ..signals.base import TAUGHT
 from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
 from .log import TrainLog
 from .losses import LABELS, Targets, count_targets, everywhere, part_counts
@@ -41,7 +42,7 @@ from .setup import (
     total_steps,
 )
 
-BESIDE = ("labels", "used", "windows")  # of a batch, what no model is given
+BESIDE = ("labels", *TAUGHT)  # of a batch, what no model is given
 
 
 class Run:
@@ -311,9 +312,8 @@ class Run:
         for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            total += self.loss(
-                batch, self.model
-            ).sum()  # one part, the labels'; not DDP's wrapper: processes may have unequal shares
+            # one part, the labels'; not DDP's wrapper: processes may have unequal shares
+            total += self.loss(batch, self.model).sum()
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)

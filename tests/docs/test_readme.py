@@ -33,7 +33,9 @@ def table_below(page: str, marker: str) -> list[list[str]]:
 
 
 def test_the_readme_is_short_and_in_its_order() -> None:
-    assert len(README.splitlines()) <= 200
+    # But for the rows that benchmarks/peers_table.py writes.
+    written, tables, after = re.split(r"<!-- /?quality -->", README)
+    assert len((written + after).splitlines()) <= 190 and len(tables.splitlines()) <= 60
     assert re.findall(r"^## (.+)$", README, re.MULTILINE) == [
         "Why it is different",
         "Two commands",

@@ -14,9 +14,7 @@ import torch
 from benchmarks import plan_counts, plan_error, plan_shapes
 from lowbit_ft.adapters.attach import attach
 from lowbit_ft.plan.counting import Counter, reference_workspace
-from lowbit_ft.plan.model import PARTS
 from lowbit_ft.plan.plan import Card, find_card, no_card, plan
-from lowbit_ft.plan.reconstruct import reconstruct_tokens
 from lowbit_ft.plan.stages import optimizer_bytes, optimizer_state, throughput
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
@@ -173,30 +171,6 @@ def test_workspace_rules_are_asked_first_and_known_shapes_once() -> None:
     assert rule("packed_matmul", (x, codes, scale, None, None, 4, 32)) == 77 and asked == ["packed_matmul"]
     own = rule("packed_matmul_dx", (torch.empty(3, 8), codes, scale, None, None, 4, 64, 32))
     assert own >= 4 * (3 * 64 + 8 * 64), "the product and a decoded chunk"
-
-
-def test_reconstruct_is_a_stage_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It grows with its micro-batch and holds no optimizer of the whole model; with no step of training there
-    is no training to fit, and no checkpoint on the disk."""
-    monkeypatch.chdir(ROOT)
-
-    def made(*changes: str) -> Any:
-        found = plan(load_recipe(QUICK, ["eval.perplexity=false", *changes], check=False), card=CPU)
-        assert found is not None
-        return found
-
-    plain, fitted = made(), made("train.reconstruct={}")
-    assert "reconstructing" not in plain.stages and fitted.stages["training"] == plain.stages["training"]
-    small = made("train.reconstruct={micro_batch_size: 2}")
-    held = sum(fitted.parts[part] for part in PARTS) + fitted.parts["context"]
-    assert held < small.stages["reconstructing"] < fitted.stages["reconstructing"]
-    assert fitted.needs.disk["reconstruct/"] == 4 * fitted.trainable
-    alone = made("train.reconstruct={}", "train.max_steps=0", "train.eval_every=null")
-    assert set(alone.stages) == {"reconstructing", "quantizing"} and alone.needs.steps == 0
-    assert alone.total == max(alone.stages.values()) and "checkpoints/" not in alone.needs.disk
-    other = made("train.reconstruct={steps: 100, samples: 24, sequence_len: 64}").recipe
-    assert reconstruct_tokens(other) == 100 * 8 * 64 + 7 * 24 * 64 // 3
-    assert reconstruct_tokens(plain.recipe) == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "mixtral", "falcon", "qwen3_next"])

@@ -6,9 +6,16 @@ import pytest
 import yaml
 
 from lowbit_ft.adapters.rates import OTHERS, RATES
+<<<<<<< HEAD
 from lowbit_ft.recipe.check import notes
 from lowbit_ft.recipe.defaults import taken
+=======
+from lowbit_ft.recipe.defaults import settled, taken
+>>>>>>> review
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
+from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.recipe.sections.train import TrainSection
+from tests.incoming_tools import quantized_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +71,41 @@ def test_what_is_written_stays(tmp_path: Path):
 def test_planes_start_by_greedy(tmp_path: Path):
     got = recipe(tmp_path, {"grid": "binary", "bits": 3}, {"method": "alpha_tuning"}, {})
     assert got.quant.calibrate == "greedy" and got.train.learning_rate == OTHERS
+
+
+def test_a_checkpoint_that_comes_later_decides_the_rate_too(tmp_path: Path):
+    """A hub id: what it is quantized to is known once it is fetched."""
+    quantized_checkpoint(tmp_path / "model", "gptq", source=ROOT / "recipes/assets/tiny-llama", bits=2)
+    file = tmp_path / "r.yaml"
+    text = {
+        "name": "r",
+        "model": {"path": str(tmp_path / "model"), "device": "cpu"},
+        "adapter": {"method": "dl_qat"},
+        "data": {"train": {"path": "rows.jsonl", "format": "text"}},
+        "train": {"max_steps": 3},
+        "output": str(tmp_path / "run"),
+    }
+    file.write_text(yaml.safe_dump(text))
+    before = load_recipe(file, check=False, folders=())  # nobody has looked at the checkpoint
+    assert (before.quant.bits, before.quant.calibrate, before.train.learning_rate) == (4, "gptq", OTHERS)
+    found, against = settled(before)
+    assert not against and found == load_recipe(file, check=False)
+    assert (found.quant.bits, found.quant.calibrate) == (2, "from_checkpoint")
+    assert found.train.learning_rate == RATES["dl_qat"][2] != OTHERS
+    own = load_recipe(file, ["train.learning_rate=3e-4"], check=False, folders=())
+    assert settled(own)[0].train.learning_rate == 3e-4
+
+
+def test_a_recipe_made_in_python_is_settled_as_one_of_a_file(tmp_path: Path):
+    got = recipe(tmp_path, {"bits": 3}, {"method": "lr_qat"}, {})
+    by_hand = got.model_copy(
+        update={
+            "quant": QuantSection.model_validate({"bits": 3}),
+            "train": TrainSection.model_validate({"max_steps": 3}),
+        }
+    )
+    assert (by_hand.quant.calibrate, by_hand.train.learning_rate) == ("auto", "auto")
+    assert settled(by_hand) == (got, [])
 
 
 def test_lengths_that_are_not_said_fit_the_model(tmp_path: Path):

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit_ft.recipe.sections.signal import SignalSection
 from lowbit_ft.signals import Sparse, Whole, tokens
 from lowbit_ft.signals.divergence import divergence, most_likely
+from lowbit_ft.signals.logits import compared
 
 KINDS = ["forward", "reverse", "symmetric"]
 
@@ -139,3 +141,14 @@ def test_fewer_of_a_sparse_teacher() -> None:
     assert torch.equal(a.ids, b.ids)
     torch.testing.assert_close(a.log_p, b.log_p)
     torch.testing.assert_close(a.rest, b.rest)
+
+
+@pytest.mark.parametrize("wide", [19, 27])
+def test_the_likeliest_tokens_of_a_wider_table_are_tokens_of_the_student(wide: int) -> None:
+    """A teacher's table is padded to another length, and its logits there are what they happen to be."""
+    options = SignalSection.model_validate({"kind": "logits", "top_k": 19, "on": "all"})
+    ours, theirs = logits(), logits(seed=1, vocabulary=wide)
+    theirs[:, 19:] += 50
+    counted, tokens = torch.ones(7, dtype=torch.bool), torch.zeros(7, dtype=torch.int64)
+    got = compared(options, ours, tokens, counted, Whole(theirs))
+    assert float(got) == pytest.approx(float(divergence(ours, Whole(theirs[:, :19]), counted)), rel=1e-5)

@@ -6,8 +6,8 @@ numbers, p in units of 2^-40: it is exact in any order, on any device (a floatin
 same twice). What is less likely than 2^-40 is never drawn.
 
 The logits themselves come out of matrix products, whose last bits may differ between batches of another size.
-So the promise of bytes is for one batch_size; with another one a row differs where a draw falls between two
-such sums, about once in a million tokens.
+So the promise of bytes is for one batch_size; with another one a row may differ from where a draw falls
+between two such sums, which is rare.
 """
 
 from __future__ import annotations

@@ -1,0 +1,29 @@
+"""What is made once and reused is made again when what it depends on has changed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.stages.quantize import base_key
+
+
+def key(*overrides: str) -> str:
+    recipe = load_recipe("recipes/quickstart.yaml", overrides)
+    session: Any = SimpleNamespace(recipe=recipe, checkpoint=SimpleNamespace(revision="a"))
+    return base_key(session)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["data.packing=false", "data.on_bad_row=skip", "train.seed=1", "data.train.limit=7"],
+)
+def test_a_base_knows_the_text_that_its_calibrator_looked_at(change: str, in_the_repository: None):
+    assert key("quant.calibrate=gptq") != key("quant.calibrate=gptq", change)
+    assert key("quant.calibrate=mse") == key("quant.calibrate=mse", change), "it looks at none"
+
+
+def test_text_of_its_own_leaves_the_rows_out(in_the_repository: None):
+    own = ["quant.calibrate=gptq", "quant.calibration.path=recipes/assets/text/train.jsonl"]
+    assert key(*own) == key(*own, "data.train.limit=7") != key("quant.calibrate=gptq")
