@@ -6,12 +6,8 @@ import pytest
 import yaml
 
 from lowbit_ft.adapters.rates import OTHERS, RATES
-<<<<<<< HEAD
 from lowbit_ft.recipe.check import notes
-from lowbit_ft.recipe.defaults import taken
-=======
 from lowbit_ft.recipe.defaults import settled, taken
->>>>>>> review
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.train import TrainSection
