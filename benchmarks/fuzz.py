@@ -14,7 +14,7 @@ it (fuzz_doors.py). A case is
     nonsense   taken, and what was made of it is wrong
 
 Counts go to --out as JSON, the first offenders of each class to the screen, with the number that makes the
-case again: `--only NUMBER --seed S`. It exits with 1 when there is one.
+case again: `--only NUMBER ... --seed S`. It exits with 1 when there is one.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--only", type=int, help="this case alone")
+    parser.add_argument("--only", type=int, nargs="+", help="these cases alone")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a case")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so long")
     parser.add_argument("--show", type=int, default=5, help="offenders of each class on the screen")
@@ -232,9 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     import transformers
 
     transformers.logging.set_verbosity(logging.CRITICAL)
-    numbers = (
-        [options.only] if options.only is not None else range(options.first, options.first + options.count)
-    )
+    numbers = options.only or range(options.first, options.first + options.count)
     with tempfile.TemporaryDirectory() as place:
         honest = Path(place) / "honest"
         honest.mkdir()
