@@ -126,8 +126,9 @@ def test_where_the_dense_model_does_not_fit_it_is_packed(
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no row is left to train on .*too short 24.*loosen"):
-        pipeline.quantize(recipe(tmp_path / "run", "data.synthesis.filter={min_tokens: 48}"))
+    with pytest.raises(ValueError, match="no row is left to train on .*repetition 24.*loosen"):
+        nothing_twice = "data.synthesis.filter={min_tokens: 1, ngram: 1, max_repetition: 0.001}"
+        pipeline.quantize(recipe(tmp_path / "run", nothing_twice))
 
 
 @pytest.mark.slow
