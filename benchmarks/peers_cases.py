@@ -171,6 +171,8 @@ def _dotted(keys: dict[str, Any]) -> dict[str, Any]:
 
 # torch.compile off: on a CPU it costs AutoRound more than it gives at these sizes (LOG.md).
 TAUGHT: dict[str, Any] = {"train__signal__kind": "logits", "train__teacher": "cached"}
+# As many rows as AutoRound's default takes; smaller steps, so that they and the training take its time.
+ROUNDED: dict[str, Any] = {"quant__calibration__samples": 128, "quant__calibration__batch_tokens": 1024}
 EAGER = {"enable_torch_compile": False}
 CONTENDERS: dict[str, Contender] = {
     "HQQ": Contender("hqq", seeded=False, symmetric=False),
@@ -185,6 +187,8 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, l4q": trained("l4q", "gptq"),
     "gptq, full QAT": full_qat("gptq"),
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
-    "signround": start(quant__calibrate="signround", quant__calibration__samples=128),
-    "signround, lr_qat, KL": trained("lr_qat", "signround", 60, quant__calibration__samples=128, **TAUGHT),
+    "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
+    "signround, lr_qat, KL": trained(
+        "lr_qat", "signround", 40, **ROUNDED, quant__calibration__steps=100, **TAUGHT
+    ),
 }

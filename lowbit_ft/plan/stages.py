@@ -70,11 +70,11 @@ def optimizer_state(name: str, counts: list[int]) -> tuple[int, int]:
     return here, away
 
 
-def walk_activations(per_token: float, windows: int, length: int) -> int:
+def walk_activations(per_token: float, windows: int, length: int, batch: int = 4096) -> int:
     """What LayerWalk holds of activations on the device: one batch through one layer; the hidden states of
-    all wait on the CPU.
+    all wait on the CPU. batch: tokens that pass a layer at a time, in whole windows.
     """
-    return round(per_token * max(length, min(windows * length, max(4096 // length, 1) * length)))
+    return round(per_token * max(length, min(windows * length, max(batch // length, 1) * length)))
 
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
@@ -86,7 +86,7 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
     largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)
-    return device + walk_activations(largest / tokens, text.samples, text.sequence_len)
+    return device + walk_activations(largest / tokens, text.samples, text.sequence_len, text.batch_tokens)
 
 
 def synthesis_bytes(recipe: Recipe, made: Skeleton, room: int) -> int:

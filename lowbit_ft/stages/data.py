@@ -125,7 +125,7 @@ def eval_batches(session: Session, model: Any) -> list[Batch]:
 def calibration_batches(session: Session) -> list[Batch]:
     """Token windows for a calibrator that looks at text."""
     wanted = session.recipe.quant.calibration
-    size = max(1, 4096 // wanted.sequence_len)
+    size = max(1, wanted.batch_tokens // wanted.sequence_len)
     return calibration_windows(session, wanted.samples, wanted.sequence_len, size)
 
 

@@ -36,8 +36,9 @@ class CalibrationSection(Section):
     damping: Positive = Field(
         default=0.01, description="gptq: fraction of the mean Hessian diagonal that is added to it"
     )
-    steps: Count = Field(
-        default=200, description="signround: steps in every decoder layer, a batch of 4096 tokens each"
+    steps: Count = Field(default=200, description="signround: steps in every decoder layer")
+    batch_tokens: Count = Field(
+        default=4096, description="tokens that pass a layer at a time, in whole windows; of signround, a step"
     )
     act_order: bool = Field(
         default=False,
