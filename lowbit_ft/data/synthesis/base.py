@@ -91,7 +91,7 @@ class SynthesisConfig(BaseModel):
 
     def rows(self, voice: Voice) -> Rows:
         """The rows of this kind for a model and its tokenizer. ValueError where they cannot be written."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} writes no rows")
 
 
 class Voice:
