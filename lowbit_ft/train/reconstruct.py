@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..adapters import is_scale
 from ..adapters.attach import adapted_layers, adapter_state, load_adapter_state
-from ..grid.calibrate.descent import descend
+from ..grid.calibrate.descent import checked, descend
 from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
 from ..model.walk import Batch, LayerWalk, decoder_layers, entering
@@ -89,9 +89,10 @@ class LayerText:
 
     @torch.no_grad()
     def whole(self) -> float:
-        """Over all windows."""
-        total = sum(float(self.loss(n)) * target.numel() for n, target in enumerate(self.targets))
-        return total / sum(target.numel() for target in self.targets)
+        """Over the windows that a check looks at."""
+        numbers = checked(self.batches)
+        total = sum(float(self.loss(n)) * self.targets[n].numel() for n in numbers)
+        return total / sum(self.targets[n].numel() for n in numbers)
 
 
 def fit(

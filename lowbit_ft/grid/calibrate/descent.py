@@ -1,10 +1,10 @@
 """descend: steps on windows of text that keep the best state seen. signround rounds by it, train.reconstruct
 (train/reconstruct.py) fits adapters by it.
 
-One batch a step, in an order drawn from the seed; rates fall linearly to zero. The loss over all batches is
-looked at before, CHECKS times on the way and at the end: a batch's own loss says more about the batch than
-about the step. What is left in the tensors is the best of these states, so the loss never ends above its
-start.
+One batch a step, in an order drawn from the seed; rates fall linearly to zero. The loss over the same few
+batches (CHECKED, spread evenly) is looked at before, CHECKS times on the way and at the end: a batch's own
+loss says more about the batch than about the step, and all of them cost a third of the whole descent. What is
+left in the tensors is the best of these states, so that loss never ends above its start.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 CHECKS = 4
+CHECKED = 8  # batches that a check looks at, at most
 
 
 class Text(Protocol):
@@ -28,8 +29,13 @@ class Text(Protocol):
         ...
 
     def whole(self) -> float:
-        """Over all batches, without a gradient."""
+        """Over the batches that a check looks at (`checked`), without a gradient."""
         ...
+
+
+def checked(batches: int) -> range:
+    """The numbers of the batches that a check looks at: at most CHECKED, spread evenly."""
+    return range(0, batches, math.ceil(batches / CHECKED))
 
 
 def descend(

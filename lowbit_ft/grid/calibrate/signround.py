@@ -12,7 +12,7 @@ straight through; s is rounded to the dtype it ships in.
 
 Differences from the paper: alpha and beta start where the clipping search (mse, p = 2) has its best range,
 not at 1, from where a 2-bit range cannot be reached in the way a step allows; and the best state is chosen by
-the loss over all text, not over a batch. The base's codes are those of W + s V, and so is its residual:
+the loss over several batches, not over one. The base's codes are those of W + s V, and so is its residual:
 training goes on from there.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from ..estimators import cast_scale, round_clip
 from ..integer import IntGrid
 from ..packed import PackedWeight, Weight
-from .descent import descend
+from .descent import checked, descend
 from .ranges import Stats, search
 
 NARROWEST = 0.25  # of a group's range; the search's best is hardly ever below 0.3 (ranges.RATIOS)
@@ -123,7 +123,8 @@ class _Rounded:
     @torch.no_grad()
     def whole(self) -> float:
         weights = {name: r.weight() for name, r in self.roundings.items()}
-        return sum(float(self.block.loss(n, weights)) for n in range(self.batches)) / self.batches
+        numbers = checked(self.batches)
+        return sum(float(self.block.loss(n, weights)) for n in numbers) / len(numbers)
 
 
 def signround_block(block: Block, stats: Stats) -> tuple[dict[str, Weight], tuple[float, float]]:
