@@ -48,6 +48,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--start", default="gptq", help="calibrator")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--samples", type=int, default=1200, help="rows that the model writes")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8, help="windows per step")
     p.add_argument("--window", type=int, default=256)
@@ -70,7 +71,7 @@ class Bench:
         o = self.o
         made = {
             "name": name,
-            "model": {"path": o.model, "dtype": "float32", "device": "cpu"},
+            "model": {"path": o.model, "dtype": o.dtype, "device": "cpu"},
             "adapter": {"method": "lr_qat"},
             "data": {"sequence_len": o.window, **data},
             "train": {"max_steps": o.steps, "micro_batch_size": o.batch, "gradient_accumulation_steps": 1},

@@ -111,6 +111,7 @@ class Bed:
             max_steps=fact["steps"],
             micro_batch_size=fact["batch"],
             gradient_accumulation_steps=1,
+            mixed_precision=self.o.precision,
             learning_rate=fact["learning_rate"],
             scale_learning_rate=fact["scale_learning_rate"],
             seed=fact["seed"],
@@ -234,6 +235,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--calibrate", default="gptq")
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--precision", default="bf16", choices=["bf16", "no"], help="of the products")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=64)
     p.add_argument("--seed", type=int, default=0)

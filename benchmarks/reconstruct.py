@@ -64,6 +64,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--signround-steps", type=int, default=200)
     p.add_argument("--kl-steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8, help="windows per step")
+    p.add_argument("--precision", default="bf16", choices=["bf16", "no"], help="of the products")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=240)
     p.add_argument("--learning-rate", type=float, default=None, help="of the KL; default: as auto takes it")
@@ -107,15 +108,16 @@ class Race(Bench):
         section = ReconstructSection.model_validate(
             {"steps": self.o.steps, "inputs": self.o.inputs, "learning_rate": rate}
         )
-        fits = reconstruct(
-            model,
-            self.checkpoint,
-            self.text(seed),
-            section,
-            seed=seed,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.o.precision == "bf16"):
+            fits = reconstruct(
+                model,
+                self.checkpoint,
+                self.text(seed),
+                section,
+                seed=seed,
+                device=torch.device("cpu"),
+                dtype=torch.float32,
+            )
         return [fit.after for fit, _ in fits]
 
     def distil(self, model: Any, bits: int, steps: int, seed: int) -> None:
@@ -125,6 +127,7 @@ class Race(Bench):
                 "max_steps": steps,
                 "micro_batch_size": self.o.batch,
                 "gradient_accumulation_steps": 1,
+                "mixed_precision": self.o.precision,
                 "learning_rate": self.o.learning_rate or rate_for(self.o.method, bits)[0],
                 "signal": {"kind": "logits"},
                 "teacher": self.o.model,

@@ -77,6 +77,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--precision", default="bf16", choices=["bf16", "no"], help="of the products")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=96)
     p.add_argument("--learning-rate", type=float, default=TrainSection.model_fields["learning_rate"].default)
@@ -145,6 +146,7 @@ class Table(Bench):
             max_steps=self.o.steps * times,
             micro_batch_size=self.o.batch,
             gradient_accumulation_steps=1,
+            mixed_precision=self.o.precision,
             learning_rate=self.o.learning_rate,
             seed=seed,
             signal=signal,  # pyright: ignore[reportArgumentType]
