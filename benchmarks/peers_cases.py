@@ -188,15 +188,10 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, full QAT": full_qat("gptq"),
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
     "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
-    "signround bf16": start(model__dtype="bfloat16", quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
-    "signround bf16 2": start(model__dtype="bfloat16", quant__calibrate="signround", quant__calibration__samples=128, quant__calibration__batch_tokens=2048, quant__calibration__steps=200),
-    "signround, lr_qat, KL bf16": trained(
-        "lr_qat", "signround", 40, **ROUNDED, quant__calibration__steps=100, **TAUGHT, model__dtype="bfloat16"
-    ),
-    "T 100 60": trained("lr_qat", "signround", 60, **ROUNDED, quant__calibration__steps=100, **TAUGHT, model__dtype="bfloat16"),
-    "T 60 80": trained("lr_qat", "signround", 80, **ROUNDED, quant__calibration__steps=60, **TAUGHT, model__dtype="bfloat16"),
-    "T 120 50": trained("lr_qat", "signround", 50, **ROUNDED, quant__calibration__steps=120, **TAUGHT, model__dtype="bfloat16"),
-    "T 100 60 lr1e-3": trained("lr_qat", "signround", 60, **ROUNDED, quant__calibration__steps=100, **TAUGHT, model__dtype="bfloat16", train__learning_rate=1e-3),
+    "S 160": start(model__dtype="bfloat16", quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
+    "G": start(model__dtype="bfloat16", quant__calibrate="gptq"),
+    "A 120 60": trained("lr_qat", "signround", 60, **ROUNDED, quant__calibration__steps=120, **TAUGHT, model__dtype="bfloat16"),
+    "A 200 35 1e-3": trained("lr_qat", "signround", 35, **ROUNDED, quant__calibration__steps=200, **TAUGHT, model__dtype="bfloat16", train__learning_rate=1e-3),
     "signround, lr_qat, KL": trained(
         "lr_qat", "signround", 40, **ROUNDED, quant__calibration__steps=100, **TAUGHT
     ),

@@ -256,7 +256,7 @@ class ScaledAdapter(Adapter):
     """Owns `log_scale` [G, N]: S = s0 * exp(log_scale), rounded to the shipping dtype in the forward.
 
     The papers train S itself. A relative master makes one learning rate fit every layer (Adam's step is then
-    a share of the scale) and keeps S positive; measured against an absolute master in LOG.md.
+    a share of the scale) and keeps the sign of S; measured against an absolute master in LOG.md.
     """
 
     def __init__(self, config: ScaleOptions, base: Weight):

@@ -167,10 +167,10 @@ class L4Q(ScaledAdapter):
         # Only the switch itself restarts the scale: a run resumed after it reads the trained scale.
         if self.config.warmup_steps and step == self.config.warmup_steps:
             assert isinstance(base, PackedWeight)
-            self.log_scale.copy_(torch.log(self.range_scale(base) / base.scale.float()))
+            self.log_scale.copy_(torch.log(self.range_scale(base) / base.scale.float().abs()))
 
     def range_scale(self, base: PackedWeight) -> Tensor:
-        """L4Qinit on the warmed-up weight: [G, N]."""
+        """L4Qinit on the warmed-up weight: [G, N], without the sign of the scale."""
         args, g = self.grid_args(base), base.grid
         z = float(g.levels // 2) if args.zero is None else args.zero.float()
         proxy = base.on_grid(args)._replace(units="live")
@@ -178,7 +178,7 @@ class L4Q(ScaledAdapter):
         for rows in row_chunks(*base.shape):
             value = grid_values(rows, proxy, base.shape[1], g.group_size)
             zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
-            weight = (value - zero) * args.scale[:, rows].t().unsqueeze(-1)
+            weight = (value - zero) * args.scale[:, rows].abs().t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group
             low = zero.squeeze(-1) if isinstance(zero, Tensor) else zero
             high = (g.levels - 1) - low

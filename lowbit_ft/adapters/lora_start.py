@@ -243,7 +243,7 @@ def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> 
         assert isinstance(adapter.A, Tensor) and isinstance(adapter.B, Tensor)
         a, b = (t.to(adapter.A.device) for t in lora.factors(name))
         update = lora.gains[name] * (b @ a)
-        scale = _expand(base.scale, base.shape[1], base.grid.group_size)
+        scale = _expand(base.scale, base.shape[1], base.grid.group_size).abs()
         if config.delta_unit == "grid":
             b, a = in_grid_steps(update, scale, own.rank)
             b = b / own.gain
@@ -265,7 +265,7 @@ def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> 
 
 
 def in_grid_steps(update: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(b [N, q], a [q, K]) with scale * (b a) near update [N, K], q <= rank; scale [N, K].
+    """(b [N, q], a [q, K]) with scale * (b a) near update [N, K], q <= rank; scale [N, K] > 0.
 
     With scale = u v^T exactly the error is that of the best product of rank q; else u and v are its geometric
     means.

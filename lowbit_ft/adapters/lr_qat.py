@@ -7,10 +7,14 @@ residual_bits; ours is mid-rise, so step 0 is round-to-nearest without ties). D 
 moves to the next code when |D| crosses what its residual leaves. Gradients: dS = sum dW q (not LSQ's: the
 grid inside the rounding is frozen), dD = S M dW. With residual_bits 0 no code moves until |D| > 1/2: then
 start from `init: loftq`, or raise the learning rate.
+
+Where a group's scale is negative (symmetric grids of few bits, grid/calibrate/ranges.py) its D counts steps
+of |s0|: the signs of the scales would otherwise cut the low-rank product into pieces.
 """
 
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -36,7 +40,7 @@ class LRQAT(ScaledAdapter):
 
     def __init__(self, config: LRQATConfig, base: PackedWeight, weight: Tensor | None):
         super().__init__(config, base)
-        self.A, self.B = LowRank.build(config, base, weight, unit=None)
+        self.A, self.B = LowRank.build(config, base, weight, unit=signs(base))
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
         return GridArgs(
@@ -45,7 +49,15 @@ class LRQAT(ScaledAdapter):
             a=self.A,
             b=self.B,
             gain=self.config.gain,
-            units="grid",
+            units="grid" if (unit := signs(base)) is None else "weight",
+            unit=unit,
             clip_first=self.config.clip == "clip_then_round",
             **self.config.gradient_options(),
         )
+
+
+def signs(base: PackedWeight) -> Tensor | None:
+    """Of the scales, [G, N]; None on asymmetric grids, where all are positive."""
+    if not base.grid.symmetric:
+        return None
+    return torch.where(base.scale < 0, -1.0, 1.0).to(base.scale.dtype)

@@ -45,7 +45,7 @@ def reach(model: nn.Module, total_rate: float) -> Reach | None:
         factors = dict(adapter.named_parameters())
         if not config.rounds_codes or factors["B"].any():
             return None
-        unit = 1.0 if config.delta_unit == "grid" else _smallest(base.scale.float())
+        unit = 1.0 if config.delta_unit == "grid" else _smallest(base.scale.float().abs())
         distance = 0.5 / 2**base.grid.residual_bits * unit
         a0 = factors["A"].abs().max().item()
         needed.append((math.sqrt(a0**2 + 4 * distance / config.alpha) - a0) / 2)

@@ -37,10 +37,13 @@ def cast(value: Tensor, dtype: str) -> Tensor:
 
 
 def cast_scale(value: Tensor, dtype: str) -> Tensor:
-    """`cast` for scales: also kept at or above SMALLEST_SCALE, so that a scale never reaches zero or turns
-    negative.
-    """
-    return cast(value.clamp_min(SMALLEST_SCALE), dtype)
+    """`cast` for scales: also kept at least SMALLEST_SCALE away from zero, on their own side of it."""
+    return cast(away_from_zero(value), dtype)
+
+
+def away_from_zero(value: Tensor) -> Tensor:
+    """Scales of either sign, |s| at least SMALLEST_SCALE; zero becomes positive."""
+    return torch.where(value < 0, value.clamp_max(-SMALLEST_SCALE), value.clamp_min(SMALLEST_SCALE))
 
 
 def round_clip(value: Tensor, low: float, high: float) -> Tensor:

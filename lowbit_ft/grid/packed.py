@@ -38,6 +38,7 @@ class GridArgs:
     b: Tensor | None = None  # [N, r]
     gain: float = 1.0
     units: str = "grid"
+    unit: Tensor | None = None  # [G, N]: what D is counted in, of units "weight"; None: the base's scale
     clip_first: bool = False
     ships_offset: bool = False  # T is a real offset (not only a path for the zero point's gradient)
     low_rank_gradient: str = "exact"  # of A and B: see lowbit_kernels/estimates.py
@@ -169,7 +170,7 @@ class PackedWeight(_Tensors):
 
     def on_grid(self, args: GridArgs) -> GridWeight:
         """The weight that args ask for, as the grid ops take it."""
-        base = (self.codes, self.residual, self.scale, self.zero)
+        base = (self.codes, self.residual, self.scale if args.unit is None else args.unit, self.zero)
         trained = (args.a, args.b, args.scale, args.zero, args.offset, args.gain, args.units)
         return GridWeight(*base, *trained, self.grid.bits, self.grid.residual_bits)
 

@@ -165,14 +165,12 @@ def exact_scales(scale: Tensor, dtype: str) -> Tensor:
     value = scale.float()
     if not bool(torch.isfinite(value).all()):
         raise ValueError("scales have NaN or Inf; the file is damaged")
-    low = int((value < SMALLEST_SCALE).sum())
+    low = int((value.abs() < SMALLEST_SCALE).sum())
     if low:
         raise ValueError(
-            f"{low} of {value.numel()} scales are below {SMALLEST_SCALE:.3g} (the least is "
-            f"{float(value.min()):.3g}), and training would have "
-            "to change them: negative scales come from AutoRound's symmetric mode, tiny ones from groups "
-            "without weights; "
-            "quantize the full-precision checkpoint instead"
+            f"{low} of {value.numel()} scales are nearer to 0 than {SMALLEST_SCALE:.3g} (the nearest is "
+            f"{float(value.abs().min()):.3g}), and training would have to change them: they come from groups "
+            "without weights; quantize the full-precision checkpoint instead"
         )
     kept = scale.to(getattr(torch, dtype)).contiguous()
     changed = int((kept.float() != value).sum())

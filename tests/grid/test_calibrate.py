@@ -68,7 +68,7 @@ def test_every_calibrator_on_every_grid(name: str, grid: Grid):
     groups = kernels.group_count(SHAPE[1], grid.group_size)
     assert packed.grid == grid and packed.shape == SHAPE
     assert packed.scale.shape[-2:] == (groups, SHAPE[0]) and packed.scale.dtype == torch.bfloat16
-    assert packed.scale.float().isfinite().all() and (packed.scale.float() >= SMALLEST_SCALE).all()
+    assert packed.scale.float().isfinite().all() and (packed.scale.float().abs() >= SMALLEST_SCALE).all()
     dense = packed.dequantize()
     assert dense.isfinite().all()
     # Some structure is kept: less error than throwing the weight away.

@@ -11,7 +11,7 @@ import torch
 from lowbit_kernels.layout import grouped, row_chunks
 from torch import Tensor
 
-from ..estimators import SMALLEST_SCALE
+from ..estimators import away_from_zero
 from ..integer import IntGrid
 from ..packed import PackedWeight
 from .curvature import Curvature
@@ -21,6 +21,7 @@ from .curvature import Curvature
 RATIOS = torch.linspace(1.0, 0.2, 80).tolist()
 COARSE_RATIOS = RATIOS[::3]  # steps of 0.03, for gptq: a bf16 scale is rounded by up to 0.004 (LOG.md)
 PRUNE_EVERY = 6  # of RATIOS between two looks at which groups are done
+SIGNED_BITS = 4  # symmetric grids of so many bits and fewer have scales of either sign
 CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in fp32
 
 
@@ -40,8 +41,8 @@ class Stats:
 
 
 def round_scale(scale: Tensor, grid: IntGrid) -> Tensor:
-    """fp32 values of the shipping dtype, at or above SMALLEST_SCALE (all-zero groups would have scale 0)."""
-    return scale.clamp_min(SMALLEST_SCALE).to(getattr(torch, grid.scale_dtype)).float()
+    """fp32 values of the shipping dtype, SMALLEST_SCALE away from 0 (all-zero groups would have scale 0)."""
+    return away_from_zero(scale).to(getattr(torch, grid.scale_dtype)).float()
 
 
 def full_range(groups: Tensor, grid: IntGrid) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +79,10 @@ def search(
     Asymmetric: for every ratio the range shrinks about the middle, and the zero points next to that one are
     tried as well.
 
+    Symmetric, at most SIGNED_BITS: a code goes one step further down than up (-2..1 at two bits), so a group
+    is searched as it is and with its signs changed, and where that is better its scale is negative. It costs
+    no bit, and every consumer multiplies by it as by any other.
+
     A group is left alone once what clipping alone costs it is no less than its best error: a smaller ratio
     clips more, so it cannot be better. The result is that of the whole search; 4-bit groups of ordinary
     weights are done after a third of it.
@@ -89,15 +94,26 @@ def search(
         if groups.device.type == "cpu"
         else len(groups)
     )
-    found = [_search(part, grid, p, weight, ratios) for part in groups.split(max(1, some))]
-    zeros = None if grid.symmetric else torch.cat([zero for _, zero in found if zero is not None]).view(shape)
-    return torch.cat([scale for scale, _ in found]).view(shape), zeros
+    signed = grid.symmetric and grid.bits <= SIGNED_BITS
+    find = _either_sign if signed else _search
+    found = [find(part, grid, p, weight, ratios) for part in groups.split(max(1, some))]
+    zeros = None if grid.symmetric else torch.cat([f[1] for f in found if f[1] is not None]).view(shape)
+    return torch.cat([f[0] for f in found]).view(shape), zeros
+
+
+def _either_sign(
+    groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None, ratios: Sequence[float]
+) -> tuple[Tensor, None, Tensor]:
+    """`_search` with a scale of either sign."""
+    up, _, error = _search(groups, grid, p, weight, ratios)
+    down, _, other = _search(-groups, grid, p, weight, ratios)
+    return torch.where(other < error, -down, up), None, torch.minimum(error, other)
 
 
 def _search(
     groups: Tensor, grid: IntGrid, p: float, weight: Tensor | None, ratios: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
-    """`search` of [n, g] groups at once."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`search` of [n, g] groups at once, and the error of what it found."""
     scale, zero = full_range(groups, grid)
     half = float(grid.levels // 2)
     state = _Searched(
@@ -127,7 +143,7 @@ def _search(
     done.append((rows, state))
     order = torch.cat([rows for rows, _ in done]).argsort()
     zeros = None if state.zero is None else torch.cat([s.zero for _, s in done if s.zero is not None])[order]
-    return torch.cat([s.scale for _, s in done])[order], zeros
+    return torch.cat([s.scale for _, s in done])[order], zeros, torch.cat([s.best for _, s in done])[order]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 arXiv 2309.05516).
 
     W^ = s (clip(round(W / s + V + z), 0, 2^b - 1) - z)         V in [-1/2, 1/2], one for every weight
-    symmetric    s = alpha max|w| / ((2^b - 1) / 2)              alpha, beta in [1/4, 1], one for every group
+    symmetric    s = +-alpha max|w| / ((2^b - 1) / 2)            alpha, beta in [1/4, 1], one for every group
     asymmetric   s = (alpha max w - beta min w) / (2^b - 1),  z = round(-beta min w / s)
 
 A step is p <- clip(p - rate sign(dL/dp)), rate = (1 - t / steps) / steps, for all three: no number moves by
@@ -56,12 +56,13 @@ class Rounding:
         self.groups = grouped(weight.float(), grid.group_size)
         self.top, self.half = grid.levels - 1, float(grid.levels // 2)
         if grid.symmetric:
-            self.low, self.high = None, self.groups.abs().amax(-1)
+            self.low, self.high = None, self.groups.abs().amax(-1).clamp_min(1e-30)
         else:
             self.low, self.high = self.groups.amin(-1).clamp_max(0), self.groups.amax(-1).clamp_min(0)
         scale, zero = search(self.groups, grid, P)
         if zero is None:
-            alpha, beta = scale * self.top / 2 / self.high.clamp_min(1e-30), None
+            self.high.copysign_(scale)  # the search chose the sign, and it stays
+            alpha, beta = scale * self.top / 2 / self.high, None
         else:
             assert self.low is not None
             alpha = scale * (self.top - zero) / self.high.clamp_min(1e-30)
