@@ -7,7 +7,7 @@ citation), so an error in the packed code cannot hide in its own reference. Slow
 purpose.
 
     Phi = (c - z0) + rho                  base in grid units, rho = (e + 1/2) / 2^f - 1/2
-    lr_qat        W = S clip(round(Phi + g B A))                            S = s0 exp(t)
+    lr_qat        W = S clip(round(Phi + sign(s0) g B A))                   S = s0 exp(t)
     dl_qat        W = m s0 clip(round(Phi + g B A / s0))
     l4q           W = S round(clip((s0 Phi + g B A - T) / S)) + T
     scale         W = S (c - z0)
@@ -116,7 +116,7 @@ def weight_of(
     if method == "scale":
         return scale * (base.code - base.wide(base.z0))
     if method == "lr_qat":
-        return scale * quantized(phi + product, low, high, order)
+        return scale * quantized(phi + product * s0.sign(), low, high, order)  # steps of |s0|
     assert method == "l4q", method
     wanted = s0 * phi + product
     if offset == "none":

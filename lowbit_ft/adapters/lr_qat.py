@@ -60,4 +60,4 @@ def signs(base: PackedWeight) -> Tensor | None:
     """Of the scales, [G, N]; None on asymmetric grids, where all are positive."""
     if not base.grid.symmetric:
         return None
-    return torch.where(base.scale < 0, -1.0, 1.0).to(base.scale.dtype)
+    return torch.ones_like(base.scale).copysign(base.scale)

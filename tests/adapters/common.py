@@ -4,6 +4,8 @@ With W ~ N(0, 1) a grid step is a few tenths, so one size of random trained tens
 whether the method counts in grid steps or in weight units.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +21,17 @@ def base_of(
     grid: IntGrid | BinaryGrid, shape: tuple[int, int] = (N, K), calibrate: str | None = None
 ) -> Weight:
     """A random weight, not centred (so that asymmetric zero points differ from the middle), calibrated on the
-    grid.
+    grid. On symmetric grids every other row has scales below zero, as they may (grid/calibrate/ranges.py).
     """
     weight = torch.randn(shape) + 0.3
     name = calibrate or (
         "greedy" if isinstance(grid, BinaryGrid) else "absmax" if grid.symmetric else "minmax"
     )
-    return CALIBRATORS[name].run(weight, grid, Stats())
+    if isinstance(grid, BinaryGrid) or not grid.symmetric:
+        return CALIBRATORS[name].run(weight, grid, Stats())
+    signs = torch.where(torch.arange(shape[0]) % 2 == 0, 1.0, -1.0)
+    base = CALIBRATORS[name].run(weight * signs[:, None], grid, Stats())
+    return replace(base, scale=base.scale * signs.to(base.scale.dtype))
 
 
 def packed(grid: IntGrid, shape: tuple[int, int] = (N, K), calibrate: str | None = None) -> PackedWeight:

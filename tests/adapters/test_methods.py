@@ -269,3 +269,21 @@ def test_codes_do_not_depend_on_the_number_of_threads(method: str):
 
 def test_the_law_table_is_the_method_table():
     assert {case.config.method for case in cases()} == {m for m, c in ADAPTERS.items() if c.exact_merge}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lr_qat_counts_steps_of_the_scale_without_its_sign(bits: int) -> None:
+    """D of one sign moves every weight one way, whatever the signs of the scales: what is low-rank in the
+    product is low-rank in the weight."""
+    torch.manual_seed(0)
+    grid = IntGrid(bits=bits, group_size=32, symmetric=True)
+    base = packed(grid, (24, 64))
+    assert (base.scale < 0).any() and (base.scale > 0).any()
+    config = ADAPTERS["lr_qat"].model_validate({"method": "lr_qat", "rank": 2, "alpha": 2.0})
+    adapter = config.build(base)
+    with torch.no_grad():
+        adapter.A.fill_(1.0)
+        adapter.B.copy_(torch.where(torch.arange(24) % 2 == 0, 0.5, -0.5)[:, None].expand(-1, 2))
+    moved = adapter.merge(base).dequantize() - base.dequantize()
+    signs = torch.where(torch.arange(24) % 2 == 0, 1.0, -1.0)[:, None]
+    assert (moved * signs >= 0).all() and (moved != 0).float().mean() > 0.2

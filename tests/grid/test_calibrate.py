@@ -131,6 +131,32 @@ def test_groups_left_alone_early_have_the_result_of_the_whole_search(
     assert few < (0.95 if grid.bits == 2 else 0.8) * all_
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_symmetric_group_takes_the_sign_that_costs_less(bits: int) -> None:
+    """Codes go one step further down than up. In float64: the error is the lesser one over ratios of both
+    signs; a weight and its negative have scales of opposite sign and the same error; 8 bits stay positive."""
+    torch.manual_seed(2)
+    grid, groups = IntGrid(bits=bits, group_size=32, symmetric=True), torch.randn(40, 32) ** 3
+    scale, _ = ranges.search(groups, grid, 2.0)
+    half, wide = grid.levels // 2, groups.double()
+
+    def errors(s: torch.Tensor) -> torch.Tensor:
+        q = (wide / s[:, None]).round().clamp(-half, half - 1) * s[:, None]
+        return (q - wide).square().sum(1)
+
+    full = ranges.full_range(groups, grid)[0].double()
+    signs = (1, -1) if bits <= ranges.SIGNED_BITS else (1,)
+    tried = torch.stack(
+        [errors((sign * ratio * full).bfloat16().double()) for sign in signs for ratio in ranges.RATIOS]
+    )
+    assert torch.allclose(errors(scale.double()), tried.amin(0), rtol=1e-3)
+    assert (scale < 0).any() == (bits <= ranges.SIGNED_BITS)
+    if bits <= ranges.SIGNED_BITS:
+        assert (scale > 0).any()
+        other, _ = ranges.search(-groups, grid, 2.0)
+        assert torch.allclose(errors(-other.double()), errors(scale.double()))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_full_range_covers_every_weight(symmetric: bool):
     """absmax and minmax clip nothing by more than the half step that bf16 scales cost."""

@@ -85,12 +85,12 @@ def test_estimators():
     assert torch.equal(cast(value, "bfloat16"), value.detach().bfloat16().float())
     assert torch.equal(value.grad, torch.ones(3))
 
-    value = torch.tensor([-1.0, 0.0, 0.5], requires_grad=True)
+    value = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 0.5], requires_grad=True)
     used = cast_scale(value, "bfloat16")
-    assert used.tolist() == [SMALLEST_SCALE, SMALLEST_SCALE, 0.5]
+    assert used.tolist() == [-1.0, -SMALLEST_SCALE, SMALLEST_SCALE, SMALLEST_SCALE, 0.5]
     assert torch.tensor(SMALLEST_SCALE).half().float() == SMALLEST_SCALE
     used.sum().backward()
-    assert value.grad.tolist() == [0, 0, 1]
+    assert value.grad.tolist() == [1, 0, 0, 0, 1]
 
     value = torch.tensor([-0.7, 1.5, 2.5, 9.0], requires_grad=True)
     used = round_clip(value, 0, 3)

@@ -55,7 +55,7 @@ def slow_step(block: Linear, rounding: Rounding, rate: float) -> dict[str, Tenso
     for g, piece in enumerate(weight.split(size, dim=1)):
         v = p["offset"][:, g, : piece.shape[1]]
         if grid.symmetric:
-            s = p["alpha"][:, g] * piece.abs().amax(1) / (top / 2)
+            s = p["alpha"][:, g] * piece.abs().amax(1).copysign(rounding.high[:, g]) / (top / 2)
             z = torch.full_like(s, grid.levels // 2)
         else:
             high, low = (
