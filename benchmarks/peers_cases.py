@@ -159,10 +159,10 @@ def trained(method: str, start: str, steps: int = 120, **recipe: Any) -> Contend
     return Contender("ours", {"recipe": keys | _dotted(recipe), "train": True})
 
 
-def full_qat(start: str, steps: int = 120, learning_rate: float = 2e-4) -> Contender:
+def full_qat(start: str, steps: int = 120, learning_rate: float = 2e-4, **recipe: Any) -> Contender:
     """The ceiling: every dense weight behind the grid (benchmarks/full_qat.py)."""
     keys = {"quant.calibrate": start, "train.max_steps": steps, "train.learning_rate": learning_rate}
-    return Contender("ours", {"recipe": keys, "train": True, "full_qat": True})
+    return Contender("ours", {"recipe": keys | _dotted(recipe), "train": True, "full_qat": True})
 
 
 def _dotted(keys: dict[str, Any]) -> dict[str, Any]:
@@ -170,10 +170,12 @@ def _dotted(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 # torch.compile off: on a CPU it costs AutoRound more than it gives at these sizes (LOG.md).
+EAGER = {"enable_torch_compile": False}
 TAUGHT: dict[str, Any] = {"train__signal__kind": "logits", "train__teacher": "cached"}
 # As many rows as AutoRound's default takes; smaller steps, so that they and the training take its time.
 ROUNDED: dict[str, Any] = {"quant__calibration__samples": 128, "quant__calibration__batch_tokens": 1024}
-EAGER = {"enable_torch_compile": False}
+ROUNDED_140: dict[str, Any] = ROUNDED | {"quant__calibration__steps": 140}
+LONG: dict[str, Any] = {"quant__calibration__batch_tokens": 1024, "quant__calibration__steps": 800}
 CONTENDERS: dict[str, Contender] = {
     "HQQ": Contender("hqq", seeded=False, symmetric=False),
     "GPTQ (llm-compressor)": Contender("llmcompressor", seeded=False),
@@ -185,14 +187,12 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, lr_qat": trained("lr_qat", "gptq"),
     "gptq, dl_qat": trained("dl_qat", "gptq"),
     "gptq, l4q": trained("l4q", "gptq"),
-    "gptq, full QAT": full_qat("gptq"),
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
+    "gptq, full QAT": full_qat("gptq"),
     "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
-    "S 160": start(model__dtype="bfloat16", quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
-    "G": start(model__dtype="bfloat16", quant__calibrate="gptq"),
-    "A 120 60": trained("lr_qat", "signround", 60, **ROUNDED, quant__calibration__steps=120, **TAUGHT, model__dtype="bfloat16"),
-    "A 200 35 1e-3": trained("lr_qat", "signround", 35, **ROUNDED, quant__calibration__steps=200, **TAUGHT, model__dtype="bfloat16", train__learning_rate=1e-3),
-    "signround, lr_qat, KL": trained(
-        "lr_qat", "signround", 40, **ROUNDED, quant__calibration__steps=100, **TAUGHT
-    ),
+    "signround, lr_qat, KL": trained("lr_qat", "signround", 50, **ROUNDED_140, **TAUGHT),
+    "signround, dl_qat, KL": trained("dl_qat", "signround", 50, **ROUNDED_140, **TAUGHT),
+    "signround, l4q, KL": trained("l4q", "signround", 50, **ROUNDED_140, **TAUGHT),
+    "signround, full QAT, KL": full_qat("signround", 50, **ROUNDED_140, **TAUGHT),
+    "signround, lr_qat, KL, long": trained("lr_qat", "signround", 280, **LONG, **TAUGHT),
 }

@@ -49,7 +49,7 @@ def bf16_scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 def random_weight(shape: tuple[int, int], grid: Grid, *, offset: bool = False, seed: int = 0) -> Weight:
     """Every code (and zero point) occurs where there is room for it; scales are values of the grid's
-    scale_dtype.
+    scale_dtype, of either sign on symmetric grids.
     """
     g = torch.Generator().manual_seed(seed)
     (n, k), groups = shape, kernels.group_count(shape[1], grid.group_size)
@@ -60,11 +60,13 @@ def random_weight(shape: tuple[int, int], grid: Grid, *, offset: bool = False, s
     codes = (torch.arange(n * k) % grid.levels)[torch.randperm(n * k, generator=g)].view(n, k).to(torch.uint8)
     zero = torch.randint(0, grid.levels, (groups, n), generator=g).to(torch.uint8)
     zero.view(-1)[-1], zero.view(-1)[0] = grid.levels - 1, 0
-    f = grid.residual_bits
+    scale, f = bf16_scales(groups, n, generator=g).to(dtype), grid.residual_bits
+    if grid.symmetric:
+        scale.view(-1)[1::2] *= -1
     residual = torch.randint(0, max(1, 1 << f), (n, k), generator=g, dtype=torch.uint8)
     return PackedWeight(
         codes=kernels.pack(codes, grid.bits),
-        scale=bf16_scales(groups, n, generator=g).to(dtype),
+        scale=scale,
         zero=None if grid.symmetric else zero,
         residual=kernels.pack(residual, f) if f else None,
         offset=bf16_scales(groups, n, generator=g).to(dtype) if offset else None,

@@ -25,6 +25,7 @@ from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.session import start
 from lowbit_ft.stages.data import batches, read_data
 from lowbit_ft.stages.quantize import quantize_stage
+from lowbit_ft.stages.teacher import lesson_of
 from lowbit_ft.train.loop import train
 
 
@@ -37,7 +38,7 @@ def recipe_of(spec: Spec, folder: Path) -> Recipe:
     keys: dict[str, Any] = {
         "name": "peers",
         "model.path": spec.model,
-        "model.dtype": "float32",
+        "model.dtype": "bfloat16",  # as AutoRound computes, and as a recipe that says nothing
         "model.device": "cpu",
         "quant.bits": spec.bits,
         "quant.group_size": spec.group_size,
@@ -86,7 +87,8 @@ def full_qat(recipe: Recipe) -> list[Layer]:
             assert isinstance(layer.base, PackedWeight)
             model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
         order = batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True)
-        train(model, order, None, recipe.train, session.run.path, console=session.console)
+        lesson = lesson_of(session, model, examples, None)
+        train(model, order, None, recipe.train, session.run.path, lesson=lesson, console=session.console)
     out = []
     for name, layer in model.named_modules():
         if isinstance(layer, FullQATLinear):

@@ -26,14 +26,15 @@ def integer_args(
     """Arguments of grid_linear (x aside), by name, with values that move codes and clip some."""
     n, k = shape
     groups = (kernels.group_count(k, group_size), n)
+    signs = torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0)  # of a scale: either, as on symmetric grids
     return {
         "codes": kernels.pack(torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8), bits),
         "residual": kernels.pack(torch.randint(0, 1 << f, (n, k), dtype=torch.uint8), f) if f else None,
-        "scale0": (torch.rand(groups) + 0.5).bfloat16(),
+        "scale0": ((torch.rand(groups) + 0.5) * signs).bfloat16(),
         "zero0": torch.randint(0, 1 << bits, groups, dtype=torch.uint8) if zero else None,
         "a": torch.randn(R, k) if low_rank else None,
         "b": torch.randn(n, R) * 0.5 if low_rank else None,
-        "scale": torch.rand(groups) + 0.5,
+        "scale": (torch.rand(groups) + 0.5) * signs,
         "zero": torch.randint(0, 1 << bits, groups).float() if zero else None,
         "offset": torch.randn(groups) * 0.3 if offset else None,
         "gain": 0.7,

@@ -56,7 +56,7 @@ def wide(groups: Tensor, k: int, group_size: int) -> Tensor:
 def grid_of(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """A random grid that clips some of the weight."""
     shape = (group_count(weight.shape[1], group_size), weight.shape[0])
-    scale = (torch.rand(shape) + 0.5) * 4 / (1 << bits)
+    scale = (torch.rand(shape) + 0.5) * 4 / (1 << bits) * torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
     zero = None if symmetric else torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
     return scale.bfloat16(), zero
 
@@ -85,7 +85,7 @@ def test_quantize_pack(
     # Inside the range the dense weight is within half a step.
     dense = dequantize(packed, scale, zero, None, bits, k, group_size, torch.float32)
     inside = (value >= 0) & (value <= top)
-    step = wide(scale, k, group_size)
+    step = wide(scale, k, group_size).abs()
     assert ((dense - weight).abs() <= step * 0.5 * (1 + 1e-5))[inside].all()
 
     if f == 0:
