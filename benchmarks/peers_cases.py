@@ -174,7 +174,7 @@ EAGER = {"enable_torch_compile": False}
 TAUGHT: dict[str, Any] = {"train__signal__kind": "logits", "train__teacher": "cached"}
 # As many rows as AutoRound's default takes; smaller steps, so that they and the training take its time.
 ROUNDED: dict[str, Any] = {"quant__calibration__samples": 128, "quant__calibration__batch_tokens": 1024}
-ROUNDED_140: dict[str, Any] = ROUNDED | {"quant__calibration__steps": 140}
+ROUNDED_170: dict[str, Any] = ROUNDED | {"quant__calibration__steps": 170}
 LONG: dict[str, Any] = {"quant__calibration__batch_tokens": 1024, "quant__calibration__steps": 800}
 CONTENDERS: dict[str, Contender] = {
     "HQQ": Contender("hqq", seeded=False, symmetric=False),
@@ -190,9 +190,9 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
     "gptq, full QAT": full_qat("gptq"),
     "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
-    "signround, lr_qat, KL": trained("lr_qat", "signround", 50, **ROUNDED_140, **TAUGHT),
-    "signround, dl_qat, KL": trained("dl_qat", "signround", 50, **ROUNDED_140, **TAUGHT),
-    "signround, l4q, KL": trained("l4q", "signround", 50, **ROUNDED_140, **TAUGHT),
-    "signround, full QAT, KL": full_qat("signround", 50, **ROUNDED_140, **TAUGHT),
+    "signround, lr_qat, KL": trained("lr_qat", "signround", 55, **ROUNDED_170, **TAUGHT),
+    "signround, dl_qat, KL": trained("dl_qat", "signround", 55, **ROUNDED_170, **TAUGHT),
+    "signround, l4q, KL": trained("l4q", "signround", 55, **ROUNDED_170, **TAUGHT),
+    "signround, full QAT, KL": full_qat("signround", 55, **ROUNDED_170, **TAUGHT),
     "signround, lr_qat, KL, long": trained("lr_qat", "signround", 280, **LONG, **TAUGHT),
 }
