@@ -12,7 +12,6 @@ A rotation by an orthonormal H does not change what passes straight through: dx 
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -148,14 +147,6 @@ def with_zero(scale: Tensor, zero: Tensor, top: int) -> Tensor:
     2^-15 of itself (2^-19 at 4 bits)."""
     bits = scale.contiguous().view(torch.int32)
     return ((bits & ~top) | zero.to(torch.int32)).view(torch.float32)
-
-
-@functools.cache
-def signs(block: int, device: torch.device) -> Tensor:
-    """The signs, 1 and -1, that vLLM draws for its int4 cache: from one seed, the same in every head."""
-    drawn = torch.Generator().manual_seed(0x9E3779B9)
-    half = torch.full((block,), 0.5)
-    return (2 * torch.bernoulli(half, generator=drawn) - 1).to(device)
 
 
 def rotation_reason(dim: int) -> str | None:

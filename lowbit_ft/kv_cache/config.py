@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .kinds import KINDS, Codec, TokenHead
+from .codec import Codec
+from .kinds import KINDS
+from .token_head import TokenHead, vllm_signs
 
 AFTER, BEFORE = "after_rope", "before_rope"
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -70,12 +72,11 @@ class KVConfig:
             return "rotate", f"{why}, so sites.r3 of quant.rotation has nothing to do; set it to off"
         return None
 
-    def codecs(self) -> tuple[Codec, Codec]:
-        """(keys, values); R3 is per layer (model/kv_seam.py)."""
-        kind = KINDS[self.kind]
-        options = {"rotate": self.rotate} if kind is TokenHead else {}
-        codec = kind(self.bits, self.symmetric, **options)
-        return codec, codec
+    def codec(self, dim: int) -> Codec:
+        """Of keys and of values in heads of `dim` numbers; R3 is per layer (model/kv_seam.py)."""
+        if self.rotate:
+            return TokenHead(self.bits, self.symmetric, signs=vllm_signs(dim))
+        return KINDS[self.kind](self.bits, self.symmetric)
 
     @property
     def packed(self) -> bool:

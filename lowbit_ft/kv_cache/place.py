@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..model.kv_seam import PROJECTIONS, Seam, attention_modules, seams, set_seam
+from ..model.kv_seam import PROJECTIONS, Seam, attention_modules, layer_number, seams, set_seam
 from .codec import Codec, rotation_reason
 from .config import AFTER, BEFORE, KVConfig
 from .kinds import TokenHead
 
 
-def place_kv_cache(model: nn.Module, config: KVConfig | None) -> None:
+def place_kv_cache(model: Any, config: KVConfig | None) -> None:
     """From here on keys and values of this model are on the grid of `config`, in training and in every cache;
     None takes it away. ValueError when the model cannot have it."""
     if config is None:
@@ -23,10 +23,16 @@ def place_kv_cache(model: nn.Module, config: KVConfig | None) -> None:
         return
     if problems := reject_model(model, config):
         raise ValueError("quant.kv_cache: " + "; ".join(problems))
-    keys, values = config.codecs()
-    for module in attention_modules(model).values():
-        r3 = module.layer_idx in config.r3
-        set_seam(module, Seam(keys, values, config.where == BEFORE, r3))
+    put_seams(model, model.config.get_text_config(), config)
+
+
+def put_seams(part: nn.Module, text: Any, config: KVConfig) -> None:
+    """The seams of all attention modules of a model or of a layer of it. text: configuration of the language
+    model."""
+    for module in attention_modules(part).values():
+        codec = config.codec(head_sizes(module, text)[1])
+        r3 = layer_number(module) in config.r3
+        set_seam(module, Seam(codec, codec, config.where == BEFORE, r3))
 
 
 def set_r3(model: nn.Module, layers: Iterable[int]) -> None:
@@ -44,12 +50,12 @@ def kv_config_of(model: nn.Module) -> KVConfig | None:
     found = {name: seam for name, seam in seams(model) if seam.keys is not None}
     if not found:
         return None
-    r3 = sorted(model.get_submodule(name).layer_idx for name, seam in found.items() if seam.r3)  # pyright: ignore[reportArgumentType]
+    r3 = sorted(layer_number(model.get_submodule(name)) for name, seam in found.items() if seam.r3)
     first = next(iter(found.values()))
     codec: Any = first.keys
-    rotate = isinstance(codec, TokenHead) and codec.rotate
+    rotate = isinstance(codec, TokenHead) and bool(codec.signs)
     where = BEFORE if first.before_rope else AFTER
-    return KVConfig(codec.bits, codec.name, where, codec.symmetric, rotate, tuple(r3))  # pyright: ignore[reportArgumentType]
+    return KVConfig(codec.bits, codec.name, where, codec.symmetric, rotate, tuple(r3))
 
 
 def reject_model(model: Any, config: KVConfig) -> list[str]:
@@ -68,10 +74,10 @@ def reject_model(model: Any, config: KVConfig) -> list[str]:
     problems = []
     for name, module in modules.items():
         heads, dim = head_sizes(module, text)
-        reason = config.codecs()[0].reject(heads, dim)
+        reason = config.codec(dim).reject(heads, dim)
         if reason:
             problems.append(f"{name}: kind {config.kind} {reason}")
-        if module.layer_idx in config.r3 and (reason := rotation_reason(dim)):
+        if layer_number(module) in config.r3 and (reason := rotation_reason(dim)):
             problems.append(f"{name}: R3: {reason}")
         if config.where == BEFORE and not all(hasattr(module, p) for p in PROJECTIONS):
             problems.append(
@@ -80,7 +86,7 @@ def reject_model(model: Any, config: KVConfig) -> list[str]:
             )
         if problems:
             break  # the layers are alike
-    if unknown := sorted(set(config.r3) - {module.layer_idx for module in modules.values()}):
+    if unknown := sorted(set(config.r3) - {layer_number(module) for module in modules.values()}):
         problems.append(f"R3: there are no attention layers {unknown}")
     return problems
 
@@ -102,14 +108,18 @@ def _unreached(model: Any, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:
-    """(heads of keys and values, head_dim) of an attention module. config: of the language model."""
-    heads = getattr(config, "num_attention_heads", None) or config.n_head
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        kv = 1
-    else:
-        kv = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    """(heads of keys and values, head_dim) of an attention module, as its cache sees them. config: of the
+    language model."""
+    queries: int = config.num_attention_heads
+    heads = queries
+    if own := getattr(module, "num_key_value_heads", None):
+        heads = own
+    elif groups := getattr(module, "num_key_value_groups", None):
+        heads = queries // groups
+    elif not getattr(config, "new_decoder_architecture", False):  # Falcon repeats its heads before it caches
+        heads = 1 if getattr(config, "multi_query", False) else getattr(module, "num_kv_heads", queries)
     dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
-    return kv, dim or config.hidden_size // heads
+    return heads, dim or config.hidden_size // queries
 
 
 def _rows(model: Any) -> Iterator[tuple[Seam, int, int]]:

@@ -12,20 +12,22 @@ where a value lies halfway. (Read in vLLM 0.32.)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from lowbit_kernels.hadamard import hadamard
 from torch import Tensor
 
-from .codec import Codec, signs
+from .codec import Codec
 
 
 @dataclass(frozen=True)
 class TokenHead(Codec):
-    """rotate: keys and values, as vLLM's int4 cache does."""
+    """signs: of the rotation of keys and values, one for each number of a block of Hadamard's matrix; none:
+    they are not rotated. Numbers and no tensor, so that a compiler and tensors without data can have them."""
 
-    rotate: bool = False
+    signs: tuple[float, ...] = ()
 
     name = "token_head"
 
@@ -41,18 +43,27 @@ class TokenHead(Codec):
         return None
 
     def _turn(self, x: Tensor) -> Tensor:
-        if not self.rotate:
+        if not self.signs:
             return super()._turn(x)
-        block = x.shape[-1] & -x.shape[-1]
+        block = len(self.signs)
         # Without the 1 / sqrt(block): vLLM's values grow by it, and its scales take it up.
-        turned = hadamard(x.float() * self._signs(x, block), block) * block**0.5
+        turned = hadamard(x.float() * self._signs(x), block) * block**0.5
         return turned.to(x.dtype).float()
 
     def _back(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.rotate:
+        if not self.signs:
             return super()._back(x, dtype)
-        block = x.shape[-1] & -x.shape[-1]
-        return (hadamard(x, block) * (self._signs(x, block) * block**-0.5)).to(dtype)
+        block = len(self.signs)
+        return (hadamard(x, block) * (self._signs(x) * block**-0.5)).to(dtype)
 
-    def _signs(self, x: Tensor, block: int) -> Tensor:
-        return signs(block, x.device).repeat(x.shape[-1] // block)
+    def _signs(self, x: Tensor) -> Tensor:
+        return torch.tensor(self.signs, device=x.device).repeat(x.shape[-1] // len(self.signs))
+
+
+@functools.cache
+def vllm_signs(dim: int) -> tuple[float, ...]:
+    """1 and -1, as many as the largest power of two that divides head_dim: the ones vLLM draws for its int4
+    cache, from one seed, the same in every head and layer."""
+    half = torch.full((dim & -dim,), 0.5)
+    drawn = torch.bernoulli(half, generator=torch.Generator().manual_seed(0x9E3779B9))
+    return tuple((2 * drawn - 1).tolist())

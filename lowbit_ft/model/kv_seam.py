@@ -139,8 +139,14 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if id(module) in inside and hasattr(module, "layer_idx") and _updates(type(module))
+        if id(module) in inside and _updates(type(module))
     }
+
+
+def layer_number(module: nn.Module) -> int:
+    """The number of the decoder layer that an attention module is in, by which it asks its cache."""
+    number = getattr(module, "layer_idx", None)
+    return number if number is not None else module.layer_id  # pyright: ignore[reportReturnType]  (GPT-Neo's name)
 
 
 def _updates(kind: type[nn.Module]) -> bool:
