@@ -15,6 +15,7 @@ from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
+from .activations import activations_key, settle_activations
 from .data import calibration_batches, calibration_key
 from .models import load_packed
 
@@ -43,6 +44,7 @@ def quantize_stage(session: Session) -> Any:
                 clear(session, folder)
         pack_base(session, folder)
         run_dir.made("base")
+        settle_activations(session, folder, place)
         model = open_base(session, folder, place)
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
     return model
@@ -96,13 +98,15 @@ def pack_base(session: Session, folder: Path) -> None:
 
 
 def base_key(session: Session) -> str:
-    """What the base is made of: the checkpoint's files, the quant section, and the text that its
-    calibrator looks at.
+    """What the base is made of: the checkpoint's files, the quant section, the text that its calibrator
+    looks at, and what decides about its inputs.
     """
     quant = session.recipe.quant
     facts = {
-        "quant": quant.model_dump(mode="json"),
+        "quant": quant.model_dump(mode="json", exclude={"activations"}),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
         "text": calibration_key(session) if quant.reads_text else None,
     }
+    if quant.activations is not None:
+        facts["activations"] = activations_key(session)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
+from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
@@ -116,6 +117,9 @@ class QuantSection(Section):
     )
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
+    )
+    activations: ActivationsSection | None = Field(
+        default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
     )
 
     @model_validator(mode="after")
