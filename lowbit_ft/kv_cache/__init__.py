@@ -14,7 +14,7 @@ from .block import Block
 from .codec import Codec
 from .config import KVConfig
 from .kinds import KINDS
-from .place import bytes_per_token, kv_config_of, place_kv_cache, reject_model, set_r3
+from .place import bytes_per_token, cache_line, kv_config_of, place_kv_cache, put_seams, reject_model, set_r3
 
 __all__ = [
     "KINDS",
@@ -22,8 +22,10 @@ __all__ = [
     "Codec",
     "KVConfig",
     "bytes_per_token",
+    "cache_line",
     "kv_config_of",
     "place_kv_cache",
+    "put_seams",
     "reject_model",
     "set_r3",
 ]

@@ -83,17 +83,32 @@ class KVConfig:
         """Whether a cache of transformers stores integers: before rotary embedding none can."""
         return self.where == AFTER
 
-    def flags(self, server: str) -> str | None:
-        """What makes "vllm" or "llama.cpp" compute these very values; None when nothing does."""
-        if self.where == BEFORE or self.r3:
-            return None
-        if server == "vllm" and self.kind == TokenHead.name and self.symmetric == (self.bits == 8):
-            plain = self.rotate == (self.bits == 4)
-            return f"--kv-cache-dtype int{self.bits}_per_token_head" if plain else None
-        if server == "llama.cpp" and self.kind == "block":
+    def served(self, server: str | None, command: str) -> tuple[str, str]:
+        """(the command line of "vllm", "llama.cpp" or another server (None), with the flag that makes it
+        compute these very values where there is one; what to know about it)."""
+        int4, cached = self.bits == 4, self.where == AFTER and not self.r3
+        if server == "vllm" and cached and self.kind == TokenHead.name and self._as_vllm:
+            flag = f"--kv-cache-dtype int{self.bits}_per_token_head"
+            return f"{command} {flag}", (
+                "a flag and not in the folder: without it the cache has 16 bits, which training did not see. "
+                "It is of vLLM's Triton attention, on a GPU, head_dim from 32 on; the CPU backend refuses it"
+                + (". vLLM rotates in bfloat16 there, so codes may differ at ties" if int4 else "")
+            )
+        if server == "llama.cpp" and cached and self.kind == "block":
             kind = f"q{self.bits}_0"
-            return f"--cache-type-k {kind} --cache-type-v {kind} --flash-attn on"
-        return None
+            flags = f"--cache-type-k {kind} --cache-type-v {kind} --flash-attn on"
+            return f"LLAMA_ATTN_ROT_DISABLE=1 {command} {flags}", (
+                "flags and not in the file: without them the cache has 16 bits. A llama.cpp that rotates what it "
+                "puts into a quantized cache computes other values; the variable is reported to stop that"
+            )
+        return command, (
+            f"keys and values were trained on {self}, which this server has no flag for: it keeps them in 16 "
+            "bits. merged/ of the run has them as they were trained (lowbit-ft serve)"
+        )
+
+    @property
+    def _as_vllm(self) -> bool:
+        return self.symmetric == (self.bits == 8) and self.rotate == (self.bits == 4)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"r3": list(self.r3)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..model.kv_seam import PROJECTIONS, Seam, attention_modules, layer_number, seams, set_seam
@@ -120,6 +121,18 @@ def head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:
         heads = 1 if getattr(config, "multi_query", False) else getattr(module, "num_kv_heads", queries)
     dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
     return heads, dim or config.hidden_size // queries
+
+
+def cache_line(model: Any, dtype: torch.dtype) -> str | None:
+    """What a cache of this model takes, for people; None where keys and values are as they come."""
+    config = kv_config_of(model)
+    if config is None:
+        return None
+    ours, plain = bytes_per_token(model, dtype.itemsize)
+    name = str(dtype).removeprefix("torch.")
+    if not config.packed:
+        return f"kv cache: {config}: no cache keeps these packed; {plain:,} bytes per token in {name}"
+    return f"kv cache: {config}: {ours:,} bytes per token ({plain:,} in {name})"
 
 
 def _rows(model: Any) -> Iterator[tuple[Seam, int, int]]:

@@ -65,7 +65,6 @@ class Seam:
     off: bool = False
     argument: str = ARGUMENTS[0]
     position: int = 0
-    passed: int = 0  # forwards that came through
     hooked: dict[str, Any] = field(default_factory=dict)  # projection -> (module, handle), before_rope
 
     def quantize(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +89,6 @@ class Passage:
     ) -> tuple[Tensor, Tensor]:
         """As transformers' Cache.update: all keys and values so far, these among them."""
         seam, cache = self.seam, self.cache
-        seam.passed += 1
         if cache is None:
             return seam.quantize(key, value)
         if not packs(cache, layer, seam, key, value):
@@ -219,5 +217,4 @@ class _AtOutput:
         codec = seam.keys if self.name == PROJECTIONS[0] else seam.values
         if seam.off or codec is None:
             return output
-        seam.passed += 1
         return codec.fake(output[:, None])[:, 0]

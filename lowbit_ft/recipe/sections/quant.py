@@ -19,7 +19,9 @@ from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
+from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section
+from .kv_cache import KVCacheSection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
@@ -116,6 +118,12 @@ class QuantSection(Section):
     )
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
+    )
+    activations: ActivationsSection | None = Field(
+        default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
+    )
+    kv_cache: KVCacheSection | None = Field(
+        default=None, description="train with keys and values as a low-bit cache keeps them; null: 16 bits"
     )
 
     @model_validator(mode="after")
