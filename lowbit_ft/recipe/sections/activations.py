@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -125,9 +126,19 @@ class ActivationsSection(Section):
                 ]
         return found
 
+    def planned(self, layer_name: str) -> Scheme | None:
+        """A scheme that holds as much memory in training as the one that calibration will choose, or more;
+        None: the input stays as it is."""
+        if not self.applies(layer_name):
+            return None
+        one = min(self.schemes(layer_name), key=lambda scheme: scheme.clip)
+        ends = {"tensor": (1.0,), "dual": (1.0, 1.0)}
+        zero = () if one.symmetric else (0,)
+        return one if one.dynamic else replace(one, scale=ends[one.kind], zero=zero)
+
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
-        return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].can_be_static
+        return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].static_scales > 0
 
     @property
     def clips(self) -> list[float]:
@@ -164,7 +175,13 @@ def check_activations(r: Any) -> Problems:
 
 def check_activation_layers(r: Any) -> Problems:
     """Patterns that match no packed layer, and what the export format cannot carry of the rest."""
-    section = r.quant.activations
+    section, exporter = r.quant.activations, EXPORTERS[r.export.format]
+    if section is None and exporter.needs_activations:
+        yield Problem(
+            ("export", "format"),
+            f"got {exporter.name!r}, whose servers take quantized inputs only; set quant.activations: "
+            "{bits: 8}, or export.format: compressed-tensors",
+        )
     if section is None or any(True for _ in check_activations(r)):
         return
     shapes = shapes_here(r.model.path, r.model.revision)
@@ -187,15 +204,15 @@ def check_activation_layers(r: Any) -> Problems:
 
 def _check_options(section: ActivationsSection) -> Problems:
     root: KeyPath = ("quant", "activations")
-    given = [(root, section.kind, section.symmetric)]
+    given: list[tuple[KeyPath, str, bool]] = [(root, section.kind, section.symmetric)]
     for i, one in enumerate(section.overrides):
         symmetric = section.symmetric if one.symmetric is None else one.symmetric
         given.append(((*root, "overrides", i), one.kind or section.kind, symmetric))
-    static = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.can_be_static)
+    static = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.static_scales)
     for path, kind, symmetric in given:
         if kind == AUTO:
             continue
-        if not section.dynamic and not ACTIVATIONS[kind].can_be_static:
+        if not section.dynamic and not ACTIVATIONS[kind].static_scales:
             yield Problem(
                 (*path, "kind"),
                 f"got {kind!r} with dynamic: false; static kinds: {static}, or set dynamic: true",
@@ -211,7 +228,7 @@ def _check_options(section: ActivationsSection) -> Problems:
             (*root, "clip"),
             f"got {section.clip!r} with dynamic: false; a static scale is set by `range`: use range: mse",
         )
-    if section.dynamic and "range" in section.model_fields_set:
+    if section.dynamic and section.range != type(section).model_fields["range"].default:
         yield Problem(
             (*root, "range"), f"got {section.range!r} with dynamic: true; it is of static scales: drop it"
         )
@@ -243,5 +260,6 @@ def _grids(r: Any, packed: dict[str, int]) -> Iterator[tuple[str, int | None, An
             grid = r.quant.grid_for(name)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
-        trains = config is not None and config.grid_name == grid.kind and config.trains(name)
-        yield name, width, config.shipped(grid) if trains else grid
+        if config is not None and config.grid_name == grid.kind and config.trains(name):
+            grid = config.shipped(grid)
+        yield name, width, grid
