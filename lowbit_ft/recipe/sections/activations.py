@@ -20,7 +20,8 @@ from ..yaml import KeyPath, Problem
 from .base import Positive, Problems, Section
 
 AUTO = "auto"
-KINDS = ChainMap({AUTO: None}, ACTIVATIONS)  # what is added to the table is known here too
+_TABLE: Any = ACTIVATIONS
+KINDS = ChainMap({AUTO: None}, _TABLE)  # what is added to the table is known here too
 Clip = Annotated[float, Field(gt=0, le=1)]
 Channels = Literal[32, 64, 128, 256]
 Kind = Annotated[str, OneOf(KINDS)]
