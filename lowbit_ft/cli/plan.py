@@ -184,7 +184,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
-            f"{recipe.quant.calibrate}",
+            f"{recipe.quant.calibrate}{recipe.quant.inputs}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
@@ -318,7 +318,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.disk.items())
     _say(console, f"disk: {needs.on_disk / 1e9:.2f} GB ({parts})")
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
-    _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
+    _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}" + (f"\n{made.cache}" if made.cache else ""))
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
     if recipe.train.reconstruct is not None:
         _say(console, reconstruct_words(recipe, rate))

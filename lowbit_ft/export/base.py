@@ -11,7 +11,7 @@ one by one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..activations import Scheme
 from ..grid import Grid, PackedWeight, Weight
 from ..model.config import stop_ids
 from ..model.matrices import Matrix
@@ -31,11 +32,14 @@ TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shape (N, K) of a layer, its grid, and whether it carries a float offset per group."""
+    """Shape (N, K) of a layer, its grid, whether it carries a float offset per group, and what its input is
+    on (None: it comes as it is).
+    """
 
     shape: tuple[int, int]
     grid: Grid
     offset: bool = False
+    activation: Scheme | None = None
 
     @classmethod
     def of(cls, weight: Weight) -> "LayerSpec":
@@ -46,7 +50,8 @@ class LayerSpec:
         return self.shape[0] * self.shape[1]
 
     def __str__(self) -> str:
-        return f"{self.grid}{' with a float offset' if self.offset else ''}"
+        inputs = f" {self.activation}" if self.activation is not None else ""
+        return f"{self.grid}{' with a float offset' if self.offset else ''}{inputs}"
 
 
 class Weights(Mapping[str, Weight]):
@@ -70,7 +75,8 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> Weight:
         spec = self.specs[name]
         weight = self._make(name)
-        assert LayerSpec.of(weight) == spec, f"{name}: announced as {spec}, made {LayerSpec.of(weight)}"
+        made = replace(LayerSpec.of(weight), activation=spec.activation)  # which is not in the weight
+        assert made == spec, f"{name}: announced as {spec}, made {made}"
         return weight
 
     def __iter__(self) -> Iterator[str]:
@@ -109,6 +115,8 @@ class Exporter(ABC):
     dense_experts: ClassVar[bool] = True
     # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
     measurable: ClassVar[bool] = True
+    # Whether its servers read it only where the inputs are quantized too.
+    needs_activations: ClassVar[bool] = False
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
@@ -127,6 +135,10 @@ class Exporter(ABC):
     transformers_serve: ClassVar[bool] = True
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
+    # Whether its folders say what keys and values are on, and its reader computes it.
+    carries_kv_cache: ClassVar[bool] = False
+    # Whose flags say it instead: "vllm", "llama.cpp"; none: the server has no such cache (KVConfig.flags).
+    kv_server: ClassVar[str | None] = None
     # What must be known before a folder is read: the first lines of its card.
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.
@@ -151,6 +163,15 @@ class Exporter(ABC):
         """
         return None
 
+    def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
+        """Why no reader of this format puts the input of a layer on this grid on what `scheme` says, with the
+        way out; None when one does. in_features: of the layer; None: not known yet.
+        """
+        return (
+            f"{self.name} holds weights only, and its readers would compute with inputs that training did "
+            "not see; set quant.activations: null, or export.format: compressed-tensors or native"
+        )
+
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16",
         ...), with the way out; None when they do not."""
@@ -163,6 +184,8 @@ class Exporter(ABC):
         problems = []
         for name, spec in layers.items():
             reason = self.reject(spec.grid, spec.offset) or self.reject_width(spec.grid, spec.shape[1])
+            if reason is None and spec.activation is not None:
+                reason = self.reject_activation(spec.activation, spec.grid, spec.shape[1])
             if reason:
                 problems.append(f"{name}: {reason}")
         return problems
@@ -251,6 +274,11 @@ class Exporter(ABC):
     def file_metadata(self, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> dict[str, str]:
         """What stands in the header of every safetensors file beside the tensors. dtype: of the model."""
         return {}
+
+    def as_served(self, model: Any, config: Mapping[str, Any]) -> None:
+        """Set what must be set on a model that transformers loaded, whose quantization_config is `config`, so
+        that it computes its inputs as this format's servers do; by default nothing."""
+        return
 
     def open(self, folder: Path, dtype: torch.dtype) -> nn.Module | None:
         """The model in a folder, when its reader is not transformers."""

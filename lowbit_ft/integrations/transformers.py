@@ -20,6 +20,7 @@ so a map that offloads needs `offload_buffers=True` to move them too. `generate`
 import copy
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..activations.place import place, scheme_of
 from ..adapters.attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_config
 from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
+from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from ..model.matrices import find_matrices, stand_in
 
@@ -42,20 +45,35 @@ from ..model.matrices import find_matrices, stand_in
 class LowbitConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder: the layers of each grid, by name (see export/native.py)."""
 
-    def __init__(self, grids: Any = None, skipped: Any = (), version: Any = VERSION, **kwargs: Any):
+    def __init__(
+        self,
+        grids: Any = None,
+        skipped: Any = (),
+        version: Any = VERSION,
+        activations: Any = None,
+        kv_cache: Any = None,
+        **kwargs: Any,
+    ):
         if unknown := sorted(set(kwargs) - {"quant_method"}):
             raise ValueError(f"quantization_config of {METHOD}: unknown keys {', '.join(unknown)}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (typed as an enum of transformers' own)
         self.version, self.grids, self.skipped = version, grids, list(skipped)
+        if activations is not None:
+            self.activations = activations
+        if kv_cache is not None:
+            self.kv_cache = KVConfig.from_json(kv_cache).to_json()
         layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
 
     @classmethod
     def of(cls, model: nn.Module) -> "LowbitConfig":
         """The configuration of a model's packed layers."""
-        layers = {name: LayerSpec.of(layer.base) for name, layer in packed_layers(model)}
+        layers = {
+            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer))
+            for name, layer in packed_layers(model)
+        }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config = Native().model_config(layers, skipped)
-        return cls(**config)
+        config, kv_cache = Native().model_config(layers, skipped), kv_config_of(model)
+        return cls(**config, kv_cache=None if kv_cache is None else kv_cache.to_json())
 
     @property
     def layers(self) -> dict[str, LayerSpec]:
@@ -121,6 +139,7 @@ class LowbitQuantizer(HfQuantizer):
                     linear.weight.dtype if bias is None else bias.dtype,
                     spec.offset,
                 )
+                place(packed, spec.activation)
             model.set_submodule(name, packed)
         files = kwargs.get("checkpoint_files")
         if files:
@@ -134,6 +153,8 @@ class LowbitQuantizer(HfQuantizer):
                 check_values(layer.base)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
+        if (kv_cache := getattr(self.quantization_config, "kv_cache", None)) is not None:
+            place_kv_cache(model, KVConfig.from_json(kv_cache))
         leave_out_of_ddp(model)
         return model
 

@@ -17,11 +17,13 @@ from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
 from ..names import PatternError
 from .layers import local_folder, shapes_here
+from .sections.activations import check_activation_layers, check_activations
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
 from .sections.data import check_chat, check_data, check_lengths, check_synthesis
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
+from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
@@ -35,10 +37,13 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_tokens),
     (("model",), check_device),
     (("quant",), check_grid),
+    (("quant",), check_activations),
+    (("model", "quant"), check_kv_cache),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant"), check_layers),
+    (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
     (("model", "data"), check_lengths),
     (("model", "data"), check_chat),

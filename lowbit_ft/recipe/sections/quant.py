@@ -19,7 +19,9 @@ from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
+from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section
+from .kv_cache import KVCacheSection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
@@ -117,6 +119,12 @@ class QuantSection(Section):
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
     )
+    activations: ActivationsSection | None = Field(
+        default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
+    )
+    kv_cache: KVCacheSection | None = Field(
+        default=None, description="train with keys and values as a low-bit cache keeps them; null: 16 bits"
+    )
 
     @model_validator(mode="after")
     def _integers_only(self) -> QuantSection:
@@ -162,6 +170,12 @@ class QuantSection(Section):
         section = self.model_copy(update={"calibrate": self.start(rows)})
         section.model_fields_set.discard("calibrate")
         return section
+
+    @property
+    def inputs(self) -> str:
+        """What the layers' inputs are on, to be said behind what the weights are on."""
+        found = self.activations
+        return "" if found is None else f", inputs {found.bits} bit by {found.kind}"
 
     @property
     def by_block(self) -> bool:
