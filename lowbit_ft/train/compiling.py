@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..adapters.base import Adapter
 from ..model.linear import PackedLinear
@@ -111,7 +110,11 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS), torch._dynamo.error_on_graph_break(True):
                 return compiled(layer, *args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        # Looked up when something is raised: torch loads its compiler, nearly half of our start, when it is asked.
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
+        ) as error:
             what = next(
                 (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
             )
