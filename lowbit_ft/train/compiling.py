@@ -110,7 +110,7 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS), torch._dynamo.error_on_graph_break(True):
                 return compiled(layer, *args, **kwargs)
-        # Looked up when something is raised: torch loads its compiler, nearly half of our start, when it is asked.
+        # Looked up when something is raised: torch loads its compiler, 0.8 s, when it is asked for.
         except (
             torch._dynamo.exc.TorchDynamoException,
             torch._dynamo.exc.FailOnRecompileLimitHit,

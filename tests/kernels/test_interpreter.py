@@ -1,4 +1,5 @@
-"""Runs tests/kernels/interpreter in processes where Triton interprets its kernels, and passes their verdict on.
+"""Runs tests/kernels/interpreter in processes where Triton interprets its kernels, and passes on what they
+say.
 
 The mode is chosen when kernels are decorated, so it can neither be switched on here nor off again for the
 tests that follow.

@@ -22,9 +22,9 @@ if not INTERPRETED:
 
 @pytest.fixture(autouse=True, scope="session")
 def the_language_is_patched_once() -> Iterator[None]:
-    """The interpreter puts its own functions into triton.language when a kernel is launched, and looks for what
-    it has to replace again whenever one jitted function calls another: two fifths of the time of these tests.
-    A module whose `load` is no builtin any more was replaced by the launch, and is left alone here.
+    """The interpreter puts its own functions into triton.language when a kernel is launched, and looks for
+    what it has to replace again whenever one jitted function calls another: two fifths of the time of these
+    tests. A module whose `load` is no builtin any more was replaced by the launch, and is left alone here.
     """
     import triton.language as tl
     from triton.runtime import interpreter
