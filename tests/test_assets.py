@@ -75,6 +75,7 @@ def test_chats_it_has_not_seen_end_by_themselves(model, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_the_samples_of_the_quickstart_end_by_themselves(tmp_path, tokenizer):
     """With a tenth of its steps; with LOWBIT_QUICKSTART=all in the environment, with all of them."""
     steps = [] if os.environ.get("LOWBIT_QUICKSTART") == "all" else ["train.max_steps=15"]

@@ -62,6 +62,7 @@ def gradients(model: Any, length: int = 7) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # counting slows the compiler down, and the lines are those of the test below
 @pytest.mark.parametrize("method", [m for m in ADAPTERS if m not in ("lr_qat", "l4q")])
 def test_no_graph_break_in_any_method(method: str):
     test_no_graph_break_and_the_same_gradients(method, {})
@@ -86,6 +87,7 @@ def test_no_graph_break_and_the_same_gradients(method: str, options: dict[str, A
     assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layers_share_what_is_compiled(checkpointing: bool):
     """Four layers, three lengths, kept codes that are new in every step: a graph per kind of input
@@ -211,6 +213,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.skipif(shutil.which("g++") is None, reason="TorchInductor needs a C++ compiler on the CPU")
 def test_the_law_holds_in_every_step_of_a_compiled_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """TorchInductor, recomputation and offload on: what each step multiplies with is what merge would ship
