@@ -98,6 +98,8 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
     """The compiled forward of one layer. Codes that are kept for the step are looked at before it: compiled
     code cannot.
     """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow: torch's compiler
+
     hosts = [m for m in layer.modules() if isinstance(m, PackedLinear)]
     adapted = [(m, m.adapter) for m in hosts if isinstance(m.adapter, Adapter)]
     for _, adapter in adapted:
@@ -110,11 +112,7 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
         try:
             with torch._dynamo.config.patch(recompile_limit=GRAPHS), torch._dynamo.error_on_graph_break(True):
                 return compiled(layer, *args, **kwargs)
-        # Looked up when something is raised: torch loads its compiler, 0.8 s, when it is asked for.
-        except (
-            torch._dynamo.exc.TorchDynamoException,
-            torch._dynamo.exc.FailOnRecompileLimitHit,
-        ) as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             what = next(
                 (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
             )
