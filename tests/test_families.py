@@ -368,6 +368,7 @@ ROWS: dict[str, Row] = {
 }
 
 
+@pytest.mark.no_cover  # the whole line again, whose lines are counted in tests/test_pipeline.py
 @pytest.mark.parametrize("table", ROWS)
 def test_one_file_and_one_line_are_enough(
     table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

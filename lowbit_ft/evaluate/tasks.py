@@ -118,8 +118,10 @@ def _lm_eval(module: str = "") -> Any:
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """lm-eval's task and group objects, their data loaded. ValueError naming the task that cannot be loaded,
-    or the package.
+    or the package. Nothing, and no lm-eval, for no names.
     """
+    if not names:
+        return {}
     if problems := task_problems(names):
         raise ValueError("\n".join(text for _, text in problems))
     manager = _manager(not all(name.lower().endswith(TASK_FILES) for name in names))

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..adapters.base import Adapter
 from ..model.linear import PackedLinear
@@ -99,6 +98,8 @@ def _checked(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., An
     """The compiled forward of one layer. Codes that are kept for the step are looked at before it: compiled
     code cannot.
     """
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow: torch's compiler
+
     hosts = [m for m in layer.modules() if isinstance(m, PackedLinear)]
     adapted = [(m, m.adapter) for m in hosts if isinstance(m.adapter, Adapter)]
     for _, adapter in adapted:

@@ -83,6 +83,7 @@ try:
     main(["schema"])
 except SystemExit as left:
     assert left.code == 0
+assert "torch._dynamo" not in sys.modules, "what compiles nothing waits for torch's compiler"
 from tqdm.auto import tqdm
 logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no kernels")

@@ -141,22 +141,18 @@ def test_a_native_folder_answers_over_http(served: tuple[subprocess.Popen[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_ends_when_its_client_leaves(
-    served: tuple[subprocess.Popen[str], str], stream: bool
+def test_a_request_ends_when_its_client_leaves_and_a_second_signal_ends_the_server(
+    served: tuple[subprocess.Popen[str], str],
 ) -> None:
     """One thread generates: a request that went on would keep all others waiting."""
-    _, address = served
-    with begin(address, ENDLESS | {"stream": stream}):
-        with pytest.raises(TimeoutError):  # it does go on while the client is there
-            post(f"{address}/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}, timeout=3)
-    short = {"messages": MESSAGES, "max_tokens": 2}
-    assert post(f"{address}/v1/chat/completions", short, timeout=30)["usage"]["completion_tokens"] == 2
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_a_server_that_answers(served: tuple[subprocess.Popen[str], str]) -> None:
     server, address = served
+    short = {"messages": MESSAGES, "max_tokens": 2}
+    for stream in (False, True):
+        with begin(address, ENDLESS | {"stream": stream}):
+            with pytest.raises(TimeoutError):  # it does go on while the client is there
+                post(f"{address}/v1/chat/completions", short, timeout=3)
+        said = post(f"{address}/v1/chat/completions", short, timeout=30)
+        assert said["usage"]["completion_tokens"] == 2, f"stream: {stream}"
     with begin(address, ENDLESS):
         server.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):  # the first lets the request go on

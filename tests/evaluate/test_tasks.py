@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,12 @@ def test_without_lm_eval(tmp_path: Path, tasks: list[str], monkeypatch: pytest.M
     assert f"eval.tasks.0: got {tasks[0]!r}, but {INSTALL}" in refused(tmp_path, tasks)
     with pytest.raises(ValueError, match=r"run pip install 'lowbit-ft\[eval\]'"):
         load_tasks(tasks)
+
+
+def test_a_run_without_tasks_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it is an error
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert load_tasks([]) == {}
 
 
 def test_data_that_cannot_be_read(tasks: list[str]) -> None:

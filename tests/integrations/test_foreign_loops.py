@@ -39,43 +39,52 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, base_digest
 from lowbit_ft.integrations.peft import LowBitConfig
 
-base, kind, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-if kind == "attached":
-    attach(model, ADAPTERS["lr_qat"](method="lr_qat", rank=4))
-else:
-    torch.manual_seed(0)
-    model = get_peft_model(model, LowBitConfig(rank=4, task_type="CAUSAL_LM"))
-rows = [{"input_ids": torch.arange(3 + i, 19 + i), "labels": torch.arange(3 + i, 19 + i)} for i in range(8)]
-if kind == "trainer":
-    arguments = TrainingArguments(out + "/trainer", max_steps=3, per_device_train_batch_size=1,
-                                  learning_rate=0.01, use_cpu=True, report_to=[], logging_steps=1,
-                                  save_strategy="no", seed=0)
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.train()
-    kinds = type(trainer.model_wrapped).__name__
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-else:
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    whole = model
-    model, optimizer = accelerator.prepare(model, optimizer)
-    kinds, losses = type(model).__name__, []
-    for step in range(3):
-        row = rows[2 * step + accelerator.process_index]
-        loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model = whole
-trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-moved = [name for name, p in trained.items() if name.endswith(".B") and p.any()]
-rank = torch.distributed.get_rank()
-sums = [float(p.double().sum()) for p in trained.values()]
-facts = {"wrapped": kinds, "losses": losses, "moved": len(moved), "sums": sums, "base": base_digest(model)}
-with open(f"{out}/{kind}-{rank}.json", "w") as file:
-    json.dump(facts, file)
+base, out, *kinds = sys.argv[1:]
+
+
+def run(kind):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if kind == "attached":
+        attach(model, ADAPTERS["lr_qat"](method="lr_qat", rank=4))
+    else:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LowBitConfig(rank=4, task_type="CAUSAL_LM"))
+    texts = [torch.arange(3 + i, 19 + i) for i in range(8)]
+    rows = [{"input_ids": text, "labels": text} for text in texts]
+    if kind == "trainer":
+        arguments = TrainingArguments(out + "/trainer", max_steps=3, per_device_train_batch_size=1,
+                                      learning_rate=0.01, use_cpu=True, report_to=[], logging_steps=1,
+                                      save_strategy="no", seed=0)
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        wrapped = type(trainer.model_wrapped).__name__
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    else:
+        accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        whole = model
+        model, optimizer = accelerator.prepare(model, optimizer)
+        wrapped, losses = type(model).__name__, []
+        for step in range(3):
+            row = rows[2 * step + accelerator.process_index]
+            loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        model = whole
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moved = [name for name, p in trained.items() if name.endswith(".B") and p.any()]
+    rank = torch.distributed.get_rank()
+    sums = [float(p.double().sum()) for p in trained.values()]
+    facts = {"wrapped": wrapped, "losses": losses, "moved": len(moved), "sums": sums}
+    facts["base"] = base_digest(model)
+    with open(f"{out}/{kind}-{rank}.json", "w") as file:
+        json.dump(facts, file)
+
+
+for kind in kinds:
+    run(kind)
 """
 
 
@@ -88,19 +97,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-@pytest.mark.parametrize("kind", ["trainer", "accelerate", "attached"])
-def test_ddp_of_other_loops(kind: str, base: Path, tmp_path: Path) -> None:
-    """Neither loop knows of packed buffers. Both processes end with the same adapters, over the same base."""
+def test_ddp_of_other_loops(base: Path, tmp_path: Path) -> None:
+    """No loop knows of packed buffers. Both processes end with the same adapters, over the same base."""
     (tmp_path / "loop.py").write_text(IN_TWO_PROCESSES)
-    command = launched(str(tmp_path / "loop.py"), base, kind, tmp_path)
+    kinds = ("attached", "accelerate", "trainer")
+    command = launched(str(tmp_path / "loop.py"), base, tmp_path, *kinds)
     done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["wrapped"] == second["wrapped"] == "DistributedDataParallel"
-    assert first["sums"] == second["sums"] and first["moved"] == 7 and len(first["losses"]) == 3
-    if kind != "trainer":  # whose log is the mean over the processes
-        assert first["losses"] != second["losses"]
-    assert first["base"] == second["base"]
+    for kind in kinds:
+        first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))
+        assert first["wrapped"] == second["wrapped"] == "DistributedDataParallel", kind
+        assert first["sums"] == second["sums"] and first["moved"] == 7 and len(first["losses"]) == 3, kind
+        if kind != "trainer":  # whose log is the mean over the processes
+            assert first["losses"] != second["losses"], kind
+        assert first["base"] == second["base"], kind
 
 
 def kbit(model: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Runs tests/kernels/interpreter in a process where Triton interprets its kernels, and passes its verdict on.
+"""Runs tests/kernels/interpreter in processes where Triton interprets its kernels, and passes on what they
+say.
 
 The mode is chosen when kernels are decorated, so it can neither be switched on here nor off again for the
 tests that follow.
@@ -14,11 +15,14 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreter")
 ROOT = FOLDER.parents[2]
+PROCESSES = 3  # each imports everything once more
+FILES = sorted(FOLDER.glob("test_*.py"))
+SHARES = [FILES[i::PROCESSES] for i in range(PROCESSES)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_interpreter(file: str):
+@pytest.mark.parametrize("files", SHARES, ids=lambda files: "+".join(path.stem[5:] for path in files))
+def test_interpreter(files: list[Path]):
     pytest.importorskip("triton")
     environment = {
         **os.environ,
@@ -39,10 +43,12 @@ def test_interpreter(file: str):
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        str(FOLDER / file),
+        "-rp",
+        *map(str, files),
     ]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
     # A file whose tests were all skipped or not collected would return 0 too.
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed.group(1)) > 0 and "skipped" not in run.stdout, run.stdout[-2000:]
+    for file in files:
+        assert re.search(rf"^PASSED \S*/{file.name}::", run.stdout, re.MULTILINE), run.stdout[-2000:]
+    assert "skipped" not in run.stdout, run.stdout[-2000:]

@@ -59,6 +59,7 @@ def chosen() -> list[tuple[Case, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover  # what compiles kernels is Python too, and counting slows it down
 @pytest.mark.parametrize(("case", "arch"), [pytest.param(c, a, id=f"{c.name}-sm{a}") for c, a in chosen()])
 def test_compiles_within_budget(case: Case, arch: int):
     got = compile_case(case, arch)
@@ -105,6 +106,7 @@ def ones() -> list[Case]:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in ones()])
 def test_compiles_where_sizes_are_one(case: Case):
     assert compile_case(case, case.architectures[-1]).total > 0

@@ -17,6 +17,7 @@ from lowbit_kernels import dispatch
 from safetensors.torch import load_file
 
 from lowbit_ft import pipeline
+from lowbit_ft.model import attention
 from lowbit_ft.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,17 +26,17 @@ QUICK = [
     "quant.group_size=32",
     "train.max_steps=2",
     "train.micro_batch_size=1",
-    "train.eval_every=2",
+    "train.gradient_accumulation_steps=1",
+    "train.eval_every=null",
     "train.save_every=2",
     "data.train.limit=6",
-    "data.valid.limit=2",
+    "data.valid=null",
     "data.sequence_len=40",
     "data.train_on=all",
     "eval.windows=1",
     "eval.window=40",
     "eval.kl=false",
-    "eval.max_new_tokens=1",
-    "eval.generate=[Say hello.]",
+    "eval.generate=[]",
     "export.format=native",
     "export.verify=false",
 ]
@@ -141,6 +142,8 @@ def through_triton(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_same_integers(method, model, tmp_path, monkeypatch, through_triton, capsys):
     monkeypatch.chdir(ROOT)
+    # That a Llama attends by segments is not asked here: three forwards each time, 40 % of the launches.
+    monkeypatch.setattr(attention, "_differs", lambda *_: "")
 
     def job(name: str) -> dict[str, torch.Tensor]:
         made = load_recipe(
