@@ -67,6 +67,7 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.base_layer.seen(x)
         with in_memory(self.base_layer):
             if merged is not None:
                 y = merged.linear(x)
@@ -167,7 +168,9 @@ def deployed(layer: PackedLinear, weight: Weight | None) -> PackedLinear:
     """The layer with `weight` (None: its own) and no residual, which only training reads."""
     with in_memory(layer):
         kept = (layer.base if weight is None else weight).without_residual()
-        return PackedLinear(kept, layer.bias).train(layer.training)
+        made = PackedLinear(kept, layer.bias)
+        made.input_transform, made.activation = layer.input_transform, layer.activation
+        return made.train(layer.training)
 
 
 def packed_hosts(model: nn.Module) -> dict[str, PackedLinear]:

@@ -1,5 +1,5 @@
 """PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an
-adapter, a bias.
+adapter, a bias, and what its input is put through.
 
 Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict
 reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
@@ -54,12 +54,17 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
     fast_decode: bool = True  # `packed_op_only` turns it off
     unrounded: bool = False  # the base with its residual, without the adapter (model/unrounded.py)
+    # What its input goes through before the packed op: a transform (an online rotation) that the unrounded
+    # model needs too, then what puts it on a grid (activations/), which the unrounded model is spared.
+    input_transform: nn.Module | None
+    activation: nn.Module | None
 
     def __init__(self, base: Weight, bias: Tensor | None = None):
         super().__init__()
         self.out_features, self.in_features = base.shape
         self.grid: Grid = base.grid
         self.adapter: WeightAdapter | None = None
+        self.input_transform, self.activation = None, None
         self._names = tuple(base.to_tensors())
         self._repacked: _Repacked | None = None
         for name, tensor in base.to_tensors().items():
@@ -128,6 +133,7 @@ class PackedLinear(nn.Module):
         """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.seen(x)
         if self.unrounded:
             y = self.base.linear_unrounded(x)
         elif self.adapter is not None:
@@ -137,6 +143,12 @@ class PackedLinear(nn.Module):
         else:
             y = self.base.linear(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the packed op multiplies with, for an input x [..., K]."""
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        return x if self.activation is None or self.unrounded else self.activation(x)
 
     def _int4_for(self, x: Tensor) -> Int4Weight | None:
         """The repacked weight when this call is one for the int4 kernel. Made again when a buffer is another

@@ -1,0 +1,220 @@
+"""Scheme and Activation: what the input of a packed layer is put on, between x and the packed op.
+
+    q  = clamp(round(x / s) + z, -2^(b-1), 2^(b-1) - 1)        int8 codes, signed also where b = 4
+    x^ = s (q - z)                                             z = 0 when symmetric
+
+s and z are made of x itself (dynamic) or came with the scheme (static). All of it in fp32, whatever the model
+computes in; x^ has the dtype of x. The backward is straight-through: the gradient of x^ is that of x where x
+lies in the range, zero where it was clipped. Nothing flows into s (but for a static scale that is learned).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+_KEPT = "_lowbit_quantized"  # the attribute of x that holds its x^, by scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Everything that makes codes of x: hashable, without tensors, JSON in the configuration of a folder.
+
+    group_size: channels that share a scale (kind group; -1: all). clip: the factor on the range that a
+    dynamic scale covers. scale, zero: of a static kind; the scale's values are those of its shipping dtype.
+    mask: the gradient is zero where |x| is at least this, although nothing is clipped there (training only).
+    learned: the static scale trains.
+    """
+
+    kind: str
+    bits: int
+    symmetric: bool = True
+    dynamic: bool = True
+    group_size: int = -1
+    clip: float = 1.0
+    scale: tuple[float, ...] = ()
+    zero: tuple[int, ...] = ()
+    mask: float | None = None
+    learned: bool = False
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether codes can be made: a static scheme needs its scale first."""
+        return self.dynamic or bool(self.scale)
+
+    def shipped(self) -> Scheme:
+        """Without what only training reads."""
+        return replace(self, mask=None, learned=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults, and kind and bits."""
+        default = Scheme(kind=self.kind, bits=self.bits)
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if key in ("kind", "bits") or value != getattr(default, key)
+        }
+
+    def __str__(self) -> str:
+        parts = [f"A{self.bits}", self.kind]
+        parts += [f"g{self.group_size}"] if self.group_size != -1 else []
+        parts += [] if self.symmetric else ["asym"]
+        parts += [] if self.dynamic else ["static"]
+        parts += [f"clip {self.clip:g}"] if self.clip != 1.0 else []
+        return " ".join(parts)
+
+
+class Activation(nn.Module):
+    """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
+
+    It has no buffers and, unless a static scale is learned, no parameters: a state dict does not know it.
+    """
+
+    kind: ClassVar[str]
+    can_be_static: ClassVar[bool] = False
+    can_be_asymmetric: ClassVar[bool] = True
+
+    def __init__(self, scheme: Scheme):
+        super().__init__()
+        assert scheme.kind == self.kind, f"{scheme.kind} scheme for {type(self).__name__}"
+        self._scheme = scheme
+
+    def scheme(self) -> Scheme:
+        """What an exporter writes."""
+        return self._scheme
+
+    def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x fp32 [..., K] -> (scale fp32, zero fp32 | None), as `codes` gives them."""
+        raise AssertionError(f"{type(self).__name__} has no scales")
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Scales or zeros as `scales` gives them, in a shape that multiplies x [..., K]."""
+        return values
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., K] -> (codes int8 [..., K], scale fp32, zero int8 | None): x^ = scale (codes - zero)."""
+        x = x.float()
+        scale, zero = self.scales(x)
+        codes = self._round(x, scale, zero).clamp_(self._scheme.lowest, self._scheme.highest)
+        return codes.to(torch.int8), scale, None if zero is None else zero.to(torch.int8)
+
+    def _round(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        codes = torch.round(x / self.spread(scale, x))
+        return codes if zero is None else codes + self.spread(zero, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> x^ [..., K], straight-through. Layers that are given the very same x (q, k and v)
+        share one x^: it hangs on x, and goes with it."""
+        # A compiler shares by itself; nothing tells when an inference tensor is written to; and a leaf is
+        # held by its own gradient's node, so what hangs on it would hold it for ever.
+        if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
+            return self.quantize(x)
+        held = getattr(x, _KEPT, None)
+        key = (self.key, x._version, torch.is_grad_enabled())
+        if held is None or held[0] != key:
+            held = (key, self.quantize(x))
+            setattr(x, _KEPT, held)
+        return held[1]
+
+    @property
+    def key(self) -> Any:
+        """Quantizers of one key make the same x^ of the same x."""
+        return self._scheme
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x -> x^, straight-through."""
+        return _StraightThrough.apply(x, self)  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        return str(self._scheme)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """x^ forward; backward the gradient where x was in the range. The mask is kept only where something can
+    be outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
+        wide, scheme = x.float(), activation.scheme()
+        scale, zero = activation.scales(wide)
+        codes = activation._round(wide, scale, zero)
+        kept = codes.clamp(scheme.lowest, scheme.highest)
+        outside = codes != kept if not scheme.dynamic or scheme.clip < 1 else None
+        if scheme.mask is not None:
+            beyond = wide.abs() >= scheme.mask
+            outside = beyond if outside is None else outside | beyond
+        ctx.save_for_backward(*(() if outside is None else (outside,)))
+        centred = kept if zero is None else kept - activation.spread(zero, wide)
+        return (centred * activation.spread(scale, wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for outside in ctx.saved_tensors:
+            gradient = gradient.masked_fill(outside, 0)
+        return gradient, None
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Where all of x is zero its scale is 1: the codes are zero."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def ranges(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero) that cover [low, high] times scheme.clip; zero itself always has a code."""
+    if scheme.symmetric:
+        largest = torch.maximum(high, -low)
+        return positive(largest * (scheme.clip / scheme.highest)), None
+    low, high = low.clamp(max=0) * scheme.clip, high.clamp(min=0) * scheme.clip
+    scale = positive((high - low) / (scheme.highest - scheme.lowest))
+    return scale, (scheme.lowest - torch.round(low / scale)).clamp_(scheme.lowest, scheme.highest)
+
+
+def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Scheme:
+    """The inverse of `Scheme.to_json`. ValueError naming what is wrong: the file may be a stranger's."""
+    known = {field.name for field in fields(Scheme)}
+    if not isinstance(entry, dict) or not {"kind", "bits"} <= set(entry) <= known:
+        raise ValueError(f"got {entry!r}; needs an object with kind and bits, of {', '.join(sorted(known))}")
+    kind, bits, group = entry["kind"], entry["bits"], entry.get("group_size", -1)
+    if kind not in kinds:
+        raise ValueError(f"kind: got {kind!r}; allowed: {', '.join(kinds)}")
+    if type(bits) is not int or bits not in (4, 8):
+        raise ValueError(f"bits: got {bits!r}; allowed: 4, 8")
+    if type(group) is not int or group < 1 and group != -1:
+        raise ValueError(f"group_size: got {group!r}; needs a positive number, or -1")
+    for key in ("symmetric", "dynamic", "learned"):
+        if not isinstance(entry.get(key, True), bool):
+            raise ValueError(f"{key}: got {entry[key]!r}; allowed: true, false")
+    for key in ("clip", "mask"):
+        value = entry.get(key, 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{key}: got {value!r}; needs a positive number")
+    scale, zero = entry.get("scale", []), entry.get("zero", [])
+    if not _numbers(scale, float) or not all(0 < value < float("inf") for value in scale):
+        raise ValueError(f"scale: got {scale!r}; needs a list of positive numbers")
+    if not _numbers(zero, int):
+        raise ValueError(f"zero: got {zero!r}; needs a list of integers")
+    made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero)})
+    if not all(made.lowest <= value <= made.highest for value in made.zero):
+        raise ValueError(f"zero: got {zero!r}; needs {made.lowest} to {made.highest}")
+    if not made.dynamic and not kinds[kind].can_be_static:
+        raise ValueError(f"dynamic: got false; kind {kind} is dynamic")
+    if not made.symmetric and not kinds[kind].can_be_asymmetric:
+        raise ValueError(f"symmetric: got false; kind {kind} has no zero point")
+    return made
+
+
+def _numbers(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)

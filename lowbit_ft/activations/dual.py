@@ -1,0 +1,35 @@
+"""dual: SegQuant's two scales, one for negative and one for positive values (arXiv 2507.14811).
+
+    x^ = s_- q  where x < 0,  s_+ q  where x > 0        s_- = |min| / 2^(b-1),  s_+ = max / (2^(b-1) - 1)
+
+Two integer products with the same weight codes, so it pays only where most values are of one sign: behind a
+GELU or SiLU without a gate. A gated product (Llama's down_proj) is balanced, and min-max costs one product.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Activation, positive
+
+
+class Dual(Activation):
+    kind: ClassVar[str] = "dual"
+    can_be_static: ClassVar[bool] = True
+    can_be_asymmetric: ClassVar[bool] = False
+
+    def scales(self, x: Tensor) -> tuple[Tensor, None]:
+        """[..., K] -> [..., 2]: of the negative and the positive values."""
+        scheme = self._scheme
+        if not scheme.dynamic:
+            assert len(scheme.scale) == 2, "static scales that no calibration gave"
+            below, above = (torch.full((1,), value, device=x.device) for value in scheme.scale)
+            return torch.cat((below, above)), None
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        below = low.clamp(max=0) * (scheme.clip / scheme.lowest)
+        above = high.clamp(min=0) * (scheme.clip / scheme.highest)
+        return positive(torch.cat((below, above), dim=-1)), None
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x < 0, values[..., :1], values[..., 1:])

@@ -1,0 +1,23 @@
+"""tensor: one scale for all tokens, static (from calibration rows) or made of the tensor that is there."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Activation, ranges
+
+
+class PerTensor(Activation):
+    kind: ClassVar[str] = "tensor"
+    can_be_static: ClassVar[bool] = True
+
+    def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., K] -> [1]."""
+        scheme = self._scheme
+        if scheme.dynamic:
+            low, high = x.aminmax()
+            return ranges(low[None], high[None], scheme)
+        assert scheme.scale, "a static scale that no calibration gave"
+        scale = torch.full((1,), scheme.scale[0], device=x.device)
+        return scale, torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
