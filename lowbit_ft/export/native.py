@@ -36,6 +36,7 @@ STOP = f"import lowbit_ft before this folder is read (its reader, version {VERSI
 class Native(Exporter):
     name = "native"
     quant_method = METHOD
+    online = True
     read_first = (
         "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format.\n"
         "> Without it transformers stops at a missing file whose name says so; an older one warns, and\n"

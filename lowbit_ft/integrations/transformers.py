@@ -21,7 +21,7 @@ import copy
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -37,17 +37,31 @@ from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from ..model.matrices import find_matrices, stand_in
+from ..rotations import OnlineHadamard
+
+Spec = TypeVar("Spec")  # of a layer, or nothing
 
 
 class LowbitConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder: the layers of each grid, by name (see export/native.py)."""
 
-    def __init__(self, grids: Any = None, skipped: Any = (), version: Any = VERSION, **kwargs: Any):
+    def __init__(
+        self,
+        grids: Any = None,
+        skipped: Any = (),
+        version: Any = VERSION,
+        hadamard: Any = (),
+        **kwargs: Any,
+    ):
         if unknown := sorted(set(kwargs) - {"quant_method"}):
             raise ValueError(f"quantization_config of {METHOD}: unknown keys {', '.join(unknown)}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (typed as an enum of transformers' own)
         self.version, self.grids, self.skipped = version, grids, list(skipped)
-        layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
+        layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
+        if not isinstance(hadamard, list | tuple) or not set(hadamard) <= set(layers):
+            raise ValueError(f"quantization_config.hadamard: got {hadamard!r}; needs names of packed layers")
+        if hadamard:
+            self.hadamard = list(hadamard)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LowbitConfig":
@@ -55,7 +69,8 @@ class LowbitConfig(QuantizationConfigMixin):
         layers = {name: LayerSpec.of(layer.base) for name, layer in packed_layers(model)}
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         config = Native().model_config(layers, skipped)
-        return cls(**config)
+        turned = [name for name, layer in packed_layers(model) if layer.input_transform is not None]
+        return cls(**config, hadamard=turned)
 
     @property
     def layers(self) -> dict[str, LayerSpec]:
@@ -122,6 +137,9 @@ class LowbitQuantizer(HfQuantizer):
                     spec.offset,
                 )
             model.set_submodule(name, packed)
+        turned = named_in(model, dict.fromkeys(getattr(self.quantization_config, "hadamard", ())))
+        for name in turned.keys() & layers.keys():
+            model.get_submodule(name).input_transform = OnlineHadamard()
         files = kwargs.get("checkpoint_files")
         if files:
             check_headers(model, layers, [Path(file) for file in files], new)
@@ -159,7 +177,7 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
 
-def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+def named_in(model: Any, layers: dict[str, Spec]) -> dict[str, Spec]:
     """The layers under the names they have in this model. A folder written with the head on is also read
     without it (AutoModel), and the other way round: the decoder's prefix is then one more, or one less, in
     the names."""
