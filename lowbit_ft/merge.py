@@ -7,13 +7,14 @@ for a merge made elsewhere, how many codes differ.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .activations.place import scheme_of
 from .adapters.attach import packed_layers
 from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
@@ -26,9 +27,10 @@ from .model.linear import PackedLinear
 def base_weights(model: nn.Module) -> Weights:
     """The packed bases as they are, residual included: what `base/` of a run holds."""
     layers = dict(packed_layers(model))
-    return Weights(
-        {name: LayerSpec.of(layer.base) for name, layer in layers.items()}, lambda name: layers[name].base
-    )
+    specs = {
+        name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer)) for name, layer in layers.items()
+    }
+    return Weights(specs, lambda name: layers[name].base)
 
 
 def merged_weights(model: nn.Module) -> Weights:
@@ -46,11 +48,14 @@ def merged_weight(layer: PackedLinear) -> Weight:
 
 def _shipped(layer: PackedLinear) -> LayerSpec:
     """What `merged_weight` will be, without computing it."""
-    base = LayerSpec.of(layer.base.without_residual())
+    scheme = scheme_of(layer)
+    shipped = None if scheme is None else scheme.shipped()
+    base = replace(LayerSpec.of(layer.base.without_residual()), activation=shipped)
     if layer.adapter is None:
         return base
     config: Any = layer.adapter.config
-    return LayerSpec(base.shape, config.shipped(layer.grid), base.offset or config.ships_offset)
+    offset = base.offset or config.ships_offset
+    return replace(base, grid=config.shipped(layer.grid), offset=offset)
 
 
 def merge(

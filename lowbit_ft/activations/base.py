@@ -85,6 +85,12 @@ class Activation(nn.Module):
     kind: ClassVar[str]
     can_be_static: ClassVar[bool] = False
     can_be_asymmetric: ClassVar[bool] = True
+    products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group
+
+    @classmethod
+    def cost(cls, scheme: Scheme) -> tuple[int, bool]:
+        """What orders schemes by what they cost a server: products, then the correction for a zero point."""
+        return cls.products, not scheme.symmetric
 
     def __init__(self, scheme: Scheme):
         super().__init__()

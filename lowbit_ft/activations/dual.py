@@ -18,6 +18,7 @@ class Dual(Activation):
     kind: ClassVar[str] = "dual"
     can_be_static: ClassVar[bool] = True
     can_be_asymmetric: ClassVar[bool] = False
+    products: ClassVar[int] = 2
 
     def scales(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., K] -> [..., 2]: of the negative and the positive values."""

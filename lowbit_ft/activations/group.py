@@ -10,6 +10,7 @@ from .base import Activation, ranges
 
 class Group(Activation):
     kind: ClassVar[str] = "group"
+    products: ClassVar[int] = 3
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [..., ceil(K / group_size)]."""

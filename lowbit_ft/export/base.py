@@ -11,7 +11,7 @@ one by one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..activations import Scheme
 from ..grid import Grid, PackedWeight, Weight
 from ..model.config import stop_ids
 from ..model.matrices import Matrix
@@ -31,11 +32,14 @@ TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shape (N, K) of a layer, its grid, and whether it carries a float offset per group."""
+    """Shape (N, K) of a layer, its grid, whether it carries a float offset per group, and what its input is
+    on (None: it comes as it is).
+    """
 
     shape: tuple[int, int]
     grid: Grid
     offset: bool = False
+    activation: Scheme | None = None
 
     @classmethod
     def of(cls, weight: Weight) -> "LayerSpec":
@@ -46,7 +50,8 @@ class LayerSpec:
         return self.shape[0] * self.shape[1]
 
     def __str__(self) -> str:
-        return f"{self.grid}{' with a float offset' if self.offset else ''}"
+        inputs = f" {self.activation}" if self.activation is not None else ""
+        return f"{self.grid}{' with a float offset' if self.offset else ''}{inputs}"
 
 
 class Weights(Mapping[str, Weight]):
@@ -70,7 +75,8 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> Weight:
         spec = self.specs[name]
         weight = self._make(name)
-        assert LayerSpec.of(weight) == spec, f"{name}: announced as {spec}, made {LayerSpec.of(weight)}"
+        made = replace(LayerSpec.of(weight), activation=spec.activation)  # which is not in the weight
+        assert made == spec, f"{name}: announced as {spec}, made {made}"
         return weight
 
     def __iter__(self) -> Iterator[str]:
@@ -153,6 +159,15 @@ class Exporter(ABC):
         """
         return None
 
+    def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
+        """Why no reader of this format puts the input of a layer on this grid on what `scheme` says, with the
+        way out; None when one does. in_features: of the layer; None: not known yet.
+        """
+        return (
+            f"{self.name} holds weights only, and its readers would compute with inputs that training did "
+            "not see; set quant.activations: null, or export.format: compressed-tensors or native"
+        )
+
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16",
         ...), with the way out; None when they do not."""
@@ -165,6 +180,8 @@ class Exporter(ABC):
         problems = []
         for name, spec in layers.items():
             reason = self.reject(spec.grid, spec.offset) or self.reject_width(spec.grid, spec.shape[1])
+            if reason is None and spec.activation is not None:
+                reason = self.reject_activation(spec.activation, spec.grid, spec.shape[1])
             if reason:
                 problems.append(f"{name}: {reason}")
         return problems

@@ -98,6 +98,19 @@ def replace_file(folder: str | Path, name: str, content: str | bytes) -> None:
         write_bytes(folder / MANIFEST, sealed(manifest))
 
 
+def replace_config(folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Replace config.json in a folder of ours, and its entry in the manifest; as `replace_file` whenever the
+    process dies."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for entry in ({}, None):
+        if entry is None:
+            write_bytes(folder / "config.json", json_bytes(config))
+            entry = file_entry(folder / "config.json")
+        manifest["files"]["config.json"] = entry
+        write_bytes(folder / MANIFEST, sealed(manifest))
+
+
 def layer_digests(weight: Weight) -> dict[str, str]:
     """sha256 of the bytes of every tensor of the weight, by name."""
     return {

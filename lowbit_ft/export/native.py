@@ -8,7 +8,8 @@
 Packing is the identity. This is the format of a run's `base/` (with the residual, so it can be trained again)
 and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
-quantized or skipped by accident.
+quantized or skipped by accident. What a layer's input is on stands there too, under `activations`; static
+scales are in it, as numbers.
 
 Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0.
 So config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
@@ -17,11 +18,13 @@ aside.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..activations import Scheme, read_scheme
 from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
 from ..model.matrices import Matrix
 from ..model.names import Part
@@ -49,6 +52,9 @@ class Native(Exporter):
     def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
         return None
 
+    def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
+        return None
+
     def specs(self, layer: LayerSpec) -> TensorSpecs:
         return WEIGHTS[layer.grid.kind].specs(layer.shape, layer.grid, layer.offset)  # pyright: ignore[reportArgumentType]
 
@@ -68,7 +74,8 @@ class Native(Exporter):
         grids = [
             {**grid.to_json(), "offset": offset, "layers": names} for (grid, offset), names in groups.items()
         ]
-        return {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
+        config = {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
+        return config | activation_entry(layers)
 
     def folder_config(self) -> dict[str, Any]:
         return {STOP_KEY: STOP}
@@ -137,4 +144,39 @@ def layers_from_config(config: Any) -> dict[str, LayerSpec]:
             layers[name] = LayerSpec((shape[0], shape[1]), grid, offset)
     if not layers:
         raise ValueError("quantization_config.grids: lists no layer")
-    return layers
+    return _with_activations(layers, config.get("activations", []))
+
+
+def activation_entry(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """The key `activations` of quantization_config: every scheme with the names of its layers; no key where
+    no input is quantized.
+    """
+    names: dict[Scheme, list[str]] = {}
+    for name, spec in layers.items():
+        if spec.activation is not None:
+            names.setdefault(spec.activation, []).append(name)
+    entries = [{**scheme.to_json(), "layers": found} for scheme, found in names.items()]
+    return {"activations": entries} if entries else {}
+
+
+def _with_activations(layers: dict[str, LayerSpec], entries: Any) -> dict[str, LayerSpec]:
+    """The inverse of `activation_entry`. ValueError naming the entry that is wrong."""
+    key = "quantization_config.activations"
+    if not isinstance(entries, list):
+        raise ValueError(f"{key}: got {type(entries).__name__}; needs a list")
+    found = dict(layers)
+    for i, entry in enumerate(entries):
+        names = entry.get("layers") if isinstance(entry, dict) else None
+        if not isinstance(names, list):
+            raise ValueError(f"{key}[{i}]: needs an object with a scheme's fields and `layers`: [name, ...]")
+        try:
+            scheme = read_scheme({field: value for field, value in entry.items() if field != "layers"})
+        except ValueError as error:
+            raise ValueError(f"{key}[{i}].{error}") from None
+        for name in names:
+            if not isinstance(name, str) or name not in layers:
+                raise ValueError(f"{key}[{i}].layers: {name!r} is no layer of grids")
+            if found[name].activation is not None:
+                raise ValueError(f"{key}[{i}].layers: {name} is listed twice")
+            found[name] = replace(layers[name], activation=scheme)
+    return found

@@ -20,6 +20,7 @@ so a map that offloads needs `offload_buffers=True` to move them too. `generate`
 import copy
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..activations.place import place, scheme_of
 from ..adapters.attach import adapted_layers, packed_layers
 from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_config
@@ -50,6 +52,7 @@ class LowbitConfig(QuantizationConfigMixin):
         grids: Any = None,
         skipped: Any = (),
         version: Any = VERSION,
+        activations: Any = None,
         hadamard: Any = (),
         **kwargs: Any,
     ):
@@ -57,6 +60,8 @@ class LowbitConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config of {METHOD}: unknown keys {', '.join(unknown)}")
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]  (typed as an enum of transformers' own)
         self.version, self.grids, self.skipped = version, grids, list(skipped)
+        if activations is not None:
+            self.activations = activations
         layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
         if not isinstance(hadamard, list | tuple) or not set(hadamard) <= set(layers):
             raise ValueError(f"quantization_config.hadamard: got {hadamard!r}; needs names of packed layers")
@@ -66,7 +71,10 @@ class LowbitConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, model: nn.Module) -> "LowbitConfig":
         """The configuration of a model's packed layers."""
-        layers = {name: LayerSpec.of(layer.base) for name, layer in packed_layers(model)}
+        layers = {
+            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer))
+            for name, layer in packed_layers(model)
+        }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         config = Native().model_config(layers, skipped)
         turned = [name for name, layer in packed_layers(model) if layer.input_transform is not None]
@@ -136,6 +144,7 @@ class LowbitQuantizer(HfQuantizer):
                     linear.weight.dtype if bias is None else bias.dtype,
                     spec.offset,
                 )
+                place(packed, spec.activation)
             model.set_submodule(name, packed)
         turned = named_in(model, dict.fromkeys(getattr(self.quantization_config, "hadamard", ())))
         for name in turned.keys() & layers.keys():

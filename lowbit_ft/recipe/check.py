@@ -17,6 +17,7 @@ from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
 from ..names import PatternError
 from .layers import local_folder, shapes_here
+from .sections.activations import check_activation_layers, check_activations
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
 from .sections.data import check_chat, check_data, check_lengths, check_synthesis
@@ -36,10 +37,12 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_tokens),
     (("model",), check_device),
     (("quant",), check_grid),
+    (("quant",), check_activations),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant"), check_layers),
+    (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
     (("model", "quant"), check_rotation),
     (("model", "data"), check_lengths),

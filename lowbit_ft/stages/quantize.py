@@ -15,8 +15,10 @@ from ..files.records import PackedBase
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
+from .activations import activations_key, settle_activations
 from .data import calibration_batches, calibration_key
 from .models import load_packed
+from .rotations import rotation_file, turn
 
 
 def quantize_stage(session: Session) -> Any:
@@ -43,6 +45,7 @@ def quantize_stage(session: Session) -> Any:
                 clear(session, folder)
         pack_base(session, folder)
         run_dir.made("base")
+        settle_activations(session, folder, place)
         model = open_base(session, folder, place)
         run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
     return model
@@ -80,8 +83,10 @@ def pack_base(session: Session, folder: Path) -> None:
     """
     recipe, run_dir = session.recipe, session.run
     run_dir.write_json("base.json", {})  # a folder that is being replaced belongs to no key
+    if recipe.quant.folds:
+        session.turned = turn(session)
     packing = Packing(
-        session.checkpoint,
+        session.folded,
         recipe.quant,
         device=session.device,
         dtype=session.dtype,
@@ -90,19 +95,21 @@ def pack_base(session: Session, folder: Path) -> None:
         console=session.console if run_dir.main else None,
     )
     weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
-    write_model(folder, session.checkpoint, weights, EXPORTERS["native"])
+    write_model(folder, session.folded, weights, EXPORTERS["native"], extra_files=rotation_file(session))
     session.say(packing.table)
     run_dir.write_json("quant.json", packing.table.to_json())
 
 
 def base_key(session: Session) -> str:
-    """What the base is made of: the checkpoint's files, the quant section, and the text that its
-    calibrator looks at.
+    """What the base is made of: the checkpoint's files, the quant section, the text that its calibrator
+    looks at, and what decides about its inputs.
     """
     quant = session.recipe.quant
     facts = {
-        "quant": quant.model_dump(mode="json"),
+        "quant": quant.model_dump(mode="json", exclude={"activations"}),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": calibration_key(session) if quant.reads_text else None,
+        "text": calibration_key(session) if quant.reads_rows else None,
     }
+    if quant.activations is not None:
+        facts["activations"] = activations_key(session)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,7 @@ from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
+from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section, Unit
 from .rotation import RotationSection
 
@@ -127,6 +128,9 @@ class QuantSection(Section):
         description="what stands behind a norm is divided by max|x|^alpha / max|W|^(1 - alpha), channel by "
         "channel, and the weights are multiplied (SmoothQuant); a number: alpha; auto: of 0, 0.25, 0.5, 0.75 "
         "and none what costs the output of these linears least, norm by norm; null: none",
+    )
+    activations: ActivationsSection | None = Field(
+        default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
     )
 
     @model_validator(mode="after")

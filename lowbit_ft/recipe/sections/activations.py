@@ -1,0 +1,247 @@
+"""quant.activations: what the inputs of the packed layers are on, and whether somebody computes that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ...activations import ACTIVATIONS, Scheme
+from ...activations.calibrate import RANGES
+from ...export import EXPORTERS
+from ...model.roles import is_head
+from ...names import matches, pattern_error
+from ..layers import nearest_layers, shapes_here
+from ..values import OneOf
+from ..yaml import KeyPath, Problem
+from .base import Positive, Problems, Section
+
+AUTO = "auto"
+KINDS = {**dict.fromkeys(ACTIVATIONS), AUTO: None}
+Clip = Annotated[float, Field(gt=0, le=1)]
+Channels = Literal[32, 64, 128, 256]
+Kind = Annotated[str, OneOf(KINDS)]
+
+
+class ActivationOverride(Section):
+    """Another scheme for the inputs of the layers that match."""
+
+    match: str = Field(min_length=1, description="glob over layer names, for example '*.down_proj'")
+    bits: Literal[4, 8] | None = Field(default=None, description="bits for these layers")
+    kind: Kind | None = Field(default=None, description="kind for these layers")
+    symmetric: bool | None = Field(default=None, description="whether these layers have no zero point")
+    group_size: Channels | None = Field(default=None, description="channels that share a scale here")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> ActivationOverride:
+        if all(getattr(self, key) is None for key in ("bits", "kind", "symmetric", "group_size")):
+            raise ValueError(
+                "an override that changes nothing; set bits, kind, symmetric or group_size, or drop it"
+            )
+        return self
+
+
+class ActivationsSection(Section):
+    """What the inputs of the packed layers are on while they train, and where they are served."""
+
+    bits: Literal[4, 8] = Field(default=8, description="bits of an input's codes")
+    kind: Kind = Field(
+        default="token",
+        description="token: a scale per token; group: per token and group of channels; tensor: one scale; "
+        "dual: one for negative and one for positive values; auto: per layer the one with the least output "
+        "error on calibration rows among those that export.format carries",
+    )
+    symmetric: bool = Field(
+        default=True, description="no zero points; servers compute symmetric inputs (auto tries both)"
+    )
+    dynamic: bool = Field(
+        default=True,
+        description="scales made of the input itself; false: static ones, from calibration rows (kinds "
+        "tensor and dual)",
+    )
+    range: Annotated[str, OneOf(RANGES)] = Field(
+        default="moving_average", description="what a static scale covers of the calibration rows"
+    )
+    targets: Literal["all"] | list[str] = Field(
+        default="all",
+        description="all: the inputs of all packed layers but the output head; or names, globs, regexes",
+    )
+    overrides: list[ActivationOverride] = Field(
+        default=[], description="another scheme for some layers; the last match wins"
+    )
+    clip: Clip | list[Clip] = Field(
+        default=1.0,
+        description="factor on the range of a dynamic scale; of a list, per layer the one with the least "
+        "output error on calibration rows",
+    )
+    group_size: Channels = Field(default=128, description="kind group: channels that share a scale")
+    grad_mask: Positive | None = Field(
+        default=None,
+        description="no gradient where |x| is at least this (LLM-QAT: 2, though nothing is clipped there)",
+    )
+
+    @field_validator("clip")
+    @classmethod
+    def _some(cls, value: float | list[float]) -> float | list[float]:
+        if value == []:
+            raise ValueError("an empty list; give a factor, such as 1.0, or several")
+        return value
+
+    def applies(self, layer_name: str) -> bool:
+        """Whether the input of the packed layer of that name is quantized."""
+        if self.targets == "all":
+            return not is_head(layer_name)
+        return any(matches(pattern, layer_name) for pattern in self.targets)
+
+    def schemes(self, layer_name: str, **changes: Any) -> list[Scheme]:
+        """What may be for that layer, before calibration, in the order in which it is tried. ValueError for a
+        scheme that cannot be."""
+        values: dict[str, Any] = {key: getattr(self, key) for key in ("bits", "kind", "symmetric")}
+        values["group_size"] = self.group_size
+        for override in self.overrides:
+            if matches(override.match, layer_name):
+                values |= {k: v for k, v in override if k != "match" and v is not None}
+        values |= changes
+        return self._made(**values)
+
+    def _made(self, bits: int, kind: str, symmetric: bool, group_size: int) -> list[Scheme]:
+        found = []
+        for name, cls in ACTIVATIONS.items():
+            if kind not in (name, AUTO) or kind == AUTO and not self._tried(name):
+                continue
+            for flat in (True, False) if kind == AUTO and cls.can_be_asymmetric else (symmetric,):
+                found += [
+                    Scheme(
+                        kind=name,
+                        bits=bits,
+                        symmetric=flat or kind == AUTO and not cls.can_be_asymmetric,
+                        dynamic=self.dynamic,
+                        group_size=group_size if name == "group" else -1,
+                        clip=clip,
+                        mask=self.grad_mask,
+                    )
+                    for clip in self.clips
+                ]
+        return found
+
+    def _tried(self, kind: str) -> bool:
+        """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
+        return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].can_be_static
+
+    @property
+    def clips(self) -> list[float]:
+        return self.clip if isinstance(self.clip, list) else [self.clip]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration rows decide something."""
+        kinds = [self.kind, *(override.kind for override in self.overrides)]
+        return not self.dynamic or AUTO in kinds or len(self.clips) > 1
+
+
+def carried(section: ActivationsSection, layer_name: str, grid: Any, width: int, format: str) -> list[Scheme]:
+    """The schemes of a layer, for kind auto those that the export format carries (all where it carries none,
+    which check_activations refuses)."""
+    found = section.schemes(layer_name)
+    fits = [s for s in found if EXPORTERS[format].reject_activation(s, grid, width) is None]
+    return fits or found
+
+
+def check_activations(r: Any) -> Problems:
+    """The kinds against their options, and the schemes of all layers against the export format."""
+    section = r.quant.activations
+    if section is None:
+        return
+    yield from _check_options(section)
+    for key in [] if section.targets == "all" else section.targets:
+        if error := pattern_error(key):
+            yield Problem(
+                ("quant", "activations", "targets"),
+                f"got {key!r}, not a name, glob or regex ({error}); escape it with \\",
+            )
+
+
+def check_activation_layers(r: Any) -> Problems:
+    """Patterns that match no packed layer, and what the export format cannot carry of the rest."""
+    section = r.quant.activations
+    if section is None or any(True for _ in check_activations(r)):
+        return
+    shapes = shapes_here(r.model.path, r.model.revision)
+    packed = {}
+    if shapes is not None:
+        layers = [layer for layer in shapes.linears if r.quant.skip_reason(layer.name) is None]
+        packed = {layer.name: layer.in_features for layer in layers}
+        names = list(packed)
+        patterns = [] if section.targets == "all" else list(section.targets)
+        for path, pattern in [(("targets",), p) for p in patterns] + [
+            (("overrides", i, "match"), o.match) for i, o in enumerate(section.overrides)
+        ]:
+            if names and not any(matches(pattern, name) for name in names):
+                yield Problem(
+                    ("quant", "activations", *path),
+                    f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, names)}",
+                )
+    yield from _check_export(r, section, packed)
+
+
+def _check_options(section: ActivationsSection) -> Problems:
+    root: KeyPath = ("quant", "activations")
+    given = [(root, section.kind, section.symmetric)]
+    for i, one in enumerate(section.overrides):
+        symmetric = section.symmetric if one.symmetric is None else one.symmetric
+        given.append(((*root, "overrides", i), one.kind or section.kind, symmetric))
+    static = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.can_be_static)
+    for path, kind, symmetric in given:
+        if kind == AUTO:
+            continue
+        if not section.dynamic and not ACTIVATIONS[kind].can_be_static:
+            yield Problem(
+                (*path, "kind"),
+                f"got {kind!r} with dynamic: false; static kinds: {static}, or set dynamic: true",
+            )
+        if not symmetric and not ACTIVATIONS[kind].can_be_asymmetric:
+            yield Problem(
+                (*path, "kind"),
+                f"got {kind!r} with symmetric: false, which has two scales in place of a zero point; drop "
+                "symmetric, or use kind: token",
+            )
+    if not section.dynamic and section.clips != [1.0]:
+        yield Problem(
+            (*root, "clip"),
+            f"got {section.clip!r} with dynamic: false; a static scale is set by `range`: use range: mse",
+        )
+    if section.dynamic and "range" in section.model_fields_set:
+        yield Problem(
+            (*root, "range"), f"got {section.range!r} with dynamic: true; it is of static scales: drop it"
+        )
+
+
+def _check_export(r: Any, section: ActivationsSection, packed: dict[str, int]) -> Problems:
+    """What the format cannot carry, once per reason."""
+    exporter, told = EXPORTERS[r.export.format], set()
+    for name, width, grid in _grids(r, packed):
+        if name and not section.applies(name):
+            continue
+        reasons = [exporter.reject_activation(s, grid, width) for s in section.schemes(name)]
+        if None in reasons and AUTO in (section.kind, *(o.kind for o in section.overrides)):
+            continue
+        for reason in reasons:
+            if reason is not None and reason not in told:
+                told.add(reason)
+                where = f" (for {name})" if name else ""
+                yield Problem(
+                    ("quant", "activations"), f"got export.format: {r.export.format}{where}: {reason}"
+                )
+
+
+def _grids(r: Any, packed: dict[str, int]) -> Iterator[tuple[str, int | None, Any]]:
+    """(layer, inputs, grid as it ships) of every packed layer; of a model that is not here the recipe's."""
+    config = getattr(r, "adapter", None)
+    for name, width in packed.items() or [("", None)]:
+        try:
+            grid = r.quant.grid_for(name)
+        except ValueError:
+            continue  # bits the grid does not have: check_grid told
+        trains = config is not None and config.grid_name == grid.kind and config.trains(name)
+        yield name, width, config.shipped(grid) if trains else grid

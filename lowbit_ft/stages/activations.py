@@ -1,0 +1,99 @@
+"""activations: what the inputs of the packed layers are on is settled once, when base/ is made, and written
+into its config.json, from where training, the merge and every later stage have it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..activations.calibrate import Choice, choose, needs_rows
+from ..activations.place import hosts
+from ..export import LayerSpec
+from ..export.folder import replace_config
+from ..export.native import activation_entry
+from ..model.attention import segment_attention, segment_inputs
+from ..model.config import read_config
+from ..model.roles import is_head
+from ..model.walk import Batch
+from ..recipe.sections.activations import ActivationsSection, carried
+from ..session import Session
+from .data import calibration_batches, calibration_key
+from .models import load_packed
+
+
+def activations_key(session: Session) -> list[Any]:
+    """What decides about the inputs: the section, the text, and the format that has to carry the choice."""
+    recipe, section = session.recipe, session.recipe.quant.activations
+    assert section is not None
+    text = [calibration_key(session), recipe.export.format] if section.reads_text else None
+    return [section.model_dump(mode="json"), text]
+
+
+def settle_activations(session: Session, folder: Path, place: str | None) -> None:
+    """Choose, with the packed model that is in base/ (on the device `place`; None: the session's), and write
+    the choice into the folder's config.json and into activations.json, which says why. Nothing where the
+    recipe leaves the inputs alone.
+    """
+    section = session.recipe.quant.activations
+    if section is None:
+        return
+    model = load_packed(folder, session, place if section.reads_text else "cpu")
+    made = choose_activations(session, model, section)
+    schemes = {name: one.scheme for one in made for name in one.layers}
+    specs = {
+        name: LayerSpec(layer.base.shape, layer.base.grid, activation=schemes.get(name))
+        for name, layer in hosts(model)
+    }
+    config = read_config(folder)
+    config["quantization_config"] |= activation_entry(specs)
+    replace_config(folder, config)
+    session.run.write_json("activations.json", {"rows": [one.to_json() for one in made]})
+    session.say(table(made))
+
+
+def choose_activations(session: Session, model: Any, section: ActivationsSection) -> list[Choice]:
+    """The scheme of every input, on calibration rows where these decide."""
+    recipe = session.recipe
+    format, adapter = recipe.export.format, recipe.adapter
+    candidates = {
+        name: carried(
+            section,
+            name,
+            adapter.shipped(layer.grid) if adapter.trains(name) else layer.grid,
+            layer.in_features,
+            format,
+        )
+        for name, layer in hosts(model)
+        if section.applies(name)
+    }
+    if not needs_rows(candidates):
+        return choose(model, candidates)
+    batches, device = calibration_batches(session), next(iter(model.buffers())).device
+    # The logits are nobody's input, unless the head is asked for by name.
+    body = model if any(is_head(name) for name in candidates) else model.base_model
+
+    def forward(number: int) -> None:
+        batch: Batch = batches[number]
+        inputs = batch | segment_inputs(model, batch.get("position_ids"))
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        body(**moved, use_cache=False)
+
+    scale_dtype = getattr(torch, recipe.quant.scale_dtype)
+    with segment_attention(model):
+        return choose(model, candidates, len(batches), forward, section.range, scale_dtype)
+
+
+def table(choices: list[Choice]) -> str:
+    """A line per scheme: where it is, how many layers, its mean output error, why."""
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for one in choices:
+        groups.setdefault((str(one.scheme), one.why), []).append(one)
+    lines = []
+    for (scheme, why), found in groups.items():
+        names = [name for one in found for name in one.layers]
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        errors = [one.error for one in found if one.error is not None]
+        mean = f", output error {sum(errors) / len(errors):.2e}" if errors else ""
+        lines.append(f"activations: {scheme} in {len(names)} layers ({', '.join(kinds)}){mean}: {why}")
+    return "\n".join(lines)
