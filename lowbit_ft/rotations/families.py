@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 class Family:
     """norms: norm of a layer -> what reads it. writers: what is added to the stream. down: the linears whose
     input r4 turns. values, outputs: v and o of attention, and `heads`, how the rows of v lie in a fused
-    matrix (sites.py: value_rows). inner: what is between a reader and a writer. layers, embeddings, final,
+    matrix (sites.py: value_rows). inner: what is between a reader and a writer, and whatever else stays
+    as it is (an absolute name, where it is outside the layers). layers, embeddings, final,
     head: absolute names, the readers of `final` being the head. one_plus: norms multiply with 1 + weight.
     centered: they subtract the mean. no_r1, no_r2, no_smooth: why not."""
 
@@ -149,11 +150,20 @@ _GRANITE_MOE = Family(
     ("shared_mlp.output_linear",),
     inner=_MAMBA_INNER,
 )
+_BEHIND = "its norms stand behind its linears, not before them"
 _POST_NORMED = replace(
-    _QK_LLAMA, no_r1=_POST_NORM, no_smooth="its norms stand behind its linears, not before them"
+    _LLAMA,
+    norms={},
+    inner=(*_QK_NORMS, *_QKV, *_GATED, _POST, "post_feedforward_layernorm"),
+    no_r1=_POST_NORM,
+    no_smooth=_BEHIND,
 )
 _SANDWICHED = replace(
-    _QK_LLAMA, norms={_IN: _QKV, "pre_feedforward_layernorm": _GATED}, one_plus=True, no_r1=_POST_NORM
+    _LLAMA,
+    norms={_IN: _QKV, "pre_feedforward_layernorm": _GATED},
+    inner=(*_QK_NORMS, _POST, "post_feedforward_layernorm"),
+    one_plus=True,
+    no_r1=_POST_NORM,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -171,7 +181,12 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _SANDWICHED,
     "phi3": replace(_FUSED, heads="last"),
     "glm": replace(_LLAMA, norms={_IN: _QKV, _POST: ("mlp.gate_up_proj",)}),
-    "glm4": replace(_LLAMA, norms={_IN: _QKV, _POST: ("mlp.gate_up_proj",)}, no_r1=_POST_NORM),
+    "glm4": replace(
+        _LLAMA,
+        norms={_IN: _QKV, _POST: ("mlp.gate_up_proj",)},
+        inner=("post_self_attn_layernorm", "post_mlp_layernorm"),
+        no_r1=_POST_NORM,
+    ),
     "olmo2": _POST_NORMED,
     "exaone4": _POST_NORMED,
     "olmo": replace(_LAYER_LLAMA, no_smooth="its norms have no weight that could carry the factors"),
@@ -231,12 +246,18 @@ FAMILIES: dict[str, Family] = {
         },
         heads="grouped",
     ),
-    "bloom": replace(_BLOOM, no_r1="a norm with a gain stands behind its embedding"),
+    "bloom": replace(
+        _BLOOM,
+        inner=("transformer.word_embeddings_layernorm",),
+        no_r1="a norm with a gain stands behind its embedding",
+    ),
     "gpt2": _gpt2(),
     "gpt_bigcode": _gpt2(heads="query"),
     "openai-gpt": _gpt2(
+        norms={},
+        inner=("ln_1", "ln_2", "attn.c_attn", "mlp.c_fc"),
         no_r1=_POST_NORM,
-        no_smooth="its norms stand behind its linears, not before them",
+        no_smooth=_BEHIND,
         embeddings=("transformer.tokens_embed", "transformer.positions_embed"),
     ),
     "gptj": _GPTJ,

@@ -117,11 +117,11 @@ class Structure:
     def problems(self, r1: bool, r2: bool, r4: bool, smooth: bool) -> list[str]:
         """Why these sites of this model cannot be turned, with the way out; empty when they can."""
         found = family_problems(self.model_type, self.hidden, self.head_dim, r1, r2, smooth)
-        if r1 and (strange := self.unknown()):
+        if (r1 or r2 or r4 or smooth) and (strange := self.unknown()):
             found.append(
                 f"quant.rotation: this {self.model_type} has {strange[0]}"
                 f"{f' and {len(strange) - 1} more' * (len(strange) > 1)}, of which nothing is known here; set "
-                "quant.rotation.sites.r1: false"
+                "quant.rotation.kind: none and quant.smooth: null"
             )
         if r4:
             if any("experts" in name.split(".") for layer in self.layers for name in layer.writers):
@@ -151,7 +151,12 @@ class Structure:
         for name in roles:
             known |= {self.weight(name), self.bias(name)}
         inner = (*family.inner, *(() if family.heads != "latent" else (family.values,)))
-        globs = [f"{family.layers}.*.{name}{end}" for name in inner for end in ("", ".*")]
+        globs = [
+            f"{prefix}{name}{end}"
+            for name in inner
+            for prefix in (f"{family.layers}.*.", "")
+            for end in ("", ".*")
+        ]
         return [
             name
             for name in self.parameters

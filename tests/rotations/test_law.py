@@ -112,4 +112,4 @@ def test_a_model_with_a_parameter_that_its_line_does_not_know_is_refused(tmp_pat
     checkpoint.config.model_type = "llama"  # whose line has no norms of q and k
     structure = Structure.of(checkpoint.empty_model("eager"), checkpoint.config)
     (problem,) = structure.problems(True, True, False, False)
-    assert "q_norm.weight and 3 more" in problem and "r1: false" in problem
+    assert "q_norm.weight and 3 more" in problem and "kind: none" in problem

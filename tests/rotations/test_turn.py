@@ -8,7 +8,7 @@ from lowbit_ft.rotations import OnlineHadamard, Turn
 from lowbit_ft.rotations.turn import hadamard_problem
 
 
-@pytest.mark.parametrize("size", [1, 2, 12, 16, 20, 36, 64, 172])
+@pytest.mark.parametrize("size", [1, 2, 12, 16, 20, 36, 64, 88])
 @pytest.mark.parametrize("keeps_mean", [False, True])
 def test_orthogonal(size: int, keeps_mean: bool) -> None:
     matrix = Turn(size, 5, keeps_mean)(torch.eye(size))
@@ -42,4 +42,4 @@ def test_an_outlier_is_spread() -> None:
 
 def test_sizes_without_a_matrix_are_named() -> None:
     assert hadamard_problem(64) is None
-    assert "9 channels" in (hadamard_problem(9) or "")
+    assert "no Hadamard matrix for 9" in (hadamard_problem(9) or "")
