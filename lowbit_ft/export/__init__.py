@@ -9,6 +9,7 @@ from .base import Exporter, LayerSpec, Weights
 from .compressed_tensors import CompressedTensors
 from .gguf import Gguf
 from .gptq import Gptq, GptqV2
+from .int_quantized import IntQuantized
 from .mlx import Mlx
 from .native import Native
 from .torchao import Torchao
@@ -16,6 +17,7 @@ from .torchao import Torchao
 EXPORTERS: dict[str, Exporter] = {
     "native": Native(),
     "compressed-tensors": CompressedTensors(),
+    "int-quantized": IntQuantized(),
     "gguf": Gguf(),
     "gptq": Gptq(),
     "gptq_v2": GptqV2(),

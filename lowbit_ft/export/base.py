@@ -115,6 +115,8 @@ class Exporter(ABC):
     dense_experts: ClassVar[bool] = True
     # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
     measurable: ClassVar[bool] = True
+    # Whether its servers read it only where the inputs are quantized too.
+    needs_activations: ClassVar[bool] = False
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
     # Whether its readers run the Hadamard that r4 of quant.rotation leaves before a linear.
@@ -270,6 +272,11 @@ class Exporter(ABC):
     def file_metadata(self, layers: Mapping[str, LayerSpec], dtype: torch.dtype) -> dict[str, str]:
         """What stands in the header of every safetensors file beside the tensors. dtype: of the model."""
         return {}
+
+    def as_served(self, model: Any, config: Mapping[str, Any]) -> None:
+        """Set what must be set on a model that transformers loaded, whose quantization_config is `config`, so
+        that it computes its inputs as this format's servers do; by default nothing."""
+        return
 
     def open(self, folder: Path, dtype: torch.dtype) -> nn.Module | None:
         """The model in a folder, when its reader is not transformers."""

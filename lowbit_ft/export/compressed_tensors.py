@@ -31,20 +31,26 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
                                 (reader_config)
     experts that stay dense     it looks for packed ones and fails: refused here
 
-config_groups has one group per grid. Several name their layers; `ignore` names every linear that is in no
-group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in exactly one
-place: in one group, or in `ignore`. A packed head is named beside "Linear" too: vLLM's class of it,
-ParallelLMHead, is no Linear.
+Inputs that are quantized too (W4A8) stand in the group as `input_activations`: dynamic, symmetric, per token
+or per group of channels, which is what vLLM's integer kernels take. Tried with compressed-tensors 0.20: the
+library computes them in the default mode with absmax / 127.5 where training and vLLM have absmax / 127
+(everything else equal), and not at all with dequantize=True; `as_served` gives our own readers vLLM's rule.
+
+config_groups has one group per grid and kind of input. Several name their layers; `ignore` names every linear
+that is in no group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in
+exactly one place: in one group, or in `ignore`. A packed head is named beside "Linear" too: vLLM's class of
+it, ParallelLMHead, is no Linear.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lowbit_kernels as kernels
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..activations import Activation, Scheme, activation_of, read_scheme
 from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..grid.bitstream import pack_stream, stream_words, unpack_stream
 from ..model.matrices import Matrix
@@ -64,6 +70,7 @@ class CompressedTensors(Exporter):
     needs = "compressed-tensors"
     checkpoint_names = True
     dense_experts = False
+    layout = "pack-quantized"
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:
         if isinstance(grid, BinaryGrid):
@@ -79,6 +86,23 @@ class CompressedTensors(Exporter):
         if isinstance(grid, BinaryGrid) or grid.symmetric or grid.bits not in (2, 3):
             return None
         return "vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all"
+
+    def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
+        out = "or export.format: native, which lowbit-ft serve computes"
+        if not scheme.dynamic:
+            return f"its integer kernels (vLLM) raise on static inputs; set dynamic: true, {out}"
+        if scheme.kind not in ("token", "group"):
+            return f"it has inputs per token or per group, not kind {scheme.kind}; set kind: token, {out}"
+        if not scheme.symmetric:
+            return f"its integer kernels (vLLM) raise on inputs with a zero point; set symmetric: true, {out}"
+        if scheme.clip != 1.0:
+            return f"its readers do not clip the range of an input; set clip: 1.0, {out}"
+        if in_features is not None and scheme.kind == "group" and in_features % scheme.group_size:
+            return (
+                f"it needs whole groups, and {scheme.group_size} does not divide {in_features} inputs; set "
+                f"activations.group_size to one that does, kind: token, {out}"
+            )
+        return None
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         return reject_cast(grid, dtype)
@@ -191,11 +215,11 @@ class CompressedTensors(Exporter):
         return weight
 
     def model_config(self, layers: Mapping[str, LayerSpec], skipped: Sequence[str]) -> dict[str, Any]:
-        names: dict[Grid, list[str]] = {}
+        names: dict[tuple[Grid, Scheme | None], list[str]] = {}
         for name, spec in layers.items():
-            names.setdefault(spec.grid, []).append(name)
-        groups = {}
-        for i, (grid, targets) in enumerate(names.items()):
+            names.setdefault((spec.grid, spec.activation), []).append(name)
+        groups: dict[str, dict[str, Any]] = {}
+        for i, ((grid, scheme), targets) in enumerate(names.items()):
             assert isinstance(grid, IntGrid)
             row = grid.group_size == -1
             groups[f"group_{i}"] = {
@@ -212,12 +236,15 @@ class CompressedTensors(Exporter):
                     "actorder": None,
                     "observer": "minmax",
                 },
-                "input_activations": None,
+                "input_activations": None if scheme is None else input_arguments(scheme),
                 "output_activations": None,
             }
+            if scheme is not None:
+                # By name: the library infers int-quantized for integer inputs, whose weights are not packed.
+                groups[f"group_{i}"]["format"] = self.layout
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": self.layout,
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
@@ -250,11 +277,53 @@ class CompressedTensors(Exporter):
         asymmetric = any(not group["weights"]["symmetric"] for group in groups.values())
         return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
 
+    def as_served(self, model: Any, config: Mapping[str, Any]) -> None:
+        """Inputs by the rule of vLLM's kernels, absmax / 127 (7 at 4 bits), which is that of training. The
+        library under transformers has absmax / 127.5, and with dequantize=True leaves the inputs alone; here
+        it is told to leave them alone always."""
+        groups = [g for g in (config.get("config_groups") or {}).values() if g.get("input_activations")]
+        ignored = set(config.get("ignore") or ())
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear) or name in ignored:
+                continue
+            for group in groups:
+                if any(t == "Linear" or t == name or t.endswith(f".{name}") for t in group["targets"]):
+                    module.quantization_enabled = False  # pyright: ignore[reportArgumentType]
+                    activation = activation_of(scheme_of_arguments(group["input_activations"]))
+                    module.register_forward_pre_hook(_seen_by(activation))
+
     def reader(self) -> str:
         return with_versions("transformers", "compressed-tensors")
 
     def serve(self, folder: str) -> str:
         return f"vllm serve {folder}"
+
+
+def input_arguments(scheme: Scheme) -> dict[str, Any]:
+    """`input_activations` of a dynamic scheme."""
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.kind,
+        "group_size": scheme.group_size if scheme.kind == "group" else None,
+        "dynamic": True,
+    }
+
+
+def scheme_of_arguments(arguments: Mapping[str, Any]) -> Scheme:
+    """The inverse of `input_arguments`. ValueError for what training here does not know."""
+    kind, bits = arguments.get("strategy"), arguments.get("num_bits")
+    if kind not in ("token", "group") or not arguments.get("dynamic") or arguments.get("type") != "int":
+        raise ValueError(
+            f"input_activations: got {dict(arguments)!r}; this reads dynamic integers per token or per group"
+        )
+    entry = {"kind": kind, "bits": bits, "symmetric": arguments.get("symmetric", True)}
+    return read_scheme(entry | ({"group_size": arguments.get("group_size")} if kind == "group" else {}))
+
+
+def _seen_by(activation: Activation) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda module, args: (activation(args[0]), *args[1:])
 
 
 def reject_cast(grid: Grid, dtype: str) -> str | None:

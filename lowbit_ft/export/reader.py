@@ -89,7 +89,7 @@ def load_exported(
     """
     check_if_ours(folder)
     whole = read_config(folder)
-    config, options = whole.get("quantization_config"), {}
+    config, options, as_served = whole.get("quantization_config"), {}, None
     kind = dtype or stored_dtype(Path(folder) / CONFIG, whole)
     method = config.get("quant_method") if isinstance(config, dict) else None
     for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][:1]:
@@ -98,6 +98,7 @@ def load_exported(
         if (model := exporter.open(Path(folder), kind)) is not None:
             return model.eval()
         options = exporter.load_options(whole["quantization_config"], Path(folder))
+        as_served = exporter.as_served
     refuse_irregular(Path(folder))
     stop_ids(Path(folder) / GENERATION)  # which transformers believes
     config_file = Path(folder) / CONFIG
@@ -118,6 +119,8 @@ def load_exported(
             trust_remote_code=False,
             **{"config": made, **options},  # a GGUF file brings its own
         )
+    if as_served is not None:
+        as_served(model, whole["quantization_config"])
     if method == Native.quant_method and device != "cpu":
         model = to_device(model, device, folder)
     return model.eval()

@@ -23,6 +23,11 @@ def refuse_export(session: Session, name: str) -> None:
     run_dir = session.run.path
     if name not in EXPORTERS:
         raise ValueError(f"format: got {name!r}; allowed are {', '.join(EXPORTERS)}")
+    if EXPORTERS[name].needs_activations and session.recipe.quant.activations is None:
+        raise ValueError(
+            f"format: {name} is for models whose inputs are quantized too, and this run left them alone; use "
+            "compressed-tensors"
+        )
     if not (session.run / "merged").is_dir():
         raise ValueError(f"{run_dir} has no merged model yet; run `lowbit-ft train` on its recipe first")
     if session.recipe.export.verify and (reason := EXPORTERS[name].missing(EXPORTERS[name].reads_with)):

@@ -164,7 +164,13 @@ def check_activations(r: Any) -> Problems:
 
 def check_activation_layers(r: Any) -> Problems:
     """Patterns that match no packed layer, and what the export format cannot carry of the rest."""
-    section = r.quant.activations
+    section, exporter = r.quant.activations, EXPORTERS[r.export.format]
+    if section is None and exporter.needs_activations:
+        yield Problem(
+            ("export", "format"),
+            f"got {exporter.name!r}, whose servers take quantized inputs only; set quant.activations: "
+            "{bits: 8}, or export.format: compressed-tensors",
+        )
     if section is None or any(True for _ in check_activations(r)):
         return
     shapes = shapes_here(r.model.path, r.model.revision)
@@ -187,7 +193,7 @@ def check_activation_layers(r: Any) -> Problems:
 
 def _check_options(section: ActivationsSection) -> Problems:
     root: KeyPath = ("quant", "activations")
-    given = [(root, section.kind, section.symmetric)]
+    given: list[tuple[KeyPath, str, bool]] = [(root, section.kind, section.symmetric)]
     for i, one in enumerate(section.overrides):
         symmetric = section.symmetric if one.symmetric is None else one.symmetric
         given.append(((*root, "overrides", i), one.kind or section.kind, symmetric))
@@ -243,5 +249,6 @@ def _grids(r: Any, packed: dict[str, int]) -> Iterator[tuple[str, int | None, An
             grid = r.quant.grid_for(name)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
-        trains = config is not None and config.grid_name == grid.kind and config.trains(name)
-        yield name, width, config.shipped(grid) if trains else grid
+        if config is not None and config.grid_name == grid.kind and config.trains(name):
+            grid = config.shipped(grid)
+        yield name, width, grid
