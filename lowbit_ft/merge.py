@@ -20,6 +20,7 @@ from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
 from .export.writer import MAX_SHARD_BYTES, write_model
 from .grid import PackedWeight, Weight
+from .kv_cache import kv_config_of
 from .model.checkpoint import Checkpoint
 from .model.linear import PackedLinear
 
@@ -78,6 +79,7 @@ def merge(
         checkpoint,
         merged_weights(model),
         EXPORTERS["native"],
+        kv_cache=kv_config_of(model),
         extra_files=extra,
         max_shard_bytes=max_shard_bytes,
         before_it_counts=before_it_counts,

@@ -12,6 +12,7 @@ With train.sharding: fsdp the processes share one base while they train (train/s
 one reads base/ again and puts what was trained on it.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .evaluate.tasks import load_tasks
 from .export.card import serve_line
 from .export.folder import check_if_ours
 from .export.reader import load_exported
+from .kv_cache import cache_line
 from .model.tokenizer import read_tokenizer
 from .recipe.recipe import Recipe
 from .report.page import write_report
@@ -146,6 +148,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     check_if_ours(folder)  # before its tokenizer is believed
     tokenizer = read_tokenizer(folder)
     model = load_exported(folder, device=device)
+    if (line := cache_line(model, model.dtype)) is not None:
+        print(line, file=sys.stderr)
     return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
 
 

@@ -34,6 +34,7 @@ from .files.lock import FolderLock
 from .files.manifest import MANIFEST, identity
 from .files.marker import MARKER, WRITER, is_run
 from .files.records import Made, StageTime, Started
+from .model.config import read_config
 from .recipe.recipe import Recipe, load_recipe
 from .recipe.yaml import read_source
 from .train.memory import peak_gb, reset_peak
@@ -209,15 +210,22 @@ class RunDir:
 
 
 def shipped(folder: Path) -> Path:
-    """The model folder in a run (exported/, or merged/ where there is none); any other folder is returned as
-    it is. ValueError when what is there is not what this run wrote.
+    """The model folder in a run: exported/, or merged/ where there is none, or where only merged/ says what
+    keys and values are on; any other folder is returned as it is. ValueError when what is there is not what
+    this run wrote.
     """
     if not (folder / "recipe.yaml").is_file():
         return folder
-    name = "exported" if (folder / "exported").is_dir() else "merged"
+    caches = (folder / "merged").is_dir() and _says_kv_cache(folder / "merged")
+    name = "exported" if (folder / "exported").is_dir() and not caches else "merged"
     if is_run(folder) and (folder / name).is_dir():
         RunDir(folder).refuse_other(name)
     return folder / name
+
+
+def _says_kv_cache(folder: Path) -> bool:
+    entry = read_config(folder).get("quantization_config")
+    return isinstance(entry, dict) and entry.get("kv_cache") is not None
 
 
 def _same(folder: Path) -> bool:

@@ -13,7 +13,9 @@ from pathlib import Path
 from ..export import EXPORTERS
 from ..export.folder import check_if_ours
 from ..integrations import register
-from ..model.config import read_config
+from ..kv_cache import KVConfig, cache_line, place_kv_cache
+from ..model.config import CONFIG, load_config, read_config, stored_dtype
+from ..model.meta import meta_model
 from ..rundir import shipped
 from .serve_app import one_model
 
@@ -35,8 +37,22 @@ def serve(folder: Path, options: list[str]) -> None:
     register()
     from transformers.cli.transformers import app
 
+    if (line := served_cache(folder)) is not None:
+        print(line)
     with one_model(str(folder)):
         app(["serve", str(folder), *options], prog_name="lowbit-ft")
+
+
+def served_cache(folder: Path) -> str | None:
+    """What the folder's cache takes, from its config.json; None where keys and values are as they come."""
+    entry = (read_config(folder).get("quantization_config") or {}).get("kv_cache")
+    if entry is None:
+        return None
+    config, dtype = load_config(folder), stored_dtype(folder / CONFIG, read_config(folder))
+    del config.quantization_config  # a model without weights: its layers need not be packed
+    model = meta_model(config, dtype, "sdpa", folder)
+    place_kv_cache(model, KVConfig.from_json(entry))
+    return cache_line(model, dtype)
 
 
 def refuse_format(folder: Path) -> None:

@@ -31,6 +31,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Awq(Exporter):
     name = "awq"
     quant_method = "awq"
+    kv_server = "vllm"
     fused_by_servers = True
     needs = "gptqmodel optimum"
     checkpoint_names = True

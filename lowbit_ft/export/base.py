@@ -137,6 +137,10 @@ class Exporter(ABC):
     transformers_serve: ClassVar[bool] = True
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
+    # Whether its folders say what keys and values are on, and its reader computes it.
+    carries_kv_cache: ClassVar[bool] = False
+    # Whose flags say it instead: "vllm", "llama.cpp"; none: the server has no such cache (KVConfig.flags).
+    kv_server: ClassVar[str | None] = None
     # What must be known before a folder is read: the first lines of its card.
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.

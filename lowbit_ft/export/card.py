@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow, by_task
 from ..grid import Grid
+from ..kv_cache import KVConfig
 from . import EXPORTERS
 
 
@@ -31,20 +32,31 @@ class CardFacts:
     exact_merge: bool
     grid: Grid
     recipe: str
+    kv_cache: KVConfig | None = None
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
     """How to use the folder, for the console."""
     if note := EXPORTERS[format].note(facts.grid):
         return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") ({note})'
-    return f"serve it: {EXPORTERS[format].serve(str(folder))}"
+    command, about = _served(facts, format, str(folder))
+    return f"serve it: {command}{f'{chr(10)}  kv cache: {about}' if about else ''}"
+
+
+def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, str]:
+    """The command line that runs the folder, and what to know about its cache ("": nothing)."""
+    exporter, kv_cache = EXPORTERS[format], facts.kv_cache
+    command = exporter.serve(folder)
+    if kv_cache is None or exporter.carries_kv_cache:
+        return command, "" if kv_cache is None else f"{kv_cache}; the folder says so, and its reader does it"
+    return kv_cache.served(exporter.kv_server, command)
 
 
 def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
     """Markdown with the hub's front matter. rows, tasks: the measured tables; empty before they were
     measured.
     """
-    base = facts.base
+    base, (command, about) = facts.base, _served(facts, format, "PATH")
     front = [
         "---",
         "library_name: transformers",
@@ -73,9 +85,10 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "From a shell, where PATH is this folder or its hub id:",
         "",
         "```",
-        EXPORTERS[format].serve("PATH"),
+        command,
         "```",
         "",
+        *((f"Key-value cache: {about}.", "") if about else ()),
     ]
     if rows:
         lines += ["| stage | loss | perplexity | KL to base |", "|---|--:|--:|--:|"]

@@ -66,6 +66,7 @@ _INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
 class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
+    kv_server = "vllm"
     fused_by_servers = True
     needs = "compressed-tensors"
     checkpoint_names = True

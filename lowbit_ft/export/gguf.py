@@ -64,6 +64,7 @@ def block_type(grid: Grid, in_features: int) -> BlockType:
 class Gguf(Exporter):
     name = "gguf"
     quant_method = "gguf"
+    kv_server = "llama.cpp"
     needs = "gguf"
     transformers_serve = False
     container = "gguf"

@@ -87,6 +87,7 @@ def block_layers(layers: Mapping[str, LayerSpec]) -> dict[str, set[str]]:
 class Gptq(Exporter):
     name = "gptq"
     quant_method = "gptq"
+    kv_server = "vllm"
     fused_by_servers = True
     needs = "gptqmodel optimum"
     checkpoint_names = True

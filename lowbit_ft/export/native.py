@@ -9,7 +9,7 @@ Packing is the identity. This is the format of a run's `base/` (with the residua
 and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
 quantized or skipped by accident. What a layer's input is on stands there too, under `activations`; static
-scales are in it, as numbers.
+scales are in it, as numbers. What keys and values are on is under `kv_cache`.
 
 Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0.
 So config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
@@ -40,6 +40,7 @@ class Native(Exporter):
     name = "native"
     quant_method = METHOD
     online = True
+    carries_kv_cache = True
     read_first = (
         "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format.\n"
         "> Without it transformers stops at a missing file whose name says so; an older one warns, and\n"

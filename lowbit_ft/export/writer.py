@@ -28,6 +28,7 @@ from ..files.errors import FileError, writing
 from ..files.manifest import MANIFEST, file_entry, sealed
 from ..files.tensorfile import DTYPES
 from ..grid import Weight
+from ..kv_cache import KVConfig
 from ..model.checkpoint import Checkpoint
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
@@ -69,13 +70,15 @@ def write_model(
     weights: Mapping[str, Weight],
     exporter: Exporter,
     *,
+    kv_cache: KVConfig | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     before_it_counts: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Write `folder` and return its manifest (the content of lowbit_ft.json).
 
-    weights: layer name in the model -> weight; a `Weights` is read one layer at a time. extra_files: name ->
+    weights: layer name in the model -> weight; a `Weights` is read one layer at a time. kv_cache: what keys
+    and values are on, for formats that say it (others leave it to the server's flag). extra_files: name ->
     content of further files (README.md, recipe.yaml). before_it_counts: called when all is written, before it
     takes its place; what it raises leaves `folder` as it was. Raises ValueError before anything is written
     when the format cannot hold a layer, a layer is not one of the checkpoint's, the disk is too small, or the
@@ -97,7 +100,10 @@ def write_model(
 
     with writing(folder), staged_folder(folder) as stage:
         digests = files.write(stage, stream)
-        write_json(stage / "config.json", layout.config(checkpoint))
+        config = layout.config(checkpoint)
+        if kv_cache is not None and exporter.carries_kv_cache:
+            config["quantization_config"]["kv_cache"] = kv_cache.to_json()
+        write_json(stage / "config.json", config)
         for path in copied:
             shutil.copyfile(path, stage / path.name)
         for name, content in extra.items():

@@ -37,6 +37,7 @@ from ..export.base import LayerSpec, check_values
 from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_config
 from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
+from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from ..model.matrices import find_matrices, stand_in
 from ..rotations import OnlineHadamard
@@ -54,6 +55,7 @@ class LowbitConfig(QuantizationConfigMixin):
         version: Any = VERSION,
         activations: Any = None,
         hadamard: Any = (),
+        kv_cache: Any = None,
         **kwargs: Any,
     ):
         if unknown := sorted(set(kwargs) - {"quant_method"}):
@@ -62,6 +64,8 @@ class LowbitConfig(QuantizationConfigMixin):
         self.version, self.grids, self.skipped = version, grids, list(skipped)
         if activations is not None:
             self.activations = activations
+        if kv_cache is not None:
+            self.kv_cache = KVConfig.from_json(kv_cache).to_json()
         layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
         if not isinstance(hadamard, list | tuple) or not set(hadamard) <= set(layers):
             raise ValueError(f"quantization_config.hadamard: got {hadamard!r}; needs names of packed layers")
@@ -76,9 +80,11 @@ class LowbitConfig(QuantizationConfigMixin):
             for name, layer in packed_layers(model)
         }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config = Native().model_config(layers, skipped)
+        config, kv_cache = Native().model_config(layers, skipped), kv_config_of(model)
         turned = [name for name, layer in packed_layers(model) if layer.input_transform is not None]
-        return cls(**config, hadamard=turned)
+        return cls(
+            **config, hadamard=turned, kv_cache=None if kv_cache is None else kv_cache.to_json()
+        )
 
     @property
     def layers(self) -> dict[str, LayerSpec]:
@@ -161,6 +167,8 @@ class LowbitQuantizer(HfQuantizer):
                 check_values(layer.base)
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from None
+        if (kv_cache := getattr(self.quantization_config, "kv_cache", None)) is not None:
+            place_kv_cache(model, KVConfig.from_json(kv_cache))
         leave_out_of_ddp(model)
         return model
 

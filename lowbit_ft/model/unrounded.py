@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .kv_seam import seams
 from .linear import PackedLinear
 
 # from here on codes alone are taken for the weight, as in the teacher that is packed to 8 bits
@@ -34,7 +35,8 @@ def rounded_for_good(model: nn.Module) -> list[str]:
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Inside, every packed layer of `model` multiplies with codes + residual, its adapter left out; layers of
-    8 bits with their codes. Wants no gradient: use it under torch.no_grad, in eval mode.
+    8 bits with their codes; keys and values are as they come. Wants no gradient: use it under torch.no_grad,
+    in eval mode.
 
     ValueError naming the layers that have no residual and fewer than 8 bits.
     """
@@ -46,10 +48,15 @@ def unrounded(model: nn.Module) -> Iterator[None]:
         )
     layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
     before = [layer.unrounded for layer in layers]
+    caches = [(seam, seam.off) for _, seam in seams(model)]
     for layer in layers:
         layer.unrounded = True
+    for seam, _ in caches:
+        seam.off = True
     try:
         yield
     finally:
+        for seam, value in caches:
+            seam.off = value
         for layer, value in zip(layers, before, strict=True):
             layer.unrounded = value

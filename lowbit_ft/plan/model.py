@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Adapter
 from ..grid import empty_weight
+from ..kv_cache import put_seams, reject_model
 from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
@@ -105,6 +106,9 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
             outside.append(name)
 
     config, dtype = _start_free(recipe.adapter), getattr(torch, recipe.model.dtype)
+    kv_cache = None if recipe.quant.kv_cache is None else recipe.quant.kv_cache.config()
+    if kv_cache is not None and (problems := reject_model(dense, kv_cache)):
+        raise ValueError("quant.kv_cache: " + "; ".join(problems))
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
@@ -117,6 +121,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
             module = copy.deepcopy(layer)
             stand_in(module, inside[index])
             _pack(module, grids, config, dtype)
+            if kv_cache is not None:
+                put_seams(module, dense.config.get_text_config(), kv_cache)
             blocks[key] = Block(name, module, like)
         blocks[key].indices.append(index)
 

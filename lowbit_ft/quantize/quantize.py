@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..grid import Grid, IntGrid, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Curvature, Stats
 from ..integrations.transformers import mark_packed
+from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.load import materialize
@@ -128,6 +129,8 @@ class Packing:
         """The model with everything in it, in eval mode (keep=True, all layers made)."""
         assert self.keep
         materialize(self.model, self.checkpoint, "", self.device, self.dtype)
+        if self.quant.kv_cache is not None:
+            place_kv_cache(self.model, self.quant.kv_cache.config())
         mark_packed(self.model)  # so that the model's own save_pretrained writes a folder that loads
         return self.model.eval()
 

@@ -15,7 +15,7 @@ padding are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from ..activations import Activation
 from ..grid import Grid
 from ..grid.calibrate import CALIBRATORS, Stats
 from ..model.checkpoint import Checkpoint
+from ..model.kv_seam import Seam, attention_modules, set_seam
 from ..model.walk import Batch, LayerWalk
 from ..recipe.sections.quant import QuantSection
 from ..recipe.sections.rotation import CRITERIA
-from ..rotations import ROTATIONS, SITES, Asked, FoldedCheckpoint, Rotation, Site, SiteErrors
+from ..rotations import ROTATIONS, SITES, Asked, FoldedCheckpoint, Rotation, Site, SiteErrors, Turn
 from ..rotations.sites import Layer, Norm
 
 ALPHAS = (0.25, 0.5, 0.75, 0.0)  # of smooth: auto, and none at all
@@ -51,12 +52,12 @@ def plan_rotation(
     """ValueError where the model cannot be turned as asked."""
     section = quant.rotation
     kind, wanted = ROTATIONS[section.kind], section.sites
-    asked: dict[Site, bool] = {"r2": wanted.r2, "r4": wanted.r4}
+    asked: dict[Site, bool] = {"r2": wanted.r2, "r3": wanted.r3, "r4": wanted.r4}
     start = Rotation(seed=section.seed, r1=section.turns and wanted.r1)
     stream = FoldedCheckpoint(checkpoint, start)
     count = len(stream.structure.layers)
     every = {site: (kind.turns and on,) * count for site, on in asked.items()}
-    whole = FoldedCheckpoint(checkpoint, Rotation(start.seed, start.r1, **every))  # or it says what cannot be
+    whole = FoldedCheckpoint(checkpoint, Rotation(seed=start.seed, r1=start.r1, **every))  # or it says what cannot be
     if problems := stream.structure.problems(False, False, False, quant.smooth is not None):
         raise ValueError("\n".join(problems))
     found = _Found()
@@ -65,8 +66,8 @@ def plan_rotation(
         found = sites.walked(calibration(), pad_id, device, dtype, attention)
     r1, sites_on = kind.choose(Asked(count, wanted.r1, asked, found.errors))
     return Rotation(
-        start.seed,
-        r1,
+        seed=start.seed,
+        r1=r1,
         **sites_on,
         smooth=found.factors,
         alphas=found.alphas,
@@ -105,13 +106,13 @@ class _Sites:
         masks = [_mask(batch, pad_id) for batch in walk.batches]
         for index, _, _ in walk:
             layer = self.stream.structure.layers[index]
-            taps = self._taps(model, layer)
+            taps = self._taps(model, index, layer)
             for number in range(len(walk.batches)):
                 for tap in taps:
                     tap.mask = masks[number]
                 walk.hidden[number] = walk.call(index, number, walk.hidden[number]).cpu()
             for tap in taps:
-                tap.handle.remove()
+                tap.remove()
             if self.adapts:
                 found.errors += self._errors(index, layer, taps)
             for tap in taps:
@@ -120,58 +121,66 @@ class _Sites:
             walk.drop(index)
         return found
 
-    def _taps(self, model: nn.Module, layer: Layer) -> list[_Errors | _Channels]:
-        taps: list[_Errors | _Channels] = []
+    def _taps(self, model: nn.Module, index: int, layer: Layer) -> list[_Tap]:
+        taps: list[_Tap] = []
+        if self.adapts and self.quant.rotation.sites.r3 and layer.values is not None:
+            assert self.quant.kv_cache is not None, "refused by the recipe"
+            size = self.stream.structure.head_dim
+            assert size is not None
+            prefix = f"{self.stream.structure.family.layers}.{index}"
+            attends = attention_modules(model.get_submodule(prefix)).values()
+            taps += [_Keys(module, self.quant.kv_cache.config().codec(size)) for module in attends]
         for name in self._turned(layer) if self.adapts else ():
             fold, quantizer = self.whole.fold_of(name), self.activation(name)
             assert fold is not None and fold.right is not None
             if quantizer is not None:
-                taps.append(_Errors(name, model.get_submodule(name), quantizer, fold.right))
+                taps.append(_Inputs(name, model.get_submodule(name), quantizer, fold.right))
         if self.quant.smooth is not None:
             taps += [_Channels(norm, model.get_submodule(norm.name)) for norm in layer.norms if norm.readers]
         return taps
 
-    def _turned(self, layer: Layer) -> Iterable[str]:
+    def _turned(self, layer: Layer) -> list[str]:
         """The packed linears whose inputs a site turns."""
-        for site in SITES:
-            for name in self._linears(layer, site)[-1:] if site == "r2" else self._linears(layer, site):
-                if name in self.whole.matrices and self.whole.matrices[name].parameter in self.layer_of:
-                    yield name
+        names = (*self._linears(layer, "r2")[-1:], *self._linears(layer, "r4"))
+        return [name for name in names if self._is_packed(name)]
+
+    def _is_packed(self, name: str) -> bool:
+        return name in self.stream.matrices and self.stream.matrices[name].parameter in self.layer_of
 
     def _linears(self, layer: Layer, site: Site) -> tuple[str, ...]:
         """The linears of a site, those whose input is turned last."""
-        if not getattr(self.quant.rotation.sites, site):
+        if not getattr(self.quant.rotation.sites, site) or site == "r3":
             return ()
         if site == "r4":
             return layer.down
         return () if layer.values is None or layer.outputs is None else (layer.values, layer.outputs)
 
-    def _errors(self, index: int, layer: Layer, taps: list[Any]) -> list[SiteErrors]:
+    def _errors(self, index: int, layer: Layer, taps: list[_Tap]) -> list[SiteErrors]:
+        """Of the sites that this layer has."""
         rows = []
         for site in SITES:
-            linears = self._linears(layer, site)
-            packed = [name for name in linears if self.stream.matrices[name].parameter in self.layer_of]
-            if not packed:
+            packed = [name for name in self._linears(layer, site) if self._is_packed(name)]
+            seen = [tap for tap in taps if isinstance(tap, _Measured) and tap.power and tap.of(site, packed)]
+            if not packed and not seen:
                 continue
-            weight_off, weight_on = (self._weight_error(read, packed) for read in (self.stream, self.whole))
-            seen = [tap for tap in taps if isinstance(tap, _Errors) and tap.name in linears and tap.power]
             power = sum(tap.power for tap in seen)
-            off = sum(tap.off for tap in seen) / power if seen else None
-            on = sum(tap.on for tap in seen) / power if seen else None
-            use_weights = self.weights or off is None
-            sums = [
-                (w if use_weights else 0.0) + (x if self.inputs and x is not None else 0.0)
-                for w, x in ((weight_off, off), (weight_on, on))
-            ]
+            inputs = (sum(t.off for t in seen) / power, sum(t.on for t in seen) / power) if seen else None
+            weights = None
+            if packed:
+                weights = self._weight_error(self.stream, packed), self._weight_error(self.whole, packed)
+            # What has only one of the two errors is judged by that one.
+            used = [weights] * (self.weights or inputs is None) + [inputs] * (self.inputs or weights is None)
+            off, on = (sum(error[i] for error in used if error is not None) for i in (0, 1))
+            (weight_off, weight_on), (input_off, input_on) = weights or (None, None), inputs or (None, None)
             rows.append(
                 SiteErrors(
                     layer=index,
                     site=site,
                     weight_off=weight_off,
                     weight_on=weight_on,
-                    activation_off=off,
-                    activation_on=on,
-                    on=sums[1] < sums[0],
+                    activation_off=input_off,
+                    activation_on=input_on,
+                    on=on < off,
                 )
             )
         return rows
@@ -230,30 +239,84 @@ class _Sites:
         return error / max(power, 1e-30)
 
 
-class _Errors:
-    """Squared errors of the quantized input of a linear, as it comes and turned."""
+class _Tap:
+    """Looks at what passes through a layer. mask: the tokens of the batch at work that count."""
 
-    def __init__(self, name: str, module: nn.Module, quantizer: Activation, turn: Any):
+    mask: Tensor | None = None
+    handle: Any = None
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+class _Measured(_Tap):
+    """Sums of squares: of an activation, and of its rounding error as it comes and turned."""
+
+    off = on = power = 0.0
+
+    def of(self, site: Site, linears: list[str]) -> bool:
+        """Whether this is the activation of that site."""
+        raise AssertionError
+
+    def add(self, x: Tensor, off: Tensor, turned: Tensor, on: Tensor) -> None:
+        """x and what it is rounded to, x turned and what that is rounded to."""
+        self.off += float((off - x).square().sum(dtype=torch.float64))
+        self.on += float((on - turned).square().sum(dtype=torch.float64))
+        self.power += float(x.square().sum(dtype=torch.float64))
+
+
+class _Inputs(_Measured):
+    """The quantized input of a linear."""
+
+    def __init__(self, name: str, module: nn.Module, quantizer: Activation, turn: Turn):
         self.name, self.quantizer, self.turn = name, quantizer, turn
-        self.off = self.on = self.power = 0.0
-        self.mask: Tensor | None = None
         self.handle = module.register_forward_pre_hook(self)
+
+    def of(self, site: Site, linears: list[str]) -> bool:
+        return self.name in linears
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = _tokens(args[0], self.mask)
         turned = self.turn(x).float()
-        self.off += float((self.quantizer(x) - x).square().sum(dtype=torch.float64))
-        self.on += float((self.quantizer(turned) - turned).square().sum(dtype=torch.float64))
-        self.power += float(x.square().sum(dtype=torch.float64))
+        self.add(x, self.quantizer(x), turned, self.quantizer(turned))
 
 
-class _Channels:
+class _Keys(_Measured):
+    """Keys behind their rotary embedding. It stands in the seam of an attention module as its grid, and lets
+    keys and values pass as they are."""
+
+    def __init__(self, module: nn.Module, codec: Any):
+        self.codec = codec
+        self.seam = Seam(keys=self, values=_Pass())  # pyright: ignore[reportArgumentType]
+        set_seam(module, self.seam)
+
+    def remove(self) -> None:
+        self.seam.keys = self.seam.values = None
+
+    def of(self, site: Site, linears: list[str]) -> bool:
+        return site == "r3"
+
+    def fake(self, x: Tensor) -> Tensor:
+        """x [B, heads, L, D]."""
+        tokens = x.float().transpose(1, 2).flatten(0, 1)
+        tokens = tokens if self.mask is None else tokens[self.mask]
+        keys = tokens.transpose(0, 1)[None]
+        self.add(keys, self.codec.fake(keys), keys, self.codec.turned().fake(keys))
+        return x
+
+
+class _Pass:
+    def fake(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Channels(_Tap):
     """max|x| of every channel behind a norm [H], and SAMPLE rows of x."""
 
     def __init__(self, norm: Norm, module: nn.Module):
-        self.norm, self.rows, self.kept = norm, [], 0
+        self.norm, self.kept = norm, 0
+        self.rows: list[Tensor] = []
         self.largest: Tensor | None = None
-        self.mask: Tensor | None = None
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:

@@ -23,6 +23,7 @@ from .sections.base import Problems
 from .sections.data import check_chat, check_data, check_lengths, check_synthesis
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
+from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
@@ -38,6 +39,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_device),
     (("quant",), check_grid),
     (("quant",), check_activations),
+    (("model", "quant"), check_kv_cache),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
     (("model", "quant", "adapter"), check_adapter_layers),

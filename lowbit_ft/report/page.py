@@ -12,6 +12,7 @@ from a run is HTML-escaped.
                       "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
+    kv_cache.json     {"grid", "bytes", "dense"}: of a token in all layers, as cached and in 16 bits
     teacher.json      {"kl", "student_kl"} to full precision, where the teacher is a model
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
     moved.json        {layer: share of its codes that training changed, "scale_change": mean |s/s0 - 1|}
@@ -237,6 +238,19 @@ def _teacher(run: RunFiles) -> str:
     )
 
 
+def _kv_cache(run: RunFiles) -> list[str]:
+    """What keys and values were trained on; nothing where they are as they come."""
+    try:
+        facts = run.json("kv_cache.json", "None was asked for", dict)
+    except NotShown:
+        return []
+    ours, dense = facts.get("bytes"), facts.get("dense")
+    size = (
+        f"{number(ours)} bytes per token in the cache, {number(dense)} in 16 bits" if is_number(ours) else ""
+    )
+    return [f"Keys and values: {plain(facts.get('grid'))}; {size}."]
+
+
 def _layers(run: RunFiles) -> str:
     from . import plots as report_plots  # slow: matplotlib, and only pictures need it
 
@@ -245,6 +259,7 @@ def _layers(run: RunFiles) -> str:
     others = [row for row in rows if row.get("action") != "quantized"]
     weights = number(sum(values(quantized, "parameters")))
     notes = [f"{len(quantized)} layers quantized ({weights} weights), {len(others)} left alone."]
+    notes += _kv_cache(run)
     panels: list[tuple[str, dict[str, float], bool]] = []
     if errors := {str(row.get("layer")): float(row["error"]) for row in rows if is_number(row.get("error"))}:
         panels.append(("relative squared error of quantization (%)", errors, True))

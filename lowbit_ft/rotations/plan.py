@@ -4,6 +4,7 @@ rotation.json is this, as JSON; with the checkpoint it says everything that is n
 
     r1  residual stream     folded into everything that reads or writes it; norms lose their gain to the readers
     r2  heads of v          folded into v_proj (rows) and o_proj (columns)
+    r3  keys behind rope    online, where they are rounded (model/kv_seam.py); nothing is folded
     r4  inputs of down_proj the weight is folded; the activation side is an online Hadamard
     smooth                  a factor per channel behind a norm: x / s, W s
 """
@@ -18,19 +19,19 @@ from torch import Tensor
 from .turn import Turn
 
 FILE = "rotation.json"
-Site = Literal["r2", "r4"]
-SITES: tuple[Site, ...] = ("r2", "r4")  # that are chosen layer by layer
+Site = Literal["r2", "r3", "r4"]
+SITES: tuple[Site, ...] = ("r2", "r3", "r4")  # that are chosen layer by layer
 
 
 class SiteErrors(BaseModel):
-    """Relative squared errors of a site in a layer, turned (on) and not: of its weights, and of its
-    activation where activations are quantized."""
+    """Relative squared errors of a site in a layer, turned (on) and not: of its weights (r3 has none), and of
+    its activation (its keys) where that is quantized."""
 
     model_config = ConfigDict(extra="forbid")
     layer: int
     site: Site
-    weight_off: float
-    weight_on: float
+    weight_off: float | None
+    weight_on: float | None
     activation_off: float | None
     activation_on: float | None
     on: bool
@@ -43,6 +44,7 @@ class RotationFile(BaseModel):
     seed: int
     r1: bool
     r2: list[bool]
+    r3: list[bool]
     r4: list[bool]
     smooth: dict[str, list[float]]
     alphas: dict[str, float]
@@ -52,11 +54,12 @@ class RotationFile(BaseModel):
 
 @dataclass(frozen=True)
 class Rotation:
-    """r2, r4: a bool per decoder layer. smooth: norm (its name in the model) -> factors [H], float64."""
+    """r2, r3, r4: a bool per decoder layer. smooth: norm (its name in the model) -> factors [H], float64."""
 
     seed: int = 0
     r1: bool = False
     r2: tuple[bool, ...] = ()
+    r3: tuple[bool, ...] = ()
     r4: tuple[bool, ...] = ()
     smooth: dict[str, Tensor] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
@@ -76,6 +79,7 @@ class Rotation:
             seed=self.seed,
             r1=self.r1,
             r2=list(self.r2),
+            r3=list(self.r3),
             r4=list(self.r4),
             smooth={name: values.tolist() for name, values in self.smooth.items()},
             alphas=self.alphas,
@@ -87,12 +91,15 @@ class Rotation:
     @classmethod
     def of(cls, file: RotationFile) -> "Rotation":
         return cls(
-            file.seed,
-            file.r1,
-            tuple(file.r2),
-            tuple(file.r4),
-            {name: torch.tensor(values, dtype=torch.float64) for name, values in file.smooth.items()},
-            file.alphas,
-            tuple(file.errors),
-            file.criterion,
+            seed=file.seed,
+            r1=file.r1,
+            r2=tuple(file.r2),
+            r3=tuple(file.r3),
+            r4=tuple(file.r4),
+            smooth={
+                name: torch.tensor(values, dtype=torch.float64) for name, values in file.smooth.items()
+            },
+            alphas=file.alphas,
+            errors=tuple(file.errors),
+            criterion=file.criterion,
         )

@@ -12,8 +12,15 @@ def card_facts(recipe: Recipe) -> CardFacts:
     """What the model card and the last line of a run say of the recipe."""
     adapter = recipe.adapter
     grid = adapter.shipped(recipe.quant.grid_for(""))
+    kv_cache = recipe.quant.kv_cache
     return CardFacts(
-        recipe.name, recipe.model.path, adapter.method, adapter.exact_merge, grid, recipe.to_yaml()
+        recipe.name,
+        recipe.model.path,
+        adapter.method,
+        adapter.exact_merge,
+        grid,
+        recipe.to_yaml(),
+        None if kv_cache is None else kv_cache.config(),
     )
 
 

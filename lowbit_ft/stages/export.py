@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..export import EXPORTERS
 from ..export.folder import check_target, read_manifest
@@ -10,6 +11,7 @@ from ..export.verify import verify
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
 from ..files.manifest import MANIFEST
+from ..kv_cache import place_kv_cache
 from ..session import Session
 from ..train.memory import release_freed
 from .card import card
@@ -72,11 +74,18 @@ def check_export(session: Session, folder: Path) -> None:
     """
     merged = session.run / "merged"
     device = reader_device(folder, session)
+
+    def packed() -> Any:
+        model = load_packed(merged, session)
+        if not EXPORTERS[read_manifest(folder)["format"]].carries_kv_cache:
+            place_kv_cache(model, None)  # nor has the model that is read from the folder
+        return model
+
     session.say(
         verify(
             folder,
             read_weights(merged),
-            model=lambda: load_packed(merged, session),
+            model=packed,
             dtype=session.dtype,
             device=device,
             source=session.checkpoint.folder,

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
-from ..export.folder import check_files
+from ..export import EXPORTERS
+from ..export.folder import check_files, read_manifest
 from ..export.reader import load_exported
 from ..integrations.adapter_files import check_adapter, read_adapter, refuse_other_base
+from ..kv_cache import KVConfig, place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
 from ..model.load import load_model
@@ -33,12 +35,22 @@ def stage_model(session: Session, stage: str) -> Any:
     run_dir.refuse_other(folder.name)
     if stage == "quantized":
         return load_packed(folder, session)
-    return load_exported(
+    model = load_exported(
         folder,
         dtype=session.dtype,
         device=reader_device(folder, session),
         attention=session.recipe.model.attention,
     )
+    exporter = EXPORTERS[read_manifest(folder)["format"]]
+    if exporter.measurable and not exporter.carries_kv_cache:
+        place_kv_cache(model, kv_cache_of(run_dir / "merged"))  # as the server's flag would
+    return model
+
+
+def kv_cache_of(folder: Path) -> KVConfig | None:
+    """What keys and values are on in a native folder."""
+    entry = read_config(folder)["quantization_config"].get("kv_cache")
+    return None if entry is None else KVConfig.from_json(entry)
 
 
 def in_8_bits(session: Session, checkpoint: Checkpoint, group_size: int, **layers: Any) -> Any:

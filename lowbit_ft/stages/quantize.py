@@ -12,13 +12,14 @@ from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
 from ..files.manifest import MANIFEST, open_sealed
 from ..files.records import PackedBase
+from ..kv_cache import bytes_per_token, cache_line, kv_config_of, reject_model
 from ..quantize.quantize import Packing
 from ..session import Session
 from ..train.processes import main_process_first
 from .activations import activations_key, settle_activations
 from .data import calibration_batches, calibration_key
 from .models import load_packed
-from .rotations import rotation_file, turn
+from .rotations import rotation_file, turn, turned_keys
 
 
 def quantize_stage(session: Session) -> Any:
@@ -56,6 +57,11 @@ def open_base(session: Session, folder: Path, place: str | None) -> Any:
     opened = session.watch(folder)
     model = load_packed(folder, session, place)
     opened.check()
+    if (line := cache_line(model, session.dtype)) is not None:
+        session.say(line)
+        ours, dense = bytes_per_token(model, 2)
+        facts = {"grid": str(kv_config_of(model)), "bytes": ours, "dense": dense}
+        session.run.write_json("kv_cache.json", facts)
     return model
 
 
@@ -82,6 +88,7 @@ def pack_base(session: Session, folder: Path) -> None:
     whole in memory.
     """
     recipe, run_dir = session.recipe, session.run
+    refuse_kv_cache(session)
     run_dir.write_json("base.json", {})  # a folder that is being replaced belongs to no key
     if recipe.quant.folds:
         session.turned = turn(session)
@@ -95,9 +102,25 @@ def pack_base(session: Session, folder: Path) -> None:
         console=session.console if run_dir.main else None,
     )
     weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
-    write_model(folder, session.folded, weights, EXPORTERS["native"], extra_files=rotation_file(session))
+    kv_cache = recipe.quant.kv_cache
+    write_model(
+        folder,
+        session.folded,
+        weights,
+        EXPORTERS["native"],
+        extra_files=rotation_file(session),
+        kv_cache=None if kv_cache is None else kv_cache.config(turned_keys(session)),
+    )
     session.say(packing.table)
     run_dir.write_json("quant.json", packing.table.to_json())
+
+
+def refuse_kv_cache(session: Session) -> None:
+    """ValueError where the model's attention has no place for what the recipe says of keys and values."""
+    section = session.recipe.quant.kv_cache
+    model = session.checkpoint.empty_model(session.recipe.model.attention) if section is not None else None
+    if section is not None and (problems := reject_model(model, section.config())):
+        raise ValueError("quant.kv_cache: " + "; ".join(problems))
 
 
 def base_key(session: Session) -> str:
@@ -106,10 +129,12 @@ def base_key(session: Session) -> str:
     """
     quant = session.recipe.quant
     facts = {
-        "quant": quant.model_dump(mode="json", exclude={"activations"}),
+        "quant": quant.model_dump(mode="json", exclude={"activations", "kv_cache"}),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
         "text": calibration_key(session) if quant.reads_rows else None,
     }
     if quant.activations is not None:
         facts["activations"] = activations_key(session)
+    if quant.kv_cache is not None:
+        facts["kv_cache"] = quant.kv_cache.config().to_json()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

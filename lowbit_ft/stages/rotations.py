@@ -66,6 +66,15 @@ def told(rotation: Rotation, untied: bool, activations: bool) -> list[str]:
     return lines
 
 
+def turned_keys(session: Session) -> list[int]:
+    """The layers whose keys r3 turns where the KV cache rounds them."""
+    folded = session.folded
+    if not isinstance(folded, FoldedCheckpoint):
+        return []
+    layers = folded.structure.layers
+    return [i for i, on in enumerate(folded.rotation.r3) if on and layers[i].values is not None]
+
+
 def rotation_file(session: Session) -> dict[str, str]:
     """rotation.json, where there is a rotation: a folder of the model says in which basis its weights are."""
     folded = session.folded

@@ -22,6 +22,7 @@ from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section, Unit
+from .kv_cache import KVCacheSection
 from .rotation import RotationSection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
@@ -131,6 +132,9 @@ class QuantSection(Section):
     )
     activations: ActivationsSection | None = Field(
         default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
+    )
+    kv_cache: KVCacheSection | None = Field(
+        default=None, description="train with keys and values as a low-bit cache keeps them; null: 16 bits"
     )
 
     @model_validator(mode="after")

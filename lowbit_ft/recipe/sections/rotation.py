@@ -20,10 +20,14 @@ CRITERIA = {"both": (True, True), "weights": (True, False), "activations": (Fals
 
 
 class SitesSection(Section):
-    """Where. With kind: adaptive, r2 and r4 are candidates that every layer decides on."""
+    """Where. With kind: adaptive, r2, r3 and r4 are candidates that every layer decides on."""
 
     r1: bool = Field(default=True, description="the residual stream; folded, no op is left at inference")
     r2: bool = Field(default=True, description="the heads of v, up to o_proj; folded")
+    r3: bool = Field(
+        default=False,
+        description="the keys behind their rotary embedding, where quant.kv_cache rounds them; native only",
+    )
     r4: bool = Field(
         default=False,
         description="the input of down_proj: the weight is folded, a Hadamard before it stays; native only",
@@ -35,7 +39,7 @@ class RotationSection(Section):
 
     kind: Annotated[str, OneOf(ROTATIONS)] = Field(
         default="none",
-        description="hadamard: every site in every layer; adaptive: r2 and r4 only in the layers where they "
+        description="hadamard: every site in every layer; adaptive: r2, r3 and r4 only in the layers where they "
         "lower the error on calibration rows (RoSTE)",
     )
     sites: SitesSection = Field(default_factory=lambda: SitesSection(), description="where")
@@ -54,10 +58,11 @@ def check_rotation(r: Any) -> Problems:
     section, smooth = r.quant.rotation, r.quant.smooth
     if not r.quant.folds:
         return
-    sites = section.sites if section.turns else SitesSection(r1=False, r2=False, r4=False)
+    sites = section.sites if section.turns else SitesSection(r1=False, r2=False)
     where = ("quant", "rotation") if section.turns else ("quant", "smooth")
-    if section.turns and not (sites.r1 or sites.r2 or sites.r4):
+    if section.turns and not any(wanted for _, wanted in sites):
         yield Problem(("quant", "rotation", "sites"), "all are false; set one to true, or kind: none")
+    yield from _check_keys(r, sites)
     if sites.r4 and hasattr(r, "export") and not EXPORTERS[r.export.format].online:
         yield Problem(
             ("quant", "rotation", "sites", "r4"),
@@ -85,6 +90,23 @@ def check_rotation(r: Any) -> Problems:
         yield Problem(where, text)
     for text in down_problems(shapes) if sites.r4 else []:
         yield Problem(("quant", "rotation", "sites", "r4"), f"got true, but {text}; set r4: false")
+
+
+def _check_keys(r: Any, sites: SitesSection) -> Problems:
+    """r3 turns what a KV cache rounds, and so has to find one that does not turn it itself."""
+    here = ("quant", "rotation", "sites", "r3")
+    if not sites.r3:
+        return
+    if r.quant.kv_cache is None:
+        yield Problem(here, "got true, but nothing rounds the keys; set quant.kv_cache, or r3: false")
+    elif (reason := r.quant.kv_cache.config(r3=(0,)).reject()) is not None:
+        yield Problem(here, f"got true: {reason[1]}")
+    elif hasattr(r, "export") and not EXPORTERS[r.export.format].carries_kv_cache:
+        yield Problem(
+            here,
+            f"got true, but no server of {r.export.format} turns keys before it caches them; set r3: false, "
+            "or export.format: native",
+        )
 
 
 def down_problems(shapes: Shapes) -> list[str]:
