@@ -82,9 +82,7 @@ class LowbitConfig(QuantizationConfigMixin):
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         config, kv_cache = Native().model_config(layers, skipped), kv_config_of(model)
         turned = [name for name, layer in packed_layers(model) if layer.input_transform is not None]
-        return cls(
-            **config, hadamard=turned, kv_cache=None if kv_cache is None else kv_cache.to_json()
-        )
+        return cls(**config, hadamard=turned, kv_cache=None if kv_cache is None else kv_cache.to_json())
 
     @property
     def layers(self) -> dict[str, LayerSpec]:

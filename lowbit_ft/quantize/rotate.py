@@ -56,19 +56,29 @@ def plan_rotation(
     start = Rotation(seed=section.seed, r1=section.turns and wanted.r1)
     stream = FoldedCheckpoint(checkpoint, start)
     count = len(stream.structure.layers)
-    every = {site: (kind.turns and on,) * count for site, on in asked.items()}
-    whole = FoldedCheckpoint(checkpoint, Rotation(seed=start.seed, r1=start.r1, **every))  # or it says what cannot be
+    every = (True,) * count
+    whole = FoldedCheckpoint(  # which says what cannot be turned
+        checkpoint,
+        Rotation(
+            seed=start.seed,
+            r1=start.r1,
+            r2=every if kind.turns and wanted.r2 else (),
+            r4=every if kind.turns and wanted.r4 else (),
+        ),
+    )
     if problems := stream.structure.problems(False, False, False, quant.smooth is not None):
         raise ValueError("\n".join(problems))
     found = _Found()
     if kind.needs_rows or quant.smooth is not None:
         sites = _Sites(stream, whole, quant, activation)
         found = sites.walked(calibration(), pad_id, device, dtype, attention)
-    r1, sites_on = kind.choose(Asked(count, wanted.r1, asked, found.errors))
+    r1, chosen = kind.choose(Asked(count, wanted.r1, asked, found.errors))
     return Rotation(
         seed=start.seed,
         r1=r1,
-        **sites_on,
+        r2=chosen["r2"],
+        r3=chosen["r3"],
+        r4=chosen["r4"],
         smooth=found.factors,
         alphas=found.alphas,
         errors=tuple(found.errors),
@@ -204,7 +214,7 @@ class _Sites:
         x, choice = torch.cat(tap.rows), self.quant.smooth
         assert choice is not None
         if choice == "auto":
-            losses = {None: self._loss(x, readers, weights, None)}
+            losses: dict[float | None, float] = {None: self._loss(x, readers, weights, None)}
             for alpha in ALPHAS:
                 factors = smoothing(tap.largest, across, alpha)
                 losses[alpha] = self._loss(x, readers, weights, factors)

@@ -12,7 +12,8 @@ from .base import Asked, Chosen, nowhere
 
 
 def adaptive(asked: Asked) -> tuple[bool, Chosen]:
-    found = {site: list(layers) for site, layers in nowhere(asked).items()}
+    chosen: Chosen = nowhere(asked)
     for row in asked.errors:
-        found[row.site][row.layer] = asked.sites[row.site] and row.on
-    return asked.r1, {site: tuple(layers) for site, layers in found.items()}
+        on, layers = asked.sites[row.site] and row.on, chosen[row.site]
+        chosen[row.site] = (*layers[: row.layer], on, *layers[row.layer + 1 :])
+    return asked.r1, chosen

@@ -181,5 +181,3 @@ def _tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
     if len(keys) != 1:
         raise CheckpointError(f"{checkpoint.folder}: the embedding is made of {len(keys)} tensors")
     return f"{names[id(head)]}.weight", keys[0]
-
-

@@ -65,7 +65,9 @@ def _shared(name: str, gate: tuple[str, ...] = ()) -> Family:
     """A mixture with dense experts beside it, and perhaps dense first layers."""
     readers = (*_EXPERTS, *gate, f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj", *_GATED)
     downs = (f"mlp.{name}.down_proj", _DOWN)
-    return replace(_MIXTURE, norms={_IN: _QKV, _POST: readers}, writers=(*_MIXTURE.writers, *downs), down=downs)
+    return replace(
+        _MIXTURE, norms={_IN: _QKV, _POST: readers}, writers=(*_MIXTURE.writers, *downs), down=downs
+    )
 
 
 def _gpt2(**more: object) -> Family:
@@ -105,7 +107,10 @@ _BLOOM = _gpt2(
 )
 _LINEAR_READERS = tuple(f"linear_attn.in_proj_{part}" for part in ("qkvz", "ba", "qkv", "z", "b", "a"))
 _QWEN_NEXT = Family(
-    {_IN: (*_QKV, *_LINEAR_READERS), _POST: (*_shared("shared_expert", ("mlp.shared_expert_gate",)).norms[_POST],)},
+    {
+        _IN: (*_QKV, *_LINEAR_READERS),
+        _POST: (*_shared("shared_expert", ("mlp.shared_expert_gate",)).norms[_POST],),
+    },
     (_O, "linear_attn.out_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj", _DOWN),
     ("mlp.shared_expert.down_proj", _DOWN),
     inner=(
@@ -133,7 +138,9 @@ _MAMBA = Family(
     final="backbone.norm_f",
     no_r2="it has no attention",
 )
-_HYBRID_FF = tuple(f"feed_forward.{name}" for name in ("gate_proj", "up_proj", "router", "experts.gate_up_proj"))
+_HYBRID_FF = tuple(
+    f"feed_forward.{name}" for name in ("gate_proj", "up_proj", "router", "experts.gate_up_proj")
+)
 _JAMBA = Family(
     {_IN: (*_QKV, "mamba.in_proj"), "pre_ff_layernorm": _HYBRID_FF},
     (_O, "mamba.out_proj", "feed_forward.down_proj", "feed_forward.experts.down_proj"),
@@ -144,7 +151,11 @@ _JAMBA = Family(
 _GRANITE_MOE = Family(
     {
         _IN: (*_QKV, "mamba.in_proj"),
-        _POST: ("block_sparse_moe.router", "block_sparse_moe.experts.gate_up_proj", "shared_mlp.input_linear"),
+        _POST: (
+            "block_sparse_moe.router",
+            "block_sparse_moe.experts.gate_up_proj",
+            "shared_mlp.input_linear",
+        ),
     },
     (_O, "mamba.out_proj", "block_sparse_moe.experts.down_proj", "shared_mlp.output_linear"),
     ("shared_mlp.output_linear",),
@@ -195,7 +206,10 @@ FAMILIES: dict[str, Family] = {
     "cohere2": replace(_LAYER_LLAMA, norms={_IN: (*_QKV, *_GATED)}),
     "nemotron": replace(_LAYER_LLAMA, norms={_IN: _QKV, _POST: ("mlp.up_proj",)}, one_plus=True),
     "starcoder2": replace(
-        _LAYER_LLAMA, norms={_IN: _QKV, _POST: ("mlp.c_fc",)}, writers=(_O, "mlp.c_proj"), down=("mlp.c_proj",)
+        _LAYER_LLAMA,
+        norms={_IN: _QKV, _POST: ("mlp.c_fc",)},
+        writers=(_O, "mlp.c_proj"),
+        down=("mlp.c_proj",),
     ),
     "phi": replace(
         _LAYER_LLAMA,
@@ -292,7 +306,8 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": _shared("shared_experts"),
     "ernie4_5_moe": replace(_shared("shared_experts"), inner=("mlp.gate.moe_statics.*",)),
     "hunyuan_v1_moe": replace(
-        _shared("shared_mlp", ("mlp.gate.wg",)), inner=("self_attn.query_layernorm", "self_attn.key_layernorm")
+        _shared("shared_mlp", ("mlp.gate.wg",)),
+        inner=("self_attn.query_layernorm", "self_attn.key_layernorm"),
     ),
     "deepseek_v3": replace(
         _shared("shared_experts"),

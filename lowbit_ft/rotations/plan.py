@@ -96,9 +96,7 @@ class Rotation:
             r2=tuple(file.r2),
             r3=tuple(file.r3),
             r4=tuple(file.r4),
-            smooth={
-                name: torch.tensor(values, dtype=torch.float64) for name, values in file.smooth.items()
-            },
+            smooth={name: torch.tensor(values, dtype=torch.float64) for name, values in file.smooth.items()},
             alphas=file.alphas,
             errors=tuple(file.errors),
             criterion=file.criterion,

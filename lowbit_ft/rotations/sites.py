@@ -58,8 +58,11 @@ class Structure:
         family = family_of(config.model_type)
         parameters = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
         count = 1 + max(
-            (int(name.removeprefix(f"{family.layers}.").split(".")[0]) for name in parameters
-             if name.startswith(f"{family.layers}.")),
+            (
+                int(name.removeprefix(f"{family.layers}.").split(".")[0])
+                for name in parameters
+                if name.startswith(f"{family.layers}.")
+            ),
             default=-1,
         )
         found = cls(
@@ -120,13 +123,14 @@ class Structure:
         if (r1 or r2 or r4 or smooth) and (strange := self.unknown()):
             found.append(
                 f"quant.rotation: this {self.model_type} has {strange[0]}"
-                f"{f' and {len(strange) - 1} more' * (len(strange) > 1)}, of which nothing is known here; set "
-                "quant.rotation.kind: none and quant.smooth: null"
+                f"{f' and {len(strange) - 1} more' * (len(strange) > 1)}, of which nothing is known here; "
+                "set quant.rotation.kind: none and quant.smooth: null"
             )
         if r4:
             if any("experts" in name.split(".") for layer in self.layers for name in layer.writers):
                 found.append(
-                    "quant.rotation.sites.r4: the inputs of a mixture's experts are not rotated; set r4: false"
+                    "quant.rotation.sites.r4: the inputs of a mixture's experts are not rotated; set r4: "
+                    "false"
                 )
             elif not any(layer.down for layer in self.layers):
                 found.append(f"quant.rotation.sites.r4: {self.model_type} has no MLP; set r4: false")
@@ -165,9 +169,7 @@ class Structure:
 
     def folds(self, rotation: Rotation) -> dict[str, Fold]:
         """Parameter -> what becomes of it. ValueError for sites that this model has not."""
-        if problems := self.problems(
-            rotation.r1, any(rotation.r2), any(rotation.r4), bool(rotation.smooth)
-        ):
+        if problems := self.problems(rotation.r1, any(rotation.r2), any(rotation.r4), bool(rotation.smooth)):
             raise ValueError("\n".join(problems))
         return _Folds(self, rotation).made
 
@@ -188,10 +190,11 @@ class _Folds:
         for index, layer in enumerate(structure.layers):
             for norm in layer.norms:
                 self._norm(norm)
-            for name in layer.writers if self.stream is not None else ():
-                self._side(name, left=self.stream)
-                if (bias := structure.bias(name)) is not None:
-                    self.made[bias] = VectorFold(left=self.stream)
+            if self.stream is not None:
+                for name in layer.writers:
+                    self._side(name, left=self.stream)
+                    if (bias := structure.bias(name)) is not None:
+                        self.made[bias] = VectorFold(left=self.stream)
             if rotation.r2 and rotation.r2[index]:
                 self._heads(layer)
             if rotation.r4 and rotation.r4[index]:
@@ -240,8 +243,8 @@ def family_of(model_type: str) -> Family:
     """ValueError naming an architecture that has no line."""
     if (family := FAMILIES.get(model_type)) is None:
         raise ValueError(
-            f"quant.rotation: {model_type} is no architecture whose residual stream and heads are known here; "
-            f"known: {', '.join(FAMILIES)}; set quant.rotation.kind: none and quant.smooth: null"
+            f"quant.rotation: {model_type} is no architecture whose residual stream and heads are known "
+            f"here; known: {', '.join(FAMILIES)}; set quant.rotation.kind: none and quant.smooth: null"
         )
     return family
 

@@ -84,20 +84,20 @@ def test_a_folded_model_has_the_logits_of_the_original(name: str, tmp_path: Path
         assert all(refused[site] in text and f"{site}: false" in text for text in problems)
     count = len(structure.layers)
     assert count == 2
-    every = {site: (site not in refused,) * count for site in ("r2", "r4")}
-    norms = [
-        norm.name for layer in structure.layers for norm in layer.norms if structure.weight(norm.name)
-    ]
+    norms = [norm.name for layer in structure.layers for norm in layer.norms if structure.weight(norm.name)]
     smooth = {}
     if not FAMILIES[checkpoint.config.model_type].no_smooth:
         factors = torch.linspace(0.25, 4, structure.hidden, dtype=torch.float64)
         smooth = {norm: factors for norm in norms}
         assert smooth
-    rotation = Rotation(3, r1="r1" not in refused, **every, smooth=smooth)
+    r1, r2, r4 = (site not in refused for site in SITES)
+    rotation = Rotation(3, r1=r1, r2=(r2,) * count, r4=(r4,) * count, smooth=smooth)
     folded = FoldedCheckpoint(checkpoint, rotation)
     want = logits(checkpoint)
     assert float((logits(folded) - want).abs().max()) < 1e-4 * float(want.abs().max())
-    moved = [n for n in structure.parameters if not torch.equal(checkpoint.weight_for(n), folded.weight_for(n))]
+    moved = [
+        n for n in structure.parameters if not torch.equal(checkpoint.weight_for(n), folded.weight_for(n))
+    ]
     assert moved and len(moved) == len(folded.folds)  # and every fold does something
 
 

@@ -26,7 +26,8 @@ class SitesSection(Section):
     r2: bool = Field(default=True, description="the heads of v, up to o_proj; folded")
     r3: bool = Field(
         default=False,
-        description="the keys behind their rotary embedding, where quant.kv_cache rounds them; native only",
+        description="the keys behind their rotary embedding, where quant.kv_cache rounds them; native "
+        "only",
     )
     r4: bool = Field(
         default=False,
