@@ -114,12 +114,11 @@ class Activation(nn.Module):
         """x [..., K] -> (codes int8 [..., K], scale fp32, zero int8 | None): x^ = scale (codes - zero)."""
         x = x.float()
         scale, zero = self.scales(x)
-        codes = self._round(x, scale, zero).clamp_(self._scheme.lowest, self._scheme.highest)
+        codes = (x / self.spread(scale, x)).round_()
+        if zero is not None:
+            codes += self.spread(zero, x)
+        codes.clamp_(self._scheme.lowest, self._scheme.highest)
         return codes.to(torch.int8), scale, None if zero is None else zero.to(torch.int8)
-
-    def _round(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        codes = torch.round(x / self.spread(scale, x))
-        return codes if zero is None else codes + self.spread(zero, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> x^ [..., K], straight-through. Layers that are given the very same x (q, k and v)
@@ -154,17 +153,23 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
-        wide, scheme = x.float(), activation.scheme()
+        scheme, wide = activation.scheme(), x.float()
         scale, zero = activation.scales(wide)
-        codes = activation._round(wide, scale, zero)
-        kept = codes.clamp(scheme.lowest, scheme.highest)
-        outside = codes != kept if not scheme.dynamic or scheme.clip < 1 else None
-        if scheme.mask is not None:
-            beyond = wide.abs() >= scheme.mask
-            outside = beyond if outside is None else outside | beyond
+        spread = activation.spread(scale, wide)
+        shift = None if zero is None else activation.spread(zero, wide)
+        outside = None if scheme.mask is None else wide.abs() >= scheme.mask
+        # Of 16 bits `wide` is our own: codes are made in its place, so one fp32 copy is all there is.
+        codes = (wide / spread if wide is x else wide.div_(spread)).round_()
+        if shift is not None:
+            codes += shift
+        if not scheme.dynamic or scheme.clip < 1:  # else nothing can be outside
+            clipped = (codes < scheme.lowest) | (codes > scheme.highest)
+            outside = clipped if outside is None else outside | clipped
+        codes.clamp_(scheme.lowest, scheme.highest)
+        if shift is not None:
+            codes -= shift
         ctx.save_for_backward(*(() if outside is None else (outside,)))
-        centred = kept if zero is None else kept - activation.spread(zero, wide)
-        return (centred * activation.spread(scale, wide)).to(x.dtype)
+        return codes.mul_(spread).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]

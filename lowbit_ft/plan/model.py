@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import Scheme
+from ..activations.place import place
 from ..adapters.base import Adapter
 from ..grid import empty_weight
 from ..kv_cache import put_seams, reject_model
@@ -112,9 +114,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        grids = [
-            (n, recipe.quant.grid_for(f"{name}.{n}"), config.trains(f"{name}.{n}")) for n in inside[index]
-        ]
+        grids = [_asked(recipe, config, f"{name}.", n) for n in inside[index]]
         like = repr((grids, _fingerprint(layer)))
         key = f"{index == 0} {like}"
         if key not in blocks:
@@ -128,7 +128,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
 
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
     rest = _without_layers(shell, prefix)
-    _pack(rest, [(n, recipe.quant.grid_for(n), config.trains(n)) for n in outside], config, dtype)
+    _pack(rest, [_asked(recipe, config, "", n) for n in outside], config, dtype)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -230,9 +230,20 @@ def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block],
     return PlanRow(name, n, k, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
 
 
-def _pack(module: nn.Module, grids: list[tuple[str, Any, bool]], config: Any, dtype: torch.dtype) -> None:
+_Asked = tuple[str, Any, bool, Scheme | None]
+
+
+def _asked(recipe: Recipe, config: Any, prefix: str, name: str) -> _Asked:
+    """What the recipe wants of the matrix prefix + name: (name, grid, whether it trains, what its input is
+    on)."""
+    whole, section = prefix + name, recipe.quant.activations
+    scheme = None if section is None else section.planned(whole)
+    return name, recipe.quant.grid_for(whole), config.trains(whole), scheme
+
+
+def _pack(module: nn.Module, grids: list[_Asked], config: Any, dtype: torch.dtype) -> None:
     """PackedLinears and adapters on meta in the place of the matrices of these names."""
-    for name, grid, trains in grids:
+    for name, grid, trains, scheme in grids:
         old = module.get_submodule(name)
         if isinstance(old, nn.Embedding):
             base = empty_weight((old.num_embeddings, old.embedding_dim), grid, "meta")
@@ -242,6 +253,7 @@ def _pack(module: nn.Module, grids: list[tuple[str, Any, bool]], config: Any, dt
         layer = PackedLinear.empty(
             old.in_features, old.out_features, old.bias is not None, grid, "meta", dtype
         )
+        place(layer, scheme)
         module.set_submodule(name, layer)
         if trains:
             if reason := config.reject(grid):

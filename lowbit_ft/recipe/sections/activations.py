@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -124,6 +125,16 @@ class ActivationsSection(Section):
                     for clip in self.clips
                 ]
         return found
+
+    def planned(self, layer_name: str) -> Scheme | None:
+        """A scheme that holds as much memory in training as the one that calibration will choose, or more;
+        None: the input stays as it is."""
+        if not self.applies(layer_name):
+            return None
+        one = min(self.schemes(layer_name), key=lambda scheme: scheme.clip)
+        ends = {"tensor": (1.0,), "dual": (1.0, 1.0)}
+        zero = () if one.symmetric else (0,)
+        return one if one.dynamic else replace(one, scale=ends[one.kind], zero=zero)
 
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
