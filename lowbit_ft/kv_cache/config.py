@@ -98,7 +98,7 @@ class KVConfig:
             kind = f"q{self.bits}_0"
             flags = f"--cache-type-k {kind} --cache-type-v {kind} --flash-attn on"
             return f"LLAMA_ATTN_ROT_DISABLE=1 {command} {flags}", (
-                "flags and not in the file: without them the cache has 16 bits. A llama.cpp that rotates what it "
+                "flags and not in the file: without them the cache has 16 bits. One that rotates what it "
                 "puts into a quantized cache computes other values; the variable is reported to stop that"
             )
         return command, (

@@ -45,19 +45,26 @@ class TokenHead(Codec):
     def _turn(self, x: Tensor) -> Tensor:
         if not self.signs:
             return super()._turn(x)
-        block = len(self.signs)
-        # Without the 1 / sqrt(block): vLLM's values grow by it, and its scales take it up.
-        turned = hadamard(x.float() * self._signs(x), block) * block**0.5
-        return turned.to(x.dtype).float()
+        return walsh(x.float() * self._signs(x), len(self.signs)).to(x.dtype).float()
 
     def _back(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.signs:
             return super()._back(x, dtype)
         block = len(self.signs)
-        return (hadamard(x, block) * (self._signs(x) * block**-0.5)).to(dtype)
+        return (walsh(x, block) * (self._signs(x) / block)).to(dtype)
 
     def _signs(self, x: Tensor) -> Tensor:
         return torch.tensor(self.signs, device=x.device).repeat(x.shape[-1] // len(self.signs))
+
+
+def walsh(x: Tensor, block: int) -> Tensor:
+    """x times the Hadamard matrix of +-1 on each run of `block` numbers, a power of two: sums alone, as
+    vLLM makes them. The op divides by sqrt(block), which is undone without rounding where that is a power of
+    two itself; else two halves are done, and the last sum here."""
+    if block.bit_length() % 2:
+        return hadamard(x, block) * block**0.5
+    half = hadamard(x, block // 2).unflatten(-1, (-1, 2, block // 2)) * (block // 2) ** 0.5
+    return torch.stack((half[..., 0, :] + half[..., 1, :], half[..., 0, :] - half[..., 1, :]), -2).flatten(-3)
 
 
 @functools.cache

@@ -67,6 +67,7 @@ CASES = {
         ],
         {},
     ),
+    "int4 cache": (["adapter={method: scale}", "quant.residual_bits=0", "quant.kv_cache.bits=4"], {}),
     "opt": (
         ["adapter={method: scale}", "quant.residual_bits=0"],
         {
