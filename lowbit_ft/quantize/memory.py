@@ -25,6 +25,9 @@ HESSIAN_BYTES = (
 # per element of a Hessian, beside it, while it is factored (grid/calibrate/curvature.py): nothing, it becomes
 # its own factor; act-order sorts it into a copy. Where fp32 fails, which text has not made it do, 20 more.
 SORT_BYTES = 4
+# per number of a matrix whose outputs are turned (rotations/folds.py): it is read whole, in fp32, and copied
+# on either side
+FOLD_BYTES = 16
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)
 CHUNK_BYTES = 300_000_000
@@ -116,11 +119,14 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         # gptq: the weight as stored with codes and residual, and three fp32 copies of the rows at work.
         # Others: a block of rows, as much again for its codes and residual while they are put together.
         # signround: what it holds of all linears of a layer
-        work=walking.block_bytes * max(whole.values(), default=0)
-        if walking is not None and by_block
-        else (SORT_BYTES * hessian // 4 if text.act_order else 0) + 4 * largest + 12 * rows
-        if packs
-        else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest),
+        work=(
+            walking.block_bytes * max(whole.values(), default=0)
+            if walking is not None and by_block
+            else (SORT_BYTES * hessian // 4 if text.act_order else 0) + 4 * largest + 12 * rows
+            if packs
+            else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest)
+        )
+        + (FOLD_BYTES * largest if recipe.quant.folds else 0),
     )
 
 

@@ -3,9 +3,9 @@
 
     on  iff  e_w(on) + e_x(on) < e_w(off) + e_x(off)        e = ||Q(v) - v||^2 / ||v||^2
 
-Relative errors, because a weight's absolute one is orders below its activation's and would not count; compared
-as numbers; ties are off. To rotate everything can be far worse than nothing (their Pythia 1B: 13.1 against
-22.4 ROUGE), so each layer decides for itself.
+Relative errors, because a weight's absolute one is orders below its activation's and would not count;
+compared as numbers; ties are off. To rotate everything can be far worse than nothing (their Pythia 1B: 13.1
+against 22.4 ROUGE), so each layer decides for itself.
 """
 
 from .base import Asked, Chosen, nowhere

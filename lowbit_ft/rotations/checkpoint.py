@@ -29,6 +29,8 @@ from .plan import Rotation
 from .sites import Structure
 from .turn import OnlineHadamard
 
+PIECE = 1 << 24  # numbers of a table that are folded at a time while it is written
+
 
 class FoldedCheckpoint(Checkpoint):
     """ValueError where the checkpoint cannot be turned so: it is packed already, its architecture is not
@@ -146,7 +148,16 @@ class FoldedCheckpoint(Checkpoint):
     def stored_pieces(self, name: str) -> Iterator[Tensor]:
         if self._fold_in_file(name) is None:
             return self.raw.stored_pieces(name)
-        return iter([self.weight_for(self._users[name], dtype=self.stored_dtype(name)).view(-1)])
+        return self._pieces(self._users[name], self.stored_dtype(name))
+
+    def _pieces(self, parameter: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Of a table (embedding, head) some rows at a time."""
+        fold, shape = self.folds[parameter], self.structure.parameters[parameter]
+        by_rows = isinstance(fold, WeightFold) and fold.left is None and not fold.turned and len(shape) == 2
+        step = max(1, PIECE // shape[-1]) if by_rows else shape[0]
+        for first in range(0, shape[0], step):
+            rows = (first, min(first + step, shape[0])) if step < shape[0] else None
+            yield self.weight_for(parameter, dtype=dtype, rows=rows).view(-1)
 
     def _fold_in_file(self, key: str) -> Fold | None:
         return self.folds.get(self._users.get(key, ""))

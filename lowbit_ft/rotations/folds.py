@@ -22,8 +22,8 @@ Gain = Callable[[str], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFold:
-    """norm: whose gain is taken in. right: turns the inputs, scale [K] multiplies them afterwards; left: turns
-    the outputs, of them only `rows` where these are given. turned: the parameter is kept as [.., K, N]."""
+    """norm: whose gain is taken in. right: turns the inputs, scale [K] multiplies them afterwards; left:
+    turns the outputs, of them only `rows` where these are given. turned: the parameter is [.., K, N]."""
 
     norm: str | None = None
     right: Turn | None = None

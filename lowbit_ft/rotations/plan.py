@@ -2,7 +2,7 @@
 
 rotation.json is this, as JSON; with the checkpoint it says everything that is needed to fold again.
 
-    r1  residual stream     folded into everything that reads or writes it; norms lose their gain to the readers
+    r1  residual stream     folded into what reads or writes it; norms lose their gain to the readers
     r2  heads of v          folded into v_proj (rows) and o_proj (columns)
     r3  keys behind rope    online, where they are rounded (model/kv_seam.py); nothing is folded
     r4  inputs of down_proj the weight is folded; the activation side is an online Hadamard

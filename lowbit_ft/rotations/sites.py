@@ -80,7 +80,7 @@ class Structure:
         return found
 
     def weight(self, name: str) -> str | None:
-        """The weight parameter of a module, or the parameter of that name; None when the model has neither."""
+        """The weight parameter of a module, or the parameter of that name; None: the model has neither."""
         return next((n for n in (f"{name}.weight", name) if n in self.parameters), None)
 
     def bias(self, name: str) -> str | None:

@@ -26,8 +26,7 @@ class SitesSection(Section):
     r2: bool = Field(default=True, description="the heads of v, up to o_proj; folded")
     r3: bool = Field(
         default=False,
-        description="the keys behind their rotary embedding, where quant.kv_cache rounds them; native "
-        "only",
+        description="the keys behind their rotary embedding, where quant.kv_cache rounds them; native only",
     )
     r4: bool = Field(
         default=False,
@@ -40,8 +39,8 @@ class RotationSection(Section):
 
     kind: Annotated[str, OneOf(ROTATIONS)] = Field(
         default="none",
-        description="hadamard: every site in every layer; adaptive: r2, r3 and r4 only in the layers where they "
-        "lower the error on calibration rows (RoSTE)",
+        description="hadamard: every site in every layer; adaptive: r2, r3 and r4 only in the layers where "
+        "they lower the error on calibration rows (RoSTE)",
     )
     sites: SitesSection = Field(default_factory=lambda: SitesSection(), description="where")
     seed: int = Field(default=0, ge=0, lt=1 << 31, description="of the random signs")
@@ -63,6 +62,12 @@ def check_rotation(r: Any) -> Problems:
     where = ("quant", "rotation") if section.turns else ("quant", "smooth")
     if section.turns and not any(wanted for _, wanted in sites):
         yield Problem(("quant", "rotation", "sites"), "all are false; set one to true, or kind: none")
+    if ROTATIONS[section.kind].needs_rows and section.criterion == "activations":
+        if r.quant.activations is None and not sites.r3:
+            yield Problem(
+                ("quant", "rotation", "criterion"),
+                "got 'activations', but inputs stay in 16 bits; set quant.activations, or criterion: both",
+            )
     yield from _check_keys(r, sites)
     if sites.r4 and hasattr(r, "export") and not EXPORTERS[r.export.format].online:
         yield Problem(
