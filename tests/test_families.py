@@ -44,11 +44,13 @@ from lowbit_ft.recipe.yaml import RecipeError
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "recipes" / "assets"
 TINY = ASSETS / "tiny-llama"
+TINY_FILE = TINY / "model.safetensors"
 # Literal tables that are no choice of a recipe, each with the reason.
 NO_FAMILY = {
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
+    "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",
     "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
 }
 
@@ -192,6 +194,15 @@ def one_scale_per_row(run: Run) -> None:
     assert "grid R4" in (run.shipped / "README.md").read_text()
 
 
+def the_upper_half(run: Run) -> None:
+    """What was turned is in the folder that ships too, and the layers that stay dense are turned with it."""
+    for folder in ("base", "merged"):
+        facts = json.loads((run.folder / folder / "rotation.json").read_text())
+        assert facts["r1"] is True and facts["r2"] == [False, False, True, True]
+    name = "model.layers.3.self_attn.o_proj.weight"
+    assert not torch.equal(load_file(run.shipped / "model.safetensors")[name], load_file(TINY_FILE)[name])
+
+
 def half_the_scales(run: Run) -> None:
     name, base = first_layer(run.folder / "base")
     dense = load_file(TINY / "model.safetensors")[f"{name}.weight"]
@@ -323,6 +334,7 @@ ABSMAX: dict[str, Any] = {"quant__calibrate": "absmax"}
 ROWS: dict[str, Row] = {
     "GRIDS": Row(with_key("quant.grid", quant__group_size=-1), one_scale_per_row),
     "CALIBRATORS": Row(with_key("quant.calibrate"), half_the_scales),
+    "ROTATIONS": Row(with_key("quant.rotation.kind", **ABSMAX), the_upper_half),
     "ADAPTERS": Row(
         with_key("adapter.method", train__scale_learning_rate=0.03, train__scheduler="linear", **ABSMAX),
         one_factor_per_layer,
