@@ -184,7 +184,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
-            f"{recipe.quant.calibrate}{_turned(recipe)}",
+            f"{recipe.quant.calibrate}{folded(recipe.quant)}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (
@@ -201,15 +201,6 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         *(("auto", line) for line in taken(recipe)),
     ):
         console.print(f"{label:>8}  {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _turned(recipe: Recipe) -> str:
-    """What is folded into the weights before they are packed."""
-    quant, text = recipe.quant, ""
-    if quant.rotation.turns:
-        sites = ", ".join(site for site, wanted in quant.rotation.sites if wanted)
-        text += f", rotation {quant.rotation.kind} of {sites}"
-    return text if quant.smooth is None else f"{text}, smooth {quant.smooth}"
 
 
 def _show_layers(made: Plan, console: Console) -> None:

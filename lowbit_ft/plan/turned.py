@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..recipe.recipe import Recipe
+from ..recipe.sections.quant import QuantSection
 from ..rotations import OnlineHadamard, Structure
 
 
@@ -42,3 +43,12 @@ def untie(recipe: Recipe, rest: Any) -> bool:
         return False
     head.weight = nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
     return True
+
+
+def folded(quant: QuantSection) -> str:
+    """What is folded into the weights before they are packed, to be put behind the calibrator; "": nothing."""
+    text = ""
+    if quant.rotation.turns:
+        sites = ", ".join(site for site, wanted in quant.rotation.sites if wanted)
+        text = f", rotation {quant.rotation.kind} of {sites}"
+    return text if quant.smooth is None else f"{text}, smooth {quant.smooth}"
