@@ -1,8 +1,11 @@
 """Scheme and Activation: what the input of a packed layer is put on, between x and the packed op.
 
-    q  = clamp(round(x / s) + z, -2^(b-1), 2^(b-1) - 1)        int8 codes, signed also where b = 4
+    q  = clamp(round(x (1 / s) + z), -2^(b-1), 2^(b-1) - 1)    int8 codes, signed also where b = 4
     x^ = s (q - z)                                             z = 0 when symmetric
 
+1 / s is rounded before it multiplies, as in vLLM's kernels: the symmetric codes per token are theirs bit for
+bit (tried in fp32 and bf16; with a zero point theirs come of a fused multiply-add, and 1 in 10,000 ties of
+bf16 falls otherwise).
 s and z are made of x itself (dynamic) or came with the scheme (static). All of it in fp32, whatever the model
 computes in; x^ has the dtype of x. The backward is straight-through: the gradient of x^ is that of x where x
 lies in the range, zero where it was clipped. Nothing flows into s (but for a static scale that is learned).
@@ -83,7 +86,7 @@ class Activation(nn.Module):
     """
 
     kind: ClassVar[str]
-    can_be_static: ClassVar[bool] = False
+    static_scales: ClassVar[int] = 0  # how many numbers a static scale is; 0: the kind is dynamic
     can_be_asymmetric: ClassVar[bool] = True
     products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group
 
@@ -111,14 +114,15 @@ class Activation(nn.Module):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x [..., K] -> (codes int8 [..., K], scale fp32, zero int8 | None): x^ = scale (codes - zero)."""
+        """x [..., K] -> (codes int8 [..., K], scale fp32, zero int32 | None): x^ = scale (codes - zero). The
+        zero of a token whose values are far from 0 is beyond the codes."""
         x = x.float()
         scale, zero = self.scales(x)
-        codes = (x / self.spread(scale, x)).round_()
+        codes = x * self.spread(1 / scale, x)
         if zero is not None:
             codes += self.spread(zero, x)
-        codes.clamp_(self._scheme.lowest, self._scheme.highest)
-        return codes.to(torch.int8), scale, None if zero is None else zero.to(torch.int8)
+        codes.round_().clamp_(self._scheme.lowest, self._scheme.highest)
+        return codes.to(torch.int8), scale, None if zero is None else zero.to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> x^ [..., K], straight-through. Layers that are given the very same x (q, k and v)
@@ -155,13 +159,14 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
         scheme, wide = activation.scheme(), x.float()
         scale, zero = activation.scales(wide)
-        spread = activation.spread(scale, wide)
+        spread, inverse = activation.spread(scale, wide), activation.spread(1 / scale, wide)
         shift = None if zero is None else activation.spread(zero, wide)
         outside = None if scheme.mask is None else wide.abs() >= scheme.mask
         # Of 16 bits `wide` is our own: codes are made in its place, so one fp32 copy is all there is.
-        codes = (wide / spread if wide is x else wide.div_(spread)).round_()
+        codes = wide * inverse if wide is x else wide.mul_(inverse)
         if shift is not None:
             codes += shift
+        codes.round_()
         if not scheme.dynamic or scheme.clip < 1:  # else nothing can be outside
             clipped = (codes < scheme.lowest) | (codes > scheme.highest)
             outside = clipped if outside is None else outside | clipped
@@ -184,13 +189,15 @@ def positive(scale: Tensor) -> Tensor:
 
 
 def ranges(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """(scale, zero) that cover [low, high] times scheme.clip; zero itself always has a code."""
+    """(scale, zero) that cover [low, high] times scheme.clip. With a zero point the range is that of the
+    values, which need not hold 0, as in vLLM; but where they are all but equal, 0 is in it."""
     if scheme.symmetric:
-        largest = torch.maximum(high, -low)
-        return positive(largest * (scheme.clip / scheme.highest)), None
-    low, high = low.clamp(max=0) * scheme.clip, high.clamp(min=0) * scheme.clip
+        return positive(torch.maximum(high, -low) * scheme.clip / scheme.highest), None
+    alike = (high - low) * 256 < torch.maximum(high, -low)
+    low = torch.where(alike, low.clamp(max=0), low) * scheme.clip
+    high = torch.where(alike, high.clamp(min=0), high) * scheme.clip
     scale = positive((high - low) / (scheme.highest - scheme.lowest))
-    return scale, (scheme.lowest - torch.round(low / scale)).clamp_(scheme.lowest, scheme.highest)
+    return scale, torch.round(scheme.lowest - low / scale)
 
 
 def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Scheme:
@@ -220,8 +227,13 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
     made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero)})
     if not all(made.lowest <= value <= made.highest for value in made.zero):
         raise ValueError(f"zero: got {zero!r}; needs {made.lowest} to {made.highest}")
-    if not made.dynamic and not kinds[kind].can_be_static:
+    if not made.dynamic and not kinds[kind].static_scales:
         raise ValueError(f"dynamic: got false; kind {kind} is dynamic")
+    if len(scale) != (0 if made.dynamic else kinds[kind].static_scales):
+        count = kinds[kind].static_scales
+        raise ValueError(f"scale: got {scale!r}; kind {kind} takes {count} where it is static, else none")
+    if len(zero) != (0 if made.dynamic or made.symmetric else 1):
+        raise ValueError(f"zero: got {zero!r}; a static scheme that is not symmetric takes one, others none")
     if not made.symmetric and not kinds[kind].can_be_asymmetric:
         raise ValueError(f"symmetric: got false; kind {kind} has no zero point")
     return made

@@ -16,7 +16,7 @@ from .base import Activation, positive
 
 class Dual(Activation):
     kind: ClassVar[str] = "dual"
-    can_be_static: ClassVar[bool] = True
+    static_scales: ClassVar[int] = 2
     can_be_asymmetric: ClassVar[bool] = False
     products: ClassVar[int] = 2
 

@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .base import Activation, ranges
 
@@ -15,9 +15,9 @@ class Group(Activation):
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [..., ceil(K / group_size)]."""
         size = self._scheme.group_size
-        short = -x.shape[-1] % size
-        # Zeros change neither an absmax nor a range that contains zero anyway.
-        groups = (pad(x, (0, short)) if short else x).unflatten(-1, (-1, size))
+        if short := -x.shape[-1] % size:  # with its last channel, which changes no range
+            x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], short)), dim=-1)
+        groups = x.unflatten(-1, (-1, size))
         low, high = groups.aminmax(dim=-1)
         return ranges(low, high, self._scheme)
 

@@ -10,7 +10,7 @@ from .base import Activation, ranges
 
 class PerTensor(Activation):
     kind: ClassVar[str] = "tensor"
-    can_be_static: ClassVar[bool] = True
+    static_scales: ClassVar[int] = 1
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [1]."""

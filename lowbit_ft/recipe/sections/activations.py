@@ -138,7 +138,7 @@ class ActivationsSection(Section):
 
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
-        return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].can_be_static
+        return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].static_scales > 0
 
     @property
     def clips(self) -> list[float]:
@@ -208,11 +208,11 @@ def _check_options(section: ActivationsSection) -> Problems:
     for i, one in enumerate(section.overrides):
         symmetric = section.symmetric if one.symmetric is None else one.symmetric
         given.append(((*root, "overrides", i), one.kind or section.kind, symmetric))
-    static = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.can_be_static)
+    static = ", ".join(name for name, kind in ACTIVATIONS.items() if kind.static_scales)
     for path, kind, symmetric in given:
         if kind == AUTO:
             continue
-        if not section.dynamic and not ACTIVATIONS[kind].can_be_static:
+        if not section.dynamic and not ACTIVATIONS[kind].static_scales:
             yield Problem(
                 (*path, "kind"),
                 f"got {kind!r} with dynamic: false; static kinds: {static}, or set dynamic: true",
@@ -228,7 +228,7 @@ def _check_options(section: ActivationsSection) -> Problems:
             (*root, "clip"),
             f"got {section.clip!r} with dynamic: false; a static scale is set by `range`: use range: mse",
         )
-    if section.dynamic and "range" in section.model_fields_set:
+    if section.dynamic and section.range != type(section).model_fields["range"].default:
         yield Problem(
             (*root, "range"), f"got {section.range!r} with dynamic: true; it is of static scales: drop it"
         )

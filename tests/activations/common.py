@@ -1,0 +1,57 @@
+"""Schemes of every kind, static ones with a scale, and the integer product that a server makes."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from lowbit_ft.activations import ACTIVATIONS, Activation, Scheme
+from lowbit_ft.grid import PackedWeight
+
+BLOCK = 32  # divides every group of the tests, so sums over blocks are sums of any group
+ENDS = {"tensor": (0.03125,), "dual": (0.0078125, 0.0390625)}
+
+
+def schemes() -> list[Scheme]:
+    """Every kind at 4 and 8 bits, symmetric and not, dynamic and static, with and without a clip factor."""
+    found = []
+    for name, bits, symmetric, dynamic, clip in itertools.product(
+        ACTIVATIONS, (8, 4), (True, False), (True, False), (1.0, 0.8)
+    ):
+        kind = ACTIVATIONS[name]
+        if symmetric or kind.can_be_asymmetric:
+            if dynamic:
+                group = 32 if name == "group" else -1
+                found.append(Scheme(kind=name, bits=bits, symmetric=symmetric, clip=clip, group_size=group))
+            elif kind.static_scales and clip == 1.0:
+                scale = tuple(value * (16 if bits == 4 else 1) for value in ENDS[name])
+                zero = () if symmetric else (-3,)
+                found.append(
+                    Scheme(kind=name, bits=bits, symmetric=symmetric, dynamic=False, scale=scale, zero=zero)
+                )
+    return found
+
+
+def integer_product(activation: Activation, x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [T, K] -> [T, N] float64: codes times codes, summed in int32 block by block along K, then scaled."""
+    (n, k), t = weight.shape, len(x)
+    assert k % BLOCK == 0
+    codes, scale, zero = activation.codes(x)
+    shift = torch.zeros(()) if zero is None else activation.spread(zero.float(), x)
+    centred = codes.to(torch.int32) - shift.to(torch.int32)
+    g = weight.grid.group_size
+    groups = torch.arange(k) // (k if g == -1 else g)
+    offset = weight.grid.levels // 2 if weight.zero is None else weight.zero.t()[:, groups].to(torch.int32)
+    w = weight.unpack_codes().to(torch.int32) - offset
+    weight_scale = weight.scale.t().double()[:, groups][:, ::BLOCK]  # [N, blocks]
+    total = torch.zeros(t, n, dtype=torch.float64)
+    # dual makes two products, of what lies below zero and of the rest, each with a scale of its own
+    everywhere = [(torch.ones_like(x), activation.spread(scale, x))]
+    sides = [((x < 0).float(), scale[..., :1]), ((x >= 0).float(), scale[..., 1:])]
+    for part, own in sides if activation.kind == "dual" else everywhere:
+        blocks = (centred * part.int()).unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, T, BLOCK]
+        sums = torch.bmm(blocks, w.unflatten(1, (-1, BLOCK)).permute(1, 2, 0))  # [blocks, T, N]
+        assert sums.dtype == torch.int32
+        by_block = own.double().expand(t, k)[:, ::BLOCK]
+        total += torch.einsum("btn,tb,nb->tn", sums.double(), by_block, weight_scale)
+    return total
