@@ -25,6 +25,7 @@ from ..plan.fixes import (
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.reconstruct import duration, reconstruct_words
 from ..plan.stages import throughput
+from ..plan.turned import folded
 from ..recipe.defaults import taken
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
@@ -318,7 +319,7 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.disk.items())
     _say(console, f"disk: {needs.on_disk / 1e9:.2f} GB ({parts})")
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
-    _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}")
+    _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}" + (f"\n{made.cache}" if made.cache else ""))
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
     if recipe.train.reconstruct is not None:
         _say(console, reconstruct_words(recipe, rate))

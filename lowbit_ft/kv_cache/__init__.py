@@ -14,7 +14,16 @@ from .block import Block
 from .codec import Codec
 from .config import KVConfig
 from .kinds import KINDS
-from .place import bytes_per_token, cache_line, kv_config_of, place_kv_cache, put_seams, reject_model, set_r3
+from .place import (
+    bytes_per_token,
+    cache_line,
+    kv_config_of,
+    place_kv_cache,
+    put_seams,
+    reject_model,
+    said,
+    set_r3,
+)
 
 __all__ = [
     "KINDS",
@@ -27,5 +36,6 @@ __all__ = [
     "place_kv_cache",
     "put_seams",
     "reject_model",
+    "said",
     "set_r3",
 ]

@@ -110,12 +110,6 @@ class Codec(ABC):
     def row(self, heads: int, dim: int) -> tuple[int, torch.dtype]:
         """(numbers that share a scale, dtype of the stored scale)."""
 
-    def layer(self, values: Codec, like: Any) -> Any:
-        # Here, because transformers' caches are heavy to import and training needs none.
-        from .cache import packed_like
-
-        return packed_like(self, values, like)
-
     # ------------------------------------------------ rotations
 
     def _turn(self, x: Tensor) -> Tensor:

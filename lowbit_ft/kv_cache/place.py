@@ -3,7 +3,7 @@ name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +33,13 @@ def put_seams(part: nn.Module, text: Any, config: KVConfig) -> None:
     for module in attention_modules(part).values():
         codec = config.codec(head_sizes(module, text)[1])
         r3 = layer_number(module) in config.r3
-        set_seam(module, Seam(codec, codec, config.where == BEFORE, r3))
+        set_seam(module, Seam(codec, codec, config.where == BEFORE, r3, layer=_packed_layer))
+
+
+def _packed_layer(keys: Codec, values: Codec, like: Any) -> Any:
+    from .cache import packed_like  # slow: transformers, which a recipe is read without
+
+    return packed_like(keys, values, like)
 
 
 def set_r3(model: nn.Module, layers: Iterable[int]) -> None:
@@ -128,27 +134,27 @@ def cache_line(model: Any, dtype: torch.dtype) -> str | None:
     config = kv_config_of(model)
     if config is None:
         return None
-    ours, plain = bytes_per_token(model, dtype.itemsize)
+    return said(config, *bytes_per_token(model, dtype.itemsize), dtype)
+
+
+def said(config: KVConfig, ours: int, plain: int, dtype: torch.dtype) -> str:
+    """That line. ours, plain: as `bytes_per_token`."""
     name = str(dtype).removeprefix("torch.")
     if not config.packed:
         return f"kv cache: {config}: no cache keeps these packed; {plain:,} bytes per token in {name}"
     return f"kv cache: {config}: {ours:,} bytes per token ({plain:,} in {name})"
 
 
-def _rows(model: Any) -> Iterator[tuple[Seam, int, int]]:
-    text = model.config.get_text_config()
-    for name, seam in seams(model):
-        yield seam, *head_sizes(model.get_submodule(name), text)
-
-
-def bytes_per_token(model: Any, itemsize: int) -> tuple[int, int]:
+def bytes_per_token(model: Any, itemsize: int, text: Any = None) -> tuple[int, int]:
     """(bytes of keys and values per token in all layers as our cache stores them, and in a cache of floats of
-    `itemsize` bytes)."""
+    `itemsize` bytes). text: configuration of the language model, where `model` is a part of it."""
     ours = plain = 0
-    for seam, heads, dim in _rows(model):
+    text = model.config.get_text_config() if text is None else text
+    for name, seam in seams(model):
+        heads, dim = head_sizes(model.get_submodule(name), text)
         dense = 2 * heads * dim * itemsize
         plain += dense
-        keys, values = (c for c in (seam.keys, seam.values))
+        keys, values = seam.keys, seam.values
         if seam.before_rope or not isinstance(keys, Codec) or not isinstance(values, Codec):
             ours += dense
         else:

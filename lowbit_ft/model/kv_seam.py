@@ -24,7 +24,7 @@ and turning k^ back is all it takes: q stays as it is, and every attention imple
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,23 +46,20 @@ class Codec(Protocol):
         """The same grid behind a Hadamard rotation of every head (R3)."""
         ...
 
-    def layer(self, values: Any, like: Any) -> Any:
-        """A packed cache layer, keys on this grid and values on that of `values`, for an empty one of
-        transformers; None where there is none for its kind."""
-        ...
-
 
 @dataclass
 class Seam:
     """What an attention module does with its keys and values. keys, values: their grids; None: nothing.
     before_rope: at the outputs of k_proj and v_proj and not where they are cached. r3: the keys of this layer
-    are rotated before they are rounded. off: for now in full precision."""
+    are rotated before they are rounded. off: for now in full precision. layer: makes a packed cache layer of
+    (grid of keys, of values, an empty layer of transformers), None where there is none of its kind."""
 
     keys: Codec | None = None
     values: Codec | None = None
     before_rope: bool = False
     r3: bool = False
     off: bool = False
+    layer: Callable[[Any, Any, Any], Any] | None = None
     argument: str = ARGUMENTS[0]
     position: int = 0
     hooked: dict[str, Any] = field(default_factory=dict)  # projection -> (module, handle), before_rope
@@ -119,10 +116,9 @@ def packs(cache: Any, layer: int, seam: Seam, key: Tensor, value: Tensor) -> boo
     if getattr(here, "packed", False):
         return True
     learns = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-    if here.is_initialized or learns:
+    if here.is_initialized or learns or seam.layer is None:
         return False
-    keys, values = seam.codecs
-    made = keys.layer(values, here)
+    made = seam.layer(*seam.codecs, here)
     if made is None:
         return False
     layers[layer] = made

@@ -23,7 +23,7 @@ from ..activations import Scheme
 from ..activations.place import place
 from ..adapters.base import Adapter
 from ..grid import empty_weight
-from ..kv_cache import put_seams, reject_model
+from ..kv_cache import bytes_per_token, put_seams, reject_model, said
 from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
@@ -138,6 +138,16 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     )
     tied = bool(tied) and not own_head
     return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, tied)
+
+
+def cache_line(recipe: Recipe, made: Skeleton) -> str | None:
+    """What keys and values of a token take in a cache; None where the recipe leaves them alone."""
+    if recipe.quant.kv_cache is None:
+        return None
+    dtype, text = getattr(torch, recipe.model.dtype), made.model.config.get_text_config()
+    sizes = [(len(b.indices), *bytes_per_token(b.module, dtype.itemsize, text)) for b in made.blocks]
+    ours, plain = (sum(row[0] * row[part] for row in sizes) for part in (1, 2))
+    return said(recipe.quant.kv_cache.config(), ours, plain, dtype)
 
 
 def _counted(

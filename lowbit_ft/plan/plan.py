@@ -28,7 +28,7 @@ from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from ..train.memory import free_ram
 from .costs import Setting, Step
-from .model import PARTS, PlanRow, Skeleton, skeleton
+from .model import PARTS, PlanRow, Skeleton, cache_line, skeleton
 from .reconstruct import reconstruct_bytes
 from .stages import (
     Needs,
@@ -69,7 +69,7 @@ class Card:
 class Plan:
     """parts: bytes by name at the peak of a training step (they add up to stages["training"], which is not
     there when train.max_steps is 0); moments: what is largest at another moment; stages: peak by stage of the
-    run, context included; notes: what is an estimate, and why."""
+    run, context included; notes: what is an estimate, and why; cache: what a token takes in the KV cache."""
 
     recipe: Recipe
     card: Card
@@ -82,6 +82,7 @@ class Plan:
     needs: Needs
     notes: list[str] = field(default_factory=list)
     processes: int = 1
+    cache: str | None = None
 
     @property
     def total(self) -> int:
@@ -200,7 +201,18 @@ def plan(
         wanted = replace(wanted, ram=max(stages.values()))
     notes = [*step.notes, *note, *teacher_notes(recipe, made)]
     return Plan(
-        recipe, card, made.rows, parts, moments, stages, peak_at, made.trainable, wanted, notes, count
+        recipe,
+        card,
+        made.rows,
+        parts,
+        moments,
+        stages,
+        peak_at,
+        made.trainable,
+        wanted,
+        notes,
+        count,
+        cache_line(recipe, made),
     )
 
 

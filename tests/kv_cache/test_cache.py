@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from lowbit_ft.kv_cache import KVConfig, bytes_per_token, cache_line, place_kv_cache
-from lowbit_ft.kv_cache.cache import PackedLayer, PackedSlidingLayer, cache_bytes
+from lowbit_ft.kv_cache.cache import PackedLayer, PackedSlidingLayer, cache_bytes, packed_like
 from lowbit_ft.model.kv_seam import Passage, Seam
 from tests.kv_cache.models import BEFORE, GRIDS, SPREAD, llama, tokens
 
@@ -21,6 +21,11 @@ PLAIN: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0,
 def generate(model: Any, ids: Tensor, new: int = 12, **options: Any) -> Any:
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, **{**PLAIN, **options})
+
+
+def stored(cache: Any) -> torch.dtype:
+    """What the first layer of a cache keeps its keys in."""
+    return cache.layers[0].keys.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,7 +49,7 @@ def test_generated_logits_are_those_of_the_training_forward(config: KVConfig, dt
 def test_a_cache_gives_the_bits_that_training_saw(config: KVConfig, window: int | None) -> None:
     """The law, for every grid: with the same k and v, all at once without a cache and token by token."""
     codec = config.codec(32)
-    seam = Seam(codec, codec, r3=bool(config.r3))
+    seam = Seam(codec, codec, r3=bool(config.r3), layer=packed_like)
     key, value = (torch.randn(2, 3, 9, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
     trained = Passage(seam, None).update(key, value, 0)
     cache = DynamicCache()
@@ -58,7 +63,7 @@ def test_a_cache_gives_the_bits_that_training_saw(config: KVConfig, window: int 
         for ours, want in zip(got, trained, strict=True):
             assert torch.equal(ours, want[:, :, first:end])
     assert type(cache.layers[0]) is (PackedLayer if window is None else PackedSlidingLayer)
-    assert cache.layers[0].keys.dtype == torch.uint8
+    assert stored(cache) == torch.uint8
 
 
 def test_beams_crops_and_selections_keep_codes_and_scales_together() -> None:
@@ -87,10 +92,10 @@ def test_other_caches_hold_the_same_values_and_are_not_packed() -> None:
     want = generate(model, ids).sequences
     static = StaticCache(model.config, max_cache_len=24)
     assert torch.equal(generate(model, ids, past_key_values=static).sequences, want)
-    assert static.layers[0].keys is not None and static.layers[0].keys.dtype == torch.float32
+    assert stored(static) == torch.float32
     place_kv_cache(model, BEFORE)
     done = generate(model, ids, output_logits=True)
-    assert done.past_key_values.layers[0].keys.dtype == torch.float32
+    assert stored(done.past_key_values) == torch.float32
     with torch.no_grad():
         whole = model(done.sequences, use_cache=False).logits[:, 7:-1]
     torch.testing.assert_close(torch.stack(done.logits, 1), whole, rtol=0, atol=2e-6)
@@ -101,7 +106,7 @@ def test_a_cache_in_training_holds_floats_and_a_packed_one_refuses_a_gradient() 
     model, ids = llama().train(), tokens()
     place_kv_cache(model, INT4)
     one, two = model(ids, use_cache=True), model(ids, use_cache=False)
-    assert torch.equal(one.logits, two.logits) and one.past_key_values.layers[0].keys.dtype == torch.float32
+    assert torch.equal(one.logits, two.logits) and stored(one.past_key_values) == torch.float32
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="no gradient passes; train without a cache"):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+from transformers import LlamaConfig
+
 from lowbit_ft.kv_cache import KVConfig
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.kv_cache import KVCacheSection, check_kv_cache
 from tests.recipe.recipe_text import GOOD, bad_recipes, refused_with, write
 
 
@@ -51,13 +56,7 @@ def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
 
 
 def test_blocks_that_do_not_divide_a_head_are_refused(tmp_path):
-    from transformers import LlamaConfig
-
     LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
-    from types import SimpleNamespace
-
-    from lowbit_ft.recipe.sections.kv_cache import KVCacheSection, check_kv_cache
-
     section = KVCacheSection(kind="block")
     model = SimpleNamespace(path=str(tmp_path), revision=None)
     (problem,) = check_kv_cache(SimpleNamespace(quant=SimpleNamespace(kv_cache=section), model=model))
@@ -65,10 +64,12 @@ def test_blocks_that_do_not_divide_a_head_are_refused(tmp_path):
 
 
 def test_what_is_left_open_is_as_the_server_of_the_kind_has_it():
-    recipe = load_recipe(write(GOOD), ("quant.kv_cache={}",))
-    assert recipe.quant.kv_cache.config() == KVConfig(8, "token_head", "after_rope", True, False)
-    recipe = load_recipe(write(GOOD), ("quant.kv_cache.bits=4",))
-    assert recipe.quant.kv_cache.config() == KVConfig(4, "token_head", "after_rope", False, True)
-    recipe = load_recipe(write(GOOD), ("quant.kv_cache={bits: 4, kind: block}",))
-    assert recipe.quant.kv_cache.config() == KVConfig(4, "block", "after_rope", True, False)
+    cases = {
+        "{}": KVConfig(8, "token_head", "after_rope", True, False),
+        "{bits: 4}": KVConfig(4, "token_head", "after_rope", False, True),
+        "{bits: 4, kind: block}": KVConfig(4, "block", "after_rope", True, False),
+    }
+    for text, config in cases.items():
+        section = load_recipe(write(GOOD), (f"quant.kv_cache={text}",)).quant.kv_cache
+        assert section is not None and section.config() == config
     assert load_recipe(write(GOOD)).quant.kv_cache is None
