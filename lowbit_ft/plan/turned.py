@@ -46,7 +46,7 @@ def untie(recipe: Recipe, rest: Any) -> bool:
 
 
 def folded(quant: QuantSection) -> str:
-    """What is folded into the weights before they are packed, to be put behind the calibrator; "": nothing."""
+    """What is folded into the weights before they are packed, to follow the calibrator; "": nothing."""
     text = ""
     if quant.rotation.turns:
         sites = ", ".join(site for site, wanted in quant.rotation.sites if wanted)
