@@ -145,6 +145,22 @@ class FoldedCheckpoint(Checkpoint):
             )
         return self.dtype
 
+    def read(
+        self,
+        name: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        row: int | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """The tensor of that name in the files, folded: in the model's dtype where dtype is None."""
+        if self._fold_in_file(name) is None:
+            return self.raw.read(name, device=device, dtype=dtype, row=row, rows=rows)
+        assert row is None, f"{name}: a stack that is folded is read through its matrices"
+        dtype = dtype or self.stored_dtype(name)
+        return self.weight_for(self._users[name], device=device, dtype=dtype, rows=rows)
+
     def stored_pieces(self, name: str) -> Iterator[Tensor]:
         if self._fold_in_file(name) is None:
             return self.raw.stored_pieces(name)
