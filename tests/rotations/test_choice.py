@@ -21,7 +21,7 @@ from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rotations import ROTATIONS, Asked, FoldedCheckpoint, Rotation, RotationFile, SiteErrors, Turn
 from tests.packed_tools import tiny_checkpoint
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(2))
 A4 = Scheme(kind="token", bits=4)
 

@@ -31,7 +31,12 @@ from tests.checkpoint_tools import TINY
 from tests.packed_tools import adapter_config, tiny_checkpoint
 from tests.recipe.recipe_text import GOOD, problems_with
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": True}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+}
 EVERY = Rotation(1, r1=True, r2=(True, True), r4=(True, True))
 IDS = torch.arange(24).view(2, 12)
 
@@ -169,7 +174,8 @@ def test_a_lora_goes_on_in_the_other_basis(plain: Checkpoint, tmp_path: Path) ->
         torch.testing.assert_close(b2 @ a2, want, rtol=1e-4, atol=1e-4)
     make_lora(plain.folder, tmp_path / "lora")
     lora = read_lora(tmp_path / "lora")
-    config = ADAPTERS["dl_qat"](method="dl_qat", rank=4, alpha=8)
+    kind: Any = ADAPTERS["dl_qat"]
+    config = kind(method="dl_qat", rank=4, alpha=8)
     model, _ = quantize(turned, section(bits=4), attention="eager")
     attach(model, config)
     start_from_lora(model, config, lora, turned.turn_lora)
