@@ -26,6 +26,7 @@ WIDTH = 1024  # inputs of the layer that reject_width is asked about; a multiple
 RUNTIMES = {
     "native": ("transformers after `import lowbit_ft`, packed in memory", "transformers"),
     "compressed-tensors": ("transformers, vLLM, SGLang", "transformers"),
+    "int-quantized": ("W8A8 only: vLLM (GPU and CPU), SGLang, transformers", "transformers"),
     "gguf": ("llama.cpp, Ollama, transformers (`gguf_file=`)", "transformers"),
     "gptq": ("vLLM, SGLang, ExLlama, transformers with gptqmodel", "transformers with gptqmodel"),
     "gptq_v2": ("vLLM, transformers with gptqmodel", "transformers with gptqmodel"),

@@ -32,7 +32,7 @@ from lowbit_ft.adapters.attach import adapted_names
 from lowbit_ft.cli.import_recipe import write_imported
 from lowbit_ft.cli.main import app
 from lowbit_ft.data.examples import load_examples
-from lowbit_ft.export.reader import read_weights
+from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.integrations.adapter_files import read_adapter
@@ -49,6 +49,7 @@ TINY_FILE = TINY / "model.safetensors"
 NO_FAMILY = {
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
+    "activations.calibrate.RANGES": "three rules of a line each for the static scale of a kind",
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
     "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",
     "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
@@ -218,6 +219,14 @@ def one_factor_per_layer(run: Run) -> None:
     pipeline.merge(run.folder)  # again from the files, which name the method: merged/ must be the same
 
 
+def inputs_on_powers_of_two(run: Run) -> None:
+    specs = read_weights(run.folder / "merged").specs
+    assert {str(spec.activation) for spec in specs.values()} == {"A4 shift"} and len(specs) == 7
+    layer = load_exported(run.shipped).model.layers[0].mlp.up_proj
+    codes, scale, _ = layer.activation.codes(torch.randn(3, layer.in_features))
+    assert torch.equal(scale.log2(), scale.log2().round()) and 3 < int(codes.abs().max()) <= 7
+
+
 def dense_weights(run: Run) -> None:
     name, merged = first_layer(run.folder / "merged")
     assert torch.equal(load_file(run.shipped / "model.safetensors")[f"{name}.weight"], merged.dequantize())
@@ -338,6 +347,10 @@ ROWS: dict[str, Row] = {
     "ADAPTERS": Row(
         with_key("adapter.method", train__scale_learning_rate=0.03, train__scheduler="linear", **ABSMAX),
         one_factor_per_layer,
+    ),
+    "ACTIVATIONS": Row(
+        with_key("quant.activations.kind", quant__activations__bits=4, export__format="native", **ABSMAX),
+        inputs_on_powers_of_two,
     ),
     "EXPORTERS": Row(with_key("export.format", **ABSMAX), dense_weights),
     "READERS": Row(int8_checkpoint, the_codes_that_came, schema=False),

@@ -8,7 +8,8 @@ bit (tried in fp32 and bf16; with a zero point theirs come of a fused multiply-a
 bf16 falls otherwise).
 s and z are made of x itself (dynamic) or came with the scheme (static). All of it in fp32, whatever the model
 computes in; x^ has the dtype of x. The backward is straight-through: the gradient of x^ is that of x where x
-lies in the range, zero where it was clipped. Nothing flows into s (but for a static scale that is learned).
+lies in the range, zero where it was clipped.
+Nothing flows into s.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class Scheme:
     group_size: channels that share a scale (kind group; -1: all). clip: the factor on the range that a
     dynamic scale covers. scale, zero: of a static kind; the scale's values are those of its shipping dtype.
     mask: the gradient is zero where |x| is at least this, although nothing is clipped there (training only).
-    learned: the static scale trains.
     """
 
     kind: str
@@ -42,7 +42,6 @@ class Scheme:
     scale: tuple[float, ...] = ()
     zero: tuple[int, ...] = ()
     mask: float | None = None
-    learned: bool = False
 
     @property
     def lowest(self) -> int:
@@ -59,7 +58,7 @@ class Scheme:
 
     def shipped(self) -> Scheme:
         """Without what only training reads."""
-        return replace(self, mask=None, learned=False)
+        return replace(self, mask=None)
 
     def to_json(self) -> dict[str, Any]:
         """What differs from the defaults, and kind and bits."""
@@ -82,7 +81,7 @@ class Scheme:
 class Activation(nn.Module):
     """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
 
-    It has no buffers and, unless a static scale is learned, no parameters: a state dict does not know it.
+    It has no buffers and no parameters: a state dict does not know it.
     """
 
     kind: ClassVar[str]
@@ -145,7 +144,12 @@ class Activation(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x -> x^, straight-through."""
-        return _StraightThrough.apply(x, self)  # pyright: ignore[reportReturnType]
+        with torch.no_grad():
+            wide = x.float()
+            scale, zero = self.scales(wide)
+            beyond = None if self._scheme.mask is None else wide.abs() >= self._scheme.mask
+            del wide
+        return _StraightThrough.apply(x, scale, zero, beyond, self)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         return str(self._scheme)
@@ -156,12 +160,17 @@ class _StraightThrough(torch.autograd.Function):
     be outside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: Activation) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        outside: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
         scheme, wide = activation.scheme(), x.float()
-        scale, zero = activation.scales(wide)
         spread, inverse = activation.spread(scale, wide), activation.spread(1 / scale, wide)
         shift = None if zero is None else activation.spread(zero, wide)
-        outside = None if scheme.mask is None else wide.abs() >= scheme.mask
         # Of 16 bits `wide` is our own: codes are made in its place, so one fp32 copy is all there is.
         codes = wide * inverse if wide is x else wide.mul_(inverse)
         if shift is not None:
@@ -177,10 +186,10 @@ class _StraightThrough(torch.autograd.Function):
         return codes.mul_(spread).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         for outside in ctx.saved_tensors:
             gradient = gradient.masked_fill(outside, 0)
-        return gradient, None
+        return gradient, None, None, None, None
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -212,7 +221,7 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
         raise ValueError(f"bits: got {bits!r}; allowed: 4, 8")
     if type(group) is not int or group < 1 and group != -1:
         raise ValueError(f"group_size: got {group!r}; needs a positive number, or -1")
-    for key in ("symmetric", "dynamic", "learned"):
+    for key in ("symmetric", "dynamic"):
         if not isinstance(entry.get(key, True), bool):
             raise ValueError(f"{key}: got {entry[key]!r}; allowed: true, false")
     for key in ("clip", "mask"):

@@ -185,7 +185,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
-            f"{recipe.quant.calibrate}{folded(recipe.quant)}",
+            f"{recipe.quant.calibrate}{folded(recipe.quant)}{recipe.quant.inputs}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (

@@ -27,7 +27,8 @@ class Pair(nn.Module):
         self.a, self.b, self.c = (PackedLinear(base_of(GRID, (16, 64))) for _ in range(3))
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> None:
-        self.a(x), self.b(x)
+        self.a(x)
+        self.b(x)
         self.c(x * 2 if other is None else other)
 
 
@@ -82,6 +83,7 @@ def test_auto_takes_the_least_output_error_and_says_why() -> None:
     kinds = [TOKEN, Scheme(kind="dual", bits=8)]
     one = chosen(kinds, [negative], other=balanced)
     assert one[0].scheme.kind == "dual" and one[0].tried["A8 dual"] == one[0].error
+    assert one[0].error is not None and one[1].error is not None
     assert one[0].error < 0.2 * one[0].tried["A8 token"] and one[0].why == "the least output error of 2"
     assert one[1].scheme.kind == "token", "two products buy nothing where signs are balanced"
     assert one[1].error <= NEAR * min(one[1].tried.values())

@@ -74,7 +74,7 @@ def test_readers_compute_the_training_forward(
     layout = "int-quantized" if format == "int-quantized" else "pack-quantized"
     assert config["format"] == group["format"] == layout, "by name: the library would infer int-quantized"
     read = QuantizationConfig.model_validate({k: v for k, v in config.items() if k != "dequantize"})
-    inputs = read.config_groups["group_0"].input_activations  # pyright: ignore[reportAttributeAccessIssue]
+    inputs: Any = read.config_groups["group_0"].input_activations  # pyright: ignore[reportAttributeAccessIssue]
     assert scheme_of_arguments(inputs.model_dump()) == scheme, "the library says the same of it"
 
     ours = load_exported(tmp_path / "m")

@@ -110,12 +110,14 @@ def test_sharing_gives_the_gradient_of_separate_quantizers() -> None:
     torch.manual_seed(0)
     start = torch.randn(4, 64, requires_grad=True)
     weights = [torch.randn(8, 64) for _ in range(3)]
-    one, clip = activation_of(MIXED[0]), MIXED[0]
-    x = start * 1
-    (shared,) = torch.autograd.grad(sum((one(x) @ w.t()).square().sum() for w in weights), start)
-    x = start * 1
-    apart = sum((activation_of(clip).quantize(x) @ w.t()).square().sum() for w in weights)
-    torch.testing.assert_close(shared, torch.autograd.grad(apart, start)[0])
+    one = activation_of(MIXED[0])
+
+    def gradient(quantize: Any) -> torch.Tensor:
+        x = start * 1
+        losses = [(quantize(x) @ w.t()).square().sum() for w in weights]
+        return torch.autograd.grad(torch.stack(losses).sum(), start)[0]
+
+    torch.testing.assert_close(gradient(one), gradient(one.quantize))
 
 
 def test_train_merge_reload_is_the_same_model(tmp_path: Path) -> None:
@@ -156,6 +158,16 @@ def test_peft_computes_with_the_same_inputs(tmp_path: Path) -> None:
     unloaded = wrapped.merge_and_unload()
     assert torch.equal(logits(unloaded), trained)
     assert any(layer.activation is not None for _, layer in hosts(unloaded))
+
+
+@pytest.mark.parametrize("scheme", MIXED, ids=str)
+def test_compiled_whole_it_is_the_same(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    activation, x = activation_of(scheme), torch.randn(3, 64, requires_grad=True)
+    compiled = torch.compile(activation, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), activation(x))
+    (found,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert torch.equal(found, torch.autograd.grad(activation(x).square().sum(), x)[0])
 
 
 def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:

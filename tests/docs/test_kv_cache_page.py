@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import yaml
 
+from benchmarks import kv_cache
 from lowbit_ft.kv_cache import KINDS, KVConfig
 from lowbit_ft.recipe.sections.quant import QuantSection
 
@@ -32,3 +34,11 @@ def test_its_flags_are_those_that_are_printed() -> None:
     vllm, _ = KVConfig.of(4, "token_head").served("vllm", "vllm serve RUN/exported")
     llama, _ = KVConfig.of(8, "block").served("llama.cpp", "llama-server -m RUN/exported/model.gguf")
     assert shown == [vllm, llama]
+
+
+def test_its_figures_are_those_that_were_measured() -> None:
+    assert kv_cache.render(PAGE) == PAGE, "run: python -m benchmarks.kv_cache --render"
+    rows = {row["cache"]: row for row in json.loads(kv_cache.RESULTS.read_text(encoding="utf-8"))["rows"]}
+    assert set(rows) == set(kv_cache.CACHES)
+    for row in rows.values():
+        assert abs(row["cached"] / row["forward"] - 1) < 1e-5 and row["same"] == row["tokens"]

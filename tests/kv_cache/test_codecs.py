@@ -76,6 +76,17 @@ def test_symmetric_rows_against_the_equation_in_float64(bits: int) -> None:
     torch.testing.assert_close(whole.fake(x).double(), want, rtol=1e-6, atol=1e-9)
 
 
+def test_halves_are_rounded_away_from_zero() -> None:
+    """Where scales are 1: the largest is 127, and the range is 15."""
+    x = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0]).view(1, 1, 1, 8)
+    want = [127, 1, 2, 3, -1, -2, -3, 0]
+    assert KVConfig.of(8, "token_head").codec(8).fake(x).flatten().tolist() == want
+    assert KVConfig.of(8, "token").codec(8).fake(x).flatten().tolist() == want
+    x = torch.tensor([0, 15, 0.5, 1.5, 2.5, 3.5, 4, 7]).view(1, 1, 1, 8)
+    codec = KVConfig.of(4, "token_head", rotate=False).codec(8)
+    assert codec.fake(x).flatten().tolist() == [0, 15, 1, 2, 3, 4, 4, 7]
+
+
 @pytest.mark.parametrize("dim", [64, 96, 32])
 def test_int4_with_vllms_rotation_against_the_equation_in_float64(dim: int) -> None:
     x, block = values(2, 3, 5, dim), dim & -dim

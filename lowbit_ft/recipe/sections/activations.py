@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -19,7 +20,8 @@ from ..yaml import KeyPath, Problem
 from .base import Positive, Problems, Section
 
 AUTO = "auto"
-KINDS = {**dict.fromkeys(ACTIVATIONS), AUTO: None}
+_TABLE: Any = ACTIVATIONS
+KINDS = ChainMap({AUTO: None}, _TABLE)  # what is added to the table is known here too
 Clip = Annotated[float, Field(gt=0, le=1)]
 Channels = Literal[32, 64, 128, 256]
 Kind = Annotated[str, OneOf(KINDS)]

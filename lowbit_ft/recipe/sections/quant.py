@@ -194,6 +194,12 @@ class QuantSection(Section):
         return section
 
     @property
+    def inputs(self) -> str:
+        """What the layers' inputs are on, to be said behind what the weights are on."""
+        found = self.activations
+        return "" if found is None else f", inputs {found.bits} bit by {found.kind}"
+
+    @property
     def by_block(self) -> bool:
         """Whether the calibrator rounds the linears of a decoder layer together."""
         return self.reads_text and CALIBRATORS[self.calibrate].block is not None
