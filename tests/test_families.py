@@ -40,11 +40,11 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
 from lowbit_ft.recipe.recipe import Recipe, load_recipe, recipe_schema
 from lowbit_ft.recipe.yaml import RecipeError
+from tests.rotations.upper import the_upper_half
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "recipes" / "assets"
 TINY = ASSETS / "tiny-llama"
-TINY_FILE = TINY / "model.safetensors"
 # Literal tables that are no choice of a recipe, each with the reason.
 NO_FAMILY = {
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
@@ -193,15 +193,6 @@ def one_scale_per_row(run: Run) -> None:
     assert base.grid.name == "row" and base.scale.shape[0] == 1
     assert run.recipe.quant.calibrate == "absmax", "a grid names the calibrator it starts with"
     assert "grid R4" in (run.shipped / "README.md").read_text()
-
-
-def the_upper_half(run: Run) -> None:
-    """What was turned is in the folder that ships too, and the layers that stay dense are turned with it."""
-    for folder in ("base", "merged"):
-        facts = json.loads((run.folder / folder / "rotation.json").read_text())
-        assert facts["r1"] is True and facts["r2"] == [False, False, True, True]
-    name = "model.layers.3.self_attn.o_proj.weight"
-    assert not torch.equal(load_file(run.shipped / "model.safetensors")[name], load_file(TINY_FILE)[name])
 
 
 def half_the_scales(run: Run) -> None:
