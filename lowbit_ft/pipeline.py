@@ -66,7 +66,7 @@ def run(recipe: Recipe) -> Path:
 def quantize(recipe: Recipe) -> Path:
     """Pack the base into <output>/base and stop there."""
     with start(recipe) as session:
-        if recipe.quant.reads_text and recipe.quant.calibration.path is None:
+        if recipe.quant.reads_rows and recipe.quant.calibration.path is None:
             synthesis_stage(session)
         quantize_stage(session)
         return session.run / "base"

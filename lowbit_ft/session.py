@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .files.jsonfile import read_json
 from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
@@ -22,6 +23,7 @@ from .recipe.defaults import settled, taken
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
 from .recipe.yaml import RecipeError
+from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
 from .train.processes import join, main_process_first, world
 
@@ -38,6 +40,7 @@ class Session:
     console: Console
     base: OpenedFiles | None = None  # the files of base/ that this run computes with
     words: LastWords | None = None  # for a run that loses their pages
+    turned: FoldedCheckpoint | None = None  # see `folded`
 
     def __enter__(self) -> "Session":
         return self
@@ -80,6 +83,24 @@ class Session:
     def rows(self) -> int | None:
         """Tokens that the model has an embedding of; None when its name tells nothing."""
         return read_shapes(self.checkpoint.folder).rows
+
+    @property
+    def folded(self) -> Checkpoint:
+        """The checkpoint as it is packed: turned and smoothed as base/ says (quant.rotation, quant.smooth),
+        else as it is. Whoever writes or compares tensors of the packed model reads this one; what is asked
+        as full precision (evaluation, teachers) is `checkpoint`, whose logits are the same.
+        """
+        if not self.recipe.quant.folds:
+            return self.checkpoint
+        if self.turned is None:
+            places = [self.run / name / FILE for name in ("base", "merged")]
+            found = next((path for path in places if path.is_file()), None)
+            if found is None:
+                raise ValueError(f"{self.run.path}: no {FILE} in base/ or merged/; run the line again")
+            fix = f"a file of this run was changed; put it back, or remove {found.parent}"
+            rotation = Rotation.of(read_json(found, RotationFile, fix))
+            self.turned = FoldedCheckpoint(self.checkpoint, rotation)
+        return self.turned
 
     @property
     def splits_base(self) -> bool:

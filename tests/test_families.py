@@ -40,6 +40,7 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
 from lowbit_ft.recipe.recipe import Recipe, load_recipe, recipe_schema
 from lowbit_ft.recipe.yaml import RecipeError
+from tests.rotations.upper import the_upper_half
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "recipes" / "assets"
@@ -50,6 +51,7 @@ NO_FAMILY = {
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
     "activations.calibrate.RANGES": "three rules of a line each for the static scale of a kind",
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
+    "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",
     "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
 }
 
@@ -332,6 +334,7 @@ ABSMAX: dict[str, Any] = {"quant__calibrate": "absmax"}
 ROWS: dict[str, Row] = {
     "GRIDS": Row(with_key("quant.grid", quant__group_size=-1), one_scale_per_row),
     "CALIBRATORS": Row(with_key("quant.calibrate"), half_the_scales),
+    "ROTATIONS": Row(with_key("quant.rotation.kind", **ABSMAX), the_upper_half),
     "ADAPTERS": Row(
         with_key("adapter.method", train__scale_learning_rate=0.03, train__scheduler="linear", **ABSMAX),
         one_factor_per_layer,

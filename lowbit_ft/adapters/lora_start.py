@@ -18,6 +18,7 @@ are read.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from . import AdapterConfig
 from .attach import packed_layers
 from .base import _expand
 from .folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
+
+Turned = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Keys of adapter_config.json that change what the tensors mean, and their values for a plain LoRA.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -227,8 +230,11 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
 
 
 @torch.no_grad()
-def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> LoraStart:
-    """Fill A and B of an attach()-ed model. ValueError, before anything is changed, when ranks, layers or
+def start_from_lora(
+    model: nn.Module, config: AdapterConfig, lora: PeftLora, turned: Turned | None = None
+) -> LoraStart:
+    """Fill A and B of an attach()-ed model. turned: takes a layer's name, A and B to the basis in which the
+    base is (quant.rotation, quant.smooth). ValueError, before anything is changed, when ranks, layers or
     shapes do not fit.
     """
     layers = {name: layer for name, layer in packed_layers(model) if layer.adapter is not None}
@@ -241,7 +247,9 @@ def start_from_lora(model: nn.Module, config: AdapterConfig, lora: PeftLora) -> 
         adapter, base = layer.adapter, layer.base
         assert isinstance(base, PackedWeight) and adapter is not None
         assert isinstance(adapter.A, Tensor) and isinstance(adapter.B, Tensor)
-        a, b = (t.to(adapter.A.device) for t in lora.factors(name))
+        factors = lora.factors(name)
+        factors = factors if turned is None else turned(name, *factors)
+        a, b = (t.to(adapter.A.device) for t in factors)
         update = lora.gains[name] * (b @ a)
         scale = _expand(base.scale, base.shape[1], base.grid.group_size).abs()
         if config.delta_unit == "grid":

@@ -25,6 +25,7 @@ from ..plan.fixes import (
 from ..plan.plan import Card, Plan, find_card, plan, plan_folder
 from ..plan.reconstruct import duration, reconstruct_words
 from ..plan.stages import throughput
+from ..plan.turned import folded
 from ..recipe.defaults import taken
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
@@ -184,7 +185,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
-            f"{recipe.quant.calibrate}{recipe.quant.inputs}",
+            f"{recipe.quant.calibrate}{folded(recipe.quant)}{recipe.quant.inputs}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (

@@ -170,10 +170,12 @@ class Layout:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(checkpoint.dtype).removeprefix(
             "torch."
         )
-        if self.untied:
+        if self.untied or checkpoint.untied:
             config["tie_word_embeddings"] = False
         entry = self.exporter.model_config(self.layers, self.skipped)
         entry = self.exporter.reader_config(entry, checkpoint.config.model_type, self.experts)
+        if checkpoint.online_layers:
+            entry["hadamard"] = list(checkpoint.online_layers)
         config[self.exporter.config_key] = entry
         config["quantization_config"] = {"quant_method": self.exporter.quant_method} | entry
         return config | self.exporter.folder_config()

@@ -136,6 +136,12 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     problems = exporter.reject_model(layers) + exporter.reject_checkpoint(
         checkpoint.config.to_dict(), checkpoint.folder
     )
+    if checkpoint.online_layers and not exporter.online:
+        problems.append(
+            f"{checkpoint.online_layers[0]}: a Hadamard stays before it at inference "
+            "(quant.rotation.sites.r4), which these files have no place for; set r4: false, or "
+            "export.format: native"
+        )
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     by_dtype = {spec.grid: name for name, spec in layers.items()}
     problems += [

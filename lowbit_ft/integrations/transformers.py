@@ -22,7 +22,7 @@ import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -40,6 +40,9 @@ from ..grid import empty_weight
 from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
 from ..model.matrices import find_matrices, stand_in
+from ..rotations import OnlineHadamard
+
+Spec = TypeVar("Spec")  # of a layer, or nothing
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -51,6 +54,7 @@ class LowbitConfig(QuantizationConfigMixin):
         skipped: Any = (),
         version: Any = VERSION,
         activations: Any = None,
+        hadamard: Any = (),
         kv_cache: Any = None,
         **kwargs: Any,
     ):
@@ -62,7 +66,11 @@ class LowbitConfig(QuantizationConfigMixin):
             self.activations = activations
         if kv_cache is not None:
             self.kv_cache = KVConfig.from_json(kv_cache).to_json()
-        layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
+        layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
+        if not isinstance(hadamard, list | tuple) or not set(hadamard) <= set(layers):
+            raise ValueError(f"quantization_config.hadamard: got {hadamard!r}; needs names of packed layers")
+        if hadamard:
+            self.hadamard = list(hadamard)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LowbitConfig":
@@ -73,7 +81,8 @@ class LowbitConfig(QuantizationConfigMixin):
         }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         config, kv_cache = Native().model_config(layers, skipped), kv_config_of(model)
-        return cls(**config, kv_cache=None if kv_cache is None else kv_cache.to_json())
+        turned = [name for name, layer in packed_layers(model) if layer.input_transform is not None]
+        return cls(**config, hadamard=turned, kv_cache=None if kv_cache is None else kv_cache.to_json())
 
     @property
     def layers(self) -> dict[str, LayerSpec]:
@@ -141,6 +150,9 @@ class LowbitQuantizer(HfQuantizer):
                 )
                 place(packed, spec.activation)
             model.set_submodule(name, packed)
+        turned = named_in(model, dict.fromkeys(getattr(self.quantization_config, "hadamard", ())))
+        for name in turned.keys() & layers.keys():
+            model.get_submodule(name).input_transform = OnlineHadamard()
         files = kwargs.get("checkpoint_files")
         if files:
             check_headers(model, layers, [Path(file) for file in files], new)
@@ -180,7 +192,7 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
 
-def named_in(model: Any, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+def named_in(model: Any, layers: dict[str, Spec]) -> dict[str, Spec]:
     """The layers under the names they have in this model. A folder written with the head on is also read
     without it (AutoModel), and the other way round: the decoder's prefix is then one more, or one less, in
     the names."""

@@ -35,8 +35,13 @@ class Checkpoint(TensorFiles):
 
     Make one with `Checkpoint.open`. Attributes: source (as given), folder (resolved Path), revision (the
     commit, for a hub id, else None), config (transformers configuration), dtype (torch dtype that weights
-    are read in by default).
+    are read in by default). untied: whether its head, tied in the files, is a tensor of its own from here on;
+    online_layers: linears that need a transform before them (rotations/checkpoint.py folds values and has
+    such).
     """
+
+    untied: bool = False
+    online_layers: tuple[str, ...] = ()
 
     def __init__(
         self, source: str, folder: Path, revision: str | None, config: Any, dtype: torch.dtype
@@ -88,6 +93,10 @@ class Checkpoint(TensorFiles):
             self._matrices = find_matrices(model)
             self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
         return model.eval()
+
+    def online(self, model: Any) -> None:
+        """Put the transforms of `online_layers` before the linears of a model, packed or not."""
+        assert not self.online_layers
 
     def refuse_strangers(self) -> None:
         """Raise CheckpointError for tensors of the files that the model does not take (names.py), and for a

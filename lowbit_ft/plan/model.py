@@ -32,6 +32,7 @@ from ..model.walk import decoder_layers
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
+from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
 PARTS = ("codes", "residual", "scales and zeros", "embeddings", "head", "norms and other", "adapters")
@@ -111,6 +112,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     kv_cache = None if recipe.quant.kv_cache is None else recipe.quant.kv_cache.config()
     if kv_cache is not None and (problems := reject_model(dense, kv_cache)):
         raise ValueError("quant.kv_cache: " + "; ".join(problems))
+    online = online_layers(recipe, dense)
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
@@ -121,6 +123,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
             module = copy.deepcopy(layer)
             stand_in(module, inside[index])
             _pack(module, grids, config, dtype)
+            put_online(module, f"{name}.", online)
             if kv_cache is not None:
                 put_seams(module, dense.config.get_text_config(), kv_cache)
             blocks[key] = Block(name, module, like)
@@ -128,11 +131,13 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
 
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
     rest = _without_layers(shell, prefix)
+    own_head = untie(recipe, rest)
     _pack(rest, [_asked(recipe, config, "", n) for n in outside], config, dtype)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
-    return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, bool(tied))
+    tied = bool(tied) and not own_head
+    return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, tied)
 
 
 def cache_line(recipe: Recipe, made: Skeleton) -> str | None:

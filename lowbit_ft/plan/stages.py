@@ -82,7 +82,7 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     of activations too, and back where whole layers are rounded together.
     """
     device = quantize_memory(recipe, made.shapes).device
-    if not recipe.quant.reads_text:
+    if not recipe.quant.reads_rows:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
     largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)

@@ -25,6 +25,9 @@ HESSIAN_BYTES = (
 # per element of a Hessian, beside it, while it is factored (grid/calibrate/curvature.py): nothing, it becomes
 # its own factor; act-order sorts it into a copy. Where fp32 fails, which text has not made it do, 20 more.
 SORT_BYTES = 4
+# per number of a matrix whose outputs are turned (rotations/folds.py): it is read whole, in fp32, and copied
+# on either side
+FOLD_BYTES = 16
 # at most: fp32 work of the range calibrators on some rows, and what malloc keeps of it
 # (benchmarks/load_memory.py)
 CHUNK_BYTES = 300_000_000
@@ -70,9 +73,9 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
     decoders in `calibration`.
     """
     size = 4 if recipe.model.dtype == "float32" else 2
-    text, walks = recipe.quant.calibration, recipe.quant.reads_text
+    text, walks, packs = recipe.quant.calibration, recipe.quant.reads_rows, recipe.quant.reads_text
     compares = recipe.eval.perplexity and recipe.eval.kl
-    section, walking = recipe.train.reconstruct, CALIBRATORS[recipe.quant.calibrate] if walks else None
+    section, walking = recipe.train.reconstruct, CALIBRATORS[recipe.quant.calibrate] if packs else None
     by_block = recipe.quant.by_block
     asks = recipe.train.teacher is not None  # a live one is compared with full precision, a kept one is it
     any_walk = walks or compares or asks or section is not None
@@ -112,15 +115,18 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         else 0,
         outside=outside if any_walk else 0,
         layer=max(layers.values(), default=0) if any_walk else 0,
-        hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if walks else 0,
+        hessians=min(max(map(sum, squares.values()), default=0), max(HESSIAN_BYTES, hessian)) if packs else 0,
         # gptq: the weight as stored with codes and residual, and three fp32 copies of the rows at work.
         # Others: a block of rows, as much again for its codes and residual while they are put together.
         # signround: what it holds of all linears of a layer
-        work=walking.block_bytes * max(whole.values(), default=0)
-        if walking is not None and by_block
-        else (SORT_BYTES * hessian // 4 if text.act_order else 0) + 4 * largest + 12 * rows
-        if walks
-        else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest),
+        work=(
+            walking.block_bytes * max(whole.values(), default=0)
+            if walking is not None and by_block
+            else (SORT_BYTES * hessian // 4 if text.act_order else 0) + 4 * largest + 12 * rows
+            if packs
+            else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest)
+        )
+        + (FOLD_BYTES * largest if recipe.quant.folds else 0),
     )
 
 

@@ -69,6 +69,7 @@ class Packing:
         self.model = checkpoint.empty_model(attention)
         self.targets, self.rows = plan_layers(self.model, quant)
         stand_in(self.model, self.targets)
+        checkpoint.online(self.model)
         names = list(self.targets)
         if checkpoint.incoming is not None:
             check_adopted(checkpoint, self.model, self.targets)
@@ -252,6 +253,8 @@ class Packing:
         else:
             packed = PackedLinear(base, bias)
         self.model.set_submodule(name, packed)
+        if name in self.checkpoint.online_layers:
+            self.checkpoint.online(self.model)
         if is_head(name) or isinstance(packed, PackedEmbedding):
             self.model.config.tie_word_embeddings = False  # a packed matrix is nobody's parameter
 

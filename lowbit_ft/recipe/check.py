@@ -28,6 +28,7 @@ from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
 from .sections.reconstruct import check_reconstruct
+from .sections.rotation import check_rotation
 from .sections.signal import check_signal
 from .sections.train import check_offload, check_train
 from .yaml import Problem
@@ -45,6 +46,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant"), check_layers),
     (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
+    (("model", "quant"), check_rotation),
     (("model", "data"), check_lengths),
     (("model", "data"), check_chat),
     (("model", "data", "train", "output"), check_offload),

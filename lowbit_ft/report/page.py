@@ -13,6 +13,7 @@ from a run is HTML-escaped.
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
     kv_cache.json     {"grid", "bytes", "dense"}: of a token in all layers, as cached and in 16 bits
+    base/rotation.json  {"r1", "r2", "r3", "r4", "errors", "alphas"}: what was turned before packing
     teacher.json      {"kl", "student_kl"} to full precision, where the teacher is a model
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
     moved.json        {layer: share of its codes that training changed, "scale_change": mean |s/s0 - 1|}
@@ -45,6 +46,8 @@ from .html import (
     tiles,
     words,
 )
+from .rotation import FOLDER as ROTATION
+from .rotation import rotation_section
 from .synthesis import FOLDER as SYNTHESIS
 from .synthesis import synthesis_section
 from .tasks import tasks_section
@@ -74,8 +77,8 @@ def _page(run: RunFiles) -> str:
         state, sentence = _verdict(run, recipe)
         verdict = f'<p class="verdict {state}">{escape(sentence)}</p>\n'
     sections = [s for s in SECTIONS if s[0] not in ON_REQUEST or run.asked(*ON_REQUEST[s[0]])]
-    if not (run.folder / SYNTHESIS).is_dir():
-        sections = [s for s in sections if s[0] != SYNTHESIS]
+    left = {key for key, name in ON_ITSELF.items() if not (run.folder / name).exists()}
+    sections = [s for s in sections if s[0] not in left]
     body = "".join(_section(run, key, title, build) for key, title, build in sections)
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     return (
@@ -367,6 +370,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
+    ("rotation", "Rotations", rotation_section),
     ("trainable", "What was trained", _trainable),
     ("stages", "Time and memory", _stages),
     ("samples", "Samples", _samples),
@@ -380,3 +384,6 @@ ON_REQUEST = {
     "tasks": ("tasks", "tasks.json"),
     "samples": ("generate", "samples.json"),
 }
+
+# Section -> what it is of; there is none where that is not.
+ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION}

@@ -12,6 +12,7 @@ from ..export.folder import check_files
 from ..files.records import Environment
 from ..session import Session
 from .card import card
+from .rotations import rotation_file
 
 
 def merge_stage(session: Session, model: Any) -> None:
@@ -24,9 +25,9 @@ def merge_stage(session: Session, model: Any) -> None:
             warnings.filterwarnings("ignore", message="lora: the merge rounds again")
             merging.merge(
                 model,
-                session.checkpoint,
+                session.folded,
                 session.run / "merged",
-                extra_files=card(session, "native"),
+                extra_files=card(session, "native") | rotation_file(session),
                 before_it_counts=session.check_files,
             )
             session.run.made("merged")

@@ -19,6 +19,7 @@ from ..train.processes import main_process_first
 from .activations import activations_key, settle_activations
 from .data import calibration_batches, calibration_key
 from .models import load_packed
+from .rotations import rotation_file, turn, turned_keys
 
 
 def quantize_stage(session: Session) -> Any:
@@ -89,8 +90,10 @@ def pack_base(session: Session, folder: Path) -> None:
     recipe, run_dir = session.recipe, session.run
     refuse_kv_cache(session)
     run_dir.write_json("base.json", {})  # a folder that is being replaced belongs to no key
+    if recipe.quant.folds:
+        session.turned = turn(session)
     packing = Packing(
-        session.checkpoint,
+        session.folded,
         recipe.quant,
         device=session.device,
         dtype=session.dtype,
@@ -102,10 +105,11 @@ def pack_base(session: Session, folder: Path) -> None:
     kv_cache = recipe.quant.kv_cache
     write_model(
         folder,
-        session.checkpoint,
+        session.folded,
         weights,
         EXPORTERS["native"],
-        kv_cache=None if kv_cache is None else kv_cache.config(),
+        extra_files=rotation_file(session),
+        kv_cache=None if kv_cache is None else kv_cache.config(turned_keys(session)),
     )
     session.say(packing.table)
     run_dir.write_json("quant.json", packing.table.to_json())
@@ -127,7 +131,7 @@ def base_key(session: Session) -> str:
     facts = {
         "quant": quant.model_dump(mode="json", exclude={"activations", "kv_cache"}),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
-        "text": calibration_key(session) if quant.reads_text else None,
+        "text": calibration_key(session) if quant.reads_rows else None,
     }
     if quant.activations is not None:
         facts["activations"] = activations_key(session)

@@ -61,7 +61,7 @@ def reconstruct_stage(session: Session, model: Any) -> str | None:
         began = time.perf_counter()
         for fit, state in reconstruct(
             model,
-            session.checkpoint,
+            session.folded,
             batches,
             section,
             seed=recipe.train.seed,

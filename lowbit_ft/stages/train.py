@@ -18,6 +18,7 @@ from ..export import EXPORTERS
 from ..export.writer import check_model
 from ..integrations.adapter_files import write_adapter
 from ..model.shards import is_sharded, whole
+from ..rotations import FoldedCheckpoint
 from ..session import Session
 from ..signals import Lesson
 from ..train.loop import train
@@ -43,7 +44,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     recipe, run_dir = session.recipe, session.run
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
-    check_model(session.checkpoint, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
+    check_model(session.folded, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
     if recipe.train.max_steps != 0 and recipe.train.reconstruct is None:  # which moves codes itself
         warn_of_rate(session, model, examples)
     digest = base_digest(model)
@@ -110,11 +111,13 @@ def attach_adapters(session: Session, model: Any) -> None:
     """
     recipe, run_dir = session.recipe, session.run
     torch.manual_seed(recipe.train.seed)
-    rows = attach(model, recipe.adapter, lambda layer: session.checkpoint.matrix(layer, dtype=torch.float32))
+    rows = attach(model, recipe.adapter, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
     if folder := getattr(recipe.adapter, "init_from", None):
-        started = start_from_lora(model, recipe.adapter, read_lora(folder))
+        folded = session.folded
+        turned = folded.turn_lora if isinstance(folded, FoldedCheckpoint) else None
+        started = start_from_lora(model, recipe.adapter, read_lora(folder), turned)
         run_dir.write_json("lora_start.json", started.to_json())
         session.say(started)
 

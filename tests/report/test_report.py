@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -262,3 +263,31 @@ def test_how_near_the_teacher_was(tmp_path: Path):
 def test_a_run_that_trains_no_step_says_so(tmp_path: Path):
     page = run(tmp_path, metrics__jsonl=None, recipe__yaml="train: {max_steps: 0}")
     assert "No step was asked for (train.max_steps: 0)." in page.text["training"]
+
+
+def test_rotations_have_a_section_where_there_are_some(tmp_path: Path):
+    assert "rotation" not in run(tmp_path).text
+    errors = [
+        {"layer": n, "site": site, "weight_off": 0.01, "weight_on": 0.01, "on": site == "r4"}
+        | {"activation_off": 0.2, "activation_on": 0.05 if site == "r4" else 0.3}
+        for n in range(2)
+        for site in ("r2", "r4")
+    ]
+    facts = {"seed": 7, "r1": True, "r2": [False, False], "r3": [], "r4": [True, True], "errors": errors}
+    facts |= {"criterion": "both", "alphas": {"model.layers.0.input_layernorm": 0.5}, "smooth": {}}
+    folder = tmp_path
+    (folder / "base").mkdir()
+    (folder / "base" / "rotation.json").write_text(json.dumps(facts))
+    page = run(folder)
+    text = page.text["rotation"]
+    for words in (
+        "Turned: r1 (residual stream), r4 in 2 of 2 layers; signs from seed 7",
+        "criterion: both",
+        "1 r4 turned 0.01000 0.01000 0.20000 0.05000",
+        "0 r2 as it is",
+        "model.layers.0.input_layernorm 0.50",
+    ):
+        assert words in text, (words, text)
+    assert any(tag == "img" and "error of each site" in (a.get("alt") or "") for tag, a in page.tags)
+    (folder / "base" / "rotation.json").write_text("{}")
+    assert "Not shown: Nothing was rotated" in run(folder).text["rotation"]

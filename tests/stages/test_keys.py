@@ -27,3 +27,19 @@ def test_a_base_knows_the_text_that_its_calibrator_looked_at(change: str, in_the
 def test_text_of_its_own_leaves_the_rows_out(in_the_repository: None):
     own = ["quant.calibrate=gptq", "quant.calibration.path=recipes/assets/text/train.jsonl"]
     assert key(*own) == key(*own, "data.train.limit=7") != key("quant.calibrate=gptq")
+
+
+def test_a_base_knows_how_it_is_turned_and_smoothed(in_the_repository: None):
+    turned = ["quant.rotation.kind=hadamard", "quant.calibrate=mse"]
+    keys = [
+        key("quant.calibrate=mse"),
+        key(*turned),
+        key(*turned, "quant.rotation.seed=1"),
+        key(*turned, "quant.rotation.sites.r2=false"),
+        key("quant.calibrate=mse", "quant.smooth=0.5"),
+        key("quant.calibrate=mse", "quant.smooth=auto"),
+    ]
+    assert len(set(keys)) == len(keys), "another rotation would reuse an old base"
+    assert key(*turned) == key(*turned, "train.seed=1"), "hadamard looks at no text"
+    adaptive = ["quant.rotation.kind=adaptive", "quant.calibrate=mse"]
+    assert key(*adaptive) != key(*adaptive, "train.seed=1"), "adaptive does"

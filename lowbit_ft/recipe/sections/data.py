@@ -152,7 +152,7 @@ def check_lengths(r: Any) -> Problems:
     windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), r.data.sequence_len)]
     if hasattr(r, "eval"):
         windows.append((("eval", "window"), r.eval.window))
-    if hasattr(r, "quant") and r.quant.reads_text:
+    if hasattr(r, "quant") and r.quant.reads_rows:
         windows.append((("quant", "calibration", "sequence_len"), r.quant.calibration.sequence_len))
     if hasattr(r, "train") and r.train.reconstruct is not None:
         windows.append((("train", "reconstruct", "sequence_len"), r.train.reconstruct.sequence_len))

@@ -15,13 +15,15 @@ from ...grid import GRIDS, Grid, grid_of
 from ...grid.calibrate import CALIBRATORS, calibrators_of
 from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
 from ...names import did_you_mean, listed, matches, pattern_error
+from ...rotations import ROTATIONS
 from ..errors import shown
 from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .activations import ActivationsSection
-from .base import Count, GroupSize, Positive, Problems, Section
+from .base import Count, GroupSize, Positive, Problems, Section, Unit
 from .kv_cache import KVCacheSection
+from .rotation import RotationSection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
@@ -119,6 +121,15 @@ class QuantSection(Section):
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
     )
+    rotation: RotationSection = Field(
+        default_factory=lambda: RotationSection(), description="a basis in which rounding loses less"
+    )
+    smooth: Unit | Literal["auto"] | None = Field(
+        default=None,
+        description="what stands behind a norm is divided by max|x|^alpha / max|W|^(1 - alpha), channel by "
+        "channel, and the weights are multiplied (SmoothQuant); a number: alpha; auto: of 0, 0.25, 0.5, 0.75 "
+        "and none what costs the output of these linears least, norm by norm; null: none",
+    )
     activations: ActivationsSection | None = Field(
         default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
     )
@@ -157,6 +168,17 @@ class QuantSection(Section):
     def reads_text(self) -> bool:
         """The calibrator looks at text (quant.calibration)."""
         return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+
+    @property
+    def folds(self) -> bool:
+        """What is packed is not the checkpoint as it is, but turned or smoothed (rotations/)."""
+        return self.rotation.turns or self.smooth is not None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Something looks at quant.calibration before the base is there: its calibrator, or what chooses
+        rotations and smoothing."""
+        return self.reads_text or ROTATIONS[self.rotation.kind].needs_rows or self.smooth is not None
 
     def start(self, rows: bool) -> str:
         """What `calibrate: auto` is. rows: there is text to look at."""
