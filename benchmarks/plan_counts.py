@@ -23,7 +23,7 @@ from lowbit_ft.model.heads import LOGITS_AT_A_TIME
 from lowbit_ft.model.load import load_tokenizer
 from lowbit_ft.plan.counting import Counter
 from lowbit_ft.plan.fake import fake, quiet, rules_of, targets_without_data
-from lowbit_ft.plan.model import _bytes, _dense, _pack, _stamp, _start_free
+from lowbit_ft.plan.model import _asked, _bytes, _dense, _pack, _stamp, _start_free
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.quantize.table import plan_layers
 from lowbit_ft.recipe.recipe import Recipe
@@ -144,7 +144,7 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
     _pack(
         model,
-        [(n, recipe.quant.grid_for(n), config.trains(n)) for n in targets],
+        [_asked(recipe, config, "", n) for n in targets],
         config,
         getattr(torch, recipe.model.dtype),
     )

@@ -21,6 +21,7 @@ BLOCK = 32
 @dataclass(frozen=True)
 class Block(Codec):
     name = "block"
+    zero_point = False
 
     def rows(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, BLOCK))

@@ -32,6 +32,8 @@ class Codec(ABC):
     r3: bool = False
 
     name: ClassVar[str]
+    zero_point: ClassVar[bool] = True  # whether it can have one
+    before_rope: ClassVar[bool] = False  # whether it may round what no cache keeps
 
     # ------------------------------------------------ what a kind says
 

@@ -12,13 +12,6 @@ from .kinds import KINDS
 from .token_head import TokenHead, vllm_signs
 
 AFTER, BEFORE = "after_rope", "before_rope"
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "bits": (8, 4),
-    "kind": tuple(KINDS),
-    "where": (AFTER, BEFORE),
-    "symmetric": (True, False),
-    "rotate": (True, False),
-}
 
 
 @dataclass(frozen=True)
@@ -58,15 +51,16 @@ class KVConfig:
 
     def reject(self) -> tuple[str, str] | None:
         """(key, why no cache implements this, with the way out); None when one does."""
-        if self.where == BEFORE and self.kind != "token":
+        kind = KINDS[self.kind]
+        if self.where == BEFORE and not kind.before_rope:
             return "where", (
                 f"{BEFORE} is LLM-QAT's form, the whole vector of a token on one scale: no cache keeps keys "
                 f"by {self.kind} before their rotary embedding; set kind: token, or where: {AFTER}"
             )
         if self.rotate and self.kind != TokenHead.name:
             return "rotate", f"only kind: {TokenHead.name} rotates (as vLLM does at 4 bits); leave it out"
-        if not self.symmetric and self.kind == "block":
-            return "symmetric", "llama.cpp's q8_0 and q4_0 blocks have no zero point; leave it out"
+        if not self.symmetric and not kind.zero_point:
+            return "symmetric", f"kind: {self.kind} has no zero points; leave it out"
         if self.r3 and (self.rotate or self.where == BEFORE):
             why = "this cache rotates keys and values by itself" if self.rotate else f"R3 is {AFTER}"
             return "rotate", f"{why}, so sites.r3 of quant.rotation has nothing to do; set it to off"
@@ -116,10 +110,10 @@ class KVConfig:
     @classmethod
     def from_json(cls, value: Any) -> KVConfig:
         """ValueError naming the key that is wrong."""
-        where = "quantization_config.kv_cache"
-        if not isinstance(value, Mapping) or set(value) != {*ALLOWED, "r3"}:
-            raise ValueError(f"{where}: got {value!r}; needs an object with {', '.join(ALLOWED)} and r3")
-        for key, allowed in ALLOWED.items():
+        where, table = "quantization_config.kv_cache", _allowed()
+        if not isinstance(value, Mapping) or set(value) != {*table, "r3"}:
+            raise ValueError(f"{where}: got {value!r}; needs an object with {', '.join(table)} and r3")
+        for key, allowed in table.items():
             if not any(value[key] == one and type(value[key]) is type(one) for one in allowed):
                 raise ValueError(f"{where}.{key}: got {value[key]!r}; allowed: {allowed}")
         r3 = value["r3"]
@@ -136,3 +130,15 @@ class KVConfig:
         parts += ["rotated"] if self.rotate else []
         parts += [f"R3 in {len(self.r3)} layers"] if self.r3 else []
         return ", ".join(parts)
+
+
+def _allowed() -> dict[str, tuple[Any, ...]]:
+    """The values of every key but r3; the kinds as the table is now."""
+    either = (True, False)
+    return {
+        "bits": (8, 4),
+        "kind": tuple(KINDS),
+        "where": (AFTER, BEFORE),
+        "symmetric": either,
+        "rotate": either,
+    }

@@ -19,6 +19,7 @@ from .codec import Codec
 @dataclass(frozen=True)
 class Token(Codec):
     name = "token"
+    before_rope = True
 
     def rows(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)[:, None, :, None]

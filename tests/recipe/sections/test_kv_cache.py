@@ -39,7 +39,7 @@ BAD = [
         "zero points in blocks",
         after_bits("{kind: block, symmetric: false}"),
         (),
-        "quant.kv_cache.symmetric: got False: llama.cpp's q8_0 and q4_0 blocks have no zero point",
+        "quant.kv_cache.symmetric: got False: kind: block has no zero points; leave it out",
     ),
     (
         "a rotated vector",
