@@ -1,5 +1,5 @@
-"""The rows of tests/test_families.py: for every table, a recipe that chooses the member of CONTRIBUTING.md, and
-what its run has to show."""
+"""The rows of tests/test_families.py: for every table, a recipe that chooses the member of CONTRIBUTING.md,
+and what its run has to show."""
 
 from __future__ import annotations
 
