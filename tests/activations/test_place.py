@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from peft import get_peft_model
 
 from lowbit_ft.activations import Activation, Scheme, activation_of
@@ -221,3 +222,23 @@ def test_a_run_without_quantized_inputs_writes_what_it_wrote(tmp_path: Path) -> 
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert "activations" not in json.dumps(config)
     assert all(spec.activation is None for spec in read_weights(tmp_path / "m").specs.values())
+
+
+@pytest.mark.parametrize("scheme", [A4, MIXED[0], MIXED[1]], ids=str)
+def test_a_checkpointed_input_is_quantized_again(scheme: Scheme) -> None:
+    """Where a packed layer is given what is checkpointed as it is (OLMo 2: no norm before attention)."""
+    torch.manual_seed(0)
+    layer, start = activation_of(scheme), torch.randn(2, 64)
+    gradients = []
+    for again in (False, True):
+        leaf = start.clone().requires_grad_()
+        x = leaf * 1.5
+        y = forwarded(lambda x: layer(x) * layer(x).cos(), x, again)
+        y.sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None and gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def forwarded(forward: Any, x: torch.Tensor, again: bool) -> torch.Tensor:
+    return torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False) if again else forward(x)
