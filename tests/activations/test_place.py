@@ -16,13 +16,14 @@ from peft import get_peft_model
 from lowbit_ft.activations import Activation, Scheme, activation_of
 from lowbit_ft.activations.place import hosts, place_activations, scheme_of
 from lowbit_ft.adapters import Adapter
-from lowbit_ft.adapters.attach import attach
+from lowbit_ft.adapters.attach import attach, base_digest
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.native import layers_from_config
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
+from lowbit_ft.kv_cache import KVConfig, place_kv_cache
 from lowbit_ft.merge import base_weights, merge, verify_merge
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import packed_op_only
@@ -222,6 +223,21 @@ def test_a_run_without_quantized_inputs_writes_what_it_wrote(tmp_path: Path) -> 
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert "activations" not in json.dumps(config)
     assert all(spec.activation is None for spec in read_weights(tmp_path / "m").specs.values())
+
+
+def test_an_adapter_belongs_to_what_inputs_keys_and_values_were_on() -> None:
+    model = adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4))
+    names = [name for name, _ in hosts(model)]
+    seen = [base_digest(model)]
+    for bits in (8, 4):
+        place_activations(model, {name: Scheme(kind="token", bits=bits) for name in names})
+        seen.append(base_digest(model))
+    place_activations(model, {})
+    assert base_digest(model) == seen[0], "one without has the digest that it had"
+    for bits in (8, 4):
+        place_kv_cache(model, KVConfig.of(bits, "token"))
+        seen.append(base_digest(model))
+    assert len(set(seen)) == 5, "codes are the same, the model is not"
 
 
 @pytest.mark.parametrize("scheme", [A4, MIXED[0], MIXED[1]], ids=str)
