@@ -131,7 +131,10 @@ class Activation(nn.Module):
         if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
             return self.quantize(x)
         held = getattr(x, _KEPT, None)
-        key = (self.key, x._version, torch.is_grad_enabled())
+        # The last: which backward this is part of (-1: none). Gradient checkpointing forwards again there and
+        # has to come by the tensors that it kept: x^ of the first forward would leave some out.
+        backward = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
+        key = (self.key, x._version, torch.is_grad_enabled(), backward)
         if held is None or held[0] != key:
             held = (key, self.quantize(x))
             setattr(x, _KEPT, held)

@@ -6,6 +6,7 @@ State is exchanged by layer name, in the key layout of PEFT
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.place import scheme_of
+from ..kv_cache import kv_config_of
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from . import AdapterConfig
 from .step_codes import StepCodes
@@ -167,9 +170,14 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def base_digest(model: nn.Module) -> str:
-    """sha256 over every packed base by name: an adapter trained on one base refuses another."""
+    """sha256 over every packed base by name, and over what inputs, keys and values are on where they are on a
+    grid: an adapter trained on one base refuses another."""
     sha = hashlib.sha256()
     for name, layer in packed_layers(model):
         with in_memory(layer):
             sha.update(f"{name}:{layer.base.digest()};".encode())
+        if (scheme := scheme_of(layer)) is not None:
+            sha.update(f"input {json.dumps(scheme.to_json(), sort_keys=True)};".encode())
+    if (kv_cache := kv_config_of(model)) is not None:
+        sha.update(f"kv_cache {json.dumps(kv_cache.to_json(), sort_keys=True)};".encode())
     return sha.hexdigest()

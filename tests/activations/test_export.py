@@ -88,7 +88,8 @@ def test_readers_compute_the_training_forward(
         monkeypatch.setattr(library, "calculate_qparams", by_our_rule)
         found = logits(theirs)
     if scheme.bits == 8:  # at 4 bits one tie that falls otherwise is a seventh of the largest input
-        assert float((found - wanted).abs().mean()) < 0.05 * effect, "everything else is equal"
+        # one tie of this small model that falls otherwise is a twentieth of the effect
+        assert float((found - wanted).abs().mean()) < 0.1 * effect, "everything else is equal"
 
 
 def test_arguments_come_back_and_others_are_refused() -> None:

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from peft import get_peft_model
 
 from lowbit_ft.activations import Activation, Scheme, activation_of
 from lowbit_ft.activations.place import hosts, place_activations, scheme_of
 from lowbit_ft.adapters import Adapter
-from lowbit_ft.adapters.attach import attach
+from lowbit_ft.adapters.attach import attach, base_digest
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.native import layers_from_config
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
+from lowbit_ft.kv_cache import KVConfig, place_kv_cache
 from lowbit_ft.merge import base_weights, merge, verify_merge
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import packed_op_only
@@ -221,3 +223,38 @@ def test_a_run_without_quantized_inputs_writes_what_it_wrote(tmp_path: Path) -> 
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert "activations" not in json.dumps(config)
     assert all(spec.activation is None for spec in read_weights(tmp_path / "m").specs.values())
+
+
+def test_an_adapter_belongs_to_what_inputs_keys_and_values_were_on() -> None:
+    model = adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4))
+    names = [name for name, _ in hosts(model)]
+    seen = [base_digest(model)]
+    for bits in (8, 4):
+        place_activations(model, {name: Scheme(kind="token", bits=bits) for name in names})
+        seen.append(base_digest(model))
+    place_activations(model, {})
+    assert base_digest(model) == seen[0], "one without has the digest that it had"
+    for bits in (8, 4):
+        place_kv_cache(model, KVConfig.of(bits, "token"))
+        seen.append(base_digest(model))
+    assert len(set(seen)) == 5, "codes are the same, the model is not"
+
+
+@pytest.mark.parametrize("scheme", [A4, MIXED[0], MIXED[1]], ids=str)
+def test_a_checkpointed_input_is_quantized_again(scheme: Scheme) -> None:
+    """Where a packed layer is given what is checkpointed as it is (OLMo 2: no norm before attention)."""
+    torch.manual_seed(0)
+    layer, start = activation_of(scheme), torch.randn(2, 64)
+    gradients = []
+    for again in (False, True):
+        leaf = start.clone().requires_grad_()
+        x = leaf * 1.5
+        y = forwarded(lambda x: layer(x) * layer(x).cos(), x, again)
+        y.sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None and gradients[1] is not None
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def forwarded(forward: Any, x: torch.Tensor, again: bool) -> torch.Tensor:
+    return torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False) if again else forward(x)

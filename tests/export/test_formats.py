@@ -19,7 +19,7 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
-from tests.export.common import GGUF, GRIDS, OTHERS, checkpoint, needs_reader
+from tests.export.common import GGUF, GRIDS, checkpoint, needs_reader
 from tests.packed_tools import IDS, int_grid, packed_model, random_weights
 
 ASYMMETRIC = ("gptq_v2", "awq", "torchao")
@@ -85,16 +85,11 @@ def test_a_reader_that_is_not_there_is_named_with_its_extra(
     wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = random_weights(wide.empty_model(), int_grid())
-    for name in OTHERS:
+    extras = {"gguf": "gguf", "gptq": "gptq", "awq": "gptq", "mlx": "mlx", "torchao": "torchao"}
+    for name in extras:
         write_model(tmp_path / name, wide, weights, EXPORTERS[name])
     monkeypatch.setattr(base, "find_spec", lambda name: None)
-    for name, extra in {
-        "gguf": "gguf",
-        "gptq": "gptq",
-        "awq": "gptq",
-        "mlx": "mlx",
-        "torchao": "torchao",
-    }.items():
+    for name, extra in extras.items():
         for read in (load_exported, lambda folder: verify(folder, weights)):
             with pytest.raises(
                 ValueError, match=rf"reading {name} needs .*pip install 'lowbit-ft\[{extra}\]'"

@@ -91,8 +91,10 @@ def test_zero_points_of_older_compressed_tensors(tmp_path: Path) -> None:
     assert all(equal(model.get_submodule(name).base, layer) for name, layer in layers.items())
 
 
+# What has quantized inputs is for a server; int-quantized is refused by its name (config_groups: format).
 @pytest.mark.parametrize(
-    "name", [name for name, exporter in EXPORTERS.items() if exporter.quant_method in READERS]
+    "name",
+    [n for n, exporter in EXPORTERS.items() if exporter.quant_method in READERS and n != "int-quantized"],
 )
 def test_what_we_export_comes_in_again(name: str, tmp_path: Path) -> None:
     dense = Checkpoint.open(tiny_checkpoint(tmp_path / "dense"), dtype="float32")

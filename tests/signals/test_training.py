@@ -158,7 +158,7 @@ def test_students_come_nearer_to_their_teacher(tmp_path: Path) -> None:
         learning_rate=0.02,
         max_grad_norm=10.0,
     )
-    assert apart() < 0.7 * before
+    assert apart() < 0.9 * before  # scales of either sign start a third nearer than one sign did
     assert lines(tmp_path)[-1] < 0.8 * lines(tmp_path)[0]
 
 

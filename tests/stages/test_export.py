@@ -33,6 +33,7 @@ def test_an_export_that_fails_verification_does_not_stay(
     session: Any = SimpleNamespace(
         run=RunDir(tmp_path),
         checkpoint=checkpoint,
+        folded=checkpoint,
         recipe=recipe(tmp_path / "no"),
         device=torch.device("cpu"),
         say=print,
