@@ -30,7 +30,10 @@ folder = Path(sys.argv[1])
 lock = FolderLock(folder)
 with staged_folder(folder / "base") as stage:
     (stage / "a").write_text("half")
-    if sys.argv[2] == "fork" and not os.fork():
+    if sys.argv[2] == "fork":
+        if os.fork():
+            time.sleep(600)
+        print("held", flush=True)  # the child: what it does with its parent's locks is done by now
         os.closerange(0, 3)
         time.sleep(600)
         os._exit(0)

@@ -162,7 +162,7 @@ def test_what_a_format_cannot_hold_is_refused_before_training(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "format", [name for name in EXPORTERS if name not in ("native", "compressed-tensors")]
+    "format", [name for name in EXPORTERS if name not in ("native", "compressed-tensors", "int-quantized")]
 )
 def test_other_formats_refuse_what_is_no_plain_linear_by_name(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
