@@ -86,8 +86,8 @@ def full_qat(recipe: Recipe) -> list[Layer]:
         for name, layer in list(packed_layers(model)):
             assert isinstance(layer.base, PackedWeight)
             model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
-        order = batches(session, model, examples, recipe.train.micro_batch_size, shuffle=True)
-        lesson = lesson_of(session, model, examples, None)
+        lesson, size = lesson_of(session, model, examples, None), recipe.train.micro_batch_size
+        order = batches(session, model, examples, size, shuffle=True, taught=lesson.teacher is not None)
         train(model, order, None, recipe.train, session.run.path, lesson=lesson, console=session.console)
     out = []
     for name, layer in model.named_modules():

@@ -1,9 +1,9 @@
 """The learning rates that `train.learning_rate: auto` takes, by method and bits.
 
-A place to begin, from the first rows of a search on one small model (LOG.md; benchmarks/defaults.py is the
-whole search). lr_qat at 3 bits: the best of three on text that the model knows, at 2 near it (a new task in
-few steps wanted more); at 4 the quickstart's, beside which nothing was tried on such text. dl_qat and l4q:
-the best of an earlier sweep on such text alone.
+A place to begin, from a search on one small model (LOG.md, benchmarks/defaults.py). lr_qat: the best of four
+rates at 2, 3 and 4 bits on text that the model knows; a new task in 40 steps wanted 8e-3 at every width, by
+0.08 in loss at 2 and 3 bits and 0.24 at 4, where that rate undoes part of the start on known text. dl_qat and
+l4q: the best of an earlier sweep on such text alone.
 
 A rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D counts grid
 steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back.
