@@ -88,8 +88,11 @@ def test_readers_compute_the_training_forward(
         monkeypatch.setattr(library, "calculate_qparams", by_our_rule)
         found = logits(theirs)
     if scheme.bits == 8:  # at 4 bits one tie that falls otherwise is a seventh of the largest input
-        # one tie of this small model that falls otherwise is a twentieth of the effect
-        assert float((found - wanted).abs().mean()) < 0.1 * effect, "everything else is equal"
+        # By position: a tie that falls otherwise (seen: one row's in one position, and what attends to it)
+        # moves some positions by more than a mean over all of them tells.
+        apart = (found - wanted).abs().mean(-1).flatten()
+        assert float((apart < 1e-3 * effect).float().mean()) > 0.8, "everything else is equal"
+        assert float(apart.max()) < effect
 
 
 def test_arguments_come_back_and_others_are_refused() -> None:
