@@ -1,12 +1,14 @@
-"""What a rotation is worth where inputs are quantized: the tiny Llama with planted outliers, W4A4.
+"""What a rotation is worth where inputs and keys and values are quantized: the tiny Llama with planted outliers,
+W4A4KV4.
 
     python benchmarks/rotations.py                                    # resumable; one folder per run in --out
     python benchmarks/rotations.py --steps 3 --windows 8 --seeds 0    # a look, without meaning
 
 Rows are round-to-nearest (plain), SmoothQuant-like (smooth), every site turned (hadamard), each layer as it
 likes (adaptive), with and without the online site r4, on the checkpoint as it is and with outliers
-(outliers.py). Each is trained for equally many steps with the straight-through estimator; KL is to the
-full-precision model, before and after training.
+(outliers.py). Each is trained for equally many steps on the same source files with the straight-through
+estimator and the full-precision model's answers; perplexity and KL to it on files it has not seen, before
+training (round-to-nearest) and after. Keys and values are as vLLM's int4_per_token_head has them in every row.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from lowbit_ft.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
+TEXT = ROOT / "recipes" / "assets" / "text"
 ROWS: dict[str, list[str]] = {
     "plain": [],
     "smooth": ["quant.smooth=auto"],
@@ -48,7 +51,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--windows", type=int, default=64)
     p.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    p.add_argument("--bits", nargs=2, type=int, default=[4, 4], help="of weights and inputs")
+    p.add_argument("--bits", nargs=3, type=int, default=[4, 4, 4], help="of weights, inputs, keys and values")
     return p.parse_args()
 
 
@@ -62,12 +65,19 @@ def measure(o: argparse.Namespace, model: Path, row: str, seed: int) -> dict[str
             f"name={name}",
             f"output={output}",
             f"model.path={model}",
+            "model.dtype=bfloat16",
             f"quant.bits={o.bits[0]}",
             f"quant.activations.bits={o.bits[1]}",
+            f"quant.kv_cache.bits={o.bits[2]}",
             "quant.calibrate=mse",
             f"quant.calibration.samples={o.samples}",
             "quant.calibration.sequence_len=256",
             f"quant.rotation.seed={seed}",
+            f"data.train={{path: {TEXT / 'train.jsonl'}, format: text}}",
+            f"data.valid={{path: {TEXT / 'valid.jsonl'}, format: text}}",
+            "data.train_on=all",
+            "train.signal.kind=logits",
+            "train.teacher=cached",
             f"train.max_steps={o.steps}",
             f"train.seed={seed}",
             f"eval.windows={o.windows}",
