@@ -1,5 +1,4 @@
-"""What a rotation is worth where inputs and keys and values are quantized: the tiny Llama with planted outliers,
-W4A4KV4.
+"""What a rotation is worth where weights, inputs, keys and values are rounded: W4A4KV4 of a tiny Llama.
 
     python benchmarks/rotations.py                                    # resumable; one folder per run in --out
     python benchmarks/rotations.py --steps 3 --windows 8 --seeds 0    # a look, without meaning
@@ -7,8 +6,9 @@ W4A4KV4.
 Rows are round-to-nearest (plain), SmoothQuant-like (smooth), every site turned (hadamard), each layer as it
 likes (adaptive), with and without the online site r4, on the checkpoint as it is and with outliers
 (outliers.py). Each is trained for equally many steps on the same source files with the straight-through
-estimator and the full-precision model's answers; perplexity and KL to it on files it has not seen, before
-training (round-to-nearest) and after. Keys and values are as vLLM's int4_per_token_head has them in every row.
+estimator and the full-precision model's answers. Perplexity and KL to it are of files it has not seen, before
+training (round-to-nearest) and after. Keys and values are as vLLM's int4_per_token_head has them, in every
+row.
 """
 
 from __future__ import annotations
