@@ -120,7 +120,7 @@ def export(name: str, o: argparse.Namespace) -> Path:
 @torch.no_grad()
 def ours(folder: Path, prompts: list[list[int]], new_tokens: int, dtype: str) -> dict[str, Any]:
     """The training forward: merged/ in this project's reader."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     logprobs, tokens = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
