@@ -1,9 +1,9 @@
 """Python processes that have imported everything before they begin: 4 s of processor time less for each.
 
-They are forked from a process that has done nothing but import (the forkserver of multiprocessing), so they share
-no state with this one. What they share with each other is the seed of `hash`: what must not depend on the order of
-a set is compared with a run of this process. Not for what is decided by an import or before it (TRITON_INTERPRET,
-the first line of a program): that takes subprocess.
+They are forked from a process that has done nothing but import (the forkserver of multiprocessing), so they
+share no state with this one. What they share with each other is the seed of `hash`: what must not depend on
+the order of a set is compared with a run of this process. Not for what is decided by an import or before it
+(TRITON_INTERPRET, the first line of a program): that takes subprocess.
 """
 
 from __future__ import annotations
