@@ -49,6 +49,12 @@ class Line:
         if process.returncode:
             raise SystemExit(errors)
 
+    def verify(self, folder: Path) -> tuple[int, str]:
+        """(exit code of `lowbit-ft verify`, what it said)."""
+        command = [sys.executable, "-m", "lowbit_ft", "verify", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
 
 def shas(output: Path) -> dict[str, str]:
     """Folder/file -> sha256 of every tensor file that the run left."""
@@ -58,7 +64,7 @@ def shas(output: Path) -> dict[str, str]:
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def problems(output: Path, wanted: list[dict[str, str]]) -> list[str]:
+def problems(line: Line, output: Path, wanted: list[dict[str, str]]) -> list[str]:
     """What is wrong with a finished folder; wanted: the sha256 of the runs that it may be."""
     found = []
     if shas(output) not in wanted:
@@ -66,14 +72,9 @@ def problems(output: Path, wanted: list[dict[str, str]]) -> list[str]:
     if left := [p.name for p in output.rglob(".*.lowbit_ft-*")]:
         found.append(f"LEFTOVERS {left}")
     folder = output / ("exported" if (output / "exported").is_dir() else "merged")
-    verify = subprocess.run(
-        [sys.executable, "-m", "lowbit_ft", "verify", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if verify.returncode:
-        found.append(f"VERIFY: {verify.stderr[-300:]}")
+    code, said = line.verify(folder)
+    if code:
+        found.append(f"VERIFY: {said[-300:]}")
     return found
 
 
@@ -136,7 +137,7 @@ def main() -> None:
             moment, second = rng.uniform(0.02, 0.98) * length, number % 4 >= 2
             seen = kill(line, output, how, moment, second)
             line.finish(output)
-            found = problems(output, wanted)
+            found = problems(line, output, wanted)
             bad += bool(found) or "UNEXPECTED" in seen
             print(
                 f"{how.name} at {moment:.1f} s, {seen}; then: {'; '.join(found) or 'same bytes'}", flush=True
@@ -147,7 +148,7 @@ def main() -> None:
         for number in range(o.pairs):
             output, apart = place / f"pair-{number}", rng.uniform(0, 0.5) * length * (number % 3 > 0)
             seen = pair(line, output, other if number % 2 else "", apart)
-            found = problems(output, wanted if number % 2 else wanted[:1])
+            found = problems(line, output, wanted if number % 2 else wanted[:1])
             bad += bool(found) or "FAILED" in seen or "finished" not in seen
             what = "two recipes" if number % 2 else "one recipe"
             print(

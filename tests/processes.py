@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,9 +12,3 @@ def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
     """This process's variables with root's packages before all others, and `more`."""
     path = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))} | more
-
-
-def launched(script: str, *arguments: object) -> list[str]:
-    """The command that runs a file of tests in two processes that know each other."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [sys.executable, *torchrun, script, *map(str, arguments)]

@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.kill_and_resume import Line, kill, pair, problems, shas
 from lowbit_ft import pipeline
-from tests.line_tools import QUICK, ROOT, recipe
+from tests.forks import Forked, run, run_together, together
+from tests.line_tools import QUICK, recipe
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -23,20 +22,8 @@ def adapter_sha(out: Path) -> str:
     return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def child(out: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
-    """`lowbit-ft train` in its own process (or two, through torchrun)."""
-    arguments = ["train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
-    launch = ["-m", "lowbit_ft", *arguments]
-    if processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launch]
-    return subprocess.Popen(
-        [sys.executable, *launch],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def command(out: Path, *overrides: str) -> list[str]:
+    return ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
 
 
 def alone(out: Path, *overrides: str) -> None:
@@ -51,64 +38,73 @@ def alone(out: Path, *overrides: str) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    steps = "train.max_steps=8"
-    whole = child(tmp_path / "whole", steps)
-    whole.communicate(timeout=300)
-    assert whole.returncode == 0
+    steps = "train.max_steps=6"
+    alone(tmp_path / "whole", steps)
     for how in (signal.SIGTERM, signal.SIGKILL):
         out = tmp_path / how.name
-        first = child(out, steps)
+        first = Forked(command(out, steps))
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not (out / "checkpoints" / "step-00000002").exists():
             time.sleep(0.05)
         first.send_signal(how)
-        said = first.communicate(timeout=120)[0]
+        said = "".join(first.communicate(timeout=120))
         assert not (out / "adapter").exists(), "it was over before it could be killed"
         if how == signal.SIGTERM:
             assert first.returncode == 130 and "everything is saved" in said
-        again = child(out, steps)
-        said = again.communicate(timeout=300)[0]
-        assert again.returncode == 0, said
+        again = run(command(out, steps))
+        assert again.returncode == 0, again.stderr
         assert adapter_sha(out) == adapter_sha(tmp_path / "whole"), how.name
+
+
+class ForkedLine(Line):
+    """The line of benchmarks/kill_and_resume.py in processes that need not import first."""
+
+    def start(self, output: Path, *more: str) -> Any:
+        return Forked(["-m", "lowbit_ft", *self.arguments, *more, f"output={output}"])
+
+    def verify(self, folder: Path) -> tuple[int, str]:
+        done = run(["-m", "lowbit_ft", "verify", folder])
+        return done.returncode, done.stderr
 
 
 @pytest.mark.slow
 def test_two_at_once_and_killed_with_another_one_starting(tmp_path: Path) -> None:
     """The short form of benchmarks/kill_and_resume.py: a pair, and two kills over the whole line."""
     short = ["eval.kl=false", "eval.windows=1", "eval.generate=[]", "data.train.limit=60"]
-    line = Line("recipes/quickstart.yaml", [*QUICK, *short])
+    line = ForkedLine("recipes/quickstart.yaml", [*QUICK, *short])
     began = time.monotonic()
     line.finish(tmp_path / "whole")
     length, wanted = time.monotonic() - began, [shas(tmp_path / "whole")]
     assert {Path(name).parent.name for name in wanted[0]} == {"base", "adapter", "merged", "exported"}
     seen = pair(line, tmp_path / "pair", "", apart=0.0)
     assert "finished" in seen and "FAILED" not in seen
-    assert problems(tmp_path / "pair", wanted) == []
+    assert problems(line, tmp_path / "pair", wanted) == []
     for how, share, second in ((signal.SIGTERM, 0.8, False), (signal.SIGKILL, 0.5, True)):
         out = tmp_path / how.name
         assert "UNEXPECTED" not in kill(line, out, how, share * length, second)
         line.finish(out)
-        assert problems(out, wanted) == []
+        assert problems(line, out, wanted) == []
 
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same_from_a_teacher_that_was_asked(tmp_path: Path) -> None:
     """The main one asks, both read; killed in between, they go on to the same bytes."""
-    cached = ["train.teacher=cached", "train.signal={kind: mix, on: all}", "train.max_steps=8"]
+    cached = ["train.teacher=cached", "train.signal={kind: mix, on: all}", "train.max_steps=6"]
     alone(tmp_path / "one", *cached, "train.gradient_accumulation_steps=2")
+    cached.append("train.gradient_accumulation_steps=1")
+    killed = together(*command(tmp_path / "killed", *cached))
+    deadline = time.monotonic() + 200
+    while (
+        time.monotonic() < deadline and not (tmp_path / "killed" / "checkpoints" / "step-00000002").exists()
+    ):
+        time.sleep(0.05)
+    for process in killed:
+        process.terminate()
+    said = [process.communicate(timeout=300) for process in killed]
+    assert all(process.returncode for process in killed), said
     for name in ("two", "killed"):
-        two = child(tmp_path / name, *cached, "train.gradient_accumulation_steps=1", processes=2)
-        deadline = time.monotonic() + 200
-        while name == "killed" and time.monotonic() < deadline:
-            if (tmp_path / name / "checkpoints" / "step-00000002").exists():
-                two.terminate()  # torchrun passes it on
-                break
-            time.sleep(0.05)
-        said = two.communicate(timeout=300)[0]
-        assert (two.returncode == 0) is (name == "two"), said
-    again = child(tmp_path / "killed", *cached, "train.gradient_accumulation_steps=1", processes=2)
-    said = again.communicate(timeout=300)[0]
-    assert again.returncode == 0 and "teacher: reusing" in said, said
+        done = run_together(*command(tmp_path / name, *cached))
+        assert done.returncode == 0 and ("teacher: reusing" in done.stdout) is (name == "killed"), done
     assert adapter_sha(tmp_path / "killed") == adapter_sha(tmp_path / "two")
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -124,11 +120,16 @@ def test_two_processes_learn_the_same_from_a_teacher_that_was_asked(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["method: lr_qat", "method: l4q, rank: 4, warmup_steps: 1"])
 def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
-    adapter = f"adapter={{{adapter}}}"
-    alone(tmp_path / "one", "train.gradient_accumulation_steps=2", adapter)
-    two = child(tmp_path / "two", "train.gradient_accumulation_steps=1", adapter, processes=2)
-    said = two.communicate(timeout=300)[0]
-    assert two.returncode == 0, said
+    """Started as torchrun starts them; once by torchrun itself."""
+    given = [f"adapter={{{adapter}}}", "train.gradient_accumulation_steps="]
+    alone(tmp_path / "one", *given[:1], given[1] + "2")
+    two = command(tmp_path / "two", *given[:1], given[1] + "1")
+    if "lr_qat" in adapter:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = run([*torchrun, *two])
+    else:
+        done = run_together(*two)
+    assert done.returncode == 0, done.stderr
 
     def losses(out: Path) -> list[float]:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

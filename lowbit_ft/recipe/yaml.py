@@ -186,8 +186,24 @@ def apply_override(source: Source, text: str) -> None:
     source.places[where] = place
 
 
+class _Composer(yaml.SafeLoader):
+    """Composes only: no tag builds anything here. RecursionError long before Python's own, which comes after
+    seconds: what the scanner does for one bracket grows with the number of open ones.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > 4 * MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def _compose(text: str) -> yaml.Node | None:
-    loader = yaml.SafeLoader(text)  # composes only: no tag builds anything here
+    loader = _Composer(text)
     try:
         return loader.get_single_node()
     except (

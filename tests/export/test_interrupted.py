@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.files.atomic import leftover_of
 from lowbit_ft.model.checkpoint import Checkpoint
+from tests.forks import run
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
-from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSET = ROOT / "recipes" / "assets" / "tiny-llama"
@@ -55,8 +54,7 @@ def source(tmp_path: Path) -> Checkpoint:
 
 
 def killed(source: Checkpoint, target: Path, name: str, how: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD, str(source.folder), str(target), name, how]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    return run(["-c", CHILD, source.folder, target, name, how])
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "gguf"])

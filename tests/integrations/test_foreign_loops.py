@@ -4,7 +4,6 @@ preparation, l4q's warm-up."""
 from __future__ import annotations
 
 import json
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.peft_layer import LowBitLinear
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
+from tests.forks import run_together
 from tests.integrations.loading import NATIVE
 from tests.integrations.peft_models import logits, packed_model, tokens, train
 from tests.packed_tools import IDS, int_grid, random_weights, tiny_checkpoint
-from tests.processes import environment, launched
 
 IN_TWO_PROCESSES = """
 import json, sys, torch
@@ -101,8 +100,7 @@ def test_ddp_of_other_loops(base: Path, tmp_path: Path) -> None:
     """No loop knows of packed buffers. Both processes end with the same adapters, over the same base."""
     (tmp_path / "loop.py").write_text(IN_TWO_PROCESSES)
     kinds = ("attached", "accelerate", "trainer")
-    command = launched(str(tmp_path / "loop.py"), base, tmp_path, *kinds)
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = run_together(tmp_path / "loop.py", base, tmp_path, *kinds)
     assert done.returncode == 0, done.stderr[-3000:]
     for kind in kinds:
         first, second = (json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in (0, 1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.sharding import shard
+from tests.forks import run_together
 from tests.packed_tools import IDS, adapter_config, packed_model, random_weights, tiny_checkpoint
-from tests.processes import environment, launched
 from tests.toy import examples, quiet, section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,9 +273,7 @@ def together(folder: Path, out: Path) -> None:
 
 def test_two_processes_write_to_no_page(tmp_path: Path) -> None:
     folder = base(tmp_path)
-    launch = launched(__file__, folder, tmp_path)
-    variables = environment(OMP_NUM_THREADS="1")
-    done = subprocess.run(launch, env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_together(__file__, folder, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -5,8 +5,6 @@ memory; killed, nothing.
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +32,9 @@ from lowbit_ft.recipe.layers import read_shapes
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.stages import quantize as quantize_stage
+from tests.forks import run
 from tests.live_bytes import LiveBytes
 from tests.packed_tools import random_weight
-from tests.processes import environment
 from tests.quantize.test_quantize import CONFIGS, checkpoint_of, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,15 +307,7 @@ def test_a_killed_quantize_leaves_nothing_that_loads_and_the_next_one_packs_all_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        str(ROOT / "recipes" / "quickstart.yaml"),
-        *QUICK,
-        f"output={out}",
-    ]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(["-c", CHILD, ROOT / "recipes" / "quickstart.yaml", *QUICK, f"output={out}"])
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = out.glob(".base.lowbit_ft-*.partial")
     assert not (out / "base").exists() and left.is_dir()

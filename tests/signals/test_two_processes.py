@@ -4,14 +4,13 @@ it."""
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import environment, launched
+from tests.forks import run_together
 from tests.signals import two_processes
 from tests.signals.common import OPTIONS, STEPS, go, lesson, student
 from tests.signals.two_processes import TEACHERS
@@ -23,10 +22,7 @@ def rows(folder: Path) -> list[list[float]]:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    command = launched(two_processes.__file__, tmp_path)
-    ran = subprocess.run(
-        command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=600
-    )
+    ran = run_together(two_processes.__file__, tmp_path)
     assert ran.returncode == 0, ran.stderr[-4000:]
     for teacher in TEACHERS:
         model = student()

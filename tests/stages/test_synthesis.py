@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.session import resume
 from lowbit_ft.stages import synthesis
 from lowbit_ft.stages.synthesis import read_state, train_source, valid_source, writer
+from tests.forks import Forked, run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = [
@@ -135,14 +132,16 @@ def test_no_row_left_is_an_error(tmp_path: Path) -> None:
 def test_a_killed_run_writes_the_same_rows(tmp_path: Path) -> None:
     pipeline.quantize(recipe(tmp_path / "whole", "data.synthesis.samples=64", "data.synthesis.batch_size=4"))
     given = [*SHORT, "data.synthesis.samples=64", "data.synthesis.batch_size=4", f"output={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "lowbit_ft", "quantize", "recipes/quickstart-data-free.yaml", *given]
+    command = ["-m", "lowbit_ft", "quantize", "recipes/quickstart-data-free.yaml", *given]
     manifest = tmp_path / "run" / "synthesis" / MANIFEST
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (manifest.exists() and len(_shards(manifest)) >= 3):
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+    process = Forked(command)
+    while process.poll() is None and not (manifest.exists() and len(_shards(manifest)) >= 3):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
     assert not read_state(tmp_path / "run" / "synthesis").done, "it was killed too late to show anything"
-    subprocess.run(command, cwd=ROOT, env=os.environ, check=True, stdout=subprocess.DEVNULL)
+    again = run(command)
+    assert again.returncode == 0, again.stderr
     assert files(tmp_path / "run" / "synthesis") == files(tmp_path / "whole" / "synthesis")
 
 

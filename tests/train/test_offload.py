@@ -7,8 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train import offload as module
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.offload import FileStore, MemoryStore, Offload, PinnedStore, open_store
-from tests.processes import environment
+from tests.forks import run
 from tests.toy import batches, equal, quiet, section, state
 
 ROOT = Path(__file__).parents[2]
@@ -264,13 +262,7 @@ def test_a_killed_run_leaves_no_file(tmp_path: Path) -> None:
         "signal.SIGKILL)\n"
         "FileStore.get = get; go(Path(sys.argv[1]), offload='disk')\n"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ran = run(["-c", script, tmp_path])
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-2000:]
     held, names = map(int, ran.stdout.split())
     assert held >= LAYERS * 16 * 4 * 6 and names == 1  # metrics.jsonl

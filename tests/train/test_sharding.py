@@ -1,7 +1,7 @@
 """Two processes share one packed base: same losses, same trained bytes, half the memory, checkpoints for any
 number of processes.
 
-One torchrun of two_processes.py does everything that needs two processes; the tests compare what it left with
+One run of two_processes.py does everything that needs two processes; the tests compare what it left with
 what one process does here. Two gradients add up to the same number in either order, so the comparisons are
 exact.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +25,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held, unshardable
-from tests.processes import environment, launched
+from tests.forks import run_together
 from tests.train import two_processes
 from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, go, packed, stop_at
 
@@ -59,10 +58,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     for name in ("one-then-two", "one-then-ddp"):
         assert go(folder / name, packed(), on_step=stop_at(1)).stopped
-    command = launched(two_processes.__file__, folder)
-    ran = subprocess.run(
-        command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900
-    )
+    ran = run_together(two_processes.__file__, folder)
     assert ran.returncode == 0, ran.stderr[-4000:]
     go(folder / "one", packed())
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit_ft.train.setup import make_accelerator
+from tests.forks import run_together
 from tests.loop_tools import (
     WARMUP,
     Warming,
     digest,
-    environment,
     go,
     lines,
     losses,
@@ -29,14 +28,7 @@ from tests.toy import Toy, batches, section
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__)), str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run_together(__file__, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts == {"type": "MULTI_CPU", "processes": 2, "stopped_after": 4}

@@ -1,4 +1,4 @@
-"""What two processes run together, launched by torchrun on this file, and the same run in one process."""
+"""What two processes run together, as torchrun launches this file, and the same run in one process."""
 
 from __future__ import annotations
 
