@@ -3,15 +3,16 @@
     python benchmarks/llm_qat.py                                  # resumable: W4A8KV4, groups of 128 and rows
     python benchmarks/llm_qat.py --settings 4-8-4:128 --seeds 0 --steps 3 --samples 40 --valid-windows 8
 
-A setting is weights-inputs-cache:group, as the paper (arXiv 2305.17888) writes 4-8-4, its cache and its inputs
-as recipes/llama31-8b-w4a8kv4-llm-qat.yaml has them. Four arms, each a recipe that goes through the line:
+A setting is weights-inputs-cache:group, as the paper (arXiv 2305.17888) writes 4-8-4, its cache and its
+inputs as recipes/llama31-8b-w4a8kv4-llm-qat.yaml has them. Four arms, each a recipe that goes through the
+line:
 
     round-to-nearest   absmax scales, nothing trained        start     the calibrator of the trained ones
     real               lr_qat on windows of the real text    self_generated   on what data.synthesis wrote
 
-Both trained arms have the same number of tokens, of steps, and the same teacher (the full-precision model, its
-answers cached). Perplexity and KL to full precision are those of the real validation text, which no run has
-seen, with inputs and cache on their grids. Rows are kept in --out as they come (JSON), so a stopped run goes
+Both trained arms have the same number of tokens, of steps, and the same teacher (the full-precision model,
+its answers cached). Perplexity and KL to full precision are those of the real validation text, which no run
+has seen, with inputs and cache on their grids. Rows are kept in --out as they come (JSON), so a stopped run goes
 on; the table is printed from that file.
 """
 
