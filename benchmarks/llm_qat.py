@@ -12,8 +12,8 @@ line:
 
 Both trained arms have the same number of tokens, of steps, and the same teacher (the full-precision model,
 its answers cached). Perplexity and KL to full precision are those of the real validation text, which no run
-has seen, with inputs and cache on their grids. Rows are kept in --out as they come (JSON), so a stopped run goes
-on; the table is printed from that file.
+has seen, with inputs and cache on their grids. Rows are kept in --out as they come (JSON), so a stopped run
+goes on; the table is printed from that file.
 """
 
 from __future__ import annotations
