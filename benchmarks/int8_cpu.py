@@ -53,39 +53,26 @@ def options() -> argparse.Namespace:
     return p.parse_args()
 
 
-def int8_codes(weight: PackedWeight) -> Tensor:
-    """Signed codes by group, int8 [G, N, group]: each a matrix whose columns follow one another."""
-    n, k = weight.shape
-    size = k if weight.grid.group_size == -1 else weight.grid.group_size
-    codes = weight.unpack_codes().view(torch.int8) if weight.grid.bits < 8 else weight.unpack_codes()
-    signed = codes.sub(1 << (weight.grid.bits - 1)).to(torch.int8)
-    return signed.view(n, k // size, size).transpose(0, 1).contiguous()
-
-
-def integer_linear(codes: Tensor, token: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """codes int8 [M, K], token fp32 [M, 1], weight int8 [G, N, group], scale [G, N] -> fp32 [M, N]."""
-    size, scale = weight.shape[-1], scale.float()
-    total = torch._int_mm(codes[:, :size], weight[0].t()).float().mul_(scale[0])
-    for group in range(1, len(weight)):
-        part = torch._int_mm(codes[:, group * size : (group + 1) * size], weight[group].t())
-        total.addcmul_(part.float(), scale[group])
-    return total.mul_(token)
+def int8_of(weight: PackedWeight) -> kernels.Int8Weight:
+    grid = weight.grid
+    return kernels.int8_weight(
+        weight.codes, weight.scale, weight.zero, grid.bits, weight.shape[1], grid.group_size
+    )
 
 
 def contenders(
     weights: list[PackedWeight], x: Tensor, bits: int
 ) -> dict[str, Callable[[PackedWeight], Tensor]]:
     activation = activation_of(Scheme(kind="token", bits=bits))
-    kept = {id(weight): int8_codes(weight) for weight in weights}
+    kept = {id(weight): int8_of(weight) for weight in weights}
 
-    def integers(weight: PackedWeight, codes: Tensor) -> Tensor:
-        seen, token, _ = activation.codes(x)
-        return integer_linear(seen, token, codes, weight.scale).to(x.dtype)
+    def integers(held: kernels.Int8Weight) -> Tensor:
+        return kernels.int8_linear(*activation.codes(x)[:2], held, x.dtype)
 
     made: dict[str, Callable[[PackedWeight], Tensor]] = {
         "packed": lambda weight: weight.linear(activation.quantize(x)),
-        "unpacked": lambda weight: integers(weight, int8_codes(weight)),
-        "kept": lambda weight: integers(weight, kept[id(weight)]),
+        "unpacked": lambda weight: integers(int8_of(weight)),
+        "kept": lambda weight: integers(kept[id(weight)]),
     }
     first, grid = weights[0], weights[0].grid
     held = kernels.fits_int4(first.shape, grid.bits, grid.group_size, first.scale.dtype, False)
