@@ -12,6 +12,7 @@ from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_we
 from .estimates import grid_estimates
 from .grid_linear import grid_gradients, grid_linear
 from .hadamard import hadamard
+from .int8_cpu import Int8Weight, fits_int8, has_int8, int8_linear, int8_weight
 from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
 from .pack import dequantize, pack, quantize_pack, unpack
@@ -20,6 +21,7 @@ from .rounding import exact_exp, round_values
 __all__ = [
     "DECODE_ROWS",
     "Int4Weight",
+    "Int8Weight",
     "UNITS",
     "binary_dequantize",
     "binary_gradients",
@@ -28,14 +30,18 @@ __all__ = [
     "dequantize",
     "exact_exp",
     "fits_int4",
+    "fits_int8",
     "grid_codes",
     "grid_estimates",
     "grid_gradients",
     "grid_linear",
     "group_count",
     "hadamard",
+    "has_int8",
     "int4_linear",
     "int4_weight",
+    "int8_linear",
+    "int8_weight",
     "pack",
     "packed_matmul",
     "packed_matmul_dx",

@@ -14,14 +14,17 @@ Nothing flows into s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..model.linear import InputGrid
 
 _KEPT = "_lowbit_quantized"  # the attribute of x that holds its x^, by scheme
+_CODES = "_lowbit_codes"  # and the one that holds its codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class Scheme:
         return " ".join(parts)
 
 
-class Activation(nn.Module):
+class Activation(InputGrid):
     """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
 
     It has no buffers and no parameters: a state dict does not know it.
@@ -98,6 +101,10 @@ class Activation(nn.Module):
         super().__init__()
         assert scheme.kind == self.kind, f"{scheme.kind} scheme for {type(self).__name__}"
         self._scheme = scheme
+
+    @property
+    def one_scale(self) -> bool:
+        return self.products == 1 and self._scheme.symmetric
 
     def scheme(self) -> Scheme:
         """What an exporter writes."""
@@ -130,14 +137,24 @@ class Activation(nn.Module):
         # held by its own gradient's node, so what hangs on it would hold it for ever.
         if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
             return self.quantize(x)
-        held = getattr(x, _KEPT, None)
+        return self._held(x, _KEPT, self.quantize)
+
+    def shared_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `one_scale`: x [..., K] -> (codes int8, scale fp32 [..., 1] or [1]), shared like x^."""
+        if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
+            return self.codes(x)[:2]
+        return self._held(x, _CODES, self.codes)[:2]
+
+    def _held(self, x: Tensor, name: str, make: Callable[[Tensor], Any]) -> Any:
+        """make(x), kept on x under a name for who asks again."""
+        held = getattr(x, name, None)
         # The last: which backward this is part of (-1: none). Gradient checkpointing forwards again there and
         # has to come by the tensors that it kept: x^ of the first forward would leave some out.
         backward = torch._C._current_graph_task_id()  # pyright: ignore[reportAttributeAccessIssue]
         key = (self.key, x._version, torch.is_grad_enabled(), backward)
         if held is None or held[0] != key:
-            held = (key, self.quantize(x))
-            setattr(x, _KEPT, held)
+            held = (key, make(x))
+            setattr(x, name, held)
         return held[1]
 
     @property

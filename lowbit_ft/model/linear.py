@@ -11,20 +11,23 @@ send their integers around anyway, is told to leave them alone (`leave_out_of_dd
 Decoding on a CPU (bfloat16, at most DECODE_ROWS rows, eval mode, no adapter, no gradient wanted) goes through
 PyTorch's int4 kernel where it can hold the grid: the same weight, repacked at the first such call and kept
 beside the codes (half a byte per weight more), with sums that differ in their rounding
-(lowbit_kernels/decode_cpu.py says by how much). Everything else is the packed op. What is measured or
-compared must not change path with the number of rows: it runs under `packed_op_only`.
+(lowbit_kernels/decode_cpu.py says by how much). Where that kernel cannot hold the grid, or the model is not
+in bfloat16, and inputs are on a grid of one symmetric scale per token, any number of rows goes through the
+product of integers (lowbit_kernels/int8_cpu.py; a byte per weight more). A layer keeps one copy at most.
+Everything else is the packed op. What is measured or compared must not change path with the number of rows:
+it runs under `packed_op_only`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lowbit_kernels import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
+from lowbit_kernels import DECODE_ROWS, Int4Weight, Int8Weight, int4_linear, int8_linear
 from torch import Tensor, nn
 
-from ..grid import WEIGHTS, Grid, IntGrid, PackedWeight, Weight, empty_weight
+from ..grid import WEIGHTS, Grid, Weight, empty_weight
+from .repacked import Repacked, holds_int4
 
 
 class WeightAdapter(nn.Module):
@@ -46,6 +49,19 @@ class WeightAdapter(nn.Module):
         """Called before optimizer step `step` (0-based)."""
 
 
+class InputGrid(nn.Module):
+    """What a PackedLinear asks of whatever puts its input on a grid (activations/, one floor above)."""
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether x^ is codes times a scale of the token (or of all of them), without a zero point."""
+        return False
+
+    def shared_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., K] -> (codes int8 [..., K], scale fp32 [..., 1] or [1]); asked for where `one_scale`."""
+        raise AssertionError(f"{type(self).__name__} has no codes")
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + bias, W [N, K] on a grid. With an adapter, W is the adapted weight; the base never
     changes.
@@ -57,7 +73,7 @@ class PackedLinear(nn.Module):
     # What its input goes through before the packed op: a transform (an online rotation) that the unrounded
     # model needs too, then what puts it on a grid (activations/), which the unrounded model is spared.
     input_transform: nn.Module | None
-    activation: nn.Module | None
+    activation: InputGrid | None
 
     def __init__(self, base: Weight, bias: Tensor | None = None):
         super().__init__()
@@ -66,7 +82,7 @@ class PackedLinear(nn.Module):
         self.adapter: WeightAdapter | None = None
         self.input_transform, self.activation = None, None
         self._names = tuple(base.to_tensors())
-        self._repacked: _Repacked | None = None
+        self._repacked: Repacked | None = None
         for name, tensor in base.to_tensors().items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -133,7 +149,11 @@ class PackedLinear(nn.Module):
         """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.seen(x)
+        x = x if self.input_transform is None else self.input_transform(x)
+        if (int8 := self._int8_for(x)) is not None and self.activation is not None:
+            y = int8_linear(*self.activation.shared_codes(x), int8, x.dtype)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        x = self._on_grid(x)
         if self.unrounded:
             y = self.base.linear_unrounded(x)
         elif self.adapter is not None:
@@ -146,30 +166,48 @@ class PackedLinear(nn.Module):
 
     def seen(self, x: Tensor) -> Tensor:
         """What the packed op multiplies with, for an input x [..., K]."""
-        if self.input_transform is not None:
-            x = self.input_transform(x)
+        return self._on_grid(x if self.input_transform is None else self.input_transform(x))
+
+    def _on_grid(self, x: Tensor) -> Tensor:
         return x if self.activation is None or self.unrounded else self.activation(x)
 
     def _int4_for(self, x: Tensor) -> Int4Weight | None:
-        """The repacked weight when this call is one for the int4 kernel. Made again when a buffer is another
-        one, or was written to.
-        """
-        if not self.fast_decode or self.training or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        """The repacked weight when this call is one for the int4 kernel."""
+        if x.dtype != torch.bfloat16 or x.numel() > DECODE_ROWS * self.in_features or not self._repacks(x):
             return None
-        if not 0 < x.numel() <= DECODE_ROWS * self.in_features or torch.compiler.is_compiling():
+        made = self._repacked_as(integers=False)
+        return made if isinstance(made, Int4Weight) else None
+
+    def _int8_for(self, x: Tensor) -> Int8Weight | None:
+        """The bytes of the weight when this call is a product of integers: never where the int4 kernel serves
+        the few rows of x, or would serve fewer."""
+        if self.activation is None or not self.activation.one_scale or self.adapter is not None:
             return None
-        if x.requires_grad and torch.is_grad_enabled():
+        if self.unrounded or not self._repacks(x):
             return None
+        if x.dtype == torch.bfloat16 and holds_int4(self.base):
+            return None
+        made = self._repacked_as(integers=True)
+        return made if isinstance(made, Int8Weight) else None
+
+    def _repacks(self, x: Tensor) -> bool:
+        """Whether this call may go by another kernel than the packed op."""
+        if not self.fast_decode or self.training or x.device.type != "cpu" or not x.numel():
+            return False
+        if torch.compiler.is_compiling() or x.requires_grad and torch.is_grad_enabled():
+            return False
         if getattr(getattr(self, "_hf_hook", None), "offload_buffers", False):
-            return (
-                None  # accelerate takes the codes out of memory after each call: a copy would keep them there
-            )
-        if self._names[0] not in self._buffers:
-            return None  # sharded: what is gathered for this call is gone after it, a copy would stay
+            return False  # accelerate takes the codes out of memory after each call: a copy would keep them
+        return self._names[0] in self._buffers  # sharded: what is gathered is gone after the call
+
+    def _repacked_as(self, integers: bool) -> Int4Weight | Int8Weight | None:
+        """The copy of this kind. Made again when a buffer is another one, or was written to, or the copy is
+        of the other kind."""
         tensors = [self._buffers[name] for name in self._names]
-        if self._repacked is None or not self._repacked.made_of(tensors):
-            self._repacked = _Repacked.make(self.base)
-        return self._repacked.weight
+        held = self._repacked
+        if held is None or held.integers != integers or not held.made_of(tensors):
+            self._repacked = held = Repacked.make(self.base, integers)
+        return held.weight
 
     def train(self, mode: bool = True) -> "PackedLinear":
         """Training has no use for the repacked copy: it is let go."""
@@ -253,39 +291,6 @@ def embedding_factor(embedding: nn.Embedding) -> float | None:
     """What a scaled embedding multiplies its rows with; None for a plain one."""
     value = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
     return None if value is None else float(value)
-
-
-@dataclass(frozen=True)
-class _Repacked:
-    """What the int4 kernel reads (None: it cannot hold this grid), and which tensors at which version it was
-    made of.
-    """
-
-    weight: Int4Weight | None
-    tensors: list[Tensor]
-    versions: list[int]
-
-    @classmethod
-    def make(cls, base: Weight) -> "_Repacked":
-        tensors = list(base.to_tensors().values())
-        weight, grid = None, base.grid
-        if any(tensor.is_inference() for tensor in tensors):
-            # made under torch.inference_mode: nothing tells when they are written to, so nothing is kept
-            tensors = []
-        elif isinstance(base, PackedWeight) and isinstance(grid, IntGrid):
-            if fits_int4(base.shape, grid.bits, grid.group_size, base.scale.dtype, base.offset is not None):
-                weight = int4_weight(
-                    base.codes, base.scale, base.zero, grid.bits, base.shape[1], grid.group_size
-                )
-        return cls(weight, tensors, [tensor._version for tensor in tensors])
-
-    def made_of(self, tensors: list[Tensor | None]) -> bool:
-        """Whether these are the tensors it was made of, unchanged since."""
-        if len(tensors) != len(self.tensors):
-            return False
-        return all(
-            a is b and b._version == v for a, b, v in zip(tensors, self.tensors, self.versions, strict=True)
-        )
 
 
 def leave_out_of_ddp(model: nn.Module, above: tuple[str, ...] = ()) -> None:
