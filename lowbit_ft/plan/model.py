@@ -28,7 +28,7 @@ from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
 from ..model.meta import meta_model
-from ..model.walk import decoder_layers
+from ..model.walk import decoder_layers, kind_of
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
@@ -117,7 +117,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         grids = [_asked(recipe, config, f"{name}.", n) for n in inside[index]]
-        like = repr((grids, _fingerprint(layer)))
+        like = repr((grids, kind_of(layer)))
         key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
@@ -326,23 +326,6 @@ class Hollow(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
-
-
-def _fingerprint(layer: nn.Module) -> list[Any]:
-    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its
-    number.
-    """
-    found: list[Any] = []
-    for name, module in layer.named_modules():
-        plain = {
-            k: v
-            for k, v in vars(module).items()
-            if isinstance(v, str | int | float | bool | type(None))
-            and k not in ("layer_idx", "training", "layer_id", "layer_number")
-        }
-        shapes = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters(recurse=False)]
-        found.append((name, type(module).__name__, sorted(plain.items(), key=str), shapes))
-    return found
 
 
 def _stamp(folder: Path) -> int:
