@@ -32,6 +32,7 @@ from ..model.walk import decoder_layers, kind_of
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
+from ..segments import Segments, segments_in
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -113,10 +114,11 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     if kv_cache is not None and (problems := reject_model(dense, kv_cache)):
         raise ValueError("quant.kv_cache: " + "; ".join(problems))
     online = online_layers(recipe, dense)
+    segments = _segments(recipe, folder)
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        grids = [_asked(recipe, config, f"{name}.", n) for n in inside[index]]
+        grids = [_asked(recipe, config, f"{name}.", n, segments) for n in inside[index]]
         like = repr((grids, kind_of(layer)))
         key = f"{index == 0} {like}"
         if key not in blocks:
@@ -132,7 +134,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
-    _pack(rest, [_asked(recipe, config, "", n) for n in outside], config, dtype)
+    _pack(rest, [_asked(recipe, config, "", n, segments) for n in outside], config, dtype)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -248,11 +250,19 @@ def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block],
 _Asked = tuple[str, Any, bool, Scheme | None]
 
 
-def _asked(recipe: Recipe, config: Any, prefix: str, name: str) -> _Asked:
+def _segments(recipe: Recipe, folder: Path) -> dict[str, Segments]:
+    """The segments of the model's linears, where the recipe asks for them."""
+    section = recipe.quant.activations
+    wanted = section is not None and section.segments == "auto"
+    return segments_in(folder) if wanted else {}
+
+
+def _asked(recipe: Recipe, config: Any, prefix: str, name: str, segments: dict[str, Segments]) -> _Asked:
     """What the recipe wants of the matrix prefix + name: (name, grid, whether it trains, what its input is
     on)."""
     whole, section = prefix + name, recipe.quant.activations
-    scheme = None if section is None else section.planned(whole)
+    own = segments.get(whole, Segments())
+    scheme = None if section is None else section.planned(whole, own.widths)
     return name, recipe.quant.grid_for(whole), config.trains(whole), scheme
 
 

@@ -8,6 +8,6 @@ of the channels are sent through its views and slices (channels.py).
 """
 
 from .channels import Segment, Segments
-from .trace import find_segments
+from .trace import find_segments, segments_in, segments_of
 
-__all__ = ["Segment", "Segments", "find_segments"]
+__all__ = ["Segment", "Segments", "find_segments", "segments_in", "segments_of"]

@@ -3,14 +3,14 @@
 Views, slices and splits move numbers and do not look at them. So the tensors of a graph are replaced by the
 numbers of the channels that stand in them, and the model's own views are run on these:
 
-    output   channel n of N stands everywhere in row n of the linear's output. Where a view first holds some of
-             them only, that is a part. Parts that a concatenation puts together again (the two halves of a
+    output   channel n of N stands everywhere in row n of the linear's output. Where a view first holds some
+             of them only, that is a part. Parts that a concatenation puts together again (the two halves of a
              rotary embedding, what of a head is rotated and what is not) are one.
     input    walked back through views, casts and gates to what made it: a concatenation, whose tensors are
              the segments, or a tensor [..., heads, ..., channels], of which each head is one.
 
-Either way the answer is sets of channels, and a set is a `Segment` when it is made of runs of one width at one
-distance: GPT-NeoX has q of head 0, k of head 0, v of head 0, q of head 1, ... in one matrix.
+Either way the answer is sets of channels, and a set is a `Segment` when it is made of runs of one width at
+one distance: GPT-NeoX has q of head 0, k of head 0, v of head 0, q of head 1, ... in one matrix.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ def inputs_of(given: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
     if shape is None:
         return ()
     labels = _labels(node, shape)
-    rows = [_through(chain, node, one, constants) for one in labels]
+    rows = [_through(chain, one, constants) for one in labels]
     varying = [row for row in rows if bool((row != row[0]).any())]
     if name_of(node) == "cat":
-        part = _through(chain, node, _joined(node, shape), constants)
+        part = _through(chain, _joined(node, shape), constants)
         outer = [part] if bool((part != part[0]).any()) else []
     else:
         # The coordinate that changes from each channel to the next is that of the channels in a head.
@@ -193,11 +193,10 @@ def _run(node: Node, held: dict[Node, Any], constants: dict[str, Tensor]) -> Any
     return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
 
-def _through(chain: list[Node], source: Node, values: Tensor, constants: dict[str, Tensor]) -> Tensor:
-    """Numbers in the shape of `source` through the views of a chain (the last one first); the first row."""
-    node = source
+def _through(chain: list[Node], values: Tensor, constants: dict[str, Tensor]) -> Tensor:
+    """Numbers in the shape of its source through the views of a chain (the last one first); the first row."""
     for step in reversed(chain):
-        values, node = _run(step, {step.args[0]: values}, constants), step  # pyright: ignore[reportArgumentType]
+        values = _run(step, {step.args[0]: values}, constants)  # pyright: ignore[reportArgumentType]
     return values.reshape(-1, values.shape[-1])[0]
 
 

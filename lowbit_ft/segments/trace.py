@@ -5,17 +5,19 @@ ones of a CPU, not of the meta device: there a list that the code has as an inde
 numbers.
 Decoder layers that are alike are traced once: of the others only the first is asked (walk.kind_of). Linears
 are known in the graph by the module that their operators belong to, so one that is written as a bare product
-(Falcon's), or keeps its weight turned (GPT-2's), is one like any other. Experts of a mixture are not traced one
-by one and have no segments.
+(Falcon's), or keeps its weight turned (GPT-2's), is one like any other. Experts of a mixture are not traced
+one by one and have no segments.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +25,32 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
+from ..model.config import CONFIG, load_config
 from ..model.matrices import find_matrices
+from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
 from .channels import Segments, inputs_of, outputs_of
 
 TOKENS = 6
+
+
+def segments_of(config: Any, source: Path = Path(CONFIG)) -> dict[str, Segments]:
+    """`find_segments` of the model of a transformers configuration. source: the file it is of, for messages."""
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the dense model's; which layers are packed does not matter here
+    return find_segments(meta_model(config, torch.float32, "eager", source))
+
+
+def segments_in(folder: Path) -> dict[str, Segments]:
+    """`segments_of` the config.json of a folder."""
+    path = folder / CONFIG
+    return _segments_in(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _segments_in(path: Path, stamp: int) -> dict[str, Segments]:
+    return segments_of(load_config(path.parent), path)
 
 
 def find_segments(model: nn.Module) -> dict[str, Segments]:
