@@ -32,9 +32,10 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     experts that stay dense     it looks for packed ones and fails: refused here
 
 Inputs that are quantized too (W4A8) stand in the group as `input_activations`: dynamic, symmetric, per token
-or per group of channels (or per segment of one width: the same groups), which is what vLLM's integer kernels take. Tried with compressed-tensors 0.20: the
-library computes them in the default mode with absmax / 127.5 where training and vLLM have absmax / 127
-(everything else equal), and not at all with dequantize=True; `as_served` gives our own readers vLLM's rule.
+or per group of channels (segments of one width are such groups), which is what vLLM's integer kernels take.
+Tried with compressed-tensors 0.20: the library computes them in the default mode with absmax / 127.5 where
+training and vLLM have absmax / 127 (everything else equal), and not at all with dequantize=True; `as_served`
+gives our own readers vLLM's rule.
 
 config_groups has one group per grid and kind of input. Several name their layers; `ignore` names every linear
 that is in no group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in

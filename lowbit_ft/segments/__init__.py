@@ -8,6 +8,17 @@ of the channels are sent through its views and slices (channels.py).
 """
 
 from .channels import Segment, Segments
+from .layout import Parts, check_parts, layout, read_layout
 from .trace import find_segments, segments_in, segments_of
 
-__all__ = ["Segment", "Segments", "find_segments", "segments_in", "segments_of"]
+__all__ = [
+    "Parts",
+    "Segment",
+    "Segments",
+    "check_parts",
+    "find_segments",
+    "layout",
+    "read_layout",
+    "segments_in",
+    "segments_of",
+]

@@ -35,7 +35,7 @@ TOKENS = 6
 
 
 def segments_of(config: Any, source: Path = Path(CONFIG)) -> dict[str, Segments]:
-    """`find_segments` of the model of a transformers configuration. source: the file it is of, for messages."""
+    """`find_segments` of the model of a transformers configuration. source: its file, for messages."""
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the dense model's; which layers are packed does not matter here

@@ -1,4 +1,4 @@
-"""Scales by segment of an input: from calibration rows, in files and their readers, in a recipe and its plan."""
+"""Scales by segment of an input: from calibration rows, in files and their readers, in a recipe and a plan."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ from ...activations.calibrate import RANGES
 from ...export import EXPORTERS
 from ...model.roles import is_head
 from ...names import matches, pattern_error
-from ...segments import segments_in
 from ..layers import nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Positive, Problems, Section
+from .segments import segments_of_shapes
 
 AUTO = "auto"
 _TABLE: Any = ACTIVATIONS
@@ -223,13 +223,8 @@ def check_activation_layers(r: Any) -> Problems:
                     ("quant", "activations", *path),
                     f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, names)}",
                 )
-    widths: dict[str, tuple[int, ...]] = {}
-    if section.segments == "auto" and shapes is not None:
-        try:
-            widths = {name: one.widths for name, one in segments_in(shapes.folder).items()}
-        except ValueError as error:
-            yield Problem(("quant", "activations", "segments"), f"got 'auto': {error}; set segments: none")
-            return
+    found = segments_of_shapes(shapes) if section.segments == "auto" else {}
+    widths = {name: one.widths for name, one in found.items()}
     yield from _check_export(r, section, packed, widths)
 
 
@@ -254,7 +249,11 @@ def _check_options(section: ActivationsSection) -> Problems:
                 f"got {kind!r} with symmetric: false, which has two scales in place of a zero point; drop "
                 "symmetric, or use kind: token",
             )
-    if section.segments == "auto" and section.kind in ACTIVATIONS and not ACTIVATIONS[section.kind].in_segments:
+    if (
+        section.segments == "auto"
+        and section.kind in ACTIVATIONS
+        and not ACTIVATIONS[section.kind].in_segments
+    ):
         yield Problem(
             (*root, "segments"),
             f"got 'auto' with kind: {section.kind}, whose groups have scales of their own already; set kind: "
@@ -279,7 +278,9 @@ def _check_export(
     for name, width, grid in _grids(r, packed):
         if name and not section.applies(name):
             continue
-        reasons = [exporter.reject_activation(s, grid, width) for s in section.schemes(name, widths.get(name, ()))]
+        reasons = [
+            exporter.reject_activation(s, grid, width) for s in section.schemes(name, widths.get(name, ()))
+        ]
         if None in reasons and AUTO in (section.kind, *(o.kind for o in section.overrides)):
             continue
         for reason in reasons:
