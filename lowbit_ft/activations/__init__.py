@@ -9,6 +9,7 @@ in a folder's configuration, and the recipe read the table.
 from .base import Activation, Scheme, scheme_from_json
 from .dual import Dual
 from .group import Group
+from .segmented import Segmented
 from .tensor import PerTensor
 from .token import Token
 
@@ -22,7 +23,8 @@ ACTIVATIONS: dict[str, type[Activation]] = {
 
 def activation_of(scheme: Scheme) -> Activation:
     """The quantizer of a scheme."""
-    return ACTIVATIONS[scheme.kind](scheme)
+    kind = ACTIVATIONS[scheme.kind]
+    return Segmented(scheme, kind) if scheme.segments else kind(scheme)
 
 
 def read_scheme(entry: object) -> Scheme:

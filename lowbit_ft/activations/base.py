@@ -33,6 +33,8 @@ class Scheme:
 
     group_size: channels that share a scale (kind group; -1: all). clip: the factor on the range that a
     dynamic scale covers. scale, zero: of a static kind; the scale's values are those of its shipping dtype.
+    segments: how many channels each segment of the input has that is scaled by itself (segmented.py; (): all
+    as one). scale and zero are then those of the segments, one behind the other.
     mask: the gradient is zero where |x| is at least this, although nothing is clipped there (training only).
     """
 
@@ -44,6 +46,7 @@ class Scheme:
     clip: float = 1.0
     scale: tuple[float, ...] = ()
     zero: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
     mask: float | None = None
 
     @property
@@ -58,6 +61,17 @@ class Scheme:
     def calibrated(self) -> bool:
         """Whether codes can be made: a static scheme needs its scale first."""
         return self.dynamic or bool(self.scale)
+
+    def part(self, number: int) -> Scheme:
+        """What a segment is on."""
+        count = len(self.segments)
+        scales, zeros = len(self.scale) // count, len(self.zero) // count
+        return replace(
+            self,
+            segments=(),
+            scale=self.scale[number * scales : (number + 1) * scales],
+            zero=self.zero[number * zeros : (number + 1) * zeros],
+        )
 
     def shipped(self) -> Scheme:
         """Without what only training reads."""
@@ -75,6 +89,7 @@ class Scheme:
     def __str__(self) -> str:
         parts = [f"A{self.bits}", self.kind]
         parts += [f"g{self.group_size}"] if self.group_size != -1 else []
+        parts += [f"{len(self.segments)} segments"] if self.segments else []
         parts += [] if self.symmetric else ["asym"]
         parts += [] if self.dynamic else ["static"]
         parts += [f"clip {self.clip:g}"] if self.clip != 1.0 else []
@@ -90,12 +105,14 @@ class Activation(InputGrid):
     kind: ClassVar[str]
     static_scales: ClassVar[int] = 0  # how many numbers a static scale is; 0: the kind is dynamic
     can_be_asymmetric: ClassVar[bool] = True
-    products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group
+    products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group or segment
+    by_rows: ClassVar[bool] = True  # scales that are not static are made of the last dimension alone
+    in_segments: ClassVar[bool] = True  # segments of an input may have scales of their own
 
     @classmethod
     def cost(cls, scheme: Scheme) -> tuple[int, bool]:
         """What orders schemes by what they cost a server: products, then the correction for a zero point."""
-        return cls.products, not scheme.symmetric
+        return max(cls.products, 3) if scheme.segments else cls.products, not scheme.symmetric
 
     def __init__(self, scheme: Scheme):
         super().__init__()
@@ -248,20 +265,26 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
         value = entry.get(key, 1.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise ValueError(f"{key}: got {value!r}; needs a positive number")
+    segments = entry.get("segments", [])
+    if not _numbers(segments, int) or not all(size > 0 for size in segments) or len(segments) == 1:
+        raise ValueError(f"segments: got {segments!r}; needs a list of two or more numbers of channels")
+    if segments and not kinds[kind].in_segments:
+        raise ValueError(f"segments: got {segments!r}; kind {kind} has none")
     scale, zero = entry.get("scale", []), entry.get("zero", [])
     if not _numbers(scale, float) or not all(0 < value < float("inf") for value in scale):
         raise ValueError(f"scale: got {scale!r}; needs a list of positive numbers")
     if not _numbers(zero, int):
         raise ValueError(f"zero: got {zero!r}; needs a list of integers")
-    made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero)})
+    made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero), "segments": tuple(segments)})
     if not all(made.lowest <= value <= made.highest for value in made.zero):
         raise ValueError(f"zero: got {zero!r}; needs {made.lowest} to {made.highest}")
     if not made.dynamic and not kinds[kind].static_scales:
         raise ValueError(f"dynamic: got false; kind {kind} is dynamic")
-    if len(scale) != (0 if made.dynamic else kinds[kind].static_scales):
-        count = kinds[kind].static_scales
+    each = max(1, len(segments))
+    if len(scale) != (0 if made.dynamic else kinds[kind].static_scales * each):
+        count = kinds[kind].static_scales * each
         raise ValueError(f"scale: got {scale!r}; kind {kind} takes {count} where it is static, else none")
-    if len(zero) != (0 if made.dynamic or made.symmetric else 1):
+    if len(zero) != (0 if made.dynamic or made.symmetric else each):
         raise ValueError(f"zero: got {zero!r}; a static scheme that is not symmetric takes one, others none")
     if not made.symmetric and not kinds[kind].can_be_asymmetric:
         raise ValueError(f"symmetric: got false; kind {kind} has no zero point")

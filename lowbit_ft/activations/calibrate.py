@@ -55,22 +55,32 @@ class Choice:
 
 @dataclass
 class _Seen:
-    """One input: whose it is, its range over all tokens (a moving average over batches), some of its rows."""
+    """One input: whose it is, its ranges over all tokens (moving averages over batches) as a whole and by
+    segment (channels of each), some of its rows."""
 
     layers: list[str]
-    low: float | None = None
-    high: float = 0.0
+    segments: tuple[int, ...] = ()
+    whole: tuple[float, float] | None = None
+    parts: list[tuple[float, float]] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, most: int) -> None:
         x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
-        low, high = (float(value) for value in x.float().aminmax())
-        first = self.low is None
-        self.low = low if self.low is None else KEEP * self.low + (1 - KEEP) * low
-        self.high = high if first else KEEP * self.high + (1 - KEEP) * high
+        self.whole = _moved(self.whole, x)
+        pieces = x.split(self.segments, dim=-1) if self.segments else ()
+        before = self.parts or [None] * len(pieces)
+        self.parts = [_moved(seen, piece) for seen, piece in zip(before, pieces, strict=True)]
         self.rows.append(x[:: max(1, -(-len(x) // most))].detach().cpu())
+
+
+def _moved(seen: tuple[float, float] | None, x: Tensor) -> tuple[float, float]:
+    """The moving average of a range (None: there is none yet) with the values of one more batch."""
+    low, high = (float(value) for value in x.float().aminmax())
+    if seen is None:
+        return low, high
+    return KEEP * seen[0] + (1 - KEEP) * low, KEEP * seen[1] + (1 - KEEP) * high
 
 
 def needs_rows(candidates: Mapping[str, Sequence[Scheme]]) -> bool:
@@ -131,7 +141,8 @@ def _observe(
             if name not in owner:
                 same = (n for n, t in given.items() if t is x and candidates[n] == candidates[name])
                 owner[name] = next(same, name)
-                found.setdefault(owner[name], _Seen([])).layers.append(name)
+                segments = next((one.segments for one in candidates[name] if one.segments), ())
+                found.setdefault(owner[name], _Seen([], segments)).layers.append(name)
             given[name] = x
             if owner[name] == name:
                 found[name].add(x if module.input_transform is None else module.input_transform(x), most)
@@ -147,7 +158,7 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
-    return [one for one in found.values() if one.low is not None]
+    return [one for one in found.values() if one.whole is not None]
 
 
 def _chosen(
@@ -165,7 +176,7 @@ def _chosen(
     size = sum(float(base.linear(rows).double().square().sum()) for base in bases)
     for scheme in candidates:
         if not scheme.calibrated:
-            scheme = RANGES[rule](scheme, rows, (seen.low or 0.0, seen.high), scale_dtype)
+            scheme = _found(scheme, rows, seen, rule, scale_dtype)
         off = activation_of(scheme).quantize(rows) - rows
         error = sum(float(base.linear(off).double().square().sum()) for base in bases) / max(size, 1e-30)
         made.append((error, scheme))
@@ -177,6 +188,17 @@ def _chosen(
         key=lambda one: (ACTIVATIONS[one[1].kind].cost(one[1]), one[0]),
     )
     return Choice(seen.layers, scheme, error, tried)
+
+
+def _found(scheme: Scheme, rows: Tensor, seen: _Seen, rule: str, dtype: torch.dtype) -> Scheme:
+    """A static scheme with its scale, or with that of every segment."""
+    assert seen.whole is not None
+    if not scheme.segments:
+        return RANGES[rule](scheme, rows, seen.whole, dtype)
+    pieces = enumerate(zip(rows.split(scheme.segments, dim=-1), seen.parts, strict=True))
+    parts = [RANGES[rule](scheme.part(i), piece, own, dtype) for i, (piece, own) in pieces]
+    scale, zero = ([value for part in parts for value in getattr(part, key)] for key in ("scale", "zero"))
+    return replace(scheme, scale=tuple(scale), zero=tuple(zero))
 
 
 def _moving_average(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:

@@ -11,6 +11,7 @@ from .base import Activation, ranges
 class Group(Activation):
     kind: ClassVar[str] = "group"
     products: ClassVar[int] = 3
+    in_segments: ClassVar[bool] = False  # its groups are
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [..., ceil(K / group_size)]."""

@@ -11,6 +11,7 @@ from .base import Activation, ranges
 class PerTensor(Activation):
     kind: ClassVar[str] = "tensor"
     static_scales: ClassVar[int] = 1
+    by_rows: ClassVar[bool] = False
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [1]."""

@@ -103,7 +103,7 @@ def attach(
     rows = []
     for name, layer in layers:
         weight = dense_weight(name) if config.wants_weight and dense_weight else None
-        layer.adapter = config.build(layer.base, weight)
+        layer.adapter = config.of_layer(name).build(layer.base, weight)
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)

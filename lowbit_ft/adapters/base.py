@@ -9,19 +9,21 @@ model's dtype.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lowbit_kernels import exact_exp
 from lowbit_kernels.pack import decode_residual
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
 from ..grid.estimators import cast_scale, scale_gradient
 from ..model.linear import WeightAdapter
 from ..names import matches
+from ..segments import Parts
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
@@ -54,6 +56,10 @@ class AdapterConfig(BaseModel):
     def trains(self, layer_name: str) -> bool:
         """Whether the packed layer of that name gets an adapter."""
         return self.targets is None or any(matches(pattern, layer_name) for pattern in self.targets)
+
+    def of_layer(self, layer_name: str) -> "AdapterConfig":
+        """What the adapter of the layer of that name is built from."""
+        return self
 
     def reject(self, grid: Grid) -> str | None:
         """Why this method cannot train on this grid, with the way out; None when it can."""
@@ -129,6 +135,11 @@ class LowRankOptions(ScaleOptions):
         "loftq: A and B from the SVD of the rounding error (residual_bits 0 only)",
     )
     clip: Literal["round_then_clip", "clip_then_round"] = "round_then_clip"
+    segments: Literal["auto", "none"] = Field(
+        "none",
+        description="auto: a matrix that is several in one (q, k and v; gate and up) has an A and a B of "
+        "adapter.rank for each of them",
+    )
     init_from: str | None = init_from_field()
     low_rank_gradient: Literal["exact", "factorised", "corrected"] = Field(
         "exact",
@@ -136,6 +147,41 @@ class LowRankOptions(ScaleOptions):
         "nothing were clipped; "
         "corrected: the same, and the clipped entries from the tokens of scale_grad_tokens",
     )
+
+    _plan: dict[str, Parts] = PrivateAttr(default_factory=dict)  # of a model's layers, where segments: auto
+    _parts: Parts = PrivateAttr(default=())
+
+    @property
+    def plan(self) -> dict[str, Parts]:
+        """The parts of every layer that has some."""
+        return self._plan
+
+    @property
+    def parts(self) -> Parts:
+        """Of the layer that `of_layer` named; (): it is one."""
+        return self._parts
+
+    def with_plan(self, plan: Mapping[str, Parts]) -> Self:
+        """With the parts of these layers (segments: auto)."""
+        made = self.model_copy(update={"segments": "auto"})
+        made._plan = {name: parts for name, parts in plan.items() if parts and self.trains(name)}
+        return made
+
+    def of_layer(self, layer_name: str) -> Self:
+        if layer_name not in self._plan:
+            return self
+        made = self.model_copy()
+        made._parts = self._plan[layer_name]
+        return made
+
+    @model_validator(mode="after")
+    def _one_gradient_of_parts(self) -> Self:
+        if self.segments == "auto" and self.low_rank_gradient != "exact":
+            raise ValueError(
+                f"segments auto with low_rank_gradient {self.low_rank_gradient}, whose cost grows with the "
+                "ranks of all parts; set low_rank_gradient: exact, or segments: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cheaper_gradients(self) -> "LowRankOptions":
@@ -272,42 +318,7 @@ class ScaledAdapter(Adapter):
         return cast_scale(base.scale.float() * exact_exp(log_scale), base.grid.scale_dtype)
 
 
-class LowRank:
-    """A [r, K] and B [N, r] for one layer, by the start the config names."""
-
-    @staticmethod
-    def build(
-        config: LowRankOptions, base: PackedWeight, weight: Tensor | None, unit: Tensor | None
-    ) -> tuple[nn.Parameter, nn.Parameter]:
-        """unit [G, N] turns grid steps into the unit of D (None: D counts grid steps)."""
-        (n, k), device = base.shape, base.codes.device
-        # Drawn on the CPU: the same start wherever the layer lies (train/sharding.py cuts models that lie on
-        # the CPU).
-        a = torch.empty(config.rank, k, dtype=torch.float32)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        a = a.to(device)
-        b = torch.zeros(n, config.rank, dtype=torch.float32, device=device)
-        if config.init != "zero":
-            error = rounding_error(base, weight)
-            if unit is not None:
-                error = error * _expand(unit, k, base.grid.group_size)
-            q = min(config.rank, *error.shape)
-            if 4 * (q + 8) < min(error.shape):
-                # Randomized (Halko et al., arXiv 0909.4061): only the top of a long spectrum is wanted, at a
-                # fraction of the time (1024 x 4096, rank 16, two cores: 0.1 s against 2.5 s).
-                u, s, v = torch.svd_lowrank(error, q=q + 8, niter=4)
-            else:
-                u, s, vh = torch.linalg.svd(error, full_matrices=False)
-                v = vh.t()
-            a[:q] = v.t()[:q]
-            if config.init == "loftq":
-                a[:q] *= s[:q, None].sqrt()
-                a[q:] = 0
-                b[:, :q] = u[:, :q] * s[:q].sqrt() / config.gain
-        return nn.Parameter(a), nn.Parameter(b)
-
-
-def _expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
+def expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
     """[G, N] -> fp32 [N, K]."""
     size = in_features if group_size == -1 else group_size
     return values.t().float().repeat_interleave(size, dim=1)[:, :in_features]
@@ -321,5 +332,5 @@ def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
     if base.residual is not None:
         return decode_residual(base.residual, f, k)
     assert weight is not None, "config.wants_weight was ignored"
-    scale = _expand(base.scale, k, base.grid.group_size)
+    scale = expand(base.scale, k, base.grid.group_size)
     return ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)

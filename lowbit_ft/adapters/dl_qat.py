@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..grid import GridArgs, PackedWeight, Weight
 from ..grid.estimators import cast_scale, scale_gradient
-from .base import Adapter, LowRank, LowRankOptions
+from .base import LowRankOptions
+from .low_rank import LowRank
 
 
 class DLQATConfig(LowRankOptions):
@@ -27,21 +28,22 @@ class DLQATConfig(LowRankOptions):
         return DLQAT(self, base, weight)
 
 
-class DLQAT(Adapter):
+class DLQAT(LowRank):
     def __init__(self, config: DLQATConfig, base: PackedWeight, weight: Tensor | None):
         super().__init__(config)
         self.factor = config.scale_gradient_factor(base)
-        self.A, self.B = LowRank.build(config, base, weight, unit=base.scale)
+        self.start(base, weight, unit=base.scale)
         ones = torch.ones(base.scale.shape, dtype=torch.float32, device=base.scale.device)
         self.magnitude = nn.Parameter(ones, requires_grad=config.train_scale)
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
         magnitude = self.magnitude if self.factor == 1.0 else scale_gradient(self.magnitude, self.factor)
+        a, b = self.factors()
         return GridArgs(
             scale=cast_scale(magnitude * base.scale.float(), base.grid.scale_dtype),
             zero=base.zero,
-            a=self.A,
-            b=self.B,
+            a=a,
+            b=b,
             gain=self.config.gain,
             units="weight",
             clip_first=self.config.clip == "clip_then_round",

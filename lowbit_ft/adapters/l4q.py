@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from ..grid import Grid, GridArgs, IntGrid, PackedWeight, Weight
 from ..grid.estimators import cast, round_clip, scale_gradient
-from .base import SCALE_PARAMETERS, LowRank, LowRankOptions, ScaledAdapter
+from .base import SCALE_PARAMETERS, LowRankOptions, ScaledAdapter
+from .low_rank import LowRank
 
 
 class L4QConfig(LowRankOptions):
@@ -89,12 +90,12 @@ def _say_uncounted(steps: int) -> None:
     )
 
 
-class L4Q(ScaledAdapter):
+class L4Q(LowRank, ScaledAdapter):
     config: L4QConfig
 
     def __init__(self, config: L4QConfig, base: PackedWeight, weight: Tensor | None):
         super().__init__(config, base)
-        self.A, self.B = LowRank.build(config, base, weight, unit=base.scale)
+        self.start(base, weight, unit=base.scale)
         self.kind = config.offset_kind(base.grid.symmetric)
         # Off until begin_step says otherwise: an adapter that is loaded to be evaluated or merged is past its
         # warm-up.
@@ -114,12 +115,13 @@ class L4Q(ScaledAdapter):
             z = round_clip(start - scale_gradient(self.offset, self.factor), 0, base.grid.levels - 1)
             zero = z.detach()
             offset = -scale.detach() * (z - zero)  # 0 in value; carries dz = -S dT
+        a, b = self.factors()
         return GridArgs(
             scale=scale,
             zero=zero,
             offset=offset,
-            a=self.A,
-            b=self.B,
+            a=a,
+            b=b,
             gain=self.config.gain,
             units="live",
             clip_first=self.config.clip == "clip_then_round",
@@ -142,12 +144,12 @@ class L4Q(ScaledAdapter):
         shift = step * (0.5 - (1 << (f - 1)))
         none = torch.zeros_like(step)
         y = y + packed_matmul(x, base.residual, step, none, shift, f, g.group_size)
-        b = self.B
+        a, b = self.factors()
         # DDP refuses trained tensors that the loss does not use: there these get a gradient of zeros (train
         # drops it again).
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             b = b + 0.0 * sum(p.sum() for name, p in self.named_parameters() if name in SCALE_PARAMETERS)
-        side = (x @ self.A.to(x.dtype).t()) @ b.to(x.dtype).t()
+        side = (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
         return y + self.config.gain * side
 
     def merge(self, base: Weight) -> Weight:

@@ -33,8 +33,9 @@ from ..grid import PackedWeight
 from ..names import regex_matches
 from . import AdapterConfig
 from .attach import packed_layers
-from .base import _expand
+from .base import expand
 from .folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
+from .low_rank import LowRank
 
 Turned = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -249,21 +250,24 @@ def start_from_lora(
         assert isinstance(adapter.A, Tensor) and isinstance(adapter.B, Tensor)
         factors = lora.factors(name)
         factors = factors if turned is None else turned(name, *factors)
-        a, b = (t.to(adapter.A.device) for t in factors)
-        update = lora.gains[name] * (b @ a)
-        scale = _expand(base.scale, base.shape[1], base.grid.group_size).abs()
-        if config.delta_unit == "grid":
-            b, a = in_grid_steps(update, scale, own.rank)
-            b = b / own.gain
-        else:
-            b = b * (lora.gains[name] / own.gain)
-            scale = torch.ones(())
-        rank = a.shape[0]
-        adapter.A[:rank].copy_(a)
+        lora_a, lora_b = (t.to(adapter.A.device) for t in factors)
+        update = lora.gains[name] * (lora_b @ lora_a)
+        scale = expand(base.scale, base.shape[1], base.grid.group_size).abs()
         adapter.B.zero_()
-        adapter.B[:, :rank].copy_(b)
+        errors = []
+        # The parts of a fused matrix each start from the LoRA of the whole.
+        for first, part in adapter.pieces() if isinstance(adapter, LowRank) else [(0, slice(None))]:
+            if config.delta_unit == "grid":
+                b, a = in_grid_steps(update[part], scale[part], own.rank)
+                b, unit = b / own.gain, scale[part]
+            else:
+                a, b, unit = lora_a, lora_b[part] * (lora.gains[name] / own.gain), torch.ones(())
+            rank = a.shape[0]
+            adapter.A[first : first + rank].copy_(a)
+            adapter.B[part, :rank] = b
+            errors.append(float((own.gain * unit * (b @ a) - update[part]).norm()))
         size = float(update.norm())
-        error = float((own.gain * scale * (b @ a) - update).norm()) / max(size, 1e-30)
+        error = math.hypot(*errors) / max(size, 1e-30)
         shown = None
         if config.exact_merge:
             moved = adapter.merge(base).dequantize() - base.dequantize()

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..grid import GridArgs, PackedWeight, Weight
-from .base import LowRank, LowRankOptions, ScaledAdapter
+from .base import LowRankOptions, ScaledAdapter
+from .low_rank import LowRank
 
 
 class LRQATConfig(LowRankOptions):
@@ -35,19 +36,20 @@ class LRQATConfig(LowRankOptions):
         return LRQAT(self, base, weight)
 
 
-class LRQAT(ScaledAdapter):
+class LRQAT(LowRank, ScaledAdapter):
     config: LRQATConfig
 
     def __init__(self, config: LRQATConfig, base: PackedWeight, weight: Tensor | None):
         super().__init__(config, base)
-        self.A, self.B = LowRank.build(config, base, weight, unit=signs(base))
+        self.start(base, weight, unit=signs(base))
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
+        a, b = self.factors()
         return GridArgs(
             scale=self.scale(base),
             zero=base.zero,
-            a=self.A,
-            b=self.B,
+            a=a,
+            b=b,
             gain=self.config.gain,
             units="grid" if (unit := signs(base)) is None else "weight",
             unit=unit,

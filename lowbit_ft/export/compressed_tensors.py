@@ -32,9 +32,10 @@ What transformers 5.23 does with these files (its default mode is CompressedTens
     experts that stay dense     it looks for packed ones and fails: refused here
 
 Inputs that are quantized too (W4A8) stand in the group as `input_activations`: dynamic, symmetric, per token
-or per group of channels, which is what vLLM's integer kernels take. Tried with compressed-tensors 0.20: the
-library computes them in the default mode with absmax / 127.5 where training and vLLM have absmax / 127
-(everything else equal), and not at all with dequantize=True; `as_served` gives our own readers vLLM's rule.
+or per group of channels (segments of one width are such groups), which is what vLLM's integer kernels take.
+Tried with compressed-tensors 0.20: the library computes them in the default mode with absmax / 127.5 where
+training and vLLM have absmax / 127 (everything else equal), and not at all with dequantize=True; `as_served`
+gives our own readers vLLM's rule.
 
 config_groups has one group per grid and kind of input. Several name their layers; `ignore` names every linear
 that is in no group, so a reader that knows layers by other classes (vLLM's fused ones) finds each layer in
@@ -92,6 +93,11 @@ class CompressedTensors(Exporter):
         out = "or export.format: native, which lowbit-ft serve computes"
         if not scheme.dynamic:
             return f"its integer kernels (vLLM) raise on static inputs; set dynamic: true, {out}"
+        if len(set(scheme.segments)) > 1:
+            return (
+                f"it has inputs per token or per group of one width, and segments of {scheme.segments} "
+                f"channels are no such groups; set activations.segments: none, {out}"
+            )
         if scheme.kind not in ("token", "group"):
             return f"it has inputs per token or per group, not kind {scheme.kind}; set kind: token, {out}"
         if not scheme.symmetric:
@@ -301,13 +307,15 @@ class CompressedTensors(Exporter):
 
 
 def input_arguments(scheme: Scheme) -> dict[str, Any]:
-    """`input_activations` of a dynamic scheme."""
+    """`input_activations` of a dynamic scheme. Segments of one width, a scale for each per token, are groups
+    of that width."""
+    group = scheme.segments[0] if scheme.segments else scheme.group_size if scheme.kind == "group" else None
     return {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
-        "strategy": scheme.kind,
-        "group_size": scheme.group_size if scheme.kind == "group" else None,
+        "strategy": "token" if group is None else "group",
+        "group_size": group,
         "dynamic": True,
     }
 

@@ -39,6 +39,11 @@ class IntQuantized(CompressedTensors):
         )
 
     def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
+        if scheme.segments:
+            return (
+                "int-quantized has one scale per token; set activations.segments: none, or export.format: "
+                "compressed-tensors, where segments of one width are groups, or native"
+            )
         if scheme.kind == "token" and scheme.bits == 8 and scheme.clip == 1.0:
             return None
         return (

@@ -179,5 +179,10 @@ def _with_activations(layers: dict[str, LayerSpec], entries: Any) -> dict[str, L
                 raise ValueError(f"{key}[{i}].layers: {name!r} is no layer of grids")
             if found[name].activation is not None:
                 raise ValueError(f"{key}[{i}].layers: {name} is listed twice")
+            if scheme.segments and sum(scheme.segments) != layers[name].shape[1]:
+                raise ValueError(
+                    f"{key}[{i}].segments: got {list(scheme.segments)}, which are "
+                    f"{sum(scheme.segments)} channels; {name} has {layers[name].shape[1]} inputs"
+                )
             found[name] = replace(layers[name], activation=scheme)
     return found

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..adapters.attach import adapted_names
+from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..files.atomic import leftover_of, staged_folder
 from ..files.errors import writing
@@ -29,11 +30,12 @@ from ..files.tensorfile import is_finite, load_tensors, save_tensors
 from ..names import did_you_mean
 from ..recipe.errors import to_problems
 from ..recipe.values import for_method
+from ..segments import Parts, layout, read_layout
 
 PEFT_TYPE = "LOWBIT"
-# Keys of a recipe that say where an adapter goes and what it started from: target_modules and the tensors
-# tell that here.
-NOT_OPTIONS = ("targets", "init_from")
+# Keys of a recipe that say where an adapter goes, what it started from and in which parts a matrix is:
+# target_modules, the tensors and `segments` tell that here.
+NOT_OPTIONS = ("targets", "init_from", "segments")
 
 CARD_FILE = "README.md"
 IMPORT_FIRST = (
@@ -89,6 +91,13 @@ def adapter_options(config: AdapterConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS})
 
 
+def with_parts(config: AdapterConfig, plan: Mapping[str, Parts]) -> AdapterConfig:
+    """The config with an A and a B for each part of these layers. ValueError where its method has none."""
+    if not isinstance(config, LowRankOptions):
+        raise ValueError(f"segments: {config.method} has no A and B of its own for each part; leave it out")
+    return config.with_plan(plan)
+
+
 def refuse_other_base(found: str, wanted: str, adapter: str) -> None:
     """ValueError when the base's digest is not the one the adapter was trained on."""
     if found != wanted:
@@ -133,6 +142,9 @@ def write_adapter(
         "inference_mode": True,
         "revision": None,
     }
+    if plan := getattr(config, "plan", {}):
+        names = set(adapted_names(state))
+        facts["segments"] = layout({name: parts for name, parts in plan.items() if name in names})
     with writing(folder), staged_folder(folder) as stage:
         save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -202,6 +214,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     facts = _read_config(folder / CONFIG_FILE)
     try:
         config = adapter_config(str(facts.get("method")), facts.get("options") or {})
+        if (entries := facts.get("segments")) is not None:
+            config = with_parts(config, read_layout(entries))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     if isinstance(modules := facts.get("target_modules"), list):

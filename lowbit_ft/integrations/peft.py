@@ -31,6 +31,7 @@ from ..adapters import AdapterConfig
 from ..adapters.attach import PEFT_SLOT, base_digest
 from ..adapters.folder import refuse_pickle
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
+from ..segments import layout, read_layout, segments_of
 from .adapter_files import (
     NOT_OPTIONS,
     PEFT_TYPE,
@@ -40,6 +41,7 @@ from .adapter_files import (
     read_adapter,
     refuse_other_base,
     say_on_card,
+    with_parts,
     write_adapter,
 )
 from .peft_extend import extend
@@ -56,7 +58,9 @@ class LowBitConfig(PeftConfig):
     target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
     likewise. modules_to_save: names of dense modules that are trained whole and saved with the adapter (a new
     head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}.
-    A tied head stays tied. base_digest is filled in by get_peft_model and names the packed base; another base
+    A tied head stays tied. segments: "auto" gives a matrix that is several in one (q, k and v; gate and up)
+    an A and a B of `rank` for each of them, by torch.export of the model's config; in a saved config it is
+    the list that was found. base_digest is filled in by get_peft_model and names the packed base; another base
     is refused when the adapter is loaded. ValueError with one line per key or value that the method does not
     have.
     """
@@ -67,6 +71,7 @@ class LowBitConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    segments: str | list[dict[str, Any]] | None = None
     base_digest: str | None = None
 
     def __init__(
@@ -77,6 +82,7 @@ class LowBitConfig(PeftConfig):
         exclude_modules: list[str] | str | None = None,
         modules_to_save: list[str] | None = None,
         trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        segments: str | list[dict[str, Any]] | None = None,
         base_digest: str | None = None,
         **others: Any,
     ):
@@ -114,6 +120,11 @@ class LowBitConfig(PeftConfig):
         self.modules_to_save = None if modules_to_save is None else list(modules_to_save)
         self.modules_to_tie: list[str] | None = None  # what shares the matrix of the first of them
         self.trainable_token_indices = trainable_token_indices
+        if isinstance(segments, str) and segments not in ("auto", "none"):
+            raise ValueError(f"segments: got {segments!r}; allowed: auto, none")
+        self.segments = None if segments == "none" else segments
+        if self.segments is not None:
+            with_parts(self.adapter, {} if self.segments == "auto" else read_layout(self.segments))
         self.base_digest = base_digest
         self.matcher: SimpleNamespace | None = (
             None  # what PEFT's matching of layer names reads, once the model is known
@@ -140,6 +151,8 @@ class LowBitConfig(PeftConfig):
     def start(self) -> AdapterConfig:
         """What tensors are built from. An adapter that is loaded has its SVD and its warm-up behind it."""
         config = self.adapter
+        if self.segments not in (None, "auto"):
+            config = with_parts(config, read_layout(self.segments))
         passed = {"init": "zero", "warmup_steps": 0} if self.restored else {}
         return config.model_copy(update={k: v for k, v in passed.items() if k in type(config).model_fields})
 
@@ -189,6 +202,10 @@ class LowBitModel(BaseTuner):
         digest = str(model.lowbit_base_digest)
         if peft_config.base_digest is not None:
             refuse_other_base(digest, peft_config.base_digest, "adapter")
+        if peft_config.segments == "auto":
+            found = segments_of(model.config)
+            parts = {name: found[name].outputs for name in hosts if name in found and found[name].outputs}
+            peft_config.segments = layout(parts)
         config = peft_config.start()
         if config.wants_weight:
             raise ValueError(
@@ -256,7 +273,7 @@ class LowBitModel(BaseTuner):
             wrapped = LowBitLinear(target).train(target.training)
             self._replace_module(parent, target_name, wrapped, target)
             target = wrapped
-        target.update_layer(adapter_name, peft_config.start())
+        target.update_layer(adapter_name, peft_config.start().of_layer(current_key))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

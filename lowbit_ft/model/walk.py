@@ -54,6 +54,23 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outer, key=lambda item: len(item[1]))
 
 
+def kind_of(layer: nn.Module) -> list[Any]:
+    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its
+    number.
+    """
+    found: list[Any] = []
+    for name, module in layer.named_modules():
+        plain = {
+            k: v
+            for k, v in vars(module).items()
+            if isinstance(v, str | int | float | bool | type(None))
+            and k not in ("layer_idx", "training", "layer_id", "layer_number")
+        }
+        shapes = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters(recurse=False)]
+        found.append((name, type(module).__name__, sorted(plain.items(), key=str), shapes))
+    return found
+
+
 class LayerWalk:
     """model: from Checkpoint.empty_model, everything on meta. batches: dicts of input_ids [B, L] and friends.
     logits: whether `logits` will be asked for; without them an output head that is not tied stays unread."""

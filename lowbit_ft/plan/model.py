@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..activations import Scheme
 from ..activations.place import place
+from ..adapters import AdapterConfig
 from ..adapters.base import Adapter
 from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
@@ -28,10 +29,11 @@ from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import find_matrices, stand_in
 from ..model.meta import meta_model
-from ..model.walk import decoder_layers
+from ..model.walk import decoder_layers, kind_of
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
+from ..segments import Segments, segments_in
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -113,16 +115,19 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     if kv_cache is not None and (problems := reject_model(dense, kv_cache)):
         raise ValueError("quant.kv_cache: " + "; ".join(problems))
     online = online_layers(recipe, dense)
+    segments = _segments(recipe, folder)
+    if getattr(config, "segments", "none") == "auto":
+        config = config.with_plan({name: own.outputs for name, own in segments.items()})
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        grids = [_asked(recipe, config, f"{name}.", n) for n in inside[index]]
-        like = repr((grids, _fingerprint(layer)))
+        grids = [_asked(recipe, config, f"{name}.", n, segments) for n in inside[index]]
+        like = repr((grids, kind_of(layer)))
         key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
             stand_in(module, inside[index])
-            _pack(module, grids, config, dtype)
+            _pack(module, grids, dtype)
             put_online(module, f"{name}.", online)
             if kv_cache is not None:
                 put_seams(module, dense.config.get_text_config(), kv_cache)
@@ -132,7 +137,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
-    _pack(rest, [_asked(recipe, config, "", n) for n in outside], config, dtype)
+    _pack(rest, [_asked(recipe, config, "", n, segments) for n in outside], dtype)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -245,20 +250,33 @@ def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block],
     return PlanRow(name, n, k, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
 
 
-_Asked = tuple[str, Any, bool, Scheme | None]
+_Asked = tuple[str, Any, AdapterConfig | None, Scheme | None]
 
 
-def _asked(recipe: Recipe, config: Any, prefix: str, name: str) -> _Asked:
-    """What the recipe wants of the matrix prefix + name: (name, grid, whether it trains, what its input is
+def _segments(recipe: Recipe, folder: Path) -> dict[str, Segments]:
+    """The segments of the model's linears, where the recipe asks for them."""
+    section = recipe.quant.activations
+    wanted = (section, recipe.adapter)
+    return segments_in(folder) if any(getattr(one, "segments", "none") == "auto" for one in wanted) else {}
+
+
+def _asked(recipe: Recipe, config: Any, prefix: str, name: str, segments: dict[str, Segments]) -> _Asked:
+    """What the recipe wants of the matrix prefix + name: (name, grid, its adapter's config, what its input is
     on)."""
     whole, section = prefix + name, recipe.quant.activations
-    scheme = None if section is None else section.planned(whole)
-    return name, recipe.quant.grid_for(whole), config.trains(whole), scheme
+    own = segments.get(whole, Segments())
+    scheme = None if section is None else section.planned(whole, own.widths)
+    return (
+        name,
+        recipe.quant.grid_for(whole),
+        config.of_layer(whole) if config.trains(whole) else None,
+        scheme,
+    )
 
 
-def _pack(module: nn.Module, grids: list[_Asked], config: Any, dtype: torch.dtype) -> None:
+def _pack(module: nn.Module, grids: list[_Asked], dtype: torch.dtype) -> None:
     """PackedLinears and adapters on meta in the place of the matrices of these names."""
-    for name, grid, trains, scheme in grids:
+    for name, grid, config, scheme in grids:
         old = module.get_submodule(name)
         if isinstance(old, nn.Embedding):
             base = empty_weight((old.num_embeddings, old.embedding_dim), grid, "meta")
@@ -270,7 +288,7 @@ def _pack(module: nn.Module, grids: list[_Asked], config: Any, dtype: torch.dtyp
         )
         place(layer, scheme)
         module.set_submodule(name, layer)
-        if trains:
+        if config is not None:
             if reason := config.reject(grid):
                 raise ValueError(f"adapter {config.method} cannot train {name}: {reason}")
             with torch.device("meta"):
@@ -326,23 +344,6 @@ class Hollow(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
-
-
-def _fingerprint(layer: nn.Module) -> list[Any]:
-    """What makes two decoder layers alike: classes, shapes, and plain settings of every module, but not its
-    number.
-    """
-    found: list[Any] = []
-    for name, module in layer.named_modules():
-        plain = {
-            k: v
-            for k, v in vars(module).items()
-            if isinstance(v, str | int | float | bool | type(None))
-            and k not in ("layer_idx", "training", "layer_id", "layer_number")
-        }
-        shapes = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters(recurse=False)]
-        found.append((name, type(module).__name__, sorted(plain.items(), key=str), shapes))
-    return found
 
 
 def _stamp(folder: Path) -> int:

@@ -29,6 +29,7 @@ from .sections.output import check_output
 from .sections.quant import check_grid, check_groups, check_layers
 from .sections.reconstruct import check_reconstruct
 from .sections.rotation import check_rotation
+from .sections.segments import check_segments, segment_notes
 from .sections.signal import check_signal
 from .sections.train import check_offload, check_train
 from .yaml import Problem
@@ -43,6 +44,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
     (("model", "quant", "adapter"), check_adapter_layers),
+    (("model", "quant", "adapter"), check_segments),
     (("model", "quant"), check_layers),
     (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
@@ -105,6 +107,7 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
+    found += segment_notes(recipe)
     other_text = recipe.eval.data or recipe.data.valid
     if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
         found.append(

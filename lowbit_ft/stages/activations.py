@@ -17,6 +17,7 @@ from ..model.config import read_config
 from ..model.roles import is_head
 from ..model.walk import Batch
 from ..recipe.sections.activations import ActivationsSection, carried
+from ..segments import segments_in
 from ..session import Session
 from .data import calibration_batches, calibration_key
 from .models import load_packed
@@ -56,6 +57,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
     """The scheme of every input, on calibration rows where these decide."""
     recipe = session.recipe
     format, adapter = recipe.export.format, recipe.adapter
+    segments = segments_in(session.checkpoint.folder) if section.segments == "auto" else {}
     candidates = {
         name: carried(
             section,
@@ -63,6 +65,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
             adapter.shipped(layer.grid) if adapter.trains(name) else layer.grid,
             layer.in_features,
             format,
+            segments[name].widths if name in segments else (),
         )
         for name, layer in hosts(model)
         if section.applies(name)

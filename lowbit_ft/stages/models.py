@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from ..adapters import AdapterConfig
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
+from ..adapters.base import LowRankOptions
 from ..export import EXPORTERS
 from ..export.folder import check_files, read_manifest
 from ..export.reader import load_exported
@@ -18,6 +20,7 @@ from ..model.config import read_config
 from ..model.load import load_model
 from ..quantize.quantize import quantize
 from ..recipe.sections.quant import QuantSection
+from ..segments import segments_in
 from ..session import Session
 
 
@@ -80,6 +83,15 @@ def check_folders(session: Session, names: Sequence[str] = FOLDERS) -> None:
         if (session.run / name).is_dir():
             session.run.refuse_other(name)
             check_adapter(session.run / name) if name == "adapter" else check_files(session.run / name)
+
+
+def adapter_of(session: Session) -> AdapterConfig:
+    """The recipe's adapter, with the parts of the model's fused matrices where it asks for them."""
+    config = session.recipe.adapter
+    if not isinstance(config, LowRankOptions) or config.segments == "none":
+        return config
+    found = segments_in(session.checkpoint.folder)
+    return config.with_plan({name: segments.outputs for name, segments in found.items()})
 
 
 def trained_model(session: Session) -> Any:

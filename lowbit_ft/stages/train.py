@@ -28,7 +28,7 @@ from ..train.processes import world
 from ..train.setup import total_steps
 from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
-from .models import trained_model
+from .models import adapter_of, trained_model
 from .reconstruct import reconstruct_stage
 from .teacher import lesson_of
 
@@ -59,7 +59,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     if not run_dir.main:
         return None
     session.check_files()
-    write_adapter(run_dir / "adapter", state, recipe.adapter, digest, run_dir / "base")
+    write_adapter(run_dir / "adapter", state, adapter_of(session), digest, run_dir / "base")
     run_dir.made("adapter")
     if not session.splits_base:
         return model
@@ -110,14 +110,15 @@ def attach_adapters(session: Session, model: Any) -> None:
     trains.
     """
     recipe, run_dir = session.recipe, session.run
+    config = adapter_of(session)
     torch.manual_seed(recipe.train.seed)
-    rows = attach(model, recipe.adapter, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
+    rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
     if folder := getattr(recipe.adapter, "init_from", None):
         folded = session.folded
         turned = folded.turn_lora if isinstance(folded, FoldedCheckpoint) else None
-        started = start_from_lora(model, recipe.adapter, read_lora(folder), turned)
+        started = start_from_lora(model, config, read_lora(folder), turned)
         run_dir.write_json("lora_start.json", started.to_json())
         session.say(started)
 

@@ -1,6 +1,7 @@
 """Schemes of every kind, static ones with a scale, and the integer product that a server makes."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ def schemes() -> list[Scheme]:
     return found
 
 
+def segmented() -> list[Scheme]:
+    """Every kind that has segments, of 128 inputs: of one width and of several, dynamic and static."""
+    found = []
+    for scheme in schemes():
+        if ACTIVATIONS[scheme.kind].in_segments and scheme.clip == 1.0:
+            for segments in ((64, 64), (32, 64, 32)):
+                factors = range(1, len(segments) + 1)  # a scale of its own for each
+                scale = tuple(value * factor for factor in factors for value in scheme.scale)
+                zero = tuple(value + factor for factor in factors for value in scheme.zero)
+                found.append(replace(scheme, segments=segments, scale=scale, zero=zero))
+    return found
+
+
 def integer_product(activation: Activation, x: Tensor, weight: PackedWeight) -> Tensor:
     """x [T, K] -> [T, N] float64: codes times codes, summed in int32 block by block along K, then scaled."""
     (n, k), t = weight.shape, len(x)
@@ -47,8 +61,9 @@ def integer_product(activation: Activation, x: Tensor, weight: PackedWeight) -> 
     total = torch.zeros(t, n, dtype=torch.float64)
     # dual makes two products, of what lies below zero and of the rest, each with a scale of its own
     everywhere = [(torch.ones_like(x), activation.spread(scale, x))]
-    sides = [((x < 0).float(), scale[..., :1]), ((x >= 0).float(), scale[..., 1:])]
-    for part, own in sides if activation.kind == "dual" else everywhere:
+    ones = torch.ones_like(x)
+    sides = [(x < 0, activation.spread(scale, -ones)), (x >= 0, activation.spread(scale, ones))]
+    for part, own in sides if activation.scheme().kind == "dual" else everywhere:
         blocks = (centred * part.int()).unflatten(1, (-1, BLOCK)).transpose(0, 1)  # [blocks, T, BLOCK]
         sums = torch.bmm(blocks, w.unflatten(1, (-1, BLOCK)).permute(1, 2, 0))  # [blocks, T, N]
         assert sums.dtype == torch.int32

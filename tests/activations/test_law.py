@@ -20,11 +20,12 @@ from lowbit_ft.activations.place import place
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.merge import merged_weight
 from lowbit_ft.model.linear import PackedLinear
-from tests.activations.common import integer_product, schemes
+from tests.activations.common import integer_product, schemes, segmented
 from tests.adapters.common import base_of, trained
 from tests.packed_tools import adapter_config
 
 SCHEMES = schemes()
+SEGMENTED = segmented()
 GRIDS = [
     IntGrid(bits=bits, group_size=group, symmetric=symmetric, residual_bits=4)
     for bits in (2, 3, 4, 8)
@@ -41,7 +42,7 @@ def inputs(rows: int = 5, k: int = 128, dtype: torch.dtype = torch.float32) -> T
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *SEGMENTED], ids=str)
 def test_integer_product_is_the_training_forward(scheme: Scheme) -> None:
     assert len(GRIDS) == 16
     torch.manual_seed(0)
@@ -169,6 +170,25 @@ def test_gradient_is_straight_through_inside_the_range(scheme: Scheme, mask: flo
     assert torch.equal(codes.float().clamp(scheme.lowest, scheme.highest), codes.float())
 
 
+@pytest.mark.parametrize("scheme", SEGMENTED, ids=str)
+def test_a_segment_is_quantized_as_if_it_were_alone(scheme: Scheme) -> None:
+    torch.manual_seed(3)
+    x = (inputs() * torch.linspace(0.1, 3, 128)).requires_grad_()
+    activation = activation_of(replace(scheme, mask=2.0))
+    pieces = x.split(scheme.segments, dim=-1)
+    alone = [activation_of(replace(scheme, mask=2.0).part(i))(piece) for i, piece in enumerate(pieces)]
+    assert torch.equal(activation(x), torch.cat(alone, -1))
+    whole = replace(scheme, segments=(), scale=scheme.part(0).scale, zero=scheme.part(0).zero)
+    assert not torch.equal(activation(x), activation_of(whole)(x)), "and not as the whole is"
+    upstream = torch.randn(5, 128)
+    (found,) = torch.autograd.grad(activation(x), x, upstream)
+    assert torch.equal(found, torch.autograd.grad(torch.cat(alone, -1), x, upstream)[0])
+    assert 0 < int((found == 0).sum()) < found.numel()
+    assert read_scheme(scheme.to_json()) == scheme
+    codes, scale, zero = activation.codes(x)
+    assert codes.shape == x.shape and bool((scale > 0).all()) and (zero is None) == scheme.symmetric
+
+
 def test_a_server_rule_by_hand() -> None:
     """vLLM: absmax / 127. One token, whose codes anybody can check."""
     x = torch.tensor([[12.7, -0.04, 0.16, 6.34, -12.7]])
@@ -178,4 +198,5 @@ def test_a_server_rule_by_hand() -> None:
 
 
 def test_every_kind_is_in_the_law() -> None:
+    assert {scheme.kind for scheme in SEGMENTED} == {k for k, v in ACTIVATIONS.items() if v.in_segments}
     assert {scheme.kind for scheme in SCHEMES} == set(ACTIVATIONS) and len(SCHEMES) == len(set(SCHEMES))

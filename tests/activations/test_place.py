@@ -162,7 +162,13 @@ def test_peft_computes_with_the_same_inputs(tmp_path: Path) -> None:
     assert any(layer.activation is not None for _, layer in hosts(unloaded))
 
 
-@pytest.mark.parametrize("scheme", MIXED, ids=str)
+SEGMENTS = [
+    Scheme(kind="token", bits=8, segments=(16,) * 4),
+    Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125, 0.0625), segments=(16, 48)),
+]
+
+
+@pytest.mark.parametrize("scheme", [*MIXED, *SEGMENTS], ids=str)
 def test_compiled_whole_it_is_the_same(scheme: Scheme) -> None:
     torch.manual_seed(0)
     activation, x = activation_of(scheme), torch.randn(3, 64, requires_grad=True)

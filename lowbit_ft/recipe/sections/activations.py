@@ -18,6 +18,7 @@ from ..layers import nearest_layers, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Positive, Problems, Section
+from .segments import segments_of_shapes
 
 AUTO = "auto"
 _TABLE: Any = ACTIVATIONS
@@ -79,6 +80,11 @@ class ActivationsSection(Section):
         "output error on calibration rows",
     )
     group_size: Channels = Field(default=128, description="kind group: channels that share a scale")
+    segments: Literal["auto", "none"] = Field(
+        default="none",
+        description="auto: scales of their own for the segments of which an input is put together, such as "
+        "the heads before an attention's output projection",
+    )
     grad_mask: Positive | None = Field(
         default=None,
         description="no gradient where |x| is at least this (LLM-QAT: 2, though nothing is clipped there)",
@@ -97,18 +103,20 @@ class ActivationsSection(Section):
             return not is_head(layer_name)
         return any(matches(pattern, layer_name) for pattern in self.targets)
 
-    def schemes(self, layer_name: str, **changes: Any) -> list[Scheme]:
-        """What may be for that layer, before calibration, in the order in which it is tried. ValueError for a
-        scheme that cannot be."""
+    def schemes(self, layer_name: str, widths: tuple[int, ...] = (), **changes: Any) -> list[Scheme]:
+        """What may be for that layer, before calibration, in the order in which it is tried. widths: of the
+        segments of its input. ValueError for a scheme that cannot be."""
         values: dict[str, Any] = {key: getattr(self, key) for key in ("bits", "kind", "symmetric")}
         values["group_size"] = self.group_size
         for override in self.overrides:
             if matches(override.match, layer_name):
                 values |= {k: v for k, v in override if k != "match" and v is not None}
         values |= changes
-        return self._made(**values)
+        return self._made(widths if self.segments == "auto" else (), **values)
 
-    def _made(self, bits: int, kind: str, symmetric: bool, group_size: int) -> list[Scheme]:
+    def _made(
+        self, widths: tuple[int, ...], bits: int, kind: str, symmetric: bool, group_size: int
+    ) -> list[Scheme]:
         found = []
         for name, cls in ACTIVATIONS.items():
             if kind not in (name, AUTO) or kind == AUTO and not self._tried(name):
@@ -122,21 +130,23 @@ class ActivationsSection(Section):
                         dynamic=self.dynamic,
                         group_size=group_size if name == "group" else -1,
                         clip=clip,
+                        segments=segments,
                         mask=self.grad_mask,
                     )
+                    for segments in _tried(widths if cls.in_segments else (), kind == AUTO)
                     for clip in self.clips
                 ]
         return found
 
-    def planned(self, layer_name: str) -> Scheme | None:
+    def planned(self, layer_name: str, widths: tuple[int, ...] = ()) -> Scheme | None:
         """A scheme that holds as much memory in training as the one that calibration will choose, or more;
         None: the input stays as it is."""
         if not self.applies(layer_name):
             return None
-        one = min(self.schemes(layer_name), key=lambda scheme: scheme.clip)
-        ends = {"tensor": (1.0,), "dual": (1.0, 1.0)}
-        zero = () if one.symmetric else (0,)
-        return one if one.dynamic else replace(one, scale=ends[one.kind], zero=zero)
+        one = min(self.schemes(layer_name, widths), key=lambda scheme: scheme.clip)
+        ends, each = {"tensor": (1.0,), "dual": (1.0, 1.0)}, max(1, len(one.segments))
+        zero = () if one.symmetric else (0,) * each
+        return one if one.dynamic else replace(one, scale=ends[one.kind] * each, zero=zero)
 
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
@@ -153,10 +163,22 @@ class ActivationsSection(Section):
         return not self.dynamic or AUTO in kinds or len(self.clips) > 1
 
 
-def carried(section: ActivationsSection, layer_name: str, grid: Any, width: int, format: str) -> list[Scheme]:
-    """The schemes of a layer, for kind auto those that the export format carries (all where it carries none,
-    which check_activations refuses)."""
-    found = section.schemes(layer_name)
+def _tried(widths: tuple[int, ...], both: bool) -> list[tuple[int, ...]]:
+    """The segments that a kind is tried with: none, those that there are, or (kind auto) both."""
+    return [(), widths] if both and widths else [widths]
+
+
+def carried(
+    section: ActivationsSection,
+    layer_name: str,
+    grid: Any,
+    width: int,
+    format: str,
+    widths: tuple[int, ...] = (),
+) -> list[Scheme]:
+    """The schemes of a layer with `width` inputs in segments of `widths`, for kind auto those that the export
+    format carries (all where it carries none, which check_activations refuses)."""
+    found = section.schemes(layer_name, widths)
     fits = [s for s in found if EXPORTERS[format].reject_activation(s, grid, width) is None]
     return fits or found
 
@@ -201,7 +223,9 @@ def check_activation_layers(r: Any) -> Problems:
                     ("quant", "activations", *path),
                     f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, names)}",
                 )
-    yield from _check_export(r, section, packed)
+    found = segments_of_shapes(shapes) if section.segments == "auto" else {}
+    widths = {name: one.widths for name, one in found.items()}
+    yield from _check_export(r, section, packed, widths)
 
 
 def _check_options(section: ActivationsSection) -> Problems:
@@ -225,6 +249,16 @@ def _check_options(section: ActivationsSection) -> Problems:
                 f"got {kind!r} with symmetric: false, which has two scales in place of a zero point; drop "
                 "symmetric, or use kind: token",
             )
+    if (
+        section.segments == "auto"
+        and section.kind in ACTIVATIONS
+        and not ACTIVATIONS[section.kind].in_segments
+    ):
+        yield Problem(
+            (*root, "segments"),
+            f"got 'auto' with kind: {section.kind}, whose groups have scales of their own already; set kind: "
+            "token, or segments: none",
+        )
     if not section.dynamic and section.clips != [1.0]:
         yield Problem(
             (*root, "clip"),
@@ -236,13 +270,17 @@ def _check_options(section: ActivationsSection) -> Problems:
         )
 
 
-def _check_export(r: Any, section: ActivationsSection, packed: dict[str, int]) -> Problems:
+def _check_export(
+    r: Any, section: ActivationsSection, packed: dict[str, int], widths: dict[str, tuple[int, ...]]
+) -> Problems:
     """What the format cannot carry, once per reason."""
     exporter, told = EXPORTERS[r.export.format], set()
     for name, width, grid in _grids(r, packed):
         if name and not section.applies(name):
             continue
-        reasons = [exporter.reject_activation(s, grid, width) for s in section.schemes(name)]
+        reasons = [
+            exporter.reject_activation(s, grid, width) for s in section.schemes(name, widths.get(name, ()))
+        ]
         if None in reasons and AUTO in (section.kind, *(o.kind for o in section.overrides)):
             continue
         for reason in reasons:

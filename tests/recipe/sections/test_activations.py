@@ -33,6 +33,8 @@ BAD = [
     row("static clip", "{kind: tensor, dynamic: false, clip: 0.9}", "clip: got 0.9 with dynamic: false"),
     row("range", "{range: mse}", "range: got 'mse' with dynamic: true"),
     row("range name", "{kind: tensor, dynamic: false, range: max}", "moving_average, percentile, mse"),
+    row("segments", "{segments: heads}", "activations.segments: got 'heads'; allowed: auto, none"),
+    row("group segments", "{kind: group, segments: auto}", "got 'auto' with kind: group, whose groups have"),
     row("static", "{kind: tensor, dynamic: false}", "raise on static inputs; set dynamic: true, or export"),
     row("clipped", "{clip: 0.9}", "do not clip the range of an input; set clip: 1.0, or export"),
     row("asymmetric", "{symmetric: false}", "raise on inputs with a zero point; set symmetric: true"),
