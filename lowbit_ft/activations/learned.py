@@ -30,19 +30,18 @@ class LearnedScale(nn.Module):
     """The static scale of a scheme as a parameter. () -> fp32 [numbers of the scale], of scale_dtype's
     values."""
 
-    start: Tensor
-
     def __init__(self, scheme: Scheme, in_features: int, scale_dtype: str, device: torch.device):
         super().__init__()
         assert scheme.scale, "a static scale that no calibration gave"
+        self.start = scheme.scale
         self.factor = 1 / math.sqrt(in_features * scheme.highest)
         self.scale_dtype = scale_dtype
-        self.register_buffer("start", torch.tensor(scheme.scale, device=device), persistent=False)
         self.log_input_scale = nn.Parameter(torch.zeros(len(scheme.scale), device=device))
 
     def forward(self) -> Tensor:
         log = scale_gradient(self.log_input_scale, self.factor)
-        return cast_scale(self.start * exact_exp(log), self.scale_dtype)
+        start = torch.cat([torch.full((1,), value, device=log.device) for value in self.start])
+        return cast_scale(start * exact_exp(log), self.scale_dtype)
 
     @property
     def version(self) -> int:
