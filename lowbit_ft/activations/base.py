@@ -131,9 +131,16 @@ class Activation(nn.Module):
         """Scales or zeros as `scales` gives them, in a shape that multiplies x [..., K]."""
         return values
 
-    def collect(self, values: Tensor, x: Tensor) -> Tensor:
-        """The inverse of `spread` for gradients: values [..., K] -> their sums [static_scales]."""
-        return values.sum()[None]
+    def first(self, x: Tensor) -> Tensor | None:
+        """Where the first of two static scales is used, bool [..., K]; None: there is one."""
+        return None
+
+    @staticmethod
+    def collect(values: Tensor, first: Tensor | None) -> Tensor:
+        """`spread` turned round, for gradients: values [..., K] -> their sums [static_scales]."""
+        if first is None:
+            return values.sum()[None]
+        return torch.stack((values.masked_fill(~first, 0).sum(), values.masked_fill(first, 0).sum()))
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -183,7 +190,7 @@ class Activation(nn.Module):
 
 class _StraightThrough(torch.autograd.Function):
     """x^ forward; backward the gradient where x was in the range. The mask is kept only where something can
-    be outside. A scale that learns keeps x beside it: of x and s come the rounding errors."""
+    be outside; d x^ / d s, in the dtype of x, only where s learns."""
 
     @staticmethod
     def forward(
@@ -201,38 +208,33 @@ class _StraightThrough(torch.autograd.Function):
         codes = wide * inverse if wide is x else wide.mul_(inverse)
         if shift is not None:
             codes += shift
+        exact = codes.clone() if ctx.needs_input_grad[1] else None
         codes.round_()
+        clipped = None
         if not scheme.dynamic or scheme.clip < 1:  # else nothing can be outside
             clipped = (codes < scheme.lowest) | (codes > scheme.highest)
             outside = clipped if outside is None else outside | clipped
         codes.clamp_(scheme.lowest, scheme.highest)
+        slope = None
+        if exact is not None:
+            assert clipped is not None, "only a static scale learns"
+            slope = torch.where(clipped, codes if shift is None else codes - shift, codes - exact)
+            slope = slope.to(x.dtype)  # not x: x^ hangs on x, and a node of x^ that keeps x closes a circle
         if shift is not None:
             codes -= shift
-        ctx.activation = activation if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(outside, *((x, scale, zero) if ctx.needs_input_grad[1] else ()))
+        ctx.activation = activation
+        ctx.save_for_backward(outside, slope, None if slope is None else activation.first(x))
         return codes.mul_(spread).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        outside, *kept = ctx.saved_tensors
-        into_scale = None if ctx.activation is None else _into_scale(gradient, ctx.activation, *kept)
+        outside, slope, first = ctx.saved_tensors
+        into_scale = None
+        if slope is not None:
+            into_scale = ctx.activation.collect(slope.float().mul(gradient.float()), first)
         if outside is not None:
             gradient = gradient.masked_fill(outside, 0)
         return gradient, into_scale, None, None, None
-
-
-def _into_scale(
-    gradient: Tensor, activation: Activation, x: Tensor, scale: Tensor, zero: Tensor | None
-) -> Tensor:
-    """The gradient of x^ [..., K] -> that of the static scale, fp32: of q - z less x / s in the range, of q - z
-    outside."""
-    scheme, wide = activation.scheme(), x.float()
-    shift = 0.0 if zero is None else activation.spread(zero, wide)
-    exact = wide * activation.spread(1 / scale, wide) + shift
-    codes = exact.round()
-    clipped = codes.clamp(scheme.lowest, scheme.highest)
-    change = torch.where(codes == clipped, codes - exact, clipped - shift)
-    return activation.collect(change.mul_(gradient.float()), wide)
 
 
 def positive(scale: Tensor) -> Tensor:

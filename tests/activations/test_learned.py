@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,10 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
     with torch.no_grad():
         activation.learned.log_input_scale.add_(0.3)
     assert not torch.equal(activation(x), first), "a shared x^ is never of another scale"
+    held, kept = weakref.ref(x), weakref.ref(activation(x))
+    del x, first
+    gc.collect()
+    assert held() is None and kept() is None, "x^ goes with x, also where nobody asks for gradients"
 
 
 def test_a_scheme_that_learns_in_a_file() -> None:
