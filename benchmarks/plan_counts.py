@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.plan_shapes import SHAPES
+from lowbit_ft.activations.place import hosts, place_activations
 from lowbit_ft.adapters.attach import adapted_layers, attach
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.examples import load_examples
@@ -99,6 +100,9 @@ def real_model(recipe: Recipe, shape: str, folder: Path, device: str) -> nn.Modu
         ),
         device=device,
     )
+    if (section := recipe.quant.activations) is not None:
+        planned = {name: section.planned(name) for name, _ in hosts(model)}
+        place_activations(model, {name: scheme for name, scheme in planned.items() if scheme is not None})
     attach(model, recipe.adapter)
     return model
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations.place import scheme_of
+from .activations.place import scheme_of, shipped_of
 from .adapters.attach import packed_layers
 from .export import EXPORTERS, LayerSpec, Weights
 from .export.reader import read_weights
@@ -49,9 +49,7 @@ def merged_weight(layer: PackedLinear) -> Weight:
 
 def _shipped(layer: PackedLinear) -> LayerSpec:
     """What `merged_weight` will be, without computing it."""
-    scheme = scheme_of(layer)
-    shipped = None if scheme is None else scheme.shipped()
-    base = replace(LayerSpec.of(layer.base.without_residual()), activation=shipped)
+    base = replace(LayerSpec.of(layer.base.without_residual()), activation=shipped_of(layer))
     if layer.adapter is None:
         return base
     config: Any = layer.adapter.config

@@ -9,7 +9,7 @@ bf16 falls otherwise).
 s and z are made of x itself (dynamic) or came with the scheme (static). All of it in fp32, whatever the model
 computes in; x^ has the dtype of x. The backward is straight-through: the gradient of x^ is that of x where x
 lies in the range, zero where it was clipped.
-Nothing flows into s.
+Nothing flows into s, unless the scheme says that a static s learns (learned.py).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Scheme:
     segments: how many channels each segment of the input has that is scaled by itself (segmented.py; (): all
     as one). scale and zero are then those of the segments, one behind the other.
     mask: the gradient is zero where |x| is at least this, although nothing is clipped there (training only).
+    learn: a static scale trains; the first of the layers that share it, by name (training only).
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Scheme:
     zero: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     mask: float | None = None
+    learn: str | None = None
 
     @property
     def lowest(self) -> int:
@@ -75,7 +77,7 @@ class Scheme:
 
     def shipped(self) -> Scheme:
         """Without what only training reads."""
-        return replace(self, mask=None)
+        return replace(self, mask=None, learn=None)
 
     def to_json(self) -> dict[str, Any]:
         """What differs from the defaults, and kind and bits."""
@@ -91,7 +93,7 @@ class Scheme:
         parts += [f"g{self.group_size}"] if self.group_size != -1 else []
         parts += [f"{len(self.segments)} segments"] if self.segments else []
         parts += [] if self.symmetric else ["asym"]
-        parts += [] if self.dynamic else ["static"]
+        parts += [] if self.dynamic else ["static" if self.learn is None else "static, learned"]
         parts += [f"clip {self.clip:g}"] if self.clip != 1.0 else []
         return " ".join(parts)
 
@@ -99,7 +101,7 @@ class Scheme:
 class Activation(InputGrid):
     """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
 
-    It has no buffers and no parameters: a state dict does not know it.
+    It has no buffers and no parameters: a state dict does not know it. A scale that learns lies in an adapter.
     """
 
     kind: ClassVar[str]
@@ -118,14 +120,32 @@ class Activation(InputGrid):
         super().__init__()
         assert scheme.kind == self.kind, f"{scheme.kind} scheme for {type(self).__name__}"
         self._scheme = scheme
+        self.learn(None)
 
     @property
     def one_scale(self) -> bool:
         return self.products == 1 and self._scheme.symmetric
 
     def scheme(self) -> Scheme:
-        """What an exporter writes."""
+        """What it was made of: of a scale that learns, the start."""
         return self._scheme
+
+    @torch.no_grad()
+    def shipped(self) -> Scheme:
+        """What an exporter writes: the scale of the last forward, without what only training reads."""
+        made, learned = self._scheme.shipped(), self.learned
+        return made if learned is None else replace(made, scale=tuple(learned().tolist()))
+
+    def learn(self, learned: Any) -> None:
+        """Take the static scale from a LearnedScale, which is part of another module; None: from the scheme."""
+        vars(self)["learned"] = learned  # not by setattr, which would make it a part of this one too
+
+    def static(self, device: torch.device) -> Tensor:
+        """The static scale, fp32 [static_scales]."""
+        if self.learned is not None:
+            return self.learned()
+        assert len(self._scheme.scale) == self.static_scales, "a static scale that no calibration gave"
+        return torch.cat([torch.full((1,), value, device=device) for value in self._scheme.scale])
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x fp32 [..., K] -> (scale fp32, zero fp32 | None), as `codes` gives them."""
@@ -134,6 +154,17 @@ class Activation(InputGrid):
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         """Scales or zeros as `scales` gives them, in a shape that multiplies x [..., K]."""
         return values
+
+    def first(self, x: Tensor) -> Tensor | None:
+        """Where the first of two static scales is used, bool [..., K]; None: there is one."""
+        return None
+
+    @staticmethod
+    def collect(values: Tensor, first: Tensor | None) -> Tensor:
+        """`spread` turned round, for gradients: values [..., K] -> their sums [static_scales]."""
+        if first is None:
+            return values.sum()[None]
+        return torch.stack((values.masked_fill(~first, 0).sum(), values.masked_fill(first, 0).sum()))
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -177,15 +208,14 @@ class Activation(InputGrid):
     @property
     def key(self) -> Any:
         """Quantizers of one key make the same x^ of the same x."""
-        return self._scheme
+        return self._scheme if self.learned is None else (self._scheme, self.learned.version)
 
     def quantize(self, x: Tensor) -> Tensor:
         """x -> x^, straight-through."""
-        with torch.no_grad():
-            wide = x.float()
-            scale, zero = self.scales(wide)
-            beyond = None if self._scheme.mask is None else wide.abs() >= self._scheme.mask
-            del wide
+        wide = x.detach().float()  # so that only a scale that learns has a gradient
+        scale, zero = self.scales(wide)
+        beyond = None if self._scheme.mask is None else wide.abs() >= self._scheme.mask
+        del wide
         return _StraightThrough.apply(x, scale, zero, beyond, self)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
@@ -194,7 +224,7 @@ class Activation(InputGrid):
 
 class _StraightThrough(torch.autograd.Function):
     """x^ forward; backward the gradient where x was in the range. The mask is kept only where something can
-    be outside."""
+    be outside; d x^ / d s, in the dtype of x, only where s learns."""
 
     @staticmethod
     def forward(
@@ -212,21 +242,33 @@ class _StraightThrough(torch.autograd.Function):
         codes = wide * inverse if wide is x else wide.mul_(inverse)
         if shift is not None:
             codes += shift
+        exact = codes.clone() if ctx.needs_input_grad[1] else None
         codes.round_()
+        clipped = None
         if not scheme.dynamic or scheme.clip < 1:  # else nothing can be outside
             clipped = (codes < scheme.lowest) | (codes > scheme.highest)
             outside = clipped if outside is None else outside | clipped
         codes.clamp_(scheme.lowest, scheme.highest)
+        slope = None
+        if exact is not None:
+            assert clipped is not None, "only a static scale learns"
+            slope = torch.where(clipped, codes if shift is None else codes - shift, codes - exact)
+            slope = slope.to(x.dtype)  # not x: x^ hangs on x, and a node of x^ that keeps x closes a circle
         if shift is not None:
             codes -= shift
-        ctx.save_for_backward(*(() if outside is None else (outside,)))
+        ctx.activation = activation
+        ctx.save_for_backward(outside, slope, None if slope is None else activation.first(x))
         return codes.mul_(spread).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for outside in ctx.saved_tensors:
+        outside, slope, first = ctx.saved_tensors
+        into_scale = None
+        if slope is not None:
+            into_scale = ctx.activation.collect(slope.float().mul(gradient.float()), first)
+        if outside is not None:
             gradient = gradient.masked_fill(outside, 0)
-        return gradient, None, None, None, None
+        return gradient, into_scale, None, None, None
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -273,6 +315,10 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
     scale, zero = entry.get("scale", []), entry.get("zero", [])
     if not _numbers(scale, float) or not all(0 < value < float("inf") for value in scale):
         raise ValueError(f"scale: got {scale!r}; needs a list of positive numbers")
+    if not isinstance(entry.get("learn", ""), str):
+        raise ValueError(f"learn: got {entry['learn']!r}; needs the name of a layer")
+    if "learn" in entry and entry.get("dynamic", True):
+        raise ValueError("learn: only a static scale learns, and dynamic is true")
     if not _numbers(zero, int):
         raise ValueError(f"zero: got {zero!r}; needs a list of integers")
     made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero), "segments": tuple(segments)})

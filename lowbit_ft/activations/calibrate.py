@@ -40,6 +40,10 @@ class Choice:
     error: float | None = None
     tried: dict[str, float] = field(default_factory=dict)
 
+    def learned(self) -> Choice:
+        """The same with a static scale that trains, one for all its layers."""
+        return replace(self, scheme=replace(self.scheme, learn=self.layers[0]))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"scheme": self.scheme.to_json(), "why": self.why}
 

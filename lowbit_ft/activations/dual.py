@@ -24,9 +24,7 @@ class Dual(Activation):
         """[..., K] -> [..., 2]: of the negative and the positive values."""
         scheme = self._scheme
         if not scheme.dynamic:
-            assert len(scheme.scale) == 2, "static scales that no calibration gave"
-            below, above = (torch.full((1,), value, device=x.device) for value in scheme.scale)
-            return torch.cat((below, above)), None
+            return self.static(x.device), None
         low, high = x.aminmax(dim=-1, keepdim=True)
         below = low.clamp(max=0) * (scheme.clip / scheme.lowest)
         above = high.clamp(min=0) * (scheme.clip / scheme.highest)
@@ -34,3 +32,6 @@ class Dual(Activation):
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         return torch.where(x < 0, values[..., :1], values[..., 1:])
+
+    def first(self, x: Tensor) -> Tensor:
+        return x < 0

@@ -16,11 +16,19 @@ def place(layer: PackedLinear, scheme: Scheme | None) -> None:
 
 
 def scheme_of(layer: PackedLinear) -> Scheme | None:
-    """What the input of a layer is on; None: it is used as it comes."""
+    """What the input of a layer was put on, a learned scale at its start; None: it is used as it comes."""
     if layer.activation is None:
         return None
     assert isinstance(layer.activation, Activation)
     return layer.activation.scheme()
+
+
+def shipped_of(layer: PackedLinear) -> Scheme | None:
+    """What an exporter writes of the input of a layer: the scale that was trained, if one was."""
+    if layer.activation is None:
+        return None
+    assert isinstance(layer.activation, Activation)
+    return layer.activation.shipped()
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

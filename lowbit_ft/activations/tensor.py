@@ -1,4 +1,4 @@
-"""tensor: one scale for all tokens, static (from calibration rows) or made of the tensor that is there."""
+"""tensor: one scale for all tokens, static (from calibration rows, perhaps trained: learned.py) or made of the tensor that is there."""
 
 from typing import ClassVar
 
@@ -19,6 +19,5 @@ class PerTensor(Activation):
         if scheme.dynamic:
             low, high = x.aminmax()
             return ranges(low[None], high[None], scheme)
-        assert scheme.scale, "a static scale that no calibration gave"
-        scale = torch.full((1,), scheme.scale[0], device=x.device)
-        return scale, torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
+        zero = torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
+        return self.static(x.device), zero

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.learned import learn_inputs
 from ..activations.place import scheme_of
 from ..kv_cache import kv_config_of
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
@@ -100,10 +101,13 @@ def attach(
             f"adapter {config.method}: this start reads the dense weights, and there is no checkpoint to read"
         )
     model.requires_grad_(False)
-    rows = []
     for name, layer in layers:
         weight = dense_weight(name) if config.wants_weight and dense_weight else None
         layer.adapter = config.of_layer(name).build(layer.base, weight)
+    learn_inputs(model)
+    rows = []
+    for name, layer in layers:
+        assert layer.adapter is not None
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)

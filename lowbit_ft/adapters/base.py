@@ -27,7 +27,8 @@ from ..segments import Parts
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
-SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale"})
+# log_input_scale: of activations/learned.py, whatever the method.
+SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
 
 
 class AdapterConfig(BaseModel):

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import PeftType
 from torch import Tensor, nn
 
+from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
 from ..adapters.attach import PEFT_SLOT, base_digest
 from ..adapters.folder import refuse_pickle
@@ -211,6 +212,13 @@ class LowBitModel(BaseTuner):
             raise ValueError(
                 f"adapter.init: {getattr(config, 'init', '')} reads the dense weights, "
                 "which a packed model no longer has: use init: svd with residual bits, or train with a recipe"
+            )
+        learned = next((n for n, h in hosts.items() if (s := scheme_of(h)) is not None and s.learn), None)
+        if learned is not None:
+            raise ValueError(
+                f"{learned}: the static scale of its input trains with the adapter (quant.activations.learn), "
+                "which PEFT's layers do not do; load merged/ of the run, whose scales are the trained ones, or "
+                "pack a base with learn: false"
             )
         # An embedding is looked up; there is no product for an adapter to be in.
         hosts = {name: layer for name, layer in hosts.items() if not isinstance(layer, PackedEmbedding)}

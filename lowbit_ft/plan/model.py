@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Scheme
+from ..activations.learned import learn_inputs
 from ..activations.place import place
 from ..adapters import AdapterConfig
 from ..adapters.base import Adapter
@@ -293,6 +294,7 @@ def _pack(module: nn.Module, grids: list[_Asked], dtype: torch.dtype) -> None:
                 raise ValueError(f"adapter {config.method} cannot train {name}: {reason}")
             with torch.device("meta"):
                 layer.adapter = config.build(layer.base)
+    learn_inputs(module)
     for name, parameter in module.named_parameters():
         if ".adapter." not in f".{name}":
             parameter.requires_grad_(False)

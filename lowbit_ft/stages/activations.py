@@ -41,6 +41,7 @@ def settle_activations(session: Session, folder: Path, place: str | None) -> Non
         return
     model = load_packed(folder, session, place if section.reads_text else "cpu")
     made = choose_activations(session, model, section)
+    made = [one.learned() for one in made] if section.learn else made
     schemes = {name: one.scheme for one in made for name in one.layers}
     specs = {
         name: LayerSpec(layer.base.shape, layer.base.grid, activation=schemes.get(name))

@@ -2,15 +2,31 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_ft.activations import ACTIVATIONS, Activation, Scheme
+from lowbit_ft.activations.place import hosts, place_activations
+from lowbit_ft.adapters.attach import attach
 from lowbit_ft.grid import PackedWeight
+from lowbit_ft.recipe.sections.activations import shared_input
+from tests.packed_tools import adapter_config
 
 BLOCK = 32  # divides every group of the tests, so sums over blocks are sums of any group
 ENDS = {"tensor": (0.03125,), "dual": (0.0078125, 0.0390625)}
+
+LEARNED = Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125,), learn="layer")
+
+
+def learning(model: Any, scheme: Scheme = LEARNED, seed: int = 1) -> Any:
+    """Fresh adapters on a Llama whose inputs learn: one scale for q, k and v, and for gate and up."""
+    names = [name for name, _ in hosts(model) if "lm_head" not in name]
+    place_activations(model, {name: replace(scheme, learn=shared_input(name)) for name in names})
+    torch.manual_seed(seed)
+    attach(model, adapter_config("lr_qat"))
+    return model
 
 
 def schemes() -> list[Scheme]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit_ft.export.planes import tied, to_integers
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight
 from lowbit_ft.grid.calibrate import CALIBRATORS, Curvature, Stats, ranges
 from lowbit_ft.grid.calibrate.curvature import PANEL, SUM_ROWS, factor_
@@ -86,6 +87,10 @@ def test_a_calibrator_refuses_the_wrong_grid_and_says_what_fits():
     assert "mse" in str(CALIBRATORS["greedy"].reject(IntGrid()))
     assert "symmetric: true" in str(CALIBRATORS["absmax"].reject(IntGrid(symmetric=False)))
     assert "symmetric: false" in str(CALIBRATORS["minmax"].reject(IntGrid()))
+    assert "needs quant.bits: 1 or 2; at 3 use one of greedy, alternating" in str(
+        CALIBRATORS["mean"].reject(BinaryGrid(bits=3))
+    )
+    assert "works on binary grids" in str(CALIBRATORS["mean"].reject(IntGrid(bits=2)))
 
 
 @pytest.mark.parametrize("p", [2.0, 2.4, 4.0])
@@ -343,6 +348,8 @@ def test_constant_and_zero_groups(name: str, grid: Grid):
     assert dense.isfinite().all()
     assert dense[0].abs().max() <= 4 * SMALLEST_SCALE
     step = 0.25 / (2**grid.bits - 1) if isinstance(grid, IntGrid) else 0.01
+    if name == "mean" and grid.bits == 2:
+        step = 0.25 / 2  # LLM-QAT's: a constant m lies between the levels m / 2 and 3 m / 2
     assert ((dense[1:3] - weight[1:3]).abs() <= 1.1 * step).all()
 
 
@@ -368,6 +375,35 @@ def test_greedy_is_the_recurrence():
         assert torch.equal(signs[k], b)
         torch.testing.assert_close(packed.scale[k, 0].double(), alpha[:, 0], rtol=2**-8, atol=0)
         rest = rest - alpha * b
+
+
+@pytest.mark.parametrize(("bits", "group"), [(1, -1), (1, 64), (2, -1), (2, 64)])
+def test_mean_has_the_levels_of_llm_qat(bits: int, group: int):
+    """Number by number, in float64; 200 inputs: the last group of 64 has 8."""
+    weight, grid = weights(), BinaryGrid(bits=bits, group_size=group)
+    weight[0, :9], weight[1] = 0.0, 0.0
+    packed = run("mean", weight, grid)
+    found, size = packed.dequantize(), SHAPE[1] if group == -1 else group
+    for n, row in enumerate(weight.double().tolist()):
+        for start in range(0, SHAPE[1], size):
+            part = row[start : start + size]
+            m = max(sum(map(abs, part)) / len(part), 2 * SMALLEST_SCALE)
+            m = float(torch.tensor(m, dtype=torch.float32).bfloat16())
+            for i, w in enumerate(part):
+                u, s = max(-0.99, min(0.99, w / (2 * m))), 2 * m
+                wanted = s * (round(2 * u - 0.5) + 0.5) / 2 if bits == 2 else (m if w >= 0 else -m)
+                assert float(found[n, start + i]) == wanted, (n, start + i)
+    units = found[2:, :64] / packed.scale.float()[0, 0, 2:, None]
+    assert set(units.flatten().tolist()) == ({-1.5, -0.5, 0.5, 1.5} if bits == 2 else {-1.0, 1.0})
+
+
+def test_mean_is_an_integer_grid_of_one_bit_more():
+    """So formats without planes hold it, while no plane was trained apart."""
+    weight = weights()
+    for bits in (1, 2):
+        packed = run("mean", weight, BinaryGrid(bits=bits, group_size=64))
+        assert isinstance(packed, BinaryWeight) and tied(packed)
+        assert torch.equal(to_integers(packed).dequantize(), packed.dequantize())
 
 
 def test_alternating_planes_are_ordered_by_size():

@@ -67,6 +67,15 @@ CASES = {
         ],
         {},
     ),
+    "static inputs that learn": (
+        [
+            "adapter={method: scale}",
+            "quant.residual_bits=0",
+            "quant.activations={kind: tensor, dynamic: false, learn: true}",
+            "export.format=native",
+        ],
+        {},
+    ),
     "int4 cache": (["adapter={method: scale}", "quant.residual_bits=0", "quant.kv_cache.bits=4"], {}),
     "opt": (
         ["adapter={method: scale}", "quant.residual_bits=0"],

@@ -25,6 +25,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held, unshardable
+from tests.activations.common import learning
 from tests.forks import run_together
 from tests.train import two_processes
 from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, go, packed, stop_at
@@ -91,6 +92,13 @@ def test_recomputing_and_bf16_are_what_they_are_in_one_process(done: Path, tmp_p
     go(tmp_path, packed(), mixed_precision="bf16")
     assert_same(done / "bf16", tmp_path)
     assert rows(tmp_path, "loss") != rows(done / "one", "loss")
+
+
+def test_input_scales_that_learn_are_what_they_are_in_one_process(done: Path, tmp_path: Path) -> None:
+    go(tmp_path, learning(packed()))
+    assert sum(name.endswith(".log_input_scale") for name in last(tmp_path)) == 8
+    assert_same(done / "inputs", tmp_path)
+    assert_same(done / "inputs-ddp", tmp_path)
 
 
 def test_a_loss_in_chunks_is_what_it_is_in_one_process(done: Path, tmp_path: Path) -> None:

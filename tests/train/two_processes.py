@@ -22,6 +22,7 @@ from lowbit_ft.model.shards import part_like, whole
 from lowbit_ft.train.loop import TrainResult, train
 from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import held_by_rank, shard
+from tests.activations.common import learning
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import examples, quiet, section
 
@@ -142,6 +143,10 @@ def together(folder: Path) -> None:
     for n, t in tensors.items():
         assert torch.equal(part_like(fresh[n], t).to_local(), t.to_local())
     go(folder / "recomputed", sharded(), rank, 2, gradient_checkpointing=True)
+    go(folder / "inputs-ddp", learning(packed()), rank, 2)
+    inputs = learning(packed(), seed=1 if rank == 0 else 5)
+    shard(inputs, CPU)
+    go(folder / "inputs", inputs, rank, 2)
     go(folder / "bf16", sharded(), rank, 2, mixed_precision="bf16")
     chunked(folder / "chunks", sharded(), rank, 2, **LONG)
     chunked(folder / "chunks-disk", sharded(), rank, 2, **LONG | {"offload": "disk"})

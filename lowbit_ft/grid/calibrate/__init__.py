@@ -16,6 +16,7 @@ from ..integer import IntGrid
 from ..packed import Weight
 from .curvature import Curvature
 from .gptq import gptq
+from .mean import MEAN_BITS, mean
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
 from .signround import Block, signround, signround_block
@@ -32,6 +33,7 @@ class Calibrator:
     grid: str
     needs_text: bool = False
     symmetric: bool | None = None  # None: both
+    bits: tuple[int, ...] | None = None  # None: all of the grid's
     block: Callable[[Block, Stats], tuple[dict[str, Weight], tuple[float, float]]] | None = None
     block_bytes: int = 0
 
@@ -44,6 +46,10 @@ class Calibrator:
             wanted = "true" if self.symmetric else "false"
             others = [name for name in fits if CALIBRATORS[name].symmetric in (None, grid.symmetric)]
             return f"needs quant.symmetric: {wanted}; on this grid use one of {', '.join(others)}"
+        if self.bits is not None and grid.bits not in self.bits:
+            wanted = " or ".join(map(str, self.bits))
+            others = [name for name in fits if CALIBRATORS[name].bits is None]
+            return f"needs quant.bits: {wanted}; at {grid.bits} use one of {', '.join(others)}"
         return None
 
 
@@ -56,6 +62,7 @@ CALIBRATORS: dict[str, Calibrator] = {
     "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=40),
     "greedy": Calibrator(greedy, "binary"),
     "alternating": Calibrator(alternating, "binary"),
+    "mean": Calibrator(mean, "binary", bits=MEAN_BITS),
 }
 
 

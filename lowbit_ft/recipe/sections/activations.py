@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from ...activations import ACTIVATIONS, Scheme
 from ...activations.calibrate import RANGES
 from ...export import EXPORTERS
+from ...export.compressed_tensors import FUSED
 from ...model.roles import is_head
 from ...names import matches, pattern_error
 from ..layers import nearest_layers, shapes_here
@@ -66,6 +67,11 @@ class ActivationsSection(Section):
     )
     range: Annotated[str, OneOf(RANGES)] = Field(
         default="moving_average", description="what a static scale covers of the calibration rows"
+    )
+    learn: bool = Field(
+        default=False,
+        description="static scales train with the adapters, at train.scale_learning_rate (LSQ); what "
+        "calibration found is their start",
     )
     targets: Literal["all"] | list[str] = Field(
         default="all",
@@ -146,7 +152,8 @@ class ActivationsSection(Section):
         one = min(self.schemes(layer_name, widths), key=lambda scheme: scheme.clip)
         ends, each = {"tensor": (1.0,), "dual": (1.0, 1.0)}, max(1, len(one.segments))
         zero = () if one.symmetric else (0,) * each
-        return one if one.dynamic else replace(one, scale=ends[one.kind] * each, zero=zero)
+        learn = shared_input(layer_name) if self.learn else None
+        return one if one.dynamic else replace(one, scale=ends[one.kind] * each, zero=zero, learn=learn)
 
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
@@ -161,6 +168,13 @@ class ActivationsSection(Section):
         """Whether calibration rows decide something."""
         kinds = [self.kind, *(override.kind for override in self.overrides)]
         return not self.dynamic or AUTO in kinds or len(self.clips) > 1
+
+
+def shared_input(layer_name: str) -> str:
+    """The first of the layers that are given one tensor, before anything has run: by the names that servers
+    fuse. In other architectures a plan counts a number too many for each layer more."""
+    stem, dot, last = layer_name.rpartition(".")
+    return stem + dot + next((members[0] for members in FUSED if last in members), last)
 
 
 def _tried(widths: tuple[int, ...], both: bool) -> list[tuple[int, ...]]:
@@ -223,6 +237,12 @@ def check_activation_layers(r: Any) -> Problems:
                     ("quant", "activations", *path),
                     f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, names)}",
                 )
+    if section.learn and packed and not any(section.applies(n) and r.adapter.trains(n) for n in packed):
+        yield Problem(
+            ("quant", "activations", "learn"),
+            "got true, but no layer has both an adapter and a quantized input, so no scale trains; widen "
+            "adapter.targets or quant.activations.targets, or drop learn",
+        )
     found = segments_of_shapes(shapes) if section.segments == "auto" else {}
     widths = {name: one.widths for name, one in found.items()}
     yield from _check_export(r, section, packed, widths)
@@ -263,6 +283,18 @@ def _check_options(section: ActivationsSection) -> Problems:
         yield Problem(
             (*root, "clip"),
             f"got {section.clip!r} with dynamic: false; a static scale is set by `range`: use range: mse",
+        )
+    if section.dynamic and section.learn:
+        yield Problem(
+            (*root, "learn"),
+            f"got true with dynamic: true; a scale that is made of the input has nothing to learn: set "
+            f"dynamic: false and kind: tensor (static kinds: {static}), or drop learn",
+        )
+    if section.segments == "auto" and section.learn:
+        yield Problem(
+            (*root, "learn"),
+            "got true with segments: auto; the scales of segments stay what calibration found: drop learn, "
+            "or set segments: none",
         )
     if section.dynamic and section.range != type(section).model_fields["range"].default:
         yield Problem(

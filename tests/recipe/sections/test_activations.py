@@ -38,6 +38,20 @@ BAD = [
     row("static", "{kind: tensor, dynamic: false}", "raise on static inputs; set dynamic: true, or export"),
     row("clipped", "{clip: 0.9}", "do not clip the range of an input; set clip: 1.0, or export"),
     row("asymmetric", "{symmetric: false}", "raise on inputs with a zero point; set symmetric: true"),
+    row(
+        "learned segments",
+        "{kind: tensor, dynamic: false, learn: true, segments: auto}",
+        "activations.learn: got true with segments: auto; the scales of segments stay what calibration found",
+    ),
+    row("learn", "{learn: true}", "learn: got true with dynamic: true; a scale that is made of the input"),
+    row(
+        "learns nothing",
+        "{kind: tensor, dynamic: false, learn: true}",
+        "learn: got true, but no layer has both an adapter and a quantized input",
+        "export.format=native",
+        "adapter.targets=[lm_head]",
+        "quant.lm_head=8",
+    ),
     row("targets", "{targets: [q_prj]}", "targets: got 'q_prj', which matches no packed layer; did you mean"),
     row(
         "override",

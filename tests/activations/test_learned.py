@@ -1,0 +1,212 @@
+"""A static scale that learns (LSQ): value and gradient by the equation, one per input, and what ships."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from lowbit_ft.activations import Scheme, activation_of, read_scheme
+from lowbit_ft.activations.learned import LearnedScale
+from lowbit_ft.activations.place import hosts, place_activations, shipped_of
+from lowbit_ft.adapters import Adapter, is_scale
+from lowbit_ft.adapters.attach import adapter_state, attach, base_digest, load_adapter_state
+from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.reader import load_exported
+from lowbit_ft.export.writer import write_model
+from lowbit_ft.grid import PackedWeight
+from lowbit_ft.integrations.peft import LowBitConfig
+from lowbit_ft.integrations.transformers import mark_packed
+from lowbit_ft.merge import base_weights, merge, merged_weight, verify_merge
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.optim import build_optimizer
+from tests.activations.common import LEARNED, integer_product, learning
+from tests.activations.test_place import forwarded, logits, shake
+from tests.adapters.common import base_of, randomize
+from tests.export.common import checkpoint
+from tests.loop_tools import go, stop_at
+from tests.packed_tools import adapted_llama, adapter_config, int_grid, packed_model, random_weights
+from tests.toy import equal, section, state
+
+SCHEMES = [
+    LEARNED,
+    replace(LEARNED, bits=4, scale=(0.375,), symmetric=False, zero=(-3,)),
+    Scheme(kind="dual", bits=4, dynamic=False, scale=(0.25, 0.5), learn="layer"),
+]
+
+
+def host(scheme: Scheme, k: int = 128, size: float = 3.0) -> PackedLinear:
+    """A packed layer with an adapter, alone on its input; its scale has moved."""
+    layer = PackedLinear(base_of(int_grid(bits=4), (11, k)))
+    place_activations(layer, {"": scheme})
+    attach(layer, adapter_config("lr_qat"))
+    assert isinstance(layer.adapter, Adapter)
+    randomize(layer.adapter, size)
+    return layer.train()
+
+
+def learning_llama() -> Any:
+    return learning(adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_value_and_gradient_are_those_of_the_equation(scheme: Scheme) -> None:
+    torch.manual_seed(0)
+    layer = host(scheme)
+    learned: Any = layer.adapter.get_submodule("input") if layer.adapter else None
+    assert isinstance(learned, LearnedScale) and layer.activation is not None
+    x = (torch.randn(5, 128) * 2).requires_grad_()
+    pull = torch.randn(5, 128)
+    y = layer.activation(x)
+    (y * pull).sum().backward()
+
+    master = learned.log_input_scale.detach().double()
+    exact = torch.tensor(scheme.scale, dtype=torch.float64) * master.exp()
+    s = exact.bfloat16().double()  # straight-through
+    assert bool((s != torch.tensor(scheme.scale)).all())
+    z = float(scheme.zero[0]) if scheme.zero else 0.0
+    value, slope, into = torch.zeros(5, 128).double(), torch.zeros(len(s)).double(), torch.zeros(5, 128)
+    outside = 0
+    for t in range(5):
+        for i, v in enumerate(x[t].tolist()):
+            side = int(v >= 0) if len(s) == 2 else 0
+            u = v / float(s[side]) + z
+            q = min(max(round(u), scheme.lowest), scheme.highest)
+            clipped = round(u) != q
+            value[t, i] = float(s[side]) * (q - z)
+            slope[side] += float(pull[t, i]) * (q - z if clipped else q - u)
+            into[t, i] = 0.0 if clipped else float(pull[t, i])
+            outside += clipped
+    assert 0 < outside < 300, "both branches"
+    factor = 1 / math.sqrt(128 * scheme.highest)  # LSQ, section 2.2
+    torch.testing.assert_close(y.double(), value, atol=1e-6, rtol=1e-6)
+    assert x.grad is not None and torch.equal(x.grad, into)
+    found = learned.log_input_scale.grad
+    assert found is not None
+    torch.testing.assert_close(found.double(), slope * exact * factor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_what_ships_is_what_was_trained(scheme: Scheme) -> None:
+    """The law with the trained scale."""
+    torch.manual_seed(1)
+    layer, x = host(scheme), torch.randn(7, 128)
+    shipped, weight = shipped_of(layer), merged_weight(layer)
+    assert shipped is not None and isinstance(weight, PackedWeight)
+    assert shipped.learn is None and shipped.scale != scheme.scale and shipped.zero == scheme.zero
+    assert torch.tensor(shipped.scale).bfloat16().float().tolist() == list(shipped.scale)
+    y = layer(x)
+    assert layer.activation is not None and torch.equal(layer.activation(x), activation_of(shipped)(x))
+    wanted = integer_product(activation_of(shipped), x, weight)
+    assert float((y.detach().double() - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def test_one_scale_for_all_that_are_given_one_tensor() -> None:
+    model = learning_llama()
+    names = [name for name in state(model) if name.endswith("log_input_scale")]
+    ends = [name.partition(".layers.0.")[2] for name in names if ".layers.0." in name]
+    assert len(names) == 8 and [end.partition(".adapter")[0] for end in ends] == [
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.down_proj",
+    ]
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.activation.learned is attention.q_proj.adapter.get_submodule("input")
+    optimizer = build_optimizer(
+        ((n, p) for n, p in model.named_parameters() if p.requires_grad),
+        section(scale_learning_rate=0.5, weight_decay=0.1),
+    )
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    masters = dict(model.named_parameters())
+    assert all(any(p is masters[name] for p in groups["scale"]["params"]) for name in names)
+    assert groups["scale"]["weight_decay"] == 0 and is_scale(names[0])
+    assert all(masters[name].dtype == torch.float32 for name in names)
+    model.to(torch.bfloat16)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if n in names)
+
+
+def test_the_first_layer_that_trains_owns_the_scale() -> None:
+    model = adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4))
+    for _, layer in hosts(model):
+        layer.adapter = None
+    place_activations(model, {n: replace(LEARNED, learn="one") for n, _ in hosts(model) if "self_attn" in n})
+    attach(model, adapter_config("lr_qat", targets=["*.v_proj"]))
+    (name,) = (n for n in state(model) if n.endswith("log_input_scale"))
+    assert ".layers.0.self_attn.v_proj." in name
+    attach(model, adapter_config("lr_qat", targets=["*.down_proj"]))
+
+
+def test_train_merge_reload_is_the_same_model(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c", vocab_size=64, hidden_size=128)
+    model = packed_model(source, random_weights(source.empty_model(), int_grid(residual_bits=4)))
+    learning(model)
+    digest = base_digest(model)
+    write_model(tmp_path / "base", source, base_weights(model), EXPORTERS["native"])
+    based = load_exported(tmp_path / "base")
+    assert base_digest(based) == digest
+    attach(based, adapter_config("lr_qat"))
+    shake(based)
+    assert base_digest(based) == digest, "the start belongs to the base, what is trained to the adapter"
+    again = load_exported(tmp_path / "base")
+    attach(again, adapter_config("lr_qat"))
+    load_adapter_state(again, adapter_state(based))
+    assert torch.equal(logits(again), logits(based)), "adapter/ has the scales"
+    merge(based, source, tmp_path / "merged")
+    merged = load_exported(tmp_path / "merged")
+    assert torch.equal(logits(merged), logits(based)) and verify_merge(again, tmp_path / "merged").exact
+    schemes = [shipped_of(layer) for _, layer in hosts(merged)]
+    assert {s.scale for s in schemes if s} != {LEARNED.scale} and all(s and s.learn is None for s in schemes)
+    mark_packed(again := load_exported(tmp_path / "base"))
+    with pytest.raises(ValueError, match="trains with the adapter"):
+        get_peft_model(again, LowBitConfig(method="lr_qat"))
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
+    straight, _ = go(tmp_path / "a", learning_llama(), max_steps=4)
+    go(tmp_path / "b", learning_llama(), max_steps=4, on_step=stop_at(2))
+    resumed, result = go(tmp_path / "b", learning_llama(), max_steps=4, resume=True)
+    assert result.steps == 4 and equal(state(straight), state(resumed))
+    moved = [p for n, p in state(straight).items() if n.endswith("log_input_scale")]
+    assert len(moved) == 8 and all(float(p.abs()) > 0 for p in moved)
+
+
+def test_compiled_and_checkpointed_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    layer, start = host(SCHEMES[1]), torch.randn(3, 128)
+    activation: Any = layer.activation
+
+    def gradients(call: Any, again: bool = False) -> list[Tensor]:
+        x = start.clone().requires_grad_()
+        y = forwarded(call, x * 1.5, again)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, activation.learned.log_input_scale])]
+
+    compiled = torch.compile(activation, backend="aot_eager", fullgraph=True)
+    plain = gradients(activation)
+    for other in (gradients(activation, again=True), gradients(compiled)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+    x = torch.randn(2, 128) * 1
+    first = activation(x)
+    with torch.no_grad():
+        activation.learned.log_input_scale.add_(0.3)
+    assert not torch.equal(activation(x), first), "a shared x^ is never of another scale"
+    held, kept = weakref.ref(x), weakref.ref(activation(x))
+    del x, first
+    gc.collect()
+    assert held() is None and kept() is None, "x^ goes with x, also where nobody asks for gradients"
+
+
+def test_a_scheme_that_learns_in_a_file() -> None:
+    for scheme in SCHEMES:
+        assert read_scheme(scheme.to_json()) == scheme and "learn" not in scheme.shipped().to_json()
+    for entry in ({"kind": "token", "bits": 8, "learn": "x"}, LEARNED.to_json() | {"learn": 3}):
+        with pytest.raises(ValueError, match="learn: "):
+            read_scheme(entry)
