@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..data.synthesis import SYNTHESIS, SynthesisConfig
+from ..gradients import GRADIENTS, USUAL, GradientConfig
 from ..names import did_you_mean, nearest
 from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
@@ -31,12 +32,14 @@ def shown(value: Any) -> str:
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
     """The model class behind `Model`, `Model | None`, `list[Model]`, the adapter section (the config of the
-    method that was given) or data.synthesis (that of the kind).
+    method that was given), data.synthesis or train.gradient (that of the kind).
     """
     if annotation is AdapterConfig and isinstance(given, dict):
         return ADAPTERS.get(str(given.get("method")))
     if annotation is SynthesisConfig and isinstance(given, dict):
         return SYNTHESIS.get(str(given.get("kind")))
+    if annotation is GradientConfig and isinstance(given, dict):
+        return GRADIENTS.get(str(given.get("kind", USUAL)))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
