@@ -6,16 +6,26 @@ it is a number, and steps; then the member may move the tensors once more (`Grad
 what trains and nothing else, and gives back what it moved, bit for bit.
 
     backprop       the straight-through gradient of the ops
+    fogzo          backprop's direction, weighed by two more forwards
+    zeroth_order   two forwards along a random direction, no backward
     cage           beside any of them: a pull of the weights to their codes
-    base.py        the contract
+    base.py, config.py   the contract
+    directions.py        random directions, drawn anew from seeds; moving tensors and putting them back
 
 A member is a file with its config (its keys, what it refuses, what it costs) and its Gradient, and a line in
 GRADIENTS. `backprop` is the loop as it would be without this folder."""
 
 from .backprop import BackpropConfig
-from .base import Gradient, GradientConfig, Making, Window
+from .base import Gradient, Making, Window
+from .config import GradientConfig
+from .fogzo import FogzoConfig
+from .zeroth_order import ZerothOrderConfig
 
-GRADIENTS: dict[str, type[GradientConfig]] = {"backprop": BackpropConfig}
+GRADIENTS: dict[str, type[GradientConfig]] = {
+    "backprop": BackpropConfig,
+    "fogzo": FogzoConfig,
+    "zeroth_order": ZerothOrderConfig,
+}
 
 USUAL = "backprop"  # the kind of a section that names none
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .base import Gradient, GradientConfig, Making, Window, zeros
+from .base import Gradient, Making, Window, zeros
+from .config import GradientConfig
 
 
 class BackpropConfig(GradientConfig):

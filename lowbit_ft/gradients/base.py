@@ -1,4 +1,4 @@
-"""What makes the gradient of a step: the contract of train.gradient.
+"""What makes the gradient of a step: Window, Making and Gradient.
 
 The loop hands over the micro-batches of one optimizer step as a Window: how their loss is computed, what its
 parts are multiplied with, how numbers are added over the processes. A Gradient leaves .grad on the tensors
@@ -7,17 +7,13 @@ that it trains, the same on every process, and returns the sums of the parts of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-
-CLOSED = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-Problem = tuple[tuple[str, ...], str]  # the key of the recipe, and what is wrong with it and the way out
 
 
 @dataclass(frozen=True)
@@ -54,39 +50,6 @@ class Making:
     total: int
     seed: int
     rate: Callable[[int], float]
-
-
-class GradientConfig(BaseModel):
-    """The section train.gradient. Subclasses add their own keys; unknown keys are refused."""
-
-    model_config = CLOSED
-
-    backward: ClassVar[bool] = True  # it runs one: activations are kept for it
-    clips: ClassVar[bool] = True  # train.max_grad_norm is for it
-
-    kind: str
-
-    def build(self, making: Making) -> Gradient:
-        """ValueError where this model cannot be trained so."""
-        raise AssertionError(f"{type(self).__name__} must define build")
-
-    def problems(self, recipe: Any) -> Iterable[Problem]:
-        """What of the recipe it does not go with; recipe.train is there, recipe.adapter perhaps."""
-        return ()
-
-    @property
-    def masters(self) -> int:
-        """Bytes per trained number that it holds beside the gradient while forwards without gradient run."""
-        return 0
-
-    @property
-    def kept(self) -> int:
-        """Bytes per trained number that it holds between the steps."""
-        return 0
-
-    def told(self, checkpointing: bool) -> str | None:
-        """A line for plan: what a step of it costs; None for backprop alone."""
-        return None
 
 
 class Gradient:

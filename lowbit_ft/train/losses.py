@@ -138,8 +138,8 @@ def loss_forward(
 ) -> Callable[..., Any]:
     """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) ->
     the sums of the lesson's parts [parts]. Without labels it is the model's own forward; where they are
-    measured it is the sum of `next_token_loss` alone, [1]. kind: train.loss; ValueError for one that this model cannot
-    have. student: `chunked_head(model)`, where it is there already.
+    measured it is the sum of `next_token_loss` alone, [1]. kind: train.loss; ValueError for one that this
+    model cannot have. student: `chunked_head(model)`, where it is there already.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP, FSDP; and so does the
     forward of the teacher, which comes first.

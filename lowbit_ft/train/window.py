@@ -23,7 +23,7 @@ def gradient_of(section: Any, model: nn.Module, names: Mapping[Tensor, str], tot
     """The gradient that the section asks for, for a model that is ready to train. names: of what trains."""
     trained = {name: cast(nn.Parameter, parameter) for parameter, name in names.items()}
     peak = section.learning_rate
-    return section.gradient.build(
+    return section.gradient.make(
         Making(model, trained, total, section.seed, lambda step: peak * lr_factor(section, step, total))
     )
 

@@ -1,4 +1,4 @@
-"""train.gradient: its fields are the config class of its kind (lowbit_ft/gradients); here is whether that goes
+"""train.gradient: its fields are the config class of its kind (lowbit_ft/gradients); here is whether it goes
 with the rest of the recipe.
 """
 
