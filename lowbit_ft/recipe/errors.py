@@ -46,6 +46,11 @@ def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
+def keys_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a section by the words that are written (`lambda` is none that Python has)."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
+
+
 def written_path(location: tuple[int | str, ...], given: Any) -> KeyPath:
     """A pydantic location without the union members in it: parts that are not keys of what was written (a
     missing last key stays).
@@ -106,9 +111,9 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     for part in inside[:-1]:
         holder = holder[part]
         if model is not None and isinstance(part, str):
-            field = model.model_fields.get(part)
+            field = keys_of(model).get(part)
             model = model_of(field.annotation, holder) if field is not None else None
-    fields = model.model_fields if model is not None else {}
+    fields = keys_of(model) if model is not None else {}
 
     if kind == "extra_forbidden":
         # A word that is nearly a key is that key; of what is only like several, one that is not set yet.
@@ -144,7 +149,7 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         field = fields.get(str(inside[-1])) if inside else None
         wanted = model_of(field.annotation, None) if field is not None else model
-        keys = f" with the keys {', '.join(wanted.model_fields)}" if wanted is not None else ""
+        keys = f" with the keys {', '.join(keys_of(wanted))}" if wanted is not None else ""
         return Problem(path, f"{got}; allowed: a mapping{keys}; indent its keys under it")
     if kind in {"string_type"}:
         return Problem(path, f"{got}; allowed: text; put it in quotes")
