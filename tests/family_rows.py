@@ -207,6 +207,14 @@ def as_likely_as_any_other(run: Run) -> None:
     assert all(loss == pytest.approx((a + b) / 2) and b > 1 for loss, a, b in parts)
 
 
+def signs_and_zeros(run: Run) -> None:
+    """The squared norm of such a gradient counts its signs; the checkpoint says what made it."""
+    counted = [norm**2 for norm in run.metrics("grad_norm")]
+    assert len(counted) == 2 and all(n > 7 and n == pytest.approx(round(n), abs=1e-3) for n in counted)
+    state = sorted((run.folder / "checkpoints").glob("step-*/state.json"))[-1]
+    assert json.loads(state.read_text())["meta"]["gradient"] == {"kind": "ternary", "cage": None}
+
+
 def tiny_yaml(folder: Path, name: str) -> Path:
     theirs = folder / "tiny_model.yaml"
     rows = str(ASSETS / "docstrings" / "train.jsonl")
@@ -273,5 +281,6 @@ ROWS: dict[str, Row] = {
     "LOSSES": Row(with_key("train.loss", **ABSMAX), no_more_than_one_per_token),
     "SIGNALS": Row(with_key("train.signal.kind", train__teacher="residual", **ABSMAX), the_likeliest_token),
     "TEACHERS": Row(with_key("train.teacher", train__signal__kind="mix", **ABSMAX), as_likely_as_any_other),
+    "GRADIENTS": Row(with_key("train.gradient.kind", **ABSMAX), signs_and_zeros),
     "TRAINERS": Row(tiny_yaml, what_its_yaml_said, word="tiny_model", schema=False),
 }

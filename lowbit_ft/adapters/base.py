@@ -24,6 +24,7 @@ from ..grid.estimators import cast_scale, scale_gradient
 from ..model.linear import WeightAdapter
 from ..names import matches
 from ..segments import Parts
+from .latent import drawn_product, pull_of_product, step_of_scale, steps_of_product, unit_of
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
@@ -46,6 +47,9 @@ class AdapterConfig(BaseModel):
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
     # product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
+
+    # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
+    code_parameters: ClassVar[frozenset[str]] = frozenset()
 
     method: str
     targets: list[str] | None = Field(
@@ -126,6 +130,7 @@ class LowRankOptions(ScaleOptions):
     """Options of every method with a low-rank product D = alpha / rank * B A."""
 
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
+    code_parameters: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     live_grid: ClassVar[bool] = False  # the base is re-gridded with the trained scale (units "live")
 
     rank: int = Field(16, ge=1, le=1024)
@@ -292,6 +297,28 @@ class Adapter(WeightAdapter):
         if isinstance(base, BinaryWeight):
             return base.merged(self.plane_args(base))
         return base.merged(self.grid_args(base))
+
+    def one_step(self, base: Weight) -> dict[str, Tensor | float]:
+        """By name, of every tensor that trains: the standard deviation of independent changes of its numbers
+        that move the layer's weights by one grid step, root mean square (latent.py)."""
+        found: dict[str, Tensor | float] = dict.fromkeys(
+            self.config.scale_parameters, step_of_scale(base.grid)
+        )
+        found["offset"] = 1.0  # counted in grid steps
+        if isinstance(base, PackedWeight):
+            args = self.grid_args(base)
+            if args.a is not None and args.b is not None:
+                found |= steps_of_product(args.a, args.b, args.gain, unit_of(args, base))
+        return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
+
+    def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:
+        """The gradient of |v - code|^2 / 2, by name of its code_parameters (latent.py)."""
+        return pull_of_product(base, self.grid_args(base), skip_clipped)
+
+    def drawn(self, base: PackedWeight, share: float, skip_clipped: bool) -> dict[str, Tensor]:
+        """By name, what to add that every value comes nearer to its code by that share of its distance, as
+        far as these tensors can do it (latent.py)."""
+        return drawn_product(base, self.grid_args(base), share, skip_clipped)
 
     def begin_step(self, step: int, base: Weight) -> None:
         """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it

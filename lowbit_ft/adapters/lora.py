@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..grid import PackedWeight, Weight
 from ..grid.calibrate import CALIBRATORS, Stats
 from .base import Adapter, AdapterConfig, init_from_field
+from .latent import steps_of_product
 
 
 class LoraConfig(AdapterConfig):
@@ -52,6 +53,9 @@ class Lora(Adapter):
     def forward(self, x: Tensor, base: Weight) -> Tensor:
         side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
         return base.linear(x) + self.config.gain * side
+
+    def one_step(self, base: Weight) -> dict[str, Tensor | float]:
+        return dict(steps_of_product(self.A, self.B, self.config.gain, base.scale))
 
     @torch.no_grad()
     def merge(self, base: Weight) -> Weight:

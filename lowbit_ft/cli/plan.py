@@ -34,21 +34,18 @@ _WORDS = {
     "codes": "packed integers, the ones that ship",
     "residual": "bits of the rounding error kept while training",
     "scales and zeros": "of the packed layers",
-    "embeddings": "",
-    "head": "",
     "norms and other": "norms, biases, layers left alone, rotary tables",
     "adapters": "fp32 masters of what trains",
     "gradients": "fp32, as large as the masters",
-    "optimizer states": "",
+    "moved tensors": "train.gradient: a copy of what its forwards move",
+    "average of gradients": "train.gradient.momentum, fp32",
     "kept codes": "train.keep_codes: codes of the step, kept for all its passes",
     "batch and masks": "token ids, rotary tables, attention mask",
-    "saved layer inputs": "",
     "one layer": "its activations while it is computed again for backward",
     "loss": "norm, logits of one chunk and their gradient, some rows in fp32",
     "workspace": "inside packed ops: a chunk of dW, a chunk of decoded weights",
     "gathered layers": "train.sharding: two layers and what lies around them, whole",
     "gradient buckets": "DDP's own copies of the gradients",
-    "context": "",
 }
 
 

@@ -28,6 +28,7 @@ from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from ..train.memory import free_ram
 from .costs import Setting, Step
+from .gradient import MASTERS, gradient_notes, kept_bytes, own_moments
 from .model import PARTS, PlanRow, Skeleton, cache_line, skeleton
 from .reconstruct import reconstruct_bytes
 from .stages import (
@@ -177,7 +178,7 @@ def plan(
     stages = {"training": sum(parts.values())}
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
-    kept += teacher_costs(recipe, made).held
+    kept += teacher_costs(recipe, made).held + kept_bytes(recipe, made)
     forward = max(step.frame + max(cost.evaluation for cost in step.layers), step.tail.evaluation)
     stages["evaluation while training"] = (
         kept + step.context + forward + context + parts.get("gathered layers", 0)
@@ -199,7 +200,7 @@ def plan(
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))
-    notes = [*step.notes, *note, *teacher_notes(recipe, made)]
+    notes = [*step.notes, *note, *teacher_notes(recipe, made), *gradient_notes(recipe)]
     return Plan(
         recipe,
         card,
@@ -268,7 +269,9 @@ def _training(
     """Bytes by part at the peak of a step, what is largest at another moment, and when the peak is."""
     train = recipe.train
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
-    moments = _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
+    moments = own_moments(recipe, step, made)
+    if train.gradient.backward:
+        moments += _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
     teacher = teacher_costs(recipe, made)
     beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
     if teacher.live:  # in eval mode, before the student has kept anything
@@ -287,6 +290,10 @@ def _training(
     }
     if train.keep_codes:
         parts["kept codes"] = parts["codes"]
+    if train.gradient.masters:
+        parts[MASTERS] = at_peak.get(MASTERS, 0)
+    if average := kept_bytes(recipe, made):
+        parts["average of gradients"] = average
     if teacher.asked:
         parts["teacher"] = teacher.held + beside
     parts["saved layer inputs"] = at_peak["saved layer inputs"]

@@ -23,6 +23,7 @@ from .sections.base import Problems
 from .sections.data import check_chat, check_data, check_lengths, check_synthesis
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
+from .sections.gradient import check_gradient
 from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
@@ -57,6 +58,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
+    (("adapter", "train"), check_gradient),
     (("eval",), check_tasks),
     (("eval", "export"), check_tasks_reader),
     (("output",), check_output),

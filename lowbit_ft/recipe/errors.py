@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ..adapters import ADAPTERS, AdapterConfig
 from ..data.synthesis import SYNTHESIS, SynthesisConfig
+from ..gradients import GRADIENTS, USUAL, GradientConfig
 from ..names import did_you_mean, nearest
 from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
@@ -31,16 +32,23 @@ def shown(value: Any) -> str:
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
     """The model class behind `Model`, `Model | None`, `list[Model]`, the adapter section (the config of the
-    method that was given) or data.synthesis (that of the kind).
+    method that was given), data.synthesis or train.gradient (that of the kind).
     """
     if annotation is AdapterConfig and isinstance(given, dict):
         return ADAPTERS.get(str(given.get("method")))
     if annotation is SynthesisConfig and isinstance(given, dict):
         return SYNTHESIS.get(str(given.get("kind")))
+    if annotation is GradientConfig and isinstance(given, dict):
+        return GRADIENTS.get(str(given.get("kind", USUAL)))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
     return models[0] if models else None
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a section by the words that are written (`lambda` is none that Python has)."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def written_path(location: tuple[int | str, ...], given: Any) -> KeyPath:
@@ -103,9 +111,9 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     for part in inside[:-1]:
         holder = holder[part]
         if model is not None and isinstance(part, str):
-            field = model.model_fields.get(part)
+            field = keys_of(model).get(part)
             model = model_of(field.annotation, holder) if field is not None else None
-    fields = model.model_fields if model is not None else {}
+    fields = keys_of(model) if model is not None else {}
 
     if kind == "extra_forbidden":
         # A word that is nearly a key is that key; of what is only like several, one that is not set yet.
@@ -141,7 +149,7 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         field = fields.get(str(inside[-1])) if inside else None
         wanted = model_of(field.annotation, None) if field is not None else model
-        keys = f" with the keys {', '.join(wanted.model_fields)}" if wanted is not None else ""
+        keys = f" with the keys {', '.join(keys_of(wanted))}" if wanted is not None else ""
         return Problem(path, f"{got}; allowed: a mapping{keys}; indent its keys under it")
     if kind in {"string_type"}:
         return Problem(path, f"{got}; allowed: text; put it in quotes")

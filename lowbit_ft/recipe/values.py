@@ -13,7 +13,6 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdap
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..adapters import ADAPTERS
-from ..data.synthesis import SYNTHESIS
 from ..names import did_you_mean
 from .errors import shown
 
@@ -59,25 +58,30 @@ class OneMethod:
         return handler(_methods().core_schema)
 
 
-class OneSynthesis:
-    """Marks data.synthesis: the config class of its kind in SYNTHESIS, as the table is now."""
+@dataclass(frozen=True, eq=False)
+class OneKind:
+    """Marks a section that is the config class of its `kind` in a table, as the table is now. usual: the kind
+    of one that names none."""
+
+    table: Mapping[str, Any]
+    usual: str | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(_synthesis)
+        return core_schema.no_info_plain_validator_function(self._read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        return handler(_kinds_of(SYNTHESIS, "kind").core_schema)
+        return handler(_kinds_of(self.table, "kind").core_schema)
 
-
-def _synthesis(value: Any) -> Any:
-    if not isinstance(value, dict):  # a config that was validated before
-        return _kinds_of(SYNTHESIS, "kind").validate_python(value)
-    config = SYNTHESIS.get(str(value.get("kind")))
-    if config is None:
-        got = shown(value["kind"]) if "kind" in value else "no kind"
-        allowed = ", ".join(SYNTHESIS)
-        raise ValueError(f"{got}; allowed: kind: {allowed}{did_you_mean(value.get('kind', ''), SYNTHESIS)}")
-    return config.model_validate(numbers(config, value))
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, dict):  # a config that was validated before
+            return _kinds_of(self.table, "kind").validate_python(value)
+        kind = value.get("kind", self.usual)
+        config = self.table.get(str(kind))
+        if config is None:
+            got = "no kind" if kind is None else shown(kind)
+            allowed = ", ".join(self.table)
+            raise ValueError(f"{got}; allowed: kind: {allowed}{did_you_mean(kind or '', self.table)}")
+        return config.model_validate(numbers(config, value))
 
 
 def _methods() -> TypeAdapter[Any]:

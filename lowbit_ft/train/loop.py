@@ -26,12 +26,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
@@ -45,6 +43,7 @@ from .progress import why_bad
 from .refusals import refuse_unreached
 from .run import Run
 from .setup import StopSignal, TrainBatches, ValidBatches
+from .window import window_of
 
 
 @dataclass(frozen=True)
@@ -138,14 +137,8 @@ def _loop(
             tokens = sum(batch["input_ids"].numel() for batch in micro)
 
             # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
-            scale = accelerator.num_processes / counts.clamp_min(1) * run.weights
-            # In fp64, so that it does not matter how the micro-batches are spread over processes.
-            sums = torch.zeros_like(counts)
-            for i, batch in enumerate(micro):
-                with accelerator.no_sync(run.wrapped) if i < len(micro) - 1 else nullcontext():
-                    parts = run.loss(batch)
-                    accelerator.backward((parts * scale.to(parts.dtype)).sum())
-                    sums += parts.detach()
+            window = window_of(run, micro, counts)
+            sums = run.gradient.fill(window)
             if now.step == 0:
                 refuse_unreached(run.names)
             run.drop_idle_gradients()
@@ -158,6 +151,8 @@ def _loop(
             # The fp16 loss scaler must see its overflows to adapt; it skips the step by itself.
             if bad is None or (run.scaler is not None and targets):
                 run.optimizer.step()
+                if not run.optimizer.step_was_skipped:
+                    run.gradient.after_step(window, rates)
             run.optimizer.zero_grad()
             seconds = time.perf_counter() - began
             run.count(bad, loss, tokens, seconds)

@@ -72,7 +72,7 @@ class Targets:
 
     labels [B, L] int64 on the CPU, not shifted; device: where the loss is computed; everywhere bool [B, L]
     on the CPU: positions that a part of the signal counts beside the targets; batch: the micro-batch as it
-    came, for a teacher."""
+    came, for a teacher; measured: the token losses alone are wanted, whatever is learned from."""
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ class Targets:
         device: torch.device,
         everywhere: Tensor | None = None,
         batch: dict[str, Tensor] | None = None,
+        measured: bool = False,
     ) -> None:
         assert labels.device.type == "cpu", "read before the batch moves, or the host waits for the device"
-        self.batch, self.device = batch, device
+        self.batch, self.device, self.measured = batch, device, measured
         targets = next_tokens(labels).reshape(-1)
         looked_at = targets != IGNORE
         counted = looked_at if everywhere is None else everywhere.reshape(-1)
@@ -136,9 +137,9 @@ def loss_forward(
     model: nn.Module, kind: str = "chunked", lesson: Lesson = LABELS, student: Answering | None = None
 ) -> Callable[..., Any]:
     """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) ->
-    the sums of the lesson's parts [parts]. Without labels it is the model's own forward; without gradients it
-    is the sum of `next_token_loss` alone, [1]. kind: train.loss; ValueError for one that this model cannot
-    have. student: `chunked_head(model)`, where it is there already.
+    the sums of the lesson's parts [parts]. Without labels it is the model's own forward; where they are
+    measured it is the sum of `next_token_loss` alone, [1]. kind: train.loss; ValueError for one that this
+    model cannot have. student: `chunked_head(model)`, where it is there already.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP, FSDP; and so does the
     forward of the teacher, which comes first.
@@ -160,7 +161,7 @@ def loss_forward(
     def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
         if labels is None:
             return plain(*args, **inputs)
-        now = lesson if torch.is_grad_enabled() else LABELS
+        now = LABELS if labels.measured else lesson
         answers = None if now.teacher is None else now.teacher.answers(labels.ask(inputs))
         if head is not None and (labels.labels.numel() > head.at_a_time(answers) or head.fused is not None):
             return head.loss(head.base(*args, **inputs, use_cache=False), labels, now, answers)
@@ -221,7 +222,7 @@ class ChunkedHead(Head):
     ) -> Tensor:
         """Sums of the lesson's parts [parts], from the decoder's output (last_hidden_state [B, L, H])."""
         hidden, kind = output.last_hidden_state, type(output)
-        if self.fused is not None and torch.is_grad_enabled():
+        if self.fused is not None and not targets.measured:
             assert not lesson.signal.asks, "refused by the recipe"
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
             return self.fused(rows, targets.tokens)[None]

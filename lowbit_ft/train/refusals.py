@@ -4,6 +4,7 @@ model's forward passes by."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: 
         raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
     if sharded and (problems := unshardable(section)):
         raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
+    if problems := list(section.gradient.problems(SimpleNamespace(train=section))):
+        raise TrainError("\n".join(f"{'.'.join(key)}: {message}" for key, message in problems))
+    if sharded and section.gradient.needs_whole:
+        raise TrainError(
+            f"train.gradient: got {section.gradient.kind!r}, which moves whole tensors, and the model is "
+            "sharded; leave it whole (DDP)"
+        )
     if section.sharding == "fsdp" and world() > 1 and not sharded:
         raise TrainError(
             "train.sharding: got 'fsdp', but the model is whole; call "

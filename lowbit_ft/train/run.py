@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..gradients import BackpropConfig
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
 from ..model.upload import upload
@@ -41,6 +42,7 @@ from .setup import (
     make_accelerator,
     total_steps,
 )
+from .window import GRADIENT, RNG, gradient_of, split_state
 
 BESIDE = ("labels", *TAUGHT)  # of a batch, what no model is given
 
@@ -70,6 +72,8 @@ class Run:
         self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
         if lesson.teacher is not None:
             self.meta["signal"] = {**_plain(lesson.options), **lesson.teacher.facts}
+        if section.gradient != BackpropConfig():
+            self.meta["gradient"] = section.gradient.model_dump(mode="json")
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end
         # sets.
@@ -88,6 +92,7 @@ class Run:
         # of the parts of the loss [parts]
         weights = torch.tensor(lesson.weights, dtype=torch.float64)
         self.weights = upload(weights, self.accelerator.device)
+        self.gradient = gradient_of(section, model, self.names, self.total)
         self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson)
         self.wrapped: Any = self.prepared.wrapped
         self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
@@ -131,9 +136,9 @@ class Run:
         if on_step is not None and progress.step > 0:
             on_step(progress.step - 1)
         self.load_weights(saved)
-        rng = {k.removeprefix("rng/"): v for k, v in saved.optimizer.items() if k.startswith("rng/")}
-        tensors = {k: v for k, v in saved.optimizer.items() if not k.startswith("rng/")}
+        tensors, rng, kept = split_state(saved.optimizer)
         load_optimizer_state(self.raw_optimizer, self.names, tensors, state["optimizer"])
+        self.gradient.load({k: upload(v, self.accelerator.device) for k, v in kept.items()})
         rank = self.accelerator.process_index
         if rank < len(rng["cpu"]):  # with more processes than before, the new ones keep their fresh seed
             set_rng_state({k: v[rank] for k, v in rng.items()}, state["rng"], self.accelerator.device)
@@ -167,10 +172,11 @@ class Run:
 
     # ---------------------------------------------------------------- a step
 
-    def loss(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
-        """The sums of the parts of the loss over a micro-batch [parts]; without gradients, of the token
-        losses alone, [1]."""
-        model = self.wrapped if model is None else model
+    def loss(self, batch: dict[str, Tensor], measured: bool = False) -> Tensor:
+        """The sums of the parts of the loss over a micro-batch [parts]; measured: of the token losses alone,
+        [1]."""
+        # Measuring goes not through DDP's wrapper: processes may have unequal shares.
+        model = self.model if measured else self.wrapped
         # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for
         # them.
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k not in BESIDE} | segment_inputs(
@@ -178,10 +184,10 @@ class Run:
         )
         device = self.accelerator.device
         inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        asks = self.lesson.teacher is not None and torch.is_grad_enabled()
+        asks = self.lesson.teacher is not None and not measured
         every = everywhere(batch) if asks and any(p.on == "all" for p in self.lesson.parts.values()) else None
         # the model's forward is the loss since __init__
-        return model(**inputs, labels=Targets(batch["labels"], device, every, batch))
+        return model(**inputs, labels=Targets(batch["labels"], device, every, batch, measured))
 
     def counts(self, micro: list[dict[str, Tensor]]) -> Tensor:
         """How many positions each part of the loss counts in the micro-batches of all processes [parts]."""
@@ -198,7 +204,8 @@ class Run:
                     parameter.grad = None
 
     def clip(self) -> Tensor:
-        """Clip the gradients to max_grad_norm; returns their norm before, fp64, on the device.
+        """Clip the gradients to max_grad_norm, if they are made to be; returns their norm before, fp64, on
+        the device.
 
         The squares are added in fp64, so that shards, however they are cut, give the factor that whole
         gradients give.
@@ -213,6 +220,8 @@ class Run:
             else torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         )
         norm = (self.over_processes(square) if self.sharded else square).sqrt()
+        if not self.section.gradient.clips:
+            return norm
         factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1).where(norm.isfinite(), 1.0).float()
         for gradient in local:
             # 16-bit gradients must not round the factor.
@@ -312,8 +321,7 @@ class Run:
         for batch in self.in_step(self.valid.one_epoch()):
             if stop.requested and self.accelerator.num_processes == 1:
                 break  # several processes would have to agree on the batch, so they finish instead
-            # one part, the labels'; not DDP's wrapper: processes may have unequal shares
-            total += self.loss(batch, self.model).sum()
+            total += self.loss(batch, measured=True).sum()
             targets += count_targets(batch["labels"])
         else:
             total, targets = self.sum(total, targets)
@@ -360,7 +368,9 @@ class Run:
                 "total_steps": self.total,
                 "processes": self.accelerator.num_processes,
             }
-            tensors |= {f"rng/{key}": value for key, value in every.items()}
+            tensors |= {f"{RNG}{key}": value for key, value in every.items()}
+            own = {key: t.detach().to("cpu", copy=True) for key, t in self.gradient.state().items()}
+            tensors |= {f"{GRADIENT}{key}": value for key, value in own.items()}
             self.checkpoints.save(now.step, adapter, tensors, state, now.best_step)
         self.saved_step = now.step
         self.accelerator.wait_for_everyone()

@@ -316,9 +316,8 @@ def test_liger_gets_the_targets_and_nothing_else(family: str, monkeypatch: pytes
     for name, grad in grads.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-9, atol=1e-11)
     with torch.no_grad():  # measuring goes through the chunks
-        torch.testing.assert_close(
-            forward(model, **inputs, labels=Targets(labels, CPU))[0], want.detach(), rtol=1e-12, atol=0
-        )
+        measured = forward(model, **inputs, labels=Targets(labels, CPU, measured=True))[0]
+        torch.testing.assert_close(measured, want.detach(), rtol=1e-12, atol=0)
     assert FakeLiger.rows == [count_targets(labels)]
 
 

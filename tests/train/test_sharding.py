@@ -28,7 +28,7 @@ from lowbit_ft.train.sharding import held, unshardable
 from tests.activations.common import learning
 from tests.forks import run_together
 from tests.train import two_processes
-from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, chunked, go, packed, stop_at
+from tests.train.two_processes import GRIDS, LONG, ROOT, STEPS, WAYS, chunked, go, packed, stop_at
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
@@ -129,6 +129,15 @@ def test_kept_codes_under_ddp_and_compiled_layers_under_fsdp(done: Path, tmp_pat
         pytest.skip("TorchInductor needs a C++ compiler on the CPU")
     go(tmp_path, packed(), compile=True)
     assert_same(done / "compiled", tmp_path)
+
+
+def test_estimates_and_a_pull_under_ddp(done: Path, tmp_path: Path) -> None:
+    """Two processes exchange losses and make the same directions, which one process makes, too."""
+    for way, gradient in WAYS.items():
+        go(tmp_path / way, packed(), gradient=gradient, max_grad_norm=1.0)
+        assert_same(done / way, tmp_path / way)
+    facts = json.loads((done / "facts.json").read_text())
+    assert facts["estimate"].startswith("train.gradient: got 'fogzo', which moves whole tensors")
 
 
 def test_the_best_step_is_kept(done: Path, tmp_path: Path) -> None:

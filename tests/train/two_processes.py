@@ -94,6 +94,11 @@ def go(
     )
 
 
+# a gradient that is not backprop's, under DDP
+WAYS: dict[str, dict[str, Any]] = {
+    "zeroth_order": {"kind": "zeroth_order", "momentum": 0.5},
+    "fogzo": {"kind": "fogzo", "start": 0.5, "kappa_end": 2.0, "cage": {"silence": 0.5, "lambda": 0.9}},
+}
 LONG = {"gradient_checkpointing": True, "offload": "cpu", "mlp_chunk": 16}
 
 
@@ -154,6 +159,8 @@ def together(folder: Path) -> None:
     chunked(folder / "chunks-ddp", packed(head=True), rank, 2)
     chunked(folder / "chunks-ddp-long", packed(), rank, 2, **LONG)
     go(folder / "kept", packed(), rank, 2, keep_codes=True)
+    for way, gradient in WAYS.items():
+        go(folder / way, packed(), rank, 2, gradient=gradient, max_grad_norm=1.0)
     if shutil.which("g++"):
         go(folder / "compiled", sharded(), rank, 2, compile=True, gradient_checkpointing=True)
     go(folder / "best", sharded(), rank, 2, keep_best=True, eval_every=1, learning_rate=0.5)
@@ -165,6 +172,7 @@ def together(folder: Path) -> None:
     for name, model, changes in (
         ("refused", sharded(), {"optimizer": "adamw8bit"}),
         ("whole", packed(), {"sharding": "fsdp"}),
+        ("estimate", sharded(), {"gradient": {"kind": "fogzo"}}),
     ):
         try:
             go(folder / name, model, rank, 2, **changes)

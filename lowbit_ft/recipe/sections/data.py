@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...data.formats import FORMATS
-from ...data.synthesis import SynthesisConfig
+from ...data.synthesis import SYNTHESIS, SynthesisConfig
 from ...names import HUB_ID, listed
 from ..layers import POSITIONS, has_chat_template, shapes_here
 from ..paths import globs, near_names, path_is
-from ..values import OneOf, OneSynthesis
+from ..values import OneKind, OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, Problems, Section
 
@@ -51,7 +51,7 @@ class DataSection(Section):
     valid: DataSource | None = Field(
         default=None, description="validation rows: eval_every, keep_best and the perplexity table"
     )
-    synthesis: Annotated[SynthesisConfig, OneSynthesis()] | None = Field(
+    synthesis: Annotated[SynthesisConfig, OneKind(SYNTHESIS)] | None = Field(
         default=None, description="no rows at all: the full-precision model writes them (data-free)"
     )
     sequence_len: Annotated[int, Field(ge=8)] = Field(

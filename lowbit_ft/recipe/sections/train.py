@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...gradients import GRADIENTS, USUAL, BackpropConfig, GradientConfig
 from ...signals import TEACHERS
 from ...train.losses import LOSSES
 from ...train.optimizers import OPTIMIZERS
@@ -17,7 +18,7 @@ from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
 from ..layers import shapes_here
 from ..paths import path_is
-from ..values import Among, OneOf
+from ..values import Among, OneKind, OneOf
 from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
 from .reconstruct import ReconstructSection
@@ -81,6 +82,10 @@ class TrainSection(Section):
     )
     signal: SignalSection = Field(
         default_factory=SignalSection, description="what the loss compares the model with"
+    )
+    gradient: Annotated[GradientConfig, OneKind(GRADIENTS, USUAL)] = Field(
+        default_factory=BackpropConfig,
+        description="how the gradient of a step is made, and what is done to the weights behind it",
     )
     teacher: Annotated[str, Among(TEACHERS)] | None = Field(
         default=None,

@@ -1,0 +1,47 @@
+"""What train.gradient adds to a plan: what it holds beside what trains, the moments of its own forwards, and
+its time in words.
+"""
+
+from __future__ import annotations
+
+from ..recipe.recipe import Recipe
+from .costs import Step
+from .model import Skeleton
+
+MASTERS = "moved tensors"
+Moment = tuple[int, str, dict[str, int]]
+
+
+def own_moments(recipe: Recipe, step: Step, made: Skeleton) -> list[Moment]:
+    """Moments of a step that backprop does not have: forwards that keep nothing, with copies of what they
+    move; and all gradients made at once."""
+    config, trained = recipe.train.gradient, made.trainable
+    if not config.masters:
+        return []
+    beside = {MASTERS: config.masters * trained, "gradients": 4 * trained if config.backward else 0}
+    layers = step.frame + max((cost.evaluation for cost in step.layers), default=0)
+    work = {"the layers": {"one layer": layers}, "the loss": {"loss": step.tail.evaluation}}
+    found = []
+    for name, own in work.items():
+        parts = {"saved layer inputs": 0, **beside, **own}
+        found.append((sum(parts.values()), f"{name} of a forward without gradient", parts))
+    parts = {"saved layer inputs": 0, "gradients": 4 * trained}
+    return [*found, (sum(parts.values()), "the estimate of the gradient", parts)]
+
+
+def kept_bytes(recipe: Recipe, made: Skeleton) -> int:
+    """What it holds between the steps."""
+    return recipe.train.gradient.kept * made.trainable
+
+
+def gradient_notes(recipe: Recipe) -> list[str]:
+    """What it costs in time; and that it is not backprop."""
+    gradient = recipe.train.gradient
+    told = gradient.told(recipe.train.gradient_checkpointing)
+    found = [told] if told else []
+    if gradient.cage is not None:
+        found.append(
+            f"gradient cage: behind {gradient.cage.silence:.0%} of the run, every layer's values once more "
+            "per step, and a product with the rows of A"
+        )
+    return found
