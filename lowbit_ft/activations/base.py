@@ -101,7 +101,7 @@ class Scheme:
 class Activation(InputGrid):
     """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
 
-    It has no buffers and no parameters: a state dict does not know it. A scale that learns lies in an adapter.
+    No buffers and no parameters: a state dict does not know it. A scale that learns lies in an adapter.
     """
 
     kind: ClassVar[str]
@@ -124,7 +124,7 @@ class Activation(InputGrid):
 
     @property
     def one_scale(self) -> bool:
-        return self.products == 1 and self._scheme.symmetric
+        return self.products == 1 and self._scheme.symmetric and not self._scheme.segments
 
     def scheme(self) -> Scheme:
         """What it was made of: of a scale that learns, the start."""
@@ -137,7 +137,7 @@ class Activation(InputGrid):
         return made if learned is None else replace(made, scale=tuple(learned().tolist()))
 
     def learn(self, learned: Any) -> None:
-        """Take the static scale from a LearnedScale, which is part of another module; None: from the scheme."""
+        """Take the static scale from a LearnedScale, part of another module; None: from the scheme."""
         vars(self)["learned"] = learned  # not by setattr, which would make it a part of this one too
 
     def static(self, device: torch.device) -> Tensor:

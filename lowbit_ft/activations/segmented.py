@@ -20,6 +20,7 @@ class Segmented(Activation):
         assert scheme.segments and kind.in_segments
         nn.Module.__init__(self)
         self._scheme = scheme
+        self.learn(None)
         self.by_rows = kind.by_rows  # pyright: ignore[reportAttributeAccessIssue]
         # Plain objects, not children: they have nothing that a model would have to know of.
         self.parts = tuple(kind(scheme.part(number)) for number in range(len(scheme.segments)))
