@@ -1,7 +1,7 @@
 """YAML that is nested too deep is refused at once: RecursionError at MAX_OPEN levels.
 
-Python's own limit comes after seconds, because what PyYAML's scanner does for one bracket grows with the number
-of open ones.
+Python's own limit comes after seconds: what PyYAML's scanner does for one bracket grows with the number of
+open ones.
 """
 
 from __future__ import annotations
