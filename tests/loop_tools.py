@@ -95,8 +95,3 @@ def warm(run_dir: Path, model: Any, on_step: Any = None, **changes: Any) -> Trai
 def all_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Also those that do not train: without train_scale only the switch changes log_scale."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

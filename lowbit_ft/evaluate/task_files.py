@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ..files.jsonfile import read_bytes
+from ..files.shallow_yaml import ShallowLoader
 from ..names import did_you_mean
 
 # Keys whose value is code, wherever they stand in a task: a class, a function, a module that is fetched.
@@ -44,7 +45,7 @@ def _read(path: Path, above: list[Path]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"{path}: includes itself")
     try:
-        loader = yaml.SafeLoader(read_bytes(path, limit=MAX_BYTES).decode())
+        loader = ShallowLoader(read_bytes(path, limit=MAX_BYTES).decode())
         node = loader.get_single_node()
         if node is not None:
             _refuse_code(node, path, ())

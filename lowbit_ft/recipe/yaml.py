@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..files.regular import read_regular
+from ..files.shallow_yaml import ShallowLoader
 from ..names import did_you_mean
 
 KeyPath = tuple[str | int, ...]
@@ -186,24 +187,8 @@ def apply_override(source: Source, text: str) -> None:
     source.places[where] = place
 
 
-class _Composer(yaml.SafeLoader):
-    """Composes only: no tag builds anything here. RecursionError long before Python's own, which comes after
-    seconds: what the scanner does for one bracket grows with the number of open ones.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > 4 * MAX_DEPTH:
-            raise RecursionError
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
 def _compose(text: str) -> yaml.Node | None:
-    loader = _Composer(text)
+    loader = ShallowLoader(text)  # composes only: no tag builds anything here
     try:
         return loader.get_single_node()
     except (

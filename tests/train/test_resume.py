@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 
 from lowbit_ft.train.setup import TrainError
+from tests.forks import Forked
 from tests.loop_tools import (
     digest,
-    environment,
     go,
     lines,
     losses,
@@ -117,15 +116,15 @@ def test_resume_of_a_finished_run_and_of_nothing(tmp_path: Path) -> None:
 
 
 def test_real_sigkill_resumes_to_the_same_file(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__)), str(tmp_path / "b")]
-    process = subprocess.Popen(command, env=environment())
+    process = Forked([__file__, tmp_path / "b"])
     metrics = tmp_path / "b" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 15):
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert len(losses(tmp_path / "b")) < 150
     killed(tmp_path / "b", resume=True)
     killed(tmp_path / "a", resume=False)
