@@ -14,8 +14,8 @@ mse, gptq. `lora` trains a side adapter on the rounded base and is measured twic
 requantization its merge needs. `full_qat` trains every dense weight behind the same grid (full_qat.py).
 Defaults are the recipe's defaults, which were found with this script (LOG.md).
 
-KL is to the full-precision model. Rows are
-kept in --out as they come (JSON), so a stopped run goes on; the table is printed from that file.
+KL is to the full-precision model. Rows are kept in --out as they come (JSON), so a stopped run goes on; the
+table is printed from that file.
 """
 
 from __future__ import annotations
