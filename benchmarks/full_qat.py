@@ -23,7 +23,7 @@ class FullQATLinear(nn.Module):
     def __init__(self, layer: PackedLinear, start: Tensor):
         super().__init__()
         assert isinstance(layer.base, PackedWeight)
-        self.base, self.bias = layer.base, layer.bias
+        self.base, self.bias, self.activation = layer.base, layer.bias, layer.activation
         self.dense = nn.Parameter(start.float().clone())
         self.log_scale = nn.Parameter(torch.zeros_like(layer.base.scale, dtype=torch.float32))
 
@@ -35,4 +35,5 @@ class FullQATLinear(nn.Module):
         return ungrouped((straight_through(u, u.detach().round()) - zero) * scale, k)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.activation is None else self.activation(x)
         return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)

@@ -148,8 +148,7 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
     _pack(
         model,
-        [_asked(recipe, config, "", n) for n in targets],
-        config,
+        [_asked(recipe, config, "", n, {}) for n in targets],
         getattr(torch, recipe.model.dtype),
     )
     windows, length, train_section = recipe.train.micro_batch_size, recipe.data.sequence_len, recipe.train

@@ -1,6 +1,12 @@
 """Quality: perplexity of any methods x grids on a checkpoint, at equal tokens, in one table.
 
     python benchmarks/quality.py --methods gptq lr_qat full_qat --grids 3:128 2:64 --seeds 0 1 2
+    python benchmarks/quality.py --model outliers --grids 4:128:8 4:128:4 4:128:4:4 2:64 --out FILE
+
+A grid is bits:group of the weights, then the bits of the layers' inputs (per token, symmetric) and of keys
+and values (per token and head) where they are on a grid too: W4A8, W4A4, W4A4KV4 and W2A16 of the second
+command. --model takes a folder, SmolLM2's of real_model.py too, or `outliers`: the tiny Llama with planted
+outlier channels (outliers.py). One file of rows is of one model.
 
 Windows of plain text for training and validation; every trained method sees the same windows in the same
 order (one order per seed) and the same number of steps. Baselines without training: rtn (absmax or minmax),
@@ -8,8 +14,11 @@ mse, gptq. `lora` trains a side adapter on the rounded base and is measured twic
 requantization its merge needs. `full_qat` trains every dense weight behind the same grid (full_qat.py).
 Defaults are the recipe's defaults, which were found with this script (LOG.md).
 
-Rows are kept in --out as they come (JSON), so a stopped run goes on; the table is printed from that file.
+KL is to the full-precision model. Rows are kept in --out as they come (JSON), so a stopped run goes on; the
+table is printed from that file.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
@@ -18,14 +27,19 @@ import math
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
 import torch
 from full_qat import FullQATLinear
+from outliers import plant
 from rich.console import Console
 
+from lowbit_ft.activations import Scheme
+from lowbit_ft.activations.place import hosts, place_activations
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, packed_layers
 from lowbit_ft.data.batches import Batches
@@ -33,6 +47,7 @@ from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import Reference, evaluate
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import PackedWeight
+from lowbit_ft.kv_cache import KVConfig, place_kv_cache
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import load_tokenizer
@@ -50,11 +65,13 @@ TRAINED = ("scale", "alpha_tuning", "lr_qat", "dl_qat", "l4q", "lora", "full_qat
 
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default=str(ASSETS / "tiny-llama"))
+    p.add_argument("--model", default=str(ASSETS / "tiny-llama"), help="a folder, or outliers")
     p.add_argument("--train", default=str(ASSETS / "text" / "train.jsonl"), help='jsonl of {"text": ...}')
     p.add_argument("--valid", default=str(ASSETS / "text" / "valid.jsonl"))
     p.add_argument("--methods", nargs="+", default=[*UNTRAINED, *TRAINED], choices=[*UNTRAINED, *TRAINED])
-    p.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
+    p.add_argument(
+        "--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group[:inputs[:cache]]"
+    )
     p.add_argument("--symmetry", nargs="+", default=["sym", "asym"], choices=["sym", "asym"])
     p.add_argument(
         "--start", default="gptq", help="calibrator that trained methods on integer grids start from"
@@ -76,6 +93,49 @@ def options() -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
     p.add_argument("--threads", type=int, default=2)
     return p.parse_args()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is on which grid: bits of the weights, their group, bits of inputs and of keys and values."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    inputs: int = 16
+    cache: int = 16
+
+    @classmethod
+    def of(cls, text: str, symmetric: bool) -> Setting:
+        """Of "4:128:8:4". ValueError saying how one is written."""
+        parts = text.split(":")
+        if not 2 <= len(parts) <= 4 or not all(part.lstrip("-").isdigit() for part in parts):
+            raise ValueError(f"--grids: got {text!r}; needs bits:group[:inputs[:cache]]")
+        bits, group, *rest = (int(part) for part in parts)
+        return cls(bits, group, symmetric, *rest)
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Setting:
+        wide = (row.get("inputs", 16), row.get("cache", 16))
+        return cls(row["bits"], row["group_size"], row["symmetric"], *wide)
+
+    def to_json(self) -> dict[str, Any]:
+        """Inputs and cache where they are on a grid."""
+        wide = {key: value for key, value in (("inputs", self.inputs), ("cache", self.cache)) if value != 16}
+        return {"bits": self.bits, "group_size": self.group, "symmetric": self.symmetric} | wide
+
+    def __str__(self) -> str:
+        wide = "" if self.inputs == 16 else f"A{self.inputs}"
+        wide += "" if self.cache == 16 else f"KV{self.cache}"
+        return f"W{self.bits}{wide} g{self.group} {'sym' if self.symmetric else 'asym'}"
+
+    def place(self, model: Any) -> None:
+        """Inputs and cache of a packed model on their grids."""
+        if self.inputs != 16:
+            scheme = Scheme(kind="token", bits=self.inputs)
+            place_activations(model, {name: scheme for name, _ in hosts(model)})
+        if self.cache != 16:
+            place_kv_cache(model, KVConfig.of(self.cache, "token_head"))
 
 
 class Bench:
@@ -118,25 +178,36 @@ class Bench:
     def perplexity(self, model: Any) -> float:
         return evaluate(model, self.valid, "").perplexity
 
-    def run(self, method: str, bits: int, group: int, symmetric: bool, seed: int) -> dict[str, float]:
+    @cached_property
+    def reference(self) -> Reference:
+        device, dtype = torch.device("cpu"), torch.float32
+        return Reference(self.checkpoint, self.valid, attention="sdpa", device=device, dtype=dtype)
+
+    def measured(self, model: Any) -> dict[str, float]:
+        row = evaluate(model, self.valid, "", self.reference)
+        assert row.kl is not None
+        return {"perplexity": row.perplexity, "kl": row.kl}
+
+    def run(self, method: str, setting: Setting, seed: int) -> dict[str, float]:
         binary = method == "alpha_tuning"
-        calibrate = {"rtn": "absmax" if symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
+        calibrate = {"rtn": "absmax" if setting.symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
             method, self.o.plane_start if binary else self.o.start
         )
         quant = QuantSection.model_validate(
             {
                 "grid": "binary" if binary else "integer",
-                "bits": bits,
-                "group_size": group,
-                "symmetric": symmetric,
+                "bits": setting.bits,
+                "group_size": setting.group,
+                "symmetric": setting.symmetric,
                 "calibrate": calibrate,
                 "calibration": dict(item.split("=", 1) for item in self.o.calibration),
             }
         )
         model = self.base(quant)
-        start = self.perplexity(model)
+        setting.place(model)
         if method in UNTRAINED:
-            return {"perplexity": start}
+            return self.measured(model)
+        start = self.perplexity(model)
         torch.manual_seed(seed)
         if method == "full_qat":
             model.requires_grad_(False)
@@ -176,38 +247,37 @@ class Bench:
         if result.stopped:
             raise SystemExit("stopped by a signal; rows that are done are kept")
         seconds = time.perf_counter() - began
-        trained = self.perplexity(model)
-        row = {"start": start, "trained": trained, "perplexity": trained, "seconds": seconds}
+        row = {"start": start, "seconds": seconds} | self.measured(model)
+        row["trained"] = row["perplexity"]
         if method == "lora":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the loss it warns of is the number this row is about
                 for name, layer in list(adapted_layers(model)):
                     assert layer.adapter is not None
                     model.set_submodule(name, PackedLinear(layer.adapter.merge(layer.base), layer.bias))
-            row["perplexity"] = self.perplexity(model)
+            setting.place(model)
+            row |= self.measured(model)
         return row
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("method", "bits", "group_size", "symmetric", "seed", "steps", "note"))
+    return (Setting.of_row(row), *(row[k] for k in ("method", "seed", "steps", "note")))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Markdown: methods x grids, mean perplexity over seeds and its spread; lora shows what trained -> what
     ships.
     """
-    grids = sorted({(-r["bits"], r["group_size"], not r["symmetric"]) for r in rows})
-    print("| method | " + " | ".join(f"W{-b} g{g} {'asym' if a else 'sym'}" for b, g, a in grids) + " |")
+    grids = sorted(
+        {Setting.of_row(r) for r in rows},
+        key=lambda s: (-s.bits, s.group, not s.symmetric, -s.inputs, -s.cache),
+    )
+    print("| method | " + " | ".join(map(str, grids)) + " |")
     print("|---|" + "--:|" * len(grids))
     for name, note in dict.fromkeys((r["method"], r["note"]) for r in rows):
         cells = []
-        for b, g, a in grids:
-            mine = [
-                r
-                for r in rows
-                if (r["method"], r["note"], r["bits"], r["group_size"], r["symmetric"])
-                == (name, note, -b, g, not a)
-            ]
+        for grid in grids:
+            mine = [r for r in rows if (r["method"], r["note"], Setting.of_row(r)) == (name, note, grid)]
             values = [r["perplexity"] for r in mine]
             text = (
                 ""
@@ -216,36 +286,44 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             )
             if values and name == "lora":
                 text = f"{mean(r['trained'] for r in mine):.3f} -> {text}"
+            if values and all("kl" in r for r in mine):
+                text += f" (KL {mean(r['kl'] for r in mine):.4f})"
             cells.append(text)
         print(f"| {name}{f' ({note})' if note else ''} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
-    o = options()
+    with tempfile.TemporaryDirectory() as folder:
+        o = options()
+        name = Path(o.model).name
+        if o.model == "outliers":
+            o.model = str(plant(ASSETS / "tiny-llama", Path(folder) / name))
+        measure(o, name)
+
+
+def measure(o: argparse.Namespace, name: str) -> None:
+    """All rows that are not there yet, of the model of this name, and the table."""
     torch.set_num_threads(o.threads)
     bench = Bench(o)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Any] = json.loads(o.out.read_text()) if o.out.exists() else {}
     rows: list[dict[str, Any]] = stored.get("rows", [])
     if "full_precision" not in stored:
-        device, dtype = torch.device("cpu"), torch.float32
-        reference = Reference(bench.checkpoint, bench.valid, attention="sdpa", device=device, dtype=dtype)
-        stored |= {"full_precision": reference.row().perplexity, "environment": environment()}
+        stored |= {"full_precision": bench.reference.row().perplexity, "environment": environment()}
+    if stored.setdefault("model", name) != name:
+        raise SystemExit(f"{o.out}: has rows of {stored['model']}, not of {name}; name another --out")
     done = {key_of(r) for r in rows}
     for seed in o.seeds:
         for grid in o.grids:
-            bits, group = (int(v) for v in grid.split(":"))
-            for symmetric in [s == "sym" for s in o.symmetry]:
+            for setting in [Setting.of(grid, s == "sym") for s in o.symmetry]:
                 for method in o.methods:
                     if method in UNTRAINED and seed != o.seeds[0]:
                         continue
-                    if method == "alpha_tuning" and not symmetric and "sym" in o.symmetry:
+                    if method == "alpha_tuning" and not setting.symmetric and "sym" in o.symmetry:
                         continue  # sign planes have no zero point: one column holds them
                     fact = {
                         "method": method,
-                        "bits": bits,
-                        "group_size": group,
-                        "symmetric": symmetric,
+                        **setting.to_json(),
                         "seed": seed,
                         "steps": o.steps,
                         "note": o.note,
@@ -256,12 +334,11 @@ def main() -> None:
                     }
                     if key_of(fact) in done:
                         continue
-                    row = fact | bench.run(method, bits, group, symmetric, seed)
+                    row = fact | bench.run(method, setting, seed)
                     assert math.isfinite(row["perplexity"])
                     rows.append(row)
                     print(
-                        f"W{bits} g{group} {'sym' if symmetric else 'asym'} {method} seed {seed}: "
-                        f"{row['perplexity']:.3f}",
+                        f"{setting} {method} seed {seed}: {row['perplexity']:.3f} KL {row['kl']:.4f}",
                         flush=True,
                     )
                     write_text(o.out, json.dumps(stored | {"rows": rows}, indent=1) + "\n")

@@ -38,7 +38,7 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step, packed_layers
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Examples
-from lowbit_ft.evaluate.perplexity import Reference, evaluate
+from lowbit_ft.evaluate.perplexity import evaluate
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import PackedWeight
 from lowbit_ft.model.linear import PackedLinear
@@ -92,10 +92,6 @@ class Table(Bench):
 
     def __init__(self, o: argparse.Namespace) -> None:
         super().__init__(o)
-        device = torch.device("cpu")
-        self.reference = Reference(
-            self.checkpoint, self.valid, attention="sdpa", device=device, dtype=torch.float32
-        )
         self.dense = load_model(self.checkpoint, dtype=torch.float32).eval()
         rows = QuantSection(bits=8, group_size=-1, calibrate="absmax", residual_bits=0)
         self.eight = quantize(self.checkpoint, rows, dtype=torch.float32)[0]

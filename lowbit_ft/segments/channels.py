@@ -60,8 +60,8 @@ class Segment:
 
     def channels(self) -> Tensor:
         """Their numbers, in order: int64 [size]."""
-        runs = self.start + self.stride * torch.arange(self.count)
-        return (runs[:, None] + torch.arange(self.width)).flatten()
+        runs = self.start + self.stride * torch.arange(self.count, device="cpu")
+        return (runs[:, None] + torch.arange(self.width, device="cpu")).flatten()
 
     def to_json(self) -> list[int]:
         return [self.start, self.width, self.count, self.stride]
@@ -196,7 +196,7 @@ def _run(node: Node, held: dict[Node, Any], constants: dict[str, Tensor]) -> Any
 def _through(chain: list[Node], values: Tensor, constants: dict[str, Tensor]) -> Tensor:
     """Numbers in the shape of its source through the views of a chain (the last one first); the first row."""
     for step in reversed(chain):
-        values = _run(step, {step.args[0]: values}, constants)  # pyright: ignore[reportArgumentType]
+        values = _run(step, {step.all_input_nodes[0]: values}, constants)
     return values.reshape(-1, values.shape[-1])[0]
 
 

@@ -53,7 +53,7 @@ def check_parts(parts: Parts, size: int, what: str) -> None:
     """ValueError unless each of `size` rows is in exactly one part."""
     if sum(part.size for part in parts) == size:
         every = torch.cat([part.channels() for part in parts]).sort().values
-        if torch.equal(every, torch.arange(size)):
+        if torch.equal(every, torch.arange(size, device="cpu")):
             return
     said = ", ".join(map(str, parts))
     raise ValueError(f"{what}: segments {said} are not its {size} rows, each in one of them")

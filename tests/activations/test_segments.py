@@ -1,4 +1,4 @@
-"""Scales by segment of an input: from calibration rows, in files and their readers, in a recipe and a plan."""
+"""Scales by segment of an input: from calibration rows, in files and readers, in a recipe and its plan."""
 
 from __future__ import annotations
 

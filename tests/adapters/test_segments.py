@@ -1,4 +1,4 @@
-"""A low-rank product for each part of a fused matrix: the law, its gradient, its starts, its files, its line."""
+"""A low-rank product for each part of a fused matrix: the law, its gradient, starts, files, its line."""
 
 from __future__ import annotations
 

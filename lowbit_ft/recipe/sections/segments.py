@@ -43,9 +43,12 @@ def check_segments(r: Any) -> Problems:
 
 def segment_notes(r: Any) -> Iterator[str]:
     """Where `auto` finds nothing."""
-    shapes = shapes_here(r.model.path, r.model.revision)
-    for path in asking(r) if shapes is not None else ():
-        found = segments_of_shapes(shapes)
+    asked = list(asking(r))
+    shapes = shapes_here(r.model.path, r.model.revision) if asked else None
+    if shapes is None:
+        return
+    found = segments_of_shapes(shapes)
+    for path in asked:
         packed = [
             found[x.name] for x in shapes.linears if x.name in found and not r.quant.skip_reason(x.name)
         ]
