@@ -11,6 +11,7 @@ purpose.
     dl_qat        W = m s0 clip(round(Phi + g B A / s0))
     l4q           W = S round(clip((s0 Phi + g B A - T) / S)) + T
     scale         W = S (c - z0)
+    full_qat      W = S clip(round(Phi + D))
     alpha_tuning  W = sum_k alpha_k b_k                                      alpha_k = alpha0_k exp(t_k)
     lora          y = x W0^T + g (x A^T) B^T
 """
@@ -117,6 +118,8 @@ def weight_of(
         return scale * (base.code - base.wide(base.z0))
     if method == "lr_qat":
         return scale * quantized(phi + product * s0.sign(), low, high, order)  # steps of |s0|
+    if method == "full_qat":
+        return scale * quantized(phi + p["delta"], low, high, "round_then_clip")
     assert method == "l4q", method
     wanted = s0 * phi + product
     if offset == "none":

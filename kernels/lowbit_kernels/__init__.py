@@ -11,6 +11,7 @@ from .codes import UNITS, grid_codes
 from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
 from .estimates import grid_estimates
 from .grid_linear import grid_gradients, grid_linear
+from .grid_rows import grid_row_gradients
 from .hadamard import hadamard
 from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
@@ -32,6 +33,7 @@ __all__ = [
     "grid_estimates",
     "grid_gradients",
     "grid_linear",
+    "grid_row_gradients",
     "group_count",
     "hadamard",
     "int4_linear",

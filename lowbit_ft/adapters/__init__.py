@@ -8,6 +8,7 @@ table; the recipe, the PEFT integration, the law test and the quality benchmark 
 from .alpha_tuning import AlphaTuningConfig
 from .base import SCALE_PARAMETERS, Adapter, AdapterConfig
 from .dl_qat import DLQATConfig
+from .full_qat import FullQATConfig
 from .l4q import L4QConfig
 from .lora import LoraConfig
 from .lr_qat import LRQATConfig
@@ -18,6 +19,7 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
     "dl_qat": DLQATConfig,
     "l4q": L4QConfig,
     "scale": ScaleConfig,
+    "full_qat": FullQATConfig,
     "alpha_tuning": AlphaTuningConfig,
     "lora": LoraConfig,
 }

@@ -216,13 +216,13 @@ class Adapter(WeightAdapter):
 
     def step_codes(self, base: PackedWeight, args: GridArgs) -> Tensor | None:
         """The codes of this forward if they are there already; None: the op makes them."""
-        if args.a is None and args.units != "live":
-            return base.codes  # nothing moves them
+        if not args.moves:
+            return base.codes if args.codes is None else args.codes
         if self.kept is None or not self.training or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():  # versions cannot be looked at from inside
             return self.kept.codes if self.kept.checked_outside else None
-        return self.kept.get(base, args, self.parameters())
+        return self.kept.get(base, args, [*self.parameters(), *self.buffers()])
 
     def refresh_codes(self, base: Weight) -> None:
         """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward
@@ -236,8 +236,8 @@ class Adapter(WeightAdapter):
         ):
             with torch.no_grad():
                 args = self.grid_args(base)
-            if args.a is not None or args.units == "live":
-                self.kept.get(base, args, self.parameters())
+            if args.moves:
+                self.kept.get(base, args, [*self.parameters(), *self.buffers()])
 
     @torch.no_grad()
     def merge(self, base: Weight) -> Weight:

@@ -29,6 +29,7 @@ def configs() -> Iterator[AdapterConfig]:
         for offset in ("auto", "none", "integer", "float"):
             yield ADAPTERS["l4q"](rank=5, alpha=3.0, clip=order, offset=offset)
     yield ADAPTERS["scale"]()
+    yield ADAPTERS["full_qat"]()
     yield ADAPTERS["lora"](rank=5, alpha=3.0)
 
 
@@ -151,7 +152,7 @@ def test_gradients_of_alpha_tuning(bits: int, group_size: int, planes: str, divi
     assert max(errors.values()) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale"])
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale", "full_qat"])
 def test_lsq_gradient_scaling_divides_scale_gradients_only(method: str):
     base = base_of(IntGrid(bits=4, group_size=64, symmetric=False))
     got = {}
@@ -161,7 +162,7 @@ def test_lsq_gradient_scaling_divides_scale_gradients_only(method: str):
         got[scaled] = gradients(adapter, base, torch.randn(7, base.shape[1]), torch.randn(7, base.shape[0]))
     factor = (64 * 7) ** -0.5  # LSQ: 1 / sqrt(g Qp), Qp = 2^3 - 1
     for name, plain in got[False].items():
-        wanted = plain if name in ("x", "A", "B") else plain * factor
+        wanted = plain if name in ("x", "A", "B", "delta") else plain * factor
         torch.testing.assert_close(got[True][name], wanted, rtol=1e-6, atol=0)
 
 
