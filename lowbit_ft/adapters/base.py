@@ -8,7 +8,10 @@ Letters: N out features, K in features, G groups per row, g group size, r rank. 
 model's dtype.
 """
 
+import functools
 import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +25,7 @@ from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArg
 from ..grid.estimators import cast_scale, scale_gradient
 from ..model.linear import WeightAdapter
 from ..names import matches
+from .carry import Carried
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
@@ -79,6 +83,17 @@ class AdapterConfig(BaseModel):
     @property
     def wants_weight(self) -> bool:
         return False
+
+    @property
+    def changes_rows(self) -> bool:
+        """Which rows train is chosen anew while they do, and an optimizer's averages move with them."""
+        return False
+
+    def over(self, bases: Iterable[tuple[str, Weight]]) -> "Mapping[str, AdapterConfig]":
+        """The config that builds each layer's adapter, by name, where what a layer gets depends on the
+        others. Asked with all layers that train, before the first is built.
+        """
+        return {name: self for name, _ in bases}
 
 
 class ScaleOptions(AdapterConfig):
@@ -246,10 +261,31 @@ class Adapter(WeightAdapter):
             return base.merged(self.plane_args(base))
         return base.merged(self.grid_args(base))
 
-    def begin_step(self, step: int, base: Weight) -> None:
+    def begin_step(self, step: int, base: Weight) -> list[Carried]:
         """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it
-        keeps besides tensors is a function of `step` alone; it may write tensors. So a resume calls it with
-        the last step done and then reads the tensors."""
+        keeps besides tensors is a function of `step` alone; it may write tensors, and says which rows of what
+        an optimizer trains it has put elsewhere. So a resume calls it with the last step done and then reads
+        the tensors."""
+        return []
+
+    def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tensors of these shapes are about to be read into this adapter: its buffers that grow while it
+        trains take them. Others are left to whoever compares.
+        """
+
+    def say_uncounted(self, what: str) -> None:
+        """Warn, once, that nobody has called begin_step."""
+        _say_uncounted(self.config.method, what)
+
+
+@functools.cache
+def _say_uncounted(method: str, what: str) -> None:
+    warnings.warn(
+        f"{method}: {what} here, because this training loop does not say which step it is at. In a Trainer "
+        "of transformers or TRL: callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of "
+        "your own: begin_step(model, step) of the same module before every optimizer step",
+        stacklevel=3,
+    )
 
 
 class ScaledAdapter(Adapter):

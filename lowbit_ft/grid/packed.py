@@ -52,6 +52,10 @@ class GridArgs:
         """Whether the codes are made anew by every forward."""
         return self.a is not None or self.delta is not None or self.units == "live"
 
+    def with_rows(self, delta: Tensor, rows: Tensor, codes: Tensor | None) -> "GridArgs":
+        """The same, with a dense part of these rows on these codes."""
+        return replace(self, delta=delta, rows=rows, codes=codes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneArgs:

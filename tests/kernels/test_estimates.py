@@ -285,10 +285,7 @@ def test_the_third_gemm_is_gone(case: str):
     x = torch.randn(m, k, requires_grad=True)
     low_rank = case.split()[0]
     codes = kernels.grid_codes(
-        *(
-            args[name]
-            for name in GridWeight._fields[: GridWeight._fields.index("gain")]
-        ),
+        *(args[name] for name in GridWeight._fields[: GridWeight._fields.index("gain")]),
         1.0,
         "grid",
         4,
