@@ -156,7 +156,8 @@ class EfQAT(ScaledAdapter):
         delta = torch.zeros_like(self.delta)
         delta[stays] = self.delta[source[stays]]
         back = torch.isin(new, self.left) & ~stays
-        delta[back] = self.unmoved(base, now, new[back])
+        if back.any():
+            delta[back] = self.unmoved(base, now, new[back])
         gone = torch.cat([self.left, old])
         self.left = gone[~torch.isin(gone, new)].sort().values
         self.left_codes = now.codes[self.left]

@@ -34,6 +34,8 @@ GRIDS: dict[str, Grid] = {
     "dl_qat": IntGrid(bits=4, group_size=-1, residual_bits=2),
     "l4q": IntGrid(bits=2, group_size=32, symmetric=False, residual_bits=4),
     "scale": IntGrid(bits=8, group_size=128, residual_bits=0),
+    "full_qat": IntGrid(bits=3, group_size=64),
+    "ef_qat": IntGrid(bits=2, group_size=-1),
     "alpha_tuning": BinaryGrid(bits=3, group_size=64),
     "lora": IntGrid(bits=4, group_size=64, residual_bits=0),
 }
