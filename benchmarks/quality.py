@@ -5,7 +5,7 @@
 Windows of plain text for training and validation; every trained method sees the same windows in the same
 order (one order per seed) and the same number of steps. Baselines without training: rtn (absmax or minmax),
 mse, gptq. `lora` trains a side adapter on the rounded base and is measured twice: as trained, and after the
-requantization its merge needs. `full_qat` trains every dense weight behind the same grid (full_qat.py).
+requantization its merge needs.
 Defaults are the recipe's defaults, which were found with this script (LOG.md).
 
 Rows are kept in --out as they come (JSON), so a stopped run goes on; the table is printed from that file.
@@ -23,16 +23,14 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from full_qat import FullQATLinear
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, packed_layers
+from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import Reference, evaluate
 from lowbit_ft.files.atomic import write_text
-from lowbit_ft.grid import PackedWeight
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.load import load_tokenizer
@@ -45,7 +43,8 @@ from lowbit_ft.train.loop import train
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
 UNTRAINED = ("rtn", "mse", "gptq")
-TRAINED = ("scale", "alpha_tuning", "lr_qat", "dl_qat", "l4q", "lora", "full_qat")
+TRAINED = tuple(ADAPTERS)
+RATES = "method=rate, for example full_qat=4e-3, where it is not that of --learning-rate"
 
 
 def options() -> argparse.Namespace:
@@ -69,7 +68,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--valid-windows", type=int, default=160)
     p.add_argument("--learning-rate", type=float, default=1e-3)
     p.add_argument("--scale-learning-rate", type=float, default=None)
-    p.add_argument("--full-qat-learning-rate", type=float, default=2e-4)
+    p.add_argument("--rates", nargs="*", default=[], help=RATES)
     p.add_argument("--set", nargs="*", default=[], help="adapter options, for example rank=32 alpha=32")
     p.add_argument("--calibration", nargs="*", default=[], help="of gptq, for example act_order=true")
     p.add_argument("--note", default="", help="kept with each row, to tell sweeps apart")
@@ -138,22 +137,12 @@ class Bench:
         if method in UNTRAINED:
             return {"perplexity": start}
         torch.manual_seed(seed)
-        if method == "full_qat":
-            model.requires_grad_(False)
-            for name, layer in list(packed_layers(model)):
-                assert isinstance(layer.base, PackedWeight)
-                model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
-            rate = self.o.full_qat_learning_rate
-        else:
-            chosen = dict(item.split("=", 1) for item in self.o.set)
-            fields = ADAPTERS[method].model_fields
-            attach(
-                model,
-                ADAPTERS[method].model_validate(
-                    {k: v for k, v in chosen.items() if k in fields} | {"method": method}
-                ),
-            )
-            rate = self.o.learning_rate
+        chosen = dict(item.split("=", 1) for item in self.o.set)
+        fields = ADAPTERS[method].model_fields
+        keys = {k: v for k, v in chosen.items() if k in fields} | {"method": method}
+        attach(model, ADAPTERS[method].model_validate(keys))
+        rates = dict(item.split("=", 1) for item in self.o.rates)
+        rate = float(rates.get(method, self.o.learning_rate))
         section = TrainSection(
             max_steps=self.o.steps,
             micro_batch_size=self.o.batch,
@@ -249,7 +238,9 @@ def main() -> None:
                         "seed": seed,
                         "steps": o.steps,
                         "note": o.note,
-                        "learning_rate": o.learning_rate,
+                        "learning_rate": float(
+                            dict(item.split("=", 1) for item in o.rates).get(method, o.learning_rate)
+                        ),
                         "scale_learning_rate": o.scale_learning_rate,
                         "start_calibrator": o.plane_start if method == "alpha_tuning" else o.start,
                         "options": o.set,

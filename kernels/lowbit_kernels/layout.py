@@ -121,7 +121,9 @@ def ungrouped(groups: Tensor, in_features: int) -> Tensor:
 
 
 def per_group(values: Tensor, rows: slice | Tensor) -> Tensor:
-    """[G, N] -> fp32 [n, G, 1] of some rows (a slice or their numbers), ready to broadcast against `grouped` rows."""
+    """[G, N] -> fp32 [n, G, 1] of some rows (a slice or their numbers), ready to broadcast against `grouped`
+    rows.
+    """
     return values[:, rows].t().to(torch.float32).unsqueeze(-1)
 
 

@@ -48,6 +48,9 @@ class AdapterConfig(BaseModel):
     # product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
 
+    # D is a trained tensor of its own, `delta`, in grid steps.
+    dense_delta: ClassVar[bool] = False
+
     method: str
     targets: list[str] | None = Field(
         default=None,

@@ -4,8 +4,9 @@
     W^[n] = S * clip(round(Phi0[n] + D[n]))    of the R chosen rows;   of all others the base's codes
     importance of a row = mean |W^[n]|         or mean |W^[n]| rms(x), by what step 0 saw of the layer's input
 
-D [R, K] counts grid steps and starts at 0 (full_qat.py). The backward makes dX and, instead of dW, R / N of it;
-the scales of all rows train (row-wise identity, or a share of the tokens: lowbit_kernels/grid_linear.py).
+D [R, K] counts grid steps and starts at 0 (full_qat.py). The backward makes dX and, instead of dW, R / N of
+it; the scales of all rows train (row-wise identity, or a share of the tokens:
+lowbit_kernels/grid_linear.py).
 
 `scope` is the paper's: the share of every layer's rows (CWPL), of all rows of the network (CWPN; each layer
 keeps min_rows, so that none starves), or of the weights in whole layers (LWPN). How many rows a layer has is
@@ -15,7 +16,7 @@ their rows (carry.py).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lowbit_kernels import packed_width
@@ -30,6 +31,8 @@ from .rows import TILE, allotted, highest, in_tiles, row_importance
 
 
 class EfQATConfig(ScaleOptions):
+    dense_delta: ClassVar[bool] = True
+
     method: Literal["ef_qat"] = "ef_qat"
     train_scale: Literal[True] = True
     share: float = Field(0.1, gt=0, le=1, description="of the rows (or weights) that train beside the scales")
@@ -81,8 +84,8 @@ class EfQATConfig(ScaleOptions):
 
 
 class EfQAT(ScaledAdapter):
-    """delta [R, K] of rows int64 [R], rising (neither where R = 0). Where rows change: left int64 [L], the rows
-    that trained and do no more, and their codes left_codes [L, W]; input_size [K], of what step 0 saw.
+    """delta [R, K] of rows int64 [R], rising (neither where R = 0). Where rows change: left int64 [L], the
+    rows that trained and do no more, and their codes left_codes [L, W]; input_size [K], of what step 0 saw.
     """
 
     config: EfQATConfig
@@ -135,9 +138,9 @@ class EfQAT(ScaledAdapter):
         every = config.refresh_steps
         if (by_input and step == 1) or (every is not None and step > 0 and step % every == 0):
             assert isinstance(base, PackedWeight)
-            if by_input and step == 1 and torch.distributed.is_available():
-                if torch.distributed.is_initialized():
-                    torch.distributed.all_reduce(self.input_size)
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if by_input and step == 1 and distributed:
+                torch.distributed.all_reduce(self.input_size)
             return self.choose(base)
         return []
 

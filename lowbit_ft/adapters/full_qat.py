@@ -1,18 +1,19 @@
-"""full_qat: every weight trains, in grid steps, behind the rounding. The ceiling of the other methods, and the
-home of methods that need a latent weight.
+"""full_qat: every weight trains, in grid steps, behind the rounding. The ceiling of the other methods, and
+the home of methods that need a latent weight.
 
     W^ = S * clip(round(Phi0 + D))        D [N, K] starts at 0;    S = s0 * exp(log_scale)
 
-Phi0 = code + residual is the packed base in grid units, so step 0 is round-to-nearest, as for lr_qat; D is its
-own fp32 master. Gradients: dD = S M dW, dS = sum dW q, both from the one dW that a step of full QAT costs.
-LSQ (arXiv 1902.08153) trains the weight in its own units and lets the trained scale move codes; here the
-scale multiplies codes that D alone moves, so every layer learns at one rate (measured against it: LOG.md).
+Phi0 = code + residual is the packed base in grid units, so step 0 is round-to-nearest, as for lr_qat; D is
+its own fp32 master. Gradients: dD = S M dW, dS = sum dW q, both from the one dW that a step of full QAT
+costs. LSQ (arXiv 1902.08153) trains the weight in its own units and lets the trained scale move codes; here
+the scale multiplies codes that D alone moves, so every layer learns at one rate (measured against it:
+LOG.md).
 
 It costs 16 bytes a weight beside the base (D, its gradient, two averages of Adam): for small models. `ef_qat`
 is the same for some of the rows.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -23,6 +24,8 @@ from .base import ScaledAdapter, ScaleOptions
 
 
 class FullQATConfig(ScaleOptions):
+    dense_delta: ClassVar[bool] = True
+
     method: Literal["full_qat"] = "full_qat"
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "FullQAT":
@@ -33,8 +36,8 @@ class FullQATConfig(ScaleOptions):
     def _all_tokens(self) -> "FullQATConfig":
         if self.scale_grad_tokens < 1:
             raise ValueError(
-                f"scale_grad_tokens {self.scale_grad_tokens:g}: the gradient of D is a product of all tokens, "
-                "which gives the scales' too; set scale_grad_tokens: 1, or method: ef_qat"
+                f"scale_grad_tokens {self.scale_grad_tokens:g}: the gradient of D is a product of all "
+                "tokens, which gives the scales' too; set scale_grad_tokens: 1, or method: ef_qat"
             )
         return self
 

@@ -2,9 +2,9 @@
 
     trainer = SFTTrainer(model, ..., callbacks=[StepCallback()])
 
-l4q's warm-up (`warmup_steps`) and ef_qat's choice of rows (`refresh_steps`) count optimizer steps; our own loop
-tells them, other people's loops do not know that there is anything to tell. A loop without callbacks calls
-`begin_step(model, step, optimizer)` itself.
+l4q's warm-up (`warmup_steps`) and ef_qat's choice of rows (`refresh_steps`) count optimizer steps; our own
+loop tells them, other people's loops do not know that there is anything to tell. A loop without callbacks
+calls `begin_step(model, step, optimizer)` itself.
 """
 
 from typing import Any

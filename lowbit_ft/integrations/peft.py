@@ -281,8 +281,8 @@ class LowBitModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def begin_step(self, step: int) -> list[Carried]:
-        """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them). What
-        comes back is for `carry_rows(optimizer, ...)` of adapters/carry.py: rows that ef_qat has chosen anew.
+        """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them).
+        What comes back is for `carry_rows(optimizer, ...)` of adapters/carry.py: rows that ef_qat has chosen anew.
         """
         layers = [layer for layer in self.model.modules() if isinstance(layer, LowBitLinear)]
         return [one for layer in layers for one in layer.begin_step(step)]

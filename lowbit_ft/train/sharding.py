@@ -70,7 +70,7 @@ def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[
         key = "refresh_steps" if getattr(adapter, "refresh_steps", None) else "importance"
         message = (
             f"{getattr(adapter, key)!r} with train.sharding: fsdp, where no process holds the rows and "
-            "averages that would have to move; set refresh_steps: null and importance: weight, or sharding: none"
+            "averages that would move; set refresh_steps: null and importance: weight, or sharding: none"
         )
         problems.append((("adapter", key), message))
     if steps := getattr(adapter, "warmup_steps", 0):

@@ -58,7 +58,7 @@ def test_a_network_wide_share() -> None:
 
 def model_of(**options: Any) -> nn.Sequential:
     torch.manual_seed(3)
-    layers = [PackedLinear(packed(GRID, (64, 64)).__class__(**vars(packed(GRID, (64, 64))))) for _ in range(3)]
+    layers = [PackedLinear(packed(GRID, (64, 64))) for _ in range(3)]
     layers[1].scale.mul_(4)
     model = nn.Sequential(*layers)
     attach(model, ADAPTERS["ef_qat"](method="ef_qat", **options))  # pyright: ignore[reportCallIssue]
@@ -82,7 +82,7 @@ def test_whole_layers_train_whole_and_scales_everywhere() -> None:
 @pytest.mark.parametrize("group_size", [-1, 128])
 @pytest.mark.parametrize("share", [0.05, 0.25])
 def test_a_backward_is_dx_and_the_share_of_a_product(share: float, group_size: int) -> None:
-    """With one scale per row nothing else; with several, the tokens that the other rows' scales learn from."""
+    """With one scale per row nothing else; with several, the tokens that other rows' scales learn from."""
     m, n, k = 640, 1024, 512
     weight = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     groups = kernels.group_count(k, group_size)

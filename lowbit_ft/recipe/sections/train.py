@@ -203,8 +203,8 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "optimizer"),
             f"got {train.optimizer!r}, whose averages in blocks of 8 bits cannot follow the rows that "
-            f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null and "
-            "importance: weight",
+            f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
+            "and importance: weight",
         )
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
