@@ -31,8 +31,9 @@ def carry_rows(optimizer: torch.optim.Optimizer, carried: Iterable[Carried]) -> 
                 continue  # a count of steps
             if value.shape != one.parameter.shape or not value.is_floating_point():
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} as {value.dtype} {tuple(value.shape)} for rows "
-                    f"of {tuple(one.parameter.shape)}, which cannot follow a row; use an optimizer with 32-bit "
+                    f"{type(optimizer).__name__} keeps {key!r} as {value.dtype} "
+                    f"{tuple(value.shape)} for rows of {tuple(one.parameter.shape)}, which cannot follow a "
+                    "row; use an optimizer with 32-bit "
                     "averages (adamw), or adapter.refresh_steps: null"
                 )
             new = one.source < 0

@@ -24,7 +24,7 @@ from lowbit_kernels.pack import decode_residual
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from ..grid import GridArgs, PackedWeight, Weight
+from ..grid import GridArgs, IntGrid, PackedWeight, Weight
 from .base import ScaledAdapter, ScaleOptions
 from .carry import Carried
 from .rows import TILE, allotted, highest, in_tiles, row_importance
@@ -77,6 +77,10 @@ class EfQATConfig(ScaleOptions):
     def rows_of(self, n: int) -> int:
         """How many of a layer's n rows train. Before `over` was asked, what an even spread gives."""
         return in_tiles(self.share * n, n, self.min_rows) if self._rows is None else self._rows
+
+    def gradient_cost(self, grid: IntGrid) -> float:
+        """Products of the layer's size that the gradients of D and the scales cost, on an average layer."""
+        return self.share + (0.0 if grid.group_size == -1 else self.scale_grad_tokens)
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "EfQAT":
         assert isinstance(base, PackedWeight)

@@ -19,7 +19,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from ..grid import GridArgs, PackedWeight, Weight
+from ..grid import GridArgs, IntGrid, PackedWeight, Weight
 from .base import ScaledAdapter, ScaleOptions
 
 
@@ -31,6 +31,10 @@ class FullQATConfig(ScaleOptions):
     def build(self, base: Weight, weight: Tensor | None = None) -> "FullQAT":
         assert isinstance(base, PackedWeight)
         return FullQAT(self, base)
+
+    def gradient_cost(self, grid: IntGrid) -> float:
+        """Products of the layer's size that the gradients of D and the scales cost: dW."""
+        return 1.0
 
     @model_validator(mode="after")
     def _all_tokens(self) -> "FullQATConfig":

@@ -282,7 +282,8 @@ class LowBitModel(BaseTuner):
 
     def begin_step(self, step: int) -> list[Carried]:
         """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them).
-        What comes back is for `carry_rows(optimizer, ...)` of adapters/carry.py: rows that ef_qat has chosen anew.
+        What comes back is for `carry_rows(optimizer, ...)` of adapters/carry.py: rows that ef_qat has chosen
+        anew.
         """
         layers = [layer for layer in self.model.modules() if isinstance(layer, LowBitLinear)]
         return [one for layer in layers for one in layer.begin_step(step)]
