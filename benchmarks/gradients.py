@@ -249,7 +249,11 @@ def main() -> None:
     for seed in () if o.times else o.seeds:
         for case in o.cases:
             fact = {"case": case, "grid": o.grid, "start_calibrator": o.start, "seed": seed}
-            fact |= {"steps": o.steps, "eps": o.eps, "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}"}
+            fact |= {
+                "steps": o.steps,
+                "eps": o.eps,
+                "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
+            }
             if key_of(fact) in done:
                 continue
             rows.append(fact | table.quality(case, seed))

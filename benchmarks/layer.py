@@ -34,6 +34,10 @@ VARIANTS = [
     "l4q+keep+corrected+tokens=0.25",
     "scale",
     "scale+tokens=0.25",
+    "full_qat",
+    "ef_qat+share=0.25",
+    "ef_qat+share=0.1",
+    "ef_qat+share=0.05",
 ]
 
 
@@ -43,6 +47,7 @@ def main() -> None:
     p.add_argument("--shape", nargs=2, type=int, default=[2048, 2048], help="out and in features")
     p.add_argument("--tokens", type=int, default=1024)
     p.add_argument("--bits", type=int, default=4)
+    p.add_argument("--group-size", type=int, default=128)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--out", type=Path)
@@ -58,14 +63,14 @@ def main() -> None:
         "dense LoRA": lambda: (x @ weight.t() + (x @ a.t()) @ b.t()).backward(dy),
     }
     counted: dict[str, float | None] = {"one product": 1.0, "dense LoRA": 2.0}
-    base = CALIBRATORS["absmax"].run(weight, IntGrid(bits=o.bits, group_size=128), Stats())
+    base = CALIBRATORS["absmax"].run(weight, IntGrid(bits=o.bits, group_size=o.group_size), Stats())
     for spec in o.methods:
         config, switches = adapter_of(spec, o.rank)
         layer = PackedLinear(base)
         layer.adapter = config.build(base)
         keep_codes(layer.train(), "keep" in switches)
         runs[spec] = lambda layer=layer: layer(x).backward(dy)
-        counted[spec] = products(config, o.bits)
+        counted[spec] = products(config, o.bits, o.group_size)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(o.rounds + 1):
         for name, run in runs.items():

@@ -159,12 +159,6 @@ def trained(method: str, start: str, steps: int = 120, **recipe: Any) -> Contend
     return Contender("ours", {"recipe": keys | _dotted(recipe), "train": True})
 
 
-def full_qat(start: str, steps: int = 120, learning_rate: float = 2e-4, **recipe: Any) -> Contender:
-    """The ceiling: every dense weight behind the grid (benchmarks/full_qat.py)."""
-    keys = {"quant.calibrate": start, "train.max_steps": steps, "train.learning_rate": learning_rate}
-    return Contender("ours", {"recipe": keys | _dotted(recipe), "train": True, "full_qat": True})
-
-
 def _dotted(keys: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in keys.items()}
 
@@ -188,11 +182,11 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, dl_qat": trained("dl_qat", "gptq"),
     "gptq, l4q": trained("l4q", "gptq"),
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
-    "gptq, full QAT": full_qat("gptq"),
+    "gptq, full QAT": trained("full_qat", "gptq"),
     "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),
     "signround, lr_qat, KL": trained("lr_qat", "signround", 55, **ROUNDED_170, **TAUGHT),
     "signround, dl_qat, KL": trained("dl_qat", "signround", 55, **ROUNDED_170, **TAUGHT),
     "signround, l4q, KL": trained("l4q", "signround", 55, **ROUNDED_170, **TAUGHT),
-    "signround, full QAT, KL": full_qat("signround", 55, **ROUNDED_170, **TAUGHT),
+    "signround, full QAT, KL": trained("full_qat", "signround", 55, **ROUNDED_170, **TAUGHT),
     "signround, lr_qat, KL, long": trained("lr_qat", "signround", 280, **LONG, **TAUGHT),
 }

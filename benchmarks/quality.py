@@ -11,7 +11,7 @@ outlier channels (outliers.py). One file of rows is of one model.
 Windows of plain text for training and validation; every trained method sees the same windows in the same
 order (one order per seed) and the same number of steps. Baselines without training: rtn (absmax or minmax),
 mse, gptq. `lora` trains a side adapter on the rounded base and is measured twice: as trained, and after the
-requantization its merge needs. `full_qat` trains every dense weight behind the same grid (full_qat.py).
+requantization its merge needs.
 Defaults are the recipe's defaults, which were found with this script (LOG.md).
 
 KL is to the full-precision model. Rows are kept in --out as they come (JSON), so a stopped run goes on; the
@@ -34,19 +34,17 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from full_qat import FullQATLinear
 from outliers import plant
 from rich.console import Console
 
 from lowbit_ft.activations import Scheme
 from lowbit_ft.activations.place import hosts, place_activations
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step, packed_layers
+from lowbit_ft.adapters.attach import adapted_layers, attach, begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Example, Examples
 from lowbit_ft.evaluate.perplexity import Reference, evaluate
 from lowbit_ft.files.atomic import write_text
-from lowbit_ft.grid import PackedWeight
 from lowbit_ft.kv_cache import KVConfig, place_kv_cache
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
@@ -60,7 +58,8 @@ from lowbit_ft.train.loop import train
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
 UNTRAINED = ("rtn", "mse", "gptq")
-TRAINED = ("scale", "alpha_tuning", "lr_qat", "dl_qat", "l4q", "lora", "full_qat")
+TRAINED = tuple(ADAPTERS)
+RATES = "method=rate, for example full_qat=4e-3, where it is not that of --learning-rate"
 
 
 def options() -> argparse.Namespace:
@@ -86,7 +85,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--valid-windows", type=int, default=160)
     p.add_argument("--learning-rate", type=float, default=1e-3)
     p.add_argument("--scale-learning-rate", type=float, default=None)
-    p.add_argument("--full-qat-learning-rate", type=float, default=2e-4)
+    p.add_argument("--rates", nargs="*", default=[], help=RATES)
     p.add_argument("--set", nargs="*", default=[], help="adapter options, for example rank=32 alpha=32")
     p.add_argument("--calibration", nargs="*", default=[], help="of gptq, for example act_order=true")
     p.add_argument("--note", default="", help="kept with each row, to tell sweeps apart")
@@ -209,22 +208,12 @@ class Bench:
             return self.measured(model)
         start = self.perplexity(model)
         torch.manual_seed(seed)
-        if method == "full_qat":
-            model.requires_grad_(False)
-            for name, layer in list(packed_layers(model)):
-                assert isinstance(layer.base, PackedWeight)
-                model.set_submodule(name, FullQATLinear(layer, layer.base.dequantize_unrounded()))
-            rate = self.o.full_qat_learning_rate
-        else:
-            chosen = dict(item.split("=", 1) for item in self.o.set)
-            fields = ADAPTERS[method].model_fields
-            attach(
-                model,
-                ADAPTERS[method].model_validate(
-                    {k: v for k, v in chosen.items() if k in fields} | {"method": method}
-                ),
-            )
-            rate = self.o.learning_rate
+        chosen = dict(item.split("=", 1) for item in self.o.set)
+        fields = ADAPTERS[method].model_fields
+        keys = {k: v for k, v in chosen.items() if k in fields} | {"method": method}
+        attach(model, ADAPTERS[method].model_validate(keys))
+        rates = dict(item.split("=", 1) for item in self.o.rates)
+        rate = float(rates.get(method, self.o.learning_rate))
         section = TrainSection(
             max_steps=self.o.steps,
             micro_batch_size=self.o.batch,
@@ -327,7 +316,9 @@ def measure(o: argparse.Namespace, name: str) -> None:
                         "seed": seed,
                         "steps": o.steps,
                         "note": o.note,
-                        "learning_rate": o.learning_rate,
+                        "learning_rate": float(
+                            dict(item.split("=", 1) for item in o.rates).get(method, o.learning_rate)
+                        ),
                         "scale_learning_rate": o.scale_learning_rate,
                         "start_calibrator": o.plane_start if method == "alpha_tuning" else o.start,
                         "options": o.set,

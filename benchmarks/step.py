@@ -72,14 +72,16 @@ def adapter_of(spec: str, rank: int) -> tuple[AdapterConfig, set[str]]:
     for part in parts:
         if part.startswith("tokens="):
             given["scale_grad_tokens"] = float(part.removeprefix("tokens="))
+        elif part.startswith("share="):
+            given["share"] = float(part.removeprefix("share="))
         elif part not in switches:
             given["low_rank_gradient"] = part
     return config.model_validate({"method": method, **given}), switches
 
 
-def products(config: AdapterConfig, bits: int) -> float | None:
+def products(config: AdapterConfig, bits: int, group_size: int = 128) -> float | None:
     """GEMMs of a layer's size per forward and backward."""
-    grid = QuantSection(bits=bits).grid_for("")  # pyright: ignore[reportArgumentType]
+    grid = QuantSection(bits=bits, group_size=group_size).grid_for("")  # pyright: ignore[reportArgumentType]
     if config.method == "scale":
         return 2 + config.scale_grad_tokens  # pyright: ignore[reportAttributeAccessIssue]
     cost = getattr(config, "gradient_cost", None)

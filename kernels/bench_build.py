@@ -141,6 +141,8 @@ def _grid(case: Case, x: Tensor) -> dict:
         "zero0": None,
         "a": a,
         "b": b,
+        "delta": None,
+        "rows": None,
         "scale": scale.float(),
         "zero": None,
         "offset": None,

@@ -11,6 +11,8 @@ purpose.
     dl_qat        W = m s0 clip(round(Phi + g B A / s0))
     l4q           W = S round(clip((s0 Phi + g B A - T) / S)) + T
     scale         W = S (c - z0)
+    full_qat      W = S clip(round(Phi + D))
+    ef_qat        the same for some rows, scale for the others
     alpha_tuning  W = sum_k alpha_k b_k                                      alpha_k = alpha0_k exp(t_k)
     lora          y = x W0^T + g (x A^T) B^T
 """
@@ -117,6 +119,13 @@ def weight_of(
         return scale * (base.code - base.wide(base.z0))
     if method == "lr_qat":
         return scale * quantized(phi + product * s0.sign(), low, high, order)  # steps of |s0|
+    if method == "full_qat":
+        return scale * quantized(phi + p["delta"], low, high, "round_then_clip")
+    if method == "ef_qat":
+        delta = torch.zeros_like(phi).index_copy(0, p["rows"], p["delta"])
+        moved = torch.zeros(len(phi), 1, dtype=torch.bool).index_fill(0, p["rows"], True)
+        frozen = base.code - base.wide(base.z0)
+        return scale * torch.where(moved, quantized(phi + delta, low, high, "round_then_clip"), frozen)
     assert method == "l4q", method
     wanted = s0 * phi + product
     if offset == "none":

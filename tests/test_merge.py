@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "l4q integer": ("l4q", {"offset": "integer"}, int_grid(bits=4, residual_bits=4)),
     "l4q float": ("l4q", {"offset": "float"}, int_grid(bits=4, residual_bits=4)),
     "scale": ("scale", {}, int_grid(bits=8)),
+    "full_qat": ("full_qat", {}, int_grid(bits=2, residual_bits=4)),
+    "ef_qat": ("ef_qat", {"scope": "network"}, int_grid(bits=4, residual_bits=4, symmetric=False)),
     "alpha_tuning": ("alpha_tuning", {}, BinaryGrid(bits=3, group_size=64)),
     "lora": ("lora", {}, int_grid(bits=4)),
 }

@@ -11,6 +11,7 @@ from .codes import UNITS, grid_codes
 from .decode_cpu import DECODE_ROWS, Int4Weight, fits_int4, int4_linear, int4_weight
 from .estimates import grid_estimates
 from .grid_linear import grid_gradients, grid_linear
+from .grid_rows import grid_row_gradients
 from .hadamard import hadamard
 from .int8_cpu import Int8Weight, fits_int8, has_int8, int8_linear, int8_weight
 from .layout import group_count, packed_width, superblock
@@ -35,6 +36,7 @@ __all__ = [
     "grid_estimates",
     "grid_gradients",
     "grid_linear",
+    "grid_row_gradients",
     "group_count",
     "hadamard",
     "has_int8",

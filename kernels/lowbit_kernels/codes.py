@@ -9,6 +9,9 @@ A (the low-rank product, fp32) and (S, z, T) the grid being trained:
     units = "live"      v = (s0 (c - z0 + rho) + D - T) / S + z            L4Q: the base is re-gridded with
                         the live scale
 
+A dense D [R, K] (`delta`) counts grid steps and is of the rows it names; the codes of all other rows are the
+base's. Nothing is added up there, so its codes are the same on every device.
+
     code = clip(round_half_even(v), 0, 2^bits - 1)
 
 `round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut
@@ -43,12 +46,17 @@ def grid_values(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """v of some rows, before rounding: fp32 [n, G, g] (padded columns hold nothing of meaning)."""
-    codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, units, bits, residual_bits = grid
-    value = unpack_rows(codes[rows], bits, in_features, torch.float32)
+    """v of some of the moved rows (`rows` of grid.moved, which lie at grid.place(rows)), before rounding:
+    fp32 [n, G, g] (padded columns hold nothing of meaning).
+    """
+    _, residual, scale0, zero0, a, b, _, _, scale, zero, offset, gain, units, bits, residual_bits = grid
+    at = grid.place(rows)
+    value = unpack_rows(grid.codes[at], bits, in_features, torch.float32)
     if residual is not None and residual_bits:
-        value = value + decode_residual(residual[rows], residual_bits, in_features)
+        value = value + decode_residual(residual[at], residual_bits, in_features)
     value = grouped(value, group_size)
+    if grid.delta is not None:
+        return value.add_(grouped(grid.delta[rows].float(), group_size))
     # The gain multiplies the small factor, so that one product gives D.
     delta = None if a is None or b is None else grouped((b[rows].float() * gain) @ a.float(), group_size)
     if units == "live":
@@ -78,13 +86,19 @@ def grid_codes(
     """
     if grid.units not in UNITS:
         raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
-    if not (grid.live or grid.low):
+    if grid.delta is not None and (grid.low or grid.units != "grid"):
+        raise ValueError(
+            f"delta counts grid steps and stands alone: got units={grid.units!r}"
+            f"{' and a low-rank part' * grid.low}; units='grid' without a and b is allowed"
+        )
+    if not (grid.live or grid.low or grid.delta is not None):
         return grid.codes.clone()
     out, top = [], (1 << grid.bits) - 1
-    for rows in row_chunks(grid.codes.shape[0], in_features):
+    for rows in row_chunks(grid.moved, in_features):
         code = grid_values(rows, grid, in_features, group_size).round_().clamp_(0, top)
         out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), grid.bits))
-    return torch.cat(out)
+    packed = torch.cat(out)
+    return packed if grid.rows is None else grid.codes.index_copy(0, grid.rows, packed)
 
 
 @grid_codes.register_fake

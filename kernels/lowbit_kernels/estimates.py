@@ -209,7 +209,7 @@ def grid_estimates(
         # A frozen grid: dS = sum dW (code - z) needs the codes alone, neither the base nor the low-rank
         # product again.
         assert step_codes is not None
-        plain = {"residual": None, "a": None, "b": None, "units": "grid", "residual_bits": 0}
+        plain = dict.fromkeys(("residual", "a", "b", "delta", "rows")) | {"units": "grid", "residual_bits": 0}
         ds, dt, _, _ = exact_op(xs, dys, *grid._replace(codes=step_codes, **plain), *rest)
     if not need_scale:
         return ds.new_empty(0), dt.new_empty(0), da, db

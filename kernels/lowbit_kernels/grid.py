@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 class GridWeight(NamedTuple):
-    """A frozen base, a low-rank part and the grid that is trained; codes.py has the equation of their
-    weight.
+    """A frozen base, a low-rank or dense part and the grid that is trained; codes.py has the equation of
+    their weight.
     """
 
     codes: Tensor  # int16 [N, W]: the base
@@ -24,6 +24,8 @@ class GridWeight(NamedTuple):
     zero0: Tensor | None  # [G, N]; None is 2^(bits-1), as of zero
     a: Tensor | None  # [r, K]; None: no low-rank part
     b: Tensor | None  # [N, r]
+    delta: Tensor | None  # fp32 [R, K]: a dense part, in grid steps; it stands alone, without a and b
+    rows: Tensor | None  # int64 [R], each once: the rows that delta is of; None: all, R = N
     scale: Tensor  # [G, N]: the trained grid
     zero: Tensor | None  # [G, N]
     offset: Tensor | None  # [G, N]
@@ -41,6 +43,17 @@ class GridWeight(NamedTuple):
     def low(self) -> bool:
         """Whether there is a low-rank part."""
         return self.a is not None and self.b is not None
+
+    @property
+    def moved(self) -> int:
+        """How many rows there are whose values before rounding `codes.grid_values` knows: R with a dense
+        part, else N.
+        """
+        return self.codes.shape[0] if self.delta is None else self.delta.shape[0]
+
+    def place(self, part: slice) -> "slice | Tensor":
+        """Where the moved rows `part` (of `moved`) lie in the weight."""
+        return part if self.rows is None else self.rows[part]
 
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,10 @@ In the live case z may be a rounded trained value: its gradient is -S dT, which 
 -S (z - sg(z)). The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about
 250-fold).
 
+A dense part of some rows (units "grid", codes.py) costs dX and R / N of a product: dD and the scales of its
+rows come from dW of those rows (grid_rows.py); the scales of all other rows from the row-wise identity of
+estimates.py where a row has one, else from dW of the share `tokens` of the tokens.
+
 `step_codes`, when given, are the codes that grid_codes makes of these very arguments, made once for all
 forwards and backwards of an optimizer step; they are taken on trust. `low_rank` and `tokens` choose cheaper
 gradients (estimates.py): "exact" with a low-rank part is the equations above.
@@ -28,6 +32,7 @@ from torch import Tensor
 from .codes import grid_codes, grid_values
 from .estimates import LOW_RANK, grid_estimates
 from .grid import GridWeight, flat
+from .grid_rows import grid_row_gradients
 from .layout import group_count, grouped, outside_autocast, per_group, row_chunks, ungrouped, unpack_rows
 from .matmul import packed_matmul, packed_matmul_dx
 
@@ -48,7 +53,8 @@ def grid_gradients(
     dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of
     layout.CHUNK_ELEMENTS.
     """
-    codes, _, scale0, _, a, b, scale, zero, _, gain, units, bits, _ = grid
+    codes, _, scale0, _, a, b, delta, _, scale, zero, _, gain, units, bits, _ = grid
+    assert delta is None, "grid_row_gradients is its op"
     (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
     trained = grid.live or a is not None
     ds = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
@@ -107,7 +113,7 @@ def grid_linear(
     tokens: float = 1.0,
 ) -> Tensor:
     """x [..., K] -> [..., N]. Differentiable in x, a [r, K], b [N, r], scale [G, N] and offset [G, N] (file
-    head).
+    head), and in delta [R, K].
     """
     if low_rank not in LOW_RANK or not 0 < tokens <= 1:
         raise ValueError(
@@ -123,11 +129,11 @@ def _(x, grid, group_size, clip_first, step_codes=None, low_rank="exact", tokens
     return x.new_empty(*x.shape[:-1], grid.codes.shape[0])
 
 
-def _estimated(a: Tensor | None, low_rank: str, tokens: float) -> bool:
-    """Whether the cheaper gradients are asked for. Exact ones of a low-rank part need dW of every token, and
-    the scales' is then free.
+def _estimated(grid: GridWeight, low_rank: str, tokens: float) -> bool:
+    """Whether the cheaper gradients are asked for. Exact ones of a low-rank part, or of a dense one of all
+    rows, need dW of every token, and the scales' is then free.
     """
-    return low_rank != "exact" or (a is None and tokens < 1)
+    return low_rank != "exact" or (not grid.low and tokens < 1)
 
 
 _FIRST = 1  # the place of the grid's fields in the op's arguments, after x
@@ -140,7 +146,7 @@ def _setup(ctx, inputs, output):
     group_size, clip_first, step_codes, low_rank, tokens = inputs[_FIRST + len(GridWeight._fields) :]
     row_wise = group_count(x.shape[-1], group_size) == 1 and not grid.live
     row_wise = row_wise and ctx.needs_input_grad[_PLACE["scale"]]
-    y = output if row_wise and _estimated(grid.a, low_rank, tokens) else None
+    y = output if row_wise and (grid.rows is not None or _estimated(grid, low_rank, tokens)) else None
     assert grid.scale.shape[0] == 1 or y is None
     ctx.save_for_backward(*inputs[:_TENSORS], step_codes, y)
     ctx.numbers, ctx.static = inputs[_TENSORS : _FIRST + len(GridWeight._fields)], (group_size, clip_first)
@@ -151,9 +157,11 @@ def _backward(ctx, dy):
     x, *tensors, new, y = ctx.saved_tensors
     grid, (group_size, clip_first) = GridWeight(*tensors, *ctx.numbers), ctx.static
     k, need = x.shape[-1], {name: ctx.needs_input_grad[place] for name, place in _PLACE.items()}
-    dx = ds = dt = da = db = None
-    estimated, low = _estimated(grid.a, *ctx.cheaper), need["a"] or need["b"]
-    scales = need["scale"] or need["offset"]
+    dx = ds = dt = da = db = dd = None
+    low, scales = need["a"] or need["b"], need["scale"] or need["offset"]
+    estimated, moved = _estimated(grid, *ctx.cheaper), grid.delta is not None
+    # All rows have their scales' gradients from the dense part; of some, the others are estimated.
+    estimated = grid.rows is not None if moved else estimated
     if new is None and (ctx.needs_input_grad[0] or (estimated and scales and y is None)):
         new = grid_codes(*grid, k, group_size)
     if ctx.needs_input_grad[0]:
@@ -163,9 +171,15 @@ def _backward(ctx, dy):
         output = None if y is None else y.reshape(-1, y.shape[-1])
         rest = (group_size, clip_first, *ctx.cheaper, low, scales)
         ds, dt, da, db = grid_estimates(*rows, output, new, *grid, *rest)
-    elif low or scales:
+    elif (low or scales) and not moved:
         ds, dt, da, db = grid_gradients(*rows, *grid, group_size, clip_first)
-    grads = {"a": da, "b": db, "scale": ds, "offset": dt}
+    if moved and (need["delta"] or scales):
+        some_s, some_t, dd = grid_row_gradients(*rows, *grid, group_size, clip_first)
+        if ds is None or dt is None or grid.rows is None:
+            ds, dt = some_s, some_t
+        else:
+            ds, dt = ds.index_copy(1, grid.rows, some_s), dt.index_copy(1, grid.rows, some_t)
+    grads = {"a": da, "b": db, "delta": dd, "scale": ds, "offset": dt}
     out = [dx, *[None] * (len(ctx.needs_input_grad) - 1)]
     for name, grad in grads.items():
         # A custom op must return None, not a tensor, for what was not asked for or not given.

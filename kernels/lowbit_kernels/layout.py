@@ -120,8 +120,10 @@ def ungrouped(groups: Tensor, in_features: int) -> Tensor:
     return groups.reshape(groups.shape[0], -1)[:, :in_features]
 
 
-def per_group(values: Tensor, rows: slice) -> Tensor:
-    """[G, N] -> fp32 [n, G, 1], ready to broadcast against `grouped` rows."""
+def per_group(values: Tensor, rows: slice | Tensor) -> Tensor:
+    """[G, N] -> fp32 [n, G, 1] of some rows (a slice or their numbers), ready to broadcast against `grouped`
+    rows.
+    """
     return values[:, rows].t().to(torch.float32).unsqueeze(-1)
 
 

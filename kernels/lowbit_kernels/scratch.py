@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .grid import GridWeight
 from .layout import LANES, group_count, packed_width, superblock
 
 PROJECTION_BLOCK = (
@@ -137,13 +138,16 @@ def _matmul_dx(args: tuple[Any, ...], arch: int) -> int:
 
 
 def _codes(args: tuple[Any, ...], arch: int) -> int:
-    codes, k, bits = args[0], args[13], args[11]
+    grid, (k, _) = GridWeight(*args[: len(GridWeight._fields)]), args[len(GridWeight._fields) :]
+    if grid.delta is not None:
+        return -1  # the reference makes them (dispatch.takes)
+    codes, bits = grid.codes, grid.bits
     return codes.shape[0] * packed_width(k, bits) * 2
 
 
 def _gradients(args: tuple[Any, ...], arch: int) -> int:
-    x, codes, a, b = args[0], args[2], args[6], args[7]
-    units, bits, group_size = args[12], args[13], args[15]
+    x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
+    codes, a, b, units, bits = grid.codes, grid.a, grid.b, grid.units, grid.bits
     (m, k), n, size = x.shape, codes.shape[0], x.element_size()
     rank = a.shape[0] if a is not None and b is not None else 0
     groups, strips = group_count(k, group_size), -(-k // LANES)

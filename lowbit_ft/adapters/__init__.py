@@ -8,6 +8,8 @@ table; the recipe, the PEFT integration, the law test and the quality benchmark 
 from .alpha_tuning import AlphaTuningConfig
 from .base import SCALE_PARAMETERS, Adapter, AdapterConfig
 from .dl_qat import DLQATConfig
+from .ef_qat import EfQATConfig
+from .full_qat import FullQATConfig
 from .l4q import L4QConfig
 from .lora import LoraConfig
 from .lr_qat import LRQATConfig
@@ -18,6 +20,8 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
     "dl_qat": DLQATConfig,
     "l4q": L4QConfig,
     "scale": ScaleConfig,
+    "full_qat": FullQATConfig,
+    "ef_qat": EfQATConfig,
     "alpha_tuning": AlphaTuningConfig,
     "lora": LoraConfig,
 }

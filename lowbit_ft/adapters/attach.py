@@ -7,7 +7,7 @@ State is exchanged by layer name, in the key layout of PEFT
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..activations.learned import learn_inputs
 from ..activations.place import scheme_of
 from ..kv_cache import kv_config_of
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
-from . import AdapterConfig
+from . import Adapter, AdapterConfig
+from .carry import Carried
 from .step_codes import StepCodes
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -101,9 +102,10 @@ def attach(
             f"adapter {config.method}: this start reads the dense weights, and there is no checkpoint to read"
         )
     model.requires_grad_(False)
+    configs = config.over((name, layer.base) for name, layer in layers)
     for name, layer in layers:
         weight = dense_weight(name) if config.wants_weight and dense_weight else None
-        layer.adapter = config.of_layer(name).build(layer.base, weight)
+        layer.adapter = configs[name].of_layer(name).build(layer.base, weight)
     learn_inputs(model)
     rows = []
     for name, layer in layers:
@@ -115,12 +117,16 @@ def attach(
     return TrainableTable(rows, packed + dense)
 
 
-def begin_step(model: nn.Module, step: int) -> None:
-    """Tell every adapter which optimizer step (0-based) comes next."""
+def begin_step(model: nn.Module, step: int) -> list[Carried]:
+    """Tell every adapter which optimizer step (0-based) comes next; the rows that have moved for it
+    (carry.py).
+    """
+    carried = []
     for _, layer in adapted_layers(model):
         assert layer.adapter is not None
-        layer.adapter.begin_step(step, layer.base)
+        carried += layer.adapter.begin_step(step, layer.base)
     drop_codes(model)
+    return carried
 
 
 def keep_codes(model: nn.Module, on: bool) -> None:
@@ -157,6 +163,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """The inverse of adapter_state. ValueError naming missing, unknown and misshapen tensors, before anything
     is copied.
     """
+    resize(model, state, PEFT_SLOT, PEFT_PREFIX)
     current = adapter_state(model)
     problems = [f"missing: {key}" for key in current.keys() - state.keys()]
     problems += [f"unknown: {key}" for key in state.keys() - current.keys()]
@@ -171,6 +178,21 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
     for key, tensor in current.items():
         tensor.copy_(state[key])
+
+
+def resize(model: nn.Module, state: Mapping[str, Tensor], slot: str = "adapter", prefix: str = "") -> None:
+    """Give adapters whose buffers grow while they train the sizes of a state that is about to be read; its
+    keys are prefix + layer + slot + tensor, joined by dots."""
+    for name, layer in adapted_layers(model):
+        if isinstance(layer.adapter, Adapter):
+            layer.adapter.resize(shapes_of(state, f"{prefix}{name}.{slot}."))
+
+
+def shapes_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, of the state's tensors whose keys begin so."""
+    return {
+        key.removeprefix(prefix): tuple(value.shape) for key, value in state.items() if key.startswith(prefix)
+    }
 
 
 def base_digest(model: nn.Module) -> str:

@@ -8,8 +8,10 @@ Letters: N out features, K in features, G groups per row, g group size, r rank. 
 model's dtype.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,6 +26,7 @@ from ..grid.estimators import cast_scale, scale_gradient
 from ..model.linear import WeightAdapter
 from ..names import matches
 from ..segments import Parts
+from .carry import Carried
 from .latent import drawn_product, pull_of_product, step_of_scale, steps_of_product, unit_of
 from .step_codes import StepCodes
 
@@ -50,6 +53,8 @@ class AdapterConfig(BaseModel):
 
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
+    # D is a trained tensor of its own, `delta`, in grid steps.
+    dense_delta: ClassVar[bool] = False
 
     method: str
     targets: list[str] | None = Field(
@@ -90,6 +95,17 @@ class AdapterConfig(BaseModel):
     @property
     def wants_weight(self) -> bool:
         return False
+
+    @property
+    def changes_rows(self) -> bool:
+        """Which rows train is chosen anew while they do, and an optimizer's averages move with them."""
+        return False
+
+    def over(self, bases: Iterable[tuple[str, Weight]]) -> "Mapping[str, AdapterConfig]":
+        """The config that builds each layer's adapter, by name, where what a layer gets depends on the
+        others. Asked with all layers that train, before the first is built.
+        """
+        return {name: self for name, _ in bases}
 
 
 class ScaleOptions(AdapterConfig):
@@ -268,13 +284,13 @@ class Adapter(WeightAdapter):
 
     def step_codes(self, base: PackedWeight, args: GridArgs) -> Tensor | None:
         """The codes of this forward if they are there already; None: the op makes them."""
-        if args.a is None and args.units != "live":
-            return base.codes  # nothing moves them
+        if not args.moves:
+            return base.codes if args.codes is None else args.codes
         if self.kept is None or not self.training or not torch.is_grad_enabled():
             return None
         if torch.compiler.is_compiling():  # versions cannot be looked at from inside
             return self.kept.codes if self.kept.checked_outside else None
-        return self.kept.get(base, args, self.parameters())
+        return self.kept.get(base, args, [*self.parameters(), *self.buffers()])
 
     def refresh_codes(self, base: Weight) -> None:
         """Make the codes of this step now, if they are to be kept and do not hold any more: for a forward
@@ -288,8 +304,8 @@ class Adapter(WeightAdapter):
         ):
             with torch.no_grad():
                 args = self.grid_args(base)
-            if args.a is not None or args.units == "live":
-                self.kept.get(base, args, self.parameters())
+            if args.moves:
+                self.kept.get(base, args, [*self.parameters(), *self.buffers()])
 
     @torch.no_grad()
     def merge(self, base: Weight) -> Weight:
@@ -320,10 +336,31 @@ class Adapter(WeightAdapter):
         far as these tensors can do it (latent.py)."""
         return drawn_product(base, self.grid_args(base), share, skip_clipped)
 
-    def begin_step(self, step: int, base: Weight) -> None:
+    def begin_step(self, step: int, base: Weight) -> list[Carried]:
         """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it
-        keeps besides tensors is a function of `step` alone; it may write tensors. So a resume calls it with
-        the last step done and then reads the tensors."""
+        keeps besides tensors is a function of `step` alone; it may write tensors, and says which rows of what
+        an optimizer trains it has put elsewhere. So a resume calls it with the last step done and then reads
+        the tensors."""
+        return []
+
+    def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tensors of these shapes are about to be read into this adapter: its buffers that grow while it
+        trains take them. Others are left to whoever compares.
+        """
+
+    def say_uncounted(self, what: str) -> None:
+        """Warn, once, that nobody has called begin_step."""
+        _say_uncounted(self.config.method, what)
+
+
+@functools.cache
+def _say_uncounted(method: str, what: str) -> None:
+    warnings.warn(
+        f"{method}: {what} here, because this training loop does not say which step it is at. In a Trainer "
+        "of transformers or TRL: callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of "
+        "your own: begin_step(model, step) of the same module before every optimizer step",
+        stacklevel=3,
+    )
 
 
 class ScaledAdapter(Adapter):

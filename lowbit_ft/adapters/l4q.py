@@ -22,8 +22,6 @@ calibrated scale. The steps are counted by whoever trains (`begin_step`); a loop
 without a warm-up, which is said once.
 """
 
-import functools
-import warnings
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from ..grid import Grid, GridArgs, IntGrid, PackedWeight, Weight
 from ..grid.estimators import cast, round_clip, scale_gradient
 from .base import SCALE_PARAMETERS, LowRankOptions, ScaledAdapter
+from .carry import Carried
 from .low_rank import LowRank
 
 
@@ -77,17 +76,6 @@ class L4QConfig(LowRankOptions):
     def build(self, base: Weight, weight: Tensor | None = None) -> "L4Q":
         assert isinstance(base, PackedWeight)
         return L4Q(self, base, weight)
-
-
-@functools.cache
-def _say_uncounted(steps: int) -> None:
-    warnings.warn(
-        f"l4q: warmup_steps {steps} does nothing here, because this training loop does not say which step it "
-        "is at. In a Trainer of transformers or TRL: "
-        "callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of your own: "
-        "begin_step(model, step) of the same module before every optimizer step; or warmup_steps: 0",
-        stacklevel=2,
-    )
 
 
 class L4Q(LowRank, ScaledAdapter):
@@ -132,7 +120,7 @@ class L4Q(LowRank, ScaledAdapter):
     def forward(self, x: Tensor, base: Weight) -> Tensor:
         assert isinstance(base, PackedWeight)
         if not self.counted and self.training and torch.is_grad_enabled():
-            _say_uncounted(self.config.warmup_steps)
+            self.say_uncounted(f"warmup_steps {self.config.warmup_steps} does nothing")
         return self.warmup_forward(x, base) if self.warming else super().forward(x, base)
 
     def warmup_forward(self, x: Tensor, base: PackedWeight) -> Tensor:
@@ -164,12 +152,13 @@ class L4Q(LowRank, ScaledAdapter):
         return super().merge(base)
 
     @torch.no_grad()
-    def begin_step(self, step: int, base: Weight) -> None:
+    def begin_step(self, step: int, base: Weight) -> list[Carried]:
         self.warming, self.counted = step < self.config.warmup_steps, True
         # Only the switch itself restarts the scale: a run resumed after it reads the trained scale.
         if self.config.warmup_steps and step == self.config.warmup_steps:
             assert isinstance(base, PackedWeight)
             self.log_scale.copy_(torch.log(self.range_scale(base) / base.scale.float().abs()))
+        return []
 
     def range_scale(self, base: PackedWeight) -> Tensor:
         """L4Qinit on the warmed-up weight: [G, N], without the sign of the scale."""

@@ -6,8 +6,9 @@ of B is at most s, one of A at most a0 + s, and
     |D| = alpha/rank |B A| <= alpha * s * (a0 + s)            a0: the largest element that A starts with
 
 A code moves when |D| passes what its residual leaves: with f residual bits the nearest ties are half a step
-over 2^f away (f = 0: half a step), in weight units that times the scale. Where the bound stays below, no
-code moves whatever the data say, and only scales train: a LoRA's 2e-4 for 30 steps is such a rate.
+over 2^f away (f = 0: half a step), in weight units that times the scale. A dense D, which starts at 0, is at
+most s by itself. Where the bound stays below, no code moves whatever the data say, and only scales train: a
+LoRA's 2e-4 for 30 steps is such a rate.
 """
 
 import math
@@ -22,8 +23,8 @@ from .base import Adapter, LowRankOptions
 
 @dataclass(frozen=True)
 class Reach:
-    """layers: how many have a low-rank product; still: in how many no code can move; needed: the sum of
-    rates from which on one can in half of them."""
+    """layers: how many have a D; still: in how many no code can move; needed: the sum of rates from which on
+    one can in half of them."""
 
     layers: int
     still: int
@@ -32,17 +33,23 @@ class Reach:
 
 def reach(model: nn.Module, total_rate: float) -> Reach | None:
     """For the layers that have adapters on them; total_rate: the sum of the learning rates of all steps.
-    None: something there moves codes otherwise than by a low-rank product that starts at B = 0.
+    None: something there moves codes otherwise than by a D that starts at 0. A layer none of whose rows
+    train (ef_qat) is not counted.
     """
     needed = []
     for _, layer in adapted_layers(model):
         adapter, base = layer.adapter, layer.base
         if not isinstance(adapter, Adapter):
             return None
-        config = adapter.config
+        config, factors = adapter.config, dict(adapter.named_parameters())
+        if config.dense_delta and isinstance(base, PackedWeight):
+            if "delta" in factors:
+                if factors["delta"].any():
+                    return None
+                needed.append(0.5 / 2**base.grid.residual_bits)
+            continue
         if not isinstance(config, LowRankOptions) or config.live_grid or not isinstance(base, PackedWeight):
             return None  # no such product, or the trained scale moves codes too
-        factors = dict(adapter.named_parameters())
         if not config.rounds_codes or factors["B"].any():
             return None
         unit = 1.0 if config.delta_unit == "grid" else _smallest(base.scale.float().abs())

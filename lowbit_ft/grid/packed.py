@@ -36,6 +36,9 @@ class GridArgs:
     offset: Tensor | None = None  # T
     a: Tensor | None = None  # [r, K]
     b: Tensor | None = None  # [N, r]
+    delta: Tensor | None = None  # [R, K] in grid steps, instead of a and b
+    rows: Tensor | None = None  # int64 [R]: whose delta it is; None: of all rows
+    codes: Tensor | None = None  # [N, W]: the codes to start from; None: the base's
     gain: float = 1.0
     units: str = "grid"
     unit: Tensor | None = None  # [G, N]: what D is counted in, of units "weight"; None: the base's scale
@@ -43,6 +46,15 @@ class GridArgs:
     ships_offset: bool = False  # T is a real offset (not only a path for the zero point's gradient)
     low_rank_gradient: str = "exact"  # of A and B: see lowbit_kernels/estimates.py
     scale_grad_tokens: float = 1.0  # the share of the tokens that scales and offsets learn from
+
+    @property
+    def moves(self) -> bool:
+        """Whether the codes are made anew by every forward."""
+        return self.a is not None or self.delta is not None or self.units == "live"
+
+    def with_rows(self, delta: Tensor, rows: Tensor, codes: Tensor | None) -> "GridArgs":
+        """The same, with a dense part of these rows on these codes."""
+        return replace(self, delta=delta, rows=rows, codes=codes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +182,11 @@ class PackedWeight(_Tensors):
 
     def on_grid(self, args: GridArgs) -> GridWeight:
         """The weight that args ask for, as the grid ops take it."""
-        base = (self.codes, self.residual, self.scale if args.unit is None else args.unit, self.zero)
-        trained = (args.a, args.b, args.scale, args.zero, args.offset, args.gain, args.units)
-        return GridWeight(*base, *trained, self.grid.bits, self.grid.residual_bits)
+        codes, unit = self.codes if args.codes is None else args.codes, args.unit
+        base = (codes, self.residual, self.scale if unit is None else unit, self.zero)
+        moved = (args.a, args.b, args.delta, args.rows)
+        trained = (args.scale, args.zero, args.offset, args.gain, args.units)
+        return GridWeight(*base, *moved, *trained, self.grid.bits, self.grid.residual_bits)
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:

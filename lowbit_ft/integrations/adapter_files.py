@@ -1,7 +1,8 @@
 """The adapter folder, in PEFT's layout, written and read without importing PEFT (its import takes seconds).
 
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
-    adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32
+    adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32 (numbers of rows and
+                                 codes of ef_qat: integers)
     README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
     lowbit_ft.json               size and sha256 of both, and its own (files/manifest.py; PEFT writes none)
 
@@ -125,7 +126,10 @@ def write_adapter(
     """
     folder = Path(folder)
     refuse_foreign(folder)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {
+        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in state.items()
+    }
     if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {

@@ -2,8 +2,9 @@
 
     trainer = SFTTrainer(model, ..., callbacks=[StepCallback()])
 
-l4q's warm-up (`warmup_steps`) counts optimizer steps; our own loop tells it, other people's loops do not know
-that there is anything to tell. A loop without callbacks calls `begin_step(model, step)` itself.
+l4q's warm-up (`warmup_steps`) and ef_qat's choice of rows (`refresh_steps`) count optimizer steps; our own
+loop tells them, other people's loops do not know that there is anything to tell. A loop without callbacks
+calls `begin_step(model, step, optimizer)` itself.
 """
 
 from typing import Any
@@ -13,18 +14,22 @@ from transformers import TrainerCallback
 
 from ..adapters.attach import adapted_layers
 from ..adapters.attach import begin_step as begin_attached
+from ..adapters.carry import carry_rows
 from .peft_layer import LowBitLinear
 
 __all__ = ["StepCallback", "begin_step"]
 
 
-def begin_step(model: nn.Module, step: int) -> None:
+def begin_step(model: nn.Module, step: int, optimizer: Any = None) -> None:
     """Before optimizer step `step` (0-based): for adapters of PEFT and of attach(), under any wrapping (DDP,
-    compiled). ValueError when the model has neither."""
+    compiled). optimizer: whose averages follow the rows that ef_qat chooses anew; without it they stay where
+    they are. ValueError when the model has neither.
+    """
     wrapped = [module for module in model.modules() if isinstance(module, LowBitLinear)]
-    for layer in wrapped:
-        layer.begin_step(step)
-    begin_attached(model, step)
+    carried = [one for layer in wrapped for one in layer.begin_step(step)]
+    carried += begin_attached(model, step)
+    if optimizer is not None:
+        carry_rows(optimizer, carried)
     if not wrapped and not any(adapted_layers(model)):
         raise ValueError("begin_step: the model has no adapters of lowbit_ft; get_peft_model or attach first")
 
@@ -32,5 +37,7 @@ def begin_step(model: nn.Module, step: int) -> None:
 class StepCallback(TrainerCallback):
     """begin_step at the start of every optimizer step."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        begin_step(model, state.global_step)
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        begin_step(model, state.global_step, optimizer)

@@ -16,6 +16,7 @@ PEFT itself is in peft_extend.py. A training loop that is not ours tells l4q's w
 """
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 
 from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
-from ..adapters.attach import PEFT_SLOT, base_digest
+from ..adapters.attach import PEFT_SLOT, base_digest, shapes_of
+from ..adapters.carry import Carried
 from ..adapters.folder import refuse_pickle
-from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
+from ..grid import Weight
+from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from ..segments import layout, read_layout, segments_of
 from .adapter_files import (
     NOT_OPTIONS,
@@ -127,9 +130,10 @@ class LowBitConfig(PeftConfig):
         if self.segments is not None:
             with_parts(self.adapter, {} if self.segments == "auto" else read_layout(self.segments))
         self.base_digest = base_digest
-        self.matcher: SimpleNamespace | None = (
-            None  # what PEFT's matching of layer names reads, once the model is known
-        )
+        # Once the model is known: what PEFT's matching of layer names reads, and what builds each layer's
+        # tensors.
+        self.matcher: SimpleNamespace | None = None
+        self.by_layer: dict[str, AdapterConfig] = {}
 
     @classmethod
     def from_pretrained(
@@ -156,6 +160,14 @@ class LowBitConfig(PeftConfig):
             config = with_parts(config, read_layout(self.segments))
         passed = {"init": "zero", "warmup_steps": 0} if self.restored else {}
         return config.model_copy(update={k: v for k, v in passed.items() if k in type(config).model_fields})
+
+
+def _bases(config: LowBitConfig, hosts: dict[str, PackedLinear]) -> Iterator[tuple[str, Weight]]:
+    """The bases of the layers that get an adapter, one at a time."""
+    for name, layer in hosts.items():
+        if check_target_module_exists(config.matcher, name):
+            with in_memory(layer):
+                yield name, layer.base
 
 
 def _plain(names: Any) -> list[str] | str | None:
@@ -245,6 +257,7 @@ class LowBitModel(BaseTuner):
                 f"adapter {config.method} cannot train these layers:\n  " + "\n  ".join(problems)
             )
         peft_config.base_digest = digest
+        peft_config.by_layer = dict(config.over(_bases(peft_config, hosts)))
 
     def _check_names(self, hosts: dict[str, PackedLinear]) -> None:
         """PEFT finds an adapter's tensors by its name between dots: it must occur nowhere else in a key."""
@@ -281,7 +294,7 @@ class LowBitModel(BaseTuner):
             wrapped = LowBitLinear(target).train(target.training)
             self._replace_module(parent, target_name, wrapped, target)
             target = wrapped
-        target.update_layer(adapter_name, peft_config.start().of_layer(current_key))
+        target.update_layer(adapter_name, peft_config.by_layer[current_key].of_layer(current_key))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -292,11 +305,13 @@ class LowBitModel(BaseTuner):
         one_name(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def begin_step(self, step: int) -> None:
-        """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them)."""
-        for layer in self.model.modules():
-            if isinstance(layer, LowBitLinear):
-                layer.begin_step(step)
+    def begin_step(self, step: int) -> list[Carried]:
+        """Tell the active adapters which optimizer step (0-based) comes next (l4q's warm-up counts them).
+        What comes back is for `carry_rows(optimizer, ...)` of adapters/carry.py: rows that ef_qat has chosen
+        anew.
+        """
+        layers = [layer for layer in self.model.modules() if isinstance(layer, LowBitLinear)]
+        return [one for layer in layers for one in layer.begin_step(step)]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -333,6 +348,9 @@ class LowBitModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT warns about missing tensors and goes on with untrained ones; here that is an error."""
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(adapter_name)):
+                found[1].resize(shapes_of(state, f"{name}.{PEFT_SLOT}.{adapter_name}."))
         held = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         needed = {key for key in held if f".{PEFT_SLOT}.{adapter_name}." in key} | whole_keys(
             model, adapter_name

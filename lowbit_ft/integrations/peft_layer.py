@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, AdapterConfig
 from ..adapters.attach import PEFT_SLOT
+from ..adapters.carry import Carried
 from ..grid import Weight
 from ..model.linear import PackedLinear, in_memory
 
@@ -77,11 +78,14 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
             bias = self.base_layer.bias
             return y if bias is None else y + bias.to(y.dtype)
 
-    def begin_step(self, step: int) -> None:
-        """Tell the active adapter which optimizer step (0-based) comes next."""
+    def begin_step(self, step: int) -> list[Carried]:
+        """Tell the active adapter which optimizer step (0-based) comes next; the rows that have moved for it
+        (adapters/carry.py).
+        """
         if found := self.adapter_named(self.active_adapters):
             with in_memory(self.base_layer):
-                found[1].begin_step(step, self.base_layer.base)
+                return found[1].begin_step(step, self.base_layer.base)
+        return []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         one_name(adapter_names)

@@ -45,8 +45,9 @@ class WeightAdapter(nn.Module):
         """The adapted weight of the last forward, as it ships."""
         raise AssertionError(f"{type(self).__name__} has no merge")
 
-    def begin_step(self, step: int, base: Weight) -> None:
-        """Called before optimizer step `step` (0-based)."""
+    def begin_step(self, step: int, base: Weight) -> list[Any]:
+        """Called before optimizer step `step` (0-based); what an optimizer has to know of it."""
+        return []
 
 
 class InputGrid(nn.Module):
@@ -306,6 +307,13 @@ def leave_out_of_ddp(model: nn.Module, above: tuple[str, ...] = ()) -> None:
         for name, layer in model.named_modules()
         if isinstance(layer, PackedLinear)
         for key in layer.packed_names
+        for prefix in ("", *above)
+    ]
+    # Codes that adapters keep of rows that train no more.
+    names += [
+        f"{prefix}{name}"
+        for name, buffer in model.named_buffers()
+        if buffer.dtype == torch.int16
         for prefix in ("", *above)
     ]
     before = getattr(model, "_ddp_params_and_buffers_to_ignore", ())

@@ -145,7 +145,7 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     )
     session.say(
         f"warning: train.learning_rate {rate:g} for {total} steps moves no code in "
-        f"{found.still} of {found.layers} layers: the low-rank product stays below the distance to the next "
+        f"{found.still} of {found.layers} layers: what moves weights stays below the distance to the next "
         f"code, and only scales train. In so many steps a first code moves at {least:.1g}; {way_out}"
     )
 

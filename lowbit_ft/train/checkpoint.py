@@ -18,13 +18,14 @@ import json
 import random
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files.atomic import free_name, recover_all, remove_folder, staged_folder
 from ..files.errors import writing
@@ -146,6 +147,23 @@ class Checkpoints:
             self.path(step).rename(aside)
             warnings.warn(f"skipped a damaged checkpoint: {problem}. It is now {aside}", stacklevel=2)
         return None
+
+
+def saved_tensors(model: nn.Module, homes: Iterable[str]) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model, by name, as it lies there now: the parameters and the persistent
+    buffers of these modules, those in which something trains."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a tied parameter is held once
+    for home in homes:
+        module = model.get_submodule(home)
+        buffers = [
+            b for b in module.named_buffers(recurse=False) if b[0] not in module._non_persistent_buffers_set
+        ]
+        for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                out[f"{home}.{name}" if home else name] = tensor
+    return out
 
 
 def rng_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:

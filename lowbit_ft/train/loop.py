@@ -25,7 +25,7 @@ such a tensor are saved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
+from ..adapters.carry import Carried, carry_rows
 from ..signals import Lesson
 from .log import TrainLog
 from .losses import LABELS
@@ -74,7 +75,7 @@ def train(
     meta: dict[str, Any] | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], Iterable[Carried] | None] | None = None,
     after_step: Callable[[], None] | None = None,
     choose_after: int = 0,
     lesson: Lesson = LABELS,
@@ -84,7 +85,8 @@ def train(
 
     meta: what the checkpoint belongs to (JSON-able, such as the base's digest); another one is refused on
     resume. resume: go on from the newest valid checkpoint, if there is one. on_step(step): called with the
-    0-based step before its forward, and on resume with the last step done before its tensors are read: what
+    0-based step before its forward (what it returns says which rows an optimizer's averages follow:
+    adapters/carry.py), and on resume with the last step done before its tensors are read: what
     on_step keeps beside them is then as it was, what it writes to them is replaced. after_step: called when
     a step is computed, before it counts or is saved; what it raises ends the run at the last checkpoint.
     choose_after: steps of a warm-up that trains another model than the one that ships (l4q's warmup_steps):
@@ -106,7 +108,7 @@ def _loop(
     run: Run,
     batches: TrainBatches,
     section: Any,
-    on_step: Callable[[int], None] | None,
+    on_step: Callable[[int], Iterable[Carried] | None] | None,
     console: Console | None,
 ) -> bool:
     """The steps from where `run` is to the end; whether a signal stopped it."""
@@ -130,7 +132,7 @@ def _loop(
             # 2. The data of this step, and how many targets all processes together have.
             began = time.perf_counter()
             if on_step is not None:
-                on_step(now.step)
+                carry_rows(run.raw_optimizer, on_step(now.step) or ())
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
             counts = run.counts(micro)

@@ -20,13 +20,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..adapters.attach import resize
 from ..gradients import BackpropConfig
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
 from ..model.upload import upload
 from ..signals import Lesson
 from ..signals.base import TAUGHT
-from .checkpoint import Checkpoints, Saved, rng_state, set_rng_state
+from .checkpoint import Checkpoints, Saved, rng_state, saved_tensors, set_rng_state
 from .log import TrainLog
 from .losses import LABELS, Targets, count_targets, everywhere, part_counts
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
@@ -77,10 +78,7 @@ class Run:
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         # Saved: these and their neighbours in the same module, such as a scale that only the warm-up's end
         # sets.
-        homes = {name.rpartition(".")[0] for name in self.names.values()}
-        self.saved_names: dict[Tensor, str] = {
-            p: name for name, p in model.named_parameters() if name.rpartition(".")[0] in homes
-        }
+        self.homes = list(dict.fromkeys(name.rpartition(".")[0] for name in self.names.values()))
         self.accelerator = accelerator or make_accelerator(section, run_dir, model)
         self.main, self.scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.checkpoints = Checkpoints(run_dir / "checkpoints", section.keep_checkpoints)
@@ -97,7 +95,7 @@ class Run:
         self.wrapped: Any = self.prepared.wrapped
         self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
 
-    def start(self, resume: bool, on_step: Callable[[int], None] | None = None) -> None:
+    def start(self, resume: bool, on_step: Callable[[int], Any] | None = None) -> None:
         """Seed and begin, or read the newest valid checkpoint and go on."""
         # Dropout differs between processes; the data order does not, it has its own generator.
         set_seed(self.section.seed, device_specific=True)
@@ -119,7 +117,7 @@ class Run:
             config = {k: v for k, v in _plain(self.section).items() if isinstance(v, (int, float, str, bool))}
             self.accelerator.init_trackers("lowbit_ft", config)
 
-    def restore(self, saved: Saved, on_step: Callable[[int], None] | None = None) -> None:
+    def restore(self, saved: Saved, on_step: Callable[[int], Any] | None = None) -> None:
         """Everything as it was after the step of the checkpoint."""
         state = saved.state
         differ = sorted(k for k in {*self.meta, *state["meta"]} if self.meta.get(k) != state["meta"].get(k))
@@ -157,7 +155,8 @@ class Run:
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
         """Copy the tensors of a checkpoint into the model, checked by name and shape."""
-        ours = {name: tuple(p.shape) for p, name in self.saved_names.items()}
+        resize(self.model, saved.adapter)
+        ours = {name: tuple(t.shape) for name, t in saved_tensors(self.model, self.homes).items()}
         theirs = {name: tuple(t.shape) for name, t in saved.adapter.items()}
         if ours != theirs:
             differ = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
@@ -167,8 +166,8 @@ class Run:
                 f"{theirs.get(differ[0])} there, {ours.get(differ[0])} here). Use the recipe the run began "
                 "with."
             )
-        for parameter, name in self.saved_names.items():
-            parameter.copy_(part_like(saved.adapter[name], parameter))
+        for name, tensor in saved_tensors(self.model, self.homes).items():
+            tensor.copy_(part_like(saved.adapter[name], tensor))
 
     # ---------------------------------------------------------------- a step
 
@@ -352,7 +351,8 @@ class Run:
             self.main or self.sharded
         ):  # shards are gathered by all: the file holds whole tensors, for any number of processes
             adapter = {
-                n: whole(p.detach()).to("cpu", copy=True).contiguous() for p, n in self.saved_names.items()
+                n: whole(t.detach()).to("cpu", copy=True).contiguous()
+                for n, t in saved_tensors(self.model, self.homes).items()
             }
             tensors, scalars = optimizer_state(self.raw_optimizer, self.names)
         else:

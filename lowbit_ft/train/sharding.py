@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from ..adapters import AdapterConfig
 from ..adapters.attach import packed_layers
 from ..model.walk import decoder_layers
 from .optimizers import OPTIMIZERS
@@ -44,7 +45,7 @@ class Held:
     whole_rest: int
 
 
-def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], str]]:
+def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[tuple[str, str], str]]:
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
     if not (chosen := OPTIMIZERS[train.optimizer]).shards:
@@ -65,9 +66,16 @@ def unshardable(train: Any, adapter: Any = None) -> list[tuple[tuple[str, str], 
             "turns; set keep_codes: false, or sharding: none"
         )
         problems.append((("train", "keep_codes"), message))
-    if getattr(adapter, "warmup_steps", 0):
+    if adapter is not None and adapter.changes_rows:
+        key = "refresh_steps" if getattr(adapter, "refresh_steps", None) else "importance"
         message = (
-            f"{adapter.warmup_steps} with train.sharding: fsdp: the end of the warm-up reads whole layers "
+            f"{getattr(adapter, key)!r} with train.sharding: fsdp, where no process holds the rows and "
+            "averages that would move; set refresh_steps: null and importance: weight, or sharding: none"
+        )
+        problems.append((("adapter", key), message))
+    if steps := getattr(adapter, "warmup_steps", 0):
+        message = (
+            f"{steps} with train.sharding: fsdp: the end of the warm-up reads whole layers "
             "between steps; "
             "set warmup_steps: 0, or sharding: none"
         )

@@ -50,6 +50,8 @@ def randomize(adapter: nn.Module, size: float = 1.0) -> None:
         leaf = name.rpartition(".")[2]
         if leaf == "B":
             parameter.normal_(0, 3.0 * size)
+        elif leaf == "delta":
+            parameter.normal_(0, 2.0 * size)
         elif leaf == "offset":
             parameter.normal_(0, 0.8 * size)
         elif leaf != "A":

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
 from lowbit_ft.grid import BinaryGrid, BinaryWeight, IntGrid, PackedWeight
 from tests import reference
-from tests.adapters.common import base_of, trained
+from tests.adapters.common import K, N, base_of, trained
 from tests.kernels.common import error
 from tests.kernels.test_estimates import mean_over_draws
 
@@ -29,6 +29,8 @@ def configs() -> Iterator[AdapterConfig]:
         for offset in ("auto", "none", "integer", "float"):
             yield ADAPTERS["l4q"](rank=5, alpha=3.0, clip=order, offset=offset)
     yield ADAPTERS["scale"]()
+    yield ADAPTERS["full_qat"]()
+    yield ADAPTERS["ef_qat"](share=0.4, scale_grad_tokens=1.0)
     yield ADAPTERS["lora"](rank=5, alpha=3.0)
 
 
@@ -68,6 +70,7 @@ def reference_gradients(
     config, dense = adapter.config, reference.Base.of(base)
     x = x.double().requires_grad_()
     p = {name: t.detach().double().requires_grad_() for name, t in adapter.named_parameters()}
+    p |= dict(adapter.named_buffers())
     if config.method == "lora":
         w0 = dense.wide(dense.s0) * (dense.code - dense.wide(dense.z0))
         gain = config.alpha / config.rank
@@ -83,7 +86,7 @@ def reference_gradients(
         )
         y = x @ weight.t()
     y.backward(dy.double())
-    grads = {"x": x.grad, **{name: t.grad for name, t in p.items()}}
+    grads = {"x": x.grad, **{name: t.grad for name, t in p.items() if t.requires_grad}}
     # What cancels exactly on paper leaves 1e-15 here: L4Q's offset feels clipped weights only, and early
     # there may be none.
     grads = {name: torch.zeros_like(t) if t.abs().max() < 1e-12 else t for name, t in grads.items()}
@@ -99,7 +102,7 @@ def draw(config: AdapterConfig, grid: IntGrid, size: float):
     """
     for seed in range(8):
         torch.manual_seed(seed)
-        base = base_of(grid)
+        base = base_of(grid, (N if config.method != "ef_qat" else 3 * N, K))
         assert isinstance(base, PackedWeight)
         adapter = trained(config, base, size=size)
         x, dy = torch.randn(7, base.shape[1]), torch.randn(7, base.shape[0])
@@ -151,7 +154,7 @@ def test_gradients_of_alpha_tuning(bits: int, group_size: int, planes: str, divi
     assert max(errors.values()) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale"])
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale", "full_qat"])
 def test_lsq_gradient_scaling_divides_scale_gradients_only(method: str):
     base = base_of(IntGrid(bits=4, group_size=64, symmetric=False))
     got = {}
@@ -161,7 +164,7 @@ def test_lsq_gradient_scaling_divides_scale_gradients_only(method: str):
         got[scaled] = gradients(adapter, base, torch.randn(7, base.shape[1]), torch.randn(7, base.shape[0]))
     factor = (64 * 7) ** -0.5  # LSQ: 1 / sqrt(g Qp), Qp = 2^3 - 1
     for name, plain in got[False].items():
-        wanted = plain if name in ("x", "A", "B") else plain * factor
+        wanted = plain if name in ("x", "A", "B", "delta") else plain * factor
         torch.testing.assert_close(got[True][name], wanted, rtol=1e-6, atol=0)
 
 

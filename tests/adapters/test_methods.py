@@ -58,7 +58,7 @@ def test_scale_parameters_are_named_as_such(method: str):
     config = ADAPTERS[method]
     base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(symmetric=False))
     names = {name.rpartition(".")[2] for name, _ in config().build(base).named_parameters()}
-    assert names - SCALE_PARAMETERS <= {"A", "B"}
+    assert names - SCALE_PARAMETERS <= {"A", "B", "delta"}
     assert method == "lora" or names & SCALE_PARAMETERS
 
 

@@ -37,7 +37,7 @@ def moved(model: torch.nn.Module, rate: float) -> int:
     return int((layer.adapter.merge(layer.base).unpack_codes() != layer.base.unpack_codes()).sum())
 
 
-@pytest.mark.parametrize("method", ["lr_qat", "dl_qat"])
+@pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "full_qat", "ef_qat"])
 @pytest.mark.parametrize("residual_bits", [0, 2, 4])
 def test_below_the_bound_no_code_moves_and_above_it_some_do(method: str, residual_bits: int):
     model = model_of(method, residual_bits)
@@ -56,6 +56,9 @@ def test_what_the_bound_says_nothing_of():
     assert reach(model_of("lora"), 1.0) is None
     model = model_of("lr_qat")
     next(iter(adapted_layers(model)))[1].adapter.B.data[0, 0] = 1.0  # pyright: ignore[reportOptionalMemberAccess]
+    assert reach(model, 1.0) is None
+    model = model_of("full_qat")
+    next(iter(adapted_layers(model)))[1].adapter.delta.data[0, 0] = 1.0  # pyright: ignore[reportOptionalMemberAccess]
     assert reach(model, 1.0) is None
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, base_digest
-from lowbit_ft.adapters.l4q import _say_uncounted
+from lowbit_ft.adapters.base import _say_uncounted
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.callbacks import StepCallback, begin_step
 from lowbit_ft.integrations.peft import LowBitConfig

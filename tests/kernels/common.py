@@ -34,6 +34,8 @@ def integer_args(
         "zero0": torch.randint(0, 1 << bits, groups, dtype=torch.uint8) if zero else None,
         "a": torch.randn(R, k) if low_rank else None,
         "b": torch.randn(n, R) * 0.5 if low_rank else None,
+        "delta": None,
+        "rows": None,
         "scale": (torch.rand(groups) + 0.5) * signs,
         "zero": torch.randint(0, 1 << bits, groups).float() if zero else None,
         "offset": torch.randn(groups) * 0.3 if offset else None,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lowbit_kernels import estimates
+from lowbit_kernels.grid import GridWeight
 from torch import Tensor
 
 from tests import reference
@@ -269,6 +270,8 @@ def test_the_third_gemm_is_gone(case: str):
         "zero0": None,
         "a": torch.randn(r, k, requires_grad=True),
         "b": torch.randn(n, r, requires_grad=True),
+        "delta": None,
+        "rows": None,
         "scale": torch.ones(k // 128, n, requires_grad=True),
         "zero": None,
         "offset": None,
@@ -282,10 +285,7 @@ def test_the_third_gemm_is_gone(case: str):
     x = torch.randn(m, k, requires_grad=True)
     low_rank = case.split()[0]
     codes = kernels.grid_codes(
-        *(
-            args[name]
-            for name in ("codes", "residual", "scale0", "zero0", "a", "b", "scale", "zero", "offset")
-        ),
+        *(args[name] for name in GridWeight._fields[: GridWeight._fields.index("gain")]),
         1.0,
         "grid",
         4,

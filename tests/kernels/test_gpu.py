@@ -120,6 +120,8 @@ def grid_arguments(bits: int, n: int, k: int, g: int, units: str, rank: int = 64
         "zero0": zero,
         "a": torch.randn(rank, k, device="cuda"),
         "b": torch.randn(n, rank, device="cuda") * 0.05,
+        "delta": None,
+        "rows": None,
         "scale": scale.float(),
         "zero": zero.float(),
         "offset": None,

@@ -3,6 +3,7 @@
 import lowbit_kernels as kernels
 import pytest
 import torch
+from lowbit_kernels.grid import GridWeight
 
 from tests.kernels.common import K, N, binary_args, integer_args
 
@@ -14,10 +15,12 @@ def samples() -> dict[str, tuple]:
     a = integer_args(bits=3, units="live", offset=True)
     x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     planes, alpha, shift = binary_args()
-    state = tuple(a[n] for n in ("codes", "residual", "scale0", "zero0", "a", "b", "scale", "zero", "offset"))
+    state = tuple(a[n] for n in GridWeight._fields[: GridWeight._fields.index("gain")])
     static = (0.7, "live", 3, 4)
+    some = {"a": None, "b": None, "delta": torch.randn(4, K), "rows": torch.tensor([1, 4, 7, 12])}
+    dense = GridWeight(**{n: {**a, **some}[n] for n in GridWeight._fields})[: len(state)]
     grid = (a["codes"], a["scale"], a["zero"], a["offset"], 3)
-    train = tuple(t.clone().requires_grad_() if i in (4, 5, 6, 8) else t for i, t in enumerate(state))
+    train = tuple(t.clone().requires_grad_() if i in (4, 5, 8, 10) else t for i, t in enumerate(state))
     leaves = (alpha.clone().requires_grad_(), shift.clone().requires_grad_())
     return {
         "pack": (torch.randint(0, 8, (N, K), dtype=torch.uint8), 3),
@@ -29,6 +32,7 @@ def samples() -> dict[str, tuple]:
         "packed_matmul_dx": (dy, *grid, K, 32),
         "grid_linear": (x, *train, *static, 32, True),
         "grid_gradients": (x.detach(), dy, *state, *static, 32, True),
+        "grid_row_gradients": (x.detach(), dy, *dense, 1.0, "grid", 3, 4, 32, True),
         # All tokens: opcheck runs an op twice and compares.
         "grid_estimates": (
             x.detach(),
@@ -90,7 +94,7 @@ def test_compiles_whole_and_knows_its_shapes(name: str):
 def test_opcheck_without_optional_tensors():
     a = integer_args(zero=False, low_rank=False, f=0)
     scale = a["scale"].requires_grad_()
-    args = (a["codes"], None, a["scale0"], None, None, None, scale, None, None, 1.0, "grid", 4, 0, 32, False)
+    args = (a["codes"], None, a["scale0"], *[None] * 5, scale, None, None, 1.0, "grid", 4, 0, 32, False)
     torch.library.opcheck(torch.ops.lowbit.grid_linear, (torch.randn(5, K, requires_grad=True), *args))
     planes, alpha, _ = binary_args()
     torch.library.opcheck(

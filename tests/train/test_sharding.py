@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import base_digest
+from lowbit_ft.adapters.attach import adapted_layers, base_digest
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import is_sharded
 from lowbit_ft.recipe.recipe import load_recipe
@@ -67,6 +67,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ddp_is_one_process(done: Path) -> None:
     assert_same(done / "ddp", done / "one")
+
+
+def test_rows_that_change_are_the_same_in_every_process(done: Path, tmp_path: Path) -> None:
+    model = two_processes.rows_change(tmp_path)
+    assert any(len(layer.adapter.left) for _, layer in adapted_layers(model))  # pyright: ignore
+    assert_same(done / "rows", tmp_path)
 
 
 @pytest.mark.parametrize("method", GRIDS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from lowbit_ft.adapters.attach import begin_step
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.model import heads
@@ -35,16 +36,20 @@ GRIDS: dict[str, Grid] = {
     "dl_qat": IntGrid(bits=4, group_size=-1, residual_bits=2),
     "l4q": IntGrid(bits=2, group_size=32, symmetric=False, residual_bits=4),
     "scale": IntGrid(bits=8, group_size=128, residual_bits=0),
+    "full_qat": IntGrid(bits=3, group_size=64),
+    "ef_qat": IntGrid(bits=2, group_size=-1),
     "alpha_tuning": BinaryGrid(bits=3, group_size=64),
     "lora": IntGrid(bits=4, group_size=64, residual_bits=0),
 }
 STEPS = 4
 
 
-def packed(method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False) -> Any:
+def packed(
+    method: str = "lr_qat", start: int = 0, bias: bool = False, head: bool = False, **options: Any
+) -> Any:
     """Random integers on the method's grid; start seeds A. head: its head is packed and trained too."""
     return adapted_llama(
-        adapter_config(method, rank=3),
+        adapter_config(method, rank=3, **options),
         GRIDS[method],
         seed=1 + start,
         head=head,
@@ -117,6 +122,13 @@ def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResu
     return result
 
 
+def rows_change(run_dir: Path, *place: int) -> Any:
+    """ef_qat under DDP, its rows chosen by what step 0 of all processes saw, and anew after two steps."""
+    model = packed("ef_qat", importance="weight_input", refresh_steps=2)
+    go(run_dir, model, *place, on_step=lambda step: begin_step(model, step))
+    return model
+
+
 def together(folder: Path) -> None:
     from accelerate import PartialState
 
@@ -129,6 +141,7 @@ def together(folder: Path) -> None:
         return model
 
     go(folder / "ddp", packed(), rank, 2)
+    rows_change(folder / "rows", rank, 2)
     facts["ddp"] = held_by_rank(packed(), CPU)
     for method in GRIDS:
         model = sharded(method, bias=method == "dl_qat")

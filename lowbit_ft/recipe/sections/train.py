@@ -204,6 +204,13 @@ def check_train(r: Any) -> Problems:
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
     adapter = getattr(r, "adapter", None)
+    if adapter is not None and adapter.changes_rows and OPTIMIZERS[train.optimizer].bits < 32:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {train.optimizer!r}, whose averages in blocks of 8 bits cannot follow the rows that "
+            f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
+            "and importance: weight",
+        )
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),

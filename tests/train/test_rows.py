@@ -1,0 +1,63 @@
+"""ef_qat in the loop: rows that are chosen anew while it trains, and a run that is stopped around that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.adapters.attach import adapted_layers, adapter_state, begin_step
+from lowbit_ft.adapters.ef_qat import EfQAT
+from lowbit_ft.grid import IntGrid
+from lowbit_ft.train.sharding import unshardable
+from tests.loop_tools import digest, go, losses, stop_at
+from tests.packed_tools import adapted_llama, adapter_config
+from tests.toy import batches, section
+
+EVERY = 2
+
+
+def llama(seed: int = 1, **options: Any) -> Any:
+    keys = {"share": 0.25, "refresh_steps": EVERY} | options
+    model = adapted_llama(adapter_config("ef_qat", **keys), IntGrid(bits=2, group_size=32), seed=seed)
+    return model
+
+
+def run(folder: Path, model: Any, at: int | None = None, **changes: Any) -> Any:
+    def on_step(step: int) -> Any:
+        if at is not None:
+            stop_at(at)(step)
+        return begin_step(model, step)
+
+    keys = {"max_steps": 6, "learning_rate": 0.3} | changes
+    go(folder, model, batches(), on_step=on_step, **keys)
+    return model
+
+
+def equal(a: Any, b: Any) -> bool:
+    x, y = adapter_state(a), adapter_state(b)
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("importance", ["weight", "weight_input"])
+def test_a_run_resumes_bit_equal_across_a_choice_of_rows(importance: str, tmp_path: Path) -> None:
+    """Stopped right before the second choice, after it, and between: rows, what left, averages."""
+    straight = run(tmp_path / "a", llama(importance=importance))
+    on = [layer.adapter for _, layer in adapted_layers(straight)]
+    gone = [len(adapter.left) for adapter in on if isinstance(adapter, EfQAT)]
+    assert sum(gone) > 4, "no row left: nothing was looked at"
+    for at in (3, 4):
+        run(tmp_path / f"b{at}", llama(importance=importance), at)
+        again = run(tmp_path / f"b{at}", llama(seed=2, importance=importance), resume=True)
+        assert equal(straight, again) and digest(tmp_path / "a", 6) == digest(tmp_path / f"b{at}", 6)
+        assert losses(tmp_path / "a") == losses(tmp_path / f"b{at}")
+
+
+def test_what_cannot_move_rows_is_refused_with_the_way_out() -> None:
+    config = ADAPTERS["ef_qat"].model_validate({"method": "ef_qat", "refresh_steps": 5})
+    [(key, message)] = unshardable(section(), config)
+    assert key == ("adapter", "refresh_steps") and "refresh_steps: null" in message
+    assert not unshardable(section(), ADAPTERS["ef_qat"].model_validate({"method": "ef_qat"}))
