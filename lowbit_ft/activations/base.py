@@ -83,7 +83,8 @@ class Scheme:
 class Activation(nn.Module):
     """The quantizer of one input. A kind defines `scales`, and `step_and_zero` where scales are not [..., 1].
 
-    It has no buffers and no parameters: a state dict does not know it. A scale that learns lies in an adapter.
+    It has no buffers and no parameters: a state dict does not know it. A scale that learns lies in an
+    adapter.
     """
 
     kind: ClassVar[str]
@@ -113,7 +114,7 @@ class Activation(nn.Module):
         return made if learned is None else replace(made, scale=tuple(learned().tolist()))
 
     def learn(self, learned: Any) -> None:
-        """Take the static scale from a LearnedScale, which is part of another module; None: from the scheme."""
+        """Take the static scale from a LearnedScale, which is part of another module; None: the scheme's."""
         vars(self)["learned"] = learned  # not by setattr, which would make it a part of this one too
 
     def static(self, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
-"""tensor: one scale for all tokens, static (from calibration rows, perhaps trained: learned.py) or made of the tensor that is there."""
+"""tensor: one scale for all tokens, static (from calibration rows, perhaps trained: learned.py) or made of
+the tensor that is there."""
 
 from typing import ClassVar
 
