@@ -90,6 +90,7 @@ class Activation(nn.Module):
     kind: ClassVar[str]
     static_scales: ClassVar[int] = 0  # how many numbers a static scale is; 0: the kind is dynamic
     can_be_asymmetric: ClassVar[bool] = True
+    learned: Any = None  # a LearnedScale
     products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group
 
     @classmethod

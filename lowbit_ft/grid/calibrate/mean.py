@@ -5,7 +5,7 @@
 
 No level is 0, so integers of as many bits cannot hold them (their zero point is a whole step). Sign planes of
 scales m and m / 2 do, exactly: b_1 is the sign, b_2 the sign again on the outer levels and the other one on
-the inner levels. From three bits on LLM-QAT has plain absmax integers. Its groups are whole rows (group_size -1).
+the inner levels. From three bits on LLM-QAT has plain absmax integers. Its groups are whole rows.
 m is rounded to the shipping dtype before the levels are chosen.
 """
 
