@@ -28,8 +28,7 @@ SUITE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist work
 test: $(VENV)/installed
 	$(SUITE) $(ARGS)
 
-# A third more processor time than `test`: below Python 3.12 every call in the process goes through the tracer, also
-# of what is not counted (torch, transformers, hypothesis), and no setting takes that away.
+# A quarter to a third more processor time than `test` (LOG.md).
 coverage: $(VENV)/installed
 	$(SUITE) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 $(ARGS)
 

@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> Path:
         measure_shipped(session, measured)
         measure_tasks(session, tasks)
         session.say(f"report: {write_report(session.run.path)}")
-        session.say(serve_line(card_facts(recipe), recipe.export.format, folder))
+        session.say(serve_line(card_facts(session, recipe), recipe.export.format, folder))
         return folder
 
 
@@ -108,7 +108,7 @@ def export(run_dir: Path, format: str | None = None) -> Path:
         refuse_export(session, name)
         folder = export_stage(session, name)
         session.say(f"{name}: {folder}")
-        session.say(serve_line(card_facts(session.recipe), name, folder))
+        session.say(serve_line(card_facts(session, session.recipe), name, folder))
         return folder
 
 

@@ -43,6 +43,15 @@ def _paley(m: int) -> int | None:
     return None
 
 
+def hadamard_problem(size: int) -> str | None:
+    """Why there is no Hadamard matrix of that order; None where there is one."""
+    try:
+        factors(size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def factors(block: int) -> tuple[int, int]:
     """block = m * 2^p -> (m, 2^p). ValueError where no order is known."""

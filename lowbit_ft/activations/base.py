@@ -107,6 +107,7 @@ class Activation(InputGrid):
     kind: ClassVar[str]
     static_scales: ClassVar[int] = 0  # how many numbers a static scale is; 0: the kind is dynamic
     can_be_asymmetric: ClassVar[bool] = True
+    learned: Any = None  # a LearnedScale
     products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group or segment
     by_rows: ClassVar[bool] = True  # scales that are not static are made of the last dimension alone
     in_segments: ClassVar[bool] = True  # segments of an input may have scales of their own

@@ -1,7 +1,7 @@
 """learned: a static scale that trains with the adapters, LSQ's way (arXiv 1902.08153, sections 2.1 and 2.2).
 
     s = round_to_dtype(s0 exp(l)),  l = 0 at the start              the master l in fp32, s0 from calibration
-    d x^ / d s = round(x / s) - x / s   where x lies in the range, the code (less its zero) where it is clipped
+    d x^ / d s = round(x / s) - x / s   where x lies in the range; where it is clipped the code less its zero
     the gradient that reaches s is multiplied by 1 / sqrt(K (2^(b-1) - 1)), K inputs: LSQ's factor
 
 The forward rounds s to the dtype in which it ships, so the scale of the last forward is the one of merged/.

@@ -119,8 +119,8 @@ class Exporter(ABC):
     needs_activations: ClassVar[bool] = False
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
-    # Whether its readers run the Hadamard that r4 of quant.rotation leaves before a linear.
-    online: ClassVar[bool] = False
+    # Why its readers do not run the Hadamard that r4 of quant.rotation leaves before a linear; None: they do.
+    no_online: ClassVar[str | None] = "has no place for it"
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
     container: ClassVar[str] = "safetensors"
     # Under which key config.json says how the layers are packed; all formats have quantization_config, to be

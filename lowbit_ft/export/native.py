@@ -39,7 +39,7 @@ STOP = f"import lowbit_ft before this folder is read (its reader, version {VERSI
 class Native(Exporter):
     name = "native"
     quant_method = METHOD
-    online = True
+    no_online = None
     carries_kv_cache = True
     read_first = (
         "**`import lowbit_ft` first** (`pip install lowbit-ft`): it teaches transformers this format.\n"

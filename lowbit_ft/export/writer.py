@@ -136,10 +136,10 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     problems = exporter.reject_model(layers) + exporter.reject_checkpoint(
         checkpoint.config.to_dict(), checkpoint.folder
     )
-    if checkpoint.online_layers and not exporter.online:
+    if checkpoint.online_layers and exporter.no_online is not None:
         problems.append(
             f"{checkpoint.online_layers[0]}: a Hadamard stays before it at inference "
-            "(quant.rotation.sites.r4), which these files have no place for; set r4: false, or "
+            f"(quant.rotation.sites.r4), and {exporter.name} {exporter.no_online}; set r4: false, or "
             "export.format: native"
         )
     dtype = str(checkpoint.dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from lowbit_kernels.hadamard import factors, hadamard
+from lowbit_kernels.hadamard import hadamard
 from torch import Tensor
 
 FLOOR = 1e-6  # of a scale, as vLLM has it: a row of zeros is a row of zeros
@@ -143,12 +143,3 @@ def with_zero(scale: Tensor, zero: Tensor, top: int) -> Tensor:
     2^-15 of itself (2^-19 at 4 bits)."""
     bits = scale.contiguous().view(torch.int32)
     return ((bits & ~top) | zero.to(torch.int32)).view(torch.float32)
-
-
-def rotation_reason(dim: int) -> str | None:
-    """Why heads of `dim` numbers have no Hadamard rotation (R3)."""
-    try:
-        factors(dim)
-    except ValueError as error:
-        return str(error)
-    return None

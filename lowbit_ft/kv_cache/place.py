@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lowbit_kernels.hadamard import hadamard_problem
 from torch import nn
 
+from ..model.config import head_width
 from ..model.kv_seam import PROJECTIONS, Seam, attention_modules, layer_number, seams, set_seam
-from .codec import Codec, rotation_reason
+from .codec import Codec
 from .config import AFTER, BEFORE, KVConfig
 from .kinds import TokenHead
 
@@ -84,7 +86,7 @@ def reject_model(model: Any, config: KVConfig) -> list[str]:
         reason = config.codec(dim).reject(heads, dim)
         if reason:
             problems.append(f"{name}: kind {config.kind} {reason}")
-        if layer_number(module) in config.r3 and (reason := rotation_reason(dim)):
+        if layer_number(module) in config.r3 and (reason := hadamard_problem(dim)):
             problems.append(f"{name}: R3: {reason}")
         if config.where == BEFORE and not all(hasattr(module, p) for p in PROJECTIONS):
             problems.append(
@@ -125,8 +127,9 @@ def head_sizes(module: nn.Module, config: Any) -> tuple[int, int]:
         heads = queries // groups
     elif not getattr(config, "new_decoder_architecture", False):  # Falcon repeats its heads before it caches
         heads = 1 if getattr(config, "multi_query", False) else getattr(module, "num_kv_heads", queries)
-    dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
-    return heads, dim or config.hidden_size // queries
+    dim = getattr(module, "head_dim", None) or head_width(lambda key: getattr(config, key, None))
+    assert dim is not None, f"{type(module).__name__}: no width of a head"
+    return heads, dim
 
 
 def cache_line(model: Any, dtype: torch.dtype) -> str | None:

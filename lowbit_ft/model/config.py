@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ class _Read(BaseModel):
     n_positions: StrictInt | None = None
     sliding_window: StrictInt | None = None  # the cache of transformers reads it, whatever model has it
     layer_types: list[StrictStr] | None = None
+
+
+def head_width(number: Callable[[str], Any], values: bool = False) -> int | None:
+    """Channels of a head (values: of v) by a configuration; None where it does not tell. number(key): its
+    value of a key, None where there is none."""
+
+    def first(*keys: str) -> int | None:
+        return next((size for key in keys if isinstance(size := number(key), int)), None)
+
+    own = first("v_head_dim", "head_dim") if values else first("head_dim")
+    if own is not None:
+        return own
+    heads, hidden = first("num_attention_heads", "n_head"), first("hidden_size", "n_embd", "d_model")
+    return hidden // heads if hidden and heads else None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from math import prod
 
 from ..grid.calibrate import CALIBRATORS
 from ..grid.calibrate.gptq import ROWS
+from ..model.config import head_width
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 
@@ -135,6 +136,5 @@ def waiting_bytes(samples: int, length: int, shapes: Shapes, size: int, streams:
     positions (8 bytes) of `samples` windows.
     """
     hidden = shapes.number("hidden_size", "n_embd", "d_model") or 0
-    heads = shapes.number("num_attention_heads", "n_head") or 1
-    head = shapes.number("head_dim") or hidden // heads
+    head = head_width(shapes.number) or hidden
     return samples * length * (streams * hidden * size + length + 2 * head * size + 8)

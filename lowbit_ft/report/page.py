@@ -13,6 +13,7 @@ from a run is HTML-escaped.
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
                       {"step", "valid_loss"}
     kv_cache.json     {"grid", "bytes", "dense"}: of a token in all layers, as cached and in 16 bits
+    activations.json  {"rows": [{"layers", "scheme", "error", "tried", "why"}]}: what inputs are on
     base/rotation.json  {"r1", "r2", "r3", "r4", "errors", "alphas"}: what was turned before packing
     teacher.json      {"kl", "student_kl"} to full precision, where the teacher is a model
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_text
+from .activations import FILE as ACTIVATIONS
+from .activations import activations_section
 from .files import DIGITS, SHIPPED, STAGES, NotShown, RunFiles, points, values
 from .html import (
     STYLE,
@@ -370,6 +373,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
+    ("activations", "Inputs of the layers", activations_section),
     ("rotation", "Rotations", rotation_section),
     ("trainable", "What was trained", _trainable),
     ("stages", "Time and memory", _stages),
@@ -386,4 +390,4 @@ ON_REQUEST = {
 }
 
 # Section -> what it is of; there is none where that is not.
-ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION}
+ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS}

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lowbit_kernels.hadamard import hadamard_problem
 from torch import Tensor, nn
 
+from ..model.config import head_width
 from ..model.matrices import find_matrices
 from .families import FAMILIES, Family
 from .folds import Fold, GainFold, ShiftFold, VectorFold, WeightFold
 from .plan import Rotation
-from .turn import Turn, hadamard_problem
+from .turn import Turn
 
 
 @dataclass(frozen=True)
@@ -273,13 +275,7 @@ def family_problems(
 
 def _head_dim(config: Any, family: Family) -> int | None:
     """Channels of a head of v."""
-    heads = getattr(config, "num_attention_heads", None)
-    if family.no_r2 or heads is None:
-        return None
-    for key in ("v_head_dim", "head_dim"):
-        if isinstance(size := getattr(config, key, None), int):
-            return size
-    return config.hidden_size // heads
+    return None if family.no_r2 else head_width(lambda key: getattr(config, key, None), values=True)
 
 
 def value_rows(heads: str, count: int, config: Any, size: int) -> Tensor | None:

@@ -19,15 +19,6 @@ from lowbit_kernels.hadamard import factors, matrix
 from torch import Tensor, nn
 
 
-def hadamard_problem(size: int) -> str | None:
-    """Why there is no Hadamard matrix of that order; None where there is one."""
-    try:
-        factors(size)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @dataclass(frozen=True)
 class Turn:
     """A rotation of blocks of `size` channels. seed None: no signs, the plain transform that the online op

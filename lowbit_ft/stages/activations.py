@@ -17,6 +17,7 @@ from ..model.config import read_config
 from ..model.roles import is_head
 from ..model.walk import Batch
 from ..recipe.sections.activations import ActivationsSection, carried
+from ..recipe.sections.quant import grids
 from ..segments import segments_in
 from ..session import Session
 from .data import calibration_batches, calibration_key
@@ -24,10 +25,18 @@ from .models import load_packed
 
 
 def activations_key(session: Session) -> list[Any]:
-    """What decides about the inputs: the section, the text, and the format that has to carry the choice."""
+    """What decides about the inputs: the section, and where rows decide the text, the format that has to
+    carry the choice, and the grids that it will ship beside it, which the adapter has a say in."""
     recipe, section = session.recipe, session.recipe.quant.activations
     assert section is not None
-    text = [calibration_key(session), recipe.export.format] if section.reads_text else None
+    if not section.reads_text:
+        return [section.model_dump(mode="json"), None]
+    adapter = recipe.adapter
+    shipped = [
+        (adapter.shipped(grid) if grid.kind == adapter.grid_name else grid).to_json()
+        for _, grid in grids(recipe)
+    ]
+    text = [calibration_key(session), recipe.export.format, adapter.targets, shipped]
     return [section.model_dump(mode="json"), text]
 
 

@@ -6,10 +6,11 @@ from ..export.card import CardFacts, model_card
 from ..files.records import Evaluation, TaskTable
 from ..recipe.recipe import Recipe
 from ..session import Session
+from .rotations import turned_keys
 
 
-def card_facts(recipe: Recipe) -> CardFacts:
-    """What the model card and the last line of a run say of the recipe."""
+def card_facts(session: Session, recipe: Recipe) -> CardFacts:
+    """What the model card and the last line of a run say of the recipe, and of which keys r3 turns."""
     adapter = recipe.adapter
     grid = adapter.shipped(recipe.quant.grid_for(""))
     kv_cache = recipe.quant.kv_cache
@@ -20,7 +21,7 @@ def card_facts(recipe: Recipe) -> CardFacts:
         adapter.exact_merge,
         grid,
         recipe.to_yaml(),
-        None if kv_cache is None else kv_cache.config(),
+        None if kv_cache is None else kv_cache.config(turned_keys(session)),
     )
 
 
@@ -30,4 +31,4 @@ def card(session: Session, format: str) -> dict[str, str]:
     rows = [EvalRow(**row.model_dump()) for row in measured.rows]
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
-    return {"README.md": model_card(card_facts(session.run.recipe()), format, rows, tasks)}
+    return {"README.md": model_card(card_facts(session, session.run.recipe()), format, rows, tasks)}

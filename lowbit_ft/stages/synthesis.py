@@ -20,6 +20,7 @@ from ..data.synthesis.folder import RowsFolder, fill, read_state, refuse_changed
 from ..export import EXPORTERS
 from ..files.atomic import visible_names
 from ..files.records import Synthesis
+from ..model.config import head_width
 from ..model.load import load_model
 from ..recipe.sections.data import DataSource
 from ..session import Session
@@ -123,7 +124,7 @@ def cache_bytes(config: Any, size: int) -> int:
         return next((v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)), 0)
 
     heads = number("num_attention_heads", "n_head") or 1
-    width = number("head_dim") or number("hidden_size", "n_embd", "d_model") // heads
+    width = head_width(lambda key: getattr(config, key, None)) or number("hidden_size")
     return (
         2 * number("num_hidden_layers", "n_layer") * (number("num_key_value_heads") or heads) * width * size
     )

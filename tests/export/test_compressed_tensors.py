@@ -18,7 +18,7 @@ from lowbit_ft.grid import BinaryGrid
 from lowbit_ft.grid.bitstream import pack_stream, unpack_stream
 from lowbit_ft.model.checkpoint import Checkpoint
 from tests.export.common import COMPRESSED, NATIVE, checkpoint
-from tests.packed_tools import int_grid, packed_model, random_weight, random_weights
+from tests.packed_tools import IDS, int_grid, packed_model, random_weight, random_weights
 
 
 def test_every_layer_is_in_one_group_or_ignored_by_the_librarys_own_matching(tmp_path: Path) -> None:
@@ -131,3 +131,29 @@ def test_a_packed_head_is_named_beside_linear(tmp_path: Path) -> None:
     assert torch.equal(
         again.packed_weight("lm_head.weight", int_grid()).unpack_codes(), weights["lm_head"].unpack_codes()
     )
+
+
+def test_transformers_reads_past_a_transform(tmp_path: Path) -> None:
+    """Why r4 is not exported: what the library itself saves of such a Hadamard is not computed. When this
+    fails, transformers has learned it, and the format can carry r4."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+    from transformers import AutoModelForCausalLM
+
+    source = checkpoint(tmp_path / "c", vocab_size=64, hidden_size=64)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    wanted = model(IDS % 23).logits
+    down = {"targets": ["re:.*down_proj$"]}
+    sides = [{**down, "location": "input"}, {**down, "location": "weight_input", "inverse": True}]
+    group = {"type": "hadamard", "head_dim": 64, "apply": sides}
+    apply_transform_config(model, TransformConfig.model_validate({"config_groups": {"R4": group}}))
+    torch.testing.assert_close(model(IDS % 23).logits, wanted, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "t")
+    ModelCompressor.from_pretrained_model(model).update_config(str(tmp_path / "t"))
+    assert (
+        "transform_config" in json.loads((tmp_path / "t" / "config.json").read_text())["quantization_config"]
+    )
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "t", dtype=torch.float32)
+    assert float((read(IDS % 23).logits - wanted).abs().max()) > 0.01 * float(wanted.abs().max())
+    reason = EXPORTERS["compressed-tensors"].no_online
+    assert reason is not None and "transformers reads past that" in reason

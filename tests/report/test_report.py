@@ -291,3 +291,31 @@ def test_rotations_have_a_section_where_there_are_some(tmp_path: Path):
     assert any(tag == "img" and "error of each site" in (a.get("alt") or "") for tag, a in page.tags)
     (folder / "base" / "rotation.json").write_text("{}")
     assert "Not shown: Nothing was rotated" in run(folder).text["rotation"]
+
+
+def test_what_inputs_are_on_has_a_table_where_some_are_quantized(tmp_path: Path):
+    assert "activations" not in run(tmp_path).text
+    tried = {"A8 token": 0.0012, "A8 dual": 0.0004}
+    rows = [
+        {"layers": ["m.0.q_proj", "m.0.k_proj"], "scheme": {"kind": "token", "bits": 8}, "error": 0.001}
+        | {"why": "as the recipe says", "tried": {}},
+        {"layers": ["m.1.q_proj"], "scheme": {"kind": "token", "bits": 8}, "error": 0.003}
+        | {"why": "as the recipe says", "tried": {}},
+        {"layers": ["m.0.<down>"], "scheme": {"kind": "dual", "bits": 4, "dynamic": False, "learn": "m"}}
+        | {"why": "the least output error of 2", "tried": tried, "error": 0.0004},
+        {"layers": ["m.0.o_proj"], "scheme": {"kind": "group", "bits": 4, "group_size": 64}, "error": None},
+        "odd",
+    ]
+    page = run(tmp_path, activations__json={"rows": rows})
+    text = page.text["activations"]
+    for words in (
+        "3: q_proj, k_proj token 8 as the recipe says 0.002000",
+        "1: <down> dual, static, learned 4 the least output error of 2 0.000400",
+        "m.0.q_proj, m.0.k_proj token 8",
+        "m.0.o_proj group of 64 4",
+        "m.0.<down> A8 token 0.001200",
+    ):
+        assert words in text, (words, text)
+    for odd in ([], {}, {"rows": 3}, {"rows": [{"scheme": 4, "layers": 5}]}):
+        assert "activations" in run(tmp_path, activations__json=odd).text
+    assert "Not shown: No input is on a grid" in run(tmp_path, activations__json={}).text["activations"]

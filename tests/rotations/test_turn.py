@@ -3,9 +3,9 @@
 import pytest
 import torch
 from lowbit_kernels import hadamard
+from lowbit_kernels.hadamard import hadamard_problem
 
 from lowbit_ft.rotations import OnlineHadamard, Turn
-from lowbit_ft.rotations.turn import hadamard_problem
 
 
 @pytest.mark.parametrize("size", [1, 2, 12, 16, 20, 36, 64, 88])

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from lowbit_ft.export import EXPORTERS
+from lowbit_ft.export.card import model_card, serve_line
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.rotations import FoldedCheckpoint, Rotation
 from lowbit_ft.rundir import RunDir
 from lowbit_ft.stages import export as stage
+from lowbit_ft.stages.card import card_facts
 from tests.line_tools import ROOT, recipe
 from tests.packed_tools import int_grid, random_weights
 
@@ -61,3 +64,25 @@ def test_an_export_that_fails_verification_does_not_stay(
     with pytest.raises(ValueError, match="1 of 14 layers differ$"):
         stage.export_stage(session, "native")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_the_serve_line_and_the_card_say_which_keys_are_turned(tmp_path: Path) -> None:
+    """R3 is in rotation.json and not in the recipe: kind adaptive chooses the layers."""
+    cached = recipe(
+        tmp_path,
+        "quant.kv_cache={bits: 8, kind: token_head}",
+        "quant.rotation={kind: adaptive, sites: {r3: true}}",
+        "quant.calibrate=mse",
+        "export.format=native",
+    )
+    checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
+    layers = checkpoint.config.num_hidden_layers
+    folded = FoldedCheckpoint(checkpoint, Rotation(0, r3=(True, *(False,) * (layers - 1))))
+    session: Any = SimpleNamespace(folded=folded)
+    line = serve_line(card_facts(session, cached), "native", tmp_path)
+    assert "R3 in 1 layers; the folder says so, and its reader does it" in line
+    assert "R3 in 1 layers" in model_card(card_facts(session, cached), "native", [])
+    elsewhere = serve_line(card_facts(session, cached), "compressed-tensors", tmp_path)
+    assert "R3 in 1 layers, which this server has no flag for" in elsewhere
+    session.folded = checkpoint
+    assert "R3" not in serve_line(card_facts(session, cached), "native", tmp_path)

@@ -29,6 +29,16 @@ def test_text_of_its_own_leaves_the_rows_out(in_the_repository: None):
     assert key(*own) == key(*own, "data.train.limit=7") != key("quant.calibrate=gptq")
 
 
+def test_a_choice_of_inputs_knows_what_the_adapter_ships_beside_it(in_the_repository: None):
+    auto = ["quant.calibrate=mse", "quant.activations={kind: auto}", "export.format=native"]
+    l4q, moved = "adapter={method: l4q}", "adapter={method: l4q, offset: integer}"
+    assert key(*auto, l4q) != key(*auto, moved), "trained zero points: what a format carries is another thing"
+    assert key(*auto, l4q) == key(*auto, "adapter={method: dl_qat}"), "the same grid ships"
+    assert key(*auto) != key(*auto, "adapter.targets=['*.q_proj']")
+    told = ["quant.calibrate=mse", "quant.activations={kind: token}", "export.format=native"]
+    assert key(*told, l4q) == key(*told, moved), "nothing is chosen"
+
+
 def test_a_base_knows_how_it_is_turned_and_smoothed(in_the_repository: None):
     turned = ["quant.rotation.kind=hadamard", "quant.calibrate=mse"]
     keys = [

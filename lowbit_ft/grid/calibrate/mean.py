@@ -3,11 +3,10 @@
     1 bit    w^ = m sign(w),                                       m = mean |w| over the group
     2 bits   w^ = s (round(2 clamp(w / s, +-0.99) - 1/2) + 1/2) / 2,  s = 2 m:   +-m/2, +-3m/2
 
-No level is 0, so integers cannot hold them (their zero point is a whole step); sign planes of scales m and m / 2
-do, exactly: b_1 is the sign, b_2 the sign again on the outer levels and the other one on the inner levels.
-From three bits on LLM-QAT has plain absmax integers. Its groups are whole rows (group_size: -1). Unlike absmax
-it leaves the largest weights outside: at two bits that is most of the point. m is rounded to the shipping dtype
-before the levels are chosen.
+No level is 0, so integers of as many bits cannot hold them (their zero point is a whole step). Sign planes of
+scales m and m / 2 do, exactly: b_1 is the sign, b_2 the sign again on the outer levels and the other one on
+the inner levels. From three bits on LLM-QAT has plain absmax integers. Its groups are whole rows.
+m is rounded to the shipping dtype before the levels are chosen.
 """
 
 import torch

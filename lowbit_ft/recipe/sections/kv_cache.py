@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ...files.tensorfile import CheckpointError
 from ...kv_cache import KINDS, KVConfig
-from ...model.config import load_config
+from ...model.config import head_width, load_config
 from ..layers import local_folder
 from ..values import OneOf
 from ..yaml import Problem
@@ -73,7 +73,7 @@ def check_kv_cache(r: Any) -> Problems:
         )
         return
     queries = getattr(text, "num_attention_heads", None)
-    dim = getattr(text, "head_dim", None) or (text.hidden_size // queries if queries else None)
+    dim = head_width(lambda key: getattr(text, key, None))
     if dim and (
         reason := config.codec(dim).reject(getattr(text, "num_key_value_heads", None) or queries, dim)
     ):

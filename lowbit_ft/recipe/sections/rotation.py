@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from lowbit_kernels.hadamard import hadamard_problem
 from pydantic import Field
 
 from ...export import EXPORTERS
+from ...model.config import head_width
 from ...rotations import FAMILIES, ROTATIONS, family_problems
-from ...rotations.turn import hadamard_problem
 from ..layers import Shapes, shapes_here
 from ..values import OneOf
 from ..yaml import Problem
@@ -69,11 +70,11 @@ def check_rotation(r: Any) -> Problems:
                 "got 'activations', but inputs stay in 16 bits; set quant.activations, or criterion: both",
             )
     yield from _check_keys(r, sites)
-    if sites.r4 and hasattr(r, "export") and not EXPORTERS[r.export.format].online:
+    if sites.r4 and hasattr(r, "export") and (reason := EXPORTERS[r.export.format].no_online):
         yield Problem(
             ("quant", "rotation", "sites", "r4"),
-            f"got true, but {r.export.format} has no place for the Hadamard that stays before down_proj; set "
-            "r4: false (r1 and r2 are in the weights, which every format holds), or export.format: native",
+            f"got true, which leaves a Hadamard before down_proj, and {r.export.format} {reason}; set r4: "
+            "false (r1 and r2 are in the weights, which every format holds), or export.format: native",
         )
     shapes = shapes_here(r.model.path, r.model.revision)
     if shapes is None:
@@ -88,7 +89,7 @@ def check_rotation(r: Any) -> Problems:
     for text in family_problems(
         str(shapes.config.get("model_type")),
         shapes.number("hidden_size", "n_embd", "d_model"),
-        head_width(shapes),
+        head_width(shapes.number, values=True),
         sites.r1,
         sites.r2,
         smooth is not None,
@@ -125,10 +126,3 @@ def down_problems(shapes: Shapes) -> list[str]:
     ends = tuple(f".{name}" for name in family.down)
     widths = {layer.in_features for layer in shapes.linears if layer.name.endswith(ends)}
     return [reason for width in sorted(widths) if (reason := hadamard_problem(width))]
-
-
-def head_width(shapes: Shapes) -> int | None:
-    """Channels of a head of v, from config.json."""
-    heads, hidden = shapes.number("num_attention_heads", "n_head"), shapes.number("hidden_size", "n_embd")
-    size = shapes.number("v_head_dim", "head_dim")
-    return size if size is not None else hidden // heads if hidden and heads else None

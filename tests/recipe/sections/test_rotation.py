@@ -24,7 +24,7 @@ BAD = [
         "r4 in a format without its op",
         ("", ""),
         (f"{R}kind=hadamard", f"{R}sites.r4=true"),
-        "compressed-tensors has no place for the Hadamard that stays before down_proj; set r4: false",
+        "transformers reads past that and computes other logits, and vLLM raises under tensor parallelism",
     ),
     (
         "r3 without a cache that rounds",
