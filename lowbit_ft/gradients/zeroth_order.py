@@ -88,11 +88,10 @@ class ZerothOrderConfig(GradientConfig):
                 f"got {train.max_grad_norm:g}, but gradient.kind: zeroth_order clips nothing: the norm of an "
                 "estimate is that of a random direction; remove it",
             )
-        adapter = getattr(recipe, "adapter", None)
-        if getattr(adapter, "warmup_steps", 0):
+        if steps := getattr(getattr(recipe, "adapter", None), "warmup_steps", 0):
             yield (
                 ("adapter", "warmup_steps"),
-                f"got {adapter.warmup_steps} with gradient.kind: zeroth_order, whose scales would learn from "
+                f"got {steps} with gradient.kind: zeroth_order, whose scales would learn from "
                 "forwards that do not use them; set it to 0",
             )
 
