@@ -82,6 +82,12 @@ class ZerothOrderConfig(GradientConfig):
                 "got 'fp16', whose loss scaler is for a backward, and gradient.kind: zeroth_order has none; "
                 "set bf16 or no",
             )
+        if "learning_rate" not in train.model_fields_set:
+            yield (
+                ("train", "learning_rate"),
+                "got auto, which was searched with backprop: gradient.kind: zeroth_order needs a rate of its "
+                "own; set one, for example 1e-4",
+            )
         if train.max_grad_norm != 1.0:
             yield (
                 ("train", "max_grad_norm"),
