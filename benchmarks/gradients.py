@@ -1,14 +1,14 @@
 """How a gradient is made, measured: perplexity at equal tokens, and the time and memory of a step.
 
-    python benchmarks/gradients.py                                # quality, W2 g64 on the tiny Llama; resumable
+    python benchmarks/gradients.py                            # quality, W2 g64 on the tiny Llama; resumable
     python benchmarks/gradients.py --cases backprop cage --seeds 0 --steps 20
-    python benchmarks/gradients.py --times --rounds 8             # step times, interleaved, and peak memory
+    python benchmarks/gradients.py --times --rounds 8         # step times, interleaved, and peak memory
 
 Quality: from one start (gptq), on the windows of quality.py; `steps` of a case are those of --steps times
 its factor, so that rows of one length in tokens, in time or in forwards can be set side by side:
 
     backprop       lr_qat as it trains by default     backprop_1.2   as long as fogzo takes
-    cage           the same, pulled by 1 in all       cage_4         by 4
+    cage           the same, pulled by 0.1 in all     cage_1         by 1
     cage_coupled   in the gradient                    fogzo          backprop for 70 %, then fogzo
     zeroth_order   as many forwards as backprop has   zeroth_long    ten times as many
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
@@ -46,8 +46,8 @@ ZEROTH: dict[str, Any] = {"gradient": {"kind": "zeroth_order"}}
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "backprop": ("lr_qat", 1, {}),
     "backprop_1.2": ("lr_qat", 1.2, {}),
-    "cage": ("lr_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
-    "cage_4": ("lr_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
+    "cage": ("lr_qat", 1, {"gradient": {"cage": {"lambda": 0.1}}}),
+    "cage_1": ("lr_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
     "cage_coupled": (
         "lr_qat",
         1,

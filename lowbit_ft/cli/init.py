@@ -69,6 +69,7 @@ train:
   # reconstruct: {{}}                  # fit each layer to the dense one first: a better start at 2 and 3 bits
   # signal: {{kind: mix}}              # learn a teacher's next-token distribution beside the labels (logits:
   # teacher: cached                  # instead of them); cached: full precision, asked once before training
+  # gradient: {{kind: zeroth_order}}   # no backward, many more steps (docs/choosing-a-gradient.md)
   micro_batch_size: 1                # raise it while memory lasts
   gradient_accumulation_steps: 8     # windows per step = micro_batch_size x this
   learning_rate: auto                # of A and B, here {rate:g}: {rate_why};

@@ -82,17 +82,22 @@ class ZerothOrderConfig(GradientConfig):
                 "got 'fp16', whose loss scaler is for a backward, and gradient.kind: zeroth_order has none; "
                 "set bf16 or no",
             )
+        if "learning_rate" not in train.model_fields_set:
+            yield (
+                ("train", "learning_rate"),
+                "got auto, which was searched with backprop: gradient.kind: zeroth_order needs a rate of its "
+                "own; set one, for example 1e-4",
+            )
         if train.max_grad_norm != 1.0:
             yield (
                 ("train", "max_grad_norm"),
                 f"got {train.max_grad_norm:g}, but gradient.kind: zeroth_order clips nothing: the norm of an "
                 "estimate is that of a random direction; remove it",
             )
-        adapter = getattr(recipe, "adapter", None)
-        if getattr(adapter, "warmup_steps", 0):
+        if steps := getattr(getattr(recipe, "adapter", None), "warmup_steps", 0):
             yield (
                 ("adapter", "warmup_steps"),
-                f"got {adapter.warmup_steps} with gradient.kind: zeroth_order, whose scales would learn from "
+                f"got {steps} with gradient.kind: zeroth_order, whose scales would learn from "
                 "forwards that do not use them; set it to 0",
             )
 

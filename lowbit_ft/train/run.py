@@ -93,7 +93,7 @@ class Run:
         self.gradient = gradient_of(section, model, self.names, self.total)
         self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson)
         self.wrapped: Any = self.prepared.wrapped
-        self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
+        self.optimizer: Any = self.accelerator.prepare_optimizer(self.raw_optimizer)
 
     def start(self, resume: bool, on_step: Callable[[int], Any] | None = None) -> None:
         """Seed and begin, or read the newest valid checkpoint and go on."""

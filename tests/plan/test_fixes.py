@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 QUICK, SHAPES = RECIPES / "quickstart.yaml", ROOT / "tests" / "configs"
 TINY = RECIPES / "assets" / "tiny-llama"
-CONFIG = {"opt": "opt_1b3", "llama31": "llama31_8b", "smollm2": "smollm2_135m"}  # recipe -> whose shapes
+CONFIG = {  # recipe -> whose shapes
+    "opt": "opt_1b3",
+    "llama31": "llama31_8b",
+    "llama2-13b": "llama2_13b",
+    "smollm2": "smollm2_135m",
+}
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 
 
@@ -208,11 +213,12 @@ def test_plan_on_every_recipe(
     out = capsys.readouterr().out
     assert "fits:" in out and "NOT fit" not in out and "an estimate" not in out
     assert max(map(len, out.splitlines()[10:40])) <= 100, "tables keep to the width of the terminal"
+    saved = load_recipe(path, check=False).train.gradient.backward
+    assert ("saved layer inputs" in out) == saved and ("and no backward" in out) != saved
     for word in (
         "codes",
         "adapters",
         "optimizer states",
-        "saved layer inputs",
         "one layer",
         "loss",
         "disk:",

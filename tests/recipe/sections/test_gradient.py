@@ -88,13 +88,19 @@ BAD = [
         "zeroth order, recomputation",
         NONE,
         (ZEROTH, "train.gradient_checkpointing=true", "train.offload=cpu"),
-        "train.gradient_checkpointing: got true, but gradient.kind: zeroth_order keeps nothing for a backward",
+        "train.gradient_checkpointing: got true, but gradient.kind: zeroth_order keeps nothing for a",
     ),
     (
         "zeroth order, kept codes",
         NONE,
         (ZEROTH, "train.keep_codes=true"),
         "train.keep_codes: got true, but gradient.kind: zeroth_order moves the weights between any two",
+    ),
+    (
+        "zeroth order, rate",
+        NONE,
+        (ZEROTH, "train.learning_rate=auto"),
+        "train.learning_rate: got auto, which was searched with backprop",
     ),
     (
         "zeroth order, clipping",
@@ -139,7 +145,7 @@ def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
 )
 def test_a_recipe_comes_back_as_it_was_written(gradient: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(GOOD)
-    recipe = load_recipe(tmp_path / "r.yaml", [f"train.gradient={gradient}"])
+    recipe = load_recipe(tmp_path / "r.yaml", [f"train.gradient={gradient}", "train.learning_rate=1e-3"])
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe
     again = yaml.safe_load(recipe.to_yaml())["train"]["gradient"]
