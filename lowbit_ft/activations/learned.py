@@ -35,6 +35,9 @@ class LearnedScale(nn.Module):
         assert scheme.scale, "a static scale that no calibration gave"
         self.start = scheme.scale
         self.factor = 1 / math.sqrt(in_features * scheme.highest)
+        self.one_step = (
+            math.sqrt(3) / scheme.highest
+        )  # the change of l that moves codes by 1, root mean square
         self.scale_dtype = scale_dtype
         self.log_input_scale = nn.Parameter(torch.zeros(len(scheme.scale), device=device))
 

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lowbit_kernels import exact_exp
-from lowbit_kernels.pack import decode_residual
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
@@ -26,8 +25,8 @@ from ..grid.estimators import cast_scale, scale_gradient
 from ..model.linear import WeightAdapter
 from ..names import matches
 from ..segments import Parts
+from . import latent
 from .carry import Carried
-from .latent import drawn_product, pull_of_product, step_of_scale, steps_of_product, unit_of
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
@@ -318,23 +317,25 @@ class Adapter(WeightAdapter):
         """By name, of every tensor that trains: the standard deviation of independent changes of its numbers
         that move the layer's weights by one grid step, root mean square (latent.py)."""
         found: dict[str, Tensor | float] = dict.fromkeys(
-            self.config.scale_parameters, step_of_scale(base.grid)
+            self.config.scale_parameters, latent.step_of_scale(base.grid)
         )
-        found["offset"] = 1.0  # counted in grid steps
+        found["offset"] = found["delta"] = 1.0  # counted in grid steps
         if isinstance(base, PackedWeight):
             args = self.grid_args(base)
             if args.a is not None and args.b is not None:
-                found |= steps_of_product(args.a, args.b, args.gain, unit_of(args, base))
+                found |= latent.steps_of_product(args.a, args.b, args.gain, latent.unit_of(args, base))
+        if (learned := self._modules.get("input")) is not None:
+            found["input.log_input_scale"] = learned.one_step
         return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
 
     def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:
         """The gradient of |v - code|^2 / 2, by name of its code_parameters (latent.py)."""
-        return pull_of_product(base, self.grid_args(base), skip_clipped)
+        return latent.pull(base, self.grid_args(base), skip_clipped)
 
     def drawn(self, base: PackedWeight, share: float, skip_clipped: bool) -> dict[str, Tensor]:
         """By name, what to add that every value comes nearer to its code by that share of its distance, as
         far as these tensors can do it (latent.py)."""
-        return drawn_product(base, self.grid_args(base), share, skip_clipped)
+        return latent.drawn(base, self.grid_args(base), share, skip_clipped)
 
     def begin_step(self, step: int, base: Weight) -> list[Carried]:
         """Called before optimizer step `step` (0-based); only methods with a schedule do something. What it
@@ -381,21 +382,3 @@ class ScaledAdapter(Adapter):
     def scale(self, base: Weight) -> Tensor:
         log_scale = self.log_scale if self.factor == 1.0 else scale_gradient(self.log_scale, self.factor)
         return cast_scale(base.scale.float() * exact_exp(log_scale), base.grid.scale_dtype)
-
-
-def expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
-    """[G, N] -> fp32 [N, K]."""
-    size = in_features if group_size == -1 else group_size
-    return values.t().float().repeat_interleave(size, dim=1)[:, :in_features]
-
-
-def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
-    """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when
-    there is none.
-    """
-    k, f = base.shape[1], base.grid.residual_bits
-    if base.residual is not None:
-        return decode_residual(base.residual, f, k)
-    assert weight is not None, "config.wants_weight was ignored"
-    scale = expand(base.scale, k, base.grid.group_size)
-    return ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)

@@ -32,6 +32,7 @@ from .rows import TILE, allotted, highest, in_tiles, row_importance
 
 class EfQATConfig(ScaleOptions):
     dense_delta: ClassVar[bool] = True
+    code_parameters: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     method: Literal["ef_qat"] = "ef_qat"
     train_scale: Literal[True] = True

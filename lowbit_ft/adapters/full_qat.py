@@ -25,6 +25,7 @@ from .base import ScaledAdapter, ScaleOptions
 
 class FullQATConfig(ScaleOptions):
     dense_delta: ClassVar[bool] = True
+    code_parameters: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     method: Literal["full_qat"] = "full_qat"
 

@@ -2,6 +2,7 @@
 
 A value v (lowbit_kernels/codes.py) is the base in grid steps plus what trains; the code is clip(round(v)).
 Of a low-rank part, v = v0 + gain B A / unit, with the unit that its product is counted in (GridArgs.unit).
+Of a dense part, v = v0 + D in the rows that it is of: a step is 1, the pull is e, and D is drawn by -share e.
 
     one step     the standard deviation of independent changes of B (or of A) by which v changes by 1, root
                  mean square: the unit in which train.gradient counts what it perturbs
@@ -57,10 +58,10 @@ def unit_of(args: GridArgs, base: PackedWeight) -> Tensor | None:
 
 
 def apart(base: PackedWeight, grid: GridWeight, skip_clipped: bool) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, e fp32 [n, G, g]) of the weight that `grid` says, chunk by chunk; 0 in the pads of a ragged last
-    group."""
-    (n, k), size, top = base.shape, base.grid.group_size, base.grid.levels - 1
-    for rows in row_chunks(n, k):
+    """(rows, e fp32 [n, G, g]) of the weight that `grid` says, chunk by chunk of the rows that it moves; 0 in
+    the pads of a ragged last group."""
+    k, size, top = base.shape[1], base.grid.group_size, base.grid.levels - 1
+    for rows in row_chunks(grid.moved, k):
         value = grid_values(rows, grid, k, size)
         rounded = value.round()
         error = value - rounded.clamp(0, top)
@@ -70,9 +71,12 @@ def apart(base: PackedWeight, grid: GridWeight, skip_clipped: bool) -> Iterator[
 
 
 @torch.no_grad()
-def pull_of_product(base: PackedWeight, args: GridArgs, skip_clipped: bool) -> dict[str, Tensor]:
-    """{"A": dA [r, K], "B": dB [N, r]}, fp32."""
-    assert args.a is not None and args.b is not None
+def pull(base: PackedWeight, args: GridArgs, skip_clipped: bool) -> dict[str, Tensor]:
+    """{"A": dA [r, K], "B": dB [N, r]} or {"delta": dD [R, K]}, fp32; {} where nothing moves a value."""
+    if args.delta is not None:
+        return {"delta": _dense(base, args, 1.0, skip_clipped)}
+    if args.a is None or args.b is None:
+        return {}
     a, b, unit = args.a.float(), args.b.float() * args.gain, unit_of(args, base)
     da, db = torch.zeros_like(a), torch.empty_like(b)
     for rows, error in apart(base, base.on_grid(args), skip_clipped):
@@ -84,9 +88,12 @@ def pull_of_product(base: PackedWeight, args: GridArgs, skip_clipped: bool) -> d
 
 
 @torch.no_grad()
-def drawn_product(base: PackedWeight, args: GridArgs, share: float, skip_clipped: bool) -> dict[str, Tensor]:
-    """{"B": dB [N, r]}, fp32."""
-    assert args.a is not None and args.b is not None
+def drawn(base: PackedWeight, args: GridArgs, share: float, skip_clipped: bool) -> dict[str, Tensor]:
+    """{"B": dB [N, r]} or {"delta": dD [R, K]}, fp32; {} where nothing moves a value."""
+    if args.delta is not None:
+        return {"delta": _dense(base, args, -share, skip_clipped)}
+    if args.a is None or args.b is None:
+        return {}
     a, unit = args.a.double(), unit_of(args, base)
     square = a @ a.t()
     square.diagonal().add_(RIDGE * square.diagonal().mean())
@@ -97,3 +104,12 @@ def drawn_product(base: PackedWeight, args: GridArgs, share: float, skip_clipped
         wide = error if unit is None else error * per_group(unit, rows)
         db[rows] = ungrouped(wide, base.shape[1]) @ solve
     return {"B": db.mul_(-share / args.gain)}
+
+
+def _dense(base: PackedWeight, args: GridArgs, factor: float, skip_clipped: bool) -> Tensor:
+    """factor e of the rows of a dense part, fp32 [R, K]: as large as what trains, and no larger."""
+    assert args.delta is not None
+    out = torch.empty_like(args.delta, dtype=torch.float32)
+    for rows, error in apart(base, base.on_grid(args), skip_clipped):
+        out[rows] = ungrouped(error, base.shape[1]) * factor
+    return out

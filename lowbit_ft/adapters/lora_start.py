@@ -33,9 +33,8 @@ from ..grid import PackedWeight
 from ..names import regex_matches
 from . import AdapterConfig
 from .attach import packed_layers
-from .base import expand
 from .folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
-from .low_rank import LowRank
+from .low_rank import LowRank, expand
 
 Turned = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 
 import torch
+from lowbit_kernels.pack import decode_residual
 from torch import Tensor, nn
 
 from ..grid import PackedWeight
 from ..segments import check_parts
-from .base import Adapter, LowRankOptions, expand, rounding_error
+from .base import Adapter, LowRankOptions
 
 
 class LowRank(Adapter):
@@ -88,3 +89,21 @@ class LowRank(Adapter):
             own = torch.zeros_like(b[rows])
             own[:, :q] = u[:, :q] * s[:q].sqrt() / self.config.gain
             b[rows] = own
+
+
+def expand(values: Tensor, in_features: int, group_size: int) -> Tensor:
+    """[G, N] -> fp32 [N, K]."""
+    size = in_features if group_size == -1 else group_size
+    return values.t().float().repeat_interleave(size, dim=1)[:, :in_features]
+
+
+def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
+    """What rounding threw away, in grid steps, fp32 [N, K]: from the residual, or from the dense weight when
+    there is none.
+    """
+    k, f = base.shape[1], base.grid.residual_bits
+    if base.residual is not None:
+        return decode_residual(base.residual, f, k)
+    assert weight is not None, "config.wants_weight was ignored"
+    scale = expand(base.scale, k, base.grid.group_size)
+    return ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)

@@ -15,9 +15,9 @@ from torch import Tensor
 from lowbit_ft import pipeline
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapter_state, attach, base_digest, load_adapter_state
-from lowbit_ft.adapters.base import LowRankOptions, rounding_error
+from lowbit_ft.adapters.base import LowRankOptions
 from lowbit_ft.adapters.lora_start import read_lora, start_from_lora
-from lowbit_ft.adapters.low_rank import LowRank
+from lowbit_ft.adapters.low_rank import LowRank, rounding_error
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.integrations.adapter_files import read_adapter, write_adapter
 from lowbit_ft.integrations.peft import LowBitConfig

@@ -21,7 +21,7 @@ ROWS = IntGrid(bits=3, group_size=-1, symmetric=False, residual_bits=4)
 
 
 class Layer(nn.Module):
-    """One packed layer [N, K] with an adapter whose A and B are both at work."""
+    """One packed layer [N, K] with an adapter whose tensors (A and B, or a dense part) are all at work."""
 
     def __init__(
         self,
@@ -35,9 +35,10 @@ class Layer(nn.Module):
         super().__init__()
         self.linear = PackedLinear(random_weight(shape, grid, seed=seed))
         torch.manual_seed(seed)
-        attach(self, ADAPTERS[method](**({"rank": 1} | options)))
+        dense = ADAPTERS[method].dense_delta
+        attach(self, ADAPTERS[method](**(options if dense else {"rank": 1} | options)))
         with torch.no_grad():
-            self.adapter.B.normal_(0, size)
+            (self.adapter.delta if dense else self.adapter.B).normal_(0, size)
 
     @property
     def adapter(self) -> Any:
@@ -49,9 +50,11 @@ class Layer(nn.Module):
         return self.linear.base
 
 
-def making(model: nn.Module, total: int = 10, rate: float = 0.1, only: str = "AB") -> Making:
+def making(
+    model: nn.Module, total: int = 10, rate: float = 0.1, only: tuple[str, ...] = ("A", "B", "delta")
+) -> Making:
     """Of these tensors of the adapter."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and n[-1] in only}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[2] in only}
     return Making(model, trained, total, 0, lambda step: rate)
 
 
