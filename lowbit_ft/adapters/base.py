@@ -325,7 +325,7 @@ class Adapter(WeightAdapter):
             if args.a is not None and args.b is not None:
                 found |= latent.steps_of_product(args.a, args.b, args.gain, latent.unit_of(args, base))
         if (learned := self._modules.get("input")) is not None:
-            found["input.log_input_scale"] = learned.one_step
+            found["input.log_input_scale"] = float(learned.one_step)  # pyright: ignore[reportArgumentType]
         return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
 
     def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:
