@@ -61,8 +61,8 @@ class LowBitConfig(PeftConfig):
     A tied head stays tied. segments: "auto" gives a matrix that is several in one (q, k and v; gate and up)
     an A and a B of `rank` for each of them, by torch.export of the model's config; in a saved config it is
     the list that was found. base_digest is filled in by get_peft_model and names the packed base; another
-    base is refused when the adapter is loaded. ValueError with one line per key or value that the method does not
-    have.
+    base is refused when the adapter is loaded. ValueError with one line per key or value that the method does
+    not have.
     """
 
     method: str = "lr_qat"
