@@ -184,6 +184,8 @@ def _run(node: Node, held: dict[Node, Any], constants: dict[str, Tensor]) -> Any
     name = name_of(node)
     if name in KEEPS | SCALES:
         return held[node.args[0]]  # pyright: ignore[reportArgumentType]
+    if name in ("view", "_unsafe_view"):  # what `contiguous` was passed through for is not contiguous here
+        return held[node.args[0]].reshape(node.args[1])  # pyright: ignore[reportArgumentType]
 
     def value(argument: Node) -> Any:
         return held[argument] if argument in held else constants[_constant(argument).name]

@@ -64,6 +64,11 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
             fake = model.to_empty(device="cpu")
             inputs = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long), "use_cache": False}
             traced = torch.export.export(fake, (), inputs, strict=False)
+        constants, found = _constants(traced), dict[str, Segments]()
+        for name, (given, made) in _linears(traced.graph.nodes, set(names)).items():
+            segments = Segments(inputs_of(given, constants), outputs_of(made, constants))
+            if segments != Segments():
+                found[name] = segments
     # The model's own code runs, and the compiler's: either may raise anything.
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -71,12 +76,6 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
             f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: {first[:160]}), so "
             "which channels belong together is not known"
         ) from error
-    constants = _constants(traced)
-    found: dict[str, Segments] = {}
-    for name, (given, made) in _linears(traced.graph.nodes, set(names)).items():
-        segments = Segments(inputs_of(given, constants), outputs_of(made, constants))
-        if segments != Segments():
-            found[name] = segments
     for other, first in alike.items():
         found |= {
             f"{other}.{name.removeprefix(first + '.')}": segments
@@ -94,27 +93,17 @@ def _trace_once(model: Any) -> dict[str, str]:
         return {}
     first: dict[str, int] = {}
     alike: dict[str, str] = {}
-    gave: list[bool] = []  # whether layers return tuples, as the first one does
-
+    gave: list[bool] = []  # whether layers return tuples (OpenAI GPT: lists), as the first one does
     for index, layer in enumerate(layers):
         kind = repr(kind_of(layer))
         if kind not in first:
             first[kind] = index
             if index == 0:
-                layer.forward = _watched(layer.forward, gave)
+                layer.register_forward_hook(lambda _, __, out: gave.append(isinstance(out, tuple | list)))
             continue
         alike[f"{prefix}.{index}"] = f"{prefix}.{first[kind]}"
         layer.forward = lambda hidden, *_, **__: (hidden,) if gave[0] else hidden
     return alike
-
-
-def _watched(forward: Any, gave: list[bool]) -> Any:
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        gave.append(isinstance(out, tuple))
-        return out
-
-    return watched
 
 
 def _linears(nodes: Any, names: set[str]) -> dict[str, tuple[Node, Node]]:
