@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import adapted_layers
-from lowbit_ft.adapters.attach import base_digest
+from lowbit_ft.adapters.attach import adapted_layers, base_digest
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.model.shards import is_sharded
 from lowbit_ft.recipe.recipe import load_recipe
