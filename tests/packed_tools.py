@@ -111,6 +111,12 @@ def adapter_config(method: str, rank: int = 4, **options: Any) -> AdapterConfig:
     return ADAPTERS[method](**low_rank, **options)
 
 
+def undrawn(method: str) -> AdapterConfig:
+    """A method's defaults, but its gradients are of all tokens: two backwards of one forward are equal."""
+    draws = ADAPTERS[method].model_fields.get("scale_grad_tokens")
+    return ADAPTERS[method](method=method, **({} if draws is None else {"scale_grad_tokens": 1.0}))
+
+
 def adapted_llama(
     config: AdapterConfig, grid: Grid, *, seed: int = 1, head: bool = False, **changes: Any
 ) -> Any:

@@ -51,7 +51,7 @@ quant:
   embeddings: null                   # 8 or 4 packs the token embedding (native format); it is not trained
 
 adapter:
-  method: lr_qat                     # lr_qat, dl_qat, l4q, scale, alpha_tuning, lora
+  method: lr_qat                     # lr_qat, dl_qat, l4q, scale, full_qat, ef_qat, alpha_tuning, lora
   rank: 16                           # more moves more weights, and costs memory
   alpha: 32                          # the low-rank product is scaled by alpha / rank
 
@@ -107,7 +107,7 @@ quant:
   calibrate: from_checkpoint         # bits, group size, layers: the checkpoint's; others are an error
 
 adapter:
-  method: dl_qat                     # lr_qat, dl_qat, scale or lora: the checkpoint has no residual for l4q
+  method: dl_qat                     # or lr_qat, scale, full_qat, ef_qat, lora; l4q needs a residual
   rank: 16                           # more moves more weights, and costs memory
   alpha: 16                          # the low-rank product is scaled by alpha / rank
   targets: null                      # or names, globs, regexes: the others ship the codes they came with

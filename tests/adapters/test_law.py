@@ -43,7 +43,6 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "dl_qat": [{"clip": "clip_then_round"}],
     "l4q": [{"offset": "float"}, {"offset": "integer"}, {"offset": "none", "clip": "round_then_clip"}],
     "alpha_tuning": [{"planes": "first"}],
-    "ef_qat": [{"share": 1.0}],
 }
 
 

@@ -10,7 +10,7 @@ from lowbit_kernels.codes import UNITS
 from torch import Tensor
 
 from tests import reference
-from tests.kernels.common import K, N, binary_args, codes_of, error, integer_args, untied
+from tests.kernels.common import K, N, binary_args, codes_of, dense, error, integer_args, untied
 
 pytestmark = pytest.mark.usefixtures("poison")
 GRID_CASES = list(itertools.product((2, 3, 4, 8), (32, 128, -1), UNITS, (False, True)))
@@ -84,6 +84,44 @@ def test_only_what_is_asked_for_gets_a_gradient():
     args["b"].requires_grad_()
     kernels.grid_linear(torch.randn(5, K), **args).sum().backward()
     assert args["b"].grad is not None and args["a"].grad is None and args["scale"].grad is None
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("clip_first", [False, True])
+@pytest.mark.parametrize("f", [0, 4])
+def test_a_dense_part_of_some_rows(
+    group_size: int, clip_first: bool, f: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Codes and gradients by the equations in float64, chunk by chunk too; all other rows are the base's."""
+    args = integer_args(3, group_size, f, low_rank=False, clip_first=clip_first, offset=True)
+    rows, delta = torch.tensor([2, 3, 7, 12]), torch.randn(4, K) * 2
+    args |= {"rows": rows, "delta": delta.requires_grad_()}
+    whole = torch.zeros(N, K).index_copy(0, rows, delta.detach())
+    _, moved, leaves = dense({**args, "gain": 1.0, "a": torch.eye(K), "b": whole}, K)
+    _, frozen, _ = dense({**args, "residual_bits": 0}, K)
+    chosen = torch.zeros(N, 1, dtype=torch.bool).index_fill(0, rows, True)
+    weight = torch.where(chosen, moved, frozen.detach())
+    x, dy = torch.randn(5, K), torch.randn(5, N)
+    (x.double() @ weight.t()).backward(dy.double())
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 3 * K)
+    args["scale"].requires_grad_()
+    y = kernels.grid_linear(x, **args)
+    y.backward(dy)
+    assert error(y.detach(), x.double() @ weight.detach().t()) < 1e-5
+    assert error(delta.grad, leaves["b"].grad[rows]) < 1e-5  # pyright: ignore[reportArgumentType]
+    assert error(args["scale"].grad[:, rows], leaves["scale"].grad[:, rows]) < 1e-5
+    codes = codes_of(args, K)
+    still = ~chosen[:, 0]
+    assert torch.equal(codes[still], args["codes"][still]) and not torch.equal(
+        codes[rows], args["codes"][rows]
+    )
+
+
+def test_a_dense_part_counts_grid_steps_and_stands_alone():
+    args = integer_args()
+    for wrong in ({"units": "live"}, {"units": "grid"}):
+        with pytest.raises(ValueError, match="delta counts grid steps and stands alone"):
+            codes_of({**args, **wrong, "delta": torch.zeros(N, K)}, K)
 
 
 def test_unknown_units_are_refused():

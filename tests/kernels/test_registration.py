@@ -140,3 +140,14 @@ def test_autocast_leaves_the_inside_of_an_op_alone(name: str):
         got if isinstance(got, tuple) else [got], want if isinstance(want, tuple) else [want], strict=True
     ):
         assert g.dtype == w.dtype and torch.equal(g, w)
+
+
+def test_opcheck_of_a_dense_part():
+    """Of some rows; the scales of the others learn from all tokens, so that nothing is drawn."""
+    a = integer_args(low_rank=False)
+    delta, rows = torch.randn(4, K, requires_grad=True), torch.tensor([1, 4, 7, 12])
+    args = {**a, "delta": delta, "rows": rows, "scale": a["scale"].requires_grad_()}
+    grid = GridWeight(**{name: args[name] for name in GridWeight._fields})
+    torch.library.opcheck(torch.ops.lowbit.grid_codes, (*grid, K, 32))
+    x = torch.randn(5, K, requires_grad=True)
+    torch.library.opcheck(torch.ops.lowbit.grid_linear, (x, *grid, 32, False))

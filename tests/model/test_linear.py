@@ -12,7 +12,7 @@ from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
 from lowbit_ft.model.linear import PackedLinear, packed_op_only
 from tests.adapters.common import base_of, randomize, trained
-from tests.packed_tools import random_weight
+from tests.packed_tools import random_weight, undrawn
 
 GRIDS = [
     IntGrid(bits=4, group_size=64),
@@ -200,7 +200,7 @@ def test_a_weight_that_is_read_is_trained(method: str) -> None:
     """Some models multiply with layer.weight: with gradients on it has the same bits, and the gradients of
     the layer's own forward.
     """
-    config = ADAPTERS[method](method=method)  # pyright: ignore[reportCallIssue]
+    config = undrawn(method)
     grid = (
         BinaryGrid(bits=3, group_size=32)
         if config.grid_name == "binary"

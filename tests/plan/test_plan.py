@@ -58,6 +58,7 @@ CASES = {
         ],
         {},
     ),
+    "ef_qat": (["adapter={method: ef_qat, share: 0.25}"], {}),
     "packed head and embedding": (
         [
             "adapter={method: lr_qat, rank: 4}",

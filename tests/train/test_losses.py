@@ -29,7 +29,7 @@ from lowbit_ft.train.losses import (
     next_token_loss,
     target_logits,
 )
-from tests.packed_tools import random_weight
+from tests.packed_tools import random_weight, undrawn
 
 
 def reference(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_chunks_with_a_packed_head_and_every_adapter(method: str, monkeypatch: p
         if isinstance(layer, torch.nn.Linear):
             base = random_weight((layer.out_features, layer.in_features), grid)
             model.set_submodule(name, PackedLinear(base))
-    attach(model, ADAPTERS[method]())
+    attach(model, undrawn(method))
     compare(model, monkeypatch, 2e-4)
 
 

@@ -85,7 +85,7 @@ def test_what_is_fitted_is_what_ships(
     """The law after reconstruct: merge() equals the forward bit for bit, the loss fell, and no layer's ends
     above its start."""
     model = adapted(checkpoint, method, **grid)
-    rate = 0.05 if ADAPTERS[method].delta_unit == "grid" else 5e-4
+    rate = 0.05 if ADAPTERS[method].delta_unit == "grid" or ADAPTERS[method].dense_delta else 5e-4
     fits = [fit for fit, _ in go(model, checkpoint, inputs=inputs, learning_rate=rate)]
     assert len(fits) == 3 and all(0 < fit.after <= fit.before and fit.trained > 0 for fit in fits)
     assert any(fit.after < fit.before and fit.step > 0 for fit in fits)
