@@ -88,7 +88,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--valid-windows", type=int, default=96)
     p.add_argument("--learning-rate", type=float, default=4e-3)
     p.add_argument("--zeroth-learning-rate", type=float, default=1e-4)
-    p.add_argument("--eps", type=float, default=0.5)
+    p.add_argument("--eps", type=float, default=0.05)
     p.add_argument("--times", action="store_true", help="step times and memory instead of quality")
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--out", type=Path, default=HERE / "results" / "gradients.json")
