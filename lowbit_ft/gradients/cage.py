@@ -6,10 +6,12 @@
     decoupled    behind the optimizer's step, with the learning rate lr of that step:  v <- v - lr lambda_t e
     coupled      in the gradient, before it is clipped:  G <- G + lambda_t e dv        the optimizer shapes it
 
-A dense weight can do that as it stands: between two codes its distance shrinks by (1 - lr lambda) per step.
-A low-rank one cannot: decoupled, B goes where the rows of A let v follow most; coupled is the chain rule of
-lambda / 2 |v - code|^2 through A and B (adapters/latent.py). Distances count grid steps: of a coupled pull,
-lambda here is the paper's times the square of a step.
+A dense weight can do that as it stands: between two codes its distance shrinks by (1 - lr lambda) per step. A
+low-rank one cannot: decoupled, B goes where the rows of A let v follow most, which is mostly back to 0, since
+v - code of a weight that has not crossed a boundary holds its whole update (measured, LOG.md: a pull of 1 in
+all costs a quarter of what training won, one of 0.1 nearly nothing; so small is the default). Coupled is the
+chain rule of lambda / 2 |v - code|^2 through A and B (adapters/latent.py). Distances count grid steps: of a
+coupled pull, lambda here is the paper's times the square of a step.
 
 `unit: raw` takes lambda as it is written: the paper's 10 is for the learning rates of pre-training. `unit:
 pull` takes it as what is pulled in all, sum over the run of lr lambda_t: exp(-lambda) of a distance is left
@@ -40,7 +42,7 @@ class CageConfig(BaseModel):
     model_config = CLOSED
 
     strength: Annotated[float, Field(gt=0)] = Field(
-        default=4.0, alias="lambda", description="how strong the pull is, in what `unit` says"
+        default=0.1, alias="lambda", description="how strong the pull is, in what `unit` says"
     )
     unit: Literal["pull", "raw"] = Field(
         default="pull",
