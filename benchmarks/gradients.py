@@ -12,6 +12,8 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     cage_coupled   in the gradient                    fogzo          backprop for 70 %, then fogzo
     zeroth_order   as many forwards as backprop has   zeroth_long    ten times as many
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
+    full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
+    full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
 
 Rows are kept in --out as they come."""
 
@@ -58,6 +60,11 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "zeroth_long": ("lr_qat", 15, ZEROTH),
     "qzo": ("scale", 1.5, ZEROTH),
     "scale": ("scale", 1, {}),
+    "full": ("full_qat", 1, {}),
+    "full_cage": ("full_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
+    "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
+    "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
+    "ef": ("ef_qat", 1, {}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
