@@ -1,6 +1,6 @@
 """The product of a packed layer with quantized inputs on a CPU: as int8 x int8 -> int32 against today's path.
 
-    python benchmarks/int8_cpu.py                                # minutes; writes results/int8_cpu.json
+    python benchmarks/int8_cpu.py                                # 40 minutes; writes its rows to --out
     python benchmarks/int8_cpu.py --shapes 512x256 --rows 1 256  # a look
 
 Per shape N x K, rows M of x, bits and group of the weight, and dtype of the model; each with what is done to

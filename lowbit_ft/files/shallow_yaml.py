@@ -13,6 +13,15 @@ import yaml
 MAX_OPEN = 200
 
 
+def plain_data(text: str) -> Any:
+    """What a text says, of lists, dicts, strings, numbers, dates; yaml.YAMLError or RecursionError."""
+    loader = ShallowLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 class ShallowLoader(yaml.SafeLoader):
     depth = 0
 

@@ -15,7 +15,7 @@ import yaml
 
 from ..files.jsonfile import parse_json, read_json
 from ..files.regular import read_regular
-from ..files.shallow_yaml import ShallowLoader
+from ..files.shallow_yaml import plain_data
 from .html import is_number
 
 # stage in evaluation.json -> its name on the page, in the order of the line
@@ -72,7 +72,7 @@ class RunFiles:
     def recipe(self) -> dict[str, Any]:
         """recipe.yaml as plain data, {} where there is none: only the headings come from it."""
         try:
-            data = yaml.load(self.text("recipe.yaml", ""), Loader=ShallowLoader)
+            data = plain_data(self.text("recipe.yaml", ""))
         except (NotShown, yaml.YAMLError, ValueError, RecursionError):
             return {}
         return data if isinstance(data, dict) else {}

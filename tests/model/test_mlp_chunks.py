@@ -21,7 +21,7 @@ from lowbit_ft.model.walk import decoder_layers
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.setup import activation_checkpointing
 from tests.model.attention_models import Largest
-from tests.packed_tools import random_weights
+from tests.packed_tools import random_weights, undrawn
 from tests.toy import batches, quiet, section, state
 
 SIZE: dict[str, Any] = dict(
@@ -42,7 +42,7 @@ def packed(method: str, config: Any = None) -> Any:
     grid = BinaryGrid(group_size=32) if ADAPTERS[method].grid_name == "binary" else IntGrid(group_size=32)
     for name, weight in random_weights(model, grid).items():
         model.set_submodule(name, PackedLinear(weight))
-    attach(model, ADAPTERS[method](method=method))
+    attach(model, undrawn(method))
     return model.train()
 
 

@@ -12,8 +12,8 @@ import pytest
 from lowbit_ft import pipeline
 from lowbit_ft.export.folder import check_files
 from lowbit_ft.stages import reconstruct as stage
-from tests.line_tools import recipe
-from tests.test_killed_runs import child
+from tests.forks import run_together
+from tests.line_tools import QUICK, recipe
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
 
@@ -103,9 +103,11 @@ def test_a_damaged_layer_and_all_after_it_are_made_again(whole: Path, tmp_path: 
 def test_two_processes_ship_the_bytes_of_one(whole: Path, tmp_path: Path) -> None:
     """The main process fits, the other one reads what it wrote; both then agree on what is trained."""
     out = tmp_path / "run"
-    run = child(out, *PTQ, processes=2)
-    said = run.communicate(timeout=500)[0]
-    assert run.returncode == 0, said
+    ran = run_together(
+        "-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *PTQ, timeout=500
+    )
+    said = ran.stdout + ran.stderr
+    assert ran.returncode == 0, said
     assert said.count("reconstruct: layer 4 of 4") == 1
     alone = {name: sha for name, sha in shas(whole).items() if not name.startswith("exported")}
     assert shas(out) == alone

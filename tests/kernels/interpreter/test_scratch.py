@@ -56,6 +56,8 @@ def test_gradients(rank: int, m: int, form: str) -> None:
         None,
         a,
         b,
+        None,
+        None,
         scale,
         None,
         None,
