@@ -88,14 +88,19 @@ def pull(base: PackedWeight, args: GridArgs, skip_clipped: bool) -> dict[str, Te
 
 
 @torch.no_grad()
-def drawn(base: PackedWeight, args: GridArgs, share: float, skip_clipped: bool) -> dict[str, Tensor]:
-    """{"B": dB [N, r]} or {"delta": dD [R, K]}, fp32; {} where nothing moves a value."""
+def drawn(
+    base: PackedWeight, args: GridArgs, share: float, skip_clipped: bool, parts: int = 1
+) -> dict[str, Tensor]:
+    """{"B": dB [N, r]} or {"delta": dD [R, K]}, fp32; {} where nothing moves a value. parts: of A, one below
+    the other, each of which has rows of its own (low_rank.py): dB as if each part were alone."""
     if args.delta is not None:
         return {"delta": _dense(base, args, -share, skip_clipped)}
     if args.a is None or args.b is None:
         return {}
     a, unit = args.a.double(), unit_of(args, base)
-    square = a @ a.t()
+    square, rank = a @ a.t(), len(a) // parts
+    if parts > 1:
+        square *= torch.block_diag(*[torch.ones(rank, rank, dtype=a.dtype, device=a.device)] * parts)
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     # e A^T (A A^T)^-1, for all rows: K x r once, and one thin product per chunk
     solve = torch.linalg.solve_ex(square, a)[0].t().float()

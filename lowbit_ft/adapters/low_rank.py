@@ -19,8 +19,9 @@ import torch
 from lowbit_kernels.pack import decode_residual
 from torch import Tensor, nn
 
-from ..grid import PackedWeight
+from ..grid import PackedWeight, Weight
 from ..segments import check_parts
+from . import latent
 from .base import Adapter, LowRankOptions
 
 
@@ -71,6 +72,33 @@ class LowRank(Adapter):
         place = self.owner[:, None, None].expand(n, 1, rank)
         apart = torch.zeros(n, count, rank, dtype=self.B.dtype, device=self.B.device)
         return self.A, apart.scatter(1, place, self.B[:, None]).flatten(1)
+
+    def own(self, product: Tensor) -> Tensor:
+        """`factors` turned round, for what is of the shape of its B [N, R]: what belongs to this B [N, r]."""
+        if self.owner is None:
+            return product
+        (n, rank), count = self.B.shape, len(self.config.parts)
+        place = self.owner[:, None, None].expand(n, 1, rank)
+        return product.view(n, count, rank).gather(1, place)[:, 0]
+
+    def one_step(self, base: Weight) -> dict[str, Tensor | float]:
+        found = super().one_step(base)
+        if self.owner is not None and "B" in found:
+            # A row of B meets the A of its part alone.
+            count = len(self.config.parts)
+            squares = self.A.view(count, -1).square().sum(1)
+            met = squares[self.owner].mean().clamp_min(torch.finfo(torch.float32).tiny)
+            found["B"] = found["B"] * (squares.sum() / met).sqrt()
+        return found
+
+    def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:
+        found = super().pull(base, skip_clipped)
+        return {name: self.own(value) if name == "B" else value for name, value in found.items()}
+
+    def drawn(self, base: PackedWeight, share: float, skip_clipped: bool) -> dict[str, Tensor]:
+        parts = max(1, len(self.config.parts))
+        found = latent.drawn(base, self.grid_args(base), share, skip_clipped, parts)
+        return {name: self.own(value) for name, value in found.items()}
 
     def _from_error(self, error: Tensor, a: Tensor, b: Tensor, rows: Tensor | slice) -> None:
         """svd or loftq: the top of an error [rows, K] into a [r, K] and these rows of b."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lowbit_kernels.codes import grid_values
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
@@ -100,6 +101,34 @@ def test_gradients_are_those_of_the_whole_product(method: str) -> None:
         own = whole_b[part.channels(), number * RANK : (number + 1) * RANK]
         assert adapter.B.grad is not None and own.any()
         assert torch.equal(adapter.B.grad[part.channels()], own)
+
+
+@pytest.mark.parametrize("parts", [RANGES, STRIDED], ids=["ranges", "strided"])
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_pull_and_a_step_are_those_of_every_part(method: str, parts: Parts) -> None:
+    """Of each part what an adapter of its rows alone, with its A, would have."""
+    torch.manual_seed(0)
+    base = packed(IntGrid(bits=3, group_size=-1, symmetric=False, residual_bits=4), (N, K))
+    adapter = built(method, parts, base)
+    pull, drawn = adapter.pull(base, True), adapter.drawn(base, 0.5, True)
+    da = []
+    for number, part in enumerate(parts):
+        rows, own = part.channels(), slice(number * RANK, (number + 1) * RANK)
+        small = base.chosen(rows)
+        alone = adapter_config(method, RANK).build(small)
+        state = {name: t[rows] if name == "B" else t[..., rows] for name, t in adapter.state_dict().items()}
+        alone.load_state_dict(state | {"A": adapter.A[own]})
+        want = alone.pull(small, True)
+        torch.testing.assert_close(pull["B"][rows], want["B"])
+        torch.testing.assert_close(drawn["B"][rows], alone.drawn(small, 0.5, True)["B"], atol=1e-6, rtol=1e-3)
+        da.append(want["A"])
+    torch.testing.assert_close(pull["A"], torch.cat(da))
+    with torch.no_grad():
+        adapter.A[:RANK] *= 20  # parts of very different size
+        before = base.on_grid(adapter.grid_args(base))
+        adapter.B += torch.randn_like(adapter.B) * adapter.one_step(base)["B"]
+    values = [grid_values(slice(0, N), g, K, -1) for g in (before, base.on_grid(adapter.grid_args(base)))]
+    assert float((values[1] - values[0]).square().mean().sqrt()) == pytest.approx(1, rel=0.5)
 
 
 def test_starts_are_those_of_every_part() -> None:
