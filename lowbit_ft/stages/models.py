@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..activations import Activation
+from ..activations.place import hosts
 from ..adapters import AdapterConfig
 from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
 from ..adapters.base import LowRankOptions
@@ -153,12 +155,18 @@ def dense_device(session: Session, what: str) -> str:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """The quantized base alone."""
+    """The quantized base alone, its inputs on the scales that it came with."""
     held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
+    inputs = [layer.activation for _, layer in hosts(model) if isinstance(layer.activation, Activation)]
+    learned = [activation.learned for activation in inputs]
     for layer, _ in held:
         layer.adapter = None
+    for activation in inputs:
+        activation.learn(None)
     try:
         yield
     finally:
         for layer, adapter in held:
             layer.adapter = adapter
+        for activation, scale in zip(inputs, learned, strict=True):
+            activation.learn(scale)

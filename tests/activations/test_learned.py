@@ -27,6 +27,7 @@ from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
 from lowbit_ft.merge import base_weights, merge, merged_weight, verify_merge
 from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.stages.models import adapters_off
 from lowbit_ft.train.optim import build_optimizer
 from tests.activations.common import LEARNED, integer_product, learning
 from tests.activations.test_place import forwarded, logits, shake
@@ -92,6 +93,17 @@ def test_value_and_gradient_are_those_of_the_equation(scheme: Scheme) -> None:
     found = learned.log_input_scale.grad
     assert found is not None
     torch.testing.assert_close(found.double(), slope * exact * factor, rtol=1e-4, atol=1e-6)
+
+
+def test_without_adapters_inputs_are_on_the_scales_of_the_base() -> None:
+    """The row of the quantized model is that of base/, not of base/ on trained scales."""
+    torch.manual_seed(1)
+    layer, x = host(LEARNED), torch.randn(7, 128)
+    trained, alone = layer(x), PackedLinear(layer.base)
+    place_activations(alone, {"": LEARNED})
+    with adapters_off(layer):
+        assert torch.equal(layer(x), alone(x))
+    assert torch.equal(layer(x), trained) and shipped_of(layer) != LEARNED.shipped()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
