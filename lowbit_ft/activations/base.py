@@ -320,6 +320,8 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
         raise ValueError(f"learn: got {entry['learn']!r}; needs the name of a layer")
     if "learn" in entry and entry.get("dynamic", True):
         raise ValueError("learn: only a static scale learns, and dynamic is true")
+    if "learn" in entry and segments:
+        raise ValueError("learn: the scales of segments do not learn; drop one of both")
     if not _numbers(zero, int):
         raise ValueError(f"zero: got {zero!r}; needs a list of integers")
     made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero), "segments": tuple(segments)})

@@ -103,6 +103,10 @@ def test_who_cannot_carry_segments_says_so() -> None:
     [
         ({"segments": [64]}, "needs a list of two or more"),
         ({"segments": [0, 64]}, "needs a list of two or more"),
+        (
+            {"kind": "tensor", "dynamic": False, "segments": [64, 64], "scale": [1.0, 2.0], "learn": "x"},
+            "segments do not learn",
+        ),
         ({"segments": [32, 64]}, "which are 96 channels; m.proj has 64 inputs"),
         ({"kind": "group"}, "kind group has none"),
         ({"kind": "tensor", "dynamic": False, "scale": [1.0]}, "kind tensor takes 2"),
