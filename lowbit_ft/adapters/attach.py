@@ -163,9 +163,15 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """The inverse of adapter_state. ValueError naming missing, unknown and misshapen tensors, before anything
     is copied.
     """
-    resize(model, state, PEFT_SLOT, PEFT_PREFIX)
+    misfits = []
+    for name, layer in adapted_layers(model):
+        prefix = f"{PEFT_PREFIX}{name}.{PEFT_SLOT}."
+        if isinstance(layer.adapter, Adapter) and (said := layer.adapter.misfit(own_of(state, prefix))):
+            misfits.append(prefix + said)
+    if not misfits:
+        resize(model, state, PEFT_SLOT, PEFT_PREFIX)
     current = adapter_state(model)
-    problems = [f"missing: {key}" for key in current.keys() - state.keys()]
+    problems = misfits or [f"missing: {key}" for key in current.keys() - state.keys()]
     problems += [f"unknown: {key}" for key in state.keys() - current.keys()]
     problems += [
         f"{key}: got shape {tuple(state[key].shape)}, the adapter has {tuple(tensor.shape)}"
@@ -185,14 +191,13 @@ def resize(model: nn.Module, state: Mapping[str, Tensor], slot: str = "adapter",
     keys are prefix + layer + slot + tensor, joined by dots."""
     for name, layer in adapted_layers(model):
         if isinstance(layer.adapter, Adapter):
-            layer.adapter.resize(shapes_of(state, f"{prefix}{name}.{slot}."))
+            own = own_of(state, f"{prefix}{name}.{slot}.")
+            layer.adapter.resize({key: tuple(value.shape) for key, value in own.items()})
 
 
-def shapes_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, of the state's tensors whose keys begin so."""
-    return {
-        key.removeprefix(prefix): tuple(value.shape) for key, value in state.items() if key.startswith(prefix)
-    }
+def own_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """By tensor name, the state's tensors whose keys begin so."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def base_digest(model: nn.Module) -> str:

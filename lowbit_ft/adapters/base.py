@@ -349,6 +349,12 @@ class Adapter(WeightAdapter):
         trains take them. Others are left to whoever compares.
         """
 
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why these tensors of a file, by name, cannot be this adapter's, where names and shapes do not tell;
+        None: they can.
+        """
+        return None
+
     def say_uncounted(self, what: str) -> None:
         """Warn, once, that nobody has called begin_step."""
         _say_uncounted(self.config.method, what)

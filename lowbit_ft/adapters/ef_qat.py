@@ -187,3 +187,20 @@ class EfQAT(ScaledAdapter):
             mine = self._buffers.get(name)
             if mine is not None and name in shapes and shapes[name][1:] == mine.shape[1:]:
                 self._buffers[name] = mine.new_empty(shapes[name])
+
+    def misfit(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Numbers of rows are rows of this layer, rising, none of them in both; codes are one of each row."""
+        n = self.log_scale.shape[1]
+        numbers = {key: tensors[key] for key in ("rows", "left") if key in tensors and key in self._buffers}
+        for key, value in numbers.items():
+            if value.dtype != torch.int64 or value.dim() != 1:
+                return f"{key}: got {value.dtype} {list(value.shape)}; needs int64 numbers of rows"
+            if len(value) and (value[0] < 0 or value[-1] >= n or not (value.diff() > 0).all()):
+                return f"{key}: needs numbers of the layer's {n} rows, rising and each once"
+        if len(numbers) == 2 and torch.isin(*numbers.values()).any():
+            return "left: has rows that train"
+        codes = tensors.get("left_codes")
+        if codes is not None and "left" in numbers:
+            if codes.dtype != torch.int16 or len(codes) != len(numbers["left"]):
+                return f"left_codes: got {len(codes)} rows of {codes.dtype}; needs int16, one of each of left"
+        return None

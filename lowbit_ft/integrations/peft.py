@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
-from ..adapters.attach import PEFT_SLOT, base_digest, shapes_of
+from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
 from ..adapters.folder import refuse_pickle
 from ..grid import Weight
@@ -268,6 +268,7 @@ class LowBitModel(BaseTuner):
             PEFT_SLOT,
         }
         taken |= {"A", "B", "log_scale", "magnitude", "offset", "plane_scale"}
+        taken |= {"delta", "rows", "left", "left_codes", "input_size"}
         for name in self.peft_config:
             if not name or "." in name or name in taken or hasattr(nn.ModuleDict, name):
                 raise ValueError(
@@ -348,16 +349,22 @@ class LowBitModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT warns about missing tensors and goes on with untrained ones; here that is an error."""
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        misfits = []
         for name, layer in model.named_modules():
             if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(adapter_name)):
-                found[1].resize(shapes_of(state, f"{name}.{PEFT_SLOT}.{adapter_name}."))
+                prefix = f"{name}.{PEFT_SLOT}.{adapter_name}."
+                own = own_of(state, prefix)
+                if said := found[1].misfit(own):
+                    misfits.append(prefix + said)
+                    continue
+                found[1].resize({key: tuple(value.shape) for key, value in own.items()})
         held = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         needed = {key for key in held if f".{PEFT_SLOT}.{adapter_name}." in key} | whole_keys(
             model, adapter_name
         )
         resized = resized_keys(model, adapter_name) & state.keys()
         wanted = {key: held[key] for key in needed | (resized & held.keys())}
-        problems = [f"missing: {key}" for key in needed - state.keys()]
+        problems = misfits + [f"missing: {key}" for key in needed - state.keys()]
         problems += [f"unknown: {key}" for key in state.keys() - wanted.keys() - resized]
         problems += [
             f"{key}: got shape {tuple(state[key].shape)}, the adapter has {shape}"

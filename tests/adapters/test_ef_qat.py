@@ -206,3 +206,27 @@ def test_a_state_with_more_rows_behind_it_is_read() -> None:
     load_adapter_state(other, state)
     x = torch.randn(4, 64)
     assert torch.equal(model(x), other(x))
+
+
+def test_numbers_of_rows_in_a_file_are_looked_at() -> None:
+    """Of a stranger's file: an index past the layer, or a row twice, is said and not computed with."""
+    model = model_of(refresh_steps=1)
+    for a in adapters(model):
+        push(a, a.rows[:4].tolist(), -20.0)
+    begin_step(model, 1)
+    state = adapter_state(model)
+    key = "base_model.model.0.lowbit_adapters."
+    rows, left = state[f"{key}rows"], state[f"{key}left"]
+    assert len(left) == 4
+    for name, value, words in (
+        ("rows", rows + 64, "rows: needs numbers of the layer's 64 rows"),
+        ("rows", rows - 64, "rising and each once"),
+        ("rows", torch.full_like(rows, 5), "rising and each once"),
+        ("rows", rows.float(), "got torch.float32"),
+        ("left", rows[:4], "left: has rows that train"),
+        ("left", left[:3], "left_codes: got 4 rows"),
+    ):
+        other = model_of(refresh_steps=1)
+        with pytest.raises(ValueError, match=words):
+            load_adapter_state(other, state | {key + name: value})
+        assert not adapters(other)[0].left.numel(), "nothing was changed"
