@@ -126,10 +126,10 @@ class EfQAT(ScaledAdapter):
         return args.with_rows(self.delta, self.rows, codes)
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            if not self.counted:
+        if self.training:
+            if not self.counted and torch.is_grad_enabled():
                 self.say_uncounted("refresh_steps and importance: weight_input do nothing")
-            if self.watching:
+            if self.watching:  # also in forwards without a backward, which are all that zeroth order has
                 self.input_size += x.detach().float().square().flatten(0, -2).sum(0)
         return super().forward(x, base)
 

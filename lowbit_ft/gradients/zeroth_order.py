@@ -21,7 +21,7 @@ the loop either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..adapters import is_scale
 from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
+from ..adapters.carry import Carried
 from .base import Gradient, Making, Window, zeros
 from .cage import Problem
 from .config import GradientConfig
@@ -165,6 +166,14 @@ class ZerothOrder(Gradient):
         """The average goes on with steps that were taken only. It begins with the first estimate."""
         if self.config.momentum:
             self.average = {n: p.grad.detach() for n, p in self.trained.items() if p.grad is not None}
+
+    def carry(self, carried: Sequence[Carried]) -> None:
+        """The average follows its rows; one that is new begins with nothing."""
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for one in carried:
+            if (name := names.get(id(one.parameter), "")) in self.average:
+                rows = self.average[name][one.source.clamp_min(0)]
+                self.average[name] = rows.masked_fill_((one.source < 0)[:, None], 0)
 
     def state(self) -> dict[str, Tensor]:
         return self.average

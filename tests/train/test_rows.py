@@ -11,8 +11,10 @@ import torch
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import adapted_layers, adapter_state, begin_step
 from lowbit_ft.adapters.ef_qat import EfQAT
+from lowbit_ft.gradients import GRADIENTS
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.train.sharding import unshardable
+from tests.gradients.common import making, window
 from tests.loop_tools import digest, go, losses, stop_at
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import batches, section
@@ -53,6 +55,31 @@ def test_a_run_resumes_bit_equal_across_a_choice_of_rows(importance: str, at: in
     again = run(tmp_path / "b", llama(seed=2, importance=importance), resume=True)
     assert equal(straight, again) and digest(tmp_path / "a", 6) == digest(tmp_path / "b", 6)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("importance", ["weight", "weight_input"])
+def test_zeroth_order_sees_inputs_and_its_average_follows_the_rows(importance: str) -> None:
+    model = llama(importance=importance).train()
+    made = making(model, only=("delta",))
+    gradient: Any = GRADIENTS["zeroth_order"](momentum=0.9).make(made)  # pyright: ignore[reportCallIssue]
+    ids = torch.arange(12)[None]
+    begin_step(model, 0)
+    gradient.fill(window(lambda i: model(input_ids=ids).logits.float().square().sum()))
+    gradient.after_step(window(lambda i: torch.zeros(())), {})
+    on = {n: m for n, m in model.named_modules() if isinstance(m, EfQAT)}
+    if importance == "weight_input":
+        assert all(adapter.input_size.all() for adapter in on.values())
+    for adapter in on.values():
+        with torch.no_grad():
+            adapter.log_scale[:, adapter.rows[:3]] -= 20.0
+    before = {n: (a.rows.clone(), gradient.average[f"{n}.delta"].clone()) for n, a in on.items()}
+    gradient.carry(begin_step(model, 1 if importance == "weight_input" else EVERY))
+    for name, adapter in on.items():
+        rows, old = before[name]
+        kept = {int(row): value for row, value in zip(rows, old, strict=True)}
+        want = [kept.get(int(row), torch.zeros_like(old[0])) for row in adapter.rows]
+        assert not torch.equal(rows, adapter.rows)
+        assert torch.equal(gradient.average[f"{name}.delta"], torch.stack(want))
 
 
 def test_what_cannot_move_rows_is_refused_with_the_way_out() -> None:
