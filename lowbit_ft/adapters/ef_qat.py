@@ -126,11 +126,10 @@ class EfQAT(ScaledAdapter):
         return args.with_rows(self.delta, self.rows, codes)
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            if not self.counted:
-                self.say_uncounted("refresh_steps and importance: weight_input do nothing")
-            if self.watching:
-                self.input_size += x.detach().float().square().flatten(0, -2).sum(0)
+        if self.training and torch.is_grad_enabled() and not self.counted:
+            self.say_uncounted("refresh_steps and importance: weight_input do nothing")
+        if self.training and self.watching:  # zeroth order looks without a gradient
+            self.input_size += x.detach().float().square().flatten(0, -2).sum(0)
         return super().forward(x, base)
 
     @torch.no_grad()
