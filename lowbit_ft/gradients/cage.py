@@ -20,7 +20,7 @@ where nothing else moves. lr lambda must stay below 1. Nothing is kept: a resume
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
+from ..adapters.carry import Carried
 from ..grid import PackedWeight
 from .base import Gradient, Making, Window
 
@@ -160,6 +161,9 @@ class Cage(Gradient):
         for name, adapter, layer in self.layers:
             assert isinstance(layer.base, PackedWeight)
             yield name, adapter, layer.base
+
+    def carry(self, carried: Iterable[Carried]) -> None:
+        self.made.carry(carried)
 
     def state(self) -> dict[str, Tensor]:
         return self.made.state()

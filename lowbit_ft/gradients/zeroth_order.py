@@ -21,7 +21,7 @@ the loop either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..adapters import is_scale
 from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
+from ..adapters.carry import Carried, followed
 from .base import Gradient, Making, Window, zeros
 from .cage import Problem
 from .config import GradientConfig
@@ -165,6 +166,13 @@ class ZerothOrder(Gradient):
         """The average goes on with steps that were taken only. It begins with the first estimate."""
         if self.config.momentum:
             self.average = {n: p.grad.detach() for n, p in self.trained.items() if p.grad is not None}
+
+    def carry(self, carried: Iterable[Carried]) -> None:
+        names = {id(parameter): name for name, parameter in self.trained.items()}
+        for one in carried:
+            name = names.get(id(one.parameter))
+            if name in self.average:
+                self.average[name] = followed(self.average[name], one.source)
 
     def state(self) -> dict[str, Tensor]:
         return self.average

@@ -132,7 +132,9 @@ def _loop(
             # 2. The data of this step, and how many targets all processes together have.
             began = time.perf_counter()
             if on_step is not None:
-                carry_rows(run.raw_optimizer, on_step(now.step) or ())
+                carried = list(on_step(now.step) or ())
+                carry_rows(run.raw_optimizer, carried)
+                run.gradient.carry(carried)
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
             counts = run.counts(micro)
