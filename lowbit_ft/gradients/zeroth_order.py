@@ -97,7 +97,15 @@ class ZerothOrderConfig(GradientConfig):
                 f"got {train.max_grad_norm:g}, but gradient.kind: zeroth_order clips nothing: the norm of an "
                 "estimate is that of a random direction; remove it",
             )
-        if steps := getattr(getattr(recipe, "adapter", None), "warmup_steps", 0):
+        adapter, inputs = getattr(recipe, "adapter", None), getattr(recipe, "quant", None)
+        learns = inputs is not None and inputs.activations is not None and inputs.activations.learn
+        if self.scope == "scales" and adapter is not None and not adapter.trains_scales and not learns:
+            yield (
+                ("train", "gradient", "scope"),
+                f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
+                "trains its scales (adapter.train_scale: true)",
+            )
+        if steps := getattr(adapter, "warmup_steps", 0):
             yield (
                 ("adapter", "warmup_steps"),
                 f"got {steps} with gradient.kind: zeroth_order, whose scales would learn from "
