@@ -79,7 +79,7 @@ class CageConfig(BaseModel):
             yield (
                 here,
                 f"got a pull to the codes, but {adapter.method} trains nothing that is rounded to them; use "
-                "lr_qat, dl_qat or l4q, or remove cage",
+                "lr_qat, dl_qat, l4q, full_qat or ef_qat, or remove cage",
             )
         if getattr(adapter, "warmup_steps", 0):
             yield (
