@@ -131,6 +131,12 @@ BAD = [
         "adapter.warmup_steps: got 3 with gradient.kind: zeroth_order, whose scales would learn",
     ),
     (
+        "cage, too strong",
+        NONE,
+        ("train.learning_rate=1e-2", "train.gradient={cage: {lambda: 100000, unit: raw}}"),
+        "train.gradient.cage: got lambda 100000.0: a step pulls by learning rate x lambda",
+    ),
+    (
         "scales alone, held",
         NONE,
         (SCALES, "adapter={method: full_qat, train_scale: false}"),
