@@ -96,6 +96,11 @@ class AdapterConfig(BaseModel):
         return False
 
     @property
+    def trains_scales(self) -> bool:
+        """Scales, magnitudes or offsets of the weights are among what trains."""
+        return getattr(self, "train_scale", True)
+
+    @property
     def changes_rows(self) -> bool:
         """Which rows train is chosen anew while they do, and an optimizer's averages move with them."""
         return False

@@ -37,8 +37,15 @@ def carry_rows(optimizer: torch.optim.Optimizer, carried: Iterable[Carried]) -> 
                     "averages (adamw), or adapter.refresh_steps: null"
                 )
             new = one.source < 0
-            rows = value[one.source.clamp_min(0)]
+            rows = followed(value, one.source)
             stayed = rows[~new]
-            sizes = bool((value >= 0).all()) and len(stayed) > 0
-            rows[new] = stayed.mean(0) if sizes else 0
+            if bool((value >= 0).all()) and len(stayed) > 0:
+                rows[new] = stayed.mean(0)
             value.copy_(rows)
+
+
+def followed(value: Tensor, source: Tensor) -> Tensor:
+    """The rows of an average where they are now: row i was row source[i], or 0 where it is new."""
+    rows = value[source.clamp_min(0)]
+    rows[source < 0] = 0
+    return rows

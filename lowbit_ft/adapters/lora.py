@@ -33,6 +33,10 @@ class LoraConfig(AdapterConfig):
     init_from: str | None = init_from_field()
 
     @property
+    def trains_scales(self) -> bool:
+        return False
+
+    @property
     def gain(self) -> float:
         return self.alpha / self.rank
 

@@ -7,7 +7,7 @@ that it trains, the same on every process, and returns the sums of the parts of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +65,8 @@ class Gradient:
         """Behind a step that was taken, gradients still there. rates: those of the step, as in the log: lr of
         A and B, scale_lr."""
 
-    def carry(self, carried: Sequence[Carried]) -> None:
-        """Rows of what trains have just been put elsewhere (adapters/carry.py): before `fill`."""
+    def carry(self, carried: Iterable[Carried]) -> None:
+        """Rows of what trains lie elsewhere now: what is kept between the steps follows them."""
 
     def state(self) -> dict[str, Tensor]:
         """What a resume needs that is no function of the step: by name, for the checkpoint."""

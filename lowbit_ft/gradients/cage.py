@@ -20,7 +20,7 @@ where nothing else moves. lr lambda must stay below 1. Nothing is kept: a resume
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -79,7 +79,7 @@ class CageConfig(BaseModel):
             yield (
                 here,
                 f"got a pull to the codes, but {adapter.method} trains nothing that is rounded to them; use "
-                "lr_qat, dl_qat or l4q, or remove cage",
+                "lr_qat, dl_qat, l4q, full_qat or ef_qat, or remove cage",
             )
         if getattr(adapter, "warmup_steps", 0):
             yield (
@@ -107,6 +107,22 @@ class CageConfig(BaseModel):
             return 0.0
         return 1.0 if self.schedule == "constant" else (done - self.silence) / (1 - self.silence)
 
+    def raw(self, rates: Sequence[float]) -> float:
+        """lambda in raw units. rates: the learning rates of all steps. ValueError for a step that would throw
+        weights past their codes."""
+        if self.form == "coupled":
+            return self.strength
+        pulls = [rate * self.share(step, len(rates)) for step, rate in enumerate(rates)]
+        scale = self.strength
+        if self.unit == "pull":
+            scale = self.strength / sum(pulls) if any(pulls) else 0.0
+        if (most := max(pulls, default=0.0) * scale) >= 1:
+            raise ValueError(
+                f"a step pulls by learning rate x lambda = {most:.3g}, which must stay below 1: it would "
+                "throw weights past their codes; lower lambda or silence, or train for more steps"
+            )
+        return scale
+
 
 class Cage(Gradient):
     """The pull around the gradient of a kind. `scale`: lambda in raw units."""
@@ -122,17 +138,10 @@ class Cage(Gradient):
             raise ValueError(
                 "train.gradient.cage: nothing that trains is rounded to codes; remove it, or attach lr_qat"
             )
-        self.scale = config.strength
-        if config.form == "decoupled":
-            rates = [making.rate(t) * config.share(t, making.total) for t in range(making.total)]
-            if config.unit == "pull":
-                self.scale = config.strength / sum(rates) if any(rates) else 0.0
-            if (most := max(rates, default=0.0) * self.scale) >= 1:
-                raise ValueError(
-                    f"train.gradient.cage: a step pulls by learning rate x lambda = {most:.3g}, which must "
-                    "stay below 1: it would throw weights past their codes; lower lambda or silence, or "
-                    "train for more steps"
-                )
+        try:
+            self.scale = config.raw([making.rate(t) for t in range(making.total)])
+        except ValueError as error:
+            raise ValueError(f"train.gradient.cage: {error}") from None
 
     def fill(self, window: Window) -> Tensor:
         sums = self.made.fill(window)
@@ -162,7 +171,7 @@ class Cage(Gradient):
             assert isinstance(layer.base, PackedWeight)
             yield name, adapter, layer.base
 
-    def carry(self, carried: Sequence[Carried]) -> None:
+    def carry(self, carried: Iterable[Carried]) -> None:
         self.made.carry(carried)
 
     def state(self) -> dict[str, Tensor]:

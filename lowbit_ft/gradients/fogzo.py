@@ -63,7 +63,7 @@ class FogzoConfig(GradientConfig):
             yield (
                 ("train", "gradient", "kind"),
                 f"got 'fogzo', but {adapter.method} trains nothing that is rounded to codes, so backprop is "
-                "exact there; use lr_qat, dl_qat or l4q, or kind: backprop",
+                "exact there; use lr_qat, dl_qat, l4q, full_qat or ef_qat, or kind: backprop",
             )
         if getattr(adapter, "warmup_steps", 0):
             yield (

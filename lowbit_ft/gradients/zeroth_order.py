@@ -21,7 +21,7 @@ the loop either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..adapters import is_scale
 from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
-from ..adapters.carry import Carried
+from ..adapters.carry import Carried, followed
 from .base import Gradient, Making, Window, zeros
 from .cage import Problem
 from .config import GradientConfig
@@ -97,7 +97,15 @@ class ZerothOrderConfig(GradientConfig):
                 f"got {train.max_grad_norm:g}, but gradient.kind: zeroth_order clips nothing: the norm of an "
                 "estimate is that of a random direction; remove it",
             )
-        if steps := getattr(getattr(recipe, "adapter", None), "warmup_steps", 0):
+        adapter, inputs = getattr(recipe, "adapter", None), getattr(recipe, "quant", None)
+        learns = inputs is not None and inputs.activations is not None and inputs.activations.learn
+        if self.scope == "scales" and adapter is not None and not adapter.trains_scales and not learns:
+            yield (
+                ("train", "gradient", "scope"),
+                f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
+                "trains its scales (adapter.train_scale: true)",
+            )
+        if steps := getattr(adapter, "warmup_steps", 0):
             yield (
                 ("adapter", "warmup_steps"),
                 f"got {steps} with gradient.kind: zeroth_order, whose scales would learn from "
@@ -167,13 +175,12 @@ class ZerothOrder(Gradient):
         if self.config.momentum:
             self.average = {n: p.grad.detach() for n, p in self.trained.items() if p.grad is not None}
 
-    def carry(self, carried: Sequence[Carried]) -> None:
-        """The average follows its rows; one that is new begins with nothing."""
+    def carry(self, carried: Iterable[Carried]) -> None:
         names = {id(parameter): name for name, parameter in self.trained.items()}
         for one in carried:
-            if (name := names.get(id(one.parameter), "")) in self.average:
-                rows = self.average[name][one.source.clamp_min(0)]
-                self.average[name] = rows.masked_fill_((one.source < 0)[:, None], 0)
+            name = names.get(id(one.parameter))
+            if name in self.average:
+                self.average[name] = followed(self.average[name], one.source)
 
     def state(self) -> dict[str, Tensor]:
         return self.average

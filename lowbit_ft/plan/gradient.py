@@ -40,8 +40,9 @@ def gradient_notes(recipe: Recipe) -> list[str]:
     told = gradient.told(recipe.train.gradient_checkpointing)
     found = [told] if told else []
     if gradient.cage is not None:
+        product = "" if recipe.adapter.dense_delta else ", and a product with the rows of A"
         found.append(
             f"gradient cage: behind {gradient.cage.silence:.0%} of the run, every layer's values once more "
-            "per step, and a product with the rows of A"
+            f"per step{product}"
         )
     return found

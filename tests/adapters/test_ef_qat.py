@@ -155,13 +155,15 @@ def test_rows_that_leave_keep_their_codes_and_come_back_to_them() -> None:
     assert torch.equal(adapter(x, base), again.linear(x)), "and trains what ships"
 
 
-def test_rows_chosen_by_what_step_0_saw() -> None:
+@pytest.mark.parametrize("backward", [True, False])  # zeroth order has none
+def test_rows_chosen_by_what_step_0_saw(backward: bool) -> None:
     """Mean |w| rms(x): an input that is nearly all of the sum decides alone."""
     base = packed(GRID, (64, 64))
     adapter = built(base, share=0.25, importance="weight_input").train()
     adapter.begin_step(0, base)
     x = torch.randn(30, 64) * torch.ones(64).index_fill(0, torch.tensor([7]), 1e4)
-    adapter(x, base)
+    with torch.set_grad_enabled(backward):
+        adapter(x, base)
     adapter.begin_step(1, base)
     want = base.dequantize().abs()[:, 7].topk(16).values.min()
     assert base.dequantize().abs()[adapter.rows, 7].min() >= want

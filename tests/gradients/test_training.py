@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowbit_ft.adapters.carry import Carried
 from lowbit_ft.gradients import GRADIENTS
 from lowbit_ft.train.setup import TrainError
 from tests.gradients.common import Layer, gradients, making, window
@@ -135,3 +136,17 @@ def test_what_a_model_has_not_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             go_toy(tmp_path / "toy", Toy(), gradient=way, gradient_checkpointing="check" in said)
+
+
+@pytest.mark.parametrize("cage", [None, {}])
+def test_the_average_of_gradients_follows_its_rows(cage: dict[str, Any] | None) -> None:
+    """ef_qat moves row 0 to row 1: so does what zeroth order keeps of it; a new row begins with nothing."""
+    made = making(Layer("full_qat"))
+    way = {"kind": "zeroth_order", "momentum": 0.5, "cage": cage}
+    gradient = GRADIENTS["zeroth_order"].model_validate(way).make(made)
+    (name, delta), *_ = made.trained.items()
+    before = torch.arange(1.0, 25.0).view_as(delta)
+    gradient.load({name: before.clone()})
+    gradient.carry([Carried(delta, torch.tensor([-1, 0, 2]))])
+    after = gradient.state()[name]
+    assert torch.equal(after, torch.stack([torch.zeros(8), before[0], before[2]]))

@@ -211,6 +211,12 @@ def check_train(r: Any) -> Problems:
             f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
             "and importance: weight",
         )
+    if adapter is not None and adapter.changes_rows and train.max_steps == 0:
+        yield Problem(
+            ("train", "max_steps"),
+            f"got 0, but adapter {adapter.method} chooses its rows anew in steps of training, and there is "
+            "none; set max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
+        )
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),

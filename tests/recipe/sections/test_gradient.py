@@ -1,15 +1,19 @@
 """train.gradient: what each kind needs, and what it does not go with."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.gradients import GRADIENTS
 from lowbit_ft.plan.fixes import changed
 from lowbit_ft.recipe.recipe import load_recipe
 from tests.recipe.recipe_text import GOOD, bad_recipes, refused_with
 
 ZEROTH, FOGZO = "train.gradient={kind: zeroth_order}", "train.gradient={kind: fogzo}"
+SCALES = "train.gradient={kind: zeroth_order, scope: scales}"
 CAGE = "train.gradient={cage: {}}"
 SCALE, LORA = "adapter={method: scale}", "adapter={method: lora}"
 NONE = ("name: test", "name: test")
@@ -126,7 +130,43 @@ BAD = [
         (ZEROTH, "adapter={method: l4q, warmup_steps: 3}"),
         "adapter.warmup_steps: got 3 with gradient.kind: zeroth_order, whose scales would learn",
     ),
+    (
+        "cage, too strong",
+        NONE,
+        ("train.learning_rate=1e-2", "train.gradient={cage: {lambda: 100000, unit: raw}}"),
+        "train.gradient.cage: got lambda 100000.0: a step pulls by learning rate x lambda",
+    ),
+    (
+        "scales alone, held",
+        NONE,
+        (SCALES, "adapter={method: full_qat, train_scale: false}"),
+        "train.gradient.scope: got 'scales', but full_qat trains none here; set scope: adapters",
+    ),
+    (
+        "scales alone, lora",
+        NONE,
+        (SCALES, LORA),
+        "train.gradient.scope: got 'scales', but lora trains none here; set scope: adapters",
+    ),
 ]
+
+
+def test_scales_alone_may_be_those_of_inputs() -> None:
+    """Learned scales of inputs train where those of the weights do not."""
+    train = SimpleNamespace(
+        gradient_checkpointing=False,
+        keep_codes=False,
+        mixed_precision="no",
+        model_fields_set={"learning_rate"},
+        max_grad_norm=1.0,
+        sharding="none",
+    )
+    held = ADAPTERS["full_qat"].model_validate({"method": "full_qat", "train_scale": False})
+    way = GRADIENTS["zeroth_order"].model_validate({"kind": "zeroth_order", "scope": "scales"})
+    for learn, count in ((True, 0), (False, 1)):
+        quant = SimpleNamespace(activations=SimpleNamespace(learn=learn))
+        recipe = SimpleNamespace(train=train, adapter=held, quant=quant)
+        assert len(list(way.problems(recipe))) == count
 
 
 @bad_recipes(BAD)

@@ -137,6 +137,12 @@ BAD = [
         (),
         "gradient_checkpointing: true, or offload: no",
     ),
+    (
+        "rows chosen anew in no step",
+        ("max_steps: 10", "max_steps: 0\n  reconstruct: {}"),
+        ("adapter={method: ef_qat, importance: weight_input}",),
+        "train.max_steps: got 0, but adapter ef_qat chooses its rows anew in steps of training",
+    ),
 ]
 
 
