@@ -129,7 +129,7 @@ def main() -> None:
             f"{value:.3f}" if "mb" not in key else f"{value:.2f}" for key, value in list(row.items())[1:]
         ]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    facts = {key: value for key, value in vars(o).items() if key != "out"}
+    facts = {key: value for key, value in vars(o).items() if key != "out"} | {"model": Path(o.model).name}
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(o.out, json.dumps({"environment": environment(), **facts, "rows": rows}, indent=1) + "\n")
 

@@ -142,7 +142,7 @@ def main() -> None:
             f"| {name} | {median(times):.3f} | {ratio:.2f} | {peaks[name] / 1e6:.1f} | "
             f"{peaks[name] / peaks[base]:.2f} |"
         )
-    facts = {k: v for k, v in vars(o).items() if k != "out"}
+    facts = {k: v for k, v in vars(o).items() if k != "out"} | {"model": Path(o.model).name}
     text = json.dumps({"environment": environment(), **facts, "rows": rows}, indent=1)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(o.out, text + "\n")
