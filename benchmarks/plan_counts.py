@@ -144,11 +144,11 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     import copy
 
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, recipe.model.attention)
-    targets, _ = plan_layers(dense, recipe.quant)
+    targets, _ = plan_layers(dense, recipe.quant, folder)
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
     _pack(
         model,
-        [_asked(recipe, config, "", n, {}) for n in targets],
+        [_asked(recipe, config, n, matrix, {}) for n, matrix in targets.items()],
         getattr(torch, recipe.model.dtype),
     )
     windows, length, train_section = recipe.train.micro_batch_size, recipe.data.sequence_len, recipe.train

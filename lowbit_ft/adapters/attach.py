@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..activations.learned import learn_inputs
 from ..activations.place import scheme_of
 from ..kv_cache import kv_config_of
+from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from . import Adapter, AdapterConfig
 from .carry import Carried
@@ -88,7 +89,8 @@ def attach(
         raise ValueError("attach: the model has no packed layers; quantize it first")
     names = [name for name, _ in layers]
     packed = sum(layer.in_features * layer.out_features for _, layer in layers)
-    layers = [(name, layer) for name, layer in layers if config.trains(name)]
+    parts = part_rows(model)
+    layers = [(name, layer) for name, layer in layers if config.trains(*known_as(name, parts))]
     if not layers:
         raise ValueError(
             f"adapter.targets: {config.targets} match none of the {len(names)} packed layers "

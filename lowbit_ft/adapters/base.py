@@ -62,9 +62,9 @@ class AdapterConfig(BaseModel):
         "codes they came with",
     )
 
-    def trains(self, layer_name: str) -> bool:
-        """Whether the packed layer of that name gets an adapter."""
-        return self.targets is None or any(matches(pattern, layer_name) for pattern in self.targets)
+    def trains(self, *names: str) -> bool:
+        """Whether the packed layer that is known by these names gets an adapter."""
+        return self.targets is None or any(matches(p, name) for p in self.targets for name in names)
 
     def of_layer(self, layer_name: str) -> "AdapterConfig":
         """What the adapter of the layer of that name is built from."""

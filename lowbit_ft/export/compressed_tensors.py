@@ -131,6 +131,8 @@ class CompressedTensors(Exporter):
 
     def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
         native = "set export.format: native"
+        if matrix.rows is not None:
+            return self.reject_part(matrix)
         if matrix.embedding:
             return (
                 f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out "

@@ -34,6 +34,7 @@ from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
 from ..adapters.folder import refuse_pickle
 from ..grid import Weight
+from ..model.fused import Fused
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from ..segments import layout, read_layout, segments_of
 from .adapter_files import (
@@ -245,7 +246,12 @@ class LowBitModel(BaseTuner):
         for name, module in outside_hosts(model, hosts):
             if not self._check_target_module_exists(peft_config, name):
                 continue
-            if name not in hosts:
+            if isinstance(module, Fused):
+                problems.append(
+                    f"{name}: its parts are packed apart, and each has an adapter of its own; name these: "
+                    f"{', '.join(module.fusion)}"
+                )
+            elif name not in hosts:
                 problems.append(
                     f"{name}: a {type(module).__name__}, not a packed linear layer; "
                     "quantize it, or leave it out of target_modules"

@@ -38,8 +38,9 @@ from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_confi
 from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
 from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
+from ..model.fused import Fusion, check_parts, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
-from ..model.matrices import find_matrices, stand_in
+from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..rotations import OnlineHadamard
 
 Spec = TypeVar("Spec")  # of a layer, or nothing
@@ -56,6 +57,7 @@ class LowbitConfig(QuantizationConfigMixin):
         activations: Any = None,
         hadamard: Any = (),
         kv_cache: Any = None,
+        fused: Any = None,
         **kwargs: Any,
     ):
         if unknown := sorted(set(kwargs) - {"quant_method"}):
@@ -64,6 +66,8 @@ class LowbitConfig(QuantizationConfigMixin):
         self.version, self.grids, self.skipped = version, grids, list(skipped)
         if activations is not None:
             self.activations = activations
+        if fused is not None:
+            self.fused = fused
         if kv_cache is not None:
             self.kv_cache = KVConfig.from_json(kv_cache).to_json()
         layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
@@ -75,8 +79,9 @@ class LowbitConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, model: nn.Module) -> "LowbitConfig":
         """The configuration of a model's packed layers."""
+        parts = part_rows(model)
         layers = {
-            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer))
+            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer), rows=parts.get(name))
             for name, layer in packed_layers(model)
         }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -117,7 +122,7 @@ class LowbitQuantizer(HfQuantizer):
         layers, new = named_in(model, self.quantization_config.layers), frozenset[str]()
         if (writer := other_writer(model)) is not None:
             layers, new = in_another_class(model, writer, layers)
-        stand_in(model, layers)
+        stand_in(model, layers, fusions_for(model, layers))
         for name, spec in layers.items():
             try:
                 linear = model.get_submodule(name)
@@ -198,10 +203,32 @@ def named_in(model: Any, layers: dict[str, Spec]) -> dict[str, Spec]:
     the names."""
     prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
 
-    def here(name: str) -> str:
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), name)
+    def here(name: str, spec: Spec) -> str:
+        whole = whole_of(name, spec)
+        found = next((n for n in (whole, whole.removeprefix(prefix), prefix + whole) if n in known), whole)
+        return found + name.removeprefix(whole)
 
-    return {here(name): spec for name, spec in layers.items()}
+    return {here(name, spec): spec for name, spec in layers.items()}
+
+
+def whole_of(name: str, spec: Any) -> str:
+    """The linear of the dense model that a layer is, or is a part of."""
+    return name if getattr(spec, "rows", None) is None else name.rpartition(".")[0]
+
+
+def fusions_for(model: Any, layers: dict[str, LayerSpec]) -> dict[str, Fusion]:
+    """The matrices of this model that are in parts. ValueError where it has no such, or other rows."""
+    apart = fusions_of(Matrix(name, "", spec.shape, rows=spec.rows) for name, spec in layers.items())
+    known = find_matrices(model)
+    for name, fusion in apart.items():
+        matrix = known.get(name)
+        if matrix is None or matrix.expert is not None or matrix.embedding:
+            raise ValueError(
+                f"quantization_config.fused: {name} is no linear of this {type(model).__name__}, so it has "
+                "no parts"
+            )
+        check_parts(fusion.values(), matrix.shape[0], f"quantization_config.fused: {name}")
+    return apart
 
 
 def other_writer(model: Any) -> frozenset[str] | None:
@@ -232,7 +259,8 @@ def in_another_class(
         for key in model.state_dict().keys() - set(model.all_tied_weights_keys)
         if key.removeprefix(prefix) not in writer and key.rpartition(".")[0] not in kept
     )
-    gone = [name for name in layers if name not in known and f"{name.removeprefix(prefix)}.weight" in writer]
+    wholes = {name: whole_of(name, spec) for name, spec in layers.items()}
+    gone = [n for n, w in wholes.items() if w not in known and f"{w.removeprefix(prefix)}.weight" in writer]
     kind = f"this folder was written by {', '.join(model.config.architectures)}, and {type(model).__name__}"
     if new:
         warnings.warn(

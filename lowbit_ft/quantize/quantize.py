@@ -27,7 +27,7 @@ from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.load import materialize
-from ..model.matrices import stand_in
+from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
@@ -67,8 +67,10 @@ class Packing:
         self.device, self.dtype = torch.device(device), dtype or checkpoint.dtype
         self.calibration, self.progress = calibration, Progress(console, 0)
         self.model = checkpoint.empty_model(attention)
-        self.targets, self.rows = plan_layers(self.model, quant)
-        stand_in(self.model, self.targets)
+        self.targets, self.rows = plan_layers(self.model, quant, checkpoint.folder)
+        apart = fusions_of(self.targets.values())
+        checkpoint.take_apart(apart)
+        stand_in(self.model, self.targets, apart)
         checkpoint.online(self.model)
         names = list(self.targets)
         if checkpoint.incoming is not None:
@@ -90,7 +92,7 @@ class Packing:
                 inside = [n for i in range(len(layers)) for n in names if n.startswith(f"{prefix}.{i}.")]
                 names = inside + [name for name in names if name not in set(inside)]
         self.specs: dict[str, tuple[tuple[int, int], Grid]] = {
-            n: (self.targets[n].shape, quant.grid_for(n)) for n in names
+            n: (self.targets[n].shape, quant.grid_for(*self.targets[n].names)) for n in names
         }
         self._made: Iterator[tuple[str, Weight]] | None = None
         self.progress = Progress(console, sum(n * k for (n, k), _ in self.specs.values()))
@@ -174,7 +176,7 @@ class Packing:
         """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless there is the
         curvature of their inputs. inside: text was looked for.
         """
-        grid, run, note = self.quant.grid_for(name), self.calibrator, ""
+        grid, run, note = self.specs[name][1], self.calibrator, ""
         if run.needs_text and curvature is None:
             run, why = CALIBRATORS[grid.start], "outside the decoder layers"
             if inside:
@@ -201,7 +203,7 @@ class Packing:
     ) -> dict[str, Weight]:
         """All linears of a decoder layer at once, by their effect on its output. unit: see DenseBlock."""
         assert self.calibrator.block is not None
-        grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
+        grids = {name: grid for name in names if isinstance(grid := self.specs[name][1], IntGrid)}
         weights = {name: self._stored(name).float() for name in names}
         stats = self._stats()
         block = DenseBlock(
@@ -230,7 +232,7 @@ class Packing:
         return self.checkpoint.matrix(name, device=self.device, dtype=dtype, rows=rows)
 
     def _adopt(self, name: str) -> Weight:
-        grid = self.quant.grid_for(name)
+        grid = self.specs[name][1]
         assert isinstance(grid, IntGrid)
         base = self.checkpoint.packed_weight(f"{name}.weight", grid, self.device)
         self._said(name, base, f"as it is in the {self.checkpoint.incoming} checkpoint", None)

@@ -17,6 +17,7 @@ from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..export.writer import check_model
 from ..integrations.adapter_files import write_adapter
+from ..model.fused import fusions_in
 from ..model.shards import is_sharded, whole
 from ..rotations import FoldedCheckpoint
 from ..session import Session
@@ -112,6 +113,7 @@ def attach_adapters(session: Session, model: Any) -> None:
     recipe, run_dir = session.recipe, session.run
     config = adapter_of(session)
     torch.manual_seed(recipe.train.seed)
+    session.folded.take_apart(fusions_in(model))
     rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)

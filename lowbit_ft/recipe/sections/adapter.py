@@ -14,6 +14,7 @@ from ...names import listed, matches
 from ..layers import nearest_layers, shapes_here
 from ..yaml import Problem, dotted
 from .base import Problems
+from .overrides import layers_apart
 from .quant import grids
 
 
@@ -99,11 +100,10 @@ def check_adapter_layers(r: Any) -> Problems:
     """adapter.targets against the layers that are packed, and the LoRA of adapter.init_from against them."""
     shapes = shapes_here(r.model.path, r.model.revision)
     config = r.adapter
-    layers = (
-        {} if shapes is None else {x.name: x for x in shapes.linears if r.quant.skip_reason(x.name) is None}
-    )
+    packed = [] if shapes is None else [x for x in shapes.linears if r.quant.skip_reason(x.name) is None]
+    layers = {} if shapes is None else {x.name: x for x in layers_apart(r.quant, packed, shapes)}
     for i, pattern in enumerate(config.targets or []):
-        if layers and not any(matches(pattern, name) for name in layers):
+        if layers and not any(matches(pattern, name) for x in layers.values() for name in x.names):
             yield Problem(
                 ("adapter", "targets", i),
                 f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, list(layers))}",
@@ -125,7 +125,7 @@ def check_adapter_layers(r: Any) -> Problems:
     # A file may name its layers without the model's prefix; then the check waits for the model
     # (adapters/lora_start.py).
     named = any(name in layers for name in lora.pairs)
-    adapted = {name: (x.out_features, x.in_features) for name, x in layers.items() if config.trains(name)}
+    adapted = {n: (x.out_features, x.in_features) for n, x in layers.items() if config.trains(*x.names)}
     for problem in lora_problems(
         lora, config, adapted if named else {n: (b.shape[0], a.shape[1]) for n, (a, b) in lora.pairs.items()}
     ):

@@ -73,13 +73,13 @@ def check_export(r: Any) -> Problems:
     embedding = shapes.token_embedding
     for layer in packed_layers(r.quant, shapes):
         try:
-            grid = r.quant.grid_for(layer.name)
+            grid = r.quant.grid_for(*layer.names)
         except ValueError:
             return  # bits the grid does not have: check_grid told
         if layer == embedding:
             if EXPORTERS[name].reject_matrix(replace(layer.matrix, embedding=True), grid, layer.parts):
                 continue  # _check_kinds told
-        elif config is not None and config.grid_name == grid.kind and config.trains(layer.name):
+        elif config is not None and config.grid_name == grid.kind and config.trains(*layer.names):
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
@@ -136,7 +136,7 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     layers = [(x, replace(x.matrix, embedding=x == embedding)) for x in packed_layers(r.quant, shapes)]
     for layer, matrix in layers:
         try:
-            grid = r.quant.grid_for(layer.name)
+            grid = r.quant.grid_for(*layer.names)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         if layer.tensors:  # else a tied head, which gets tensors of its own
