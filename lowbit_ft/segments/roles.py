@@ -1,7 +1,7 @@
 """roles: what the parts of a fused matrix are called, by what the model makes of them.
 
-    q, k, v      q and k are multiplied with each other, in this order; v with what came of that. An attention
-                 that is one operator of the graph takes all three in this order
+    q, k, v      q and k are multiplied with each other, in this order; v with the softmax of that. An
+                 attention that is one operator of the graph takes all three in this order
     gate, up     they are multiplied element by element, gate behind an activation
     0, 1, ...    whatever else, in the order of their first rows
 
@@ -29,13 +29,14 @@ def _attention(parts: Sequence[list[Node]]) -> tuple[str, ...] | None:
         for user, place, _ in _uses(nodes):
             if name_of(user) in MIXES:
                 met.setdefault(user, {}).setdefault(part, place)
-    for places in met.values():
+    for product, places in met.items():
         order = sorted(places, key=lambda part: places[part])
         if len(set(places.values())) != len(order):
             continue
-        if len(order) == 2:  # the third one meets what came of these
-            third = 3 - sum(order)
-            order += [third] * any(set(other) == {third} for other in met.values())
+        if len(order) == 2 and any("softmax" in name_of(user) for user, _, _ in _uses([product])):
+            order += [3 - sum(order)]
+        elif "attention" not in name_of(product):
+            continue
         if len(order) == 3:
             return _in_order(order, ("q", "k", "v"))
     return None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ...model.fused import Fusion
-from ...names import did_you_mean, listed, matches
+from ...names import did_you_mean, listed, matches, nearest
 from ...segments import Segments, segments_in
 from ..layers import Layer, Shapes, nearest_layers
 from ..yaml import Problem
@@ -115,7 +115,9 @@ def check_overrides(quant: Any, layers: list[Layer], names: list[str], shapes: S
                 f"{got}, but {met} is no fused matrix, it has no parts; use {stem!r} for the whole layer",
             )
         else:
-            near = nearest_layers(override.match, names)
+            ends = [f"{name.rpartition('.')[2]}.{part}" for name, own in parts.items() for part in own.names]
+            close = nearest(".".join(override.match.split(".")[-2:]), ends, cutoff=0.8)
+            near = f"; did you mean '{close}'?" if close else nearest_layers(override.match, names)
             yield Problem(here, f"{got}, which matches no quantized layer{near}{untraced}")
 
 
