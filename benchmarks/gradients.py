@@ -96,6 +96,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--learning-rate", type=float, default=4e-3)
     p.add_argument("--zeroth-learning-rate", type=float, default=1e-4)
     p.add_argument("--eps", type=float, default=0.05)
+    p.add_argument("--targets", nargs="*", default=None, help="layers that train, for example '*.q_proj'")
+    p.add_argument("--probes", type=int, default=1, help="directions per step of zeroth order")
     p.add_argument("--times", action="store_true", help="step times and memory instead of quality")
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--out", type=Path, default=HERE / "results" / "gradients.json")
@@ -113,14 +115,14 @@ class Table(Bench):
             QuantSection.model_validate({"bits": bits, "group_size": group, "calibrate": self.o.start})
         )
         torch.manual_seed(seed)
-        attach(model, ADAPTERS[method].model_validate({"method": method}))
+        attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets}))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
         gradient = dict(changes.get("gradient", {}))
         zeroth = gradient.get("kind") == "zeroth_order"
         if zeroth:
-            gradient["eps"] = self.o.eps
+            gradient |= {"eps": self.o.eps, "probes": self.o.probes}
         return TrainSection.model_validate(
             {
                 "max_steps": steps,
@@ -209,7 +211,19 @@ class Table(Bench):
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("case", "grid", "start_calibrator", "seed", "steps", "eps", "rates"))
+    named = (
+        "case",
+        "grid",
+        "start_calibrator",
+        "seed",
+        "steps",
+        "batch",
+        "eps",
+        "probes",
+        "targets",
+        "rates",
+    )
+    return tuple(row.get(k) for k in named)
 
 
 def print_table(stored: dict[str, Any]) -> None:
@@ -220,7 +234,17 @@ def print_table(stored: dict[str, Any]) -> None:
         print("|---|--:|--:|--:|--:|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row["steps_done"], row["eps"], row["rates"]), []).append(row)
+        groups.setdefault(
+            (
+                row["case"],
+                row["steps_done"],
+                row["eps"],
+                row.get("probes"),
+                str(row.get("targets")),
+                row["rates"],
+            ),
+            [],
+        ).append(row)
     for (case, steps, *_), same in groups.items():
         values = [row["perplexity"] for row in same]
         spread = f" ±{pstdev(values):.3f}" if len(values) > 1 else ""
@@ -258,7 +282,10 @@ def main() -> None:
             fact = {"case": case, "grid": o.grid, "start_calibrator": o.start, "seed": seed}
             fact |= {
                 "steps": o.steps,
+                "batch": o.batch,
                 "eps": o.eps,
+                "probes": o.probes,
+                "targets": o.targets,
                 "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
             }
             if key_of(fact) in done:

@@ -105,6 +105,7 @@ class EfQAT(ScaledAdapter):
         count = config.rows_of(n)
         # Until somebody counts the steps nothing is looked at and nothing changes, which is said once.
         self.watching, self.counted = False, not config.changes_rows
+        self.alone = False  # input_size holds what this process has seen, and not yet the others
         self.delta = nn.Parameter(torch.zeros(count, k, device=device)) if count else None
         if not count:
             return
@@ -131,6 +132,7 @@ class EfQAT(ScaledAdapter):
                 self.say_uncounted("refresh_steps and importance: weight_input do nothing")
             if self.watching:  # also in forwards without a backward, which are all that zeroth order has
                 self.input_size += x.detach().float().square().flatten(0, -2).sum(0)
+                self.alone = True
         return super().forward(x, base)
 
     @torch.no_grad()
@@ -139,15 +141,21 @@ class EfQAT(ScaledAdapter):
         if self.delta is None or not config.changes_rows:
             return []
         by_input = config.importance == "weight_input"
+        self.settle()
         self.watching = by_input and step == 0
         every = config.refresh_steps
         if (by_input and step == 1) or (every is not None and step > 0 and step % every == 0):
             assert isinstance(base, PackedWeight)
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            if by_input and step == 1 and distributed:
-                torch.distributed.all_reduce(self.input_size)
             return self.choose(base)
         return []
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """input_size becomes that of all processes, once: before a checkpoint or before the choice."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.alone and distributed:
+            torch.distributed.all_reduce(self.input_size)
+        self.alone = False
 
     def choose(self, base: PackedWeight) -> list[Carried]:
         """The rows that matter most now; what their averages in an optimizer have to follow."""

@@ -37,6 +37,8 @@ def kept_bytes(recipe: Recipe, made: Skeleton) -> int:
 def gradient_notes(recipe: Recipe) -> list[str]:
     """What it costs in time; and that it is not backprop."""
     gradient = recipe.train.gradient
+    if recipe.train.max_steps == 0:  # reconstruct only: no step of it is taken
+        return []
     told = gradient.told(recipe.train.gradient_checkpointing)
     found = [told] if told else []
     if gradient.cage is not None:

@@ -13,6 +13,9 @@ from lowbit_ft.adapters.attach import adapted_layers, adapter_state, begin_step
 from lowbit_ft.adapters.ef_qat import EfQAT
 from lowbit_ft.gradients import GRADIENTS
 from lowbit_ft.grid import IntGrid
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.refusals import refuse
+from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import unshardable
 from tests.gradients.common import making, window
 from tests.loop_tools import digest, go, losses, stop_at
@@ -87,3 +90,17 @@ def test_what_cannot_move_rows_is_refused_with_the_way_out() -> None:
     [(key, message)] = unshardable(section(), config)
     assert key == ("adapter", "refresh_steps") and "refresh_steps: null" in message
     assert not unshardable(section(), ADAPTERS["ef_qat"].model_validate({"method": "ef_qat"}))
+    with pytest.raises(TrainError, match=r"adapter.refresh_steps: got 2 with train.sharding: fsdp"):
+        refuse(section(), llama(), None, sharded=True)
+    way = {"kind": "zeroth_order", "scope": "scales"}
+    with pytest.raises(TrainError, match=r"gradient.scope: got 'scales' with adapter ef_qat"):
+        refuse(section(gradient=way), llama(), None, sharded=False)
+
+
+def test_validation_goes_by_the_op_that_training_takes(tmp_path: Path) -> None:
+    model, seen = llama(refresh_steps=None), []
+    layer = next(m for m in model.modules() if isinstance(m, PackedLinear))
+    layer.register_forward_pre_hook(lambda layer, _: seen.append((layer.training, layer.fast_decode)))
+    go(tmp_path, model, batches(), batches(seed=1), max_steps=1, eval_every=1)
+    behind = seen[seen.index((True, True)) :]
+    assert set(behind) == {(True, True), (False, False)} and layer.fast_decode

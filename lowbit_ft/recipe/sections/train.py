@@ -211,12 +211,8 @@ def check_train(r: Any) -> Problems:
             f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
             "and importance: weight",
         )
-    if adapter is not None and adapter.changes_rows and train.max_steps == 0:
-        yield Problem(
-            ("train", "max_steps"),
-            f"got 0, but adapter {adapter.method} chooses its rows anew in steps of training, and there is "
-            "none; set max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
-        )
+    if adapter is not None and adapter.changes_rows and train.max_steps is not None:
+        yield from _too_short_for_rows(train.max_steps, adapter)
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
@@ -252,6 +248,22 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
+
+
+def _too_short_for_rows(steps: int, adapter: Any) -> Problems:
+    """Rows that are to be chosen anew while it trains, and no step before which that is done."""
+    if steps < 2:
+        yield Problem(
+            ("train", "max_steps"),
+            f"got {steps}, but adapter {adapter.method} chooses its rows anew between steps of training; set "
+            "max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
+        )
+    elif (every := getattr(adapter, "refresh_steps", None)) is not None and every >= steps:
+        yield Problem(
+            ("adapter", "refresh_steps"),
+            f"got {every} with train.max_steps {steps}: the rows would never be chosen anew; set it below "
+            f"{steps}, or to null",
+        )
 
 
 def check_offload(r: Any) -> Problems:
