@@ -14,6 +14,7 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
+    full_bf16      full_qat with masters in bf16      full_none      with none (ECO)
 
 Rows are kept in --out as they come."""
 
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
+    "full_bf16": ("full_qat", 1, {"adapter": {"master": "bf16"}}),
+    "full_none": ("full_qat", 1, {"adapter": {"master": "none"}}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -108,14 +111,14 @@ def options() -> argparse.Namespace:
 class Table(Bench):
     """The checkpoint and its windows, and a run of a case."""
 
-    def student(self, method: str, seed: int) -> Any:
+    def student(self, method: str, seed: int, **keys: Any) -> Any:
         """A fresh packed model with fresh adapters."""
         bits, group = (int(value) for value in self.o.grid.split(":"))
         model = self.base(
             QuantSection.model_validate({"bits": bits, "group_size": group, "calibrate": self.o.start})
         )
         torch.manual_seed(seed)
-        attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets}))
+        attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets} | keys))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
@@ -151,7 +154,8 @@ class Table(Bench):
 
     def quality(self, case: str, seed: int) -> dict[str, Any]:
         method, times, changes = CASES[case]
-        model = self.student(method, seed)
+        changes = dict(changes)
+        model = self.student(method, seed, **changes.pop("adapter", {}))
         started = self.perplexity(model)
         section = self.section(round(self.o.steps * times), seed, changes)
         began, busy = time.perf_counter(), time.process_time()
@@ -240,7 +244,7 @@ def print_table(stored: dict[str, Any]) -> None:
                 row["steps_done"],
                 row["eps"],
                 row.get("probes"),
-                str(row.get("targets")),
+                row.get("targets"),
                 row["rates"],
             ),
             [],
@@ -285,7 +289,7 @@ def main() -> None:
                 "batch": o.batch,
                 "eps": o.eps,
                 "probes": o.probes,
-                "targets": o.targets,
+                "targets": " ".join(o.targets or []),
                 "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
             }
             if key_of(fact) in done:

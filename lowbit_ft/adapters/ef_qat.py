@@ -16,24 +16,21 @@ their rows (carry.py).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from lowbit_kernels import packed_width
 from lowbit_kernels.pack import decode_residual
 from pydantic import Field, PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..grid import GridArgs, IntGrid, PackedWeight, Weight
-from .base import ScaledAdapter, ScaleOptions
 from .carry import Carried
+from .dense import DenseAdapter, DenseOptions
 from .rows import TILE, allotted, highest, in_tiles, row_importance
 
 
-class EfQATConfig(ScaleOptions):
-    dense_delta: ClassVar[bool] = True
-    code_parameters: ClassVar[frozenset[str]] = frozenset({"delta"})
-
+class EfQATConfig(DenseOptions):
     method: Literal["ef_qat"] = "ef_qat"
     train_scale: Literal[True] = True
     share: float = Field(0.1, gt=0, le=1, description="of the rows (or weights) that train beside the scales")
@@ -88,7 +85,7 @@ class EfQATConfig(ScaleOptions):
         return EfQAT(self, base)
 
 
-class EfQAT(ScaledAdapter):
+class EfQAT(DenseAdapter):
     """delta [R, K] of rows int64 [R], rising (neither where R = 0). Where rows change: left int64 [L], the
     rows that trained and do no more, and their codes left_codes [L, W]; input_size [K], of what step 0 saw.
     """
@@ -106,7 +103,7 @@ class EfQAT(ScaledAdapter):
         # Until somebody counts the steps nothing is looked at and nothing changes, which is said once.
         self.watching, self.counted = False, not config.changes_rows
         self.alone = False  # input_size holds what this process has seen, and not yet the others
-        self.delta = nn.Parameter(torch.zeros(count, k, device=device)) if count else None
+        self.delta = config.fresh((count, k), device) if count else None
         if not count:
             return
         self.register_buffer("rows", highest(row_importance(base), count))
@@ -173,7 +170,7 @@ class EfQAT(ScaledAdapter):
         delta[stays] = self.delta[source[stays]]
         back = torch.isin(new, self.left) & ~stays
         if back.any():
-            delta[back] = self.unmoved(base, now, new[back])
+            delta[back] = self.unmoved(base, now, new[back]).to(delta.dtype)
         gone = torch.cat([self.left, old])
         self.left = gone[~torch.isin(gone, new)].sort().values
         self.left_codes = now.codes[self.left]
@@ -181,12 +178,12 @@ class EfQAT(ScaledAdapter):
         self.rows.copy_(new)
         return [Carried(self.delta, source)]
 
-    @staticmethod
-    def unmoved(base: PackedWeight, now: PackedWeight, rows: Tensor) -> Tensor:
-        """The delta that leaves these rows of `now` at their codes: fp32 [n, K], exact."""
+    def unmoved(self, base: PackedWeight, now: PackedWeight, rows: Tensor) -> Tensor:
+        """The delta that leaves these rows of `now` at their codes: fp32 [n, K], exact in what D is held in.
+        In fp32 the values are those codes; in less, whole steps from the base's, with its fractions."""
         start = base.chosen(rows)
         value = start.unpack_codes().float()
-        if start.residual is not None:
+        if start.residual is not None and self.config.master == "fp32":
             value += decode_residual(start.residual, base.grid.residual_bits, base.shape[1])
         return now.chosen(rows).unpack_codes().float() - value
 
@@ -207,6 +204,8 @@ class EfQAT(ScaledAdapter):
                 return f"{key}: needs numbers of the layer's {n} rows, rising and each once"
         if len(numbers) == 2 and torch.isin(*numbers.values()).any():
             return "left: has rows that train"
+        if said := super().misfit(tensors):
+            return said
         codes = tensors.get("left_codes")
         if codes is not None and "left" in numbers:
             if codes.dtype != torch.int16 or len(codes) != len(numbers["left"]):

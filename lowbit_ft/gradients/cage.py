@@ -32,7 +32,7 @@ from ..adapters.base import Adapter
 from ..adapters.carry import Carried
 from ..grid import PackedWeight
 from .base import Gradient, Making, Window
-from .refusals import Problem, no_warmup, something_rounded
+from .refusals import Problem, fp32_masters, no_warmup, something_rounded
 
 CLOSED = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
@@ -76,6 +76,7 @@ class CageConfig(BaseModel):
         here = ("train", "gradient", "cage")
         yield from something_rounded(recipe, here, "gradient.cage")
         yield from no_warmup(recipe, "gradient.cage")
+        yield from fp32_masters(recipe, "gradient.cage")
         if self.form == "coupled" and kind != "backprop":
             yield (
                 (*here, "form"),

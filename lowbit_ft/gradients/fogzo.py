@@ -32,7 +32,7 @@ from .backprop import Backprop
 from .base import Gradient, Making, Window, zeros
 from .config import GradientConfig
 from .directions import DISTRIBUTIONS, WIDTHS, direction, moved, same_draws, seeded
-from .refusals import Problem, no_warmup, something_rounded
+from .refusals import Problem, fp32_masters, no_warmup, something_rounded
 from .zeroth_order import steps_of
 
 
@@ -61,6 +61,7 @@ class FogzoConfig(GradientConfig):
         # Where nothing is rounded, backprop is exact.
         yield from something_rounded(recipe, ("train", "gradient", "kind"), "gradient.kind: fogzo")
         yield from no_warmup(recipe, "gradient.kind: fogzo")
+        yield from fp32_masters(recipe, "gradient.kind: fogzo")
         if recipe.train.mixed_precision == "fp16":
             yield (
                 ("train", "mixed_precision"),

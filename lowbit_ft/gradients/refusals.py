@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..adapters.dense import held_short
+
 Problem = tuple[tuple[str, ...], str]  # the key of the recipe, and what is wrong with it and the way out
 
 
@@ -16,6 +18,16 @@ def no_warmup(recipe: Any, what: str) -> Iterator[Problem]:
             ("adapter", "warmup_steps"),
             f"got {steps} beside {what}: a warm-up rounds nothing and uses no scales; set it to 0, or remove "
             f"{what}",
+        )
+
+
+def fp32_masters(recipe: Any, what: str) -> Iterator[Problem]:
+    """What moves D by parts of a step, and puts it back."""
+    if (master := held_short(getattr(recipe, "adapter", None))) is not None:
+        yield (
+            ("adapter", "master"),
+            f"got {master!r} beside {what}, which moves weights by less than it holds; set master: "
+            f"fp32, or remove {what}",
         )
 
 

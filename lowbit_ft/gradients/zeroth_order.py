@@ -35,7 +35,7 @@ from ..adapters.carry import Carried, followed
 from .base import Gradient, Making, Window, zeros
 from .config import GradientConfig
 from .directions import DISTRIBUTIONS, direction, moved, same_draws
-from .refusals import Problem, no_warmup
+from .refusals import Problem, fp32_masters, no_warmup
 
 
 class ZerothOrderConfig(GradientConfig):
@@ -99,8 +99,9 @@ class ZerothOrderConfig(GradientConfig):
             )
         adapter, inputs = getattr(recipe, "adapter", None), getattr(recipe, "quant", None)
         learns = inputs is not None and inputs.activations is not None and inputs.activations.learn
-        known = adapter is not None and inputs is not None
-        if self.scope == "scales" and known and not adapter.trains_scales and not learns:
+        # Without the quant section nobody knows what of the inputs learns; then the model says it (ZerothOrder).
+        trains = learns or inputs is None or getattr(adapter, "trains_scales", True)
+        if self.scope == "scales" and adapter is not None and not trains:
             yield (
                 ("train", "gradient", "scope"),
                 f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
@@ -119,6 +120,7 @@ class ZerothOrderConfig(GradientConfig):
                 "cage, or set scope: adapters",
             )
         yield from no_warmup(recipe, "gradient.kind: zeroth_order")
+        yield from fp32_masters(recipe, "gradient.kind: zeroth_order")
 
     @property
     def masters(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, AdapterConfig
 from ..adapters.attach import adapted_layers
+from ..adapters.dense import held_short
 from ..model.walk import decoder_layers
 from .processes import world
 from .setup import TrainError, ValidBatches
@@ -47,6 +48,11 @@ def config_of(model: nn.Module) -> AdapterConfig | None:
     """What the adapters of the model are built from, where attach gave it some."""
     adapters = (layer.adapter for _, layer in adapted_layers(model))
     return next((adapter.config for adapter in adapters if isinstance(adapter, Adapter)), None)
+
+
+def master_of(model: nn.Module) -> str | None:
+    """What its adapters' dense parts are held in, where that is less than fp32."""
+    return held_short(config_of(model))
 
 
 def refuse_unreached(names: Mapping[Tensor, str]) -> None:

@@ -34,7 +34,7 @@ from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world
 from .progress import Progress
-from .refusals import refuse
+from .refusals import master_of, refuse
 from .setup import (
     StopSignal,
     TrainBatches,
@@ -85,7 +85,7 @@ class Run:
         self.saved_step: int | None = None
         self.after_step: Callable[[], None] | None = None
         self.raw_optimizer = build_optimizer(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section, master_of(model)
         )
         # of the parts of the loss [parts]
         weights = torch.tensor(lesson.weights, dtype=torch.float64)

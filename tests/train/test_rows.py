@@ -47,15 +47,21 @@ def equal(a: Any, b: Any) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
-@pytest.mark.parametrize(("importance", "at"), [("weight", 3), ("weight_input", 4)])
-def test_a_run_resumes_bit_equal_across_a_choice_of_rows(importance: str, at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("importance", "at", "master"),
+    [("weight", 3, "fp32"), ("weight_input", 4, "bf16"), ("weight", 4, "none")],
+)
+def test_a_run_resumes_bit_equal_across_a_choice_of_rows(
+    importance: str, at: int, master: str, tmp_path: Path
+) -> None:
     """Stopped right before the second choice, or after it: rows, what left, averages."""
-    straight = run(tmp_path / "a", llama(importance=importance))
+    keys: dict[str, Any] = {"importance": importance, "master": master}
+    straight = run(tmp_path / "a", llama(**keys))
     on = [layer.adapter for _, layer in adapted_layers(straight)]
     gone = [len(adapter.left) for adapter in on if isinstance(adapter, EfQAT)]
     assert sum(gone) > 4, "no row left: nothing was looked at"
-    run(tmp_path / "b", llama(importance=importance), at)
-    again = run(tmp_path / "b", llama(seed=2, importance=importance), resume=True)
+    run(tmp_path / "b", llama(**keys), at)
+    again = run(tmp_path / "b", llama(seed=2, **keys), resume=True)
     assert equal(straight, again) and digest(tmp_path / "a", 6) == digest(tmp_path / "b", 6)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
@@ -93,6 +99,8 @@ def test_what_cannot_move_rows_is_refused_with_the_way_out() -> None:
     with pytest.raises(TrainError, match=r"adapter.refresh_steps: got 2 with train.sharding: fsdp"):
         refuse(section(), llama(), None, sharded=True)
     way = {"kind": "zeroth_order", "scope": "scales"}
+    [(key, message)] = unshardable(section(), adapter_config("full_qat", master="none"))
+    assert key == ("adapter", "master") and "set master: fp32" in message
     with pytest.raises(TrainError, match=r"gradient.scope: got 'scales' with adapter ef_qat"):
         refuse(section(gradient=way), llama(), None, sharded=False)
 

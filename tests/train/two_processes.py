@@ -150,6 +150,7 @@ def together(folder: Path) -> None:
 
     go(folder / "ddp", packed(), rank, 2)
     rows_change(folder / "rows", rank, 2)
+    go(folder / "masters", packed("full_qat", master="bf16"), rank, 2)
     facts["ddp"] = held_by_rank(packed(), CPU)
     for method in GRIDS:
         model = sharded(method, bias=method == "dl_qat")
