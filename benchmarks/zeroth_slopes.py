@@ -3,16 +3,16 @@
     python benchmarks/zeroth_slopes.py --start mse --batch 4
     python benchmarks/zeroth_slopes.py --start mse --batch 4 --eps 0.1 --grid 3:128
 
-Along one random direction u of the trained numbers (in grid steps, Adapter.one_step), a step of -a d u with d the
-slope changes the loss by  -a |g|^2 + a^2 / 2 |g_b|^2 tr H,  so at best by |g|^2^2 / (2 |g_b|^2 tr H), where
+Along one random direction u of the trained numbers (in grid steps, Adapter.one_step), a step of -a d u with d
+the slope changes the loss by  -a |g|^2 + a^2 / 2 |g_b|^2 tr H,  so at best by |g|^2^2 / (2 |g_b|^2 tr H), where
 
     g       the gradient; |g|^2 without bias, from products of different batches (by backprop)
     g_b     that of one batch, which is what a step sees
     tr H    2 (mean of both sides - loss) / eps^2 along random directions: what all other coordinates cost
 
-A subset of the tensors has numbers of its own: one with much gradient and little tr H wins more in a step than
-all of them together. `rate`: of AdamW, which moves every number by about that much, for scales (`--method
-scale`). More directions per step multiply the gain by their number, as more steps do.
+A subset of the tensors has numbers of its own: one with much gradient and little tr H wins more in a step
+than all of them together. `rate`: of AdamW, which moves every number by about that much, for scales. More
+directions per step multiply the gain by their number, as more steps do.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class ZerothOrderConfig(GradientConfig):
             )
         adapter, inputs = getattr(recipe, "adapter", None), getattr(recipe, "quant", None)
         learns = inputs is not None and inputs.activations is not None and inputs.activations.learn
-        # Without the quant section nobody knows what of the inputs learns; then the model says it (ZerothOrder).
+        # Without quant nobody knows what of the inputs learns; then the model says it (ZerothOrder).
         trains = learns or inputs is None or getattr(adapter, "trains_scales", True)
         if self.scope == "scales" and adapter is not None and not trains:
             yield (
