@@ -4,7 +4,7 @@
     python benchmarks/zeroth_slopes.py --start mse --batch 4 --eps 0.1 --grid 3:128
 
 Along one random direction u of the trained numbers (in grid steps, Adapter.one_step), a step of -a d u with d
-the slope changes the loss by  -a |g|^2 + a^2 / 2 |g_b|^2 tr H,  so at best by |g|^2^2 / (2 |g_b|^2 tr H), where
+the slope changes the loss by  -a |g|^2 + a^2 / 2 |g_b|^2 tr H,  at best by  -|g|^4 / (2 |g_b|^2 tr H), where
 
     g       the gradient; |g|^2 without bias, from products of different batches (by backprop)
     g_b     that of one batch, which is what a step sees
