@@ -14,6 +14,7 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
+    full_bf16      full_qat with masters in bf16      full_none      with none (ECO)
 
 Rows are kept in --out as they come."""
 
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
+    "full_bf16": ("full_qat", 1, {"adapter": {"master": "bf16"}}),
+    "full_none": ("full_qat", 1, {"adapter": {"master": "none"}}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,6 +99,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--learning-rate", type=float, default=4e-3)
     p.add_argument("--zeroth-learning-rate", type=float, default=1e-4)
     p.add_argument("--eps", type=float, default=0.05)
+    p.add_argument("--targets", nargs="*", default=None, help="layers that train, for example '*.q_proj'")
+    p.add_argument("--probes", type=int, default=1, help="directions per step of zeroth order")
     p.add_argument("--times", action="store_true", help="step times and memory instead of quality")
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--out", type=Path, default=HERE / "results" / "gradients.json")
@@ -106,21 +111,21 @@ def options() -> argparse.Namespace:
 class Table(Bench):
     """The checkpoint and its windows, and a run of a case."""
 
-    def student(self, method: str, seed: int) -> Any:
+    def student(self, method: str, seed: int, **keys: Any) -> Any:
         """A fresh packed model with fresh adapters."""
         bits, group = (int(value) for value in self.o.grid.split(":"))
         model = self.base(
             QuantSection.model_validate({"bits": bits, "group_size": group, "calibrate": self.o.start})
         )
         torch.manual_seed(seed)
-        attach(model, ADAPTERS[method].model_validate({"method": method}))
+        attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets} | keys))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
         gradient = dict(changes.get("gradient", {}))
         zeroth = gradient.get("kind") == "zeroth_order"
         if zeroth:
-            gradient["eps"] = self.o.eps
+            gradient |= {"eps": self.o.eps, "probes": self.o.probes}
         return TrainSection.model_validate(
             {
                 "max_steps": steps,
@@ -149,7 +154,8 @@ class Table(Bench):
 
     def quality(self, case: str, seed: int) -> dict[str, Any]:
         method, times, changes = CASES[case]
-        model = self.student(method, seed)
+        changes = dict(changes)
+        model = self.student(method, seed, **changes.pop("adapter", {}))
         started = self.perplexity(model)
         section = self.section(round(self.o.steps * times), seed, changes)
         began, busy = time.perf_counter(), time.process_time()
@@ -209,7 +215,19 @@ class Table(Bench):
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("case", "grid", "start_calibrator", "seed", "steps", "eps", "rates"))
+    named = (
+        "case",
+        "grid",
+        "start_calibrator",
+        "seed",
+        "steps",
+        "batch",
+        "eps",
+        "probes",
+        "targets",
+        "rates",
+    )
+    return tuple(row.get(k) for k in named)
 
 
 def print_table(stored: dict[str, Any]) -> None:
@@ -220,7 +238,17 @@ def print_table(stored: dict[str, Any]) -> None:
         print("|---|--:|--:|--:|--:|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row["steps_done"], row["eps"], row["rates"]), []).append(row)
+        groups.setdefault(
+            (
+                row["case"],
+                row["steps_done"],
+                row["eps"],
+                row.get("probes"),
+                row.get("targets"),
+                row["rates"],
+            ),
+            [],
+        ).append(row)
     for (case, steps, *_), same in groups.items():
         values = [row["perplexity"] for row in same]
         spread = f" ±{pstdev(values):.3f}" if len(values) > 1 else ""
@@ -258,7 +286,10 @@ def main() -> None:
             fact = {"case": case, "grid": o.grid, "start_calibrator": o.start, "seed": seed}
             fact |= {
                 "steps": o.steps,
+                "batch": o.batch,
                 "eps": o.eps,
+                "probes": o.probes,
+                "targets": " ".join(o.targets or []),
                 "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
             }
             if key_of(fact) in done:

@@ -131,6 +131,13 @@ def begin_step(model: nn.Module, step: int) -> list[Carried]:
     return carried
 
 
+def settle(model: nn.Module) -> None:
+    """What adapters have seen so far, made the same on all processes: before it is saved. Collective."""
+    for _, layer in adapted_layers(model):
+        if isinstance(layer.adapter, Adapter):
+            layer.adapter.settle()
+
+
 def keep_codes(model: nn.Module, on: bool) -> None:
     """Whether every adapter keeps the codes of an optimizer step (adapters/step_codes.py)."""
     for _, layer in adapted_layers(model):

@@ -349,6 +349,10 @@ class Adapter(WeightAdapter):
         the tensors."""
         return []
 
+    def settle(self) -> None:
+        """Make what this process has seen what all have seen, if it is anything that a checkpoint holds.
+        Called by all of them, and as often as they like."""
+
     def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Tensors of these shapes are about to be read into this adapter: its buffers that grow while it
         trains take them. Others are left to whoever compares.

@@ -32,6 +32,7 @@ from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
 from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
+from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
 from ..grid import Weight
 from ..model.fused import Fused
@@ -301,7 +302,13 @@ class LowBitModel(BaseTuner):
             wrapped = LowBitLinear(target).train(target.training)
             self._replace_module(parent, target_name, wrapped, target)
             target = wrapped
-        target.update_layer(adapter_name, peft_config.by_layer[current_key].of_layer(current_key))
+        config = peft_config.by_layer[current_key]
+        if not peft_config.inference_mode and (master := held_short(config)) is not None:
+            raise ValueError(
+                f"master: got {master!r}, which is for the AdamW of `lowbit-ft run` alone: any other loses "
+                "the steps that it rounds away; set master: fp32"
+            )
+        target.update_layer(adapter_name, config.of_layer(current_key))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

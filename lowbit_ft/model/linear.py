@@ -59,7 +59,8 @@ class InputGrid(nn.Module):
         return False
 
     def shared_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] -> (codes int8 [..., K], scale fp32 [..., 1] or [1]); asked for where `one_scale`."""
+        """x [..., K] -> (codes int8 [..., K], scale fp32 [..., 1], NaN where x holds one); asked for where
+        `one_scale`."""
         raise AssertionError(f"{type(self).__name__} has no codes")
 
 

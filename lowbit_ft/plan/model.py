@@ -79,6 +79,7 @@ class Skeleton:
     rows: list[PlanRow]
     held: dict[str, int]
     trained: list[int]
+    trained_bytes: int  # of all of them; their gradients are as large
     block_bytes: dict[str, list[int]]  # kind -> [frozen bytes, trained elements] of one layer
     largest: int  # elements of the largest matrix to be packed
     dense_block: int  # bytes of the largest decoder layer in model.dtype
@@ -185,12 +186,15 @@ def _counted(
     for part, size in _bytes(rest, part_of):
         held[part] += size
     trained += [p.numel() for p in rest.parameters() if p.requires_grad]
+    trained_bytes = sum(p.nbytes for p in rest.parameters() if p.requires_grad)
     for block in blocks:
         own = list(_bytes(block.module, lambda _: "norms and other"))
         for part, size in own:
             held[part] += size * len(block.indices)
         masters = [p.numel() for p in block.module.parameters() if p.requires_grad]
         trained += masters * len(block.indices)
+        own_bytes = sum(p.nbytes for p in block.module.parameters() if p.requires_grad)
+        trained_bytes += own_bytes * len(block.indices)
         per_block[block.name] = [sum(size for part, size in own if part != "adapters"), sum(masters)]
     rows = [_row(name, matrix, recipe, rest, blocks, prefix) for name, matrix in targets.items()]
     shapes = {name: matrix.shape for name, matrix in _matrices(dense).items()}
@@ -207,7 +211,19 @@ def _counted(
     whole = sum(p.numel() for p in dense.parameters()) * size
     tensors = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     header = Shapes(Path(), dense.config.get_text_config().to_dict(), tensors, {})
-    return Skeleton(rest, blocks, rows, held, trained, per_block, largest, dense_block, whole, header)
+    return Skeleton(
+        rest,
+        blocks,
+        rows,
+        held,
+        trained,
+        trained_bytes,
+        per_block,
+        largest,
+        dense_block,
+        whole,
+        header,
+    )
 
 
 def _bytes(module: nn.Module, part_of: Callable[[nn.Module], str]) -> Iterable[tuple[str, int]]:

@@ -133,7 +133,8 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     factors = sum(lr_factor(section, step, total) for step in range(total))
     rate = section.learning_rate
     assert rate != "auto", "resolved when the recipe was read"
-    found = reach(model, rate * factors)
+    first = section.betas[0]
+    found = reach(model, rate * factors, (1 - first**total) / (1 - first))
     if found is None or 2 * found.still < found.layers:
         return
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)

@@ -35,6 +35,7 @@ from rich.console import Console
 from torch import nn
 
 from ..adapters.carry import Carried, carry_rows
+from ..model.linear import packed_op_only
 from ..signals import Lesson
 from .log import TrainLog
 from .losses import LABELS
@@ -121,7 +122,8 @@ def _loop(
         while True:
             # 1. Between steps: evaluate, save, leave.
             if run.is_due(section.eval_every) and now.evaluated < now.step:
-                run.evaluate(log, stop)
+                with packed_op_only(run.model):  # as training's forwards: a run's numbers are of one op
+                    run.evaluate(log, stop)
             stopped = run.agree(stop.requested) if told is None or accelerator.num_processes == 1 else told
             if stopped or run.is_due(section.save_every) or now.best_step == now.step:
                 run.save()

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..adapters.attach import resize
+from ..adapters.attach import resize, settle
 from ..gradients import BackpropConfig
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
@@ -34,7 +34,7 @@ from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world
 from .progress import Progress
-from .refusals import refuse
+from .refusals import master_of, refuse
 from .setup import (
     StopSignal,
     TrainBatches,
@@ -85,7 +85,7 @@ class Run:
         self.saved_step: int | None = None
         self.after_step: Callable[[], None] | None = None
         self.raw_optimizer = build_optimizer(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section, master_of(model)
         )
         # of the parts of the loss [parts]
         weights = torch.tensor(lesson.weights, dtype=torch.float64)
@@ -344,12 +344,12 @@ class Run:
         """Write a full checkpoint of this moment; once per step."""
         if self.saved_step == self.now.step:
             return
+        settle(self.model)
         device, now = self.accelerator.device, self.now
         rng, numbers = rng_state(device)
         every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
-        if (
-            self.main or self.sharded
-        ):  # shards are gathered by all: the file holds whole tensors, for any number of processes
+        # Shards are gathered by all: the file holds whole tensors, for any number of processes.
+        if self.main or self.sharded:
             adapter = {
                 n: whole(t.detach()).to("cpu", copy=True).contiguous()
                 for n, t in saved_tensors(self.model, self.homes).items()

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..adapters import AdapterConfig
 from ..adapters.attach import packed_layers
+from ..adapters.dense import held_short
 from ..model.walk import decoder_layers
 from .optimizers import OPTIMIZERS
 from .processes import world
@@ -73,6 +74,12 @@ def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[
             "averages that would move; set refresh_steps: null and importance: weight, or sharding: none"
         )
         problems.append((("adapter", key), message))
+    if (master := held_short(adapter)) is not None:
+        message = (
+            f"{master!r} with train.sharding: fsdp, which gathers gradients of one type; set "
+            "master: fp32, or sharding: none"
+        )
+        problems.append((("adapter", "master"), message))
     if steps := getattr(adapter, "warmup_steps", 0):
         message = (
             f"{steps} with train.sharding: fsdp: the end of the warm-up reads whole layers "

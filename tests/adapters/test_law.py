@@ -43,6 +43,8 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "dl_qat": [{"clip": "clip_then_round"}],
     "l4q": [{"offset": "float"}, {"offset": "integer"}, {"offset": "none", "clip": "round_then_clip"}],
     "alpha_tuning": [{"planes": "first"}],
+    "full_qat": [{"master": "none"}],
+    "ef_qat": [{"master": "bf16"}],
 }
 
 

@@ -75,6 +75,11 @@ def test_rows_that_change_are_the_same_in_every_process(done: Path, tmp_path: Pa
     assert_same(done / "rows", tmp_path)
 
 
+def test_a_d_in_bf16_is_rounded_alike_in_every_process(done: Path, tmp_path: Path) -> None:
+    go(tmp_path, packed("full_qat", master="bf16"))
+    assert_same(done / "masters", tmp_path)
+
+
 @pytest.mark.parametrize("method", GRIDS)
 def test_every_method_sharded_is_one_process(method: str, done: Path, tmp_path: Path) -> None:
     assert set(GRIDS) == set(ADAPTERS)

@@ -123,9 +123,17 @@ def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResu
 
 
 def rows_change(run_dir: Path, *place: int) -> Any:
-    """ef_qat under DDP, its rows chosen by what step 0 of all processes saw, and anew after two steps."""
-    model = packed("ef_qat", importance="weight_input", refresh_steps=2)
-    go(run_dir, model, *place, on_step=lambda step: begin_step(model, step))
+    """ef_qat under DDP, its rows chosen by what step 0 of all processes saw, and anew after two steps;
+    stopped in step 0, whose checkpoint holds what was seen, and gone on with."""
+    for stop in (True, False):
+        model = packed("ef_qat", importance="weight_input", refresh_steps=2)
+
+        def on_step(step: int, model: Any = model, stop: bool = stop) -> Any:
+            if stop:
+                stop_at(0)(step)
+            return begin_step(model, step)
+
+        go(run_dir, model, *place, on_step=on_step, resume=not stop, keep_checkpoints=9)
     return model
 
 
@@ -142,6 +150,7 @@ def together(folder: Path) -> None:
 
     go(folder / "ddp", packed(), rank, 2)
     rows_change(folder / "rows", rank, 2)
+    go(folder / "masters", packed("full_qat", master="bf16"), rank, 2)
     facts["ddp"] = held_by_rank(packed(), CPU)
     for method in GRIDS:
         model = sharded(method, bias=method == "dl_qat")

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...adapters.dense import held_short
 from ...gradients import GRADIENTS, USUAL, BackpropConfig, GradientConfig
 from ...signals import TEACHERS
 from ...train.losses import LOSSES
+from ...train.optim import unheld
 from ...train.optimizers import OPTIMIZERS
 from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
@@ -204,6 +206,8 @@ def check_train(r: Any) -> Problems:
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
     adapter = getattr(r, "adapter", None)
+    if (master := held_short(adapter)) is not None:
+        yield from _short_masters(train, master)
     if adapter is not None and adapter.changes_rows and OPTIMIZERS[train.optimizer].bits < 32:
         yield Problem(
             ("train", "optimizer"),
@@ -211,12 +215,8 @@ def check_train(r: Any) -> Problems:
             f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
             "and importance: weight",
         )
-    if adapter is not None and adapter.changes_rows and train.max_steps == 0:
-        yield Problem(
-            ("train", "max_steps"),
-            f"got 0, but adapter {adapter.method} chooses its rows anew in steps of training, and there is "
-            "none; set max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
-        )
+    if adapter is not None and adapter.changes_rows and train.max_steps is not None:
+        yield from _too_short_for_rows(train.max_steps, adapter)
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
@@ -252,6 +252,46 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
+
+
+def _short_masters(train: TrainSection, master: str) -> Problems:
+    """A D that is held in less than fp32, and what only steps on fp32."""
+    if problem := unheld(train.optimizer, master):
+        yield Problem(("train", "optimizer"), f"got {train.optimizer!r}{problem}")
+    if train.mixed_precision == "fp16":
+        yield Problem(
+            ("train", "mixed_precision"),
+            f"got 'fp16', whose loss scaler is for fp32, and adapter.master is {master}; set bf16 or no, or "
+            "adapter.master: fp32",
+        )
+    if train.reconstruct is not None:
+        yield Problem(
+            ("train", "reconstruct"),
+            f"got a fit, whose optimizer steps on fp32 alone, and adapter.master is {master}; set "
+            "reconstruct: null, or adapter.master: fp32",
+        )
+    if master == "none" and train.betas[0] == 0:
+        yield Problem(
+            ("train", "betas"),
+            "got a first of 0 with adapter.master none, which puts what rounding throws away into that "
+            "average; set it to 0.9, or adapter.master: bf16",
+        )
+
+
+def _too_short_for_rows(steps: int, adapter: Any) -> Problems:
+    """Rows that are to be chosen anew while it trains, and no step before which that is done."""
+    if steps < 2:
+        yield Problem(
+            ("train", "max_steps"),
+            f"got {steps}, but adapter {adapter.method} chooses its rows anew between steps of training; set "
+            "max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
+        )
+    elif (every := getattr(adapter, "refresh_steps", None)) is not None and every >= steps:
+        yield Problem(
+            ("adapter", "refresh_steps"),
+            f"got {every} with train.max_steps {steps}: the rows would never be chosen anew; set it below "
+            f"{steps}, or to null",
+        )
 
 
 def check_offload(r: Any) -> Problems:

@@ -11,7 +11,7 @@ from .bnb import adagrad, adam, ademamix, bitsandbytes, lion, momentum, rmsprop
 # Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix is 32 bit as
 # it is.
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer(adamw, states=2, counter=4, shards=True),
+    "adamw": Optimizer(adamw, states=2, counter=4, shards=True, short=True),
     "adamw32bit": bitsandbytes("AdamW32bit", adam, states=2),
     "adamw8bit": bitsandbytes("AdamW8bit", adam, states=2),
     "paged_adamw": bitsandbytes("PagedAdamW", adam, states=2),

@@ -17,7 +17,8 @@ class Optimizer:
 
     states: averages it keeps per trained number, of `bits` each (8: bitsandbytes' blocks); paged: they may
     wait in CPU memory; counter: bytes per tensor besides; shards: it can step on the shards of FSDP2;
-    package: what must be installed for it.
+    package: what must be installed for it; short: it can step on a group that is held in less than fp32,
+    whose "master" says in what.
     """
 
     make: Callable[[Groups, Any], torch.optim.Optimizer]
@@ -27,3 +28,4 @@ class Optimizer:
     counter: int = 0
     shards: bool = False
     package: str | None = None
+    short: bool = False
