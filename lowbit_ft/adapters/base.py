@@ -52,6 +52,8 @@ class AdapterConfig(BaseModel):
 
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
+    ternary: ClassVar[bool] = False  # its numbers are -1, 0 and 1, for an optimizer that keeps them there
+    reads_residual: ClassVar[bool] = True  # a base's residual bits are a part of what it trains on
     # D is a trained tensor of its own, `delta`, in grid steps.
     dense_delta: ClassVar[bool] = False
 

@@ -105,6 +105,12 @@ class ZerothOrderConfig(GradientConfig):
                 f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
                 "trains its scales (adapter.train_scale: true)",
             )
+        if adapter is not None and adapter.ternary:
+            yield (
+                ("train", "gradient", "kind"),
+                f"got 'zeroth_order', which moves by small amounts, and the numbers of adapter "
+                f"{adapter.method} are -1, 0 and 1; set kind: backprop",
+            )
         if steps := getattr(adapter, "warmup_steps", 0):
             yield (
                 ("adapter", "warmup_steps"),

@@ -98,6 +98,12 @@ def notes(recipe: Any) -> list[str]:
             "product passes half a step; "
             "where few do (the report counts them), raise train.learning_rate"
         )
+    residual = getattr(recipe.quant, "residual_bits", 0) if recipe.quant.keeps_residual else 0
+    if residual and not recipe.adapter.reads_residual and recipe.train.teacher != "residual":
+        found.append(
+            f"{recipe.adapter.method} counts from the codes: quant.residual_bits {residual} is memory that "
+            "nothing reads; set residual_bits: 0"
+        )
     if (source := getattr(recipe.adapter, "init_from", None)) is not None:
         base, ours = read_lora(source).base, recipe.model.path
         if Path(base).name.lower() != Path(ours).name.lower():
