@@ -111,6 +111,14 @@ def adapter_config(method: str, rank: int = 4, **options: Any) -> AdapterConfig:
     return ADAPTERS[method](**low_rank, **options)
 
 
+def nudge(parameter: Tensor, size: float, config: AdapterConfig) -> None:
+    """A trained tensor moved at random; numbers of -1, 0 and 1 stay of these (and none of them is 0)."""
+    if config.ternary:
+        parameter.copy_(torch.randint(0, 2, parameter.shape) * 2 - 1)
+    else:
+        parameter.add_(torch.randn_like(parameter) * size)
+
+
 def undrawn(method: str) -> AdapterConfig:
     """A method's defaults, but its gradients are of all tokens: two backwards of one forward are equal."""
     draws = ADAPTERS[method].model_fields.get("scale_grad_tokens")

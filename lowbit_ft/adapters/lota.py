@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-import lowbit_kernels as kernels
 import torch
-from lowbit_kernels.layout import group_count, grouped
+from lowbit_kernels import group_sums
+from lowbit_kernels.layout import grouped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -118,21 +118,14 @@ class Lota(Adapter):
         a compiler, autocast or another device finds the same T.
         """
         size, omega = base.grid.group_size, self.config.omega
-        (n, k), groups = base.shape, group_count(base.shape[1], size)
-        inputs = grouped(torch.ones(1, k, device=codes.device), size).sum(-1)  # [1, G]: of a group
+        bits, k = base.grid.bits, base.shape[1]
         with torch.autocast(codes.device.type, enabled=False):
             product = self.B @ grouped(self.A, size).sum(-1)  # [N, G]
-        with torch.no_grad():
-            each = torch.eye(groups, device=codes.device)
-            each = each.repeat_interleave(k if size == -1 else size, 1)[:, :k]
-            one = torch.ones(groups, n, device=codes.device)
-            sums = [
-                kernels.packed_matmul(each, c, one, base.zero, None, base.grid.bits, size)
-                for c in (codes, base.codes)
-            ]
-            moved = sums[0] - sums[1]  # [G, N]: the sum of c' - c
-            moved = moved if args.unit is None else moved * args.unit.float()
-        mean = (product.t() - omega * moved) / (inputs.t() * max(1, omega))
+        moved = group_sums(codes, bits, k, size) - group_sums(base.codes, bits, k, size)  # [G, N]
+        moved = moved if args.unit is None else moved * args.unit.float()
+        inputs = [k] if size == -1 else [min(size, k - first) for first in range(0, k, size)]
+        divisor = max(1, omega) * torch.tensor(inputs, dtype=torch.float32, device=codes.device)[:, None]
+        mean = (product.t() - omega * moved) / divisor
         offset = cast(base.scale.float().abs() * mean, base.grid.scale_dtype)
         return replace(args, offset=offset, ships_offset=True)
 
