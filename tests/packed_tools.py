@@ -10,7 +10,7 @@ from typing import Any
 import lowbit_kernels as kernels
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig

@@ -188,7 +188,9 @@ class PackedWeight(_Tensors):
         base = (codes, residual, self.scale if unit is None else unit, self.zero)
         moved = (args.a, args.b, args.delta, args.rows)
         trained = (args.scale, args.zero, args.offset, args.gain, args.units)
-        return GridWeight(*base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits)
+        return GridWeight(
+            *base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits
+        )
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:

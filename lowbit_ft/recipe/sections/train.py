@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...gradients import GRADIENTS, USUAL, BackpropConfig, GradientConfig
+from ...names import listed
 from ...signals import TEACHERS
 from ...train.losses import LOSSES
 from ...train.optimizers import OPTIMIZERS
 from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
-from ...names import listed
 from ..layers import shapes_here
 from ..paths import path_is
 from ..values import Among, OneKind, OneOf
