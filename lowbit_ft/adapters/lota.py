@@ -32,19 +32,23 @@ from ..grid import GridArgs, PackedWeight, Weight
 from ..grid.estimators import cast
 from .base import Adapter, AdapterConfig
 from .lr_qat import signs
+from .patterns import RankPattern
 
 
-class LotaConfig(AdapterConfig):
+class LotaConfig(AdapterConfig, RankPattern):
     ternary: ClassVar[bool] = True
     reads_residual: ClassVar[bool] = False
 
     method: Literal["lota"] = "lota"
-    rank: int = Field(64, ge=1, le=1024)
+    rank: int = Field(default=64, ge=1, le=1024)
     threshold: float = Field(
-        0.75, gt=0, lt=1, description="share of the rank that |B A| must pass for a code to move by one"
+        default=0.75,
+        gt=0,
+        lt=1,
+        description="share of the rank that |B A| must pass for a code to move by one",
     )
     offset: Literal["none", "float"] = Field(
-        "none",
+        default="none",
         description="float: the paper's offset factor, the mean of what the threshold left over, per group; "
         "only the native format holds it. none: codes alone move, and every format holds them",
     )
@@ -61,11 +65,12 @@ class LotaConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _one_step(self) -> "LotaConfig":
-        if self.rank * self.gain >= 1.5:
-            raise ValueError(
-                f"threshold {self.threshold:g} of rank {self.rank}: a product of {self.rank} would move a "
-                "code by more than one; set threshold: 0.34 or more (the paper's: 0.75)"
-            )
+        for rank in self.ranks(self.rank):
+            if rank >= 1.5 * (2 * math.floor(self.threshold * rank) + 1):
+                raise ValueError(
+                    f"threshold {self.threshold:g} of rank {rank}: a product of {rank} would move a code by "
+                    "more than one; set threshold: 0.34 or more (the paper's: 0.75)"
+                )
         return self
 
     @property
@@ -75,6 +80,9 @@ class LotaConfig(AdapterConfig):
     @property
     def trains_scales(self) -> bool:
         return False
+
+    def of_layer(self, layer_name: str) -> "LotaConfig":
+        return self.model_copy(update=self.at(layer_name))
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Lota":
         assert isinstance(base, PackedWeight)
