@@ -27,6 +27,7 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
+from .patterns import AlphaPattern
 from .step_codes import StepCodes
 
 # Of the methods here. A method with others says so in its config (`scale_parameters`).
@@ -52,6 +53,8 @@ class AdapterConfig(BaseModel):
 
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
+    ternary: ClassVar[bool] = False  # its numbers are -1, 0 and 1, for an optimizer that keeps them there
+    reads_residual: ClassVar[bool] = True  # a base's residual bits are a part of what it trains on
     # D is a trained tensor of its own, `delta`, in grid steps.
     dense_delta: ClassVar[bool] = False
 
@@ -146,7 +149,7 @@ def init_from_field() -> Any:
     )
 
 
-class LowRankOptions(ScaleOptions):
+class LowRankOptions(ScaleOptions, AlphaPattern):
     """Options of every method with a low-rank product D = alpha / rank * B A."""
 
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
@@ -194,10 +197,8 @@ class LowRankOptions(ScaleOptions):
         return made
 
     def of_layer(self, layer_name: str) -> Self:
-        if layer_name not in self._plan:
-            return self
-        made = self.model_copy()
-        made._parts = self._plan[layer_name]
+        made = self.model_copy(update=self.at(layer_name))
+        made._parts = self._plan.get(layer_name, ())
         return made
 
     @model_validator(mode="after")

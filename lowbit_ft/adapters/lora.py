@@ -20,9 +20,10 @@ from ..grid import PackedWeight, Weight
 from ..grid.calibrate import CALIBRATORS, Stats
 from .base import Adapter, AdapterConfig, init_from_field
 from .latent import steps_of_product
+from .patterns import AlphaPattern
 
 
-class LoraConfig(AdapterConfig):
+class LoraConfig(AdapterConfig, AlphaPattern):
     exact_merge: ClassVar[bool] = False
     rounds_codes: ClassVar[bool] = False
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
@@ -39,6 +40,9 @@ class LoraConfig(AdapterConfig):
     @property
     def gain(self) -> float:
         return self.alpha / self.rank
+
+    def of_layer(self, layer_name: str) -> "LoraConfig":
+        return self.model_copy(update=self.at(layer_name))
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Lora":
         assert isinstance(base, PackedWeight)

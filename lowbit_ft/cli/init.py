@@ -51,7 +51,7 @@ quant:
   embeddings: null                   # 8 or 4 packs the token embedding (native format); it is not trained
 
 adapter:
-  method: lr_qat                     # lr_qat, dl_qat, l4q, scale, full_qat, ef_qat, alpha_tuning, lora
+  method: lr_qat                     # lr_qat, dl_qat, l4q, lota, scale, full_qat, ef_qat, alpha_tuning, lora
   rank: 16                           # more moves more weights, and costs memory
   alpha: 32                          # the low-rank product is scaled by alpha / rank
 

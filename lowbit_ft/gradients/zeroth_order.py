@@ -107,6 +107,12 @@ class ZerothOrderConfig(GradientConfig):
                 f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
                 "trains its scales (adapter.train_scale: true)",
             )
+        if adapter is not None and adapter.ternary:
+            yield (
+                ("train", "gradient", "kind"),
+                f"got 'zeroth_order', which moves by small amounts, and the numbers of adapter "
+                f"{adapter.method} are -1, 0 and 1; set kind: backprop",
+            )
         if self.scope == "scales" and adapter is not None and adapter.dense_delta:
             yield (
                 ("train", "gradient", "scope"),

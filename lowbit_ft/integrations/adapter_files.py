@@ -22,6 +22,7 @@ from ..adapters import ADAPTERS, AdapterConfig
 from ..adapters.attach import adapted_names
 from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
+from ..adapters.patterns import PATTERNS
 from ..files.atomic import leftover_of, staged_folder
 from ..files.errors import writing
 from ..files.jsonfile import read_json
@@ -88,8 +89,12 @@ def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str
 
 
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:
-    """Every key of the method, defaults too: a later change of a default must not change a saved adapter."""
-    return config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS})
+    """Every key of the method, defaults too: a later change of a default must not change a saved adapter.
+    Patterns where there are some, as pairs in their order.
+    """
+    found = config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS, *PATTERNS})
+    patterns = {key: getattr(config, key, {}) for key in PATTERNS}
+    return found | {key: [list(pair) for pair in value.items()] for key, value in patterns.items() if value}
 
 
 def with_parts(config: AdapterConfig, plan: Mapping[str, Parts]) -> AdapterConfig:

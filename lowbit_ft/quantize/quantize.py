@@ -4,24 +4,24 @@
 they come needs the memory of one layer, whatever the size of the model. `quantize` keeps them: the model with
 PackedLinears.
 
-Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of
-rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read,
-the inputs of its linears are summed into Hessians, its linears are packed in place, and the text goes on
-through the packed layer, so later layers see the errors of earlier ones. signround walks too, and rounds all
-linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is quantized
-already (incoming/) is not calibrated: its codes are repacked as they are.
+Range calibrators (absmax, minmax, mse), recover and binary ones need one weight at a time, of a large one a
+block of rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer
+is read, the inputs of its linears are summed into Hessians, its linears are packed in place, and the text
+goes on through the packed layer, so later layers see the errors of earlier ones. signround walks too, and
+rounds all linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is
+quantized already (incoming/) is not calibrated: its codes are repacked as they are.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lowbit_kernels.layout import row_chunks
+from lowbit_kernels.layout import group_count, row_chunks
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..grid import Grid, IntGrid, Weight, stack_rows
-from ..grid.calibrate import CALIBRATORS, Curvature, Stats
+from ..grid.calibrate import CALIBRATORS, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ from .adopt import check_adopted
 from .blocks import DenseBlock, DenseStream
 from .inputs import curvatures, passes
 from .memory import BLOCK_BYTES
+from .off_grid import off_grid
 from .progress import Progress
 from .table import QuantRow, QuantTable, check_shapes, plan_layers
 
@@ -110,10 +111,24 @@ class Packing:
                 yield name, self._one(name)
 
     def _one(self, name: str) -> Weight:
-        base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+        try:
+            base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+        except OffGridError as error:
+            names = list(self.specs)
+            at, grid = names.index(name), self.quant.grid_for(name)
+            before = sum(map(self._groups, names[:at]))
+            raise off_grid(error, names[at:], before, grid, self._looked) from None
         if self.keep:
             self._put(name, base)
         return base
+
+    def _looked(self, name: str) -> int:
+        self._pack(name)
+        return self._groups(name)
+
+    def _groups(self, name: str) -> int:
+        (n, k), grid = self.specs[name]
+        return n * group_count(k, grid.group_size)
 
     def take(self, name: str) -> Weight:
         """The next weight, which must be that of `name`: layers are asked for in the order of `specs`."""

@@ -15,6 +15,7 @@ from typing import Any
 from ..adapters.lora_start import read_lora
 from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
+from ..grid.calibrate import CALIBRATORS
 from ..names import PatternError
 from .layers import local_folder, shapes_here
 from .sections.activations import check_activation_layers, check_activations
@@ -97,6 +98,18 @@ def notes(recipe: Any) -> list[str]:
             f"{recipe.model.path} comes quantized, without residual bits: a code moves once the low-rank "
             "product passes half a step; "
             "where few do (the report counts them), raise train.learning_rate"
+        )
+    residual = getattr(recipe.quant, "residual_bits", 0) if recipe.quant.keeps_residual else 0
+    if residual and not recipe.adapter.reads_residual and recipe.train.teacher != "residual":
+        found.append(
+            f"{recipe.adapter.method} counts from the codes: quant.residual_bits {residual} is memory that "
+            "nothing reads; set residual_bits: 0"
+        )
+    calibrator = CALIBRATORS.get(recipe.quant.calibrate)
+    if residual and recipe.adapter.reads_residual and calibrator is not None and calibrator.exact:
+        found.append(
+            f"quant.calibrate: {recipe.quant.calibrate} rounds nothing: what quant.residual_bits {residual} "
+            "would keep is the file's own rounding; set residual_bits: 0 (l4q needs 2)"
         )
     if (source := getattr(recipe.adapter, "init_from", None)) is not None:
         base, ours = read_lora(source).base, recipe.model.path

@@ -50,10 +50,9 @@ def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
     if not (chosen := OPTIMIZERS[train.optimizer]).shards:
-        message = (
-            f"{train.optimizer!r} ({chosen.package or 'one process'}) cannot step on shards; set optimizer: "
-            "adamw, whose averages are sharded, or sharding: none"
-        )
+        why = chosen.package or ("it looks at whole tensors" if chosen.ternary else "one process")
+        other = "" if chosen.ternary else "optimizer: adamw, whose averages are sharded, or "
+        message = f"{train.optimizer!r} ({why}) cannot step on shards; set {other}sharding: none"
         problems.append((("train", "optimizer"), message))
     if train.mixed_precision == "fp16":
         message = (

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...adapters import ADAPTERS
 from ...adapters.lora_start import lora_problems, read_lora
+from ...adapters.patterns import PATTERNS, meant
 from ...grid import GRIDS
 from ...names import listed, matches
 from ..layers import nearest_layers, shapes_here
@@ -55,12 +56,13 @@ def _gradient_cost(r: Any, config: Any) -> Problems:
     """Cheaper gradients that would cost more than the exact ones."""
     if getattr(config, "low_rank_gradient", "exact") == "exact":
         return
+    rank = max(config.ranks(config.rank))
     for path, grid in grids(r):
-        if (cost := config.gradient_cost(grid)) >= 1:
+        if (cost := config.model_copy(update={"rank": rank}).gradient_cost(grid)) >= 1:
             where = "" if path == ("quant",) else f" (for {dotted(path)})"
             yield Problem(
                 ("adapter", "low_rank_gradient"),
-                f"got {config.low_rank_gradient!r}{where}, which with rank {config.rank}, group size "
+                f"got {config.low_rank_gradient!r}{where}, which with rank {rank}, group size "
                 f"{grid.group_size} and scale_grad_tokens "
                 f"{config.scale_grad_tokens:g} costs {cost:.2f} products of a layer's size where exact "
                 "costs 1 (2 rank / group_size, and the "
@@ -107,6 +109,13 @@ def check_adapter_layers(r: Any) -> Problems:
             yield Problem(
                 ("adapter", "targets", i),
                 f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, list(layers))}",
+            )
+    trained = [name for name in layers if config.trains(name)]
+    for key, pattern in ((key, p) for key in PATTERNS for p in getattr(config, key, {})):
+        if trained and not any(meant(pattern, name) for name in trained):
+            yield Problem(
+                ("adapter", key, pattern),
+                f"got {pattern!r}, which matches no layer that trains{nearest_layers(pattern, trained)}",
             )
     source = getattr(config, "init_from", None)
     if source is None:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...adapters.dense import held_short
 from ...gradients import GRADIENTS, USUAL, BackpropConfig, GradientConfig
+from ...names import listed
 from ...signals import TEACHERS
 from ...train.losses import LOSSES
 from ...train.optim import unheld
@@ -217,6 +218,8 @@ def check_train(r: Any) -> Problems:
         )
     if adapter is not None and adapter.changes_rows and train.max_steps is not None:
         yield from _too_short_for_rows(train.max_steps, adapter)
+    if adapter is not None:
+        yield from _ternary(r, adapter)
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
@@ -243,8 +246,9 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false"
         )
-    if wrong := SCHEDULERS[train.scheduler].problem(train):
-        yield Problem(("train", wrong[0]), wrong[1])
+    for chosen in (SCHEDULERS[train.scheduler], OPTIMIZERS[train.optimizer]):
+        if wrong := chosen.problem(train):
+            yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
         package = "tensorboard" if tracker == "tensorboard" else tracker
         if importlib.util.find_spec(package) is None:
@@ -291,6 +295,30 @@ def _too_short_for_rows(steps: int, adapter: Any) -> Problems:
             ("adapter", "refresh_steps"),
             f"got {every} with train.max_steps {steps}: the rows would never be chosen anew; set it below "
             f"{steps}, or to null",
+        )
+
+
+def _ternary(r: Any, adapter: Any) -> Problems:
+    """Numbers of -1, 0 and 1 and the optimizer that keeps them there go together, and with nothing else."""
+    name, chosen = r.train.optimizer, OPTIMIZERS[r.train.optimizer]
+    if adapter.ternary and not chosen.ternary:
+        fit = listed([key for key, one in OPTIMIZERS.items() if one.ternary])
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which would leave the numbers of adapter {adapter.method}: they are -1, 0 and 1; "
+            f"set optimizer: {fit}",
+        )
+    if chosen.ternary and not adapter.ternary:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which steps between -1, 0 and 1: adapter {adapter.method} has numbers of any "
+            "size; set optimizer: adamw, or adapter.method: lota",
+        )
+    inputs = r.quant.activations if hasattr(r, "quant") else None
+    if chosen.ternary and inputs is not None and inputs.learn:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which has no steps for the scales of quant.activations.learn; set learn: false",
         )
 
 
