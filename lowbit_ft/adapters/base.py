@@ -11,7 +11,7 @@ model's dtype.
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -318,6 +318,10 @@ class Adapter(WeightAdapter):
         if isinstance(base, BinaryWeight):
             return base.merged(self.plane_args(base))
         return base.merged(self.grid_args(base))
+
+    def sum_of(self, adapters: "Sequence[Adapter]", weights: Sequence[float]) -> dict[str, Tensor] | None:
+        """Trained tensors, by name, of the weight W0 + sum_i w_i (W^_i - W0); None: it has none."""
+        return None
 
     def one_step(self, base: Weight) -> dict[str, Tensor | float]:
         """By name, of every tensor that trains: the standard deviation of independent changes of its numbers

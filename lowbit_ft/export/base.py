@@ -116,12 +116,8 @@ class Exporter(ABC):
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
     # beside packed layers.
     dense_experts: ClassVar[bool] = True
-    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
-    measurable: ClassVar[bool] = True
     # Whether its servers read it only where the inputs are quantized too.
     needs_activations: ClassVar[bool] = False
-    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
-    fused_by_servers: ClassVar[bool] = False
     # Why its readers do not run the Hadamard that r4 of quant.rotation leaves before a linear; None: they do.
     no_online: ClassVar[str | None] = "has no place for it"
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
@@ -157,10 +153,6 @@ class Exporter(ABC):
         """Why this format cannot hold the grid (offset: with a float offset per group), with the way out;
         None when it can.
         """
-
-    def note(self, grid: Grid) -> str | None:
-        """What is worth knowing before a run whose grid this format can hold, but not every reader of it."""
-        return None
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it

@@ -37,8 +37,6 @@ class CardFacts:
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
     """How to use the folder, for the console."""
-    if note := EXPORTERS[format].note(facts.grid):
-        return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") ({note})'
     command, about = _served(facts, format, str(folder))
     return f"serve it: {command}{f'{chr(10)}  kv cache: {about}' if about else ''}"
 

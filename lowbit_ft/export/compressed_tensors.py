@@ -90,11 +90,6 @@ class CompressedTensors(Exporter):
             )
         return None
 
-    def note(self, grid: Grid) -> str | None:
-        if isinstance(grid, BinaryGrid) or grid.symmetric or grid.bits not in (2, 3):
-            return None
-        return "vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all"
-
     def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
         out = "or export.format: native, which lowbit-ft serve computes"
         if not scheme.dynamic:

@@ -38,6 +38,12 @@ PEFT_TYPE = "LOWBIT"
 # Keys of a recipe that say where an adapter goes, what it started from and in which parts a matrix is:
 # target_modules, the tensors and `segments` tell that here.
 NOT_OPTIONS = ("targets", "init_from", "segments")
+# Keys that many methods of PEFT share and ours has not, with the way out. None and "none" say what it does.
+OF_OTHER_METHODS = {
+    "bias": "biases stay as they are beside packed weights; leave it out",
+    "layers_to_transform": "name the layers in target_modules, as a regex: r'.*layers\\.(0|1)\\..*'",
+    "layers_pattern": "name the layers in target_modules, as a regex",
+}
 
 CARD_FILE = "README.md"
 IMPORT_FIRST = (
@@ -86,6 +92,14 @@ def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str
         if not lines:
             return config
     raise ValueError("\n".join(lines))
+
+
+def refuse_keys_of_others(keys: dict[str, Any]) -> None:
+    """TypeError, by which PEFT's callers find out whether a method has a key, for one of OF_OTHER_METHODS;
+    those that say what is done anyway are taken out of `keys`."""
+    for key, way_out in OF_OTHER_METHODS.items():
+        if keys.pop(key, None) not in (None, "none"):
+            raise TypeError(f"LowBitConfig has no {key}: {way_out}")
 
 
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:

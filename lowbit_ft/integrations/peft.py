@@ -45,11 +45,13 @@ from .adapter_files import (
     adapter_options,
     check_adapter,
     read_adapter,
+    refuse_keys_of_others,
     refuse_other_base,
     say_on_card,
     with_parts,
     write_adapter,
 )
+from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
 from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
 from .peft_whole import resized_keys, settle_whole, whole_keys
@@ -108,6 +110,7 @@ class LowBitConfig(PeftConfig):
             raise ValueError(
                 f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"
             )
+        refuse_keys_of_others(keys)
         if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
             raise ValueError(
                 f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: "
@@ -326,6 +329,10 @@ class LowBitModel(BaseTuner):
         """
         layers = [layer for layer in self.model.modules() if isinstance(layer, LowBitLinear)]
         return [one for layer in layers for one in layer.begin_step(step)]
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """(adapters, weights, adapter_name): their weighted sum as one more, where that is exact."""
+        add_weighted_adapter(self, *args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

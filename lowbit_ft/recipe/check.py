@@ -32,6 +32,7 @@ from .sections.quant import check_grid, check_groups, check_layers
 from .sections.reconstruct import check_reconstruct
 from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
+from .sections.server import check_server
 from .sections.signal import check_signal
 from .sections.train import check_offload, check_train
 from .yaml import Problem
@@ -45,6 +46,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant"), check_kv_cache),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
+    (("quant", "export"), check_server),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant", "adapter"), check_segments),
     (("model", "quant"), check_layers),
@@ -135,7 +137,6 @@ def notes(recipe: Any) -> list[str]:
             "data.valid or eval.data"
         )
     exporter = EXPORTERS[recipe.export.format]
-    found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []
     shapes = shapes_here(recipe.model.path, recipe.model.revision)
     if exporter.fused_by_servers and shapes is not None:
         quant = recipe.quant

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ...export import EXPORTERS, LayerSpec
 from ...export.planes import held
+from ...export.servers import SERVERS
 from ...files.tensorfile import CheckpointError
 from ...model.config import load_config
 from ..layers import Shapes, local_folder, shapes_here
@@ -30,6 +31,11 @@ class ExportSection(Section):
         description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
         "gptq_v2, awq, mlx (mlx-lm), torchao, "
         "or native (every grid)",
+    )
+    server: Annotated[str, OneOf(SERVERS)] = Field(
+        default="any",
+        description="who will load it: what that server refuses is refused before training; any: only what "
+        "the format holds is asked",
     )
     verify: bool = Field(default=True, description="reload the export and compare codes, scales and logits")
 

@@ -64,9 +64,7 @@ class QuantSection(Section):
     )
     bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
     group_size: GroupSize = Field(default=128, description="inputs that share a scale; -1: the whole row")
-    symmetric: bool = Field(
-        default=True, description="no zero points; vLLM serves 2 and 3 bit only when symmetric"
-    )
+    symmetric: bool = Field(default=True, description="no zero points: what every format and server loads")
     residual_bits: Literal[0, 1, 2, 4] = Field(
         default=4, description="bits of the rounding error kept for training (integer grid only)"
     )
