@@ -15,7 +15,6 @@ RENAMED = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 # Name -> (the values that ask for nothing, why another is refused).
 WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "bias": (("none", None), "biases are not trained; leave it out"),
     "use_rslora": (
         (False, None),
         "it scales by alpha / sqrt(r), here the gain is alpha / r: give lora_alpha times sqrt(r)",
@@ -37,6 +36,8 @@ def from_lora(method: str, keys: dict[str, Any]) -> dict[str, Any]:
     """The keys by the names of `method`. ValueError with a line for each that means something else here."""
     out, lines = {}, []
     for key, value in keys.items():
+        if key == "bias" and value in ("none", None):
+            continue
         if key in WITHOUT_EFFECT:
             allowed, reason = WITHOUT_EFFECT[key]
             if value not in allowed:
@@ -50,8 +51,9 @@ def from_lora(method: str, keys: dict[str, Any]) -> dict[str, Any]:
             if value:
                 lines.append(
                     f"lora_dropout: got {value!r}; allowed with method {method!r}: 0. The low-rank "
-                    "product is inside the rounded weight: there is no side path whose inputs could be dropped, and "
-                    "dropping those of the whole layer is another model than ships. method='lora' has it"
+                    "product is inside the rounded weight: there is no side path whose inputs could be "
+                    "dropped, and dropping those of the whole layer is another model than ships. "
+                    "method='lora' has it"
                 )
             continue
         out[ours] = value

@@ -35,7 +35,6 @@ def test_a_loraconfig_s_keys_are_ours() -> None:
     ("keys", "words"),
     [
         ({"use_rslora": True}, "alpha / sqrt"),
-        ({"bias": "all"}, "biases are not trained"),
         ({"use_dora": True}, "dl_qat"),
         ({"init_lora_weights": "pissa"}, "Kaiming"),
         ({"r": 8, "rank": 8}, "r and rank are one key"),
