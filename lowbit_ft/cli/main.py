@@ -171,15 +171,23 @@ def merge(run_dir: RunFolder) -> None:
 
 @app.command()
 def export(
-    run_dir: RunFolder,
+    folder: Annotated[
+        Path, typer.Argument(help="folder of a run, packed model, or adapter", show_default=False)
+    ],
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to write, where FOLDER is no run")
+    ] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="packed base of an adapter folder")] = None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
+    """Write a merged model as a Hugging Face folder for transformers, vLLM, ...: of a run, of a packed folder
+    that any trainer saved, or of a PEFT adapter over its base.
+    """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.export(_folder(run_dir), format)
+    pipeline.export(_folder(folder), format, output, base)
 
 
 @app.command()

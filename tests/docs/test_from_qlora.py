@@ -40,7 +40,10 @@ def test_the_port_changes_at_most_eight_lines() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install trl")
 def test_the_ported_script_runs(tmp_path: Path) -> None:
-    model, tokenizer = tiny_checkpoint(tmp_path / "tiny", vocab_size=4096), AutoTokenizer.from_pretrained(TINY)
+    model, tokenizer = (
+        tiny_checkpoint(tmp_path / "tiny", vocab_size=4096),
+        AutoTokenizer.from_pretrained(TINY),
+    )
     tokenizer.save_pretrained(model)
     rows = tmp_path / "rows.jsonl"
     lines = ROWS.read_text(encoding="utf-8").splitlines()[:16]
