@@ -36,6 +36,7 @@ from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
 from .stages.models import check_folders, trained_model
 from .stages.outside import export_outside
+from .stages.push import push as push_folder
 from .stages.quantize import quantize_stage
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
@@ -123,6 +124,13 @@ def export(
         session.say(f"{name}: {folder}")
         session.say(serve_line(card_facts(session, session.recipe), name, folder))
         return folder
+
+
+def push(folder: Path, repo: str, public: bool = False) -> str:
+    """Upload the export of a run, or an exported folder, to the hub; private unless asked. Returns its
+    address.
+    """
+    return push_folder(folder, repo, public)
 
 
 def verify(folder: Path) -> None:

@@ -191,6 +191,18 @@ def export(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or an exported model", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="open to everybody; default: private")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub with its model card, private unless --public."""
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
+
+    pipeline.push(_folder(folder), repo, public)
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_default=False)]) -> None:
     """Reload an exported folder through its real reader and compare codes, scales and logits."""
     from .. import pipeline  # slow: torch, transformers; --help needs neither
