@@ -31,6 +31,9 @@ class LoraConfig(AdapterConfig, AlphaPattern):
     method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the inputs that A does not see in training; the base sees all"
+    )
     init_from: str | None = init_from_field()
 
     @property
@@ -59,7 +62,8 @@ class Lora(Adapter):
         self.B = nn.Parameter(torch.zeros(n, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
-        side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
+        seen = nn.functional.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        side = (seen @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
         return base.linear(x) + self.config.gain * side
 
     def one_step(self, base: Weight) -> dict[str, Tensor | float]:

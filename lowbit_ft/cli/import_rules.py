@@ -153,7 +153,7 @@ def refuse_stage(draft: Draft, key: str, value: Any) -> None:
 
 RUNTIME = left("how it is run, not what is trained: see the README (torchrun for several GPUs)")
 CACHE = left("prepared rows are kept and checked without being asked")
-NO_DROPOUT = left("adapters here have no dropout")
+NO_DROPOUT = left("only lora has a side path to drop inputs of: adapter.dropout")
 NO_SPLIT = left("rows are not split here: give a file of its own as data.valid")
 ATTENTION = left(
     "torch's own attention (sdpa) is used; set model.attention: flash_attention_2 where "

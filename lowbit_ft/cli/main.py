@@ -112,11 +112,43 @@ def plan(
 
 
 @app.command()
-def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
+def quantize(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|MODEL", help="recipe YAML, or a folder or hub id", show_default=False),
+    ],
+    overrides: Overrides = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default) or 8")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="inputs that share a scale; default 128")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="mse (default), gptq, ...; gptq needs --data")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="rows for gptq and signround: a file or a hub data set")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+) -> None:
+    """Pack a model: a recipe's into its run folder (base/), from which `run` and `train` go on; or MODEL, by
+    these options, into a folder that from_pretrained reads.
+    """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
+    from .quantize import quantize_model  # as above
 
-    pipeline.quantize(_load(recipe, overrides))
+    options = {"bits": bits, "group_size": group_size, "calibrate": calibrate}
+    options = {key: value for key, value in options.items() if value is not None}
+    if not target.lower().endswith((".yaml", ".yml")):
+        if asymmetric:
+            options["symmetric"] = False
+        quantize_model(target, overrides or [], options, data, output)
+        return
+    if options or asymmetric or data is not None or output is not None:
+        raise ValueError(
+            f"{target} is a recipe, which says these itself: write quant.bits=4, output=DIR, ... behind it"
+        )
+    pipeline.quantize(_load(Path(target), overrides))
 
 
 @app.command()
@@ -139,15 +171,35 @@ def merge(run_dir: RunFolder) -> None:
 
 @app.command()
 def export(
-    run_dir: RunFolder,
+    folder: Annotated[
+        Path, typer.Argument(help="folder of a run, packed model, or adapter", show_default=False)
+    ],
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to write, where FOLDER is no run")
+    ] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="packed base of an adapter folder")] = None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
+    """Write a merged model as a Hugging Face folder for transformers, vLLM, ...: of a run, of a packed folder
+    that any trainer saved, or of a PEFT adapter over its base.
+    """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.export(_folder(run_dir), format)
+    pipeline.export(_folder(folder), format, output, base)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or an exported model", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="open to everybody; default: private")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub with its model card, private unless --public."""
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
+
+    pipeline.push(_folder(folder), repo, public)
 
 
 @app.command()

@@ -51,6 +51,7 @@ from .adapter_files import (
     with_parts,
     write_adapter,
 )
+from .lora_names import from_lora
 from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
 from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
@@ -61,7 +62,8 @@ __all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write
 
 @dataclass(init=False)
 class LowBitConfig(PeftConfig):
-    """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}.
+    """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}. Those of
+    LoraConfig (r, lora_alpha) are understood where they mean the same (lora_names.py).
 
     target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
     likewise. modules_to_save: names of dense modules that are trained whole and saved with the adapter (a new
@@ -106,6 +108,7 @@ class LowBitConfig(PeftConfig):
                 stacklevel=2,
             )
             keys = {}
+        keys = from_lora(method, keys)
         if twice := sorted(keys.keys() & (options or {}).keys()):
             raise ValueError(
                 f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"

@@ -51,7 +51,7 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
         self.untrained[adapter_name] = frozenset(
             n for n, p in adapter.named_parameters() if not p.requires_grad
         )
-        self.lowbit_adapters[adapter_name] = adapter.requires_grad_(False)
+        self.lowbit_adapters[adapter_name] = adapter.requires_grad_(False).train(self.training)
 
     def adapter_named(self, names: str | list[str]) -> tuple[str, Adapter] | None:
         """The one adapter of `names`, if this layer has it. ValueError for more than one name."""

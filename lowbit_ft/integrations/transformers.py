@@ -104,9 +104,9 @@ class LowbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any):
         if not kwargs.get("pre_quantized", True):
             raise ValueError(
-                f"{METHOD} reads packed folders and does not pack while loading: run `lowbit-ft quantize` "
-                "on a recipe with this "
-                "checkpoint, and load the base/ folder it writes"
+                f"{METHOD} reads packed folders, and this checkpoint is dense: to pack it while it loads "
+                "give quantization_config=lowbit_ft.LowBitQuantConfig(bits=4), or pack it first "
+                "(lowbit-ft quantize MODEL) and load the folder that it writes"
             )
         super().__init__(quantization_config, **kwargs)
 
@@ -122,39 +122,7 @@ class LowbitQuantizer(HfQuantizer):
         layers, new = named_in(model, self.quantization_config.layers), frozenset[str]()
         if (writer := other_writer(model)) is not None:
             layers, new = in_another_class(model, writer, layers)
-        stand_in(model, layers, fusions_for(model, layers))
-        for name, spec in layers.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(
-                    f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
-                ) from None
-            found = (
-                tuple(linear.weight.shape)
-                if isinstance(linear, nn.Linear | nn.Embedding)
-                else type(linear).__name__
-            )
-            if found != spec.shape:
-                raise ValueError(
-                    f"quantization_config: layer {name} is {spec.shape}; this model's is {found}"
-                )
-            if isinstance(linear, nn.Embedding):
-                base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
-                packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
-            else:
-                bias = linear.bias
-                packed = PackedLinear.empty(
-                    spec.shape[1],
-                    spec.shape[0],
-                    bias is not None,
-                    spec.grid,
-                    "meta",
-                    linear.weight.dtype if bias is None else bias.dtype,
-                    spec.offset,
-                )
-                place(packed, spec.activation)
-            model.set_submodule(name, packed)
+        put_empty(model, layers)
         turned = named_in(model, dict.fromkeys(getattr(self.quantization_config, "hadamard", ())))
         for name in turned.keys() & layers.keys():
             model.get_submodule(name).input_transform = OnlineHadamard()
@@ -195,6 +163,42 @@ class LowbitQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters train over the packed layers (`lowbit_ft.adapters.attach`, PEFT)."""
         return True
+
+
+def put_empty(model: Any, layers: dict[str, LayerSpec]) -> None:
+    """Put packed layers without values (on meta) in the place of these. ValueError for one that the model has
+    not, or has in another shape."""
+    stand_in(model, layers, fusions_for(model, layers))
+    for name, spec in layers.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
+            ) from None
+        found = (
+            tuple(linear.weight.shape)
+            if isinstance(linear, nn.Linear | nn.Embedding)
+            else type(linear).__name__
+        )
+        if found != spec.shape:
+            raise ValueError(f"quantization_config: layer {name} is {spec.shape}; this model's is {found}")
+        if isinstance(linear, nn.Embedding):
+            base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
+            packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
+        else:
+            bias = linear.bias
+            packed = PackedLinear.empty(
+                spec.shape[1],
+                spec.shape[0],
+                bias is not None,
+                spec.grid,
+                "meta",
+                linear.weight.dtype if bias is None else bias.dtype,
+                spec.offset,
+            )
+            place(packed, spec.activation)
+        model.set_submodule(name, packed)
 
 
 def named_in(model: Any, layers: dict[str, Spec]) -> dict[str, Spec]:

@@ -118,6 +118,12 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return WEIGHTS[self.grid.kind](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
+    def fill(self, base: Weight) -> None:
+        """Take this weight as the base: a layer made by `empty` for its shape and grid."""
+        tensors = base.to_tensors()
+        assert tuple(tensors) == self._names and base.grid == self.grid, base.grid
+        self._buffers.update(tensors)
+
     @property
     def has_residual(self) -> bool:
         """Whether the base keeps what its rounding threw away."""

@@ -40,6 +40,8 @@ class Format(ABC):
     """
 
     columns: ClassVar[Mapping[str, str]]  # that are read: name -> what becomes of it, for docs/data.md
+    # Columns of a row by which the format is recognised where nobody names it: any of these sets.
+    told_by: ClassVar[tuple[tuple[str, ...], ...]] = ()
     needs_template: ClassVar[bool] = False  # the tokenizer's chat template
     joined: ClassVar[bool] = False  # with data.packing, rows are joined and cut instead of kept whole
 

@@ -42,6 +42,8 @@ def check_method(r: Any) -> Problems:
             ("adapter", "warmup_steps"),
             f"got {steps}, but train.max_steps is {limit}: the grid would never be trained; lower it",
         )
+    if getattr(config, "dropout", 0) and hasattr(r, "train"):
+        yield from _against_dropout(config, r.train)
     told = set()
     for path, grid in grids(r):
         reason = _no_residual(r, config, grid) if r.quant.from_checkpoint else config.reject(grid)
@@ -50,6 +52,22 @@ def check_method(r: Any) -> Problems:
             where = "" if path == ("quant",) else f" (for {dotted(path)})"
             yield Problem(("adapter", "method"), f"got {config.method!r}{where}: {reason}")
     yield from _gradient_cost(r, config)
+
+
+def _against_dropout(config: Any, train: Any) -> Problems:
+    """What runs a layer twice for one gradient, and would draw other inputs the second time."""
+    if train.mlp_chunk is not None:
+        yield Problem(
+            ("adapter", "dropout"),
+            f"got {config.dropout:g} with train.mlp_chunk, which makes the MLP's products again in the "
+            "backward pass, with other inputs dropped; set dropout: 0, or mlp_chunk: null",
+        )
+    if not train.gradient.backward:
+        yield Problem(
+            ("adapter", "dropout"),
+            f"got {config.dropout:g} with gradient.kind: {train.gradient.kind}, which compares two forwards "
+            "of the same inputs; set dropout: 0",
+        )
 
 
 def _gradient_cost(r: Any, config: Any) -> Problems:
