@@ -28,6 +28,7 @@ from .sections.gradient import check_gradient
 from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
+from .sections.preference import check_preference
 from .sections.quant import check_grid, check_groups, check_layers
 from .sections.reconstruct import check_reconstruct
 from .sections.rotation import check_rotation
@@ -61,6 +62,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
+    (("adapter", "data", "train"), check_preference),
     (("adapter", "train"), check_gradient),
     (("eval",), check_tasks),
     (("eval", "export"), check_tasks_reader),

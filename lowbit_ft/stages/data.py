@@ -35,13 +35,7 @@ def read_data(session: Session) -> Examples:
     session.say(f"data: {examples.report}")
     if warning := unstopped(session):
         session.say(f"note: {warning}")
-    if (source := valid_source(session)) is not None:
-        valid = load_examples(
-            source,
-            recipe.data.model_copy(update={"streaming": False}),
-            session.tokenizer,
-            rows=session.rows,
-        )
+    if (valid := valid_examples(session)) is not None:
         session.say(f"valid: {valid.report}")
     return examples
 
@@ -100,14 +94,19 @@ def unstopped(session: Session) -> str | None:
     )
 
 
-def valid_batches(session: Session, model: Any) -> Batches | None:
-    """The validation rows for the losses during training; None when the recipe has none."""
+def valid_examples(session: Session) -> Examples | None:
+    """The validation windows; None when the recipe has none."""
     source = valid_source(session)
     if source is None:
         return None
     section = session.recipe.data.model_copy(update={"streaming": False})
-    examples = load_examples(source, section, session.tokenizer, rows=session.rows)
-    return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
+    return load_examples(source, section, session.tokenizer, rows=session.rows)
+
+
+def valid_batches(session: Session, model: Any, *, taught: bool = False) -> Batches | None:
+    """The validation rows for the losses during training; None when the recipe has none."""
+    examples, size = valid_examples(session), session.recipe.train.micro_batch_size
+    return None if examples is None else batches(session, model, examples, size, shuffle=False, taught=taught)
 
 
 def eval_batches(session: Session, model: Any) -> list[Batch]:
@@ -160,4 +159,6 @@ def first_windows(
 ) -> Examples:
     """The first `count` windows (None: all) of a source, read only as far as needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
+    if (alone := FORMATS[source.format].alone) is not None:  # one text is looked at, not two answers
+        source = source.model_copy(update={"format": alone})
     return calibrating.first_windows(source, section, session.tokenizer, session.rows, count)

@@ -45,6 +45,7 @@ from .progress import why_bad
 from .refusals import refuse_unreached
 from .run import Run
 from .setup import StopSignal, TrainBatches, ValidBatches
+from .validate import evaluate, keep_best
 from .window import window_of
 
 
@@ -123,12 +124,12 @@ def _loop(
             # 1. Between steps: evaluate, save, leave.
             if run.is_due(section.eval_every) and now.evaluated < now.step:
                 with packed_op_only(run.model):  # as training's forwards: a run's numbers are of one op
-                    run.evaluate(log, stop)
+                    evaluate(run, log, stop)
             stopped = run.agree(stop.requested) if told is None or accelerator.num_processes == 1 else told
             if stopped or run.is_due(section.save_every) or now.best_step == now.step:
                 run.save()
             if stopped or now.step >= total:
-                run.keep_best(stopped, log)
+                keep_best(run, stopped, log)
                 return stopped
 
             # 2. The data of this step, and how many targets all processes together have.
