@@ -47,7 +47,8 @@ LAYOUTS = {
     "uneven": {"a": Segment(0, 2, 2, 6), "b": Segment(2, 4), "c": Segment(8, 16)},
 }
 LAYOUT_PHI3 = {"q": Segment(0, 64), "k": Segment(64, 32), "v": Segment(96, 32)}
-OTHER = {"bits": 8, "group_size": -1, "symmetric": False}
+OTHER = {"bits": 8, "group_size": -1}
+GRID: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "calibrate": "minmax"}
 PARTS = {  # family -> the overrides, and what they make of the first layer
     "phi3": (["*.qkv_proj.v", "*.gate_up_proj.up"], ["q", "k", "v", "gate", "up"]),
     "gpt_neox": (["*.query_key_value.k"], ["q", "k", "v"]),
@@ -72,7 +73,7 @@ def test_the_parts_are_the_whole(layout: str) -> None:
 
 def section(family: str, **fields: Any) -> QuantSection:
     overrides = [{"match": match} | OTHER for match in PARTS[family][0]]
-    return QuantSection(**{"bits": 4, "group_size": 32, "calibrate": "mse", "overrides": overrides} | fields)
+    return QuantSection(**GRID | {"overrides": overrides} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_packed_model_is_the_dense_one_with_its_parts(
     assert list(dict.fromkeys(name.rpartition(".")[2] for name in names)) == PARTS[family][1]
     chosen = {match.removeprefix("*") for match in PARTS[family][0]}
     for name, layer in packed_layers(model):
-        wanted = "W8 row asym" if any(name.endswith(end) for end in chosen) else "W4 g32 sym"
+        wanted = "W8 row asym" if any(name.endswith(end) for end in chosen) else "W4 g32 asym"
         assert str(layer.grid) == wanted, name
     dense = into_dense(load_model(source, dtype=torch.float32), lambda layer: layer.base.dequantize(), model)
     torch.testing.assert_close(logits(model).double(), logits(dense), rtol=0, atol=2e-6)
@@ -230,7 +231,7 @@ def test_the_line_ships_what_it_trained(tmp_path: Path) -> None:
         "quant.calibration": {"samples": 2, "sequence_len": 32},
         "quant.activations": {"bits": 8, "targets": ["qkv_proj", "down_proj"]},
         "adapter": {"method": "lr_qat", "rank": 2, "init": "loftq", "segments": "auto"},
-        "export.format": "native",
+        "export": {"format": "native", "verify": False},
     }
     recipe = load_recipe(recipe_file(tmp_path, changes))
     run = pipeline.run(recipe).parent
