@@ -153,6 +153,22 @@ def test_what_is_trained_is_what_ships(family: str, sources: dict[str, Checkpoin
     assert verify_merge(model, tmp_path / "merged").exact
 
 
+def test_gptq_has_one_hessian_for_all_parts(sources: dict[str, Checkpoint]) -> None:
+    """Parts on the grid of the rest have the codes that they have in the whole: rows know nothing of others."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 128, (4, 32))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    apart, whole = (
+        quantize(sources["gpt_neox"], section("gpt_neox", **more), calibration=lambda: [batch])[0]
+        for more in ({"calibrate": "gptq"}, {"calibrate": "gptq", "overrides": []})
+    )
+    name = "gpt_neox.layers.0.attention.query_key_value"
+    dense = whole.get_submodule(name).base.dequantize()
+    for part, rows in fusions_in(apart)[name].items():
+        own = apart.get_submodule(f"{name}.{part}").base.dequantize()
+        assert torch.equal(own, dense[rows.channels()]) == (part != "k"), part
+
+
 def test_adapters_mean_the_whole_or_a_part(sources: dict[str, Checkpoint]) -> None:
     model = packed(sources["phi3"], "phi3")
     for targets, ends in (

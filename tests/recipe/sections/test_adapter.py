@@ -18,8 +18,7 @@ BAD = [
         "key of other methods",
         ("method: lr_qat\n  rank: 8", "method: ef_qat\n  segments: auto"),
         (),
-        "r.yaml:11: adapter.segments: unknown key of ef_qat; lr_qat, dl_qat, l4q have it: remove it; allowed: "
-        "method, targets",
+        "r.yaml:11: adapter.segments: unknown key of ef_qat; lr_qat, dl_qat, l4q have it: remove it; allowed",
     ),
     (
         "bool for adapter number",
