@@ -154,7 +154,7 @@ def test_what_is_trained_is_what_ships(family: str, sources: dict[str, Checkpoin
 
 
 def test_gptq_has_one_hessian_for_all_parts(sources: dict[str, Checkpoint]) -> None:
-    """Parts on the grid of the rest have the codes that they have in the whole: rows know nothing of others."""
+    """Parts on the grid of the rest have the codes that they have in the whole: rows are rounded alone."""
     torch.manual_seed(0)
     ids = torch.randint(0, 128, (4, 32))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -230,7 +230,8 @@ def test_rotations_are_folded_into_the_parts(sources: dict[str, Checkpoint]) -> 
 
 
 def test_the_line_ships_what_it_trained(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "phi3", transformers.Phi3Config(**PHI3 | {"num_hidden_layers": 2}))
+    two_layers: dict[str, Any] = PHI3 | {"num_hidden_layers": 2}
+    source = checkpoint(tmp_path / "phi3", transformers.Phi3Config(**two_layers))
     overrides = [
         {"match": "*.qkv_proj.v", "bits": 8},
         {"match": "*.layers.0.mlp.gate_up_proj.gate", "bits": 3, "group_size": 64},
