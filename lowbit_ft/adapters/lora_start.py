@@ -216,7 +216,13 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
                 f"adapter.rank: {lora.rank} (or more)"
             )
             break
-    if strays := [layer for layer in lora.pairs if layer not in shapes]:
+    strays = [layer for layer in lora.pairs if layer not in shapes]
+    if apart := [layer for layer in strays if any(name.rpartition(".")[0] == layer for name in shapes)]:
+        problems.append(
+            f"{apart[0]} is taken apart here (quant.overrides), and the LoRA is one for the whole; give its "
+            "parts the same bits, group_size and symmetric, or leave out init_from"
+        )
+    elif strays:
         problems.append(
             f"the LoRA has {len(strays)} layers that get no adapter here, such as {strays[0]}; it was "
             "trained on another model, or adapter.targets "

@@ -96,7 +96,7 @@ class Fused(nn.Module):
         self._even = self._runs == even
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._whole([self.get_submodule(name)(x) for name in self.fusion])
+        y = self._whole([self._modules[name](x) for name in self.fusion])  # pyright: ignore[reportOptionalCall]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property

@@ -47,7 +47,8 @@ LAYOUTS = {
     "uneven": {"a": Segment(0, 2, 2, 6), "b": Segment(2, 4), "c": Segment(8, 16)},
 }
 LAYOUT_PHI3 = {"q": Segment(0, 64), "k": Segment(64, 32), "v": Segment(96, 32)}
-OTHER = {"bits": 8, "group_size": -1, "symmetric": False}
+OTHER = {"bits": 8, "group_size": -1}
+GRID: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False, "calibrate": "minmax"}
 PARTS = {  # family -> the overrides, and what they make of the first layer
     "phi3": (["*.qkv_proj.v", "*.gate_up_proj.up"], ["q", "k", "v", "gate", "up"]),
     "gpt_neox": (["*.query_key_value.k"], ["q", "k", "v"]),
@@ -72,7 +73,7 @@ def test_the_parts_are_the_whole(layout: str) -> None:
 
 def section(family: str, **fields: Any) -> QuantSection:
     overrides = [{"match": match} | OTHER for match in PARTS[family][0]]
-    return QuantSection(**{"bits": 4, "group_size": 32, "calibrate": "mse", "overrides": overrides} | fields)
+    return QuantSection(**GRID | {"overrides": overrides} | fields)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_packed_model_is_the_dense_one_with_its_parts(
     assert list(dict.fromkeys(name.rpartition(".")[2] for name in names)) == PARTS[family][1]
     chosen = {match.removeprefix("*") for match in PARTS[family][0]}
     for name, layer in packed_layers(model):
-        wanted = "W8 row asym" if any(name.endswith(end) for end in chosen) else "W4 g32 sym"
+        wanted = "W8 row asym" if any(name.endswith(end) for end in chosen) else "W4 g32 asym"
         assert str(layer.grid) == wanted, name
     dense = into_dense(load_model(source, dtype=torch.float32), lambda layer: layer.base.dequantize(), model)
     torch.testing.assert_close(logits(model).double(), logits(dense), rtol=0, atol=2e-6)
@@ -150,6 +151,22 @@ def test_what_is_trained_is_what_ships(family: str, sources: dict[str, Checkpoin
     write_model(tmp_path / "merged", source, merged_weights(model), EXPORTERS["native"])
     assert torch.equal(logits(load_exported(tmp_path / "merged")), trained)
     assert verify_merge(model, tmp_path / "merged").exact
+
+
+def test_gptq_has_one_hessian_for_all_parts(sources: dict[str, Checkpoint]) -> None:
+    """Parts on the grid of the rest have the codes that they have in the whole: rows are rounded alone."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 128, (4, 32))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    apart, whole = (
+        quantize(sources["gpt_neox"], section("gpt_neox", **more), calibration=lambda: [batch])[0]
+        for more in ({"calibrate": "gptq"}, {"calibrate": "gptq", "overrides": []})
+    )
+    name = "gpt_neox.layers.0.attention.query_key_value"
+    dense = whole.get_submodule(name).base.dequantize()
+    for part, rows in fusions_in(apart)[name].items():
+        own = apart.get_submodule(f"{name}.{part}").base.dequantize()
+        assert torch.equal(own, dense[rows.channels()]) == (part != "k"), part
 
 
 def test_adapters_mean_the_whole_or_a_part(sources: dict[str, Checkpoint]) -> None:
@@ -213,7 +230,8 @@ def test_rotations_are_folded_into_the_parts(sources: dict[str, Checkpoint]) -> 
 
 
 def test_the_line_ships_what_it_trained(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "phi3", transformers.Phi3Config(**PHI3 | {"num_hidden_layers": 2}))
+    two_layers: dict[str, Any] = PHI3 | {"num_hidden_layers": 2}
+    source = checkpoint(tmp_path / "phi3", transformers.Phi3Config(**two_layers))
     overrides = [
         {"match": "*.qkv_proj.v", "bits": 8},
         {"match": "*.layers.0.mlp.gate_up_proj.gate", "bits": 3, "group_size": 64},
@@ -230,7 +248,7 @@ def test_the_line_ships_what_it_trained(tmp_path: Path) -> None:
         "quant.calibration": {"samples": 2, "sequence_len": 32},
         "quant.activations": {"bits": 8, "targets": ["qkv_proj", "down_proj"]},
         "adapter": {"method": "lr_qat", "rank": 2, "init": "loftq", "segments": "auto"},
-        "export.format": "native",
+        "export": {"format": "native", "verify": False},
     }
     recipe = load_recipe(recipe_file(tmp_path, changes))
     run = pipeline.run(recipe).parent

@@ -73,7 +73,7 @@ def test_the_name_is_what_the_model_makes_of_it() -> None:
     """CodeGen's qkv_proj has q, v, k; GPT-BigCode's has one head of k and v. Mamba's input projection is no
     attention: its parts have numbers."""
     config = transformers.CodeGenConfig(
-        vocab_size=128, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64, pad_token_id=0
+        vocab_size=128, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64
     )
     found = find_segments(meta_model(config, torch.float32, "eager", Path("config.json")))
     fusion = found["transformer.h.0.attn.qkv_proj"].fusion

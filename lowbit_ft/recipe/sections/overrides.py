@@ -102,7 +102,8 @@ def check_overrides(quant: Any, layers: list[Layer], names: list[str], shapes: S
                 )
             continue
         stem, _, last = override.match.rpartition(".")
-        met = next((name for name in whole if stem and matches(stem, name)), None)
+        says = stem.rpartition(".")[2].strip("*")  # a glob for everything names no matrix
+        met = next((name for name in whole if says and matches(stem, name)), None)
         if met in parts:
             known = parts[met].names
             yield Problem(
