@@ -14,7 +14,7 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
-    full_bf16      full_qat with masters in bf16      full_none      with none (ECO)
+    full_bf16      full_qat with masters in bf16      full_none      with none (ECO); scales at 4e-3
 
 Rows are kept in --out as they come."""
 
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
     "full_bf16": ("full_qat", 1, {"adapter": {"master": "bf16"}}),
-    "full_none": ("full_qat", 1, {"adapter": {"master": "none"}}),
+    "full_none": ("full_qat", 1, {"adapter": {"master": "none"}, "scale_learning_rate": 4e-3}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {

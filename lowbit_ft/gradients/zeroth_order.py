@@ -89,7 +89,7 @@ class ZerothOrderConfig(GradientConfig):
             yield (
                 ("train", "learning_rate"),
                 "got auto, which was searched with backprop: gradient.kind: zeroth_order needs a rate of its "
-                "own; set one, for example 1e-4",
+                "own, the smaller the more numbers train; set one, for example 2e-3",
             )
         if train.max_grad_norm != 1.0:
             yield (
