@@ -1,5 +1,5 @@
-"""rank_pattern and alpha_pattern: PEFT's own choice of layers, the law on every one of them, the folder, resume,
-plan and the recipe check."""
+"""rank_pattern and alpha_pattern: PEFT's own choice of layers, the law on each, the folder, resume, plan
+and the recipe check."""
 
 from __future__ import annotations
 
