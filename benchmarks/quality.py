@@ -215,7 +215,8 @@ class Bench:
         rates = dict(item.split("=", 1) for item in self.o.rates)
         rate = float(rates.get(method, self.o.learning_rate))
         # Numbers of -1, 0 and 1 have an optimizer and a curve of their own, and the rate is a share.
-        own = {"optimizer": "t_signsgd", "scheduler": "lota"} if ADAPTERS[method].ternary else {}
+        ternary = ADAPTERS[method].ternary
+        own: dict[str, Any] = {"optimizer": "t_signsgd", "scheduler": "lota"} if ternary else {}
         section = TrainSection(
             max_steps=self.o.steps,
             micro_batch_size=self.o.batch,

@@ -209,10 +209,10 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
     """Why a LoRA cannot start these adapters. shapes: layer -> (N, K) of every layer that gets one."""
     problems = []
     for layer, (a, _) in lora.pairs.items():
-        if len(a) > (rank := getattr(config.of_layer(layer), "rank", 0)):
+        if a.shape[0] > (rank := getattr(config.of_layer(layer), "rank", 0)):
             where = f" in {layer}" if getattr(config, "rank_pattern", None) else ""
             problems.append(
-                f"the LoRA has rank {len(a)}{where}, adapter.rank is {rank}{' there' * bool(where)}; set "
+                f"the LoRA has rank {a.shape[0]}{where}, adapter.rank is {rank}{' there' * bool(where)}; set "
                 f"adapter.rank: {lora.rank} (or more)"
             )
             break

@@ -1,5 +1,5 @@
-"""rank_pattern and alpha_pattern: PEFT's own choice of layers, the law on every one of them, the folder, resume,
-plan and the recipe check."""
+"""rank_pattern and alpha_pattern: PEFT's own choice of layers, the law on each, the folder, resume, plan
+and the recipe check."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_the_layers_and_gains_are_those_of_peft() -> None:
     """The same patterns on a dense model through PEFT's LoraConfig: rank and alpha of every layer."""
     model = packed_model()
     attach(model, config_of("lr_qat"))
-    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
+    small |= {"num_hidden_layers": 2}
     dense = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **small))
     theirs: Any = get_peft_model(
         dense,
@@ -113,7 +114,7 @@ def test_through_peft(tmp_path: Path) -> None:
     assert options["alpha_pattern"] == [list(pair) for pair in ALPHAS.items()]
     again = PeftModel.from_pretrained(packed_model(), tmp_path)
     assert torch.equal(logits(again), logits(model))
-    assert not {"rank_pattern", "alpha_pattern"} & adapter_options(ADAPTERS["lr_qat"]()).keys()
+    assert not {"rank_pattern", "alpha_pattern"} & adapter_options(ADAPTERS["lr_qat"](method="lr_qat")).keys()
     expected = logits(model)
     assert torch.equal(logits(model.merge_and_unload()), expected)
 

@@ -129,7 +129,7 @@ def check_adapter_layers(r: Any) -> Problems:
                 f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, list(layers))}",
             )
     trained = [name for name in layers if config.trains(name)]
-    for key, pattern in ((key, p) for key in PATTERNS for p in getattr(config, key, {})):
+    for key, pattern in [(name, p) for name in PATTERNS for p in getattr(config, name, {})]:
         if trained and not any(meant(pattern, name) for name in trained):
             yield Problem(
                 ("adapter", key, pattern),
