@@ -6,8 +6,8 @@
 What a QLoRA tutorial has, with two lines changed: the model is packed by a LowBitQuantConfig while it loads
 (the tiny Llama, so that the script stands alone), and the adapter's config is a LowBitConfig. Nothing of our
 training loop is used. SFT is on the docstrings of the recipes' assets; DPO prefers a docstring's own text to
-the same text with its words in reverse. Rank 0 writes and prints the loss curves. The adapter of SFT is saved,
-loaded and merged: its logits must be those of the trained model, bit for bit.
+the same text with its words in reverse. Rank 0 writes and prints the loss curves. The adapter of SFT is
+saved, loaded and merged: its logits must be those of the trained model, bit for bit.
 """
 
 import argparse
