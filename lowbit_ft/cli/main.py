@@ -17,6 +17,7 @@ import typer
 
 from .. import __version__
 from .quiet import quiet
+from .said import said
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -282,11 +283,17 @@ def init(
     model_path: Annotated[str, typer.Argument(help="checkpoint folder or hub id", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=0.1, help="GB of the card that it has to fit into")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="folder with the model's config.json, for --memory")
+    ] = None,
 ) -> None:
-    """Write a commented recipe for a model."""
+    """Write a commented recipe for a model; with --memory, one that fits."""
     from .init import write_recipe  # slow: torch; --help does without
 
-    write_recipe(model_path, output, force=force)
+    write_recipe(model_path, output, force=force, memory_gb=memory, config=config)
     typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
 
 
@@ -369,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        typer.echo(f"error: {_message(error)}", err=True)
+        typer.echo(f"error: {said(error)}", err=True)
         sys.exit(2)
     except Exception as error:
         if (
@@ -378,18 +385,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(str(error), err=True)
         sys.exit(130)
-
-
-def _message(error: Exception) -> str:
-    """The text of an error behind "error: ": its first problem on that line, the others in a column below."""
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        # A full disk, a file where a folder should be: what the system says of which file.
-        text = (
-            f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
-            "make room or change its permissions there"
-        )
-    return text.replace("\n", "\n" + " " * len("error: "))
 
 
 if __name__ == "__main__":

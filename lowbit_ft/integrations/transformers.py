@@ -46,7 +46,7 @@ from ..rotations import OnlineHadamard
 Spec = TypeVar("Spec")  # of a layer, or nothing
 
 
-class LowbitConfig(QuantizationConfigMixin):
+class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder: the layers of each grid, by name (see export/native.py)."""
 
     def __init__(
@@ -77,7 +77,7 @@ class LowbitConfig(QuantizationConfigMixin):
             self.hadamard = list(hadamard)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LowbitConfig":
+    def of(cls, model: nn.Module) -> "PackedConfig":
         """The configuration of a model's packed layers."""
         parts = part_rows(model)
         layers = {
@@ -94,14 +94,14 @@ class LowbitConfig(QuantizationConfigMixin):
         return layers_from_config(self.to_dict())
 
 
-class LowbitQuantizer(HfQuantizer):
+class PackedQuantizer(HfQuantizer):
     """Replaces the listed Linears before loading, and checks what was loaded."""
 
     requires_calibration = True  # reads packed checkpoints; making them is `lowbit-ft quantize`
 
-    quantization_config: LowbitConfig
+    quantization_config: PackedConfig
 
-    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any):
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         if not kwargs.get("pre_quantized", True):
             raise ValueError(
                 f"{METHOD} reads packed folders, and this checkpoint is dense: to pack it while it loads "
@@ -153,7 +153,7 @@ class LowbitQuantizer(HfQuantizer):
                 "merge them first "
                 "(lowbit_ft.merge writes the merged folder)"
             )
-        self.quantization_config = model.config.quantization_config = LowbitConfig.of(model)
+        self.quantization_config = model.config.quantization_config = PackedConfig.of(model)
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -280,7 +280,7 @@ def in_another_class(
 def mark_packed(model: Any) -> None:
     """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its
     save_pretrained then writes a native folder."""
-    model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
+    model.hf_quantizer = PackedQuantizer(PackedConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     leave_out_of_ddp(model)
     model.config.quantization_config = model.hf_quantizer.quantization_config
@@ -347,5 +347,5 @@ def check_headers(
 
 # Not the register_* functions of transformers as decorators: they refuse a second time, and a module may be
 # imported again (importlib.reload, a notebook); the two dicts are what those functions fill.
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowbitConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = LowbitQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer

@@ -9,8 +9,8 @@ What has to look at the model at work before or after packing (a rotation, quant
 cache) is a stage of a run, and refused here by name.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,19 +96,13 @@ class Direct:
                 f"{checkpoint.source} is quantized already ({checkpoint.incoming}); load it without a "
                 "quantization_config, or give it as model.path of a recipe, which takes its codes as they are"
             )
-        windows: Callable[[], list[Batch]] | None = None
-        if self.rows is not None:
-
-            def windows() -> list[Batch]:
-                return self.windows(checkpoint)
-
         return Packing(
             checkpoint,
             self.quant,
             device=device,
             dtype=dtype,
             attention=attention,
-            calibration=windows,
+            calibration=None if self.rows is None else partial(self.windows, checkpoint),
             console=console,
         )
 

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..export import LayerSpec
-from ..integrations.transformers import LowbitQuantizer, mark_packed, named_in, put_empty
+from ..integrations.transformers import PackedQuantizer, mark_packed, named_in, put_empty
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding
 from ..model.roles import is_head
@@ -55,7 +55,7 @@ class LowBitQuantConfig(QuantizationConfigMixin):
         return self  # nothing of it changes, and rows may be many
 
 
-class PackingQuantizer(LowbitQuantizer):
+class PackingQuantizer(PackedQuantizer):
     """Puts empty packed layers in before transformers loads the rest, and fills them afterwards.
     `lowbit_table` of the model tells what became of each layer."""
 
@@ -63,8 +63,8 @@ class PackingQuantizer(LowbitQuantizer):
     quantization_config: Any  # a LowBitQuantConfig until the model is packed
 
     def __init__(self, quantization_config: LowBitQuantConfig, **kwargs: Any):
-        # Not LowbitQuantizer's own, which is for folders that are packed.
-        super(LowbitQuantizer, self).__init__(quantization_config, **kwargs)
+        # Not PackedQuantizer's own, which is for folders that are packed.
+        super(PackedQuantizer, self).__init__(quantization_config, **kwargs)
         self._packing: Callable[[], Packing] | None = None
         self._names: dict[str, str] = {}  # of the checkpoint's causal model -> of the model that is loaded
 

@@ -99,7 +99,7 @@ def _open(api: HfApi, repo: str, public: bool) -> set[str]:
     """Make the repository, or look at the one that is there: the files that an earlier push of ours left.
     ValueError where it is open to another circle than asked, or holds what we did not write."""
     try:
-        found = api.repo_info(repo, files_metadata=False)
+        found: Any = api.repo_info(repo, files_metadata=False)
     except RepositoryNotFoundError as error:
         if isinstance(error, GatedRepoError):
             raise

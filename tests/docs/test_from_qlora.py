@@ -38,6 +38,15 @@ def test_the_port_changes_at_most_eight_lines() -> None:
     assert f"learning_rate={rate_for('lr_qat', 4)[0]:g}".replace("0.002", "2e-3") in script("+")
 
 
+def test_the_memory_is_what_was_measured() -> None:
+    kept = json.loads((ROOT / "benchmarks" / "results" / "packing_memory.json").read_text("utf-8"))
+    assert len(kept["rows"]) == 3 and 0.9 < kept["checkpoint_gb"] < 1.1
+    for row in kept["rows"]:
+        assert f"| {row['way']} | {row['peak_gb']:.2f} | {row['tensors_gb']:.2f} |" in PAGE
+    ours, theirs = kept["rows"][:2]
+    assert ours["peak_gb"] < 0.6 * kept["checkpoint_gb"] < theirs["peak_gb"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install trl")
 def test_the_ported_script_runs(tmp_path: Path) -> None:
     model, tokenizer = (

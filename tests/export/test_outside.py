@@ -31,7 +31,7 @@ READABLE = [
     if not exporter.missing(exporter.writes_with)
     and not exporter.missing(exporter.reads_with)
     and not exporter.needs_activations
-    and name != "native"
+    and name not in ("native", "compressed-tensors")  # which have tests of their own below
 ]
 
 
@@ -68,7 +68,7 @@ def test_a_saved_merge_in_every_format(format: str, folders: dict[str, Path], tm
 
 
 def test_an_adapter_over_its_base_is_its_merge(folders: dict[str, Path], tmp_path: Path) -> None:
-    one = pipeline.export(folders["adapter"], "native", tmp_path / "native")
+    one = pipeline.export(folders["adapter"], "native", tmp_path / "native", folders["base"])
     digests = {name: weight.digest() for name, weight in read_weights(folders["merged"]).items()}
     assert {name: weight.digest() for name, weight in read_weights(one).items()} == digests
     assert "method `lr_qat`" in (one / "README.md").read_text("utf-8")
@@ -82,8 +82,6 @@ def test_an_adapter_over_its_base_is_its_merge(folders: dict[str, Path], tmp_pat
         pipeline.export(moved, "compressed-tensors")
     with pytest.raises(ValueError, match="trained on the packed base"):
         pipeline.export(moved, "native", tmp_path / "wrong", folders["merged"])
-    two = pipeline.export(moved, "native", tmp_path / "two", folders["base"])
-    assert {name: weight.digest() for name, weight in read_weights(two).items()} == digests
 
 
 def test_a_packed_base_ships_without_its_residual(folders: dict[str, Path], tmp_path: Path) -> None:

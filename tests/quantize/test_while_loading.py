@@ -27,7 +27,7 @@ from tests.processes import ROOT
 
 TINY = ROOT / "recipes" / "assets" / "tiny-llama"
 ROWS = ROOT / "recipes" / "assets" / "docstrings" / "train.jsonl"
-FEW = {"samples": 6, "sequence_len": 48}
+FEW = {"samples": 4, "sequence_len": 32}
 
 
 def packed(path: Path, *, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -46,8 +46,8 @@ def of_model(model: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 2, "group_size": 64, "symmetric": False, "lm_head": 8, "targets": ["*.0.mlp.*"]},
-        {"bits": 3, "targets": ["*.[01].*"], **FEW},
+        {"bits": 2, "group_size": 64, "symmetric": False, "lm_head": 8, "calibrate": "minmax"},
+        {"bits": 3, "targets": ["*.0.*"], **FEW},
     ],
 )
 def test_three_doors_give_the_same_integers(options: dict[str, Any], tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_three_doors_give_the_same_integers(options: dict[str, Any], tmp_path: P
         "model.dtype=float32",
         f"data.train={{path: {ROWS}, format: chat}}",
         "export.format=native",
-        f"quant.calibrate={'gptq' if text else 'mse'}",
+        *(["quant.calibrate=gptq"] if text else []),
     ]
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", overrides)
     assert digests(read_weights(pipeline.quantize(recipe)).items()) == of_model(here)
 
 
 def test_the_dense_model_is_never_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=12, hidden_size=256, intermediate_size=512)
+    path = tiny_checkpoint(tmp_path / "tiny", num_hidden_layers=6, hidden_size=256, intermediate_size=512)
     read: list[str] = []
     real = while_loading.Checkpoint.matrix
     monkeypatch.setattr(
@@ -100,7 +100,7 @@ def test_the_dense_model_is_never_there(tmp_path: Path, monkeypatch: pytest.Monk
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = 4 * max(layer.in_features * layer.out_features for layer in layers.values())
     held = sum(layer.base.nbytes for layer in layers.values())
-    assert sorted(read) == sorted(layers) and len(layers) == 84
+    assert sorted(read) == sorted(layers) and len(layers) == 42
     # The packed tensors, and one matrix in fp32 with what its packing needs.
     assert counted.peak < held + rest + 4 * largest < dense, (counted.peak, held, rest, largest, dense)
 

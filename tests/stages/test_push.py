@@ -17,8 +17,11 @@ from lowbit_ft.export.folder import check_files, replace_file
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.rundir import RunDir
 from lowbit_ft.stages.push import push
 from tests.packed_tools import int_grid, random_weights, tiny_checkpoint
+from tests.processes import ROOT
 from tests.stages.hub import TOKEN, Hub, local_hub
 
 CARD = "---\nlibrary_name: transformers\n---\n# A card\n"
@@ -139,3 +142,27 @@ def test_what_the_hub_refuses_is_said(hub: Hub, exported: Path) -> None:
     sent = sum(call.startswith("PUT") for call in hub.calls)
     pushed(hub, exported)
     assert kept and sum(call.startswith("PUT") for call in hub.calls) == sent
+
+
+def test_a_run_pushes_its_export(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    def run(name: str, *overrides: str) -> RunDir:
+        quick = ROOT / "recipes" / "quickstart.yaml"
+        recipe = load_recipe(quick, [f"output={tmp_path / name}", *overrides], check=False)
+        made = RunDir.start(recipe)
+        made.close()
+        return made
+
+    bare = run("bare")
+    with pytest.raises(ValueError, match="has no export yet; run `lowbit-ft export"):
+        pushed(hub, bare.path)
+    for name, overrides in (("whole", ()), ("unread", ("export.verify=false",))):
+        one = run(name, *overrides)
+        shutil.copytree(exported, one / "exported")
+        with pytest.raises(ValueError, match="of other tensors than this run wrote"):
+            pushed(hub, one.path)
+        one.made("exported")
+    with pytest.raises(ValueError, match="export.verify: false, so nobody has read it back"):
+        pushed(hub, tmp_path / "unread")
+    assert not hub.repos
+    pushed(hub, tmp_path / "whole")
+    assert "README.md" in hub.repos["org/name"].files
