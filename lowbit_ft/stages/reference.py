@@ -2,8 +2,8 @@
 says is kept in reference/ of the run.
 
 A shard of the store is PER_SHARD windows, in micro-batches of the training's size: a killed asking goes on
-with the next shard, and ends with the same bytes. Only windows that the run will see are asked about, and those of
-validation."""
+with the next shard, and ends with the same bytes. Only windows that the run will see are asked about, and
+those of validation."""
 
 from __future__ import annotations
 
