@@ -5,8 +5,8 @@ step.
     python benchmarks/preference_trl.py --steps 8 --out benchmarks/results/preference_trl.json
 
 Ours is train.signal of a recipe, with our loop; theirs is trl.DPOTrainer (trl.experimental.orpo.ORPOTrainer)
-on the PEFT model of a LowBitConfig. Both read recipes/assets/preferences, two pairs a step. What is compared are
-the losses and the rewards that both log, and the adapters at the end. About a minute on two cores.
+on the PEFT model of a LowBitConfig. Both read recipes/assets/preferences, two pairs a step. What is compared
+are the losses and the rewards that both log, and the adapters at the end. About a minute on two cores.
 """
 
 import argparse
