@@ -85,7 +85,7 @@ def rows(count: int, plain: bool) -> list[dict[str, Any]]:
 def ours(base: Path, folder: Path, steps: int, data: list[dict[str, Any]], signal: dict[str, Any]) -> Any:
     model = load_exported(base)
     torch.manual_seed(0)
-    attach(model, ADAPTERS["lr_qat"](rank=8))
+    attach(model, ADAPTERS["lr_qat"].model_validate({"method": "lr_qat", "rank": 8}))
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in data))
     source = {"path": str(file), "format": "preference"}

@@ -52,7 +52,9 @@ def kept_reference(
     numbers, valid = seen.first(total_steps(train, seen) * size), valid_examples(session)
     with session.run.stage("reference", session.device, resumable=True), main_process_first():
         kept = _kept(session, model, examples, numbers, "train")
-        return kept, valid and _kept(session, model, valid, list(range(len(valid))), "valid")
+        if valid is None:
+            return kept, None
+        return kept, _kept(session, model, valid, list(range(len(valid))), "valid")
 
 
 def _kept(session: Session, model: Any, examples: Examples, numbers: list[int], which: str) -> SequenceStore:

@@ -3,8 +3,8 @@
     x + u alpha / sqrt(L d), u uniform in (-1, 1), for a row of L tokens (padding too) and d features
 
 Only in the forward of the student in training mode: teachers, references and evaluations run in eval mode
-and see none, and what ships knows nothing of it. The noise of a micro-batch is drawn from its own seed (of the
-run, the step, its place in the step, the process), so a resumed run draws the same, and so does every forward
+and see none, and what ships knows nothing of it. The noise of a micro-batch is drawn from its own seed (run,
+step, its place in the step, the process), so a resumed run draws the same, and so does every forward
 of a gradient that runs several."""
 
 from __future__ import annotations

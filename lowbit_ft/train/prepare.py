@@ -1,7 +1,7 @@
 """What training changes on a model, and how it is undone.
 
     attention by segments, MLPs in chunks, noise on embeddings, kept codes, the loss as the model's forward,
-    checkpointing and offload of layer inputs, compiled layers, and accelerate's wrapper (mixed precision, DDP)
+    checkpointing and offload of layer inputs, compiled layers, accelerate's wrapper (mixed precision, DDP)
 
 `Prepared` does it in this order and `release` gives the model back as it came. What refuses, refuses while
 little has been changed, and takes that back first.

@@ -62,7 +62,7 @@ def _pairs(r: Any) -> Problems:
         )
     if not SIGNALS[kind].refers:
         return
-    first = "run that as a recipe of its own and set model.path to its merged folder"
+    first = "run that as a recipe of its own and set model.path to its export (compressed-tensors, gptq, awq)"
     if train.reconstruct is not None:
         yield Problem(
             ("train", "reconstruct"),
