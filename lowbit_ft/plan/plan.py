@@ -195,7 +195,7 @@ def plan(
         stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
-    if teacher_costs(recipe, made).before:
+    if teacher_costs(recipe, made).walks:
         stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:

@@ -140,12 +140,14 @@ class Making:
 class Costs:
     """What a teacher costs, for plan: bytes held on the device while training; bytes on the disk, of the
     windows of one process; forwards per micro-batch, of a model of the student's size (its hidden states then
-    wait for the loss); forwards before training, at most, for every micro-batch of it; and a word."""
+    wait for the loss); forwards before training, at most, for every micro-batch of it; whether these go
+    through dense layers, one at a time; and a word."""
 
     held: int = 0
     disk: int = 0
     forwards: float = 0.0
     before: float = 0.0
+    walks: bool = False
     note: str = ""
     asked: bool = True
 

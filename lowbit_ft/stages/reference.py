@@ -2,8 +2,8 @@
 says is kept in reference/ of the run.
 
 A shard of the store is PER_SHARD windows, in micro-batches of the training's size: a killed asking goes on
-with the next shard, and ends with the same bytes. Only windows that the run will see are asked about, and those of
-validation."""
+with the next shard, and ends with the same bytes. Only windows that the run will see are asked about, and
+those of validation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def kept_reference(
     numbers, valid = seen.first(total_steps(train, seen) * size), valid_examples(session)
     with session.run.stage("reference", session.device, resumable=True), main_process_first():
         kept = _kept(session, model, examples, numbers, "train")
-        return kept, valid and _kept(session, model, valid, list(range(len(valid))), "valid")
+        if valid is None:
+            return kept, None
+        return kept, _kept(session, model, valid, list(range(len(valid))), "valid")
 
 
 def _kept(session: Session, model: Any, examples: Examples, numbers: list[int], which: str) -> SequenceStore:

@@ -45,7 +45,7 @@ from .progress import why_bad
 from .refusals import refuse_unreached
 from .run import Run
 from .setup import StopSignal, TrainBatches, ValidBatches
-from .validate import evaluate, keep_best
+from .validate import evaluate, keep_best, no_gain
 from .window import window_of
 
 
@@ -126,9 +126,10 @@ def _loop(
                 with packed_op_only(run.model):  # as training's forwards: a run's numbers are of one op
                     evaluate(run, log, stop)
             stopped = run.agree(stop.requested) if told is None or accelerator.num_processes == 1 else told
-            if stopped or run.is_due(section.save_every) or now.best_step == now.step:
+            over = now.step >= total or no_gain(run)
+            if stopped or over or run.is_due(section.save_every) or now.best_step == now.step:
                 run.save()
-            if stopped or now.step >= total:
+            if stopped or over:
                 keep_best(run, stopped, log)
                 return stopped
 

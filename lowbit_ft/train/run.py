@@ -72,6 +72,8 @@ class Run:
             self.meta["signal"] = {**_plain(lesson.options), **lesson.teacher.facts}
         elif lesson.signal.pairs:
             self.meta["signal"] = _plain(lesson.options)
+        if section.neftune_alpha is not None:
+            self.meta["neftune_alpha"] = section.neftune_alpha
         if section.gradient != BackpropConfig():
             self.meta["gradient"] = section.gradient.model_dump(mode="json")
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -170,8 +172,11 @@ class Run:
 
     # ---------------------------------------------------------------- a step
 
-    def loss(self, batch: dict[str, Tensor], measured: bool = False) -> Tensor:
-        """The sums of the parts of the loss over a micro-batch [parts]; measured: of what is measured."""
+    def loss(self, batch: dict[str, Tensor], measured: bool = False, micro: int = 0) -> Tensor:
+        """The sums of the parts of the loss over a micro-batch [parts]; measured: of what is measured; micro:
+        its place in the step."""
+        if self.prepared.noise is not None:
+            self.prepared.noise.at(self.now.step, micro)
         # Measuring goes not through DDP's wrapper: processes may have unequal shares.
         model = self.model if measured else self.wrapped
         # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for

@@ -54,13 +54,18 @@ def evaluate(run: Run, log: TrainLog, stop: StopSignal) -> None:
 def _count(run: Run, loss: float) -> None:
     now = run.now
     now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
-    if (
-        run.section.keep_best
-        and now.step > run.choose_after
-        and math.isfinite(loss)
-        and (now.best_loss is None or loss < now.best_loss)
-    ):
-        now.best_step, now.best_loss = now.step, loss
+    if not run.section.keep_best or now.step <= run.choose_after:
+        return
+    if math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
+        now.best_step, now.best_loss, now.without_gain = now.step, loss, 0
+    else:
+        now.without_gain += 1
+
+
+def no_gain(run: Run) -> bool:
+    """Whether train.stop_after evaluations in a row have not been the best."""
+    most = run.section.stop_after
+    return most is not None and run.now.without_gain >= most
 
 
 def _in_step(run: Run, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -85,4 +90,6 @@ def keep_best(run: Run, stopped: bool, log: TrainLog) -> None:
     best = run.now.best_step
     if not stopped and run.section.keep_best and best is not None and best != run.now.step:
         run.load_weights(run.checkpoints.read(best))
+        if run.now.step < run.total:
+            log.note(f"step {run.now.step}: {run.now.without_gain} evaluations without gain, the run ends")
         log.note(f"kept step {best}: validation loss {run.now.best_loss:.4f}, the lowest")

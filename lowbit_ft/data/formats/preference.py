@@ -67,8 +67,8 @@ class Preference(Format):
         asked = template.render(messages[: len(prompt)], chat.tools, prompt=True)
         if not text.startswith(asked):
             raise BadRow(
-                f"{name!r}: the chat template writes the prompt otherwise when an answer follows, so where the "
-                "answer begins cannot be told; use a template that writes both alike"
+                f"{name!r}: the chat template writes the prompt otherwise when an answer follows, so where "
+                "the answer begins cannot be told; use a template that writes both alike"
             )
         taught = dict.fromkeys(range(len(prompt), len(messages)), text[len(asked) :])
         lost = not_written(chat, messages, text, taught, template)

@@ -33,7 +33,8 @@ def check_preference(r: Any) -> Problems:
             "rejected), or signal.kind: labels"
             if pairs
             else f"has two answers a row, and train.signal.kind: {kind} does not compare them; set "
-            f"signal.kind (with pairs: {learn}), or format: {FORMATS[source.format].alone}, which learns the better ones"
+            f"signal.kind (with pairs: {learn}), or format: {FORMATS[source.format].alone}, "
+            "which learns the better ones"
         )
         yield Problem(("data", name, "format"), f"got {source.format!r}: {way_out}")
     if pairs:
@@ -61,7 +62,7 @@ def _pairs(r: Any) -> Problems:
         )
     if not SIGNALS[kind].refers:
         return
-    first = "run that as a recipe of its own and set model.path to its merged folder"
+    first = "run that as a recipe of its own and set model.path to its export (compressed-tensors, gptq, awq)"
     if train.reconstruct is not None:
         yield Problem(
             ("train", "reconstruct"),
@@ -77,8 +78,8 @@ def _pairs(r: Any) -> Problems:
     if warm := getattr(r.adapter, "warmup_steps", 0):
         yield Problem(
             ("adapter", "warmup_steps"),
-            f"got {warm} with train.signal.kind: {kind}: a warm-up trains unrounded weights against a rounded "
-            "reference; set it to 0",
+            f"got {warm} with train.signal.kind: {kind}: a warm-up trains unrounded weights against a "
+            "rounded reference; set it to 0",
         )
     name = train.signal.reference
     for reason in REFERENCES[name].problems(r, name):

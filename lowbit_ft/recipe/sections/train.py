@@ -141,6 +141,14 @@ class TrainSection(Section):
     keep_best: bool = Field(
         default=False, description="ship the checkpoint of the lowest validation loss, not the last"
     )
+    stop_after: Count | None = Field(
+        default=None,
+        description="end after so many evaluations in a row without a lower validation loss; with keep_best",
+    )
+    neftune_alpha: Positive | None = Field(
+        default=None,
+        description="NEFTune: noise on the embeddings while training, of this size over sqrt(tokens x width)",
+    )
     max_bad_steps: Count = Field(
         default=5, description="stop after this many NaN or infinite losses in a row"
     )
@@ -241,6 +249,17 @@ def check_train(r: Any) -> Problems:
     if train.keep_best and train.eval_every is None:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
+        )
+    if train.stop_after is not None and not train.keep_best:
+        yield Problem(
+            ("train", "stop_after"),
+            f"got {train.stop_after}, and what it waits for is a better checkpoint; set keep_best: true and "
+            "eval_every, or remove it",
+        )
+    if train.neftune_alpha is not None and train.max_steps == 0:
+        yield Problem(
+            ("train", "neftune_alpha"),
+            f"got {train.neftune_alpha:g} with max_steps 0: there is no step to make noise in; remove it",
         )
     if train.keep_best and train.max_steps == 0:
         yield Problem(

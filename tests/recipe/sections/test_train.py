@@ -65,6 +65,18 @@ BAD = [
         "r.yaml:20: train.keep_best: got true with max_steps 0: there is one state",
     ),
     (
+        "nothing to wait for",
+        ("max_steps: 10", "max_steps: 10\n  stop_after: 3"),
+        (),
+        "train.stop_after: got 3, and what it waits for is a better checkpoint; set keep_best: true",
+    ),
+    (
+        "noise in no step",
+        ("max_steps: 10", "max_steps: 0\n  reconstruct: {}\n  neftune_alpha: 5"),
+        (),
+        "train.neftune_alpha: got 5 with max_steps 0: there is no step to make noise in",
+    ),
+    (
         "steps of a layer",
         ("max_steps: 10", "max_steps: 10\n  reconstruct: {steps: 0}"),
         (),
