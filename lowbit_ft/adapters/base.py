@@ -30,8 +30,7 @@ from .carry import Carried
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
 
-# Of the methods here. A method with others says so in its config (`scale_parameters`).
-# log_input_scale: of activations/learned.py, whatever the method.
+# Of the methods here; one with others says so in its config. log_input_scale: of activations/learned.py.
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
 
 
@@ -44,19 +43,17 @@ class AdapterConfig(BaseModel):
     exact_merge: ClassVar[bool] = True
     rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
 
-    # Its parameters that train.scale_learning_rate is for, by the last component of their name.
+    # Those that train.scale_learning_rate is for, by the last component of their name.
     scale_parameters: ClassVar[frozenset[str]] = SCALE_PARAMETERS
 
-    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
-    # product.
+    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: there is no such product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
 
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
     ternary: ClassVar[bool] = False  # its numbers are -1, 0 and 1, for an optimizer that keeps them there
     reads_residual: ClassVar[bool] = True  # a base's residual bits are a part of what it trains on
-    # D is a trained tensor of its own, `delta`, in grid steps.
-    dense_delta: ClassVar[bool] = False
+    dense_delta: ClassVar[bool] = False  # D is a trained tensor of its own, `delta`, in grid steps
 
     method: str
     targets: list[str] | None = Field(
@@ -89,9 +86,7 @@ class AdapterConfig(BaseModel):
         return False
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Adapter":
-        """A fresh adapter for one layer. weight [N, K] is the dense weight, read only when `wants_weight` is
-        true.
-        """
+        """A fresh adapter for one layer. weight [N, K]: the dense one, read only when `wants_weight`."""
         raise AssertionError(f"{type(self).__name__} must define build")
 
     @property

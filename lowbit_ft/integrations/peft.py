@@ -6,13 +6,11 @@
     model.merge_and_unload()                                # packed integers, no adapter, no residual
 
 A LowBitLinear wraps a PackedLinear (`base_layer`) and holds one Adapter per name in `lowbit_adapters`.
-One of them is active at a time: adapters of this kind decide how the weight is *rounded*, and round(a + b)
-is not round(a) + round(b), so two cannot be added. For the same reason unmerging cannot subtract: a merge
-leaves the base alone and is forgotten.
+One of them is active at a time: they decide how the weight is *rounded*, and round(a + b) is not round(a) +
+round(b), so two cannot be added, and unmerging cannot subtract: a merge leaves the base alone and is forgotten.
 
-`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). What is extended in
-PEFT itself is in peft_extend.py. A training loop that is not ours tells l4q's warm-up its steps with
-`model.begin_step(step)`, or with the Trainer callback of callbacks.py.
+`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). A training loop that
+is not ours tells l4q's warm-up its steps with `model.begin_step(step)`, or by callbacks.py.
 """
 
 import warnings
@@ -70,9 +68,8 @@ class LowBitConfig(PeftConfig):
     head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}.
     A tied head stays tied. segments: "auto" gives a matrix that is several in one (q, k and v; gate and up)
     an A and a B of `rank` for each of them, by torch.export of the model's config; in a saved config it is
-    the list that was found. base_digest is filled in by get_peft_model and names the packed base; another
-    base is refused when the adapter is loaded. ValueError with one line per key or value that the method
-    does not have.
+    the list that was found. base_digest, filled in by get_peft_model, names the packed base; another is
+    refused when the adapter is loaded. ValueError with a line per key or value that the method has not.
     """
 
     method: str = "lr_qat"
@@ -97,8 +94,7 @@ class LowBitConfig(PeftConfig):
         **others: Any,
     ):
         ours = {f.name for f in fields(PeftConfig)}
-        # Only a saved config names its peft_type: its tensors come from a file.
-        self.restored = "peft_type" in others
+        self.restored = "peft_type" in others  # of a saved config: its tensors come from a file
         super().__init__(**{key: value for key, value in others.items() if key in ours})
         self.peft_type = PeftType[PEFT_TYPE]
         keys = {key: value for key, value in others.items() if key not in ours}
