@@ -9,8 +9,8 @@ A LowBitLinear wraps a PackedLinear (`base_layer`) and holds one Adapter per nam
 One is active at a time: they decide how the weight is *rounded*, and round(a + b) is not round(a) + round(b),
 so two cannot be added, and unmerging cannot subtract: a merge leaves the base alone and is forgotten.
 
-`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). A training loop that
-is not ours tells l4q's warm-up its steps with `model.begin_step(step)`, or by callbacks.py.
+`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). A loop that is not
+ours tells l4q's warm-up its steps with `model.begin_step(step)`, or by callbacks.py.
 """
 
 import warnings
