@@ -141,7 +141,7 @@ def test_the_equation(kind: str, loss_type: str, chunks: bool, monkeypatch: pyte
     assert told["rewards/accuracies"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
     sequences = said(model, batch)
     whole = [log_p[answer].mean() if kind == "orpo" else log_p[answer].sum() for log_p, answer in sequences]
-    assert told["logps/rejected"] == pytest.approx(float(torch.stack(whole)[1::2].mean()), rel=1e-5)
+    assert told["logps/rejected"] == pytest.approx(torch.stack(whole)[1::2].mean().item(), rel=1e-5)
 
 
 def test_at_the_start_the_model_is_its_reference(tmp_path: Path) -> None:
