@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +45,6 @@ def test_the_memory_is_what_was_measured() -> None:
     assert ours["peak_gb"] < 0.6 * kept["checkpoint_gb"] < theirs["peak_gb"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install trl")
 def test_the_ported_script_runs(tmp_path: Path) -> None:
     model, tokenizer = (
         tiny_checkpoint(tmp_path / "tiny", vocab_size=4096),

@@ -1,4 +1,4 @@
-"""DPO and ORPO beside trl's trainers, where trl is installed (benchmarks/preference_trl.py has all of it)."""
+"""DPO and ORPO beside trl's trainers (benchmarks/preference_trl.py has all of it)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl", reason="trl is no requirement of ours; test_pairs.py holds the equations")
-
-from benchmarks.preference_trl import CASES, compare, packed_base  # noqa: E402  (it imports trl)
+from benchmarks.preference_trl import CASES, compare, packed_base
 
 
 @pytest.mark.parametrize("name", ["dpo sigmoid", "dpo ipo", "orpo"])
