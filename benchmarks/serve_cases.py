@@ -159,9 +159,9 @@ def _llama_cpp() -> list[Case]:
         for model, listed in asked.items()
         for grid, keys in grids(*listed)
     ]
-    for bits in (8, 4):
+    for model, bits in (("llama", 8), ("llama", 4), ("qwen3", 8), ("qwen3", 4)):
         keys = packed(4, 128, True, f"quant.kv_cache={{bits: {bits}, kind: block}}")
-        cases.append(Case("llama.cpp", "llama", "gguf", f"W4 g128 KV{bits}", keys, own=True))
+        cases.append(Case("llama.cpp", model, "gguf", f"W4 g128 KV{bits}", keys, own=True))
     return cases
 
 
