@@ -96,7 +96,7 @@ eval:
 
 export:
   format: compressed-tensors         # vLLM, SGLang; gguf: llama.cpp; gptq, awq, mlx; native: every grid
-  # server: vllm                     # or llama.cpp, mlx, transformers: what it refuses is said before training
+  # server: vllm                     # or llama.cpp, mlx, transformers: its refusals come before training
   verify: true                       # reload and compare codes, scales and logits
 
 output: runs/{name}

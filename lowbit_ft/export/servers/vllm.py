@@ -3,8 +3,8 @@
 compressed-tensors: 2, 3, 4 and 8 bits, symmetric or with zero points. On CUDA: Marlin, groups of 32, 64, 128
 and rows, zero points at 4 bits only; 8 bits with zero points go to Machete, Conch or Humming, 2 and 3 bits to
 Humming; groups of 256 to Triton (4 bits) or Humming. gptq and gptq_v2: 4 and 8 bits, symmetric, in Marlin's
-groups (else "Unsupported quantization config"). awq: 4 bits, Triton where Marlin has no such group. Layers that
-it runs as one must agree.
+groups (else "Unsupported quantization config"). awq: 4 bits, Triton where Marlin has no such group. Layers
+that it runs as one must agree.
 
 On CPUs: 4 bits only ("Quant type ... not supported by CPUWNA16"), no experts; int-quantized by oneDNN.
 """
