@@ -167,7 +167,7 @@ def tests_of(suite: ModuleType) -> dict[str, list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def moving(suite: ModuleType, always: bool) -> Iterator[None]:
+def moving(suite: Any, always: bool) -> Iterator[None]:
     """Where a test asks for adapters that change something, ours are moved at random when they are made."""
     from lowbit_ft.integrations.peft_layer import LowBitLinear  # PEFT's import takes seconds
 

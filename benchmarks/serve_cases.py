@@ -22,11 +22,12 @@ SIZE: dict[str, Any] = dict(
     initializer_range=0.1,  # so that its answers are not all alike
 )
 # The trained small Llama, and random models: biases and a tied head; norms of q and k; experts.
+LIBRARY: Any = transformers
 MODELS: dict[str, Any] = {
     "llama": None,
-    "qwen2": lambda **more: transformers.Qwen2Config(**SIZE, tie_word_embeddings=True, **more),
-    "qwen3": lambda **more: transformers.Qwen3Config(**SIZE, head_dim=64, **more),
-    "qwen3_moe": lambda **more: transformers.Qwen3MoeConfig(
+    "qwen2": lambda **more: LIBRARY.Qwen2Config(**SIZE, tie_word_embeddings=True, **more),
+    "qwen3": lambda **more: LIBRARY.Qwen3Config(**SIZE, head_dim=64, **more),
+    "qwen3_moe": lambda **more: LIBRARY.Qwen3MoeConfig(
         **SIZE, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, **more
     ),
 }
@@ -159,9 +160,9 @@ def _llama_cpp() -> list[Case]:
         for model, listed in asked.items()
         for grid, keys in grids(*listed)
     ]
-    for bits in (8, 4):
+    for model, bits in (("llama", 8), ("llama", 4), ("qwen3", 8), ("qwen3", 4)):
         keys = packed(4, 128, True, f"quant.kv_cache={{bits: {bits}, kind: block}}")
-        cases.append(Case("llama.cpp", "llama", "gguf", f"W4 g128 KV{bits}", keys, own=True))
+        cases.append(Case("llama.cpp", model, "gguf", f"W4 g128 KV{bits}", keys, own=True))
     return cases
 
 

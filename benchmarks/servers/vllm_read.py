@@ -68,7 +68,8 @@ def in_a_child(job: dict[str, Any]) -> dict[str, Any]:
         log.seek(0)
         answer.seek(0)
         text, written = log.read(), answer.read()
-    found = json.loads(written) if written else {"refused": f"the process died: {text[-400:]}"}
+    died = {"refused": f"the process died: {text[-400:]}"}
+    found: dict[str, Any] = json.loads(written) if written else died
     if "refused" not in found and not found["kernels"]:
         found["kernels"] = sorted(set(KERNEL.findall(text)))
     return found

@@ -54,9 +54,9 @@ def add_weighted_adapter(
     sums = {}
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, LowBitLinear) and adapters[0] in layer.lowbit_adapters:
-            first, *rest = (layer.lowbit_adapters[one] for one in adapters)
+            found: list[Any] = [layer.lowbit_adapters[one] for one in adapters]
             try:
-                sums[name] = first.sum_of([first, *rest], weights)
+                sums[name] = found[0].sum_of(found, weights)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             if sums[name] is None:
