@@ -241,14 +241,14 @@ def test_the_line_ships_what_it_trained(tmp_path: Path) -> None:
         "quant": {
             "bits": 4,
             "group_size": 32,
-            "calibrate": "gptq",
+            "calibrate": "absmax",
             "residual_bits": 0,
             "overrides": overrides,
         },
-        "quant.calibration": {"samples": 2, "sequence_len": 32},
         "quant.activations": {"bits": 8, "targets": ["qkv_proj", "down_proj"]},
         "adapter": {"method": "lr_qat", "rank": 2, "init": "loftq", "segments": "auto"},
         "export": {"format": "native", "verify": False},
+        "train.max_steps": 1,
     }
     recipe = load_recipe(recipe_file(tmp_path, changes))
     run = pipeline.run(recipe).parent
