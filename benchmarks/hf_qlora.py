@@ -20,10 +20,14 @@ from typing import Any
 import peft
 import torch
 import transformers
-import trl  # pyright: ignore[reportMissingImports]  (of this script alone, no requirement of ours)
+import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lowbit_ft import LowBitConfig, LowBitQuantConfig
 from lowbit_ft.integrations.callbacks import StepCallback
@@ -86,9 +90,9 @@ def one_run(bits: int, folder: Path, method: str, steps: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-llama")
     options: dict[str, Any] = {"rank": 16} | ({"warmup_steps": steps // 3} if method == "l4q" else {})
     config = LowBitConfig(method=method, task_type="CAUSAL_LM", **options)
-    sft = trl.SFTTrainer(
+    sft = SFTTrainer(
         prepare_model_for_kbit_training(packed(bits)),
-        arguments(trl.SFTConfig, folder / "sft", steps, learning_rate=1e-3),
+        arguments(SFTConfig, folder / "sft", steps, learning_rate=1e-3),
         train_dataset=sft_rows(4 * steps),
         processing_class=tokenizer,
         peft_config=config,
@@ -107,9 +111,9 @@ def one_run(bits: int, folder: Path, method: str, steps: int) -> dict[str, Any]:
         exact = torch.equal(merged(input_ids=ids).logits, trained)
     dpo_model = prepare_model_for_kbit_training(packed(bits))
     torch.manual_seed(0)
-    dpo = trl.DPOTrainer(
+    dpo = DPOTrainer(
         get_peft_model(dpo_model, LowBitConfig(method=method, task_type="CAUSAL_LM", rank=16)),
-        args=arguments(trl.DPOConfig, folder / "dpo", steps, learning_rate=1e-3, beta=0.1),
+        args=arguments(DPOConfig, folder / "dpo", steps, learning_rate=1e-3, beta=0.1),
         train_dataset=dpo_rows(4 * steps),
         processing_class=tokenizer,
     )

@@ -15,15 +15,17 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-import trl  # pyright: ignore[reportMissingImports]  (of this script alone, no requirement of ours)
+import trl
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step
@@ -120,7 +122,8 @@ def theirs(base: Path, folder: Path, steps: int, data: list[dict[str, Any]], sig
     if orpo:
         tokenizer.bos_token = None  # ORPOTrainer puts one before every prompt, this tokenizer does not
     more = {} if orpo else {k: v for k, v in signal.items() if k != "kind"}
-    config = (ORPOConfig if orpo else trl.DPOConfig)(
+    make_config, make_trainer = cast(Any, (ORPOConfig, ORPOTrainer) if orpo else (DPOConfig, DPOTrainer))
+    config = make_config(
         output_dir=str(folder / "trl"),
         max_steps=steps,
         per_device_train_batch_size=2,
@@ -139,7 +142,7 @@ def theirs(base: Path, folder: Path, steps: int, data: list[dict[str, Any]], sig
         beta=BETA,
         **more,
     )
-    trainer = (ORPOTrainer if orpo else trl.DPOTrainer)(
+    trainer = make_trainer(
         model,
         args=config,
         train_dataset=Dataset.from_list(data),
