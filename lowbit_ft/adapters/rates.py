@@ -7,8 +7,8 @@ l4q: the best of an earlier sweep on such text alone. full_qat and ef_qat (a ten
 two or three rates that double, 60 short steps, one seed (LOG.md). lota: the paper's, at every width; no other
 was tried here (it is the share of entries that t-SignSGD steps).
 
-Of the others, a rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D counts grid
-steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back.
+Of the others, a rate is of AdamW with the recipe's other defaults (rank 16; alpha 32 for lr_qat, whose D
+counts grid steps, 16 elsewhere; cosine). Fewer bits, larger steps: there is more to win back.
 Scales, magnitudes and offsets learn at the rate of A and B.
 """
 

@@ -2,8 +2,8 @@
 can be written in any other format, without the checkpoint that it was made of.
 
 The packed tensors of a layer (of all parts of a fused matrix) stand in the tensor directory as one
-`<layer>.weight`, as those of other formats do (incoming/), so names, ties and everything that stays dense work
-as for a run. Nobody reads that weight: the integers come from `read_weights`.
+`<layer>.weight`, as those of other formats do (incoming/), so names, ties and everything that stays dense
+work as for a run. Nobody reads that weight: the integers come from `read_weights`.
 """
 
 from dataclasses import replace
