@@ -286,6 +286,7 @@ def test_a_folder_with_wrong_parts_is_refused(sources: dict[str, Checkpoint], tm
         ("x", "needs a list"),
         ([{"parts": {}, "layers": []}], "needs an object"),
         ([{"parts": {"q": [0, 64]}, "layers": good[0]["layers"]}], r"needs \[start, width, count, stride\]"),
+        ([good[0] | {"parts": {"forward": [0, 64, 1, 0]}}], "got 'forward'; allowed: q, k, v"),
         ([good[0] | {"layers": ["model.x"]}, good[1]], "is no layer of grids"),
         ([*good, good[0]], "is listed twice"),
         ([good[0] | {"parts": good[0]["parts"] | {"q": [0, 32, 1, 0]}}], "rows 0:32 are 32"),
