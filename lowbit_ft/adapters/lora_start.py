@@ -210,10 +210,13 @@ def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple
     problems = []
     for layer, (a, _) in lora.pairs.items():
         if a.shape[0] > (rank := getattr(config.of_layer(layer), "rank", 0)):
-            where = f" in {layer}" if getattr(config, "rank_pattern", None) else ""
+            own = rank != getattr(config, "rank", 0)
             problems.append(
-                f"the LoRA has rank {a.shape[0]}{where}, adapter.rank is {rank}{' there' * bool(where)}; set "
-                f"adapter.rank: {lora.rank} (or more)"
+                f"the LoRA has rank {a.shape[0]} in {layer}, adapter.rank_pattern gives it {rank}; let its "
+                f"pattern there say {a.shape[0]} (or more)"
+                if own
+                else f"the LoRA has rank {a.shape[0]}, adapter.rank is {rank}; set adapter.rank: {lora.rank} "
+                "(or more)"
             )
             break
     strays = [layer for layer in lora.pairs if layer not in shapes]

@@ -30,7 +30,7 @@ from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
 from ..model.fused import Segment, check_parts
 from ..model.matrices import Matrix, fusions_of
 from ..model.names import Part
-from ..segments import is_segment
+from ..segments import is_name, is_segment
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 METHOD = "lowbit_ft"
@@ -189,6 +189,8 @@ def _with_rows(layers: dict[str, LayerSpec], entries: Any) -> dict[str, LayerSpe
             raise ValueError(f"{key}[{i}]: needs an object with `parts` and `layers`")
         rows = {}
         for part, row in parts.items():
+            if not is_name(part):
+                raise ValueError(f"{key}[{i}].parts: got {part!r}; allowed: q, k, v, gate, up, or a number")
             if not is_segment(row):
                 raise ValueError(f"{key}[{i}].parts.{part}: got {row!r}; needs [start, width, count, stride]")
             rows[part] = Segment(*row)

@@ -1,9 +1,9 @@
 """A native folder as a checkpoint: what `merge_and_unload().save_pretrained()` or `lowbit-ft quantize` wrote
 can be written in any other format, without the checkpoint that it was made of.
 
-The packed tensors of a layer stand in the tensor directory as one `<layer>.weight`, as those of other
-formats do (incoming/), so names, ties and everything that stays dense work as for a run. Nobody reads that
-weight: the integers come from `read_weights`.
+The packed tensors of a layer (of all parts of a fused matrix) stand in the tensor directory as one
+`<layer>.weight`, as those of other formats do (incoming/), so names, ties and everything that stays dense
+work as for a run. Nobody reads that weight: the integers come from `read_weights`.
 """
 
 from dataclasses import replace
@@ -19,6 +19,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.config import load_config, read_config, stored_dtype
 from ..model.hub import locate, refuse_irregular
 from ..model.linear import PackedLinear
+from ..model.matrices import Matrix
 from ..rotations import OnlineHadamard
 from .base import LayerSpec, Weights
 from .folder import check_if_ours, read_manifest
@@ -59,8 +60,11 @@ class NativeFolder(Checkpoint):
             for key in packed:
                 del self.entries[key]
             first = next(iter(packed.values()))
-            size = sum(e.nbytes for e in packed.values())
-            self.entries[f"{name}.weight"] = TensorEntry(first.file, torch.float32, spec.shape, 0, size)
+            size, (n, k) = sum(e.nbytes for e in packed.values()), spec.shape
+            dense = f"{Matrix(name, '', spec.shape, rows=spec.rows).whole}.weight"
+            if spec.rows is not None and (before := self.entries.get(dense)) is not None:
+                n, size = n + before.shape[0], size + before.nbytes  # of its other parts
+            self.entries[dense] = TensorEntry(first.file, torch.float32, (n, k), 0, size)
         self.weights = shipped(whole)
         self.online_layers = tuple(entry.get("hadamard", ()))
         kv_cache = entry.get("kv_cache")

@@ -20,6 +20,7 @@ from lowbit_kernels.layout import group_count, row_chunks
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..export import LayerSpec
 from ..grid import Grid, IntGrid, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
@@ -115,7 +116,7 @@ class Packing:
             base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
         except OffGridError as error:
             names = list(self.specs)
-            at, grid = names.index(name), self.quant.grid_for(name)
+            at, grid = names.index(name), self.specs[name][1]
             before = sum(map(self._groups, names[:at]))
             raise off_grid(error, names[at:], before, grid, self._looked) from None
         if self.keep:
@@ -129,6 +130,11 @@ class Packing:
     def _groups(self, name: str) -> int:
         (n, k), grid = self.specs[name]
         return n * group_count(k, grid.group_size)
+
+    @property
+    def layer_specs(self) -> dict[str, LayerSpec]:
+        """What a folder of these layers says of each, in the order of `specs`."""
+        return {n: LayerSpec(*spec, rows=self.targets[n].rows) for n, spec in self.specs.items()}
 
     def take(self, name: str) -> Weight:
         """The next weight, which must be that of `name`: layers are asked for in the order of `specs`."""

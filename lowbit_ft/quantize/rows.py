@@ -32,8 +32,10 @@ from ..recipe.sections.quant import CalibrationSection
 def first_windows(
     source: DataSource, section: DataSection, tokenizer: Any, rows: int | None, count: int | None
 ) -> Examples:
-    """The first `count` windows (None: all) of a source, read only as far as needed. rows: of the model's
-    embedding, None where that is not known."""
+    """The first `count` windows (None: all) of a source, read only as far as needed; of pairs of answers the
+    chosen ones, for one text is looked at. rows: of the model's embedding, None where that is not known."""
+    if (alone := FORMATS[source.format].alone) is not None:
+        source = source.model_copy(update={"format": alone})
     stream = StreamedExamples(source, section, tokenizer, rows)
     return Examples(itertools.islice(iter(stream), count))
 

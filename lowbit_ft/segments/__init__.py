@@ -10,6 +10,7 @@ of the channels are sent through its views and slices (channels.py).
 from ..model.fused import Segment, check_parts
 from .channels import Segments
 from .layout import Parts, is_segment, layout, read_layout
+from .roles import is_name
 from .trace import find_segments, segments_in, segments_of
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Segments",
     "check_parts",
     "find_segments",
+    "is_name",
     "is_segment",
     "layout",
     "read_layout",

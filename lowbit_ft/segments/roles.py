@@ -16,11 +16,18 @@ from torch.fx import Node
 
 from .channels import KEEPS, MIXES, VIEWS, name_of
 
+ATTENTION, GATED = ("q", "k", "v"), ("gate", "up")
+
 
 def names_of(parts: Sequence[list[Node]]) -> tuple[str, ...]:
     """One name for each part, given as the nodes of the graph that are it."""
     names = _attention(parts) if len(parts) == 3 else _gated(parts) if len(parts) == 2 else None
     return names or tuple(map(str, range(len(parts))))
+
+
+def is_name(part: str) -> bool:
+    """Whether a part may be called so: others could be names that a module has already."""
+    return part in (*ATTENTION, *GATED) or (part.isascii() and part.isdecimal())
 
 
 def _attention(parts: Sequence[list[Node]]) -> tuple[str, ...] | None:
@@ -38,7 +45,7 @@ def _attention(parts: Sequence[list[Node]]) -> tuple[str, ...] | None:
         elif "attention" not in name_of(product):
             continue
         if len(order) == 3:
-            return _in_order(order, ("q", "k", "v"))
+            return _in_order(order, ATTENTION)
     return None
 
 
@@ -51,7 +58,7 @@ def _gated(parts: Sequence[list[Node]]) -> tuple[str, ...] | None:
                 own[part] = own.get(part, True) and changed
     for changed in met.values():
         if sorted(changed.values()) == [False, True]:
-            return _in_order(sorted(changed, key=lambda part: not changed[part]), ("gate", "up"))
+            return _in_order(sorted(changed, key=lambda part: not changed[part]), GATED)
     return None
 
 

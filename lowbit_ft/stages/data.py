@@ -159,6 +159,4 @@ def first_windows(
 ) -> Examples:
     """The first `count` windows (None: all) of a source, read only as far as needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
-    if (alone := FORMATS[source.format].alone) is not None:  # one text is looked at, not two answers
-        source = source.model_copy(update={"format": alone})
     return calibrating.first_windows(source, section, session.tokenizer, session.rows, count)

@@ -2,7 +2,9 @@
 
 Private unless it is asked otherwise. What goes up is what the manifest lists, compared with it first; in one
 commit, so that nobody downloads half of it. What lies in the repository is only replaced where an earlier
-push of ours put it there. A push that broke off is repeated: the hub keeps what has arrived, by its hash.
+push of ours put it there, or where it is the README.md of a repository without a model; and the commit goes
+onto what was looked at, or nowhere. A push that broke off is repeated: the hub keeps what has arrived, by its
+hash.
 """
 
 import tempfile
@@ -48,14 +50,14 @@ def push(
     _check_name(repo)
     api = api or HfApi(library_name="lowbit_ft")
     try:
-        there = _open(api, repo, public)
+        there, parent = _open(api, repo, public)
         gone = sorted(there - set(files))
         kind = "public" if public else "private"
         say(f"{source} -> {repo}: {len(files)} files, {size / 1e9:.2f} GB, {kind}")
         operations: list[Any] = [CommitOperationAdd(name, source / name) for name in files]
         operations += [CommitOperationDelete(name) for name in gone]
         what = f"{manifest['format']}, {len(manifest['layers'])} packed layers, by lowbit_ft"
-        made = api.create_commit(repo, operations, commit_message=what)
+        made = api.create_commit(repo, operations, commit_message=what, parent_commit=parent)
     except LocalTokenNotFoundError as error:
         raise ValueError(f"{repo}: nobody is logged in here; run `hf auth login`, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
@@ -95,16 +97,17 @@ def _check_name(repo: str) -> None:
         raise ValueError(f"repository: got {repo!r}; allowed: owner/name")
 
 
-def _open(api: HfApi, repo: str, public: bool) -> set[str]:
-    """Make the repository, or look at the one that is there: the files that an earlier push of ours left.
-    ValueError where it is open to another circle than asked, or holds what we did not write."""
+def _open(api: HfApi, repo: str, public: bool) -> tuple[set[str], str | None]:
+    """Make the repository, or look at the one that is there: the files that an earlier push of ours left, and
+    the commit that was looked at (None: just made). ValueError where it is open to another circle than asked,
+    or holds what we did not write."""
     try:
         found: Any = api.repo_info(repo, files_metadata=False)
     except RepositoryNotFoundError as error:
         if isinstance(error, GatedRepoError):
             raise
         api.create_repo(repo, private=not public, exist_ok=False)
-        return set()
+        return set(), None
     if bool(found.private) == public:
         raise ValueError(
             f"{repo}: is there and {'private' if found.private else 'public'}, and this push is "
@@ -122,16 +125,16 @@ def _open(api: HfApi, repo: str, public: bool) -> set[str]:
                 f"{repo}: holds what lowbit_ft did not push ({', '.join(others[:4])}"
                 f"{', ...' if len(others) > 4 else ''}); nothing there is overwritten: give another name"
             )
-        return set()
+        return set(), found.sha
     with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo, MANIFEST, local_dir=folder)
+        path = api.hf_hub_download(repo, MANIFEST, revision=found.sha, local_dir=folder)
         ours = set(open_sealed(Path(path)).get("files", {}))
     if others := sorted(names - ours - EMPTY - {MANIFEST}):
         raise ValueError(
             f"{repo}: beside an earlier push there are files of others ({', '.join(others[:4])}); nothing "
             "there is overwritten: remove them there, or give another name"
         )
-    return (ours | {MANIFEST}) & names
+    return (ours | {MANIFEST}) & names, found.sha
 
 
 def _answer(error: HfHubHTTPError) -> str:
@@ -142,6 +145,7 @@ def _answer(error: HfHubHTTPError) -> str:
         401: "log in with a token that may write (hf auth login, or HF_TOKEN)",
         403: "the token may not write there: give one that may, or a name of your own",
         404: "there is no such owner, or the token may not see it",
+        412: "somebody wrote there while this looked: see what it is, and repeat the command",
         413: "the hub takes no more of this size; ask it for room, or export in fewer bits",
         429: "too many calls; wait, and repeat the command",
     }.get(status, "repeat the command: what has arrived is not sent again")

@@ -231,6 +231,11 @@ def test_ranks_layers_and_shapes_that_do_not_fit(dense: Path, tmp_path: Path) ->
     ) as error:
         start_from_lora(packed(dense, small), small, lora)
     assert "1 layers that get no adapter here, such as model.layers.0.mlp.down_proj" in str(error.value)
+    narrow = ADAPTERS["dl_qat"].model_validate({"rank": 4, "rank_pattern": {"down_proj": 3}})
+    with pytest.raises(
+        ValueError, match="has rank 4 in .*down_proj, adapter.rank_pattern gives it 3; let its"
+    ):
+        start_from_lora(packed(dense, narrow), narrow, lora)
     wider = tiny_checkpoint(tmp_path / "wider", intermediate_size=192)
     config = ADAPTERS["dl_qat"](method="dl_qat", rank=4)
     with pytest.raises(ValueError, match=r"down_proj is \[128, 192\] here, \[128, 256\] in the LoRA"):

@@ -86,4 +86,5 @@ def test_rates_are_of_methods_and_bits_that_there_are():
         assert [by_bits[b] for b in sorted(by_bits)] == sorted(by_bits.values(), reverse=True), (
             "fewer bits, more"
         )
+    assert rate_for("lota", 8) == (0.05, "the paper's for lota; none was searched here")
     assert rate_for("alpha_tuning", 1)[0] == OTHERS and "none was searched" in rate_for("alpha_tuning", 1)[1]

@@ -106,6 +106,19 @@ def test_biases_fused_matrices_and_ties_go_along(name: str, tmp_path: Path) -> N
     assert AutoModelForCausalLM.from_pretrained(folder, **options)(IDS).logits.isfinite().all()
 
 
+def test_parts_of_fused_matrices_go_along_in_the_native_format(tmp_path: Path) -> None:
+    path = checkpoint_of(CONFIGS["gpt_neox"](), tmp_path / "dense").folder
+    overrides = [{"match": "*.query_key_value.v", "bits": 8}]
+    keys = {"group_size": 32, "calibrate": "absmax", "overrides": overrides}
+    base = quantize_model(str(path), ["model.dtype=float32"], keys, output=tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    get_peft_model(model, LowBitConfig(rank=4, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    pipeline.export(tmp_path / "adapter", "native", tmp_path / "native", base)  # compared on the way
+    assert read_weights(tmp_path / "native").specs == NativeFolder(base).weights.specs
+    with pytest.raises(ValueError, match="has one tensor and one grid for query_key_value"):
+        pipeline.export(base)
+
+
 def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     for arguments, words in (
         ((TINY,), "not packed by lowbit_ft"),

@@ -3,7 +3,7 @@
     python -m benchmarks.serve --install
     LOWBIT_VLLM=~/.cache/lowbit_ft/vllm LOWBIT_LLAMA_CPP=~/.cache/lowbit_ft/llama-cpp pytest THIS_FILE
 
-Every case of the table is benchmarks/servers.sh, every night; here are one for each way in and one refusal.
+Every case of the table is benchmarks/servers.sh; here are one for each way in and one refusal.
 """
 
 from __future__ import annotations

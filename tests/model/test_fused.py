@@ -21,7 +21,7 @@ from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.integrations.peft import LowBitConfig, LowBitLinear
-from lowbit_ft.integrations.transformers import LowbitConfig
+from lowbit_ft.integrations.transformers import PackedConfig
 from lowbit_ft.merge import base_weights, merged_weights, verify_merge
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.fused import Fused, Segment, fused_modules, fusions_in
@@ -127,7 +127,7 @@ def test_the_packed_model_is_the_dense_one_with_its_parts(
     assert manifest["layers"].keys() == dict(packed_layers(model)).keys()
     again = load_exported(tmp_path / "base")
     assert torch.equal(logits(again), logits(model))
-    assert LowbitConfig.of(again).fused == LowbitConfig.of(model).fused
+    assert PackedConfig.of(again).fused == PackedConfig.of(model).fused
     assert read_weights(tmp_path / "base").specs == base_weights(model).specs
     again.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load_exported(tmp_path / "saved")), logits(model))
@@ -286,10 +286,11 @@ def test_a_folder_with_wrong_parts_is_refused(sources: dict[str, Checkpoint], tm
         ("x", "needs a list"),
         ([{"parts": {}, "layers": []}], "needs an object"),
         ([{"parts": {"q": [0, 64]}, "layers": good[0]["layers"]}], r"needs \[start, width, count, stride\]"),
+        ([good[0] | {"parts": {"forward": [0, 64, 1, 0]}}], "got 'forward'; allowed: q, k, v"),
         ([good[0] | {"layers": ["model.x"]}, good[1]], "is no layer of grids"),
         ([*good, good[0]], "is listed twice"),
         ([good[0] | {"parts": good[0]["parts"] | {"q": [0, 32, 1, 0]}}], "rows 0:32 are 32"),
         ([good[0] | {"parts": good[0]["parts"] | {"k": [32, 32, 1, 0]}}], "are not its 128 rows"),
     ):
         with pytest.raises(ValueError, match=words):
-            LowbitConfig(**{k: v for k, v in config.items() if k != "fused"}, fused=entries)
+            PackedConfig(**{k: v for k, v in config.items() if k != "fused"}, fused=entries)

@@ -123,10 +123,18 @@ def test_adapters_train_merge_and_save_on_it(tmp_path: Path) -> None:
     assert torch.equal(loaded(IDS).logits, trained) and base_digest(loaded) == base_digest(merged)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma2"])
-def test_experts_and_tied_heads(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+PART = {"match": "*.qkv_proj.v", "bits": 8}
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [("qwen3_moe", {}), ("gemma2", {"lm_head": 8}), ("phi3", {"overrides": [PART]})],
+)
+def test_experts_tied_heads_and_parts(
+    name: str, more: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = checkpoint_of(CONFIGS[name](), tmp_path / "m").folder
-    options = {"group_size": 32} | ({"lm_head": 8} if name == "gemma2" else {})
+    options: dict[str, Any] = {"group_size": 32} | more
     model = packed(path, **options)
     attention = "eager" if name == "gemma2" else "sdpa"
     folder = quantize_model(

@@ -23,6 +23,10 @@ class Repo:
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
+    @property
+    def sha(self) -> str:
+        return f"{len(self.commits):040x}"
+
 
 @dataclass
 class Hub:
@@ -84,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if not rest or rest[0] == "revision":
             siblings = [{"rfilename": name} for name in sorted(repo.files)]
-            return self.answer({"id": key, "private": repo.private, "siblings": siblings, "sha": "0" * 40})
+            return self.answer({"id": key, "private": repo.private, "siblings": siblings, "sha": repo.sha})
         if rest[0] == "preupload":
             found = [
                 {
@@ -110,12 +114,14 @@ class _Handler(BaseHTTPRequestHandler):
         assert rest[0] == "resolve", self.path
         data = repo.files[rest[2]]
         etag = hashlib.sha256(data).hexdigest()
-        return self.answer(data, headers={"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 40})
+        return self.answer(data, headers={"ETag": f'"{etag}"', "X-Repo-Commit": repo.sha})
 
     def commit(self, key: str, repo: Repo, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
+                if value.get("parentCommit") not in (None, repo.sha):
+                    return self.answer({"error": "a later commit is there"}, 412)
                 repo.commits.append(value["summary"])
             elif line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
@@ -123,9 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repo.files[value["path"]] = self.hub.objects[value["oid"]]
             elif line["key"] == "deletedFile":
                 del repo.files[value["path"]]
-        oid = f"{len(repo.commits):040x}"
-        url = f"{self.hub.endpoint}/{key}/commit/{oid}"
-        self.answer({"commitUrl": url, "commitOid": oid, "success": True})
+        url = f"{self.hub.endpoint}/{key}/commit/{repo.sha}"
+        return self.answer({"commitUrl": url, "commitOid": repo.sha, "success": True})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_call
 

@@ -30,6 +30,18 @@ def test_calibration_reads_what_it_needs(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < len(seen) <= 60
 
 
+def test_of_pairs_of_answers_the_calibrator_sees_the_chosen_ones(tmp_path: Path) -> None:
+    def windows(form: str, kind: str) -> list[list[int]]:
+        keys = ["quant.calibration.samples=3", "quant.calibration.sequence_len=128", "quant.calibrate=gptq"]
+        for name in ("train", "valid"):
+            path = ROOT / "recipes" / "assets" / "preferences" / f"{name}.jsonl"
+            keys.append(f"data.{name}={{path: {path}, format: {form}}}")
+        made = recipe(tmp_path / form, f"train.signal={{kind: {kind}}}", *keys)
+        return [row for batch in calibration_batches(start(made)) for row in batch["input_ids"].tolist()]
+
+    assert windows("preference", "dpo") == windows("chosen", "labels") != []
+
+
 def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
     """The tiny Llama stops where its turns end; a copy of it that stops at another token only is told on."""
     tiny = ROOT / "recipes" / "assets" / "tiny-llama"

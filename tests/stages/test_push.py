@@ -93,6 +93,14 @@ def test_what_an_earlier_push_left_over_goes(hub: Hub, exported: Path, tmp_path:
     assert names == {path.name for path in one.iterdir()} and "model.safetensors" in names
 
 
+def test_what_came_between_the_look_and_the_commit_stays(hub: Hub, exported: Path) -> None:
+    pushed(hub, exported)
+    repo = hub.repos["org/name"]
+    with pytest.raises(ValueError, match="answered 412: .*somebody wrote there"):
+        push(exported, "org/name", api=api(hub), say=lambda text: repo.commits.append("of another"))
+    assert repo.commits[1:] == ["of another"]
+
+
 def test_public_only_when_asked(hub: Hub, exported: Path) -> None:
     pushed(hub, exported, "org/open", public=True)
     assert not hub.repos["org/open"].private

@@ -9,9 +9,9 @@ A guess of the code of the largest |w| gives the first interval; it says what ev
 of which there is no doubt narrows it.
 
 A group is on the grid where some guess leaves a scale that the grid's scale_dtype has, and dequantized with
-it gives the very numbers of the file. Larger codes are
-tried first, on symmetric grids -2^(bits-1) first of all, which is llama.cpp's choice (with a scale of either
-sign); where they are multiples of each other, so that several guesses fit, the codes are as good as any.
+it gives the very numbers of the file. Larger codes are tried first, on symmetric grids -2^(bits-1) first of
+all, which is llama.cpp's choice (with a scale of either sign); where they are multiples of each other, so
+that several guesses fit, the codes are as good as any.
 
 Where several scales give the same numbers (bfloat16 ones of a float16 scale), one that bfloat16 has is taken:
 the largest weight of a bfloat16 master over 8 is such a one. Else the middle one, which need not be the one
