@@ -57,7 +57,7 @@ def honest_files(folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from lowbit_ft import pipeline
-    from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
+    from lowbit_ft.export import EXPORTERS, Weights
     from lowbit_ft.export.writer import write_model
     from lowbit_ft.model.checkpoint import Checkpoint
     from lowbit_ft.quantize.quantize import Packing
@@ -99,8 +99,7 @@ def honest_files(folder: Path) -> None:
             checkpoint, quant, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa",
             calibration=lambda: [],
         )  # fmt: skip
-        specs = {layer: LayerSpec(*spec) for layer, spec in packing.specs.items()}
-        write_model(folder / name, checkpoint, Weights(specs, packing.take), EXPORTERS[name])
+        write_model(folder / name, checkpoint, Weights(packing.layer_specs, packing.take), EXPORTERS[name])
 
 
 def _rows(folder: Path) -> None:

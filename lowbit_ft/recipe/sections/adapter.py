@@ -128,7 +128,7 @@ def check_adapter_layers(r: Any) -> Problems:
                 ("adapter", "targets", i),
                 f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, list(layers))}",
             )
-    trained = [name for name in layers if config.trains(name)]
+    trained = [name for name, layer in layers.items() if config.trains(*layer.names)]
     for key, pattern in [(name, p) for name in PATTERNS for p in getattr(config, name, {})]:
         if trained and not any(meant(pattern, name) for name in trained):
             yield Problem(

@@ -47,6 +47,11 @@ def test_a_part_has_the_grid_of_its_override(phi3: Path) -> None:
     assert "model.layers.0.mlp.gate_up_proj" in layers, "no override names a part of it"
 
 
+def test_a_rank_of_a_part_whose_matrix_is_a_target(phi3: Path) -> None:
+    keys = {"adapter.targets": "[qkv_proj, o_proj]", "adapter.rank_pattern": "{qkv_proj.v: 4}"}
+    assert not problems_with(GOOD, fields(phi3, "*.qkv_proj.v", **keys))
+
+
 def test_symmetry_is_a_key_of_overrides_too(phi3: Path) -> None:
     text = "quant.overrides=[{match: down_proj, symmetric: false}, {match: gate_up_proj.up, bits: 3}]"
     quant = load_recipe(write(GOOD), (*fields(phi3)[1:], text)).quant
