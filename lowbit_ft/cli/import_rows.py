@@ -61,7 +61,7 @@ _ENTRY_READ = ("file_name", "hf_hub_url", "formatting", "subset", "split", "colu
 
 
 def axolotl_rows(draft: Draft, key: str, value: Any) -> None:
-    """datasets, test_datasets: one source, or a list of them without weights, as Axolotl puts them together."""
+    """datasets, test_datasets: one source, or a list without weights, as Axolotl puts them together."""
     if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
         raise ValueError("a list of data sets is needed")
     ours = _places("data.train" if key == "datasets" else "data.valid", len(value))
