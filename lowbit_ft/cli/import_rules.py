@@ -248,12 +248,6 @@ def finish(
             [0.9 if betas[0] is None else betas[0], 0.999 if betas[1] is None else betas[1]],
             "adam_beta1, adam_beta2",
         )
-    if "data.train_on" not in draft.values:
-        formats = {draft.get(f"{place}.format") for place in draft.sources("data.train")}
-        learned = (
-            "all" if everything or formats == {"text"} else "assistant" if "chat" in formats else "completion"
-        )
-        draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
     strategy_key = next(
         (key for key in ("eval_strategy", "evaluation_strategy") if theirs.get(key) is not None),
         "eval_strategy",
@@ -277,6 +271,17 @@ def finish(
         else:
             draft.values.pop("train.stop_after")
             draft.leave(key, "nothing is evaluated while training: set data.valid and train.eval_every")
+    _finish_rows(draft, everything)
+
+
+def _finish_rows(draft: Draft, everything: bool) -> None:
+    """What is learned of the sources, and whether they share windows."""
+    if "data.train_on" not in draft.values:
+        formats = {draft.get(f"{place}.format") for place in draft.sources("data.train")}
+        learned = (
+            "all" if everything or formats == {"text"} else "assistant" if "chat" in formats else "completion"
+        )
+        draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
     if not draft.sources("data.train"):
         draft.leave("dataset", "no training rows in the file: set data.train")
     for ours in ("data.train", "data.valid"):
