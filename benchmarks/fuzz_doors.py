@@ -109,7 +109,7 @@ def read_checkpoint(folder: Path, name: str) -> None:
     """The JSON files of a dense checkpoint, and its headers: the model is built, filled and asked."""
     recipe = load_recipe(folder / "recipe.yaml")
     checkpoint = Checkpoint.open(recipe.model.path, dtype="float32")
-    assert recipe.data.train is not None, "the recipe of this benchmark has rows"
+    assert isinstance(recipe.data.train, DataSource), "the recipe of this benchmark has one source"
     source = recipe.data.train.model_copy(update={"limit": 4})
     load_examples(source, recipe.data, load_tokenizer(checkpoint))
     model = load_model(checkpoint)

@@ -24,6 +24,7 @@ from .import_rules import (
     taken_later,
     targets,
     text,
+    truth,
 )
 
 _EVERY = left("no fraction of an epoch here: set train.eval_every or save_every to a number of steps")
@@ -34,6 +35,11 @@ def _adapter(draft: Draft, key: str, value: Any) -> None:
         draft.leave(key, "only LoRA has a like here; dl_qat is set")
     elif value == "qlora" and draft.get("quant.bits") is None:
         draft.set("quant.bits", 4, f"{key}: qlora")
+
+
+def _shuffled(draft: Draft, key: str, value: Any) -> None:
+    if truth(value) is not True:
+        draft.leave(key, "rows of several sources are shuffled together")
 
 
 def _finish(draft: Draft) -> None:
@@ -72,6 +78,7 @@ RULES = SHARED | {
     "gptq": left("the grid of a quantized checkpoint is read from its config.json"),
     "datasets": axolotl_rows,
     "test_datasets": axolotl_rows,
+    "shuffle_merged_datasets": _shuffled,
     "adapter": _adapter,
     "lora_r": number("adapter.rank", 1),
     "lora_target_modules": targets,

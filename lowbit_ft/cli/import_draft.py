@@ -28,6 +28,11 @@ class Draft:
     def leave(self, key: str, why: str) -> None:
         self.left.append((key, why))
 
+    def sources(self, ours: str) -> list[str]:
+        """The keys that the sources of data.train or data.valid lie under: one, or one with a number each."""
+        found = [key.removesuffix(".path") for key in self.values if key.endswith(".path")]
+        return [key for key in found if key == ours or key.startswith(f"{ours}.")]
+
     def get(self, ours: str, default: Any = None) -> Any:
         return self.values[ours][0] if ours in self.values else default
 

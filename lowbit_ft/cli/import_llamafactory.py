@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .import_draft import Draft, Trainer
-from .import_rows import factory_rows
+from .import_rows import factory_mixture, factory_rows
 from .import_rules import (
     ATTENTION,
     CACHE,
@@ -57,7 +57,14 @@ def _bits(draft: Draft, key: str, value: Any) -> None:
 def _finish(draft: Draft) -> None:
     theirs = draft.theirs
     if theirs.get("stage") == "pt":
-        draft.set("data.train.format", "text", "stage: pt")
+        for place in draft.sources("data.train"):
+            draft.set(f"{place}.format", "text", "stage: pt")
+    places = draft.sources("data.train")
+    if len(places) > 1 and "data.train.limit" in draft.values:
+        limit, origin = draft.values.pop("data.train.limit")
+        for place in places:
+            draft.set(f"{place}.limit", limit, origin)
+    factory_mixture(draft)
     if "lora_rank" not in theirs:
         draft.set("adapter.rank", 8, "their default")
     if "lora_alpha" not in theirs:
@@ -98,6 +105,8 @@ RULES = SHARED | {
     "dataset": factory_rows,
     "eval_dataset": factory_rows,
     "dataset_dir": taken_later,
+    "mix_strategy": taken_later,
+    "interleave_probs": taken_later,
     "template": left("format: chat uses the template of the model's own tokenizer"),
     "cutoff_len": number("data.sequence_len", 8),
     "max_samples": number("data.train.limit", 1),

@@ -122,7 +122,12 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
 def _lines(tree: dict[str, Any], depth: int) -> list[str]:
     out = []
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(part.isdecimal() for part in value):  # a list, by its places
+            out.append(f"{'  ' * depth}{key}:")
+            for entry in value.values():
+                first, *others = _lines(entry, depth + 2)
+                out += [f"{'  ' * (depth + 1)}- {first.lstrip()}", *others]
+        elif isinstance(value, dict):
             out += [f"{'  ' * depth}{key}:", *_lines(value, depth + 1)]
         else:
             # JSON is YAML, and quotes what YAML would read as something else.

@@ -61,33 +61,40 @@ _ENTRY_READ = ("file_name", "hf_hub_url", "formatting", "subset", "split", "colu
 
 
 def axolotl_rows(draft: Draft, key: str, value: Any) -> None:
-    """datasets, test_datasets."""
-    ours = "data.train" if key == "datasets" else "data.valid"
-    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+    """datasets, test_datasets: one source, or a list without weights, as Axolotl puts them together."""
+    if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
         raise ValueError("a list of data sets is needed")
-    for i in range(1, len(value)):
-        draft.leave(f"{key}.{i}", f"{ours} is one source; put the rows together in one file")
-    first = value[0]
-    _axolotl_path(draft, f"{key}.0", ours, first)
-    kind, _, style = str(first.get("type", "")).replace(":", ".").partition(".")
+    ours = _places("data.train" if key == "datasets" else "data.valid", len(value))
+    for i, (place, entry) in enumerate(zip(ours, value, strict=True)):
+        _axolotl_entry(draft, f"{key}.{i}", place, entry)
+
+
+def _places(ours: str, count: int) -> list[str]:
+    """The keys of so many sources."""
+    return [ours] if count == 1 else [f"{ours}.{i}" for i in range(count)]
+
+
+def _axolotl_entry(draft: Draft, key: str, ours: str, entry: dict[str, Any]) -> None:
+    _axolotl_path(draft, key, ours, entry)
+    kind, _, style = str(entry.get("type", "")).replace(":", ".").partition(".")
     if kind in AXOLOTL_FORMATS:
-        draft.set(f"{ours}.format", AXOLOTL_FORMATS[kind], f"{key}.0.type: {kind}")
+        draft.set(f"{ours}.format", AXOLOTL_FORMATS[kind], f"{key}.type: {kind}")
         if kind == "alpaca" and style:
             draft.leave(
-                f"{key}.0.type", "format: alpaca writes Stanford Alpaca's own prompt, no other style of it"
+                f"{key}.type", "format: alpaca writes Stanford Alpaca's own prompt, no other style of it"
             )
     else:
         draft.set(f"{ours}.format", "chat", "a guess")
-        draft.leave(f"{key}.0.type", f"no such format here ({', '.join(FORMATS)}); {ours}.format is a guess")
-    _split(draft, f"{key}.0.split", ours, first.get("split"))
+        draft.leave(f"{key}.type", f"no such format here ({', '.join(FORMATS)}); {ours}.format is a guess")
+    _split(draft, f"{key}.split", ours, entry.get("split"))
     for name in ("name", "revision"):
-        if first.get(name):
-            draft.set(f"{ours}.{name}", str(first[name]), f"{key}.0.{name}")
-    for name, given in first.items():
+        if entry.get(name):
+            draft.set(f"{ours}.{name}", str(entry[name]), f"{key}.{name}")
+    for name, given in entry.items():
         read = name in ("path", "type", "data_files", "split", "name", "revision")
         if not read and given is not None and given not in _AXOLOTL_USUAL.get(name, ()):
             why = _AXOLOTL_WHY.get(name, "rows are read by the usual names of their fields")
-            draft.leave(f"{key}.0.{name}", why)
+            draft.leave(f"{key}.{name}", why)
 
 
 def _axolotl_path(draft: Draft, key: str, ours: str, first: dict[str, Any]) -> None:
@@ -122,27 +129,53 @@ def _split(draft: Draft, key: str, ours: str, split: Any) -> None:
 
 def factory_rows(draft: Draft, key: str, value: Any) -> None:
     """dataset, eval_dataset: names of entries in dataset_info.json."""
-    ours = "data.train" if key == "dataset" else "data.valid"
-    names = (
-        [part.strip() for part in value.split(",")]
-        if isinstance(value, str)
-        else [str(part) for part in value]
-    )
-    for name in names[1:]:
-        draft.leave(key, f"{ours} is one source, so {name} is left; put the rows together in one file")
-    entry, folder = _dataset_info(draft, names[0])
-    if entry is None:
-        draft.set(f"{ours}.path", names[0], f"{key}: {names[0]}")
-        draft.set(f"{ours}.format", "alpaca", "their default")
-        draft.leave(
-            key, f"{names[0]} is not in a dataset_info.json beside this file: set {ours}.path and format"
+    given = value.split(",") if isinstance(value, str) else value
+    names = [name for part in given if (name := str(part).strip())]
+    ours = _places("data.train" if key == "dataset" else "data.valid", len(names))
+    for place, name in zip(ours, names, strict=True):
+        _factory_entry(draft, key, place, name)
+
+
+def factory_mixture(draft: Draft) -> None:
+    """mix_strategy and interleave_probs, which count where there are several data sets."""
+    places, theirs = draft.sources("data.train"), draft.theirs
+    how, odds = str(theirs.get("mix_strategy") or "concat"), theirs.get("interleave_probs")
+    strategy = {"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}.get(how)
+    if len(places) < 2:
+        return
+    if strategy is None:
+        if how not in ("concat", "interleave_once"):
+            draft.leave("mix_strategy", "allowed: concat, interleave_under, interleave_over, interleave_once")
+        if odds is not None:
+            draft.leave("interleave_probs", f"with mix_strategy: {how} every row stands in an epoch once")
+        return
+    try:
+        parts = odds.split(",") if isinstance(odds, str) else [1] * len(places) if odds is None else odds
+        weights = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        weights = []
+    if len(weights) != len(places) or not all(0 < weight < float("inf") for weight in weights):
+        draft.leave("interleave_probs", f"a number above 0 for each of {len(places)} data sets is needed")
+        return
+    for place, weight in zip(places, weights, strict=True):
+        draft.set(
+            f"{place}.weight", weight, "interleave_probs" if odds is not None else f"mix_strategy: {how}"
         )
+    draft.set("data.stopping_strategy", strategy, f"mix_strategy: {how}")
+
+
+def _factory_entry(draft: Draft, key: str, ours: str, name: str) -> None:
+    entry, folder = _dataset_info(draft, name)
+    if entry is None:
+        draft.set(f"{ours}.path", name, f"{key}: {name}")
+        draft.set(f"{ours}.format", "alpaca", "their default")
+        draft.leave(key, f"{name} is not in a dataset_info.json beside this file: set {ours}.path and format")
         return
     where = entry.get("file_name")
     draft.set(
         f"{ours}.path",
         str(folder / where) if where else str(entry.get("hf_hub_url")),
-        f"{key}: {names[0]}, from dataset_info.json",
+        f"{key}: {name}, from dataset_info.json",
     )
     chat = entry.get("formatting") in ("sharegpt", "openai")
     format = "chat" if chat else "alpaca"
@@ -150,12 +183,12 @@ def factory_rows(draft: Draft, key: str, value: Any) -> None:
     if not chat and draft.theirs.get("stage") != "pt":
         draft.leave(
             key,
-            f"{names[0]}: format: alpaca writes Stanford Alpaca's prompt, theirs the chat template; for "
+            f"{name}: format: alpaca writes Stanford Alpaca's prompt, theirs the chat template; for "
             "that make the rows messages (format: chat)",
         )
     if entry.get("subset"):
-        draft.set(f"{ours}.name", str(entry["subset"]), f"{names[0]}.subset")
-    _split(draft, f"{names[0]}.split", ours, entry.get("split"))
+        draft.set(f"{ours}.name", str(entry["subset"]), f"{name}.subset")
+    _split(draft, f"{name}.split", ours, entry.get("split"))
     for part, usual in (("columns", _COLUMNS_USUAL[format]), ("tags", _TAGS_USUAL)):
         given = entry.get(part)
         if not given:
@@ -168,12 +201,12 @@ def factory_rows(draft: Draft, key: str, value: Any) -> None:
         if other:
             draft.leave(
                 key,
-                f"{names[0]} names its {part} ({', '.join(map(str, other))}): the usual ones are read",
+                f"{name} names its {part} ({', '.join(map(str, other))}): the usual ones are read",
             )
     if rest := [
-        name for name, said in entry.items() if name not in _ENTRY_READ and said not in (None, False)
+        part for part, said in entry.items() if part not in _ENTRY_READ and said not in (None, False)
     ]:
-        draft.leave(key, f"{names[0]}: no key here does what its {', '.join(rest)} does")
+        draft.leave(key, f"{name}: no key here does what its {', '.join(rest)} does")
 
 
 def _dataset_info(draft: Draft, name: str) -> tuple[dict[str, Any] | None, Path]:

@@ -248,12 +248,6 @@ def finish(
             [0.9 if betas[0] is None else betas[0], 0.999 if betas[1] is None else betas[1]],
             "adam_beta1, adam_beta2",
         )
-    if "data.train_on" not in draft.values:
-        format = draft.get("data.train.format")
-        learned = (
-            "all" if everything or format == "text" else "assistant" if format == "chat" else "completion"
-        )
-        draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
     strategy_key = next(
         (key for key in ("eval_strategy", "evaluation_strategy") if theirs.get(key) is not None),
         "eval_strategy",
@@ -267,7 +261,7 @@ def finish(
             draft.leave("eval_steps", f"{strategy_key} is no")
     elif strategy == "steps" and theirs.get("eval_steps") is None:
         draft.leave(strategy_key, "eval_steps is not in the file: set train.eval_every")
-    if draft.get("train.eval_every") and "data.valid.path" not in draft.values:
+    if draft.get("train.eval_every") and not draft.sources("data.valid"):
         draft.values.pop("train.eval_every")
         draft.leave("eval_steps", "there is no data.valid to measure on")
     if draft.get("train.stop_after"):
@@ -277,8 +271,25 @@ def finish(
         else:
             draft.values.pop("train.stop_after")
             draft.leave(key, "nothing is evaluated while training: set data.valid and train.eval_every")
-    if "data.train.path" not in draft.values:
+    _finish_rows(draft, everything)
+
+
+def _finish_rows(draft: Draft, everything: bool) -> None:
+    """What is learned of the sources, and whether they share windows."""
+    if "data.train_on" not in draft.values:
+        formats = {draft.get(f"{place}.format") for place in draft.sources("data.train")}
+        learned = (
+            "all" if everything or formats == {"text"} else "assistant" if "chat" in formats else "completion"
+        )
+        draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
+    if not draft.sources("data.train"):
         draft.leave("dataset", "no training rows in the file: set data.train")
+    for ours in ("data.train", "data.valid"):
+        formats = [draft.get(f"{place}.format") for place in draft.sources(ours)]
+        if "text" in formats and set(formats) != {"text"}:
+            if draft.get("data.packing"):
+                draft.leave(draft.values["data.packing"][1], "texts and other rows do not share windows here")
+            draft.set("data.packing", False, "texts beside rows of another format are not packed")
 
 
 def number_at(draft: Draft, key: str) -> float | None:

@@ -8,6 +8,7 @@ columns.py  what is read of a row beside its format's columns, and what is not r
 messages.py a row to a chat, whatever its layout
 chat.py     chat templates
 audit.py    what of a chat its template did not write
+mix.py      one order of the rows of several sources
 pack.py     several rows per window
 windows.py  what a window is
 examples.py the windows of a source, and their report

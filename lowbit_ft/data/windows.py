@@ -25,10 +25,21 @@ class Example:
 
 
 @dataclass
+class Share:
+    """A source of a mixture: rows of an epoch that are its own, and (None: a stream) those it has."""
+
+    name: str
+    weight: float | None
+    drawn: int = 0
+    usable: int | None = None
+
+
+@dataclass
 class DataReport:
     """What became of the rows: rows = used + skipped (malformed) + dropped (no target within sequence_len) +
-    masked (every turn says of itself that it is not learned). unread and lost count rows among all of them
-    but the skipped ones: columns that the format does not read, and what a chat template does not write."""
+    masked (every turn says of itself that it is not learned) + left (in no epoch of a mixture). unread and
+    lost count rows among all of them but the skipped ones: columns that the format does not read, and what a
+    chat template does not write."""
 
     rows: int = 0
     used: int = 0
@@ -45,6 +56,8 @@ class DataReport:
     unread: dict[str, int] = field(default_factory=dict)  # column -> rows
     lost: dict[str, int] = field(default_factory=dict)  # "tools", "system content" -> rows
     incomplete: int = 0  # rows that lost anything
+    left: int = 0  # rows of a mixture that its epoch ends before
+    sources: list[Share] = field(default_factory=list)  # of a mixture
 
     def __str__(self) -> str:
         full = 100 * self.tokens / max(self.windows * self.sequence_len, 1)
@@ -52,6 +65,7 @@ class DataReport:
             f"{self.used:,} of {self.rows:,} rows used: {self.windows:,} windows of {self.sequence_len:,} "
             f"({full:.0f} % full), {self.tokens:,} tokens, {self.target_tokens:,} of them targets"
         ]
+        lines += self._mixture()
         if self.truncated:
             lines.append(f"{self.truncated:,} rows truncated to {self.sequence_len} tokens")
         if self.dropped:
@@ -69,6 +83,25 @@ class DataReport:
             lines.append(f"{self.skipped:,} rows skipped (on_bad_row: skip), the first of them:")
             lines += [f"  {problem}" for problem in self.problems]
         return "\n".join(lines + self.notes)
+
+    def _mixture(self) -> list[str]:
+        drawn = max(sum(share.drawn for share in self.sources), 1)
+        lines = []
+        for share in self.sources:
+            said = f"{share.name}: {share.drawn:,} rows of an epoch ({100 * share.drawn / drawn:.1f} %)"
+            if share.usable is None:
+                said = f"{share.name}: {share.drawn:,} rows so far"
+            elif share.drawn > share.usable:
+                said += f", its {share.usable:,} about {share.drawn / share.usable:.1f} times each"
+            elif share.drawn < share.usable:
+                said += f", chosen from {share.usable:,}"
+            lines.append("  " + said + (f", weight {share.weight:g}" if share.weight is not None else ""))
+        if self.left:
+            lines.append(
+                f"{self.left:,} rows are in no epoch, which ends with the source that ends first "
+                "(data.stopping_strategy: all_exhausted repeats the shorter ones instead)"
+            )
+        return lines
 
 
 def _counts(of: dict[str, int]) -> str:

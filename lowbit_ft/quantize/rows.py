@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..data.batches import Batches
 from ..data.errors import DataError
 from ..data.examples import StreamedExamples
 from ..data.formats import FORMATS
+from ..data.mix import named, sources_of
 from ..data.read import read_rows
 from ..data.windows import Examples
 from ..model.tokenizer import pad_id
@@ -30,18 +31,25 @@ from ..recipe.sections.quant import CalibrationSection
 
 
 def first_windows(
-    source: DataSource, section: DataSection, tokenizer: Any, rows: int | None, count: int | None
+    source: DataSource | Sequence[DataSource],
+    section: DataSection,
+    tokenizer: Any,
+    rows: int | None,
+    count: int | None,
 ) -> Examples:
-    """The first `count` windows (None: all) of a source, read only as far as needed; of pairs of answers the
-    chosen ones, for one text is looked at. rows: of the model's embedding, None where that is not known."""
-    if (alone := FORMATS[source.format].alone) is not None:
-        source = source.model_copy(update={"format": alone})
-    stream = StreamedExamples(source, section, tokenizer, rows)
+    """The first `count` windows (None: all) of one source, or of several in turn, read only as far as needed;
+    of pairs of answers the chosen ones, for one text is looked at. rows: of the model's embedding, None where
+    that is not known."""
+    alone = [
+        one.model_copy(update={"format": FORMATS[one.format].alone or one.format})
+        for one in sources_of(source)
+    ]
+    stream = StreamedExamples(alone, section, tokenizer, rows)
     return Examples(itertools.islice(iter(stream), count))
 
 
 def calibration_windows(
-    source: DataSource,
+    source: DataSource | Sequence[DataSource],
     section: DataSection,
     tokenizer: Any,
     *,
@@ -58,7 +66,7 @@ def calibration_windows(
     picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
     chosen = Examples(pool[i] for i in sorted(picked))
     if not len(chosen):
-        raise DataError("no usable row to calibrate on", source.path)
+        raise DataError("no usable row to calibrate on", named(source))
     found = Batches(chosen, min(len(chosen), size), pad_id(tokenizer), 0, shuffle=False).one_epoch()
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
 
@@ -73,7 +81,7 @@ def as_source(given: Any) -> Iterator[DataSource]:
     """A DataSource of what a user has: the path of a file or a hub id; or rows, each a text, a mapping with
     the columns of a format, or token ids (a tensor, a list). ValueError for anything else."""
     if isinstance(given, str | Path):
-        yield DataSource(path=str(given), format=_format_of(str(given)))
+        yield DataSource(path=str(given), format=format_by_columns(str(given)))
         return
     with tempfile.TemporaryDirectory(prefix="lowbit_ft-rows-") as folder:
         path = Path(folder, "calibration.jsonl")
@@ -85,7 +93,7 @@ def as_source(given: Any) -> Iterator[DataSource]:
                     raise ValueError(f"calibration: row {number}: {error}; a row is plain JSON") from None
         if not path.stat().st_size:
             raise ValueError("calibration: got no rows; give some, or calibrate='mse', which looks at none")
-        yield DataSource(path=str(path), format=_format_of(str(path)))
+        yield DataSource(path=str(path), format=format_by_columns(str(path)))
 
 
 def _rows(given: Any) -> Iterable[Any]:
@@ -115,7 +123,7 @@ def _ids(row: Any) -> list[int]:
     return ids
 
 
-def _format_of(path: str) -> str:
+def format_by_columns(path: str) -> str:
     """The format whose columns the first row has."""
     if Path(path).suffix in (".txt", ".md"):
         return "text"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..adapters.rates import rate_for
+from ..data.mix import named
 from .incoming import resolve_quant
 from .layers import POSITIONS, shapes_here
 from .sections.base import Section
@@ -52,7 +53,7 @@ def taken(recipe: Any) -> list[str]:
     if "calibrate" not in quant.model_fields_set:
         why = f"the default at {quant.bits} bits"
         if quant.reads_text:
-            text = recipe.data.train.path if recipe.data.train is not None else "data.synthesis"
+            text = named(recipe.data.train) or "data.synthesis"
             why = f"the default at {quant.bits} bits; it looks at rows of {quant.calibration.path or text}"
         found.append(f"quant.calibrate: {quant.calibrate} ({why})")
     if "learning_rate" not in train.model_fields_set:

@@ -43,7 +43,9 @@ def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]
-    return models[0] if models else None
+    if not models:
+        return None
+    return models[-1] if isinstance(given, list) else models[0]  # `Model | list[Other]`: by what was written
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def located(value: Any, folders: Sequence[Path]) -> Any:
         moved = child
         if isinstance(child, BaseModel):
             moved = located(child, folders)
+        elif isinstance(child, list) and any(isinstance(item, BaseModel) for item in child):
+            moved = [located(item, folders) for item in child]
         elif name in ("path", "init_from", "teacher") and isinstance(child, str) and child not in TEACHERS:
             moved = _from(child, folders)
         elif name == "tasks":  # names of lm-eval, or files

@@ -4,6 +4,7 @@ Here and not in data/: they ask the model whether it keeps packed segments apart
 dtype, its process and its tokenizer, and have a word with the user.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..data.batches import Batches, keeps_segments_apart
 from ..data.chat import ChatTemplate
 from ..data.examples import load_examples
 from ..data.formats import FORMATS
+from ..data.mix import sources_of
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..model.attention import why_not
@@ -73,8 +75,10 @@ def unstopped(session: Session) -> str | None:
     """What the user should know when the model will learn to end its turns with a token that no server stops
     at; None when all is well. Base models with a chat template are such: the turn ends with one token, the
     configuration stops at another."""
-    kind = FORMATS[train_source(session).format]
-    if not kind.needs_template or not getattr(session.tokenizer, "chat_template", None):
+    formats = [source.format for source in sources_of(train_source(session))]
+    if not any(FORMATS[name].needs_template for name in formats) or not getattr(
+        session.tokenizer, "chat_template", None
+    ):
         return None
     template, stops = ChatTemplate(session.tokenizer), EXPORTERS["native"].stops(session.checkpoint.folder)
     ending = template.ending()
@@ -149,14 +153,17 @@ def calibration_key(session: Session) -> list[Any]:
 
 
 def _calibration_source(session: Session, path: str) -> DataSource:
-    train = session.recipe.data.train
-    kind = "text" if train is None or Path(path).suffix == ".txt" else train.format
+    formats = {source.format for source in sources_of(session.recipe.data.train)}
+    if len(formats) > 1:  # of which it may be any: its columns say
+        return DataSource(path=path, format=calibrating.format_by_columns(path))
+    kind = "text" if not formats or Path(path).suffix == ".txt" else formats.pop()
     return DataSource(path=path, format=kind)
 
 
 def first_windows(
-    session: Session, source: DataSource, count: int | None, changes: dict[str, Any]
+    session: Session, source: DataSource | Sequence[DataSource], count: int | None, changes: dict[str, Any]
 ) -> Examples:
-    """The first `count` windows (None: all) of a source, read only as far as needed."""
+    """The first `count` windows (None: all) of one source, or of several in turn, read only as far as
+    needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
     return calibrating.first_windows(source, section, session.tokenizer, session.rows, count)

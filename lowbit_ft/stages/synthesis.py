@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,8 +131,9 @@ def cache_bytes(config: Any, size: int) -> int:
     )
 
 
-def train_source(session: Session) -> DataSource:
-    """The training rows: data.train, or what the model wrote. ValueError when that is missing or changed."""
+def train_source(session: Session) -> DataSource | Sequence[DataSource]:
+    """The training rows: data.train (one source, or several), or what the model wrote. ValueError when that
+    is missing or changed."""
     train = session.recipe.data.train
     if train is not None:
         return train
@@ -142,7 +144,7 @@ def train_source(session: Session) -> DataSource:
     return _written(session, "train")
 
 
-def valid_source(session: Session) -> DataSource | None:
+def valid_source(session: Session) -> DataSource | Sequence[DataSource] | None:
     """The validation rows: data.valid, or those that the model wrote; None without any."""
     data = session.recipe.data
     if data.valid is not None or data.synthesis is None or not data.synthesis.valid:
@@ -175,8 +177,10 @@ def _written(session: Session, part: str) -> DataSource:
 
 def rows_key(session: Session) -> Any:
     """What the training rows are, for the key of what is made of them."""
-    train = session.recipe.data.train
-    return (train if train is not None else written_rows(session)).model_dump(mode="json")
+    data = session.recipe.data
+    if isinstance(data.train, list):
+        return [*(source.model_dump(mode="json") for source in data.train), data.stopping_strategy]
+    return (data.train if data.train is not None else written_rows(session)).model_dump(mode="json")
 
 
 def _key(session: Session, config: SynthesisConfig) -> str:

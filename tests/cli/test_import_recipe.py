@@ -123,9 +123,9 @@ def test_every_rule_sets_keys_that_recipes_have(tmp_path: Path) -> None:
                 except RecipeError as error:
                     assert "supervised fine-tuning only" in str(error) or key == trainer.model_key
                     continue
-                assert all(part in known for path in draft.values for part in path.split(".")[1:]), (
-                    draft.values
-                )
+                assert all(
+                    part in known or part.isdecimal() for path in draft.values for part in path.split(".")[1:]
+                ), draft.values
                 tried += 1
     assert tried > 800
 

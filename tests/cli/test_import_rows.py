@@ -13,6 +13,7 @@ from lowbit_ft.cli import import_rows
 from lowbit_ft.cli.import_draft import Draft
 from lowbit_ft.cli.import_recipe import import_recipe
 from lowbit_ft.data.formats import FORMATS
+from tests.cli.trainer_files import TINY, imported
 
 
 def axolotl(tmp_path: Path, **entry: Any) -> tuple[Draft, dict[str, str]]:
@@ -107,3 +108,52 @@ def test_the_usual_names_are_those_that_the_formats_read() -> None:
     assert set(import_rows.AXOLOTL_FORMATS.values()) <= FORMATS.keys()
     for name, usual in import_rows._COLUMNS_USUAL.items():
         assert {ours for several in usual.values() for ours in several} == FORMATS[name].columns.keys()
+
+
+def test_several_data_sets_are_a_list(tmp_path: Path) -> None:
+    """Axolotl's are put together; LLaMA-Factory's as mix_strategy and interleave_probs say."""
+    entries = [
+        {"path": "a/b", "type": "chat_template"},
+        {"path": "c/d", "type": "alpaca:phi", "split": "test"},
+    ]
+    given = {"base_model": str(TINY), "datasets": entries, "test_datasets": entries}
+    recipe, left = imported(tmp_path, given | {"adapter": "lora", "num_epochs": 1})
+    for sources in (recipe.data.train, recipe.data.valid):
+        assert [(s.path, s.format, s.split) for s in sources] == [
+            ("a/b", "chat", "train"),
+            ("c/d", "alpaca", "test"),
+        ]
+    assert {"datasets.1.type", "test_datasets.1.type"} <= left.keys() and recipe.data.train_on == "assistant"
+    texts = [entries[0], {"path": "e/f", "type": "completion"}]
+    given = {"base_model": str(TINY), "datasets": texts, "sample_packing": True}
+    recipe, left = imported(tmp_path, given)
+    assert recipe.data.packing is False and "do not share windows" in left["sample_packing"]
+
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({name: {"hf_hub_url": f"o/{name}"} for name in "ab"})
+    )
+    given = {"model_name_or_path": str(TINY), "dataset": "a, b", "max_samples": 5}
+    for keys, weights, strategy, told in (
+        ({}, [None, None], "first_exhausted", None),
+        ({"interleave_probs": "0.7,0.3"}, [None, None], "first_exhausted", "every row stands in"),
+        ({"mix_strategy": "interleave_over"}, [1, 1], "all_exhausted", None),
+        (
+            {"mix_strategy": "interleave_under", "interleave_probs": "0.7,0.3"},
+            [0.7, 0.3],
+            "first_exhausted",
+            None,
+        ),
+        (
+            {"mix_strategy": "interleave_under", "interleave_probs": "0.7"},
+            [None, None],
+            "first_exhausted",
+            "of 2",
+        ),
+    ):
+        recipe, left = imported(tmp_path, given | keys)
+        assert [(s.path, s.limit, s.weight) for s in recipe.data.train] == [
+            ("o/a", 5, weights[0]),
+            ("o/b", 5, weights[1]),
+        ]
+        assert recipe.data.stopping_strategy == strategy and (told or "") in left.get("interleave_probs", "")
+        assert bool(told) == ("interleave_probs" in left)

@@ -21,11 +21,11 @@ def test_axolotl(tmp_path: Path) -> None:
         ["q_proj", "v_proj"],
     )
     assert recipe.adapter.alpha / recipe.adapter.rank == pytest.approx(16 / 32**0.5)  # rslora's gain
-    assert (recipe.data.train.path, recipe.data.train.format, recipe.data.valid.format) == (
-        str(CHAT),
-        "chat",
-        "chat",
-    )
+    assert [(source.path, source.format, source.weight) for source in recipe.data.train] == [
+        (str(CHAT), "chat", None),
+        ("other/rows", "alpaca", None),
+    ]
+    assert recipe.data.valid.format == "chat"
     assert (recipe.data.sequence_len, recipe.data.packing, recipe.data.train_on) == (512, False, "assistant")
     train = recipe.train
     assert (train.max_steps, train.epochs, train.warmup_ratio, train.eval_every) == (50, None, 0.1, 10)
@@ -43,7 +43,6 @@ def test_axolotl(tmp_path: Path) -> None:
     assert str(recipe.output) == "out/here"
     wanted = {
         "model_type",
-        "datasets.1",
         "datasets.0.roles_to_train",
         "chat_template",
         "lora_dropout",
@@ -69,11 +68,10 @@ def test_llama_factory(tmp_path: Path) -> None:
         16.0,
         None,
     )
-    assert (recipe.data.train.path, recipe.data.train.format, recipe.data.train.limit) == (
-        str(CHAT),
-        "chat",
-        100,
-    )
+    assert [(source.path, source.format, source.limit) for source in recipe.data.train] == [
+        (str(CHAT), "chat", 100),
+        ("identity", "alpaca", 100),
+    ]
     assert (
         recipe.train.epochs,
         recipe.train.warmup_ratio,

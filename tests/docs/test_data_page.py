@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
+
+import yaml
 
 from benchmarks import data_table
 from lowbit_ft.data.columns import LEARN_KEYS, ROLES, TURN_KEYS, unread
 from lowbit_ft.data.formats import FORMATS
-from lowbit_ft.data.windows import DataReport
+from lowbit_ft.data.windows import DataReport, Share
+from lowbit_ft.recipe.sections.data import DataSection
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 
@@ -32,3 +36,15 @@ def test_the_lines_of_the_report_read_so() -> None:
     report = DataReport(incomplete=3, lost=lost, unread=dict.fromkeys(("id", "source"), 4000))
     assert left_out in str(report) and columns in str(report)
     assert unread({"text": "a", "id": 1, "source": "b"}, FORMATS["text"].columns.keys()) == ["id", "source"]
+
+
+def test_the_mixture_of_the_page_is_one() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("## Several sources")[2].partition("\n## ")[0]
+    (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    section = DataSection.model_validate(yaml.safe_load(written)["data"])
+    assert isinstance(section.train, list) and [source.weight for source in section.train] == [3, 1]
+    field = DataSection.model_fields["stopping_strategy"]
+    assert all(f"`{word}`" in text for word in get_args(field.annotation))
+    (line,) = re.findall(r"`(\S+ \(chat\): [^`]*)`", text)
+    sources = [Share("chats.jsonl (chat)", 3, 300, 1000), Share("other", 1, 100, 100)]
+    assert line in str(DataReport(sources=sources))

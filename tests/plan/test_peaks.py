@@ -21,7 +21,7 @@ from lowbit_ft.grid import IntGrid
 from lowbit_ft.model import heads
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.signals import tokens as token_sums
-from lowbit_ft.train import losses
+from lowbit_ft.train import loop, losses
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.run import Run
 from tests.packed_tools import random_weights
@@ -68,8 +68,8 @@ def test_measuring_and_saving_do_not_raise_the_peak(
     model = model_of()
     with Counted([*model.parameters(), *model.buffers()]) as counted:
 
-        def noted(name: str) -> None:
-            plain = getattr(Run, name)
+        def noted(owner: Any, name: str) -> None:
+            plain = getattr(owner, name)
 
             def run(self: Run, *args: Any) -> None:
                 peaks["step"].append(counted.peak)
@@ -78,10 +78,10 @@ def test_measuring_and_saving_do_not_raise_the_peak(
                 peaks.setdefault(name, []).append(counted.peak)
                 counted.peak = 0
 
-            monkeypatch.setattr(Run, name, run)
+            monkeypatch.setattr(owner, name, run)
 
-        noted("evaluate")
-        noted("save")
+        noted(loop, "evaluate")
+        noted(Run, "save")
         setting = section(
             max_steps=2,
             gradient_checkpointing=True,

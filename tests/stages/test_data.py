@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 
 from lowbit_ft.data import examples as data
 from lowbit_ft.session import start
-from lowbit_ft.stages.data import calibration_batches, unstopped
+from lowbit_ft.stages.data import calibration_batches, calibration_key, first_windows, unstopped
+from lowbit_ft.stages.synthesis import train_source
+from tests.data_tools import write
 from tests.line_tools import ROOT, recipe
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
@@ -66,3 +68,27 @@ def test_a_turn_that_no_server_stops_at_is_said(tmp_path: Path):
     )
     message = said(tmp_path, tokenizer=foreign)
     assert message and "the text '<|/turn|>', which is no single token" in message and "[0" not in message
+
+
+def test_calibration_takes_its_windows_from_every_source(tmp_path: Path) -> None:
+    rows = {
+        name: [{"prompt": "", "completion": f"{name} {i}"} for i in range(9)] for name in ("left", "right")
+    }
+    files = [write(tmp_path, given, f"{name}.jsonl") for name, given in rows.items()]
+    made = recipe(
+        tmp_path / "run",
+        f"data.train=[{', '.join(f'{{path: {file}, format: completion}}' for file in files)}]",
+        "data.packing=false",
+        "quant.calibrate=gptq",
+        "quant.calibration.samples=1",
+        "quant.calibration.sequence_len=64",
+    )
+    here = start(made)
+    pool = first_windows(here, train_source(here), 4, {"sequence_len": 64})
+    said = [here.tokenizer.decode(window.input_ids, skip_special_tokens=True).split() for window in pool]
+    assert said == [["left", "0"], ["right", "0"], ["left", "1"], ["right", "1"]]
+    assert len(calibration_batches(here)) == 1
+    key = calibration_key(here)
+    section = made.data.model_copy(update={"train": list(reversed(made.data.train))})
+    here.recipe = made.model_copy(update={"data": section})
+    assert calibration_key(here) != key and unstopped(here) is None

@@ -4,19 +4,23 @@ for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
 from ...data.formats import FORMATS
+from ...data.mix import named, sources_of, unmixable, weights_of
 from ...data.synthesis import SYNTHESIS, SynthesisConfig
 from ...names import HUB_ID, listed
 from ..layers import POSITIONS, has_chat_template, shapes_here
 from ..paths import globs, near_names, path_is
 from ..values import OneKind, OneOf
 from ..yaml import KeyPath, Problem
-from .base import Count, Problems, Section
+from .base import Count, Positive, Problems, Section
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow", ".md")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -42,14 +46,59 @@ class DataSource(Section):
     limit: Count | None = Field(default=None, description="use only the first n rows")
 
 
+class WeightedSource(DataSource):
+    """One data set of several."""
+
+    weight: Positive | None = Field(
+        default=None, description="its share of an epoch's rows, of the sum of all weights"
+    )
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """The validator of a type that is put together as the program runs."""
+    return TypeAdapter(kind)
+
+
+@dataclass(frozen=True, eq=False)
+class OneOrMore:
+    """Marks a source, or a list of them; a list of one is that source itself."""
+
+    entry: type[DataSource]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._read)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
+        entries: Any = Annotated[list[self.entry], Field(min_length=1)]  # pyright: ignore[reportInvalidTypeForm]
+        return handler(_adapter(DataSource | entries).core_schema)
+
+    def _read(self, value: Any) -> DataSource | list[Any]:
+        if not isinstance(value, list | tuple):
+            return DataSource.model_validate(value)
+        if not value:
+            raise ValueError("an empty list; allowed: a source, or a list of sources")
+        sources: list[Any] = _adapter(list[self.entry]).validate_python(value)  # pyright: ignore[reportInvalidTypeForm]
+        if len(sources) > 1:
+            return sources
+        return DataSource(**sources[0].model_dump(exclude={"weight"}, exclude_unset=True))
+
+
 class DataSection(Section):
     """What is trained on."""
 
-    train: DataSource | None = Field(
-        default=None, description="training rows; left out with synthesis, which writes them"
+    train: Annotated[DataSource | list[WeightedSource], OneOrMore(WeightedSource)] | None = Field(
+        default=None,
+        description="training rows: a source, or a list of them, each with a weight or none; left out with "
+        "synthesis, which writes them",
     )
-    valid: DataSource | None = Field(
-        default=None, description="validation rows: eval_every, keep_best and the perplexity table"
+    valid: Annotated[DataSource | list[DataSource], OneOrMore(DataSource)] | None = Field(
+        default=None,
+        description="validation rows, a source or a list: eval_every, keep_best and the perplexity table",
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        default="first_exhausted",
+        description="of weighted sources: an epoch ends with the first that has given its last row, or when "
+        "all have (shorter ones begin again)",
     )
     synthesis: Annotated[SynthesisConfig, OneKind(SYNTHESIS)] | None = Field(
         default=None, description="no rows at all: the full-precision model writes them (data-free)"
@@ -71,10 +120,38 @@ class DataSection(Section):
     @property
     def rows(self) -> str:
         """Where the training rows are from, for people."""
-        if self.train is not None:
-            return f"{self.train.path} ({self.train.format})"
+        sources = sources_of(self.train)
+        if sources:
+            weights = weights_of(sources)
+            shares = [""] * len(sources) if weights is None else [f", weight {w:g}" for w in weights]
+            until = "" if weights is None else f", mixed to {self.stopping_strategy}"
+            told = (f"{s.path} ({s.format}{share})" for s, share in zip(sources, shares, strict=True))
+            return " and ".join(told) + until
         return (
             f"rows that the model writes ({self.synthesis.kind})" if self.synthesis is not None else "no rows"
+        )
+
+
+def sources_at(where: Sequence[str], given: Any) -> list[tuple[KeyPath, Any]]:
+    """The sources of data.train or data.valid, each with its place in the recipe."""
+    if isinstance(given, list):
+        return [((*where, i), source) for i, source in enumerate(given)]
+    return [((*where,), source) for source in sources_of(given)]
+
+
+def check_mixture(r: Any) -> Problems:
+    """Several sources: whether they go together."""
+    data = r.data
+    for name in ("train", "valid"):
+        sources = sources_of(getattr(data, name))
+        if len(sources) > 1 and (why := unmixable(sources, data.packing)):
+            yield Problem(("data", name), why)
+    weighted = any(getattr(source, "weight", None) is not None for source in sources_of(data.train))
+    if data.stopping_strategy != type(data).model_fields["stopping_strategy"].default and not weighted:
+        yield Problem(
+            ("data", "stopping_strategy"),
+            f"got {data.stopping_strategy!r} and no weights, without which every row stands in an epoch "
+            "once; give every source of data.train a weight, or remove the key",
         )
 
 
@@ -88,7 +165,7 @@ def check_data(r: Any) -> Problems:
                 "missing; add `train: ...` (training rows), or `synthesis: {kind: self_generated}`, with "
                 "which the model writes them itself",
             )
-        sources += [(("data", "train"), r.data.train), (("data", "valid"), r.data.valid)]
+        sources += sources_at(("data", "train"), r.data.train) + sources_at(("data", "valid"), r.data.valid)
     if hasattr(r, "eval"):
         sources.append((("eval", "data"), r.eval.data))
     if hasattr(r, "quant"):
@@ -125,13 +202,14 @@ def check_synthesis(r: Any) -> Problems:
     if data.train is not None:
         yield Problem(
             ("data", "train"),
-            f"got {data.train.path!r} beside data.synthesis, which writes the training rows; remove one of "
+            f"got {named(data.train)!r} beside data.synthesis, which writes the training rows; remove one of "
             "the two",
         )
     if data.valid is not None and config.valid:
         yield Problem(
             (*here, "valid"),
-            f"got {config.valid} beside data.valid ({data.valid.path!r}); set valid: 0, or remove data.valid",
+            f"got {config.valid} beside data.valid ({named(data.valid)!r}); set valid: 0, or remove "
+            "data.valid",
         )
     if config.max_len is not None and config.max_len > data.sequence_len:
         yield Problem(
@@ -149,7 +227,7 @@ def check_lengths(r: Any) -> Problems:
     limit = shapes.number(*POSITIONS) if shapes else None
     if limit is None:
         return
-    pairs = r.data.train is not None and FORMATS[r.data.train.format].pairs
+    pairs = any(FORMATS[source.format].pairs for source in sources_of(r.data.train))
     length = r.data.sequence_len // 2 if pairs else r.data.sequence_len  # of a text
     windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), length)]
     if hasattr(r, "eval"):
@@ -186,8 +264,9 @@ def check_chat(r: Any) -> Problems:
             f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or put "
             "a chat_template.jinja into its folder",
         )
-    for key, source in (("train", r.data.train), ("valid", r.data.valid)):
-        if source is not None and FORMATS[source.format].needs_template:
+    sources = sources_at(("data", "train"), r.data.train) + sources_at(("data", "valid"), r.data.valid)
+    for where, source in sources:
+        if FORMATS[source.format].needs_template:
             others = listed(name for name, kind in FORMATS.items() if not kind.needs_template)
             message = f"got {source.format!r}, but {r.model.path} has no chat template; allowed: {others}"
-            yield Problem(("data", key, "format"), f"{message}; or put a chat_template.jinja into its folder")
+            yield Problem((*where, "format"), f"{message}; or put a chat_template.jinja into its folder")

@@ -21,6 +21,7 @@ from ..layers import local_folder, read_shapes, shapes_here
 from ..paths import near_names, path_is
 from ..yaml import Problem
 from .base import Problems, Section
+from .data import sources_at
 
 # Tokens that stand for something else than text: a model that reads text alone may lack their rows.
 _MEDIA = ("image_token", "audio_token", "video_token")
@@ -105,15 +106,17 @@ def check_tokens(r: Any) -> Problems:
             "tokenizer it was made with",
         )
         return
-    train = r.data.train if hasattr(r, "data") else None
-    if beyond and train is not None and path_is(Path(train.path).expanduser(), "any"):
+    sources = sources_at(("data", "train"), r.data.train) if beyond and hasattr(r, "data") else []
+    for where, train in sources:
+        if not path_is(Path(train.path).expanduser(), "any"):
+            continue
         section = r.data.model_copy(update={"packing": False, "streaming": True})
         try:
             first = iter(StreamedExamples(train, section, tokenizer, rows))
             for _ in itertools.islice(first, _FIRST_ROWS):
                 pass
         except DataError as error:
-            yield Problem(("data", "train", "path"), f"got {train.path!r}: {error}")
+            yield Problem((*where, "path"), f"got {train.path!r}: {error}")
 
 
 def check_device(r: Any) -> Problems:

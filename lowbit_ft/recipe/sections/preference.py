@@ -10,6 +10,7 @@ from ...signals import REFERENCES, SIGNALS
 from ...train.losses import LOSSES
 from ..yaml import Problem
 from .base import Problems
+from .data import sources_at
 
 PAIRS = "preference"
 
@@ -25,8 +26,9 @@ def check_preference(r: Any) -> Problems:
             f"got {kind!r}, which learns from pairs of answers, and there is no data.train; add one of "
             f"format: {PAIRS}, or set signal.kind: labels",
         )
-    for name, source in (("train", data.train), ("valid", data.valid)):
-        if source is None or FORMATS[source.format].pairs == pairs:
+    sources = sources_at(("data", "train"), data.train) + sources_at(("data", "valid"), data.valid)
+    for where, source in sources:
+        if FORMATS[source.format].pairs == pairs:
             continue
         way_out = (
             f"train.signal.kind: {kind} learns from pairs; set format: {PAIRS} (columns prompt, chosen, "
@@ -36,7 +38,7 @@ def check_preference(r: Any) -> Problems:
             f"signal.kind (with pairs: {learn}), or format: {FORMATS[source.format].alone}, "
             "which learns the better ones"
         )
-        yield Problem(("data", name, "format"), f"got {source.format!r}: {way_out}")
+        yield Problem((*where, "format"), f"got {source.format!r}: {way_out}")
     if pairs:
         yield from _pairs(r)
 

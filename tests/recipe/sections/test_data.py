@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from lowbit_ft.cli.init import write_recipe
-from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.recipe import RecipeError, load_recipe
 from tests.recipe.recipe_text import (
     GOOD,
     TINY,
@@ -58,4 +60,52 @@ def test_chat_needs_a_tokenizer(tmp_path):
     assert (
         problem.startswith("r.yaml:3: model.path: got ")
         and "which has no tokenizer (tokenizer.json" in problem
+    )
+
+
+def test_a_list_of_sources(tmp_path):
+    """Read, written and read again; found beside the recipe; refused with its place in the list."""
+    rows = '{"prompt": "a", "completion": "b"}\n'
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(rows)
+    path = tmp_path / "r.yaml"
+
+    def given(entries: str, *overrides: str):
+        text = GOOD.replace(
+            GOOD[GOOD.index("  train:") : GOOD.index("  sequence_len")], f"  train: {entries}\n"
+        )
+        path.write_text(text)
+        return load_recipe(path, overrides)
+
+    def refusal(entries: str, *overrides: str) -> str:
+        with pytest.raises(RecipeError) as error:
+            given(entries, *overrides)
+        return "\n".join(error.value.problems)
+
+    a, b = "path: a.jsonl, format: completion", "path: b.jsonl, format: alpaca"
+    made = given(f"[{{{a}, weight: 3}}, {{{b}, weight: 1e0}}]", "data.stopping_strategy=all_exhausted")
+    assert [source.weight for source in made.data.train] == [3, 1]
+    assert [Path(source.path).is_file() for source in made.data.train] == [True, True]  # beside the recipe
+    assert made.data.rows.endswith("b.jsonl (alpaca, weight 1), mixed to all_exhausted")
+    path.write_text(made.to_yaml())
+    assert load_recipe(path) == made
+    assert given(f"[{{{a}, weight: 3}}]") == given(f"{{{a}}}")
+    assert "r.yaml:13: data.train: got an empty list; allowed: a source, or a list" in refusal("[]")
+    assert "data.train.1.wieght: unknown key; did you mean 'weight'?" in refusal(
+        f"[{{{a}}}, {{{b}, wieght: 1}}]"
+    )
+    assert "data.train.1.format: missing; add" in refusal(f"[{{{a}}}, {{path: b.jsonl}}]")
+    assert "data.train.0.weight: got 0" in refusal(f"[{{{a}, weight: 0}}, {{{b}}}]")
+    assert "data.train.1.path: got 'c.jsonl'; there is no such" in refusal(
+        f"[{{{a}}}, {{{b.replace('b.j', 'c.j')}}}]"
+    )
+    assert "a.jsonl and none for" in refusal(f"[{{{a}, weight: 1}}, {{{b}}}]")
+    assert "data.stopping_strategy: got 'all_exhausted' and no weights" in refusal(
+        f"[{{{a}}}, {{{b}}}]", "data.stopping_strategy=all_exhausted"
+    )
+    assert "data.train: got formats completion, text: texts are joined" in refusal(
+        f"[{{{a}}}, {{path: b.jsonl, format: text}}]"
+    )
+    assert "data.train: got formats completion, preference: rows of two" in refusal(
+        f"[{{{a}}}, {{path: b.jsonl, format: preference}}]", "train.signal.kind=dpo"
     )
