@@ -27,8 +27,9 @@ class Example:
 @dataclass
 class DataReport:
     """What became of the rows: rows = used + skipped (malformed) + dropped (no target within sequence_len) +
-    masked (every turn says of itself that it is not learned). unread and lost count rows among all of them
-    but the skipped ones: columns that the format does not read, and what a chat template does not write."""
+    alike (two answers that are the same within sequence_len) + masked (every turn says of itself that it is
+    not learned). unread and lost count rows among all of them but the skipped ones: columns that the format
+    does not read, and what a chat template does not write."""
 
     rows: int = 0
     used: int = 0
@@ -45,6 +46,7 @@ class DataReport:
     unread: dict[str, int] = field(default_factory=dict)  # column -> rows
     lost: dict[str, int] = field(default_factory=dict)  # "tools", "system content" -> rows
     incomplete: int = 0  # rows that lost anything
+    alike: int = 0
 
     def __str__(self) -> str:
         full = 100 * self.tokens / max(self.windows * self.sequence_len, 1)
@@ -56,6 +58,11 @@ class DataReport:
             lines.append(f"{self.truncated:,} rows truncated to {self.sequence_len} tokens")
         if self.dropped:
             lines.append(f"{self.dropped:,} rows dropped: no target within {self.sequence_len} tokens")
+        if self.alike:
+            lines.append(
+                f"{self.alike:,} rows dropped: their two answers are the same within {self.sequence_len} "
+                "tokens"
+            )
         if self.masked:
             lines.append(f"{self.masked:,} rows dropped: each of their turns has weight 0 (or train: false)")
         if self.incomplete:

@@ -19,6 +19,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.config import load_config, read_config, stored_dtype
 from ..model.hub import locate, refuse_irregular
 from ..model.linear import PackedLinear
+from ..model.matrices import Matrix, fusions_of
 from ..rotations import OnlineHadamard
 from .base import LayerSpec, Weights
 from .folder import check_if_ours, read_manifest
@@ -53,6 +54,9 @@ class NativeFolder(Checkpoint):
         config = load_config(root)
         del config.quantization_config
         super().__init__(str(folder), root, None, config, stored_dtype(root / "config.json", values))
+        # Of parts the whole matrix stands there, as in the checkpoint that it was of.
+        apart = fusions_of(Matrix(name, "", spec.shape, rows=spec.rows) for name, spec in whole.specs.items())
+        rows = {f"{name}.{part}": name for name, fusion in apart.items() for part in fusion}
         for name, spec in whole.specs.items():
             held = {key: e for key, e in self.entries.items() if key.rpartition(".")[0] == name}
             packed = {key: e for key, e in held.items() if not key.endswith(".bias")}
@@ -60,7 +64,11 @@ class NativeFolder(Checkpoint):
                 del self.entries[key]
             first = next(iter(packed.values()))
             size = sum(e.nbytes for e in packed.values())
-            self.entries[f"{name}.weight"] = TensorEntry(first.file, torch.float32, spec.shape, 0, size)
+            matrix, shape = rows.get(name, name), spec.shape
+            if matrix in apart:
+                shape = (sum(part.size for part in apart[matrix].values()), shape[1])
+            self.entries[f"{matrix}.weight"] = TensorEntry(first.file, torch.float32, shape, 0, size)
+        self.take_apart(apart)
         self.weights = shipped(whole)
         self.online_layers = tuple(entry.get("hadamard", ()))
         kv_cache = entry.get("kv_cache")

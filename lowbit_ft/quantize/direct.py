@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from ..export import EXPORTERS, LayerSpec, Weights
+from ..export import EXPORTERS, Weights
 from ..export.writer import write_model
 from ..grid.calibrate import CALIBRATORS
 from ..model.checkpoint import Checkpoint
@@ -155,6 +155,6 @@ def pack_folder(
     nor the packed model is ever whole in memory. Returns what became of each layer."""
     checkpoint = Checkpoint.open(model, revision, dtype)
     packing = direct.packing(checkpoint, device, checkpoint.dtype, attention, console)
-    weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
+    weights = Weights(packing.layer_specs, packing.take)
     write_model(folder, checkpoint, weights, EXPORTERS["native"])
     return packing.table

@@ -20,6 +20,7 @@ from lowbit_kernels.layout import group_count, row_chunks
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..export import LayerSpec
 from ..grid import Grid, IntGrid, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
@@ -98,6 +99,11 @@ class Packing:
         self._made: Iterator[tuple[str, Weight]] | None = None
         self.progress = Progress(console, sum(n * k for (n, k), _ in self.specs.values()))
 
+    @property
+    def layer_specs(self) -> dict[str, LayerSpec]:
+        """The same as a folder has them: of a part of a fused matrix also which of its rows it is."""
+        return {name: LayerSpec(*spec, rows=self.targets[name].rows) for name, spec in self.specs.items()}
+
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Weight]]:
         left = dict.fromkeys(self.specs)
@@ -115,7 +121,7 @@ class Packing:
             base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
         except OffGridError as error:
             names = list(self.specs)
-            at, grid = names.index(name), self.quant.grid_for(name)
+            at, grid = names.index(name), self.specs[name][1]
             before = sum(map(self._groups, names[:at]))
             raise off_grid(error, names[at:], before, grid, self._looked) from None
         if self.keep:

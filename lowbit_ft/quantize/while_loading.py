@@ -13,7 +13,7 @@ of LoraConfig. Importing this module registers it; nothing else constructs such 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..export import LayerSpec
-from ..integrations.transformers import PackedQuantizer, mark_packed, named_in, put_empty
+from ..integrations.transformers import PackedQuantizer, mark_packed, named_in, put_empty, whole_of
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding
 from ..model.roles import is_head
@@ -90,11 +90,11 @@ class PackingQuantizer(PackedQuantizer):
         # transformers builds its model in here without values and ties: what is packed with is made outside.
         self._packing = packing
         with torch.device("cpu"):
-            specs = packing().specs
-        here = named_in(model, {name: (name, LayerSpec(*spec)) for name, spec in specs.items()})
-        self._names = {name: there for there, (name, _) in here.items()}
-        put_empty(model, {there: spec for there, (_, spec) in here.items()})
-        _tell_loader(model, list(here))
+            specs = packing().layer_specs
+        here = named_in(model, specs)
+        self._names = dict(zip(specs, here, strict=True))
+        put_empty(model, here)
+        _tell_loader(model, here)
         if any(is_head(name) or isinstance(model.get_submodule(name), PackedEmbedding) for name in here):
             model.config.tie_word_embeddings = False  # a packed matrix is nobody's parameter
 
@@ -111,14 +111,16 @@ class PackingQuantizer(PackedQuantizer):
         return model
 
 
-def _tell_loader(model: Any, names: list[str]) -> None:
+def _tell_loader(model: Any, layers: Mapping[str, LayerSpec]) -> None:
     """What is packed is neither missing, nor to be drawn at random, nor tied, and the dense matrices of the
-    files are not expected to go anywhere."""
+    files (of parts, the whole one) are not expected to go anywhere."""
+    names, wholes = list(layers), {whole_of(name, spec) for name, spec in layers.items()}
     inside = "|".join(re.escape(name) for name in names)
+    dense = "|".join(re.escape(name) for name in sorted(wholes))
     # Of experts the files have stacks, or matrices by other names: all that is in their module.
     stacks = sorted({name.rsplit(".", 2)[0] for name in names if _is_expert(name)})
     outside = "|".join(re.escape(stack) for stack in stacks)
-    of_files = {rf"({inside})\.weight$"} | ({rf"({outside})\."} if stacks else set())
+    of_files = {rf"({dense})\.weight$"} | ({rf"({outside})\."} if stacks else set())
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *of_files}
     missing = {*(model._keys_to_ignore_on_load_missing or ()), rf"^({inside})\."}
     model._keys_to_ignore_on_load_missing = missing

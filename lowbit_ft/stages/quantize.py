@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.attach import base_digest
-from ..export import EXPORTERS, LayerSpec, Weights
+from ..export import EXPORTERS, Weights
 from ..export.folder import check_files
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
@@ -101,8 +101,7 @@ def pack_base(session: Session, folder: Path) -> None:
         calibration=lambda: calibration_batches(session),
         console=session.console if run_dir.main else None,
     )
-    specs = {name: LayerSpec(*spec, rows=packing.targets[name].rows) for name, spec in packing.specs.items()}
-    weights = Weights(specs, packing.take)
+    weights = Weights(packing.layer_specs, packing.take)
     kv_cache = recipe.quant.kv_cache
     write_model(
         folder,
