@@ -78,7 +78,9 @@ def plan(
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", min=0.1, help="GB to fit into; default: this machine's GPU, else 24"),
+        typer.Option(
+            "--memory", min=0.1, max=1e6, help="GB to fit into; default: this machine's GPU, else 24"
+        ),
     ] = None,
     processes: Annotated[
         int, typer.Option("--processes", min=1, help="of a distributed run", envvar="WORLD_SIZE")
@@ -284,7 +286,8 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
     memory: Annotated[
-        float | None, typer.Option("--memory", min=0.1, help="GB of the card that it has to fit into")
+        float | None,
+        typer.Option("--memory", min=0.1, max=1e6, help="GB of the card that it has to fit into"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="folder with the model's config.json, for --memory")

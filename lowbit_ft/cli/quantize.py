@@ -52,8 +52,15 @@ def quantize_model(
     except ValidationError as error:
         found = to_problems("model", ModelSection, error.errors(include_url=False), given)
         raise RecipeError(problems + [str(problem) for problem in found]) from None
+    asked = source.values["quant"] or {}
+    if not isinstance(asked, dict):
+        problems.append(f"quant: got {asked!r}; write quant.key=value, such as quant.bits=3")
+        raise RecipeError(problems)
+    problems += _twice(asked, dict(options or {}), data)
+    if section.path != model:
+        problems.append(f"model.path: got {section.path!r} beside {model!r}; name one model")
     try:
-        direct = Direct.of(source.values["quant"] or {}, data)
+        direct = Direct.of(asked, data)
     except ValueError as error:
         raise RecipeError(problems + str(error).splitlines()) from None
     sections = SimpleNamespace(model=section, quant=direct.quant)
@@ -79,6 +86,20 @@ def quantize_model(
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return folder
+
+
+def _twice(asked: Mapping[str, Any], options: Mapping[str, Any], data: str | None) -> list[str]:
+    """Keys of quant that an option says, and an override otherwise."""
+    found = [
+        f"quant.{key}: got {asked.get(key)!r} beside the option that says {value!r}; give one of the two"
+        for key, value in options.items()
+        if asked.get(key) != value
+    ]
+    text = asked.get("calibration")
+    path = text.get("path") if isinstance(text, dict) else None
+    if data is not None and path is not None:
+        found.append(f"quant.calibration.path: got {path!r} beside --data {data}; give one of the two")
+    return found
 
 
 def _name(model: str) -> str:

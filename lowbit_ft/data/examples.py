@@ -247,6 +247,9 @@ def _rows(
         if any(all(label == IGNORE for label in part.labels) for part in parts):
             report.dropped += 1
             continue
+        if len(parts) > 1 and all(part == parts[0] for part in parts[1:]):
+            report.alike += 1
+            continue
         report.truncated += max(sizes) > most
         report.used += 1
         yield join(parts)

@@ -37,9 +37,9 @@ class Share:
 @dataclass
 class DataReport:
     """What became of the rows: rows = used + skipped (malformed) + dropped (no target within sequence_len) +
-    masked (every turn says of itself that it is not learned) + left (in no epoch of a mixture). unread and
-    lost count rows among all of them but the skipped ones: columns that the format does not read, and what a
-    chat template does not write."""
+    masked (every turn says of itself that it is not learned) + left (in no epoch of a mixture) + alike (two
+    answers that are the same within sequence_len). unread and lost count rows among all of them but the
+    skipped ones: columns that the format does not read, and what a chat template does not write."""
 
     rows: int = 0
     used: int = 0
@@ -58,6 +58,7 @@ class DataReport:
     incomplete: int = 0  # rows that lost anything
     left: int = 0  # rows of a mixture that its epoch ends before
     sources: list[Share] = field(default_factory=list)  # of a mixture
+    alike: int = 0
 
     def __str__(self) -> str:
         full = 100 * self.tokens / max(self.windows * self.sequence_len, 1)
@@ -70,6 +71,11 @@ class DataReport:
             lines.append(f"{self.truncated:,} rows truncated to {self.sequence_len} tokens")
         if self.dropped:
             lines.append(f"{self.dropped:,} rows dropped: no target within {self.sequence_len} tokens")
+        if self.alike:
+            lines.append(
+                f"{self.alike:,} rows dropped: their two answers are the same within {self.sequence_len} "
+                "tokens"
+            )
         if self.masked:
             lines.append(f"{self.masked:,} rows dropped: each of their turns has weight 0 (or train: false)")
         if self.incomplete:

@@ -34,7 +34,7 @@ from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
 from ..grid import Weight
 from ..model.fused import Fused
-from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
+from ..model.linear import PackedEmbedding, PackedLinear, deployed, in_memory, leave_out_of_ddp
 from ..segments import layout, read_layout, segments_of
 from .adapter_files import (
     NOT_OPTIONS,
@@ -52,7 +52,7 @@ from .adapter_files import (
 from .lora_names import from_lora
 from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
-from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
+from .peft_layer import LowBitLinear, one_name, outside_hosts, packed_hosts
 from .peft_whole import resized_keys, settle_whole, whole_keys
 
 __all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write_adapter"]

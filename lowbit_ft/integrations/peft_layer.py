@@ -17,7 +17,7 @@ from ..adapters import Adapter, AdapterConfig
 from ..adapters.attach import PEFT_SLOT
 from ..adapters.carry import Carried
 from ..grid import Weight
-from ..model.linear import PackedLinear, in_memory
+from ..model.linear import PackedLinear, deployed, in_memory
 
 ONE_ACTIVE = (
     "one adapter can be active at a time, got {names}: each decides how the weights are rounded, and "
@@ -171,15 +171,6 @@ def one_name(names: str | list[str]) -> str | None:
     if len(several) > 1:
         raise ValueError(ONE_ACTIVE.format(names=several))
     return several[0] if several else None
-
-
-def deployed(layer: PackedLinear, weight: Weight | None) -> PackedLinear:
-    """The layer with `weight` (None: its own) and no residual, which only training reads."""
-    with in_memory(layer):
-        kept = (layer.base if weight is None else weight).without_residual()
-        made = PackedLinear(kept, layer.bias)
-        made.input_transform, made.activation = layer.input_transform, layer.activation
-        return made.train(layer.training)
 
 
 def packed_hosts(model: nn.Module) -> dict[str, PackedLinear]:

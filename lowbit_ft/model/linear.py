@@ -344,6 +344,15 @@ def in_memory(layer: PackedLinear) -> Iterator[None]:
         hook.post_forward(layer, None)
 
 
+def deployed(layer: PackedLinear, weight: Weight | None) -> PackedLinear:
+    """The layer with `weight` (None: its own) and no residual, which only training reads."""
+    with in_memory(layer):
+        kept = (layer.base if weight is None else weight).without_residual()
+        made = PackedLinear(kept, layer.bias)
+        made.input_transform, made.activation = layer.input_transform, layer.activation
+        return made.train(layer.training)
+
+
 @contextmanager
 def packed_op_only(model: nn.Module) -> Iterator[None]:
     """Inside, every layer runs the packed op whatever the number of rows: for numbers that are compared

@@ -103,6 +103,13 @@ class CachedReference(Teacher):
                 "it is asked before the base is spread over the processes, where none may hold it; set "
                 "reference: step, or sharding: none"
             )
+        inputs = recipe.quant.activations
+        if inputs is not None and inputs.by_batch:
+            found.append(
+                "a dynamic scale per tensor (quant.activations.kind: tensor) depends on what else is in the "
+                "micro-batch, and in training that is other windows; set reference: step, kind: token, or "
+                "dynamic: false"
+            )
         return found
 
     @classmethod

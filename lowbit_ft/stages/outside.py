@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.attach import PEFT_SLOT, adapted_names, attach, base_digest, load_adapter_state
+from ..adapters.attach import (
+    PEFT_SLOT,
+    adapted_layers,
+    adapted_names,
+    attach,
+    base_digest,
+    load_adapter_state,
+)
 from ..adapters.folder import CONFIG_FILE
 from ..export import EXPORTERS, Exporter, Weights
 from ..export.card import CardFacts, model_card, serve_line
@@ -24,7 +31,8 @@ from ..export.writer import write_model
 from ..files.jsonfile import read_json
 from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
-from ..merge import merged_weights
+from ..merge import merged_weight, merged_weights
+from ..model.linear import deployed
 from .export import set_aside
 
 FORMAT = "compressed-tensors"
@@ -63,6 +71,7 @@ def export_outside(
     if name == "native" and not adapter:
         raise ValueError(f"{folder}: is in the native format already; use it as it is")
     checkpoint = model.checkpoint
+    _refuse_inside(target, folder, checkpoint.folder)
     facts = CardFacts(
         folder.resolve().name,
         checkpoint.base,
@@ -78,6 +87,19 @@ def export_outside(
     say(f"{name}: {target}")
     say(serve_line(facts, name, target))
     return target
+
+
+def _refuse_inside(target: Path, *sources: Path) -> None:
+    """ValueError for a place that is one of the folders that are read, or in one, or around one: what is
+    written takes the place of what was there."""
+    place = target.resolve()
+    for source in sources:
+        read = source.resolve()
+        if place.is_relative_to(read) or read.is_relative_to(place):
+            raise ValueError(
+                f"--output: got {target}, and the model is read from {source}, which has to stay as it is; "
+                "nothing was written: choose a folder outside of it"
+            )
 
 
 def _compare(target: Path, model: _Model, exporter: Exporter, say: Callable[[str], object]) -> None:
@@ -136,7 +158,14 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
         load_adapter_state(model, state)
         return model.eval()
 
-    return _Model(checkpoint, merged_weights(load()), load, config.method, config.exact_merge)
+    def shipped() -> Any:
+        """What is read back is the merge, which a product that is not on the grid (lora) is not."""
+        model = load()
+        for name, layer in [] if config.exact_merge else list(adapted_layers(model)):
+            model.set_submodule(name, deployed(layer, merged_weight(layer)))
+        return model
+
+    return _Model(checkpoint, merged_weights(load()), shipped, config.method, config.exact_merge)
 
 
 def _named_base(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import pytest
 
 from lowbit_ft.cli import init_fit
 from lowbit_ft.cli.init import write_recipe
+from lowbit_ft.cli.main import main
 from lowbit_ft.plan.fixes import Planner, candidates, changed
 from lowbit_ft.plan.plan import Plan, find_card, plan
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
@@ -106,3 +107,9 @@ def test_init_for_a_card_needs_the_model_s_config(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="--memory GB; give both"):
         write_recipe(str(TINY), Path("none.yaml"), config=TINY)
     assert not Path("none.yaml").exists()
+
+
+def test_memory_without_end_is_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["init", str(TINY), "--memory", "inf"])
+    assert left.value.code == 2 and "--memory" in capsys.readouterr().err

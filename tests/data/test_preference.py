@@ -125,3 +125,18 @@ def test_a_template_that_writes_the_prompt_otherwise_is_refused(tokenizer: Any, 
     path = write(tmp_path, [{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}])
     with pytest.raises(DataError, match="where the answer begins cannot be told; use a template"):
         load(path, other, "preference", sequence_len=256)
+
+
+def test_answers_that_are_the_same_as_far_as_they_are_read(tokenizer: Any, tmp_path: Path) -> None:
+    long = "a " * 200
+    rows = [{"prompt": "2+2 is", "chosen": long + "b", "rejected": long + "c"}]
+    rows += [{"prompt": "2+2 is", "chosen": " four", "rejected": " five"}]
+    report = load(write(tmp_path, rows), tokenizer, "preference", sequence_len=64).report
+    assert (report.rows, report.used, report.alike, report.truncated) == (2, 1, 1, 0)
+    assert "1 rows dropped: their two answers are the same within 64 tokens" in str(report)
+
+
+def test_a_bad_turn_is_named_by_the_rows_own_keys(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"prompt": PROMPT, "chosen": GOOD, "rejected": [{"role": "assistant"}]}
+    with pytest.raises(DataError, match=r"rejected\[0\]: content is missing"):
+        load(write(tmp_path, [row]), tokenizer, "preference", sequence_len=64)

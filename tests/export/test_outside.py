@@ -14,6 +14,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft import LowBitConfig, LowBitQuantConfig, pipeline
+from lowbit_ft.adapters.attach import packed_layers
 from lowbit_ft.cli.quantize import quantize_model
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.folder import check_files
@@ -134,3 +135,35 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
         file.write(" ")
     with pytest.raises(ValueError, match="config.json"):
         pipeline.export(damaged)
+
+
+def test_nothing_is_written_over_what_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(folders["base"], tmp_path / "base")
+    before = check_files(base)
+    for source, output, given in (
+        (base, base, None),
+        (base, base / "inside", None),
+        (folders["adapter"], base, base),
+    ):
+        with pytest.raises(ValueError, match="has to stay as it is; nothing was written"):
+            pipeline.export(source, "compressed-tensors", output, given)
+        assert check_files(base) == before and sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.filterwarnings("ignore:lora. the merge rounds again")
+def test_a_lora_ships_its_merge(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its merge rounds, so what is read back is compared with the merge and not with the product."""
+    config = LowBitConfig(method="lora", rank=4, task_type="CAUSAL_LM", target_modules=r".*\.0\..*q_proj")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"], dtype=torch.float32), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = digests_of(model.merge_and_unload())
+    folder = pipeline.export(tmp_path / "adapter", "native", tmp_path / "out", folders["base"])
+    assert {name: weight.digest() for name, weight in read_weights(folder).items()} == merged
+    assert pipeline.export(tmp_path / "adapter", None, tmp_path / "ct", folders["base"]).is_dir()
+
+
+def digests_of(model: Any) -> dict[str, str]:
+    return {name: layer.base.digest() for name, layer in packed_layers(model)}

@@ -187,3 +187,41 @@ def test_what_is_refused_and_how_to_go_on(tmp_path: Path) -> None:
         quantize_model(str(path), ["data.packing=false"])
     with pytest.raises(ValueError, match="quant.targets.*no layer"):
         quantize_model(str(path), ["quant.targets=[q_porj]"])
+
+
+def test_parts_of_a_fused_matrix_through_every_door(tmp_path: Path) -> None:
+    """Rows of the whole go along: what was written can be read, trained, merged and exported."""
+    path = checkpoint_of(CONFIGS["phi3"](), tmp_path / "dense").folder
+    options: dict[str, Any] = {"group_size": 32, "calibrate": "absmax"}
+    options["overrides"] = [{"match": "*.qkv_proj.v", "bits": 8}]
+    here = packed(path, **options)
+    folder = quantize_model(str(path), ["model.dtype=float32"], options, output=tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(again(IDS).logits, here(IDS).logits)
+    assert of_model(again) == of_model(here) == digests(read_weights(folder).items())
+    assert any(name.endswith("qkv_proj.v") for name in of_model(here))
+
+    peft = get_peft_model(again, LowBitConfig(rank=4, task_type="CAUSAL_LM"))
+    for name, parameter in peft.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=2.0)
+    peft.save_pretrained(tmp_path / "adapter")
+    out = pipeline.export(tmp_path / "adapter", "native", tmp_path / "out", folder)
+    merged = of_model(peft.merge_and_unload())
+    assert digests(read_weights(out).items()) == merged != of_model(here)
+    with pytest.raises(ValueError, match="one tensor and one grid for qkv_proj"):
+        pipeline.export(folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "words"),
+    [
+        (["quant=3"], {}, "quant: got 3; write quant.key=value"),
+        (["quant.bits=3"], {"bits": 4}, "quant.bits: got 3 beside the option that says 4"),
+        (["model.path=org/other"], {}, "model.path: got 'org/other' beside"),
+    ],
+)
+def test_said_twice(overrides: list[str], options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        quantize_model(str(TINY), overrides, options, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

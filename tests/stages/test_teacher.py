@@ -64,7 +64,7 @@ def test_what_can_be_known_is_refused_before_the_base_is_packed(tmp_path: Path) 
     for changes, words in (
         (
             (*asked, "train.signal.temperature=3"),
-            "holds what a teacher says about something else: temperature",
+            "holds teacher's words about something else: temperature",
         ),
         (
             (*SHORT, "train.teacher=no-such-model"),

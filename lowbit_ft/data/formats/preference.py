@@ -13,6 +13,7 @@ data.sequence_len."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
@@ -135,8 +136,11 @@ def _taken_out(answers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _chat(prompt: list[Any], answer: list[Any], row: Mapping[str, Any], name: str) -> Conversation:
-    chat = read_chat({"messages": [*prompt, *answer], "tools": row.get("tools")})
     places = [f"prompt[{i}]" for i in range(len(prompt))] + [f"{name}[{i}]" for i in range(len(answer))]
+    try:
+        chat = read_chat({"messages": [*prompt, *answer], "tools": row.get("tools")})
+    except BadRow as error:  # by the row's own keys
+        raise BadRow(re.sub(r"messages\[(\d+)\]", lambda m: places[int(m[1])], str(error))) from None
     for place, said in zip(places, chat.learn, strict=True):
         if said is not None:
             raise BadRow(f"{place} says whether it is learned; answers of preference rows are compared whole")

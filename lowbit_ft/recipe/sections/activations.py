@@ -160,6 +160,12 @@ class ActivationsSection(Section):
         return kind != "tensor" if self.dynamic else ACTIVATIONS[kind].static_scales > 0
 
     @property
+    def by_batch(self) -> bool:
+        """Whether a token's input depends on the other tokens of its batch."""
+        kinds = {self.kind, *(override.kind for override in self.overrides)}
+        return self.dynamic and any(name in kinds and not kind.by_rows for name, kind in ACTIVATIONS.items())
+
+    @property
     def clips(self) -> list[float]:
         return self.clip if isinstance(self.clip, list) else [self.clip]
 

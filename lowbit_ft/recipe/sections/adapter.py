@@ -130,7 +130,15 @@ def check_adapter_layers(r: Any) -> Problems:
             )
     trained = [name for name, layer in layers.items() if config.trains(*layer.names)]
     for key, pattern in [(name, p) for name in PATTERNS for p in getattr(config, name, {})]:
-        if trained and not any(meant(pattern, name) for name in trained):
+        apart = [x for x in layers.values() if meant(pattern, x.names[-1]) and not meant(pattern, x.name)]
+        if apart:
+            whole, parts = apart[0].names[-1], [x.name for x in apart if x.names[-1] == apart[0].names[-1]]
+            yield Problem(
+                ("adapter", key, pattern),
+                f"got {pattern!r}, which means {whole}, whose parts are packed apart (quant.overrides), each "
+                f"with an adapter of its own; name these: {listed(n.rpartition('.')[2] for n in parts)}",
+            )
+        elif trained and not any(meant(pattern, name) for name in trained):
             yield Problem(
                 ("adapter", key, pattern),
                 f"got {pattern!r}, which matches no layer that trains{nearest_layers(pattern, trained)}",

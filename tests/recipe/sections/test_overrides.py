@@ -100,3 +100,19 @@ def test_a_model_that_cannot_be_traced_says_so(phi3: Path, monkeypatch: pytest.M
     (problem,) = problems_with(GOOD, fields(phi3, "*.qkv_proj.v"))
     assert "got '*.qkv_proj.v', which matches no quantized layer" in problem
     assert problem.endswith("nor is it known as a part of one: torch.export cannot trace Phi3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("qkv_proj", "whose parts are packed apart (quant.overrides), each with an adapter of its own; name"),
+        ("typo", "matches no layer that trains"),  # of targets by the name of the whole too
+    ],
+)
+def test_a_rank_of_a_whole_that_is_in_parts_is_told(phi3: Path, pattern: str, words: str) -> None:
+    given = {"adapter.rank_pattern": f"{{{pattern}: 2}}", "adapter.targets": "['*.qkv_proj']"}
+    (problem,) = problems_with(GOOD, fields(phi3, "*.0.*.qkv_proj.v", **given))
+    assert f"adapter.rank_pattern.{pattern}: got '{pattern}'" in problem and words in problem
+    assert not problems_with(
+        GOOD, fields(phi3, "*.0.*.qkv_proj.v", **given | {"adapter.rank_pattern": "{q: 2}"})
+    )

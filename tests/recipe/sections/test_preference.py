@@ -66,6 +66,12 @@ BAD = [
         "train.signal.reference: got 'cached', but it is asked before the base is spread",
     ),
     (
+        "inputs by the batch",
+        ("max_steps: 10", "max_steps: 10\n  signal: {kind: dpo, reference: cached}"),
+        (ROWS, "quant.activations={kind: tensor}", "export.format=native"),
+        "train.signal.reference: got 'cached', but a dynamic scale per tensor",
+    ),
+    (
         "teacher",
         DPO,
         (ROWS, "train.teacher=residual"),
