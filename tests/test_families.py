@@ -36,6 +36,10 @@ NO_FAMILY = {
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
     "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",
     "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
+    "adapters.rates.PAPERS": "the same, of a paper",
+    "signals.dpo.DPO_LOSSES": "losses of a line each, for one key of one member",
+    "signals.reference.REFERENCES": "two ways to ask one teacher, for one key of one member",
+    "integrations.lora_names.WITHOUT_EFFECT": "what LoraConfig may say, not members",
 }
 
 

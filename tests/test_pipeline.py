@@ -204,7 +204,7 @@ def test_a_run_killed_in_its_first_write_is_started_again(tmp_path: Path) -> Non
 
 
 def test_stages_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not the folder of a run"):
+    with pytest.raises(ValueError, match="not packed by lowbit_ft .* give the folder of a run"):
         pipeline.export(tmp_path)
     out = tmp_path / "run"
     pipeline.quantize(recipe(out))
