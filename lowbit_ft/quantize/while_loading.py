@@ -148,7 +148,15 @@ def _one_device(device_map: Any) -> torch.device:
             f"device_map: got {device_map!r}; a checkpoint is packed on one device: pack it first "
             "(lowbit-ft quantize MODEL --output DIR) and load DIR with this map"
         )
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    try:
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device_map: got {device_map!r}; needs a device that is here and holds values, for example 'cpu'"
+        )
+    return device
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowBitQuantConfig

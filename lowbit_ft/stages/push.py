@@ -73,7 +73,16 @@ def push(
 
 
 def _verified(folder: Path) -> Path:
-    """The exported folder. ValueError for a run that has none, or one whose export nobody compared."""
+    """The exported folder. ValueError for a run that has none, or one whose export nobody compared, and for
+    what a run holds besides."""
+    inside = folder.resolve().parent
+    if not is_run(folder) and is_run(inside):
+        if (source := _verified(inside)).resolve() != folder.resolve():
+            raise ValueError(
+                f"{folder}: is of the run {inside}, and what that ships is {source}; push the run, or that "
+                "folder"
+            )
+        return source
     if not is_run(folder):
         return folder
     recipe = RunDir(folder).recipe()

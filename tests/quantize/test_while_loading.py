@@ -183,6 +183,11 @@ def test_what_is_refused_and_how_to_go_on(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(
             path, quantization_config=LowBitQuantConfig(), device_map={"model": "cpu", "lm_head": "disk"}
         )
+    for place in ("nope", "meta", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match="needs a device that is here"):
+            AutoModelForCausalLM.from_pretrained(
+                path, quantization_config=LowBitQuantConfig(), device_map={"": place}
+            )
     with pytest.raises(ValueError, match="data: a section of a recipe"):
         quantize_model(str(path), ["data.packing=false"])
     with pytest.raises(ValueError, match="quant.targets.*no layer"):

@@ -169,8 +169,13 @@ def test_a_run_pushes_its_export(hub: Hub, exported: Path, tmp_path: Path) -> No
         with pytest.raises(ValueError, match="of other tensors than this run wrote"):
             pushed(hub, one.path)
         one.made("exported")
-    with pytest.raises(ValueError, match="export.verify: false, so nobody has read it back"):
-        pushed(hub, tmp_path / "unread")
+    for unread in (tmp_path / "unread", tmp_path / "unread" / "exported"):
+        with pytest.raises(ValueError, match="export.verify: false, so nobody has read it back"):
+            pushed(hub, unread)
+    shutil.copytree(exported, tmp_path / "whole" / "base")
+    with pytest.raises(ValueError, match="is of the run .*whole, and what that ships is .*exported"):
+        pushed(hub, tmp_path / "whole" / "base")
     assert not hub.repos
+    pushed(hub, tmp_path / "whole" / "exported")
     pushed(hub, tmp_path / "whole")
     assert "README.md" in hub.repos["org/name"].files
