@@ -14,6 +14,7 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
+    full_cage_0.1, full_cage_0.02: weaker pulls       ef_5, ef_10, ef_25: share of rows, at twice the rate
 
 Rows are kept in --out as they come."""
 
@@ -44,7 +45,7 @@ from lowbit_ft.rundir import environment
 from lowbit_ft.train.loop import train
 
 ZEROTH: dict[str, Any] = {"gradient": {"kind": "zeroth_order"}}
-# case -> (method, times the steps, of the train section)
+# case -> (method, times the steps, of the train section; and of the adapter, under that name)
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "backprop": ("lr_qat", 1, {}),
     "backprop_1.2": ("lr_qat", 1.2, {}),
@@ -63,8 +64,13 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full": ("full_qat", 1, {}),
     "full_cage": ("full_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
     "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
+    "full_cage_0.02": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.02}}}),
+    "full_cage_0.1": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.1}}}),
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
+    "ef_5": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.05}}),
+    "ef_10": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.1}}),
+    "ef_25": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.25}}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,7 +92,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--train", default=str(ASSETS / "text" / "train.jsonl"), help='jsonl of {"text": ...}')
     p.add_argument("--valid", default=str(ASSETS / "text" / "valid.jsonl"))
     p.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    p.add_argument("--grid", default="2:64", help="bits:group_size")
+    p.add_argument("--grid", default="2:64", help="bits:group_size[:bits of inputs]")
     p.add_argument("--start", default="gptq", help="calibrator")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--steps", type=int, default=120)
@@ -106,17 +112,19 @@ def options() -> argparse.Namespace:
 class Table(Bench):
     """The checkpoint and its windows, and a run of a case."""
 
-    def student(self, method: str, seed: int) -> Any:
+    def student(self, method: str, seed: int, choices: dict[str, Any] | None = None) -> Any:
         """A fresh packed model with fresh adapters."""
-        bits, group = (int(value) for value in self.o.grid.split(":"))
-        model = self.base(
-            QuantSection.model_validate({"bits": bits, "group_size": group, "calibrate": self.o.start})
-        )
+        bits, group, *inputs = (int(value) for value in self.o.grid.split(":"))
+        quant: dict[str, Any] = {"bits": bits, "group_size": group, "calibrate": self.o.start}
+        if inputs:
+            quant["activations"] = {"bits": inputs[0]}
+        model = self.base(QuantSection.model_validate(quant))
         torch.manual_seed(seed)
-        attach(model, ADAPTERS[method].model_validate({"method": method}))
+        attach(model, ADAPTERS[method].model_validate({"method": method, **(choices or {})}))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
+        changes = {key: value for key, value in changes.items() if key != "adapter"}
         gradient = dict(changes.get("gradient", {}))
         zeroth = gradient.get("kind") == "zeroth_order"
         if zeroth:
@@ -149,7 +157,7 @@ class Table(Bench):
 
     def quality(self, case: str, seed: int) -> dict[str, Any]:
         method, times, changes = CASES[case]
-        model = self.student(method, seed)
+        model = self.student(method, seed, changes.get("adapter"))
         started = self.perplexity(model)
         section = self.section(round(self.o.steps * times), seed, changes)
         began, busy = time.perf_counter(), time.process_time()
