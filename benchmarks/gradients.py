@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from loss_memory import allocator_peak
-from quality import ASSETS, HERE, Bench
+from quality import ASSETS, HERE, Bench, Setting
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--train", default=str(ASSETS / "text" / "train.jsonl"), help='jsonl of {"text": ...}')
     p.add_argument("--valid", default=str(ASSETS / "text" / "valid.jsonl"))
     p.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    p.add_argument("--grid", default="2:64", help="bits:group_size[:bits of inputs]")
+    p.add_argument("--grid", default="2:64", help="bits:group[:inputs[:cache]]")
     p.add_argument("--start", default="gptq", help="calibrator")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--steps", type=int, default=120)
@@ -114,11 +114,10 @@ class Table(Bench):
 
     def student(self, method: str, seed: int, choices: dict[str, Any] | None = None) -> Any:
         """A fresh packed model with fresh adapters."""
-        bits, group, *inputs = (int(value) for value in self.o.grid.split(":"))
-        quant: dict[str, Any] = {"bits": bits, "group_size": group, "calibrate": self.o.start}
-        if inputs:
-            quant["activations"] = {"bits": inputs[0]}
+        setting = Setting.of(self.o.grid, symmetric=True)
+        quant = {"bits": setting.bits, "group_size": setting.group, "calibrate": self.o.start}
         model = self.base(QuantSection.model_validate(quant))
+        setting.place(model)
         torch.manual_seed(seed)
         attach(model, ADAPTERS[method].model_validate({"method": method, **(choices or {})}))
         return model
