@@ -14,7 +14,9 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
-    full_cage_0.1, full_cage_0.02: weaker pulls       ef_5, ef_10, ef_25: share of rows, at twice the rate
+    full_cage_0.1, full_cage_0.02: weaker pulls       full_cage_early: by 0.02 from the first step
+    ef_5, ef_10, ef_25: share of rows, at 8e-3
+    full_bf16      full_qat with masters in bf16      full_none      with none (ECO); scales at 4e-3
 
 Rows are kept in --out as they come."""
 
@@ -65,12 +67,15 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full_cage": ("full_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
     "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
     "full_cage_0.02": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.02}}}),
+    "full_cage_early": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.02, "silence": 0.0}}}),
     "full_cage_0.1": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.1}}}),
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
     "ef_5": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.05}}),
     "ef_10": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.1}}),
     "ef_25": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.25}}),
+    "full_bf16": ("full_qat", 1, {"adapter": {"master": "bf16"}}),
+    "full_none": ("full_qat", 1, {"adapter": {"master": "none"}, "scale_learning_rate": 4e-3}),
 }
 # --times: a step in which each is at work
 AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,6 +107,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--learning-rate", type=float, default=4e-3)
     p.add_argument("--zeroth-learning-rate", type=float, default=1e-4)
     p.add_argument("--eps", type=float, default=0.05)
+    p.add_argument("--targets", nargs="*", default=None, help="layers that train, for example '*.q_proj'")
+    p.add_argument("--probes", type=int, default=1, help="directions per step of zeroth order")
     p.add_argument("--times", action="store_true", help="step times and memory instead of quality")
     p.add_argument("--rounds", type=int, default=8)
     p.add_argument("--out", type=Path, default=HERE / "results" / "gradients.json")
@@ -112,14 +119,14 @@ def options() -> argparse.Namespace:
 class Table(Bench):
     """The checkpoint and its windows, and a run of a case."""
 
-    def student(self, method: str, seed: int, choices: dict[str, Any] | None = None) -> Any:
+    def student(self, method: str, seed: int, **keys: Any) -> Any:
         """A fresh packed model with fresh adapters."""
         setting = Setting.of(self.o.grid, symmetric=True)
         quant = {"bits": setting.bits, "group_size": setting.group, "calibrate": self.o.start}
         model = self.base(QuantSection.model_validate(quant))
         setting.place(model)
         torch.manual_seed(seed)
-        attach(model, ADAPTERS[method].model_validate({"method": method, **(choices or {})}))
+        attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets} | keys))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
@@ -127,7 +134,7 @@ class Table(Bench):
         gradient = dict(changes.get("gradient", {}))
         zeroth = gradient.get("kind") == "zeroth_order"
         if zeroth:
-            gradient["eps"] = self.o.eps
+            gradient |= {"eps": self.o.eps, "probes": self.o.probes}
         return TrainSection.model_validate(
             {
                 "max_steps": steps,
@@ -156,7 +163,8 @@ class Table(Bench):
 
     def quality(self, case: str, seed: int) -> dict[str, Any]:
         method, times, changes = CASES[case]
-        model = self.student(method, seed, changes.get("adapter"))
+        changes = dict(changes)
+        model = self.student(method, seed, **changes.pop("adapter", {}))
         started = self.perplexity(model)
         section = self.section(round(self.o.steps * times), seed, changes)
         began, busy = time.perf_counter(), time.process_time()
@@ -216,7 +224,19 @@ class Table(Bench):
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("case", "grid", "start_calibrator", "seed", "steps", "eps", "rates"))
+    named = (
+        "case",
+        "grid",
+        "start_calibrator",
+        "seed",
+        "steps",
+        "batch",
+        "eps",
+        "probes",
+        "targets",
+        "rates",
+    )
+    return tuple(row.get(k) for k in named)
 
 
 def print_table(stored: dict[str, Any]) -> None:
@@ -227,7 +247,17 @@ def print_table(stored: dict[str, Any]) -> None:
         print("|---|--:|--:|--:|--:|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row["steps_done"], row["eps"], row["rates"]), []).append(row)
+        groups.setdefault(
+            (
+                row["case"],
+                row["steps_done"],
+                row["eps"],
+                row.get("probes"),
+                row.get("targets"),
+                row["rates"],
+            ),
+            [],
+        ).append(row)
     for (case, steps, *_), same in groups.items():
         values = [row["perplexity"] for row in same]
         spread = f" ±{pstdev(values):.3f}" if len(values) > 1 else ""
@@ -265,7 +295,10 @@ def main() -> None:
             fact = {"case": case, "grid": o.grid, "start_calibrator": o.start, "seed": seed}
             fact |= {
                 "steps": o.steps,
+                "batch": o.batch,
                 "eps": o.eps,
+                "probes": o.probes,
+                "targets": " ".join(o.targets or []),
                 "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
             }
             if key_of(fact) in done:

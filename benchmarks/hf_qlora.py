@@ -3,11 +3,11 @@
     pip install trl
     torchrun --nproc-per-node 2 benchmarks/hf_qlora.py --steps 30 --out hf_qlora.json
 
-What a QLoRA tutorial has, with two lines changed: the base is a packed folder (here made of the tiny Llama
-with mse codes, so that the script stands alone), and the config is a LowBitConfig. Nothing of our training
-loop is used. SFT is on the docstrings of the recipes' assets; DPO prefers a docstring's own text to the same
-text with its words in reverse. Rank 0 writes and prints the loss curves. The adapter of SFT is saved, loaded
-and merged: its logits must be those of the trained model, bit for bit.
+What a QLoRA tutorial has, with two lines changed: the model is packed by a LowBitQuantConfig while it loads
+(the tiny Llama, so that the script stands alone), and the adapter's config is a LowBitConfig. Nothing of our
+training loop is used. SFT is on the docstrings of the recipes' assets; DPO prefers a docstring's own text to
+the same text with its words in reverse. Rank 0 writes and prints the loss curves. The adapter of SFT is
+saved, loaded and merged: its logits must be those of the trained model, bit for bit.
 """
 
 import argparse
@@ -20,34 +20,19 @@ from typing import Any
 import peft
 import torch
 import transformers
-import trl  # pyright: ignore[reportMissingImports]  (of this script alone, no requirement of ours)
+import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
-from lowbit_ft.export import EXPORTERS
-from lowbit_ft.export.writer import write_model
-from lowbit_ft.grid import IntGrid
-from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
+from lowbit_ft import LowBitConfig, LowBitQuantConfig
 from lowbit_ft.integrations.callbacks import StepCallback
-from lowbit_ft.integrations.peft import LowBitConfig
-from lowbit_ft.model.checkpoint import Checkpoint
 
 ASSETS = Path(__file__).resolve().parents[1] / "recipes" / "assets"
-
-
-def packed_base(folder: Path, bits: int) -> Path:
-    """The tiny Llama with its decoder linears on a W`bits` g128 grid, in the native format."""
-    checkpoint = Checkpoint.open(ASSETS / "tiny-llama", dtype="float32")
-    grid = IntGrid(bits=bits, group_size=128, residual_bits=4)
-    dense = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-llama", dtype=torch.float32)
-    weights = {
-        name: CALIBRATORS["mse"].run(module.weight.detach(), grid, Stats())
-        for name, module in dense.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    write_model(folder, checkpoint, weights, EXPORTERS["native"])
-    return folder
 
 
 def texts(count: int) -> list[list[dict[str, str]]]:
@@ -93,18 +78,21 @@ def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
     )
 
 
-def loaded(base: Path) -> Any:
-    return prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+def packed(bits: int) -> Any:
+    """The tiny Llama with its decoder linears on a W`bits` g128 grid."""
+    config = LowBitQuantConfig(bits=bits, group_size=128)
+    model = ASSETS / "tiny-llama"
+    return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.float32)
 
 
-def one_run(base: Path, folder: Path, method: str, steps: int) -> dict[str, Any]:
+def one_run(bits: int, folder: Path, method: str, steps: int) -> dict[str, Any]:
     """SFT, and DPO with a fresh adapter over the same base: the curves, and what was checked."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-llama")
     options: dict[str, Any] = {"rank": 16} | ({"warmup_steps": steps // 3} if method == "l4q" else {})
     config = LowBitConfig(method=method, task_type="CAUSAL_LM", **options)
-    sft = trl.SFTTrainer(
-        loaded(base),
-        arguments(trl.SFTConfig, folder / "sft", steps, learning_rate=1e-3),
+    sft = SFTTrainer(
+        prepare_model_for_kbit_training(packed(bits)),
+        arguments(SFTConfig, folder / "sft", steps, learning_rate=1e-3),
         train_dataset=sft_rows(4 * steps),
         processing_class=tokenizer,
         peft_config=config,
@@ -119,14 +107,13 @@ def one_run(base: Path, folder: Path, method: str, steps: int) -> dict[str, Any]
         trained = model(input_ids=ids).logits
         adapter = folder / f"adapter-{os.environ.get('RANK', '0')}"
         model.save_pretrained(adapter)
-        fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(model.device)
-        merged = PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(packed(bits).to(model.device), adapter).merge_and_unload()
         exact = torch.equal(merged(input_ids=ids).logits, trained)
-    dpo_model = loaded(base)
+    dpo_model = prepare_model_for_kbit_training(packed(bits))
     torch.manual_seed(0)
-    dpo = trl.DPOTrainer(
+    dpo = DPOTrainer(
         get_peft_model(dpo_model, LowBitConfig(method=method, task_type="CAUSAL_LM", rank=16)),
-        args=arguments(trl.DPOConfig, folder / "dpo", steps, learning_rate=1e-3, beta=0.1),
+        args=arguments(DPOConfig, folder / "dpo", steps, learning_rate=1e-3, beta=0.1),
         train_dataset=dpo_rows(4 * steps),
         processing_class=tokenizer,
     )
@@ -156,9 +143,8 @@ def main() -> None:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     with tempfile.TemporaryDirectory() as folder:
-        base = packed_base(Path(folder, "base"), given.bits)
         for method in given.methods.split(","):
-            found[method] = one_run(base, Path(folder, method), method, given.steps)
+            found[method] = one_run(given.bits, Path(folder, method), method, given.steps)
     if rank == 0:
         text = json.dumps(found, indent=1)
         print(text)

@@ -28,6 +28,7 @@ from lowbit_ft.plan.model import _asked, _bytes, _dense, _pack, _stamp, _start_f
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.quantize.table import plan_layers
 from lowbit_ft.recipe.recipe import Recipe
+from lowbit_ft.train import loop as train_loop
 from lowbit_ft.train import run as train_run
 from lowbit_ft.train.loop import train
 from lowbit_ft.train.losses import ChunkedHead, next_token_loss
@@ -115,7 +116,7 @@ def count_real(recipe: Recipe, shape: str, folder: Path) -> dict[str, int]:
         update={"max_steps": 3, "eval_every": 2, "save_every": None, "keep_best": False, "trackers": []}
     )
     seen: dict[str, Any] = {}
-    build, evaluate = train_run.build_optimizer, train_run.Run.evaluate
+    build, evaluate = train_run.build_optimizer, train_loop.evaluate
     with Counter() as count, tempfile.TemporaryDirectory() as run, count.phase("step"):
 
         def watched_build(*args: Any) -> Any:
@@ -130,11 +131,11 @@ def count_real(recipe: Recipe, shape: str, folder: Path) -> dict[str, int]:
             if step == 0:
                 count.peaks.clear()  # the trial of the loss on a few tokens, before the first step
 
-        train_run.build_optimizer, train_run.Run.evaluate = watched_build, watched_evaluate
+        train_run.build_optimizer, train_loop.evaluate = watched_build, watched_evaluate
         try:
             train(model, batches, valid, section, run, on_step=first_batch, console=Console(quiet=True))
         finally:
-            train_run.build_optimizer, train_run.Run.evaluate = build, evaluate
+            train_run.build_optimizer, train_loop.evaluate = build, evaluate
         return counted(model, seen["optimizer"], count)
 
 
@@ -144,11 +145,11 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     import copy
 
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, recipe.model.attention)
-    targets, _ = plan_layers(dense, recipe.quant)
+    targets, _ = plan_layers(dense, recipe.quant, folder)
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
     _pack(
         model,
-        [_asked(recipe, config, "", n, {}) for n in targets],
+        [_asked(recipe, config, n, matrix, {}) for n, matrix in targets.items()],
         getattr(torch, recipe.model.dtype),
     )
     windows, length, train_section = recipe.train.micro_batch_size, recipe.data.sequence_len, recipe.train

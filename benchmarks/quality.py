@@ -214,6 +214,9 @@ class Bench:
         attach(model, ADAPTERS[method].model_validate(keys))
         rates = dict(item.split("=", 1) for item in self.o.rates)
         rate = float(rates.get(method, self.o.learning_rate))
+        # Numbers of -1, 0 and 1 have an optimizer and a curve of their own, and the rate is a share.
+        ternary = ADAPTERS[method].ternary
+        own: dict[str, Any] = {"optimizer": "t_signsgd", "scheduler": "lota"} if ternary else {}
         section = TrainSection(
             max_steps=self.o.steps,
             micro_batch_size=self.o.batch,
@@ -221,6 +224,7 @@ class Bench:
             learning_rate=rate,
             scale_learning_rate=self.o.scale_learning_rate,
             seed=seed,
+            **own,
         )
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

@@ -22,14 +22,16 @@ from .export.writer import MAX_SHARD_BYTES, write_model
 from .grid import PackedWeight, Weight
 from .kv_cache import kv_config_of
 from .model.checkpoint import Checkpoint
+from .model.fused import part_rows
 from .model.linear import PackedLinear
 
 
 def base_weights(model: nn.Module) -> Weights:
     """The packed bases as they are, residual included: what `base/` of a run holds."""
-    layers = dict(packed_layers(model))
+    layers, parts = dict(packed_layers(model)), part_rows(model)
     specs = {
-        name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer)) for name, layer in layers.items()
+        name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer), rows=parts.get(name))
+        for name, layer in layers.items()
     }
     return Weights(specs, lambda name: layers[name].base)
 
@@ -37,10 +39,9 @@ def base_weights(model: nn.Module) -> Weights:
 def merged_weights(model: nn.Module) -> Weights:
     """Layer name -> deployable weight: the adapter's merge, or the base without its residual where there is
     no adapter. Merged on access, one layer at a time, on the layer's device."""
-    layers = dict(packed_layers(model))
-    return Weights(
-        {name: _shipped(layer) for name, layer in layers.items()}, lambda name: merged_weight(layers[name])
-    )
+    layers, parts = dict(packed_layers(model)), part_rows(model)
+    specs = {name: replace(_shipped(layer), rows=parts.get(name)) for name, layer in layers.items()}
+    return Weights(specs, lambda name: merged_weight(layers[name]))
 
 
 def merged_weight(layer: PackedLinear) -> Weight:

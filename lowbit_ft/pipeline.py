@@ -35,6 +35,8 @@ from .stages.evaluate import measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
 from .stages.models import check_folders, trained_model
+from .stages.outside import export_outside
+from .stages.push import push as push_folder
 from .stages.quantize import quantize_stage
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
@@ -101,8 +103,20 @@ def merge(run_dir: Path) -> Path:
         return folder
 
 
-def export(run_dir: Path, format: str | None = None) -> Path:
-    """Write the merged model in a format (default: the recipe's) and verify it. Returns the folder."""
+def export(
+    run_dir: Path, format: str | None = None, output: Path | None = None, base: Path | None = None
+) -> Path:
+    """Write the merged model of a run in a format (default: the recipe's) and verify it. Returns the folder.
+
+    A folder that is no run is a packed model, or an adapter over the packed `base`; it is written to `output`
+    (stages/outside.py).
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        return export_outside(run_dir, format, output, base)
+    if output is not None or base is not None:
+        raise ValueError(
+            f"{run_dir} is a run, whose base and place of the export it knows: leave --output and --base out"
+        )
     with resume(run_dir, writes=True) as session:
         name = format or session.recipe.export.format
         refuse_export(session, name)
@@ -110,6 +124,13 @@ def export(run_dir: Path, format: str | None = None) -> Path:
         session.say(f"{name}: {folder}")
         session.say(serve_line(card_facts(session, session.recipe), name, folder))
         return folder
+
+
+def push(folder: Path, repo: str, public: bool = False) -> str:
+    """Upload the export of a run, or an exported folder, to the hub; private unless asked. Returns its
+    address.
+    """
+    return push_folder(folder, repo, public)
 
 
 def verify(folder: Path) -> None:

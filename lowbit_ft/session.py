@@ -19,6 +19,7 @@ from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
+from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
@@ -72,12 +73,7 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's padding token; pads are never targets, so the end-of-text token or 0 does as
-        well.
-        """
-        return next(
-            (i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0
-        )
+        return pad_id(self.tokenizer)
 
     @cached_property
     def rows(self) -> int | None:
@@ -116,7 +112,7 @@ class Session:
 def start(recipe: Recipe) -> Session:
     """Make the run folder (or continue in it), hold it, and open the checkpoint; no weight is read yet."""
     RunDir(recipe.output).refuse_foreign()
-    device = pick_device(recipe)
+    device = pick_device(recipe.model.device)
     main = join(device)
     # The low-rank product that makes codes is fp32; a process that trained with TF32 would merge other codes
     # without it.
@@ -182,12 +178,13 @@ def _opened(run: RunDir) -> Session:
         ) from error
     checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
-    return Session(recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe), Console())
+    return Session(
+        recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe.model.device), Console()
+    )
 
 
-def pick_device(recipe: Recipe) -> torch.device:
-    """auto is the GPU when there is one; under torchrun each process takes its own."""
-    wanted = recipe.model.device
+def pick_device(wanted: str) -> torch.device:
+    """model.device: auto is the GPU when there is one; under torchrun each process takes its own."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,8 @@ from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
-from lowbit_ft.recipe.recipe import Recipe
+from lowbit_ft.recipe.recipe import Recipe, load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
 from tests.kv_cache.slim import slim_scales
 from tests.rotations.upper import the_upper_half
 
@@ -126,6 +127,17 @@ def inputs_on_powers_of_two(run: Run) -> None:
 def dense_weights(run: Run) -> None:
     name, merged = first_layer(run.folder / "merged")
     assert torch.equal(load_file(run.shipped / "model.safetensors")[f"{name}.weight"], merged.dequantize())
+
+
+def refused_at_three_bits(run: Run) -> None:
+    assert run.recipe.export.server == "sharp"
+    changes = {
+        "export.server": "sharp",
+        "quant.bits": 3,
+        **{k.replace("__", "."): v for k, v in ABSMAX.items()},
+    }
+    with pytest.raises(RecipeError, match=r"kernels for 4 and 8 bits.*quant.bits: 4 \(the nearest grid\)"):
+        load_recipe(recipe_file(run.folder.parent, changes))
 
 
 def int8_checkpoint(folder: Path, name: str) -> Path:
@@ -258,6 +270,7 @@ ROWS: dict[str, Row] = {
     ),
     "KINDS": Row(with_key("quant.kv_cache.kind", quant__kv_cache__bits=4, **ABSMAX), slim_scales),
     "EXPORTERS": Row(with_key("export.format", **ABSMAX), dense_weights),
+    "SERVERS": Row(with_key("export.server", **ABSMAX), refused_at_three_bits),
     "READERS": Row(int8_checkpoint, the_codes_that_came, schema=False),
     "FORMATS": Row(
         with_key("data.train.format", data__train__path=str(ASSETS / "text" / "train.jsonl"), **ABSMAX),

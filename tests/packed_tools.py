@@ -10,7 +10,7 @@ from typing import Any
 import lowbit_kernels as kernels
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft.adapters import ADAPTERS, AdapterConfig
@@ -109,6 +109,14 @@ def adapter_config(method: str, rank: int = 4, **options: Any) -> AdapterConfig:
     """A method's config, with this rank where it has one."""
     low_rank = {"rank": rank} if "rank" in ADAPTERS[method].model_fields else {}
     return ADAPTERS[method](**low_rank, **options)
+
+
+def nudge(parameter: Tensor, size: float, config: AdapterConfig) -> None:
+    """A trained tensor moved at random; numbers of -1, 0 and 1 stay of these (and none of them is 0)."""
+    if config.ternary:
+        parameter.copy_(torch.randint(0, 2, parameter.shape) * 2 - 1)
+    else:
+        parameter.add_(torch.randn_like(parameter) * size)
 
 
 def undrawn(method: str) -> AdapterConfig:

@@ -10,6 +10,7 @@ purpose.
     lr_qat        W = S clip(round(Phi + sign(s0) g B A))                   S = s0 exp(t)
     dl_qat        W = m s0 clip(round(Phi + g B A / s0))
     l4q           W = S round(clip((s0 Phi + g B A - T) / S)) + T
+    lota          W = s0 (clip(c + sign(P) [|P| > w]) - z0) + |s0| mu,  mu = mean of (P - w W') / w in a group
     scale         W = S (c - z0)
     full_qat      W = S clip(round(Phi + D))
     ef_qat        the same for some rows, scale for the others
@@ -111,6 +112,8 @@ def weight_of(
     low, high = -base.wide(base.z0), base.top - base.wide(base.z0)
     s0 = base.wide(base.s0)
     product = gain * (p["B"] @ p["A"]) if "A" in p else None
+    if method == "lota":
+        return ternary(base, p["B"] @ p["A"], gain, offset)
     if method == "dl_qat":
         scale = ste_cast(p["magnitude"] * base.s0, base.scale_dtype)
         return base.wide(scale) * quantized(phi + product / s0, low, high, order)
@@ -142,6 +145,23 @@ def weight_of(
     )
     code = quantized(wanted / scale + zero, torch.zeros_like(scale), torch.full_like(scale, base.top), order)
     return scale * (code - zero)
+
+
+def ternary(base: Base, product: Tensor, gain: float, offset: str) -> Tensor:
+    """lota: gain is that of its straight-through threshold, 1 / (2 w + 1); P counts steps of |s0|."""
+    omega, s0 = round((1 / gain - 1) / 2), base.wide(base.s0)
+    wanted = torch.where(product.detach().abs() > omega, product.detach().sign(), 0.0) * s0.sign()
+    free = base.code + wanted
+    inside = ((free >= 0) & (free <= base.top)).double()
+    moved = wanted * inside  # at the bounds nothing moves
+    through = ste(product * gain * s0.sign() * inside, moved)
+    weight = s0 * (base.code + through - base.wide(base.z0))
+    if offset == "none":
+        return weight
+    k, size = base.code.shape[1], base.code.shape[1] if base.group_size == -1 else base.group_size
+    rest = (product - omega * moved * s0.sign()) / omega
+    mean = torch.stack([rest[:, i : i + size].mean(1) for i in range(0, k, size)])  # [G, N]
+    return weight + base.wide(ste_cast(base.s0.abs() * mean, base.scale_dtype))
 
 
 def binary_weight(planes: Tensor, alpha: Tensor, offset: Tensor | None, k: int, group_size: int) -> Tensor:

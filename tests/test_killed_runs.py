@@ -16,6 +16,7 @@ from tests.forks import Forked, run, run_together, together
 from tests.line_tools import QUICK, recipe
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
+SHORT = [*QUICK, "quant.targets=['*.layers.0.*']"]  # one block of the four packed: every stage, half the time
 
 
 def adapter_sha(out: Path) -> str:
@@ -23,7 +24,7 @@ def adapter_sha(out: Path) -> str:
 
 
 def command(out: Path, *overrides: str) -> list[str]:
-    return ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *QUICK, f"output={out}", *overrides]
+    return ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *SHORT, f"output={out}", *overrides]
 
 
 def alone(out: Path, *overrides: str) -> None:
@@ -31,7 +32,7 @@ def alone(out: Path, *overrides: str) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        pipeline.train(recipe(out, *overrides))
+        pipeline.train(recipe(out, SHORT[-1], *overrides))
     finally:
         torch.set_num_threads(threads)
 
@@ -71,7 +72,7 @@ class ForkedLine(Line):
 def test_two_at_once_and_killed_with_another_one_starting(tmp_path: Path) -> None:
     """The short form of benchmarks/kill_and_resume.py: a pair, and two kills over the whole line."""
     short = ["eval.kl=false", "eval.windows=1", "eval.generate=[]", "data.train.limit=60"]
-    line = ForkedLine("recipes/quickstart.yaml", [*QUICK, *short])
+    line = ForkedLine("recipes/quickstart.yaml", [*SHORT, *short])
     began = time.monotonic()
     line.finish(tmp_path / "whole")
     length, wanted = time.monotonic() - began, [shas(tmp_path / "whole")]

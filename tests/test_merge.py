@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "l4q": ("l4q", {}, int_grid(bits=4, residual_bits=4)),
     "l4q integer": ("l4q", {"offset": "integer"}, int_grid(bits=4, residual_bits=4)),
     "l4q float": ("l4q", {"offset": "float"}, int_grid(bits=4, residual_bits=4)),
+    "lota": ("lota", {"rank": 4}, int_grid(bits=4)),
+    "lota float": ("lota", {"rank": 4, "offset": "float"}, int_grid(bits=2, symmetric=False)),
     "scale": ("scale", {}, int_grid(bits=8)),
     "full_qat": ("full_qat", {}, int_grid(bits=2, residual_bits=4)),
     "ef_qat": ("ef_qat", {"scope": "network"}, int_grid(bits=4, residual_bits=4, symmetric=False)),
@@ -55,15 +57,17 @@ def trained(source: Checkpoint, case: str) -> Any:
     method, options, grid = CASES[case]
     model = packed_model(source, random_weights(source.empty_model(), grid))
     attach(model, ADAPTERS[method](method=method, **options))
-    shake(model)
+    shake(model, ternary=method == "lota")
     return model.eval()
 
 
-def shake(model: nn.Module) -> None:
+def shake(model: nn.Module, ternary: bool = False) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and ternary:
+                parameter.copy_(torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1)
+            elif parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -101,7 +105,7 @@ def test_what_was_trained_is_what_is_written_and_loads(case: str, source: Checkp
         write_model(tmp_path / "served", source, written, exporter)
         assert verify(tmp_path / "served", merged, model=again, input_ids=IDS).ok
     else:
-        assert case in ("l4q float", "alpha_tuning")
+        assert case in ("l4q float", "lota float", "alpha_tuning")
 
 
 def test_what_training_moved(source: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from .layout import group_count, packed_width, superblock
 from .matmul import packed_matmul, packed_matmul_dx
 from .pack import dequantize, pack, quantize_pack, unpack
 from .rounding import exact_exp, round_values
+from .sums import group_sums
 
 __all__ = [
     "DECODE_ROWS",
@@ -38,6 +39,7 @@ __all__ = [
     "grid_linear",
     "grid_row_gradients",
     "group_count",
+    "group_sums",
     "hadamard",
     "has_int8",
     "int4_linear",

@@ -189,10 +189,16 @@ class Activation(InputGrid):
         return self._held(x, _KEPT, self.quantize)
 
     def shared_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where `one_scale`: x [..., K] -> (codes int8, scale fp32 [..., 1] or [1]), shared like x^."""
+        """Where `one_scale`: x [..., K] -> (codes int8, scale fp32 [..., 1]), shared like x^."""
         if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
-            return self.codes(x)[:2]
-        return self._held(x, _CODES, self.codes)[:2]
+            return self._whole_codes(x)
+        return self._held(x, _CODES, self._whole_codes)
+
+    def _whole_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """No byte is a NaN, so the scale of a token that holds one is: its products are then NaN too, as
+        with x^."""
+        codes, scale, _ = self.codes(x)
+        return codes, torch.where(x.isnan().any(-1, keepdim=True), torch.nan, scale)
 
     def _held(self, x: Tensor, name: str, make: Callable[[Tensor], Any]) -> Any:
         """make(x), kept on x under a name for who asks again."""

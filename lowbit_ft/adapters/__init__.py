@@ -12,6 +12,7 @@ from .ef_qat import EfQATConfig
 from .full_qat import FullQATConfig
 from .l4q import L4QConfig
 from .lora import LoraConfig
+from .lota import LotaConfig
 from .lr_qat import LRQATConfig
 from .scale import ScaleConfig
 
@@ -19,6 +20,7 @@ ADAPTERS: dict[str, type[AdapterConfig]] = {
     "lr_qat": LRQATConfig,
     "dl_qat": DLQATConfig,
     "l4q": L4QConfig,
+    "lota": LotaConfig,
     "scale": ScaleConfig,
     "full_qat": FullQATConfig,
     "ef_qat": EfQATConfig,

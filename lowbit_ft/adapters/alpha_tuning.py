@@ -8,6 +8,7 @@ shared: a task is a set of plane scales, and switching tasks swaps them. Merging
 start (greedy or alternating) is quant.calibrate.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..grid import BinaryWeight, PlaneArgs, Weight
 from ..grid.estimators import cast_scale, scale_gradient
 from .base import Adapter, AdapterConfig
+from .scale import sum_of_factors
 
 
 class AlphaTuningConfig(AdapterConfig):
@@ -46,3 +48,6 @@ class AlphaTuning(Adapter):
         log = self.plane_scale if self.factor == 1.0 else scale_gradient(self.plane_scale, self.factor)
         live = cast_scale(alpha[:trained] * exact_exp(log), base.grid.scale_dtype)
         return PlaneArgs(scale=torch.cat([live, alpha[trained:]]))
+
+    def sum_of(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+        return sum_of_factors("plane_scale", adapters, weights)

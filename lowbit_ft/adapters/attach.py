@@ -8,15 +8,18 @@ State is exchanged by layer name, in the key layout of PEFT
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..activations import Activation
 from ..activations.learned import learn_inputs
-from ..activations.place import scheme_of
+from ..activations.place import hosts, scheme_of
 from ..kv_cache import kv_config_of
+from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from . import Adapter, AdapterConfig
 from .carry import Carried
@@ -88,7 +91,8 @@ def attach(
         raise ValueError("attach: the model has no packed layers; quantize it first")
     names = [name for name, _ in layers]
     packed = sum(layer.in_features * layer.out_features for _, layer in layers)
-    layers = [(name, layer) for name, layer in layers if config.trains(name)]
+    parts = part_rows(model)
+    layers = [(name, layer) for name, layer in layers if config.trains(*known_as(name, parts))]
     if not layers:
         raise ValueError(
             f"adapter.targets: {config.targets} match none of the {len(names)} packed layers "
@@ -127,6 +131,13 @@ def begin_step(model: nn.Module, step: int) -> list[Carried]:
         carried += layer.adapter.begin_step(step, layer.base)
     drop_codes(model)
     return carried
+
+
+def settle(model: nn.Module) -> None:
+    """What adapters have seen so far, made the same on all processes: before it is saved. Collective."""
+    for _, layer in adapted_layers(model):
+        if isinstance(layer.adapter, Adapter):
+            layer.adapter.settle()
 
 
 def keep_codes(model: nn.Module, on: bool) -> None:
@@ -212,3 +223,22 @@ def base_digest(model: nn.Module) -> str:
     if (kv_cache := kv_config_of(model)) is not None:
         sha.update(f"kv_cache {json.dumps(kv_cache.to_json(), sort_keys=True)};".encode())
     return sha.hexdigest()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the packed base alone, its inputs on the scales that it came with."""
+    held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
+    inputs = [layer.activation for _, layer in hosts(model) if isinstance(layer.activation, Activation)]
+    learned = [activation.learned for activation in inputs]
+    for layer, _ in held:
+        layer.adapter = None
+    for activation in inputs:
+        activation.learn(None)
+    try:
+        yield
+    finally:
+        for layer, adapter in held:
+            layer.adapter = adapter
+        for activation, scale in zip(inputs, learned, strict=True):
+            activation.learn(scale)

@@ -11,7 +11,7 @@ model's dtype.
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -27,10 +27,10 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
+from .patterns import AlphaPattern
 from .step_codes import StepCodes
 
-# Of the methods here. A method with others says so in its config (`scale_parameters`).
-# log_input_scale: of activations/learned.py, whatever the method.
+# Of the methods here; one with others says so in its config. log_input_scale: of activations/learned.py.
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
 
 
@@ -43,17 +43,17 @@ class AdapterConfig(BaseModel):
     exact_merge: ClassVar[bool] = True
     rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
 
-    # Its parameters that train.scale_learning_rate is for, by the last component of their name.
+    # Those that train.scale_learning_rate is for, by the last component of their name.
     scale_parameters: ClassVar[frozenset[str]] = SCALE_PARAMETERS
 
-    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: the method has no such
-    # product.
+    # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: there is no such product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
 
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
-    # D is a trained tensor of its own, `delta`, in grid steps.
-    dense_delta: ClassVar[bool] = False
+    ternary: ClassVar[bool] = False  # its numbers are -1, 0 and 1, for an optimizer that keeps them there
+    reads_residual: ClassVar[bool] = True  # a base's residual bits are a part of what it trains on
+    dense_delta: ClassVar[bool] = False  # D is a trained tensor of its own, `delta`, in grid steps
 
     method: str
     targets: list[str] | None = Field(
@@ -62,9 +62,9 @@ class AdapterConfig(BaseModel):
         "codes they came with",
     )
 
-    def trains(self, layer_name: str) -> bool:
-        """Whether the packed layer of that name gets an adapter."""
-        return self.targets is None or any(matches(pattern, layer_name) for pattern in self.targets)
+    def trains(self, *names: str) -> bool:
+        """Whether the packed layer that is known by these names gets an adapter."""
+        return self.targets is None or any(matches(p, name) for p in self.targets for name in names)
 
     def of_layer(self, layer_name: str) -> "AdapterConfig":
         """What the adapter of the layer of that name is built from."""
@@ -86,9 +86,7 @@ class AdapterConfig(BaseModel):
         return False
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Adapter":
-        """A fresh adapter for one layer. weight [N, K] is the dense weight, read only when `wants_weight` is
-        true.
-        """
+        """A fresh adapter for one layer. weight [N, K]: the dense one, read only when `wants_weight`."""
         raise AssertionError(f"{type(self).__name__} must define build")
 
     @property
@@ -146,7 +144,7 @@ def init_from_field() -> Any:
     )
 
 
-class LowRankOptions(ScaleOptions):
+class LowRankOptions(ScaleOptions, AlphaPattern):
     """Options of every method with a low-rank product D = alpha / rank * B A."""
 
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
@@ -194,10 +192,8 @@ class LowRankOptions(ScaleOptions):
         return made
 
     def of_layer(self, layer_name: str) -> Self:
-        if layer_name not in self._plan:
-            return self
-        made = self.model_copy()
-        made._parts = self._plan[layer_name]
+        made = self.model_copy(update=self.at(layer_name))
+        made._parts = self._plan.get(layer_name, ())
         return made
 
     @model_validator(mode="after")
@@ -318,6 +314,10 @@ class Adapter(WeightAdapter):
             return base.merged(self.plane_args(base))
         return base.merged(self.grid_args(base))
 
+    def sum_of(self, adapters: "Sequence[Adapter]", weights: Sequence[float]) -> dict[str, Tensor] | None:
+        """Trained tensors, by name, of the weight W0 + sum_i w_i (W^_i - W0); None: it has none."""
+        return None
+
     def one_step(self, base: Weight) -> dict[str, Tensor | float]:
         """By name, of every tensor that trains: the standard deviation of independent changes of its numbers
         that move the layer's weights by one grid step, root mean square (latent.py)."""
@@ -348,6 +348,10 @@ class Adapter(WeightAdapter):
         an optimizer trains it has put elsewhere. So a resume calls it with the last step done and then reads
         the tensors."""
         return []
+
+    def settle(self) -> None:
+        """Make what this process has seen what all have seen, if it is anything that a checkpoint holds.
+        Called by all of them, and as often as they like."""
 
     def resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Tensors of these shapes are about to be read into this adapter: its buffers that grow while it

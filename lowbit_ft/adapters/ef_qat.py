@@ -16,24 +16,21 @@ their rows (carry.py).
 """
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from lowbit_kernels import packed_width
 from lowbit_kernels.pack import decode_residual
 from pydantic import Field, PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..grid import GridArgs, IntGrid, PackedWeight, Weight
-from .base import ScaledAdapter, ScaleOptions
 from .carry import Carried
+from .dense import DenseAdapter, DenseOptions
 from .rows import TILE, allotted, highest, in_tiles, row_importance
 
 
-class EfQATConfig(ScaleOptions):
-    dense_delta: ClassVar[bool] = True
-    code_parameters: ClassVar[frozenset[str]] = frozenset({"delta"})
-
+class EfQATConfig(DenseOptions):
     method: Literal["ef_qat"] = "ef_qat"
     train_scale: Literal[True] = True
     share: float = Field(0.1, gt=0, le=1, description="of the rows (or weights) that train beside the scales")
@@ -88,7 +85,7 @@ class EfQATConfig(ScaleOptions):
         return EfQAT(self, base)
 
 
-class EfQAT(ScaledAdapter):
+class EfQAT(DenseAdapter):
     """delta [R, K] of rows int64 [R], rising (neither where R = 0). Where rows change: left int64 [L], the
     rows that trained and do no more, and their codes left_codes [L, W]; input_size [K], of what step 0 saw.
     """
@@ -105,7 +102,8 @@ class EfQAT(ScaledAdapter):
         count = config.rows_of(n)
         # Until somebody counts the steps nothing is looked at and nothing changes, which is said once.
         self.watching, self.counted = False, not config.changes_rows
-        self.delta = nn.Parameter(torch.zeros(count, k, device=device)) if count else None
+        self.alone = False  # input_size holds what this process has seen, and not yet the others
+        self.delta = config.fresh((count, k), device) if count else None
         if not count:
             return
         self.register_buffer("rows", highest(row_importance(base), count))
@@ -131,6 +129,7 @@ class EfQAT(ScaledAdapter):
                 self.say_uncounted("refresh_steps and importance: weight_input do nothing")
             if self.watching:  # also in forwards without a backward, which are all that zeroth order has
                 self.input_size += x.detach().float().square().flatten(0, -2).sum(0)
+                self.alone = True
         return super().forward(x, base)
 
     @torch.no_grad()
@@ -139,15 +138,21 @@ class EfQAT(ScaledAdapter):
         if self.delta is None or not config.changes_rows:
             return []
         by_input = config.importance == "weight_input"
+        self.settle()
         self.watching = by_input and step == 0
         every = config.refresh_steps
         if (by_input and step == 1) or (every is not None and step > 0 and step % every == 0):
             assert isinstance(base, PackedWeight)
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            if by_input and step == 1 and distributed:
-                torch.distributed.all_reduce(self.input_size)
             return self.choose(base)
         return []
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """input_size becomes that of all processes, once: before a checkpoint or before the choice."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.alone and distributed:
+            torch.distributed.all_reduce(self.input_size)
+        self.alone = False
 
     def choose(self, base: PackedWeight) -> list[Carried]:
         """The rows that matter most now; what their averages in an optimizer have to follow."""
@@ -165,7 +170,7 @@ class EfQAT(ScaledAdapter):
         delta[stays] = self.delta[source[stays]]
         back = torch.isin(new, self.left) & ~stays
         if back.any():
-            delta[back] = self.unmoved(base, now, new[back])
+            delta[back] = self.unmoved(base, now, new[back]).to(delta.dtype)
         gone = torch.cat([self.left, old])
         self.left = gone[~torch.isin(gone, new)].sort().values
         self.left_codes = now.codes[self.left]
@@ -173,12 +178,12 @@ class EfQAT(ScaledAdapter):
         self.rows.copy_(new)
         return [Carried(self.delta, source)]
 
-    @staticmethod
-    def unmoved(base: PackedWeight, now: PackedWeight, rows: Tensor) -> Tensor:
-        """The delta that leaves these rows of `now` at their codes: fp32 [n, K], exact."""
+    def unmoved(self, base: PackedWeight, now: PackedWeight, rows: Tensor) -> Tensor:
+        """The delta that leaves these rows of `now` at their codes: fp32 [n, K], exact in what D is held in.
+        In fp32 the values are those codes; in less, whole steps from the base's, with its fractions."""
         start = base.chosen(rows)
         value = start.unpack_codes().float()
-        if start.residual is not None:
+        if start.residual is not None and self.config.master == "fp32":
             value += decode_residual(start.residual, base.grid.residual_bits, base.shape[1])
         return now.chosen(rows).unpack_codes().float() - value
 
@@ -199,6 +204,8 @@ class EfQAT(ScaledAdapter):
                 return f"{key}: needs numbers of the layer's {n} rows, rising and each once"
         if len(numbers) == 2 and torch.isin(*numbers.values()).any():
             return "left: has rows that train"
+        if said := super().misfit(tensors):
+            return said
         codes = tensors.get("left_codes")
         if codes is not None and "left" in numbers:
             if codes.dtype != torch.int16 or len(codes) != len(numbers["left"]):

@@ -4,29 +4,25 @@ the home of methods that need a latent weight.
     W^ = S * clip(round(Phi0 + D))        D [N, K] starts at 0;    S = s0 * exp(log_scale)
 
 Phi0 = code + residual is the packed base in grid units, so step 0 is round-to-nearest, as for lr_qat; D is
-its own fp32 master. Gradients: dD = S M dW, dS = sum dW q, both from the one dW that a step of full QAT
+its own master (dense.py). Gradients: dD = S M dW, dS = sum dW q, both from the one dW that a step of full QAT
 costs. LSQ (arXiv 1902.08153) trains the weight in its own units and lets the trained scale move codes; here
 the scale multiplies codes that D alone moves, so every layer learns at one rate (measured against it:
 LOG.md).
 
-It costs 16 bytes a weight beside the base (D, its gradient, two averages of Adam): for small models. `ef_qat`
-is the same for some of the rows.
+It costs 16 bytes a weight beside the base (D, its gradient, two averages of Adam; 12 where D is held in less
+than fp32): for small models. `ef_qat` is the same for some of the rows.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
 from pydantic import model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..grid import GridArgs, IntGrid, PackedWeight, Weight
-from .base import ScaledAdapter, ScaleOptions
+from .dense import DenseAdapter, DenseOptions
 
 
-class FullQATConfig(ScaleOptions):
-    dense_delta: ClassVar[bool] = True
-    code_parameters: ClassVar[frozenset[str]] = frozenset({"delta"})
-
+class FullQATConfig(DenseOptions):
     method: Literal["full_qat"] = "full_qat"
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "FullQAT":
@@ -47,10 +43,10 @@ class FullQATConfig(ScaleOptions):
         return self
 
 
-class FullQAT(ScaledAdapter):
+class FullQAT(DenseAdapter):
     def __init__(self, config: FullQATConfig, base: PackedWeight):
         super().__init__(config, base)
-        self.delta = nn.Parameter(torch.zeros(base.shape, dtype=torch.float32, device=base.codes.device))
+        self.delta = config.fresh(base.shape, base.codes.device)
 
     def grid_args(self, base: PackedWeight) -> GridArgs:
         return GridArgs(scale=self.scale(base), zero=base.zero, delta=self.delta)

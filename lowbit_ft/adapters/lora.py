@@ -20,9 +20,10 @@ from ..grid import PackedWeight, Weight
 from ..grid.calibrate import CALIBRATORS, Stats
 from .base import Adapter, AdapterConfig, init_from_field
 from .latent import steps_of_product
+from .patterns import AlphaPattern
 
 
-class LoraConfig(AdapterConfig):
+class LoraConfig(AdapterConfig, AlphaPattern):
     exact_merge: ClassVar[bool] = False
     rounds_codes: ClassVar[bool] = False
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
@@ -30,6 +31,9 @@ class LoraConfig(AdapterConfig):
     method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the inputs that A does not see in training; the base sees all"
+    )
     init_from: str | None = init_from_field()
 
     @property
@@ -39,6 +43,9 @@ class LoraConfig(AdapterConfig):
     @property
     def gain(self) -> float:
         return self.alpha / self.rank
+
+    def of_layer(self, layer_name: str) -> "LoraConfig":
+        return self.model_copy(update=self.at(layer_name))
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "Lora":
         assert isinstance(base, PackedWeight)
@@ -55,7 +62,8 @@ class Lora(Adapter):
         self.B = nn.Parameter(torch.zeros(n, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor, base: Weight) -> Tensor:
-        side = (x @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
+        seen = nn.functional.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        side = (seen @ self.A.to(x.dtype).t()) @ self.B.to(x.dtype).t()
         return base.linear(x) + self.config.gain * side
 
     def one_step(self, base: Weight) -> dict[str, Tensor | float]:

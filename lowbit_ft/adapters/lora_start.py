@@ -207,13 +207,22 @@ class LoraStart:
 
 def lora_problems(lora: PeftLora, config: AdapterConfig, shapes: dict[str, tuple[int, int]]) -> list[str]:
     """Why a LoRA cannot start these adapters. shapes: layer -> (N, K) of every layer that gets one."""
-    rank = getattr(config, "rank", 0)
     problems = []
-    if lora.rank > rank:
+    for layer, (a, _) in lora.pairs.items():
+        if a.shape[0] > (rank := getattr(config.of_layer(layer), "rank", 0)):
+            where = f" in {layer}" if getattr(config, "rank_pattern", None) else ""
+            problems.append(
+                f"the LoRA has rank {a.shape[0]}{where}, adapter.rank is {rank}{' there' * bool(where)}; set "
+                f"adapter.rank: {lora.rank} (or more)"
+            )
+            break
+    strays = [layer for layer in lora.pairs if layer not in shapes]
+    if apart := [layer for layer in strays if any(name.rpartition(".")[0] == layer for name in shapes)]:
         problems.append(
-            f"the LoRA has rank {lora.rank}, adapter.rank is {rank}; set adapter.rank: {lora.rank} (or more)"
+            f"{apart[0]} is taken apart here (quant.overrides), and the LoRA is one for the whole; give its "
+            "parts the same bits, group_size and symmetric, or leave out init_from"
         )
-    if strays := [layer for layer in lora.pairs if layer not in shapes]:
+    elif strays:
         problems.append(
             f"the LoRA has {len(strays)} layers that get no adapter here, such as {strays[0]}; it was "
             "trained on another model, or adapter.targets "
@@ -240,9 +249,9 @@ def start_from_lora(
     layers = {name: layer for name, layer in packed_layers(model) if layer.adapter is not None}
     if problems := lora_problems(lora, config, {name: layer.base.shape for name, layer in layers.items()}):
         raise ValueError(f"adapter.init_from: {lora.folder}: " + "\n  ".join(problems))
-    own: Any = config
     rows = []
     for name in lora.pairs:
+        own: Any = config.of_layer(name)
         layer = layers[name]
         adapter, base = layer.adapter, layer.base
         assert isinstance(base, PackedWeight) and adapter is not None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..grid import PackedWeight
 from .attach import adapted_layers
 from .base import Adapter, LowRankOptions
+from .dense import held_short
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Reach:
     needed: float
 
 
-def reach(model: nn.Module, total_rate: float) -> Reach | None:
-    """For the layers that have adapters on them; total_rate: the sum of the learning rates of all steps.
-    None: something there moves codes otherwise than by a D that starts at 0. A layer none of whose rows
-    train (ef_qat) is not counted.
+def reach(model: nn.Module, total_rate: float, gathers: float = 1.0) -> Reach | None:
+    """For the layers that have adapters on them; total_rate: the sum of the learning rates of all steps;
+    gathers: how many times the distance to the next code a D without a master (dense.py) has to go, because
+    Adam's average holds its steps until they are as large. None: something there moves codes otherwise than
+    by a D that starts at 0. A layer none of whose rows train (ef_qat) is not counted.
     """
     needed = []
     for _, layer in adapted_layers(model):
@@ -46,7 +48,8 @@ def reach(model: nn.Module, total_rate: float) -> Reach | None:
             if "delta" in factors:
                 if factors["delta"].any():
                     return None
-                needed.append(0.5 / 2**base.grid.residual_bits)
+                whole = held_short(config) == "none"  # and then every weight is half a step away
+                needed.append(0.5 * gathers if whole else 0.5 / 2**base.grid.residual_bits)
             continue
         if not isinstance(config, LowRankOptions) or config.live_grid or not isinstance(base, PackedWeight):
             return None  # no such product, or the trained scale moves codes too

@@ -106,7 +106,7 @@ RULES = SHARED | {
     "strict": left("a recipe is always checked key by key"),
     "group_by_length": left("rows are packed instead"),
     "eval_sample_packing": left("evaluation windows are packed as training's are"),
-    "early_stopping_patience": left("no early stop: train.keep_best ships the best checkpoint"),
+    "early_stopping_patience": number("train.stop_after", 1),
     "special_tokens": left("tokens are the tokenizer's own: change its files"),
 }
 

@@ -115,6 +115,8 @@ RULES = SHARED | {
     "report_to": trackers,
     "disable_gradient_checkpointing": taken_later,
     "do_train": _train,
+    "early_stopping_steps": number("train.stop_after", 1),
+    "neftune_alpha": number("train.neftune_alpha", 1e-12, whole=False),
     "plot_loss": left("report.html has the curves"),
     "overwrite_cache": CACHE,
     "overwrite_output_dir": left("no folder is overwritten: the same command goes on with a run"),

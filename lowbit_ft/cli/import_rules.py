@@ -153,7 +153,7 @@ def refuse_stage(draft: Draft, key: str, value: Any) -> None:
 
 RUNTIME = left("how it is run, not what is trained: see the README (torchrun for several GPUs)")
 CACHE = left("prepared rows are kept and checked without being asked")
-NO_DROPOUT = left("adapters here have no dropout")
+NO_DROPOUT = left("only lora has a side path to drop inputs of: adapter.dropout")
 NO_SPLIT = left("rows are not split here: give a file of its own as data.valid")
 ATTENTION = left(
     "torch's own attention (sdpa) is used; set model.attention: flash_attention_2 where "
@@ -195,7 +195,7 @@ SHARED: dict[str, Rule] = {
     "local_rank": RUNTIME,
     "dataloader_num_workers": RUNTIME,
     "resume_from_checkpoint": left("the same command resumes a run by itself"),
-    "neftune_noise_alpha": left("no noise on embeddings here"),
+    "neftune_noise_alpha": number("train.neftune_alpha", 1e-12, whole=False),
     "loraplus_lr_ratio": left("A and B share one rate; scales have train.scale_learning_rate"),
     "tf32": left("not used: the codes are made in full fp32"),
     "val_size": NO_SPLIT,
@@ -270,6 +270,13 @@ def finish(
     if draft.get("train.eval_every") and "data.valid.path" not in draft.values:
         draft.values.pop("train.eval_every")
         draft.leave("eval_steps", "there is no data.valid to measure on")
+    if draft.get("train.stop_after"):
+        key = draft.values["train.stop_after"][1]
+        if draft.get("train.eval_every"):
+            draft.set("train.keep_best", True, f"{key}: the best is kept")
+        else:
+            draft.values.pop("train.stop_after")
+            draft.leave(key, "nothing is evaluated while training: set data.valid and train.eval_every")
     if "data.train.path" not in draft.values:
         draft.leave("dataset", "no training rows in the file: set data.train")
 

@@ -15,6 +15,7 @@ from ..adapters.rates import rate_for
 from ..names import HUB_ID
 from ..recipe.layers import POSITIONS, Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.sections.quant import QuantSection
+from .init_fit import config_folder, fitted
 from .places import refuse_existing
 
 GROUP_SIZES = (128, 64, 32)  # in the order of preference; -1 (the whole row) always fits
@@ -51,7 +52,7 @@ quant:
   embeddings: null                   # 8 or 4 packs the token embedding (native format); it is not trained
 
 adapter:
-  method: lr_qat                     # lr_qat, dl_qat, l4q, scale, full_qat, ef_qat, alpha_tuning, lora
+  method: lr_qat                     # lr_qat, dl_qat, l4q, lota, scale, full_qat, ef_qat, alpha_tuning, lora
   rank: 16                           # more moves more weights, and costs memory
   alpha: 32                          # the low-rank product is scaled by alpha / rank
 
@@ -96,6 +97,7 @@ eval:
 
 export:
   format: compressed-tensors         # vLLM, SGLang; gguf: llama.cpp; gptq, awq, mlx; native: every grid
+  # server: vllm                     # or llama.cpp, mlx, transformers: what it refuses is said first
   verify: true                       # reload and compare codes, scales and logits
 
 output: runs/{name}
@@ -115,12 +117,20 @@ adapter:
 """
 
 
-def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
-    """Write a recipe for the model at `model_path` (folder or hub id) to `output`.
+def write_recipe(
+    model_path: str,
+    output: Path,
+    *,
+    force: bool = False,
+    memory_gb: float | None = None,
+    config: Path | None = None,
+) -> None:
+    """Write a recipe for the model at `model_path` (folder or hub id) to `output`; with memory_gb, one that
+    fits a card of that size, by the config.json in `config` where the model is not on this disk.
 
     Raises:
-        ValueError: `output` exists (and not `force`), or the path is neither a checkpoint folder nor a hub
-        id.
+        ValueError: `output` exists (and not `force`), the path is neither a checkpoint folder nor a hub id,
+        or nothing fits.
     """
     refuse_existing(output, force, "choose another name with -o")
     folder = local_folder(model_path)
@@ -129,7 +139,13 @@ def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
             f"model path: got {model_path!r}; there is no such folder; give a checkpoint folder or a hub "
             "id owner/name"
         )
-    text = _render(model_path, output, read_shapes(folder) if folder is not None else None)
+    if config is not None and memory_gb is None:
+        raise ValueError("--config: what its config.json is for is --memory GB; give both")
+    shapes_from = folder if folder is not None and any(folder.glob("*.safetensors")) else None
+    shapes = read_shapes(shapes_from) if shapes_from is not None else None
+    text = _render(model_path, output, shapes, card=memory_gb is not None)
+    if memory_gb is not None:
+        text = fitted(text, memory_gb, config_folder(model_path, config))
     output.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
     try:
@@ -144,10 +160,11 @@ def write_recipe(model_path: str, output: Path, *, force: bool = False) -> None:
         raise
 
 
-def _render(model_path: str, output: Path, shapes: Shapes | None) -> str:
+def _render(model_path: str, output: Path, shapes: Shapes | None, card: bool = False) -> str:
+    """The text of the recipe. card: it is for a GPU, whether one is here or not."""
     import torch
 
-    gpu = torch.cuda.is_available()
+    gpu = card or torch.cuda.is_available()
     group, group_why, window, chat = (
         128,
         "inputs per scale: smaller is more exact and costs memory",

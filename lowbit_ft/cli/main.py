@@ -17,6 +17,7 @@ import typer
 
 from .. import __version__
 from .quiet import quiet
+from .said import said
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -112,11 +113,43 @@ def plan(
 
 
 @app.command()
-def quantize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Pack the base model into the run folder (base/) and stop there; `run` and `train` go on from it."""
+def quantize(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|MODEL", help="recipe YAML, or a folder or hub id", show_default=False),
+    ],
+    overrides: Overrides = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default) or 8")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="inputs that share a scale; default 128")
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="with zero points")] = False,
+    calibrate: Annotated[
+        str | None, typer.Option("--calibrate", help="mse (default), gptq, ...; gptq needs --data")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="rows for gptq and signround: a file or a hub data set")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+) -> None:
+    """Pack a model: a recipe's into its run folder (base/), from which `run` and `train` go on; or MODEL, by
+    these options, into a folder that from_pretrained reads.
+    """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
+    from .quantize import quantize_model  # as above
 
-    pipeline.quantize(_load(recipe, overrides))
+    options = {"bits": bits, "group_size": group_size, "calibrate": calibrate}
+    options = {key: value for key, value in options.items() if value is not None}
+    if not target.lower().endswith((".yaml", ".yml")):
+        if asymmetric:
+            options["symmetric"] = False
+        quantize_model(target, overrides or [], options, data, output)
+        return
+    if options or asymmetric or data is not None or output is not None:
+        raise ValueError(
+            f"{target} is a recipe, which says these itself: write quant.bits=4, output=DIR, ... behind it"
+        )
+    pipeline.quantize(_load(Path(target), overrides))
 
 
 @app.command()
@@ -139,15 +172,35 @@ def merge(run_dir: RunFolder) -> None:
 
 @app.command()
 def export(
-    run_dir: RunFolder,
+    folder: Annotated[
+        Path, typer.Argument(help="folder of a run, packed model, or adapter", show_default=False)
+    ],
     format: Annotated[
         str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder to write, where FOLDER is no run")
+    ] = None,
+    base: Annotated[Path | None, typer.Option("--base", help="packed base of an adapter folder")] = None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder for transformers, vLLM, ..."""
+    """Write a merged model as a Hugging Face folder for transformers, vLLM, ...: of a run, of a packed folder
+    that any trainer saved, or of a PEFT adapter over its base.
+    """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.export(_folder(run_dir), format)
+    pipeline.export(_folder(folder), format, output, base)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or an exported model", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="owner/name on the hub", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="open to everybody; default: private")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub with its model card, private unless --public."""
+    from .. import pipeline  # slow: torch, transformers; --help needs neither
+
+    pipeline.push(_folder(folder), repo, public)
 
 
 @app.command()
@@ -230,11 +283,17 @@ def init(
     model_path: Annotated[str, typer.Argument(help="checkpoint folder or hub id", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="recipe to write")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=0.1, help="GB of the card that it has to fit into")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="folder with the model's config.json, for --memory")
+    ] = None,
 ) -> None:
-    """Write a commented recipe for a model."""
+    """Write a commented recipe for a model; with --memory, one that fits."""
     from .init import write_recipe  # slow: torch; --help does without
 
-    write_recipe(model_path, output, force=force)
+    write_recipe(model_path, output, force=force, memory_gb=memory, config=config)
     typer.echo(f"wrote {output}: set data.train.path and output, then  lowbit-ft plan {output}")
 
 
@@ -317,7 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        typer.echo(f"error: {_message(error)}", err=True)
+        typer.echo(f"error: {said(error)}", err=True)
         sys.exit(2)
     except Exception as error:
         if (
@@ -326,18 +385,6 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(str(error), err=True)
         sys.exit(130)
-
-
-def _message(error: Exception) -> str:
-    """The text of an error behind "error: ": its first problem on that line, the others in a column below."""
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        # A full disk, a file where a folder should be: what the system says of which file.
-        text = (
-            f"{error.filename2 or error.filename}: {error.strerror.lower()}; give another place, or "
-            "make room or change its permissions there"
-        )
-    return text.replace("\n", "\n" + " " * len("error: "))
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def refusal(recipe: Recipe) -> str | None:
 
 
 def _show_recipe(recipe: Recipe, console: Console) -> None:
-    train = recipe.train
+    train, server = recipe.train, recipe.export.server
     windows = train.micro_batch_size * train.gradient_accumulation_steps
     length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.epochs:g} epochs"
     rates = f"learning rate {train.learning_rate}, scales {train.scale_learning_rate or train.learning_rate}"
@@ -194,7 +194,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
             f"{length} of {windows} windows, {train.optimizer}, {train.scheduler}, loss {train.loss}, "
             f"{rates}",
         ),
-        ("export", recipe.export.format),
+        ("export", recipe.export.format + ("" if server == "any" else f" for {server}")),
         ("output", str(recipe.output)),
         *(("auto", line) for line in taken(recipe)),
     ):

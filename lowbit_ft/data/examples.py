@@ -20,12 +20,13 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from .columns import unread
 from .errors import BadRow, DataError
 from .formats import Format, format_of
-from .pack import pack, pack_text
+from .pack import join, pack, pack_text
 from .read import read_rows
 from .windows import IGNORE, DataReport, Example, Examples
 
@@ -124,8 +125,8 @@ def _counted(windows: Iterable[Example], report: DataReport) -> Iterator[Example
 def _rows(
     source: Any, section: Any, formatter: Format, report: DataReport, rows: int | None
 ) -> Iterator[Example]:
-    """One Example of one segment per usable row; cut to sequence_len unless its text is going to be joined
-    and cut."""
+    """One Example per usable row, of a segment for each of its sequences; these are cut to their share of
+    sequence_len unless the text is going to be joined and cut."""
     whole = section.packing and formatter.joined
     report.notes = list(formatter.notes)
     for row in read_rows(source, streaming=section.streaming, notes=report.notes):
@@ -157,13 +158,17 @@ def _rows(
         if not any(learned):
             report.masked += 1
             continue
-        cut = not whole and len(ids) > section.sequence_len
-        if cut:
-            ids, learned = ids[: section.sequence_len], learned[: section.sequence_len]
-        labels = [IGNORE, *(i if t else IGNORE for i, t in zip(ids[1:], learned[1:], strict=True))]
-        if all(label == IGNORE for label in labels):
+        sizes = tokens.sizes or (len(ids),)
+        most = len(ids) if whole else section.sequence_len // len(sizes)
+        parts = []
+        for end, size in zip(accumulate(sizes), sizes, strict=True):
+            start, stop = end - size, end - size + min(size, most)
+            targets = zip(ids[start + 1 : stop], learned[start + 1 : stop], strict=True)
+            labels = [IGNORE, *(i if t else IGNORE for i, t in targets)]
+            parts.append(Example(ids[start:stop], labels, [stop - start]))
+        if any(all(label == IGNORE for label in part.labels) for part in parts):
             report.dropped += 1
             continue
-        report.truncated += cut
+        report.truncated += max(sizes) > most
         report.used += 1
-        yield Example(ids, labels, [len(ids)])
+        yield join(parts)

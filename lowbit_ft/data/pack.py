@@ -35,10 +35,10 @@ def pack(rows: Iterable[Example], sequence_len: int) -> Iterator[Example]:
             room.append(sequence_len - size)
         fullest = min(range(len(room)), key=room.__getitem__)
         if room[fullest] == 0 or len(room) > OPEN_WINDOWS:
-            yield _join(windows.pop(fullest))
+            yield join(windows.pop(fullest))
             room.pop(fullest)
     for window in windows:
-        yield _join(window)
+        yield join(window)
 
 
 def pack_text(documents: Iterable[Example], sequence_len: int) -> Iterator[Example]:
@@ -58,14 +58,15 @@ def pack_text(documents: Iterable[Example], sequence_len: int) -> Iterator[Examp
             room -= stop - start
             start = stop
             if room == 0:
-                yield _join(parts)
+                yield join(parts)
                 parts, room = [], sequence_len
-    rest = _join(parts)
+    rest = join(parts)
     if any(label != IGNORE for label in rest.labels):
         yield rest
 
 
-def _join(parts: list[Example]) -> Example:
+def join(parts: list[Example]) -> Example:
+    """One window of them all."""
     return Example(
         [i for part in parts for i in part.input_ids],
         [label for part in parts for label in part.labels],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..activations import Scheme
 from ..grid import Grid, PackedWeight, Weight
 from ..model.config import stop_ids
+from ..model.fused import Segment
 from ..model.matrices import Matrix
 from ..model.names import Part
 from ..model.tokenizer import read_tokenizer
@@ -32,14 +33,15 @@ TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shape (N, K) of a layer, its grid, whether it carries a float offset per group, and what its input is
-    on (None: it comes as it is).
+    """Shape (N, K) of a layer, its grid, whether it carries a float offset per group, what its input is on
+    (None: it comes as it is), and of a part of a fused matrix which of its rows it is.
     """
 
     shape: tuple[int, int]
     grid: Grid
     offset: bool = False
     activation: Scheme | None = None
+    rows: Segment | None = None
 
     @classmethod
     def of(cls, weight: Weight) -> "LayerSpec":
@@ -75,7 +77,8 @@ class Weights(Mapping[str, Weight]):
     def __getitem__(self, name: str) -> Weight:
         spec = self.specs[name]
         weight = self._make(name)
-        made = replace(LayerSpec.of(weight), activation=spec.activation)  # which is not in the weight
+        # What is not in the weight is the spec's own.
+        made = replace(LayerSpec.of(weight), activation=spec.activation, rows=spec.rows)
         assert made == spec, f"{name}: announced as {spec}, made {made}"
         return weight
 
@@ -113,12 +116,8 @@ class Exporter(ABC):
     # Whether its readers take dense tensors that transformers fuses while loading (the experts of a mixture)
     # beside packed layers.
     dense_experts: ClassVar[bool] = True
-    # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
-    measurable: ClassVar[bool] = True
     # Whether its servers read it only where the inputs are quantized too.
     needs_activations: ClassVar[bool] = False
-    # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
-    fused_by_servers: ClassVar[bool] = False
     # Why its readers do not run the Hadamard that r4 of quant.rotation leaves before a linear; None: they do.
     no_online: ClassVar[str | None] = "has no place for it"
     # What kind of file holds the tensors: a key of writer.CONTAINERS.
@@ -154,10 +153,6 @@ class Exporter(ABC):
         """Why this format cannot hold the grid (offset: with a float offset per group), with the way out;
         None when it can.
         """
-
-    def note(self, grid: Grid) -> str | None:
-        """What is worth knowing before a run whose grid this format can hold, but not every reader of it."""
-        return None
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         """Why this format cannot hold the grid on a layer of so many inputs, with the way out; None when it
@@ -196,6 +191,8 @@ class Exporter(ABC):
         """Why this format cannot hold a matrix that is no plain nn.Linear (experts of a mixture, Conv1D, an
         embedding), with the way out; None when it can. parts: the file tensors that make it, None when the
         files keep it in another way."""
+        if matrix.rows is not None:
+            return self.reject_part(matrix)
         if matrix.plain and not matrix.embedding:
             if parts is not None and len(parts) == 1:
                 return None
@@ -211,6 +208,14 @@ class Exporter(ABC):
             else "a Conv1D"
         )
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
+
+    def reject_part(self, matrix: Matrix) -> str:
+        """The sentence about a part of a fused matrix that is packed apart."""
+        return (
+            f"{self.name} has one tensor and one grid for {matrix.whole.rpartition('.')[2]}, and "
+            "quant.overrides gives its parts their own; give all parts the same bits, group_size and "
+            "symmetric (an override of the whole layer), or set export.format: native"
+        )
 
     def reject_experts(self, layers: Mapping[str, LayerSpec]) -> str | None:
         """Why this format cannot hold these layers together, packed experts among them, with the way out;

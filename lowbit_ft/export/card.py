@@ -23,22 +23,20 @@ from . import EXPORTERS
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
-    one that ships.
+    one that ships. method, recipe: None where a folder that no run wrote does not say them.
     """
 
     name: str
     base: str
-    method: str
+    method: str | None
     exact_merge: bool
     grid: Grid
-    recipe: str
+    recipe: str | None
     kv_cache: KVConfig | None = None
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
     """How to use the folder, for the console."""
-    if note := EXPORTERS[format].note(facts.grid):
-        return f'use it: AutoModelForCausalLM.from_pretrained("{folder}") ({note})'
     command, about = _served(facts, format, str(folder))
     return f"serve it: {command}{f'{chr(10)}  kv cache: {about}' if about else ''}"
 
@@ -71,10 +69,17 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         *((f"> {first}", "") if (first := EXPORTERS[format].read_first) else ()),
         f"# {facts.name}",
         "",
-        f"{shown(base if _is_hub_id(base) and not Path(base).exists() else Path(base).name)} fine-tuned "
-        f"with lowbit_ft: method `{facts.method}`, grid {facts.grid}.",
-        "The weights in this folder are the integers and scales the training forward ran on; nothing was "
-        "rounded afterwards."
+        f"{shown(base if _is_hub_id(base) and not Path(base).exists() else Path(base).name)} "
+        + (
+            f"packed with lowbit_ft: grid {facts.grid}."
+            if facts.method is None
+            else f"fine-tuned with lowbit_ft: method `{facts.method}`, grid {facts.grid}."
+        ),
+        "The weights in this folder are the integers and scales of the packed model it was written from; "
+        "nothing was rounded on the way."
+        if facts.method is None
+        else "The weights in this folder are the integers and scales the training forward ran on; nothing "
+        "was rounded afterwards."
         if facts.exact_merge
         else "The adapter was trained beside the quantizer, so merging it rounded the weights once more.",
         "",
@@ -104,8 +109,9 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
             cells = " | ".join(f"{values[stage].value:.5g}" if stage in values else "" for stage in stages)
             lines.append(f"| {escaped(task)} | {escaped(metric)} | {cells} |")
         lines.append("")
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", facts.recipe))])
-    lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
+    if facts.recipe is not None:
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", facts.recipe))])
+        lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
     return "\n".join(lines)
 
 

@@ -90,11 +90,6 @@ class CompressedTensors(Exporter):
             )
         return None
 
-    def note(self, grid: Grid) -> str | None:
-        if isinstance(grid, BinaryGrid) or grid.symmetric or grid.bits not in (2, 3):
-            return None
-        return "vLLM serves asymmetric weights at 4 and 8 bit only; transformers loads them all"
-
     def reject_activation(self, scheme: Scheme, grid: Grid, in_features: int | None = None) -> str | None:
         out = "or export.format: native, which lowbit-ft serve computes"
         if not scheme.dynamic:
@@ -131,6 +126,8 @@ class CompressedTensors(Exporter):
 
     def reject_matrix(self, matrix: Matrix, grid: Grid, parts: Sequence[Part] | None) -> str | None:
         native = "set export.format: native"
+        if matrix.rows is not None:
+            return self.reject_part(matrix)
         if matrix.embedding:
             return (
                 f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out "

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
-from ..model.matrices import Matrix
+from ..model.matrices import Matrix, fusions_of
 from ..model.names import Part
 from .base import Exporter, LayerSpec
 
@@ -73,6 +73,8 @@ class Layout:
 
     def _matrices(self) -> dict[str, Matrix]:
         """What every layer is in the dense model."""
+        apart = fusions_of(Matrix(name, "", spec.shape, rows=spec.rows) for name, spec in self.layers.items())
+        self.checkpoint.take_apart(apart)
         known = self.checkpoint.matrices
         for name, spec in self.layers.items():
             if name not in known or not self.checkpoint.keys_for(known[name].parameter):

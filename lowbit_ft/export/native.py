@@ -9,7 +9,8 @@ Packing is the identity. This is the format of a run's `base/` (with the residua
 and `merged/`; after `import lowbit_ft`, `AutoModelForCausalLM.from_pretrained` reads it and the model stays
 packed. config.json lists the layers of each grid by name: nothing is matched by pattern, so nothing is
 quantized or skipped by accident. What a layer's input is on stands there too, under `activations`; static
-scales are in it, as numbers. What keys and values are on is under `kv_cache`.
+scales are in it, as numbers. What keys and values are on is under `kv_cache`; which layers are parts of a
+fused matrix, and which of its rows, under `fused` (model/fused.py).
 
 Without us transformers would warn about an unknown quant_method, start from random weights and exit with 0.
 So config.json names a file of weights that is not there and whose name is the message (`STOP`, under the key
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from ..activations import Scheme, read_scheme
 from ..grid import WEIGHTS, Grid, PackedWeight, Weight, grid_from_json
-from ..model.matrices import Matrix
+from ..model.fused import Segment, check_parts
+from ..model.matrices import Matrix, fusions_of
 from ..model.names import Part
+from ..segments import is_segment
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values
 
 METHOD = "lowbit_ft"
@@ -76,7 +79,7 @@ class Native(Exporter):
             {**grid.to_json(), "offset": offset, "layers": names} for (grid, offset), names in groups.items()
         ]
         config = {"quant_method": METHOD, "version": VERSION, "grids": grids, "skipped": list(skipped)}
-        return config | activation_entry(layers)
+        return config | activation_entry(layers) | _fused_entry(layers)
 
     def folder_config(self) -> dict[str, Any]:
         return {STOP_KEY: STOP}
@@ -145,7 +148,7 @@ def layers_from_config(config: Any) -> dict[str, LayerSpec]:
             layers[name] = LayerSpec((shape[0], shape[1]), grid, offset)
     if not layers:
         raise ValueError("quantization_config.grids: lists no layer")
-    return _with_activations(layers, config.get("activations", []))
+    return _with_activations(_with_rows(layers, config.get("fused", [])), config.get("activations", []))
 
 
 def activation_entry(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
@@ -158,6 +161,49 @@ def activation_entry(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
             names.setdefault(spec.activation, []).append(name)
     entries = [{**scheme.to_json(), "layers": found} for scheme, found in names.items()]
     return {"activations": entries} if entries else {}
+
+
+def _fused_entry(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """The key `fused` of quantization_config: the rows of every part with the names of the matrices that are
+    in such parts; no key where none is."""
+    apart = fusions_of(Matrix(name, "", spec.shape, rows=spec.rows) for name, spec in layers.items())
+    alike: list[tuple[dict[str, Any], list[str]]] = []
+    for name, fusion in apart.items():
+        parts = {part: rows.to_json() for part, rows in fusion.items()}
+        found = next((names for other, names in alike if other == parts), None)
+        if found is None:
+            alike.append((parts, [name]))
+        else:
+            found.append(name)
+    return {"fused": [{"parts": parts, "layers": names} for parts, names in alike]} if alike else {}
+
+
+def _with_rows(layers: dict[str, LayerSpec], entries: Any) -> dict[str, LayerSpec]:
+    """The inverse of `_fused_entry`. ValueError naming the entry that is wrong."""
+    key, found = "quantization_config.fused", dict(layers)
+    if not isinstance(entries, list):
+        raise ValueError(f"{key}: got {type(entries).__name__}; needs a list")
+    for i, entry in enumerate(entries):
+        parts, names = (entry.get(k) if isinstance(entry, dict) else None for k in ("parts", "layers"))
+        if not isinstance(parts, dict) or not parts or not isinstance(names, list):
+            raise ValueError(f"{key}[{i}]: needs an object with `parts` and `layers`")
+        rows = {}
+        for part, row in parts.items():
+            if not is_segment(row):
+                raise ValueError(f"{key}[{i}].parts.{part}: got {row!r}; needs [start, width, count, stride]")
+            rows[part] = Segment(*row)
+        for name in names:
+            own = {f"{name}.{part}": segment for part, segment in rows.items()}
+            if lost := [one for one in own if one not in layers]:
+                raise ValueError(f"{key}[{i}]: {lost[0]!r} is no layer of grids")
+            for one, segment in own.items():
+                if found[one].rows is not None:
+                    raise ValueError(f"{key}[{i}]: {one} is listed twice")
+                if (n := layers[one].shape[0]) != segment.size:
+                    raise ValueError(f"{key}[{i}]: {one} has {n} rows; rows {segment} are {segment.size}")
+                found[one] = replace(layers[one], rows=segment)
+            check_parts(rows.values(), sum(s.size for s in rows.values()), f"{key}[{i}]: {name}")
+    return found
 
 
 def _with_activations(layers: dict[str, LayerSpec], entries: Any) -> dict[str, LayerSpec]:

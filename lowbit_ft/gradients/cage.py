@@ -32,9 +32,9 @@ from ..adapters.base import Adapter
 from ..adapters.carry import Carried
 from ..grid import PackedWeight
 from .base import Gradient, Making, Window
+from .refusals import Problem, fp32_masters, no_warmup, something_rounded
 
 CLOSED = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
-Problem = tuple[tuple[str, ...], str]  # the key of the recipe, and what is wrong with it and the way out
 
 
 class CageConfig(BaseModel):
@@ -74,19 +74,9 @@ class CageConfig(BaseModel):
 
     def problems(self, recipe: Any, kind: str) -> Iterator[Problem]:
         here = ("train", "gradient", "cage")
-        adapter = getattr(recipe, "adapter", None)
-        if adapter is not None and not adapter.code_parameters:
-            yield (
-                here,
-                f"got a pull to the codes, but {adapter.method} trains nothing that is rounded to them; use "
-                "lr_qat, dl_qat, l4q, full_qat or ef_qat, or remove cage",
-            )
-        if getattr(adapter, "warmup_steps", 0):
-            yield (
-                ("adapter", "warmup_steps"),
-                f"got {getattr(adapter, 'warmup_steps', 0)} beside gradient.cage: a warm-up rounds nothing; "
-                "set it to 0, or remove cage",
-            )
+        yield from something_rounded(recipe, here, "gradient.cage")
+        yield from no_warmup(recipe, "gradient.cage")
+        yield from fp32_masters(recipe, "gradient.cage")
         if self.form == "coupled" and kind != "backprop":
             yield (
                 (*here, "form"),

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, Field
 
 from .base import Gradient, Making
-from .cage import CLOSED, Cage, CageConfig, Problem
+from .cage import CLOSED, Cage, CageConfig
+from .refusals import Problem
 
 
 class GradientConfig(BaseModel):

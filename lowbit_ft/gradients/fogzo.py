@@ -30,9 +30,9 @@ from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
 from .backprop import Backprop
 from .base import Gradient, Making, Window, zeros
-from .cage import Problem
 from .config import GradientConfig
 from .directions import DISTRIBUTIONS, WIDTHS, direction, moved, same_draws, seeded
+from .refusals import Problem, fp32_masters, no_warmup, something_rounded
 from .zeroth_order import steps_of
 
 
@@ -58,19 +58,10 @@ class FogzoConfig(GradientConfig):
 
     def problems(self, recipe: Any) -> Iterator[Problem]:
         yield from super().problems(recipe)
-        adapter = getattr(recipe, "adapter", None)
-        if adapter is not None and not adapter.code_parameters:
-            yield (
-                ("train", "gradient", "kind"),
-                f"got 'fogzo', but {adapter.method} trains nothing that is rounded to codes, so backprop is "
-                "exact there; use lr_qat, dl_qat, l4q, full_qat or ef_qat, or kind: backprop",
-            )
-        if getattr(adapter, "warmup_steps", 0):
-            yield (
-                ("adapter", "warmup_steps"),
-                f"got {getattr(adapter, 'warmup_steps', 0)} with gradient.kind: fogzo: a warm-up rounds "
-                "nothing; set it to 0",
-            )
+        # Where nothing is rounded, backprop is exact.
+        yield from something_rounded(recipe, ("train", "gradient", "kind"), "gradient.kind: fogzo")
+        yield from no_warmup(recipe, "gradient.kind: fogzo")
+        yield from fp32_masters(recipe, "gradient.kind: fogzo")
         if recipe.train.mixed_precision == "fp16":
             yield (
                 ("train", "mixed_precision"),

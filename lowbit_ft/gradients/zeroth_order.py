@@ -33,9 +33,9 @@ from ..adapters.attach import adapted_layers
 from ..adapters.base import Adapter
 from ..adapters.carry import Carried, followed
 from .base import Gradient, Making, Window, zeros
-from .cage import Problem
 from .config import GradientConfig
 from .directions import DISTRIBUTIONS, direction, moved, same_draws
+from .refusals import Problem, fp32_masters, no_warmup
 
 
 class ZerothOrderConfig(GradientConfig):
@@ -89,7 +89,7 @@ class ZerothOrderConfig(GradientConfig):
             yield (
                 ("train", "learning_rate"),
                 "got auto, which was searched with backprop: gradient.kind: zeroth_order needs a rate of its "
-                "own; set one, for example 1e-4",
+                "own, the smaller the more numbers train; set one, for example 2e-3",
             )
         if train.max_grad_norm != 1.0:
             yield (
@@ -99,18 +99,34 @@ class ZerothOrderConfig(GradientConfig):
             )
         adapter, inputs = getattr(recipe, "adapter", None), getattr(recipe, "quant", None)
         learns = inputs is not None and inputs.activations is not None and inputs.activations.learn
-        if self.scope == "scales" and adapter is not None and not adapter.trains_scales and not learns:
+        # Without quant nobody knows what of the inputs learns; then the model says it (ZerothOrder).
+        trains = learns or inputs is None or getattr(adapter, "trains_scales", True)
+        if self.scope == "scales" and adapter is not None and not trains:
             yield (
                 ("train", "gradient", "scope"),
                 f"got 'scales', but {adapter.method} trains none here; set scope: adapters, or a method that "
                 "trains its scales (adapter.train_scale: true)",
             )
-        if steps := getattr(adapter, "warmup_steps", 0):
+        if adapter is not None and adapter.ternary:
             yield (
-                ("adapter", "warmup_steps"),
-                f"got {steps} with gradient.kind: zeroth_order, whose scales would learn from "
-                "forwards that do not use them; set it to 0",
+                ("train", "gradient", "kind"),
+                f"got 'zeroth_order', which moves by small amounts, and the numbers of adapter "
+                f"{adapter.method} are -1, 0 and 1; set kind: backprop",
             )
+        if self.scope == "scales" and adapter is not None and adapter.dense_delta:
+            yield (
+                ("train", "gradient", "scope"),
+                f"got 'scales' with adapter {adapter.method}, whose dense part would be held and never "
+                "trained; set adapter.method: scale, or scope: adapters",
+            )
+        if self.scope == "scales" and self.cage is not None:
+            yield (
+                ("train", "gradient", "cage"),
+                "got a pull of what moves codes beside scope: scales, which trains nothing that does; remove "
+                "cage, or set scope: adapters",
+            )
+        yield from no_warmup(recipe, "gradient.kind: zeroth_order")
+        yield from fp32_masters(recipe, "gradient.kind: zeroth_order")
 
     @property
     def masters(self) -> int:

@@ -39,6 +39,7 @@ class GridArgs:
     delta: Tensor | None = None  # [R, K] in grid steps, instead of a and b
     rows: Tensor | None = None  # int64 [R]: whose delta it is; None: of all rows
     codes: Tensor | None = None  # [N, W]: the codes to start from; None: the base's
+    from_codes: bool = False  # D counts from the codes: the base's residual is left out
     gain: float = 1.0
     units: str = "grid"
     unit: Tensor | None = None  # [G, N]: what D is counted in, of units "weight"; None: the base's scale
@@ -183,10 +184,13 @@ class PackedWeight(_Tensors):
     def on_grid(self, args: GridArgs) -> GridWeight:
         """The weight that args ask for, as the grid ops take it."""
         codes, unit = self.codes if args.codes is None else args.codes, args.unit
-        base = (codes, self.residual, self.scale if unit is None else unit, self.zero)
+        residual = None if args.from_codes else self.residual
+        base = (codes, residual, self.scale if unit is None else unit, self.zero)
         moved = (args.a, args.b, args.delta, args.rows)
         trained = (args.scale, args.zero, args.offset, args.gain, args.units)
-        return GridWeight(*base, *moved, *trained, self.grid.bits, self.grid.residual_bits)
+        return GridWeight(
+            *base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits
+        )
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:

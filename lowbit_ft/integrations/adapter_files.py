@@ -22,6 +22,7 @@ from ..adapters import ADAPTERS, AdapterConfig
 from ..adapters.attach import adapted_names
 from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
+from ..adapters.patterns import PATTERNS
 from ..files.atomic import leftover_of, staged_folder
 from ..files.errors import writing
 from ..files.jsonfile import read_json
@@ -37,6 +38,12 @@ PEFT_TYPE = "LOWBIT"
 # Keys of a recipe that say where an adapter goes, what it started from and in which parts a matrix is:
 # target_modules, the tensors and `segments` tell that here.
 NOT_OPTIONS = ("targets", "init_from", "segments")
+# Keys that many methods of PEFT share and ours has not, with the way out. None and "none" say what it does.
+OF_OTHER_METHODS = {
+    "bias": "biases stay as they are beside packed weights; leave it out",
+    "layers_to_transform": "name the layers in target_modules, as a regex: r'.*layers\\.(0|1)\\..*'",
+    "layers_pattern": "name the layers in target_modules, as a regex",
+}
 
 CARD_FILE = "README.md"
 IMPORT_FIRST = (
@@ -87,9 +94,21 @@ def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str
     raise ValueError("\n".join(lines))
 
 
+def refuse_keys_of_others(keys: dict[str, Any]) -> None:
+    """TypeError, by which PEFT's callers find out whether a method has a key, for one of OF_OTHER_METHODS;
+    those that say what is done anyway are taken out of `keys`."""
+    for key, way_out in OF_OTHER_METHODS.items():
+        if keys.pop(key, None) not in (None, "none"):
+            raise TypeError(f"LowBitConfig has no {key}: {way_out}")
+
+
 def adapter_options(config: AdapterConfig) -> dict[str, Any]:
-    """Every key of the method, defaults too: a later change of a default must not change a saved adapter."""
-    return config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS})
+    """Every key of the method, defaults too: a later change of a default must not change a saved adapter.
+    Patterns where there are some, as pairs in their order.
+    """
+    found = config.model_dump(mode="json", exclude={"method", *NOT_OPTIONS, *PATTERNS})
+    patterns = {key: getattr(config, key, {}) for key in PATTERNS}
+    return found | {key: [list(pair) for pair in value.items()] for key, value in patterns.items() if value}
 
 
 def with_parts(config: AdapterConfig, plan: Mapping[str, Parts]) -> AdapterConfig:

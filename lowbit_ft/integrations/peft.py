@@ -6,13 +6,11 @@
     model.merge_and_unload()                                # packed integers, no adapter, no residual
 
 A LowBitLinear wraps a PackedLinear (`base_layer`) and holds one Adapter per name in `lowbit_adapters`.
-One of them is active at a time: adapters of this kind decide how the weight is *rounded*, and round(a + b)
-is not round(a) + round(b), so two cannot be added. For the same reason unmerging cannot subtract: a merge
-leaves the base alone and is forgotten.
+One is active at a time: they decide how the weight is *rounded*, and round(a + b) is not round(a) + round(b),
+so two cannot be added, and unmerging cannot subtract: a merge leaves the base alone and is forgotten.
 
-`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). What is extended in
-PEFT itself is in peft_extend.py. A training loop that is not ours tells l4q's warm-up its steps with
-`model.begin_step(step)`, or with the Trainer callback of callbacks.py.
+`modules_to_save` and `trainable_token_indices` train beside the integers (peft_whole.py). A loop that is not
+ours tells l4q's warm-up its steps with `model.begin_step(step)`, or by callbacks.py.
 """
 
 import warnings
@@ -32,8 +30,10 @@ from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
 from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
+from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
 from ..grid import Weight
+from ..model.fused import Fused
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from ..segments import layout, read_layout, segments_of
 from .adapter_files import (
@@ -43,11 +43,14 @@ from .adapter_files import (
     adapter_options,
     check_adapter,
     read_adapter,
+    refuse_keys_of_others,
     refuse_other_base,
     say_on_card,
     with_parts,
     write_adapter,
 )
+from .lora_names import from_lora
+from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
 from .peft_layer import LowBitLinear, deployed, one_name, outside_hosts, packed_hosts
 from .peft_whole import resized_keys, settle_whole, whole_keys
@@ -57,16 +60,16 @@ __all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write
 
 @dataclass(init=False)
 class LowBitConfig(PeftConfig):
-    """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}.
+    """method: a name of ADAPTERS; its own keys as keywords (rank=8) or in options={"rank": 8}. Those of
+    LoraConfig (r, lora_alpha) are understood where they mean the same (lora_names.py).
 
     target_modules: names (ends of layer names), a regex, or None for every packed layer; exclude_modules
     likewise. modules_to_save: names of dense modules that are trained whole and saved with the adapter (a new
     head); trainable_token_indices: tokens whose rows of the embedding are trained, a list or {module: list}.
     A tied head stays tied. segments: "auto" gives a matrix that is several in one (q, k and v; gate and up)
     an A and a B of `rank` for each of them, by torch.export of the model's config; in a saved config it is
-    the list that was found. base_digest is filled in by get_peft_model and names the packed base; another
-    base is refused when the adapter is loaded. ValueError with one line per key or value that the method
-    does not have.
+    the list that was found. base_digest, filled in by get_peft_model, names the packed base; another is
+    refused when the adapter is loaded. ValueError with a line per key or value that the method has not.
     """
 
     method: str = "lr_qat"
@@ -91,8 +94,7 @@ class LowBitConfig(PeftConfig):
         **others: Any,
     ):
         ours = {f.name for f in fields(PeftConfig)}
-        # Only a saved config names its peft_type: its tensors come from a file.
-        self.restored = "peft_type" in others
+        self.restored = "peft_type" in others  # of a saved config: its tensors come from a file
         super().__init__(**{key: value for key, value in others.items() if key in ours})
         self.peft_type = PeftType[PEFT_TYPE]
         keys = {key: value for key, value in others.items() if key not in ours}
@@ -102,10 +104,12 @@ class LowBitConfig(PeftConfig):
                 stacklevel=2,
             )
             keys = {}
+        keys = from_lora(method, keys)
         if twice := sorted(keys.keys() & (options or {}).keys()):
             raise ValueError(
                 f"LowBitConfig: {', '.join(twice)} given both in options and as a keyword; give each once"
             )
+        refuse_keys_of_others(keys)
         if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
             raise ValueError(
                 f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: "
@@ -245,7 +249,12 @@ class LowBitModel(BaseTuner):
         for name, module in outside_hosts(model, hosts):
             if not self._check_target_module_exists(peft_config, name):
                 continue
-            if name not in hosts:
+            if isinstance(module, Fused):
+                problems.append(
+                    f"{name}: its parts are packed apart, and each has an adapter of its own; name these: "
+                    f"{', '.join(module.fusion)}"
+                )
+            elif name not in hosts:
                 problems.append(
                     f"{name}: a {type(module).__name__}, not a packed linear layer; "
                     "quantize it, or leave it out of target_modules"
@@ -295,7 +304,13 @@ class LowBitModel(BaseTuner):
             wrapped = LowBitLinear(target).train(target.training)
             self._replace_module(parent, target_name, wrapped, target)
             target = wrapped
-        target.update_layer(adapter_name, peft_config.by_layer[current_key].of_layer(current_key))
+        config = peft_config.by_layer[current_key]
+        if not peft_config.inference_mode and (master := held_short(config)) is not None:
+            raise ValueError(
+                f"master: got {master!r}, which is for the AdamW of `lowbit-ft run` alone: any other loses "
+                "the steps that it rounds away; set master: fp32"
+            )
+        target.update_layer(adapter_name, config.of_layer(current_key))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -313,6 +328,10 @@ class LowBitModel(BaseTuner):
         """
         layers = [layer for layer in self.model.modules() if isinstance(layer, LowBitLinear)]
         return [one for layer in layers for one in layer.begin_step(step)]
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """(adapters, weights, adapter_name): their weighted sum as one more, where that is exact."""
+        add_weighted_adapter(self, *args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ its own.
 - the PeftType enum and the method table, so that "LOWBIT" has a config and a model (the enum has no other way
   in);
 - the count of print_trainable_parameters, which sees Parameters and would leave out the packed weights;
+- save_pretrained, which would write a pickle where it is asked for one (safe_serialization=False): refused;
 - prepare_model_for_kbit_training, which switches checkpointing on for the methods it lists: for a packed
   model it does what it does for 4-bit bitsandbytes. The sign it reads (`is_loaded_in_4bit`) is up during the
   call only: left up, TRL would cast the adapters' fp32 masters to bfloat16;
@@ -34,6 +35,7 @@ def extend(config_class: type[PeftConfig], model_class: type[BaseTuner]) -> None
         return
     _add_method(config_class, model_class)
     PeftModel.get_nb_trainable_parameters = _count_packed(PeftModel.get_nb_trainable_parameters, model_class)
+    PeftModel.save_pretrained = _no_pickle(PeftModel.save_pretrained, model_class)
     PeftModel.load_adapter = _where_it_lies(PeftModel.load_adapter)
     from_there = classmethod(_from_where_it_lies(PeftModel.from_pretrained.__func__))
     PeftModel.from_pretrained = from_there  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,6 +62,21 @@ def _count_packed(plain: Callable[[PeftModel], Any], model_class: type[BaseTuner
         return trainable, total
 
     return counted
+
+
+def _no_pickle(plain: Callable[..., None], model_class: type[BaseTuner]) -> Any:
+    @functools.wraps(plain)
+    def save_pretrained(
+        self: PeftModel, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        if not safe_serialization and isinstance(self.base_model, model_class):
+            raise ValueError(
+                "safe_serialization=False: no pickle is written or read here; leave it out, and the adapter "
+                "is saved as safetensors"
+            )
+        plain(self, save_directory, safe_serialization, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _from_within(function: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

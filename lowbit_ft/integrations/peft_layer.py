@@ -5,6 +5,7 @@ cast what they move; the ones that matter are replaced here. Adapters keep fp32 
 integers.
 """
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
         self.untrained[adapter_name] = frozenset(
             n for n, p in adapter.named_parameters() if not p.requires_grad
         )
-        self.lowbit_adapters[adapter_name] = adapter.requires_grad_(False)
+        self.lowbit_adapters[adapter_name] = adapter.requires_grad_(False).train(self.training)
 
     def adapter_named(self, names: str | list[str]) -> tuple[str, Adapter] | None:
         """The one adapter of `names`, if this layer has it. ValueError for more than one name."""
@@ -105,9 +106,12 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Make the packed weight of one adapter; the base stays. ValueError when another one is merged."""
         found = self.adapter_named(self.active_adapters if adapter_names is None else adapter_names)
-        if found is None or self.merged_adapters == [found[0]]:
+        if found is None:
             return
         name, adapter = found
+        if self.merged_adapters == [name]:  # in PEFT's words, which its users filter
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+            return
         if self.merged_adapters:
             raise ValueError(
                 f"adapter {self.merged_adapters[0]!r} is merged; "
@@ -119,8 +123,9 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
                 "call model.begin_step(step) before every optimizer step, or set warmup_steps: 0"
             )
         if safe_merge and not all(torch.isfinite(p).all() for p in adapter.parameters()):
-            raise ValueError(
-                f"adapter {name!r} has NaN or Inf: its training diverged, and there is nothing to merge"
+            raise ValueError(  # in PEFT's words, which its users catch
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: NaN or Inf, "
+                "its training diverged"
             )
         with in_memory(self.base_layer):
             self.merged_weight, self.merged_adapters = adapter.merge(self.base_layer.base), [name]

@@ -38,14 +38,15 @@ from ..export.native import METHOD, STOP_KEY, VERSION, Native, layers_from_confi
 from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
 from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
+from ..model.fused import Fusion, check_parts, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
-from ..model.matrices import find_matrices, stand_in
+from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..rotations import OnlineHadamard
 
 Spec = TypeVar("Spec")  # of a layer, or nothing
 
 
-class LowbitConfig(QuantizationConfigMixin):
+class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder: the layers of each grid, by name (see export/native.py)."""
 
     def __init__(
@@ -56,6 +57,7 @@ class LowbitConfig(QuantizationConfigMixin):
         activations: Any = None,
         hadamard: Any = (),
         kv_cache: Any = None,
+        fused: Any = None,
         **kwargs: Any,
     ):
         if unknown := sorted(set(kwargs) - {"quant_method"}):
@@ -64,6 +66,8 @@ class LowbitConfig(QuantizationConfigMixin):
         self.version, self.grids, self.skipped = version, grids, list(skipped)
         if activations is not None:
             self.activations = activations
+        if fused is not None:
+            self.fused = fused
         if kv_cache is not None:
             self.kv_cache = KVConfig.from_json(kv_cache).to_json()
         layers = layers_from_config(self.to_dict())  # refuses a damaged one here, before a model is built
@@ -73,10 +77,11 @@ class LowbitConfig(QuantizationConfigMixin):
             self.hadamard = list(hadamard)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LowbitConfig":
+    def of(cls, model: nn.Module) -> "PackedConfig":
         """The configuration of a model's packed layers."""
+        parts = part_rows(model)
         layers = {
-            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer))
+            name: replace(LayerSpec.of(layer.base), activation=scheme_of(layer), rows=parts.get(name))
             for name, layer in packed_layers(model)
         }
         skipped = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -89,19 +94,19 @@ class LowbitConfig(QuantizationConfigMixin):
         return layers_from_config(self.to_dict())
 
 
-class LowbitQuantizer(HfQuantizer):
+class PackedQuantizer(HfQuantizer):
     """Replaces the listed Linears before loading, and checks what was loaded."""
 
     requires_calibration = True  # reads packed checkpoints; making them is `lowbit-ft quantize`
 
-    quantization_config: LowbitConfig
+    quantization_config: PackedConfig
 
-    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any):
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         if not kwargs.get("pre_quantized", True):
             raise ValueError(
-                f"{METHOD} reads packed folders and does not pack while loading: run `lowbit-ft quantize` "
-                "on a recipe with this "
-                "checkpoint, and load the base/ folder it writes"
+                f"{METHOD} reads packed folders, and this checkpoint is dense: to pack it while it loads "
+                "give quantization_config=lowbit_ft.LowBitQuantConfig(bits=4), or pack it first "
+                "(lowbit-ft quantize MODEL) and load the folder that it writes"
             )
         super().__init__(quantization_config, **kwargs)
 
@@ -117,39 +122,7 @@ class LowbitQuantizer(HfQuantizer):
         layers, new = named_in(model, self.quantization_config.layers), frozenset[str]()
         if (writer := other_writer(model)) is not None:
             layers, new = in_another_class(model, writer, layers)
-        stand_in(model, layers)
-        for name, spec in layers.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(
-                    f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
-                ) from None
-            found = (
-                tuple(linear.weight.shape)
-                if isinstance(linear, nn.Linear | nn.Embedding)
-                else type(linear).__name__
-            )
-            if found != spec.shape:
-                raise ValueError(
-                    f"quantization_config: layer {name} is {spec.shape}; this model's is {found}"
-                )
-            if isinstance(linear, nn.Embedding):
-                base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
-                packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
-            else:
-                bias = linear.bias
-                packed = PackedLinear.empty(
-                    spec.shape[1],
-                    spec.shape[0],
-                    bias is not None,
-                    spec.grid,
-                    "meta",
-                    linear.weight.dtype if bias is None else bias.dtype,
-                    spec.offset,
-                )
-                place(packed, spec.activation)
-            model.set_submodule(name, packed)
+        put_empty(model, layers)
         turned = named_in(model, dict.fromkeys(getattr(self.quantization_config, "hadamard", ())))
         for name in turned.keys() & layers.keys():
             model.get_submodule(name).input_transform = OnlineHadamard()
@@ -180,7 +153,7 @@ class LowbitQuantizer(HfQuantizer):
                 "merge them first "
                 "(lowbit_ft.merge writes the merged folder)"
             )
-        self.quantization_config = model.config.quantization_config = LowbitConfig.of(model)
+        self.quantization_config = model.config.quantization_config = PackedConfig.of(model)
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -192,16 +165,74 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
 
+def put_empty(model: Any, layers: dict[str, LayerSpec]) -> None:
+    """Put packed layers without values (on meta) in the place of these. ValueError for one that the model has
+    not, or has in another shape."""
+    stand_in(model, layers, fusions_for(model, layers))
+    for name, spec in layers.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
+            ) from None
+        found = (
+            tuple(linear.weight.shape)
+            if isinstance(linear, nn.Linear | nn.Embedding)
+            else type(linear).__name__
+        )
+        if found != spec.shape:
+            raise ValueError(f"quantization_config: layer {name} is {spec.shape}; this model's is {found}")
+        if isinstance(linear, nn.Embedding):
+            base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
+            packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
+        else:
+            bias = linear.bias
+            packed = PackedLinear.empty(
+                spec.shape[1],
+                spec.shape[0],
+                bias is not None,
+                spec.grid,
+                "meta",
+                linear.weight.dtype if bias is None else bias.dtype,
+                spec.offset,
+            )
+            place(packed, spec.activation)
+        model.set_submodule(name, packed)
+
+
 def named_in(model: Any, layers: dict[str, Spec]) -> dict[str, Spec]:
     """The layers under the names they have in this model. A folder written with the head on is also read
     without it (AutoModel), and the other way round: the decoder's prefix is then one more, or one less, in
     the names."""
     prefix, known = f"{model.base_model_prefix}.", find_matrices(model)
 
-    def here(name: str) -> str:
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), name)
+    def here(name: str, spec: Spec) -> str:
+        whole = whole_of(name, spec)
+        found = next((n for n in (whole, whole.removeprefix(prefix), prefix + whole) if n in known), whole)
+        return found + name.removeprefix(whole)
 
-    return {here(name): spec for name, spec in layers.items()}
+    return {here(name, spec): spec for name, spec in layers.items()}
+
+
+def whole_of(name: str, spec: Any) -> str:
+    """The linear of the dense model that a layer is, or is a part of."""
+    return name if getattr(spec, "rows", None) is None else name.rpartition(".")[0]
+
+
+def fusions_for(model: Any, layers: dict[str, LayerSpec]) -> dict[str, Fusion]:
+    """The matrices of this model that are in parts. ValueError where it has no such, or other rows."""
+    apart = fusions_of(Matrix(name, "", spec.shape, rows=spec.rows) for name, spec in layers.items())
+    known = find_matrices(model)
+    for name, fusion in apart.items():
+        matrix = known.get(name)
+        if matrix is None or matrix.expert is not None or matrix.embedding:
+            raise ValueError(
+                f"quantization_config.fused: {name} is no linear of this {type(model).__name__}, so it has "
+                "no parts"
+            )
+        check_parts(fusion.values(), matrix.shape[0], f"quantization_config.fused: {name}")
+    return apart
 
 
 def other_writer(model: Any) -> frozenset[str] | None:
@@ -232,7 +263,8 @@ def in_another_class(
         for key in model.state_dict().keys() - set(model.all_tied_weights_keys)
         if key.removeprefix(prefix) not in writer and key.rpartition(".")[0] not in kept
     )
-    gone = [name for name in layers if name not in known and f"{name.removeprefix(prefix)}.weight" in writer]
+    wholes = {name: whole_of(name, spec) for name, spec in layers.items()}
+    gone = [n for n, w in wholes.items() if w not in known and f"{w.removeprefix(prefix)}.weight" in writer]
     kind = f"this folder was written by {', '.join(model.config.architectures)}, and {type(model).__name__}"
     if new:
         warnings.warn(
@@ -248,7 +280,7 @@ def in_another_class(
 def mark_packed(model: Any) -> None:
     """Tell transformers that a model of PackedLinears, however it was made, is quantized by us: its
     save_pretrained then writes a native folder."""
-    model.hf_quantizer = LowbitQuantizer(LowbitConfig.of(model), pre_quantized=True)
+    model.hf_quantizer = PackedQuantizer(PackedConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
     leave_out_of_ddp(model)
     model.config.quantization_config = model.hf_quantizer.quantization_config
@@ -315,5 +347,5 @@ def check_headers(
 
 # Not the register_* functions of transformers as decorators: they refuse a second time, and a module may be
 # imported again (importlib.reload, a notebook); the two dicts are what those functions fill.
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowbitConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = LowbitQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer

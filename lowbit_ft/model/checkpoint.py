@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..files.tensorfile import CheckpointError
 from ..grid import IntGrid, PackedWeight
 from .config import CONFIG, check_counts, load_config, read_config
+from .fused import Fusion, check_parts
 from .hub import locate
 from .matrices import Matrix, find_matrices
 from .meta import meta_model
@@ -58,6 +60,7 @@ class Checkpoint(TensorFiles):
         self.config, self.dtype = config, dtype
         self._plan: dict[str, Source] | None = None
         self._matrices: dict[str, Matrix] = {}
+        self._fusions: dict[str, Fusion] = {}
         self._experts: Counter[str] = Counter()  # 3-D parameter -> its number of experts
 
     @classmethod
@@ -91,6 +94,7 @@ class Checkpoint(TensorFiles):
             self.check()
             self._plan = weight_sources(model, self.entries, self.folder)
             self._matrices = find_matrices(model)
+            self.take_apart(self._fusions)
             self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
         return model.eval()
 
@@ -176,9 +180,23 @@ class Checkpoint(TensorFiles):
 
     @property
     def matrices(self) -> dict[str, Matrix]:
-        """Every matrix of the model that can be packed, by the name of its linear."""
+        """Every matrix of the model that can be packed, by the name of its linear; and the parts of those
+        that were taken apart."""
         self._sources()
         return self._matrices
+
+    def take_apart(self, fusions: Mapping[str, Fusion]) -> None:
+        """From here on know the parts of these matrices too. ValueError for parts that are none of this
+        model."""
+        self._fusions |= fusions
+        if self._plan is None:
+            return  # empty_model will
+        for name, fusion in fusions.items():
+            matrix = self._matrices.get(name)
+            if matrix is None or matrix.expert is not None or matrix.embedding:
+                raise ValueError(f"{name}: the checkpoint's model has no such linear to be taken apart")
+            check_parts(fusion.values(), matrix.shape[0], name)
+            self._matrices |= matrix.parts(fusion)
 
     def stored_matrix_dtype(self, layer: str) -> torch.dtype:
         """The dtype in which `matrix` can be read as it is in the files: theirs, or a wider one for bytes and
@@ -189,23 +207,29 @@ class Checkpoint(TensorFiles):
         return torch.bfloat16 if dtype.itemsize == 1 else torch.float32 if dtype.itemsize > 4 else dtype
 
     def row_blocks(self, layer: str, limit: int | None) -> list[tuple[int, int] | None]:
-        """(first, last) rows of the matrix of a linear that `matrix` can read by themselves, each of about
-        `limit` bytes in the files; [None], all at once, where it is small, kept in another way than as one
-        tensor, or limit is None."""
+        """(first, last) rows of the matrix of a linear (of the whole one, where it is a part) that `matrix`
+        can read by themselves, each of about `limit` bytes in the files; [None], all at once, where it is
+        small, kept in another way than as one tensor, or limit is None."""
         matrix = self.matrices[layer]
         source = self._sources().get(matrix.parameter)
-        n = matrix.shape[0]
+        n, part = matrix.shape[0], matrix.rows
+        begin = 0 if part is None else part.start
         if (
             limit is None
-            or not matrix.plain
+            or matrix.expert is not None
+            or matrix.transposed
+            or (part is not None and part.count > 1)
             or source is None
             or source.converter is not None
             or self.packed_key(matrix.parameter)
         ):
             return [None]
-        count = min(n, -(-self.entry(source.keys[0][0]).nbytes // limit))
+        nbytes = self.entry(source.keys[0][0]).nbytes * n // self.matrices[matrix.whole].shape[0]
+        count = min(n, -(-nbytes // limit))
         step = -(-n // count)
-        return [None] if count <= 1 else [(first, min(first + step, n)) for first in range(0, n, step)]
+        if count <= 1 and part is None:
+            return [None]
+        return [(begin + first, begin + min(first + step, n)) for first in range(0, n, step)]
 
     def matrix(
         self,
@@ -226,6 +250,7 @@ class Checkpoint(TensorFiles):
         else:
             value = self._expert(matrix, device, dtype or self.dtype)
         value = value.t().contiguous() if matrix.transposed else value
+        value = value if matrix.rows is None else matrix.rows.of(value)
         if value.shape != matrix.shape:
             raise CheckpointError(
                 f"{self.origin(matrix.parameter)} makes a matrix {list(value.shape)}, but config.json "

@@ -59,7 +59,8 @@ class InputGrid(nn.Module):
         return False
 
     def shared_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., K] -> (codes int8 [..., K], scale fp32 [..., 1] or [1]); asked for where `one_scale`."""
+        """x [..., K] -> (codes int8 [..., K], scale fp32 [..., 1], NaN where x holds one); asked for where
+        `one_scale`."""
         raise AssertionError(f"{type(self).__name__} has no codes")
 
 
@@ -116,6 +117,12 @@ class PackedLinear(nn.Module):
         tensors = {name: held[name] for name in self._names}
         shape = (self.out_features, self.in_features)
         return WEIGHTS[self.grid.kind](shape=shape, grid=self.grid, **tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def fill(self, base: Weight) -> None:
+        """Take this weight as the base: a layer made by `empty` for its shape and grid."""
+        tensors = base.to_tensors()
+        assert tuple(tensors) == self._names and base.grid == self.grid, base.grid
+        self._buffers.update(tensors)
 
     @property
     def has_residual(self) -> bool:

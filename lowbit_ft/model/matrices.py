@@ -1,13 +1,16 @@
 """Which matrices of a model can be packed, and the plain nn.Linear that stands in for one that is kept
 another way.
 
-Three ways of keeping a matrix occur in transformers, and all become one before anything is packed:
+Three ways of keeping a matrix occur in transformers, and all become one before anything is packed; a matrix
+that is several in one may be taken apart besides (fused.py):
 
     nn.Linear                weight [N, K]                                               as it is
     Conv1D (GPT-2)           weight [K, N]                                               a StandIn: nn.Linear,
                              transposed
     experts of a mixture     gate_up_proj [E, N, K] (gpt-oss: [E, K, N]), down_proj      experts.Experts: 2 E
                              StandIns
+    parts of one of the      some rows of it                                             fused.Fused: a
+    first two                                                                            StandIn for each
 
 So quantize, gptq, attach, merge and the readers see linears with names, `<experts>.3.down_proj` among them,
 and PackedLinear stays the one layer class. `find_matrices` says which parameter of the dense model each of
@@ -15,12 +18,13 @@ them is (a part of); `refused` names what has the look of a weight matrix and ca
 ways. Letters: N out features, K in features, E experts.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from .experts import Experts, StandIn, is_experts, projections
+from .fused import Fused, Fusion, Segment
 
 # Subclasses of nn.Linear whose own forward is x W^T + b all the same.
 _PLAIN_FORWARDS = frozenset({"FalconLinear"})
@@ -30,7 +34,7 @@ _PLAIN_FORWARDS = frozenset({"FalconLinear"})
 class Matrix:
     """A matrix [N, K] that is multiplied with. name: the linear's; parameter: the dense model's parameter
     that it is, or (expert not None) the row of it that it is; transposed: kept there as [K, N]. embedding: it
-    is looked up, not multiplied with."""
+    is looked up, not multiplied with. rows: of a part of a fused matrix, which rows of that one it is."""
 
     name: str
     parameter: str
@@ -38,11 +42,49 @@ class Matrix:
     expert: int | None = None
     transposed: bool = False
     embedding: bool = False
+    rows: Segment | None = None
 
     @property
     def plain(self) -> bool:
         """The parameter is the matrix."""
-        return self.expert is None and not self.transposed
+        return self.expert is None and not self.transposed and self.rows is None
+
+    @property
+    def whole(self) -> str:
+        """The linear of the dense model that it is, or is a part of."""
+        return self.name if self.rows is None else self.name.rpartition(".")[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those by which patterns of a recipe may mean it."""
+        return (self.name,) if self.rows is None else (self.name, self.whole)
+
+    def parts(self, fusion: Fusion) -> dict[str, "Matrix"]:
+        """The parts of a fused matrix, by name."""
+        assert self.expert is None and not self.embedding, self.name
+        k = self.shape[1]
+        made = [
+            replace(self, name=f"{self.name}.{part}", shape=(rows.size, k), rows=rows)
+            for part, rows in fusion.items()
+        ]
+        return {matrix.name: matrix for matrix in made}
+
+
+def in_parts(matrices: Mapping[str, Matrix], fusions: Mapping[str, Fusion]) -> dict[str, Matrix]:
+    """With the parts of these matrices in their places."""
+    found: dict[str, Matrix] = {}
+    for name, matrix in matrices.items():
+        found |= matrix.parts(fusions[name]) if name in fusions else {name: matrix}
+    return found
+
+
+def fusions_of(matrices: Iterable[Matrix]) -> dict[str, Fusion]:
+    """The parts among these, by the name of the matrix that they are parts of."""
+    found: dict[str, dict[str, Segment]] = {}
+    for matrix in matrices:
+        if matrix.rows is not None:
+            found.setdefault(matrix.whole, {})[matrix.name.rpartition(".")[2]] = matrix.rows
+    return dict(found)
 
 
 def find_matrices(model: nn.Module) -> dict[str, Matrix]:
@@ -127,12 +169,17 @@ def _is_large(parameter: nn.Parameter) -> bool:
     return sum(size >= 32 for size in parameter.shape) >= 2
 
 
-def stand_in(model: nn.Module, names: Collection[str]) -> None:
+def stand_in(model: nn.Module, names: Collection[str], fusions: Mapping[str, Fusion] | None = None) -> None:
     """Exchange the Conv1Ds and experts that hold matrices of these names for StandIns: linears on the meta
-    device, of the dtype of what they stand for. Experts are exchanged whole."""
-    wanted = set(names)
+    device, of the dtype of what they stand for. Experts are exchanged whole. fusions: matrices that come in
+    these parts."""
+    wanted, apart = set(names), fusions or {}
     for name, module in list(model.named_modules()):
-        if is_conv1d(module) and name in wanted:
+        if name in apart:
+            bias, dtype = module.bias, module.weight.dtype
+            k = module.nx if is_conv1d(module) else module.in_features
+            model.set_submodule(name, Fused(apart[name], k, bias, dtype))  # pyright: ignore[reportArgumentType]
+        elif is_conv1d(module) and name in wanted:
             n, k = module.nf, module.nx
             linear = StandIn(k, n, bias=False, device="meta", dtype=module.weight.dtype)  # pyright: ignore[reportArgumentType]
             linear.bias = module.bias  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,6 +9,11 @@ from ..files.tensorfile import CheckpointError
 from .hub import refuse_irregular
 
 
+def pad_id(tokenizer: Any) -> int:
+    """The padding token; pads are never targets, so the end-of-text token or 0 does as well."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def read_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder. CheckpointError when none loads, or when what loads encodes nothing: a value
     of tokenizer_config.json may be of a kind that only shows then."""

@@ -78,6 +78,7 @@ class End(torch.autograd.Function):
 def targets_without_data(windows: int, length: int) -> Targets:
     """Every position a target, as fake tensors: the most that a batch can have."""
     targets = Targets.__new__(Targets)
+    targets.batch = None
     targets.where = [i for i in range(windows * length) if (i + 1) % length]
     targets.positions, targets.tokens = (torch.empty(len(targets.where), dtype=torch.int64) for _ in range(2))
     targets.counted = torch.empty(len(targets.where), dtype=torch.bool)

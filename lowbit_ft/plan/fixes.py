@@ -14,11 +14,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..grid import GRIDS
+from ..export import EXPORTERS
+from ..grid import GRIDS, IntGrid
+from ..model.matrices import Matrix
 from ..recipe.recipe import Recipe, check_recipe
 from .plan import Card, Plan, plan
 
 Changes = dict[str, Any]
+TABLE = Matrix("embedding", "embedding.weight", (1, 1), embedding=True)
 MOST_WINDOWS = 64  # per forward; nobody asks for more
 _LONGEST = 1 << 20  # tokens; further than any model here reads
 _VERIFIED = 24  # combinations that are really planned before the search gives up
@@ -190,8 +193,9 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
     for bits in (b for b in (2, 1, 0) if quant.keeps_residual and b < quant.residual_bits):
         yield {"quant.residual_bits": bits}, "small updates round more coarsely; ships at the same size", True
     if GRIDS[quant.grid].packs_tables:
+        tables = EXPORTERS[recipe.export.format].reject_matrix(TABLE, IntGrid(bits=8), None) is None
         for bits in (8, 4):
-            if quant.embeddings is None or quant.embeddings > bits:
+            if tables and (quant.embeddings is None or quant.embeddings > bits):
                 yield {"quant.embeddings": bits}, f"token embedding rounded to {bits} bits", True
             if quant.lm_head is None or quant.lm_head > bits:
                 yield {"quant.lm_head": bits}, f"output head rounded to {bits} bits", True

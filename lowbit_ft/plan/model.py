@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
 from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
-from ..model.matrices import find_matrices, stand_in
+from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
 from ..quantize.table import plan_layers
@@ -79,6 +79,7 @@ class Skeleton:
     rows: list[PlanRow]
     held: dict[str, int]
     trained: list[int]
+    trained_bytes: int  # of all of them; their gradients are as large
     block_bytes: dict[str, list[int]]  # kind -> [frozen bytes, trained elements] of one layer
     largest: int  # elements of the largest matrix to be packed
     dense_block: int  # bytes of the largest decoder layer in model.dtype
@@ -100,7 +101,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
-    targets, skipped = plan_layers(dense, recipe.quant)
+    targets, skipped = plan_layers(dense, recipe.quant, folder)
     prefix, layers = decoder_layers(dense)
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
     outside = []
@@ -122,12 +123,14 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        grids = [_asked(recipe, config, f"{name}.", n, segments) for n in inside[index]]
+        own = {n: targets[f"{name}.{n}"] for n in inside[index]}
+        grids = [_asked(recipe, config, n, matrix, segments) for n, matrix in own.items()]
         like = repr((grids, kind_of(layer)))
         key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
-            stand_in(module, inside[index])
+            apart = fusions_of(replace(matrix, name=n) for n, matrix in own.items())
+            stand_in(module, own, apart)
             _pack(module, grids, dtype)
             put_online(module, f"{name}.", online)
             if kv_cache is not None:
@@ -138,7 +141,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     shell = copy.copy(dense)  # its own dict of modules, so that the cached one stays dense
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
-    _pack(rest, [_asked(recipe, config, "", n, segments) for n in outside], dtype)
+    _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -183,12 +186,15 @@ def _counted(
     for part, size in _bytes(rest, part_of):
         held[part] += size
     trained += [p.numel() for p in rest.parameters() if p.requires_grad]
+    trained_bytes = sum(p.nbytes for p in rest.parameters() if p.requires_grad)
     for block in blocks:
         own = list(_bytes(block.module, lambda _: "norms and other"))
         for part, size in own:
             held[part] += size * len(block.indices)
         masters = [p.numel() for p in block.module.parameters() if p.requires_grad]
         trained += masters * len(block.indices)
+        own_bytes = sum(p.nbytes for p in block.module.parameters() if p.requires_grad)
+        trained_bytes += own_bytes * len(block.indices)
         per_block[block.name] = [sum(size for part, size in own if part != "adapters"), sum(masters)]
     rows = [_row(name, matrix, recipe, rest, blocks, prefix) for name, matrix in targets.items()]
     shapes = {name: matrix.shape for name, matrix in _matrices(dense).items()}
@@ -205,7 +211,19 @@ def _counted(
     whole = sum(p.numel() for p in dense.parameters()) * size
     tensors = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     header = Shapes(Path(), dense.config.get_text_config().to_dict(), tensors, {})
-    return Skeleton(rest, blocks, rows, held, trained, per_block, largest, dense_block, whole, header)
+    return Skeleton(
+        rest,
+        blocks,
+        rows,
+        held,
+        trained,
+        trained_bytes,
+        per_block,
+        largest,
+        dense_block,
+        whole,
+        header,
+    )
 
 
 def _bytes(module: nn.Module, part_of: Callable[[nn.Module], str]) -> Iterable[tuple[str, int]]:
@@ -248,7 +266,8 @@ def _row(name: str, matrix: Any, recipe: Recipe, rest: Any, blocks: list[Block],
         else 0
     )
     n, k = matrix.shape
-    return PlanRow(name, n, k, str(recipe.quant.grid_for(name)), None, sum(sizes.values()), residual, count)
+    grid = str(recipe.quant.grid_for(*matrix.names))
+    return PlanRow(name, n, k, grid, None, sum(sizes.values()), residual, count)
 
 
 _Asked = tuple[str, Any, AdapterConfig | None, Scheme | None]
@@ -261,18 +280,13 @@ def _segments(recipe: Recipe, folder: Path) -> dict[str, Segments]:
     return segments_in(folder) if any(getattr(one, "segments", "none") == "auto" for one in wanted) else {}
 
 
-def _asked(recipe: Recipe, config: Any, prefix: str, name: str, segments: dict[str, Segments]) -> _Asked:
-    """What the recipe wants of the matrix prefix + name: (name, grid, its adapter's config, what its input is
-    on)."""
-    whole, section = prefix + name, recipe.quant.activations
-    own = segments.get(whole, Segments())
-    scheme = None if section is None else section.planned(whole, own.widths)
-    return (
-        name,
-        recipe.quant.grid_for(whole),
-        config.of_layer(whole) if config.trains(whole) else None,
-        scheme,
-    )
+def _asked(recipe: Recipe, config: Any, name: str, matrix: Matrix, segments: dict[str, Segments]) -> _Asked:
+    """What the recipe wants of a matrix, called `name` in its module: (name, grid, its adapter's config, what
+    its input is on)."""
+    section, own = recipe.quant.activations, segments.get(matrix.whole, Segments())
+    scheme = None if section is None else section.planned(matrix.whole, own.widths)
+    adapter = config.of_layer(matrix.name) if config.trains(*matrix.names) else None
+    return name, recipe.quant.grid_for(*matrix.names), adapter, scheme
 
 
 def _pack(module: nn.Module, grids: list[_Asked], dtype: torch.dtype) -> None:

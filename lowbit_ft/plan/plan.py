@@ -195,7 +195,7 @@ def plan(
         stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
-    if teacher_costs(recipe, made).before:
+    if teacher_costs(recipe, made).walks:
         stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
@@ -271,12 +271,12 @@ def _training(
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
     moments = own_moments(recipe, step, made)
     if train.gradient.backward:
-        moments += _moments(recipe, step, made.trainable * 4, away and train.gradient_checkpointing)
+        moments += _moments(recipe, step, made.trained_bytes, away and train.gradient_checkpointing)
     teacher = teacher_costs(recipe, made)
     beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
     if teacher.live:  # in eval mode, before the student has kept anything
         work = max(step.frame + max(cost.evaluation for cost in step.layers) - beside, 0)
-        gradients = made.trainable * 4 if train.gradient_accumulation_steps > 1 else 0
+        gradients = made.trained_bytes if train.gradient_accumulation_steps > 1 else 0
         own = {"gradients": gradients, "saved layer inputs": 0, "one layer": work}
         moments.append((gradients + work, "the forward of the teacher", own))
     _, peak_at, at_peak = max(moments, key=lambda m: m[0])
@@ -307,7 +307,7 @@ def _training(
     if processes > 1 and train.sharding == "fsdp":
         parts = _sharded(parts, made, processes)
     elif processes > 1:
-        parts["gradient buckets"] = made.trainable * 4  # DDP's own copies
+        parts["gradient buckets"] = made.trained_bytes  # DDP's own copies
     parts["context"] = card.context
     other = {name: max(m[2].get(name, 0) for m in moments) for name in ("one layer", "loss")}
     return parts, {name: size for name, size in other.items() if not at_peak.get(name)}, peak_at

@@ -153,7 +153,7 @@ def rough_step(recipe: Recipe, made: Skeleton) -> Step:
     )
     kept = inputs if recipe.train.gradient_checkpointing else one
     count = max(1, made.layers)
-    gradients = 4 * made.trainable // count
+    gradients = made.trained_bytes // count
     layer = Cost(one, kept, 2 * one + gradients, gradients, one)
     return Step(0, inputs, inputs, (layer,) * count, tail)
 
@@ -163,7 +163,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     train, held = recipe.train, made.held
     here, paged = optimizer_state(train.optimizer, made.trained)
     states = here + paged
-    masters = made.trainable * 4
+    masters = made.trained_bytes
     packed = sum(size for part, size in held.items() if part != "adapters")
     shipped = packed - held["residual"]
     steps = train.max_steps

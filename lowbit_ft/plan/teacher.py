@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from ..recipe.recipe import Recipe
-from ..signals import SIGNALS, Costs, teacher_kind
+from ..signals import REFERENCES, SIGNALS, Costs, teacher_kind
 from .model import Skeleton
 
 
 def teacher_costs(recipe: Recipe, made: Skeleton) -> Costs:
-    """Of the teacher that the signal asks; nothing where it asks none."""
-    train = recipe.train
-    if not SIGNALS[train.signal.kind].asks or train.teacher is None:
+    """Of the teacher that the signal asks, or the reference; nothing where it asks none."""
+    train, signal = recipe.train, SIGNALS[recipe.train.signal.kind]
+    if signal.refers:
+        name = train.signal.reference
+        return REFERENCES[name].costs(recipe, name, 0, 0, 0)
+    if not signal.asks or train.teacher is None:
         return Costs(asked=False)
     weights = sum(row.out_features * row.in_features for row in made.rows)
     beside = sum(made.held[part] for part in ("embeddings", "head", "norms and other"))
@@ -29,4 +32,6 @@ def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:
     if costs.before:
         share = f"; before training at most {100 * costs.before / step:.0f} % of the time of training, once"
     train = recipe.train
-    return [f"signal {train.signal.kind}, teacher {train.teacher}: {costs.note}{share}"]
+    refers = SIGNALS[train.signal.kind].refers
+    asked = f"reference {train.signal.reference}" if refers else f"teacher {train.teacher}"
+    return [f"signal {train.signal.kind}, {asked}: {costs.note}{share}"]

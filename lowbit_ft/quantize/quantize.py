@@ -4,30 +4,30 @@
 they come needs the memory of one layer, whatever the size of the model. `quantize` keeps them: the model with
 PackedLinears.
 
-Range calibrators (absmax, minmax, mse) and binary ones need one weight at a time, of a large one a block of
-rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer is read,
-the inputs of its linears are summed into Hessians, its linears are packed in place, and the text goes on
-through the packed layer, so later layers see the errors of earlier ones. signround walks too, and rounds all
-linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is quantized
-already (incoming/) is not calibrated: its codes are repacked as they are.
+Range calibrators (absmax, minmax, mse), recover and binary ones need one weight at a time, of a large one a
+block of rows: it is read, calibrated, packed, dropped. gptq walks the decoder layers (model/walk.py): a layer
+is read, the inputs of its linears are summed into Hessians, its linears are packed in place, and the text
+goes on through the packed layer, so later layers see the errors of earlier ones. signround walks too, and
+rounds all linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is
+quantized already (incoming/) is not calibrated: its codes are repacked as they are.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lowbit_kernels.layout import row_chunks
+from lowbit_kernels.layout import group_count, row_chunks
 from rich.console import Console
 from torch import Tensor, nn
 
 from ..grid import Grid, IntGrid, Weight, stack_rows
-from ..grid.calibrate import CALIBRATORS, Curvature, Stats
+from ..grid.calibrate import CALIBRATORS, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.load import materialize
-from ..model.matrices import stand_in
+from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
@@ -36,6 +36,7 @@ from .adopt import check_adopted
 from .blocks import DenseBlock, DenseStream
 from .inputs import curvatures, passes
 from .memory import BLOCK_BYTES
+from .off_grid import off_grid
 from .progress import Progress
 from .table import QuantRow, QuantTable, check_shapes, plan_layers
 
@@ -67,8 +68,10 @@ class Packing:
         self.device, self.dtype = torch.device(device), dtype or checkpoint.dtype
         self.calibration, self.progress = calibration, Progress(console, 0)
         self.model = checkpoint.empty_model(attention)
-        self.targets, self.rows = plan_layers(self.model, quant)
-        stand_in(self.model, self.targets)
+        self.targets, self.rows = plan_layers(self.model, quant, checkpoint.folder)
+        apart = fusions_of(self.targets.values())
+        checkpoint.take_apart(apart)
+        stand_in(self.model, self.targets, apart)
         checkpoint.online(self.model)
         names = list(self.targets)
         if checkpoint.incoming is not None:
@@ -90,7 +93,7 @@ class Packing:
                 inside = [n for i in range(len(layers)) for n in names if n.startswith(f"{prefix}.{i}.")]
                 names = inside + [name for name in names if name not in set(inside)]
         self.specs: dict[str, tuple[tuple[int, int], Grid]] = {
-            n: (self.targets[n].shape, quant.grid_for(n)) for n in names
+            n: (self.targets[n].shape, quant.grid_for(*self.targets[n].names)) for n in names
         }
         self._made: Iterator[tuple[str, Weight]] | None = None
         self.progress = Progress(console, sum(n * k for (n, k), _ in self.specs.values()))
@@ -108,10 +111,24 @@ class Packing:
                 yield name, self._one(name)
 
     def _one(self, name: str) -> Weight:
-        base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+        try:
+            base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+        except OffGridError as error:
+            names = list(self.specs)
+            at, grid = names.index(name), self.quant.grid_for(name)
+            before = sum(map(self._groups, names[:at]))
+            raise off_grid(error, names[at:], before, grid, self._looked) from None
         if self.keep:
             self._put(name, base)
         return base
+
+    def _looked(self, name: str) -> int:
+        self._pack(name)
+        return self._groups(name)
+
+    def _groups(self, name: str) -> int:
+        (n, k), grid = self.specs[name]
+        return n * group_count(k, grid.group_size)
 
     def take(self, name: str) -> Weight:
         """The next weight, which must be that of `name`: layers are asked for in the order of `specs`."""
@@ -174,7 +191,7 @@ class Packing:
         """Read, calibrate, pack: in blocks of rows, which know nothing of each other, unless there is the
         curvature of their inputs. inside: text was looked for.
         """
-        grid, run, note = self.quant.grid_for(name), self.calibrator, ""
+        grid, run, note = self.specs[name][1], self.calibrator, ""
         if run.needs_text and curvature is None:
             run, why = CALIBRATORS[grid.start], "outside the decoder layers"
             if inside:
@@ -201,7 +218,7 @@ class Packing:
     ) -> dict[str, Weight]:
         """All linears of a decoder layer at once, by their effect on its output. unit: see DenseBlock."""
         assert self.calibrator.block is not None
-        grids = {name: grid for name in names if isinstance(grid := self.quant.grid_for(name), IntGrid)}
+        grids = {name: grid for name in names if isinstance(grid := self.specs[name][1], IntGrid)}
         weights = {name: self._stored(name).float() for name in names}
         stats = self._stats()
         block = DenseBlock(
@@ -230,7 +247,7 @@ class Packing:
         return self.checkpoint.matrix(name, device=self.device, dtype=dtype, rows=rows)
 
     def _adopt(self, name: str) -> Weight:
-        grid = self.quant.grid_for(name)
+        grid = self.specs[name][1]
         assert isinstance(grid, IntGrid)
         base = self.checkpoint.packed_weight(f"{name}.weight", grid, self.device)
         self._said(name, base, f"as it is in the {self.checkpoint.incoming} checkpoint", None)

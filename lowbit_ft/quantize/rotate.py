@@ -27,10 +27,12 @@ from ..grid.calibrate import CALIBRATORS, Stats
 from ..model.checkpoint import Checkpoint
 from ..model.kv_seam import Seam, attention_modules, set_seam
 from ..model.walk import Batch, LayerWalk
+from ..recipe.sections.overrides import fusions
 from ..recipe.sections.quant import QuantSection
 from ..recipe.sections.rotation import CRITERIA
 from ..rotations import ROTATIONS, SITES, Asked, FoldedCheckpoint, Rotation, Site, SiteErrors, Turn
 from ..rotations.sites import Layer, Norm
+from ..segments import segments_in
 
 ALPHAS = (0.25, 0.5, 0.75, 0.0)  # of smooth: auto, and none at all
 SAMPLE = 256  # rows of x per norm on which smooth: auto compares outputs
@@ -106,6 +108,8 @@ class _Sites:
             if quant.skip_reason(name, embedding=matrix.embedding) is None:
                 self.layer_of.setdefault(matrix.parameter, name)
         self.adapts = ROTATIONS[quant.rotation.kind].needs_rows
+        packed = [n for n, m in stream.matrices.items() if m.rows is None and m.parameter in self.layer_of]
+        self.apart = fusions(quant.overrides, packed, lambda: segments_in(stream.folder))
 
     def walked(
         self, batches: list[Batch], pad_id: int, device: torch.device, dtype: torch.dtype, attention: str
@@ -199,10 +203,20 @@ class _Sites:
         error = power = 0.0
         for name in names:
             weight = read.matrix(name, device=self.device, dtype=torch.float32)
-            rounded = full_range(weight, self.quant.grid_for(name))
+            rounded = self._rounded(name, weight)
             error += float((rounded - weight).square().sum(dtype=torch.float64))
             power += float(weight.square().sum(dtype=torch.float64))
         return error / max(power, 1e-30)
+
+    def _rounded(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of a packed linear on its grid, or on those of its parts."""
+        if name not in self.apart:
+            return full_range(weight, self.quant.grid_for(name))
+        out = torch.empty_like(weight)
+        for part, rows in self.apart[name].items():
+            grid = self.quant.grid_for(f"{name}.{part}", name)
+            out[rows.channels().to(out.device)] = full_range(rows.of(weight), grid)
+        return out
 
     def _smooth(self, tap: _Channels, found: _Found) -> None:
         """Factors for a norm, if something packed reads it."""
@@ -243,7 +257,7 @@ class _Sites:
             s = torch.ones_like(x[0]) if factors is None else factors.to(x)
             quantizer, seen = self.activation(linear), x / s
             seen = seen if quantizer is None else quantizer(seen)
-            made = seen @ full_range(weights[name] * s, self.quant.grid_for(linear)).t()
+            made = seen @ self._rounded(linear, weights[name] * s).t()
             error += float((made - want).square().sum(dtype=torch.float64))
             power += float(want.square().sum(dtype=torch.float64))
         return error / max(power, 1e-30)

@@ -4,16 +4,19 @@ Every linear layer of the model gets a row: quantized, or skipped and why. Nothi
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..model.checkpoint import Checkpoint
 from ..model.experts import is_experts
-from ..model.matrices import Matrix, find_matrices, unpackable
+from ..model.matrices import Matrix, find_matrices, in_parts, unpackable
 from ..model.roles import is_head
 from ..model.walk import text_tower
+from ..recipe.sections.overrides import fusions
 from ..recipe.sections.quant import QuantSection
+from ..segments import segments_in
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,16 @@ def _kind(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def plan_layers(model: nn.Module, quant: QuantSection) -> tuple[dict[str, Matrix], list[QuantRow]]:
-    """The matrices to quantize by the name of their linear, and a row for everything that looks like a weight
-    matrix and is left alone. ValueError naming every module that should be packed and cannot be."""
+def plan_layers(
+    model: nn.Module, quant: QuantSection, folder: Path
+) -> tuple[dict[str, Matrix], list[QuantRow]]:
+    """The matrices to quantize by the name of their linear (of a fused one that overrides take apart, its
+    parts), and a row for everything that looks like a weight matrix and is left alone. folder: where its
+    config.json is. ValueError naming every module that should be packed and cannot be."""
     matrices = find_matrices(model)
     text = text_tower(model)
     targets, skipped, refused = _choose(matrices, quant, text)
+    targets = in_parts(targets, fusions(quant.overrides, targets, lambda: segments_in(folder)))
     more, unpacked = _look_at_the_rest(model, matrices, quant, text)
     skipped += more
     refused |= unpacked
@@ -186,6 +193,8 @@ def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
     """
     problems = []
     for name, matrix in targets.items():
+        if matrix.rows is not None:
+            matrix = checkpoint.matrices[matrix.whole]
         keys = checkpoint.keys_for(matrix.parameter)
         if len(keys) != 1 or matrix.expert is not None:
             continue  # put together from several tensors, or a stack: Checkpoint.matrix looks at those

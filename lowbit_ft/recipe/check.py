@@ -15,6 +15,7 @@ from typing import Any
 from ..adapters.lora_start import read_lora
 from ..export import EXPORTERS
 from ..export.compressed_tensors import fused_conflict
+from ..grid.calibrate import CALIBRATORS
 from ..names import PatternError
 from .layers import local_folder, shapes_here
 from .sections.activations import check_activation_layers, check_activations
@@ -27,10 +28,12 @@ from .sections.gradient import check_gradient
 from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
 from .sections.output import check_output
+from .sections.preference import check_preference
 from .sections.quant import check_grid, check_groups, check_layers
 from .sections.reconstruct import check_reconstruct
 from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
+from .sections.server import check_server
 from .sections.signal import check_signal
 from .sections.train import check_offload, check_train
 from .yaml import Problem
@@ -44,6 +47,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant"), check_kv_cache),
     (("quant", "adapter"), check_method),
     (("quant", "export"), check_export),
+    (("quant", "export"), check_server),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant", "adapter"), check_segments),
     (("model", "quant"), check_layers),
@@ -58,6 +62,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
+    (("adapter", "data", "train"), check_preference),
     (("adapter", "train"), check_gradient),
     (("eval",), check_tasks),
     (("eval", "export"), check_tasks_reader),
@@ -98,6 +103,18 @@ def notes(recipe: Any) -> list[str]:
             "product passes half a step; "
             "where few do (the report counts them), raise train.learning_rate"
         )
+    residual = getattr(recipe.quant, "residual_bits", 0) if recipe.quant.keeps_residual else 0
+    if residual and not recipe.adapter.reads_residual and recipe.train.teacher != "residual":
+        found.append(
+            f"{recipe.adapter.method} counts from the codes: quant.residual_bits {residual} is memory that "
+            "nothing reads; set residual_bits: 0"
+        )
+    calibrator = CALIBRATORS.get(recipe.quant.calibrate)
+    if residual and recipe.adapter.reads_residual and calibrator is not None and calibrator.exact:
+        found.append(
+            f"quant.calibrate: {recipe.quant.calibrate} rounds nothing: what quant.residual_bits {residual} "
+            "would keep is the file's own rounding; set residual_bits: 0 (l4q needs 2)"
+        )
     if (source := getattr(recipe.adapter, "init_from", None)) is not None:
         base, ours = read_lora(source).base, recipe.model.path
         if Path(base).name.lower() != Path(ours).name.lower():
@@ -122,7 +139,6 @@ def notes(recipe: Any) -> list[str]:
             "data.valid or eval.data"
         )
     exporter = EXPORTERS[recipe.export.format]
-    found += [note] if (note := exporter.note(recipe.quant.grid_for(""))) else []
     shapes = shapes_here(recipe.model.path, recipe.model.revision)
     if exporter.fused_by_servers and shapes is not None:
         quant = recipe.quant

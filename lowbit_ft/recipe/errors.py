@@ -96,6 +96,11 @@ def _one_each(problems: list[Problem]) -> list[Problem]:
     return list(found.values())
 
 
+def _methods_with(key: object) -> list[str]:
+    """The adapter methods that have this key."""
+    return [name for name, config in ADAPTERS.items() if key in config.model_fields]
+
+
 def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any) -> Problem:
     location = detail["loc"]
     kind = detail["type"]
@@ -124,6 +129,8 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
             or nearest(inside[-1], fields)
         )
         hint = f"; did you mean '{close}'?" if close else ""
+        if section == "adapter" and (others := _methods_with(inside[-1])):
+            hint = f" of {method}; {', '.join(others)} {'have' if len(others) > 1 else 'has'} it: remove it"
         return Problem(path, f"unknown key{hint}; allowed: {', '.join(fields)}")
     if kind == "missing":
         about = fields[str(inside[-1])].description if inside and str(inside[-1]) in fields else ""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..incoming import Incoming
-from ..names import matches
 from .layers import Shapes, local_folder, read_shapes
 from .sections.model import ModelSection
-from .sections.quant import FROM_CHECKPOINT, OverrideSection, QuantSection
+from .sections.overrides import OverrideSection
+from .sections.quant import FROM_CHECKPOINT, QuantSection
 from .yaml import Problem
 
 
@@ -105,11 +105,14 @@ def _resolved(
     if "overrides" not in quant.model_fields_set:
         resolved = resolved.model_copy(update={"overrides": overrides})
     elif wrong := [
-        layer for layer, grid in grids.items() if _size(resolved, layer) != (grid.bits, grid.group_size)
+        layer
+        for layer, grid in grids.items()
+        if _size(resolved, layer) != (grid.bits, grid.group_size, grid.symmetric)
     ]:
+        bits, group_size, flat = _size(resolved, wrong[0])
         message = (
-            f"makes {wrong[0]} {_size(resolved, wrong[0])[0]} bit, group "
-            f"{_size(resolved, wrong[0])[1]}; {name} has it as {grids[wrong[0]]}"
+            f"makes {wrong[0]} {bits} bit, group {group_size}, {'sym' if flat else 'asym'}; {name} has it as "
+            f"{grids[wrong[0]]}"
         )
         problems.append(Problem(("quant", "overrides"), f"{message}; remove the key"))
     if not {"targets", "exclude"} & quant.model_fields_set:
@@ -140,12 +143,12 @@ def _selection(quant: QuantSection, names: list[str], packed: set[str]) -> dict[
     return {"targets": sorted(packed), "exclude": []}
 
 
-def _size(quant: QuantSection, layer: str) -> tuple[int, int]:
-    bits, group_size = quant.bits, quant.group_size
+def _size(quant: QuantSection, layer: str) -> tuple[int, int, bool]:
+    settings = {"bits": quant.bits, "group_size": quant.group_size, "symmetric": quant.symmetric}
     for override in quant.overrides:
-        if matches(override.match, layer):
-            bits, group_size = override.bits or bits, override.group_size or group_size
-    return bits, group_size
+        if override.means([layer]):
+            settings |= override.given
+    return settings["bits"], settings["group_size"], bool(settings["symmetric"])
 
 
 def _why(key: str) -> str:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..files.jsonfile import read_bytes
 from ..incoming import Incoming, collapse
 from ..model.config import check_counts, read_config
+from ..model.fused import Fusion, Segment
 from ..model.hub import tensor_entries
 from ..model.matrices import Matrix
 from ..model.names import Part
@@ -54,7 +55,7 @@ _GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight":
 class Layer:
     """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in
     the files of what it is made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each
-    of its tensors is its own alone."""
+    of its tensors is its own alone; rows: of a part of a fused one, which of its rows."""
 
     name: str
     out_features: int
@@ -63,6 +64,7 @@ class Layer:
     expert: int | None = None
     turned: bool = False
     whole: bool = True
+    rows: Segment | None = None
 
     def divides(self, group_size: int) -> bool:
         """Whether its rows are whole groups."""
@@ -71,7 +73,20 @@ class Layer:
     @property
     def matrix(self) -> Matrix:
         """What the exporters ask about a layer."""
-        return Matrix(self.name, self.name, (self.out_features, self.in_features), self.expert, self.turned)
+        shape = (self.out_features, self.in_features)
+        return Matrix(self.name, self.name, shape, self.expert, self.turned, rows=self.rows)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those by which patterns may mean it."""
+        return self.matrix.names
+
+    def apart(self, fusion: Fusion) -> list[Layer]:
+        """Its parts."""
+        return [
+            replace(self, name=f"{self.name}.{part}", out_features=rows.size, whole=False, rows=rows)
+            for part, rows in fusion.items()
+        ]
 
     @property
     def parts(self) -> list[Part] | None:

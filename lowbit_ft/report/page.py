@@ -11,7 +11,7 @@ from a run is HTML-escaped.
     tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better",
                       "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
-                      {"step", "valid_loss"}
+                      {"step", "valid_loss"}; of pairs also {"rewards/accuracies", "rewards/margins"}
     kv_cache.json     {"grid", "bytes", "dense"}: of a token in all layers, as cached and in 16 bits
     activations.json  {"rows": [{"layers", "scheme", "error", "tried", "why"}]}: what inputs are on
     base/rotation.json  {"r1", "r2", "r3", "r4", "errors", "alphas"}: what was turned before packing
@@ -49,6 +49,7 @@ from .html import (
     tiles,
     words,
 )
+from .preferences import preference_facts
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
 from .synthesis import FOLDER as SYNTHESIS
@@ -218,6 +219,7 @@ def _training(run: RunFiles) -> str:
         facts.append(("last training loss", number(train[-1][1], 4)))
     if valid:
         facts.append(("last validation loss", number(valid[-1][1], 4)))
+    facts += preference_facts(rows)
     if speeds := sorted(values(rows, "tokens_per_s")):
         facts.append(("tokens per second, median", number(speeds[len(speeds) // 2])))
     if tokens := values(rows, "tokens"):

@@ -15,7 +15,7 @@ dense linear as a hook.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..files.tensorfile import CheckpointError
 from ..model.checkpoint import Checkpoint
+from ..model.fused import Fusion
 from ..model.linear import PackedLinear
 from .folds import Fold, WeightFold
 from .plan import Rotation
@@ -112,11 +113,17 @@ class FoldedCheckpoint(Checkpoint):
         dtype: torch.dtype | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        fold = self.fold_of(layer)
+        fold, matrix = self.fold_of(layer), self.matrices[layer]
         if fold is None:
             return self.raw.matrix(layer, device=device, dtype=dtype, rows=rows)
+        if fold.left is not None and matrix.rows is not None:  # outputs are turned in the whole
+            return matrix.rows.of(self.matrix(matrix.whole, device=device, dtype=dtype))
         value = self.raw.matrix(layer, device=device, dtype=torch.float32, rows=rows)
         return fold.matrix(value, self.gain).to(dtype or self.dtype)
+
+    def take_apart(self, fusions: Mapping[str, Fusion]) -> None:
+        super().take_apart(fusions)
+        self.raw.take_apart(fusions)
 
     def fold_of(self, layer: str) -> WeightFold | None:
         """What becomes of the matrix of a linear."""

@@ -7,8 +7,9 @@ gate and up, of one fused matrix. Nobody lists architectures: the model is trace
 of the channels are sent through its views and slices (channels.py).
 """
 
-from .channels import Segment, Segments
-from .layout import Parts, check_parts, layout, read_layout
+from ..model.fused import Segment, check_parts
+from .channels import Segments
+from .layout import Parts, is_segment, layout, read_layout
 from .trace import find_segments, segments_in, segments_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Segments",
     "check_parts",
     "find_segments",
+    "is_segment",
     "layout",
     "read_layout",
     "segments_in",

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..model.fused import Fusion, Segment
+
 # Of ATen, by name without the overload. What moves channels about, and what leaves each where it is.
 VIEWS = frozenset(
     "view reshape _unsafe_view transpose permute unsqueeze squeeze flatten unflatten movedim numpy_T t slice "
@@ -40,43 +42,18 @@ MIXES = frozenset(
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Channels start + j stride + i, for j below count and i below width: a range (count 1), or runs of one
-    width at one distance."""
-
-    start: int
-    width: int
-    count: int = 1
-    stride: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.width * self.count
-
-    @property
-    def stop(self) -> int:
-        """Behind the last channel."""
-        return self.start + (self.count - 1) * self.stride + self.width
-
-    def channels(self) -> Tensor:
-        """Their numbers, in order: int64 [size]."""
-        runs = self.start + self.stride * torch.arange(self.count, device="cpu")
-        return (runs[:, None] + torch.arange(self.width, device="cpu")).flatten()
-
-    def to_json(self) -> list[int]:
-        return [self.start, self.width, self.count, self.stride]
-
-    def __str__(self) -> str:
-        text = f"{self.start}:{self.stop}"
-        return text if self.count == 1 else f"{text} ({self.count} x {self.width} every {self.stride})"
-
-
-@dataclass(frozen=True)
 class Segments:
-    """Of one linear; empty where the channels are all of a kind."""
+    """Of one linear; empty where the channels are all of a kind. names: of the outputs, what the model makes
+    of each (roles.py)."""
 
     inputs: tuple[Segment, ...] = ()
     outputs: tuple[Segment, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def fusion(self) -> Fusion:
+        """The outputs by name."""
+        return dict(zip(self.names, self.outputs, strict=True))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -95,9 +72,10 @@ def name_of(node: Node) -> str:
     return "" if schema is None else schema.name.rpartition("::")[2]
 
 
-def outputs_of(made: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
-    """The parts into which the output `made` [..., N] of a linear is taken; () where it is used whole, or in
-    no parts that are Segments. constants: values of the placeholders that are tensors of the code."""
+def outputs_of(made: Node, constants: dict[str, Tensor]) -> list[tuple[Segment, list[Node]]]:
+    """The parts into which the output `made` [..., N] of a linear is taken, in the order of their first rows,
+    and the tensors of the graph that are (of) each; [] where it is used whole, or in no parts that are
+    Segments. constants: values of the placeholders that are tensors of the code."""
     shape = made.meta["val"].shape
     n = int(shape[-1])
     ids = torch.arange(n).expand(*(int(size) for size in shape))
@@ -109,7 +87,7 @@ def outputs_of(made: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
             if name_of(user) in ASSERTS:
                 continue
             if user.op == "output" or not _moves(user, node, constants):
-                return ()  # used whole
+                return []  # used whole
             moved = _run(user, {node: held}, constants)
             if not isinstance(moved, Tensor):  # of split and chunk the getitems follow
                 waiting.append((user, moved))
@@ -119,7 +97,10 @@ def outputs_of(made: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
                 waiting.append((user, moved))
             else:
                 parts.setdefault(tuple(found.tolist()), []).append(user)
-    return _segments(_united(parts), n)
+    united = _united(parts)
+    owners = {min(channels): nodes for channels, nodes in united}
+    found = _segments([channels for channels, _ in united], n)
+    return [(segment, owners.get(segment.start, [])) for segment in found]
 
 
 def inputs_of(given: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
@@ -218,8 +199,8 @@ def _joined(node: Node, shape: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).view(view).expand(shape)
 
 
-def _united(parts: dict[tuple[int, ...], list[Node]]) -> list[tuple[int, ...]]:
-    """The parts, those that are concatenated later on as one."""
+def _united(parts: dict[tuple[int, ...], list[Node]]) -> list[tuple[tuple[int, ...], list[Node]]]:
+    """The parts with their nodes, those that are concatenated later on as one."""
     found = list(parts)
     owner = list(range(len(found)))
     reached: dict[Node, set[int]] = {}
@@ -239,10 +220,12 @@ def _united(parts: dict[tuple[int, ...], list[Node]]) -> list[tuple[int, ...]]:
                 for number in set[int]().union(*together):
                     old, new = owner[number], owner[min(together[0])]
                     owner = [new if one == old else one for one in owner]
-    sets: dict[int, set[int]] = {}
-    for number, one in enumerate(found):
-        sets.setdefault(owner[number], set()).update(one)
-    return [tuple(sorted(one)) for one in sets.values()]
+    sets: dict[int, tuple[set[int], list[Node]]] = {}
+    for number, (one, nodes) in enumerate(parts.items()):
+        channels, together = sets.setdefault(owner[number], (set(), []))
+        channels.update(one)
+        together += nodes
+    return [(tuple(sorted(channels)), nodes) for channels, nodes in sets.values()]
 
 
 def _segments(found: list[tuple[int, ...]], size: int) -> tuple[Segment, ...]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from .channels import Segment
+from ..model.fused import Segment
 
 Parts = tuple[Segment, ...]
 
@@ -33,7 +31,7 @@ def read_layout(entries: Any) -> dict[str, Parts]:
         rows, layers = (entry.get(key) if isinstance(entry, dict) else None for key in ("parts", "layers"))
         if not isinstance(rows, list) or not isinstance(layers, list):
             raise ValueError(f"segments[{i}]: needs an object with `parts` and `layers`")
-        if len(rows) < 2 or not all(_is_part(row) for row in rows):
+        if len(rows) < 2 or not all(is_segment(row) for row in rows):
             raise ValueError(
                 f"segments[{i}].parts: got {rows!r}; needs two or more lists [start, width, count, stride]"
             )
@@ -44,16 +42,7 @@ def read_layout(entries: Any) -> dict[str, Parts]:
     return found
 
 
-def _is_part(row: Any) -> bool:
+def is_segment(row: Any) -> bool:
+    """Whether it is a Segment as it is written: [start, width, count, stride]."""
     whole = isinstance(row, list) and len(row) == 4 and all(type(value) is int for value in row)
     return whole and row[0] >= 0 and 0 < row[1] < 1 << 31 and 0 < row[2] < 1 << 31 and 0 <= row[3] < 1 << 31
-
-
-def check_parts(parts: Parts, size: int, what: str) -> None:
-    """ValueError unless each of `size` rows is in exactly one part."""
-    if sum(part.size for part in parts) == size:
-        every = torch.cat([part.channels() for part in parts]).sort().values
-        if torch.equal(every, torch.arange(size, device="cpu")):
-            return
-    said = ", ".join(map(str, parts))
-    raise ValueError(f"{what}: segments {said} are not its {size} rows, each in one of them")

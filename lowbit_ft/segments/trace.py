@@ -30,6 +30,7 @@ from ..model.matrices import find_matrices
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
 from .channels import Segments, inputs_of, outputs_of
+from .roles import names_of
 
 TOKENS = 6
 
@@ -66,7 +67,9 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
             traced = torch.export.export(fake, (), inputs, strict=False)
         constants, found = _constants(traced), dict[str, Segments]()
         for name, (given, made) in _linears(traced.graph.nodes, set(names)).items():
-            segments = Segments(inputs_of(given, constants), outputs_of(made, constants))
+            parts = outputs_of(made, constants)
+            outputs, called = tuple(part for part, _ in parts), names_of([nodes for _, nodes in parts])
+            segments = Segments(inputs_of(given, constants), outputs, called)
             if segments != Segments():
                 found[name] = segments
     # The model's own code runs, and the compiler's: either may raise anything.

@@ -9,17 +9,27 @@ batch.
 A signal is a file with a class of `parts` and `sums`, and a line in SIGNALS. A teacher is a file with a class
 that can say its `problems`, its `costs`, its `answers` and its `facts`, and a line in TEACHERS; any other
 name in train.teacher is a folder or hub id (checkpoint.py). What is measured (validation, evaluate) stays
-the cross entropy of the labels."""
+the cross entropy of the labels. A signal of pairs (preferences: pairs.py) adds up whole answers, is measured
+by itself, and may refer to the base without adapters (reference.py), which REFERENCES runs or has kept."""
 
 from .base import Ask, Costs, Given, Lesson, Making, Part, Signal, Sparse, Teacher, Whole
 from .cached import Cached
 from .checkpoint import OtherModel
+from .dpo import Dpo
 from .labels import Labels
 from .logits import Logits
 from .mix import Mix
+from .orpo import Orpo
+from .reference import REFERENCES
 from .residual import Residual
 
-SIGNALS: dict[str, Signal] = {"labels": Labels(), "logits": Logits(), "mix": Mix()}
+SIGNALS: dict[str, Signal] = {
+    "labels": Labels(),
+    "logits": Logits(),
+    "mix": Mix(),
+    "dpo": Dpo(),
+    "orpo": Orpo(),
+}
 TEACHERS: dict[str, type[Teacher]] = {"residual": Residual, "cached": Cached}
 
 
@@ -29,6 +39,7 @@ def teacher_kind(name: str) -> type[Teacher]:
 
 
 __all__ = [
+    "REFERENCES",
     "SIGNALS",
     "TEACHERS",
     "Ask",

@@ -2,13 +2,15 @@
 
 A signal turns the logits of a chunk of positions into sums, one for each of its parts; the loop divides each
 by the number of positions that the part counts in the whole global batch, and adds them up by their weights.
-A teacher answers for the same positions: with whole logits, made chunk by chunk, or with the k most likely
-tokens and the mass of the rest. It trains nothing, wants no gradient, and does not change while the student
-trains."""
+A signal of pairs (pairs.py) needs whole sequences, so of a chunk it keeps what is said of every position,
+and makes its sums of all chunks together.
+A teacher answers for the same positions: with whole logits, made chunk by chunk, with the k most likely
+tokens and the mass of the rest, or with the log-probability of the token that comes next. It trains nothing,
+wants no gradient, and does not change while the student trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -39,7 +41,14 @@ class Sparse:
     rest: Tensor
 
 
-Given = Whole | Sparse
+@dataclass(frozen=True)
+class Known:
+    """A teacher's log-probabilities [r] of the tokens that come next at r positions."""
+
+    log_p: Tensor
+
+
+Given = Whole | Sparse | Known
 # positions int64 [r] of the B x L of a batch, on the device -> what the teacher says there. Called in the
 # forward of a chunk and again in its recomputation, so it must give the same both times.
 Answers = Callable[[Tensor], Given]
@@ -47,17 +56,22 @@ Answers = Callable[[Tensor], Given]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a loss: its weight in the sum, and the positions it is a mean over: those whose next token
-    is a target, or all that have one within their segment."""
+    """A part of a loss: its weight in the sum, and what it is a mean over: the positions whose next token is
+    a target, or all that have one within their segment; of pairs (a window's segments are a chosen and a
+    rejected sequence in turn) the pairs, or all positions of the chosen ones. told: no part of the loss but a
+    number for the log, with its own name there."""
 
     weight: float
-    on: Literal["targets", "all"] = "targets"
+    on: Literal["targets", "all", "pairs", "chosen"] = "targets"
+    told: bool = False
 
 
 class Signal:
     """A member of SIGNALS. options: the section train.signal, as everywhere below."""
 
-    asks: ClassVar[bool] = True  # it needs a teacher
+    asks: ClassVar[bool] = True  # it needs train.teacher
+    refers: ClassVar[bool] = False  # its teacher is the model itself without adapters (reference.py)
+    pairs: ClassVar[bool] = False  # it learns from rows of two answers, and what is measured is itself
     keys: ClassVar[frozenset[str]] = frozenset()  # of the section, beside `kind`: those it reads
 
     def parts(self, options: Any) -> dict[str, Part]:
@@ -75,16 +89,37 @@ class Signal:
         """
         raise AssertionError(f"{type(self).__name__} has no sums")
 
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, L] on the CPU, not shifted: the tokens that positions are to predict, IGNORE where the loss
+        does not look."""
+        return batch["labels"]
+
+    def joined(self, options: Any, chunks: Sequence[tuple[Tensor, ...]], looked: Looked) -> Tensor:
+        """The sums of the parts [parts] of a micro-batch, of what `sums` gave for each of its chunks."""
+        totals = [torch.stack(column) for column in zip(*chunks, strict=True)]
+        return torch.stack([total.double().sum().to(total.dtype) for total in totals])
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The positions of a micro-batch that went through `Signal.sums`: where, ascending places in the B L of
+    `batch`, known to the host."""
+
+    where: Sequence[int]
+    batch: dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Ask:
     """A micro-batch, for a teacher: as it came from the data, on the CPU (input_ids, labels, position_ids,
     perhaps attention_mask; used [B]: tokens before the padding; windows int64 [B]: numbers of the windows in
-    data order), and `inputs`, what the student's forward is called with, on its device."""
+    data order), and `inputs`, what the student's forward is called with, on its device. measured: it is of
+    the validation data."""
 
     batch: dict[str, Tensor]
     inputs: dict[str, Any]
     device: torch.device
+    measured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +127,27 @@ class Making:
     """What a teacher can be made of, in a run. model: the student, packed, adapters attached, before it is
     wrapped or sharded; pack(source) -> another checkpoint's model, packed to 8 bits, and facts that tell it
     from any other; kept() -> what the full-precision model says about the windows of this run, on the disk
-    (store.Store), asked now where it was not."""
+    (store.Store), asked now where it was not; referred() -> the same of the packed base without adapters
+    (sequences.SequenceStore), of the training windows and of those of validation, where there are some."""
 
     model: nn.Module
     pack: Callable[[str], tuple[Any, dict[str, Any]]]
     kept: Callable[[], Any]
+    referred: Callable[[], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Costs:
     """What a teacher costs, for plan: bytes held on the device while training; bytes on the disk, of the
     windows of one process; forwards per micro-batch, of a model of the student's size (its hidden states then
-    wait for the loss); forwards before training, at most, for every micro-batch of it; and a word."""
+    wait for the loss); forwards before training, at most, for every micro-batch of it; whether these go
+    through dense layers, one at a time; and a word."""
 
     held: int = 0
     disk: int = 0
     forwards: float = 0.0
     before: float = 0.0
+    walks: bool = False
     note: str = ""
     asked: bool = True
 
@@ -174,7 +213,7 @@ class Lesson:
     parts: dict[str, Part] = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.signal.asks == (self.teacher is not None), (
+        assert (self.signal.asks or self.signal.refers) == (self.teacher is not None), (
             "a signal that asks, and only such, has a teacher"
         )
         self.parts = self.signal.parts(self.options)
@@ -188,7 +227,16 @@ class Lesson:
         """The loss that its parts, each a mean, make."""
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
+    @property
+    def taught(self) -> bool:
+        """Whether its batches must say where the padding begins, and which windows they are."""
+        return self.teacher is not None or self.signal.pairs
+
     def told(self, parts: list[float]) -> dict[str, float]:
-        """The parts under the names they have in the log; {} where there is but one, which is the loss."""
-        names = [f"{name}_loss" for name in self.parts]
-        return dict(zip(names, parts, strict=True)) if len(parts) > 1 else {}
+        """The parts under the names they have in the log; where but one is learned, it is the loss."""
+        alone = sum(not part.told for part in self.parts.values()) == 1
+        return {
+            name if part.told else f"{name}_loss": value
+            for (name, part), value in zip(self.parts.items(), parts, strict=True)
+            if part.told or not alone
+        }

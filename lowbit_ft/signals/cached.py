@@ -65,7 +65,7 @@ class Cached(Teacher):
         each = bytes_per_position(min(train.signal.top_k or TOP_K, vocabulary), vocabulary)
         note = f"full precision, asked once; {each:,} bytes on the disk per position it is asked at"
         windows = (train.max_steps or 0) * train.micro_batch_size * train.gradient_accumulation_steps
-        return Costs(disk=windows * recipe.data.sequence_len * each, before=1.0, note=note)
+        return Costs(disk=windows * recipe.data.sequence_len * each, before=1.0, walks=True, note=note)
 
     @classmethod
     def make(cls, making: Making, name: str) -> Cached:

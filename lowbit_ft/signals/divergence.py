@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .base import Given, Sparse, Whole
+from .base import Sparse, Whole
 from .tokens import row_chunks
 
 Divergence = Literal["forward", "reverse", "symmetric"]
@@ -31,7 +31,11 @@ LEAST = -100.0
 
 
 def divergence(
-    logits: Tensor, given: Given, counted: Tensor, temperature: float = 1.0, kind: Divergence = "forward"
+    logits: Tensor,
+    given: Whole | Sparse,
+    counted: Tensor,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
 ) -> Tensor:
     """T^2 times the divergence from the teacher, summed over the positions that are counted: a scalar in fp32
     (fp64 for fp64 logits), differentiable in logits.
@@ -53,7 +57,7 @@ def both_have(logits: Tensor, given: Whole) -> tuple[Tensor, Whole]:
 
 
 @torch.no_grad()
-def most_likely(given: Given, k: int, temperature: float = 1.0) -> Sparse:
+def most_likely(given: Whole | Sparse, k: int, temperature: float = 1.0) -> Sparse:
     """The k most likely tokens of whole logits, and the mass of the rest, at a temperature; of a sparse
     teacher those of its own, which may be in any order."""
     if isinstance(given, Sparse):

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Given, Part, Signal, Whole
+from .base import Given, Part, Signal, Sparse, Whole
 from .divergence import both_have, divergence, most_likely
 from .tokens import IGNORE
 
 
 def compared(options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None) -> Tensor:
     """The divergence part of a signal, summed over the positions it counts."""
-    assert given is not None, "a teacher was not asked"
+    assert isinstance(given, Whole | Sparse), "a teacher was not asked"
     if isinstance(given, Whole):
         logits, given = both_have(logits, given)  # before a choice: the student has to have what is chosen
     if options.top_k is not None:

@@ -54,6 +54,11 @@ class Residual(Teacher):
                 "train.teacher: cached, or train.signal.kind: labels"
             ]
         calibrator = CALIBRATORS.get(quant.calibrate)
+        if calibrator is not None and calibrator.exact:
+            return [
+                f"quant.calibrate: {quant.calibrate} rounds nothing, so the base is all there is: no "
+                f"teacher; {cls.instead}"
+            ]
         if calibrator is not None and calibrator.needs_text:
             return [
                 f"quant.calibrate: {quant.calibrate} moves the weights before it rounds them, and the "

@@ -2,9 +2,7 @@
 
     p(v) for the k ids with the largest logits, and r = 1 - sum p(v), the mass of all other tokens together
 
-A folder is one store: safetensors shards of some windows each, and a sealed manifest (files/manifest.py) with
-the key (what the numbers were computed from) and the size and hash of every shard that is whole. Shard s is
-`windows-0000s.safetensors` with, for its W windows of T positions in all,
+A folder is one store of shards (shards.py). A shard has, for its W windows of T positions in all,
 
     rows  int32 [W]            positions of each window
     ids   uint16 or int32 [T, k]   ascending in every row, so that "no id twice" is one comparison
@@ -14,39 +12,27 @@ the key (what the numbers were computed from) and the size and hash of every sha
 float16 keeps 11 bits: p is off by at most |log p| / 2048 of itself, so the k + 1 masses add up to 1 within
 0.6 % (the bound is entropy / 2048, and no vocabulary has an entropy above 13); `lookup` divides it out.
 
-A kill leaves whole shards and a manifest that names them; the next writer goes on with the shard that is
-not named. Reading believes nothing: the key and the hash of every shard are compared when a store is
-opened, whether the files are still these at every `lookup`, and there of each row shape, order, range,
-finiteness and mass. It reads at offsets and maps nothing: a file that another program cuts is an error with
-its name, not a bus error.
+Reading believes nothing: beside what shards.py compares, of each row shape, order, range, finiteness and
+mass. It reads at offsets and maps nothing: a file that another program cuts is an error with its name, not a
+bus error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ..files.atomic import recover_all, visible_names, write_bytes
-from ..files.errors import FileError, reading
-from ..files.manifest import MANIFEST, file_entry, open_sealed, sealed
-from ..files.opened import OpenedFiles
+from ..files.errors import FileError
 from ..files.tensorfile import DTYPES, TensorEntry, parse_header, read_tensor
 from .base import Sparse
+from .shards import ADVICE, Shards
 
-FORMAT = "lowbit_ft teacher 1"
 LEAST = torch.finfo(torch.float16).min  # of a logarithm; its exponential is 0
 OFF = 0.01  # how far the masses of a row may add up from 1; the bound of the file's head is 0.006
-_ADVICE = "Remove that file and run the line again: its windows are asked again, the others stay"
-_CHANGED = f"by another program since this run compared it with its hash. {_ADVICE}"
 
 
 def condense(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,52 +58,21 @@ def id_dtype(vocabulary: int) -> torch.dtype:
     return torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
 
-class Store:
-    """A folder with what a teacher says about windows `numbers` of a data set (ascending), some per shard.
+class Store(Shards):
+    """What a teacher says about windows `numbers` of a data set. key: it must have top_k and vocabulary."""
 
-    key: JSON-able facts, all that the content depends on: it must have top_k and vocabulary. Opening reads
-    the manifest and hashes every shard that is there; `missing` tells which are not. ValueError, naming the
-    file, for a folder of something else, another key, and a file that is not what was written.
-    """
+    FORMAT = "lowbit_ft teacher 1"
+    KEEPS = "teacher's words"
 
     def __init__(self, folder: Path, key: Mapping[str, Any], numbers: Sequence[int], per_shard: int):
-        assert per_shard > 0 and list(numbers) == sorted(set(numbers))
-        self.folder, self.numbers, self.per_shard = folder, list(numbers), per_shard
-        self.key = json.loads(json.dumps({**key, "windows per shard": per_shard}))
         self.k, self.vocabulary = int(key["top_k"]), int(key["vocabulary"])
         assert 0 < self.k <= self.vocabulary
-        self.places = {number: place for place, number in enumerate(self.numbers)}
-        self.files: dict[str, Any] = self._listed()
-        # Before hashing: a file that changes while it is hashed is another one at the first lookup.
-        self.opened = OpenedFiles(folder, _CHANGED)
+        super().__init__(folder, key, numbers, per_shard)
         self._shards: dict[int, _Shard] = {}
-        for name in list(self.files):
-            if not (folder / name).exists():
-                del self.files[name]  # it is asked for again
-            elif (folder / name).is_symlink() or file_entry(folder / name) != self.files[name]:
-                raise FileError(f"{folder / name}: its content is not the one that was written. {_ADVICE}")
-
-    @property
-    def digest(self) -> str:
-        """One hash for the key: which answers these are, wherever they lie."""
-        return _digest(self.key)
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.numbers) // self.per_shard)
-
-    def missing(self) -> list[int]:
-        """Shards that are not there yet."""
-        return [shard for shard in range(self.shards) if _name(shard) not in self.files]
-
-    def windows(self, shard: int) -> list[int]:
-        """The numbers of the windows of a shard."""
-        return self.numbers[shard * self.per_shard : (shard + 1) * self.per_shard]
 
     def write(self, shard: int, rows: Sequence[int], ids: Tensor, log_p: Tensor, rest: Tensor) -> None:
         """Put a shard in its place and then into the manifest. rows: positions of each of its windows; the
         tensors as `condense` makes them."""
-        path = self.folder / _name(shard)
         assert len(rows) == len(self.windows(shard)) and ids.shape == log_p.shape == (sum(rows), self.k)
         tensors = {
             "rows": torch.tensor(rows, dtype=torch.int32),
@@ -125,15 +80,7 @@ class Store:
             "log_p": log_p.contiguous(),
             "rest": rest.contiguous(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recover_all(self.folder)
-        self._refuse_foreign(path)
-        if not (self.folder / MANIFEST).exists():  # first: from here on the folder is ours
-            self._write_manifest()
-        # One entry: the order of several differs from process to process, and with it the hash.
-        write_bytes(path, save(tensors, metadata={"lowbit_ft": self.digest}))
-        self.files[path.name] = file_entry(path)
-        self._write_manifest()
+        self.put(shard, tensors)
 
     def lookup(self, numbers: Sequence[int]) -> Sparse:
         """What the teacher says about the positions of these windows, one window after the other; on the CPU.
@@ -144,68 +91,12 @@ class Store:
         self.opened.check()
         parts = []
         for number in numbers:
-            place = self.places.get(number)
-            if place is None:
-                raise ValueError(f"{self.folder}: window {number} is not in it; it has {len(self.numbers):,}")
-            shard, within = divmod(place, self.per_shard)
+            shard, within = self.place(number)
             if shard not in self._shards:
-                path = self.folder / _name(shard)
-                self._shards[shard] = _Shard(path, len(self.windows(shard)), self.k, self.vocabulary)
+                windows = len(self.windows(shard))
+                self._shards[shard] = _Shard(self.path(shard), windows, self.k, self.vocabulary)
             parts.append(self._shards[shard].window(within))
         return Sparse(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-    def _listed(self) -> dict[str, Any]:
-        """The shards of the manifest, of a folder that is ours and has our key; none of a new folder."""
-        if not (self.folder / MANIFEST).exists():
-            if self.folder.exists() and (not self.folder.is_dir() or visible_names(self.folder)):
-                raise ValueError(
-                    f"{self.folder}: is not empty and holds no teacher's words (no {MANIFEST}), and nothing "
-                    "of it is overwritten; choose another folder"
-                )
-            return {}
-        facts = open_sealed(self.folder / MANIFEST)
-        if facts.get("format") != FORMAT or not isinstance(facts.get("files"), dict):
-            raise ValueError(
-                f"{self.folder / MANIFEST}: is of {facts.get('format')!r}, not of {FORMAT!r}; choose another "
-                "folder"
-            )
-        if facts.get("key") != self.key:
-            raise OtherKey(self.folder, facts.get("key"), self.key)
-        known = {_name(shard) for shard in range(self.shards)}
-        return {name: entry for name, entry in facts["files"].items() if name in known}
-
-    def _write_manifest(self) -> None:
-        facts = {"format": FORMAT, "key": self.key, "files": dict(sorted(self.files.items()))}
-        write_bytes(self.folder / MANIFEST, sealed(facts))
-
-    def _refuse_foreign(self, path: Path) -> None:
-        """A kill between a shard and its line in the manifest leaves a file of ours; another one is not
-        replaced."""
-        if not os.path.lexists(path):
-            return
-        try:
-            with reading(path), safe_open(path, "pt") as file:
-                ours = (file.metadata() or {}).get("lowbit_ft") == self.digest
-        except FileError:
-            ours = False
-        if not ours or path.is_symlink():
-            raise FileError(f"{path}: was not written for this store, and is not overwritten; move it away")
-
-
-class OtherKey(ValueError):
-    """A store of another teacher, other windows or other settings; the message says which."""
-
-    def __init__(self, folder: Path, there: Any, here: Mapping[str, Any]):
-        there = there if isinstance(there, dict) else {}
-        differ = [
-            f"{name} {_short(there.get(name))}, and this run has {_short(here.get(name))}"
-            for name in sorted({*there, *here})
-            if there.get(name) != here.get(name)
-        ]
-        super().__init__(
-            f"{folder}: holds what a teacher says about something else: {'; '.join(differ)}. Give this run "
-            "another train.teacher_dir (null: its own folder), or remove that folder"
-        )
 
 
 class _Shard:
@@ -265,17 +156,4 @@ class _Shard:
         )
 
     def _wrong(self, what: str) -> FileError:
-        return FileError(f"{self.path}: no shard of a teacher's words: {what}. {_ADVICE}")
-
-
-def _name(shard: int) -> str:
-    return f"windows-{shard:05}.safetensors"
-
-
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return FileError(f"{self.path}: no shard of a teacher's words: {what}. {ADVICE}")

@@ -47,6 +47,38 @@ class _TokenLoss(torch.autograd.Function):
         return out, None
 
 
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        lse = torch.empty(targets.shape, dtype=exact, device=logits.device)
+        said = torch.empty_like(lse)
+        for rows in row_chunks(logits):
+            z = logits[rows].to(exact)
+            lse[rows] = z.logsumexp(-1)
+            said[rows] = z.gather(-1, targets[rows].clamp_min(0)[:, None])[:, 0] - lse[rows]
+        ctx.save_for_backward(logits, targets, lse)
+        return said.masked_fill_(targets == IGNORE, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, targets, lse = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in row_chunks(logits):
+            t = targets[rows]
+            slope = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_().neg_()
+            slope.scatter_add_(-1, t.clamp_min(0)[:, None], slope.new_ones((len(t), 1)))
+            out[rows] = slope.mul_(grad[rows, None]).masked_fill_((t == IGNORE)[:, None], 0)
+        return out, None
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [T, V], targets [T] int64 -> log p of each target [T] in float32 (float64 for float64 logits), 0
+    where it is IGNORE; differentiable in logits.
+    """
+    return _TokenLogProbs.apply(logits, targets)  # pyright: ignore[reportReturnType]
+
+
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [T, V] (any floating dtype), targets [T] int64, IGNORE where there is none -> sum of the token
     losses, scalar in float32 (float64 for float64 logits).
@@ -70,3 +102,19 @@ def within_segments(position_ids: Tensor, used: Tensor | None = None) -> Tensor:
         length = position_ids.shape[1]
         inside &= torch.arange(1, length + 1, device=used.device) < used[:, None]
     return inside
+
+
+def sequence_numbers(position_ids: Tensor) -> Tensor:
+    """[B, L] position_ids, 0 where a segment starts -> int64 [B, L]: which segment of the batch a position is
+    of, counted from 0 through all rows; padding is of the row's last one."""
+    return ((position_ids == 0).reshape(-1).cumsum(0) - 1).view_as(position_ids)
+
+
+def pair_count(position_ids: Tensor) -> Tensor:
+    """How many pairs of segments a batch [B, L] has, int64, a scalar."""
+    return (position_ids == 0).sum() // 2
+
+
+def in_chosen(position_ids: Tensor, used: Tensor | None = None) -> Tensor:
+    """bool [B, L]: the positions of the first segment of each pair that have a next token in it."""
+    return within_segments(position_ids, used) & (sequence_numbers(position_ids) % 2 == 0)

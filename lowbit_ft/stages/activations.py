@@ -14,6 +14,7 @@ from ..export.folder import replace_config
 from ..export.native import activation_entry
 from ..model.attention import segment_attention, segment_inputs
 from ..model.config import read_config
+from ..model.fused import known_as, part_rows
 from ..model.roles import is_head
 from ..model.walk import Batch
 from ..recipe.sections.activations import ActivationsSection, carried
@@ -52,7 +53,7 @@ def settle_activations(session: Session, folder: Path, place: str | None) -> Non
     made = choose_activations(session, model, section)
     made = [one.learned() for one in made] if section.learn else made
     schemes = {name: one.scheme for one in made for name in one.layers}
-    specs = {
+    specs = {  # of which only the activations are written
         name: LayerSpec(layer.base.shape, layer.base.grid, activation=schemes.get(name))
         for name, layer in hosts(model)
     }
@@ -68,18 +69,14 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
     recipe = session.recipe
     format, adapter = recipe.export.format, recipe.adapter
     segments = segments_in(session.checkpoint.folder) if section.segments == "auto" else {}
-    candidates = {
-        name: carried(
-            section,
-            name,
-            adapter.shipped(layer.grid) if adapter.trains(name) else layer.grid,
-            layer.in_features,
-            format,
-            segments[name].widths if name in segments else (),
-        )
-        for name, layer in hosts(model)
-        if section.applies(name)
-    }
+    candidates, parts = {}, part_rows(model)
+    for name, layer in hosts(model):
+        names = known_as(name, parts)
+        whole = names[-1]  # the parts of a fused matrix have one input
+        if section.applies(whole):
+            grid = adapter.shipped(layer.grid) if adapter.trains(*names) else layer.grid
+            widths = segments[whole].widths if whole in segments else ()
+            candidates[name] = carried(section, whole, grid, layer.in_features, format, widths)
     if not needs_rows(candidates):
         return choose(model, candidates)
     batches, device = calibration_batches(session), next(iter(model.buffers())).device

@@ -32,7 +32,8 @@ from ..recipe.recipe import Recipe
 from ..session import Session
 from ..signals.base import TAUGHT
 from ..signals.cached import TOP_K, looked_at
-from ..signals.store import OtherKey, Store, bytes_per_position, condense
+from ..signals.shards import OtherKey
+from ..signals.store import Store, bytes_per_position, condense
 from ..signals.tokens import FLOATS_AT_A_TIME
 from ..train.log import WalkLog
 from ..train.losses import Targets

@@ -4,19 +4,18 @@ Here and not in data/: they ask the model whether it keeps packed segments apart
 dtype, its process and its tokenizer, and have a word with the user.
 """
 
-import itertools
-import random
 from pathlib import Path
 from typing import Any
 
 from ..data.batches import Batches, keeps_segments_apart
 from ..data.chat import ChatTemplate
-from ..data.examples import StreamedExamples, load_examples
+from ..data.examples import load_examples
 from ..data.formats import FORMATS
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..model.attention import why_not
 from ..model.walk import Batch
+from ..quantize import rows as calibrating
 from ..recipe.sections.data import DataSource
 from ..session import Session
 from ..train.processes import rank, world
@@ -36,13 +35,7 @@ def read_data(session: Session) -> Examples:
     session.say(f"data: {examples.report}")
     if warning := unstopped(session):
         session.say(f"note: {warning}")
-    if (source := valid_source(session)) is not None:
-        valid = load_examples(
-            source,
-            recipe.data.model_copy(update={"streaming": False}),
-            session.tokenizer,
-            rows=session.rows,
-        )
+    if (valid := valid_examples(session)) is not None:
         session.say(f"valid: {valid.report}")
     return examples
 
@@ -101,14 +94,19 @@ def unstopped(session: Session) -> str | None:
     )
 
 
-def valid_batches(session: Session, model: Any) -> Batches | None:
-    """The validation rows for the losses during training; None when the recipe has none."""
+def valid_examples(session: Session) -> Examples | None:
+    """The validation windows; None when the recipe has none."""
     source = valid_source(session)
     if source is None:
         return None
     section = session.recipe.data.model_copy(update={"streaming": False})
-    examples = load_examples(source, section, session.tokenizer, rows=session.rows)
-    return batches(session, model, examples, session.recipe.train.micro_batch_size, shuffle=False)
+    return load_examples(source, section, session.tokenizer, rows=session.rows)
+
+
+def valid_batches(session: Session, model: Any, *, taught: bool = False) -> Batches | None:
+    """The validation rows for the losses during training; None when the recipe has none."""
+    examples, size = valid_examples(session), session.recipe.train.micro_batch_size
+    return None if examples is None else batches(session, model, examples, size, shuffle=False, taught=taught)
 
 
 def eval_batches(session: Session, model: Any) -> list[Batch]:
@@ -125,21 +123,22 @@ def eval_batches(session: Session, model: Any) -> list[Batch]:
 def calibration_batches(session: Session) -> list[Batch]:
     """Token windows for a calibrator that looks at text."""
     wanted = session.recipe.quant.calibration
-    size = max(1, wanted.batch_tokens // wanted.sequence_len)
-    return calibration_windows(session, wanted.samples, wanted.sequence_len, size)
+    return calibration_windows(session, wanted.samples, wanted.sequence_len, calibrating.window_batch(wanted))
 
 
 def calibration_windows(session: Session, samples: int, sequence_len: int, size: int) -> list[Batch]:
-    """Batches of `size` token windows from quant.calibration.path or the training rows: a seeded choice among
-    the first 4 x samples, so that a large or remote data set is not read whole."""
+    """Batches of `size` token windows from quant.calibration.path or the training rows (quantize/rows.py)."""
     recipe, path = session.recipe, session.recipe.quant.calibration.path
-    source = train_source(session) if path is None else _calibration_source(session, path)
-    pool = first_windows(session, source, 4 * samples, {"sequence_len": sequence_len, "train_on": "all"})
-    picked = random.Random(recipe.train.seed).sample(range(len(pool)), min(samples, len(pool)))
-    chosen = Examples(pool[i] for i in sorted(picked))
-    size = min(len(chosen), size)
-    found = Batches(chosen, size, session.pad_id, 0, shuffle=False).one_epoch()
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
+    return calibrating.calibration_windows(
+        train_source(session) if path is None else _calibration_source(session, path),
+        recipe.data,
+        session.tokenizer,
+        rows=session.rows,
+        seed=recipe.train.seed,
+        samples=samples,
+        sequence_len=sequence_len,
+        size=size,
+    )
 
 
 def calibration_key(session: Session) -> list[Any]:
@@ -160,5 +159,6 @@ def first_windows(
 ) -> Examples:
     """The first `count` windows (None: all) of a source, read only as far as needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
-    stream = StreamedExamples(source, section, session.tokenizer, session.rows)
-    return Examples(itertools.islice(iter(stream), count))
+    if (alone := FORMATS[source.format].alone) is not None:  # one text is looked at, not two answers
+        source = source.model_copy(update={"format": alone})
+    return calibrating.first_windows(source, section, session.tokenizer, session.rows, count)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters.attach import adapters_off
 from ..evaluate.generate import generate
 from ..evaluate.perplexity import EvalRow, Reference, evaluate, table
 from ..export.folder import read_manifest, replace_file
@@ -12,7 +13,7 @@ from ..model.walk import Batch
 from ..session import Session
 from .card import card
 from .data import eval_batches
-from .models import adapters_off, stage_model
+from .models import stage_model
 
 
 @dataclass

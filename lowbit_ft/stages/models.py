@@ -1,16 +1,13 @@
 """The model of each stage, read back from the folder that the stage left, on a device that holds it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..activations import Activation
-from ..activations.place import hosts
 from ..adapters import AdapterConfig
-from ..adapters.attach import adapted_layers, attach, base_digest, load_adapter_state
+from ..adapters.attach import attach, base_digest, load_adapter_state
 from ..adapters.base import LowRankOptions
 from ..export import EXPORTERS
 from ..export.folder import check_files, read_manifest
@@ -151,22 +148,3 @@ def dense_device(session: Session, what: str) -> str:
         "on the CPU, slowly"
     )
     return "cpu"
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """The quantized base alone, its inputs on the scales that it came with."""
-    held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
-    inputs = [layer.activation for _, layer in hosts(model) if isinstance(layer.activation, Activation)]
-    learned = [activation.learned for activation in inputs]
-    for layer, _ in held:
-        layer.adapter = None
-    for activation in inputs:
-        activation.learn(None)
-    try:
-        yield
-    finally:
-        for layer, adapter in held:
-            layer.adapter = adapter
-        for activation, scale in zip(inputs, learned, strict=True):
-            activation.learn(scale)

@@ -101,7 +101,8 @@ def pack_base(session: Session, folder: Path) -> None:
         calibration=lambda: calibration_batches(session),
         console=session.console if run_dir.main else None,
     )
-    weights = Weights({name: LayerSpec(*spec) for name, spec in packing.specs.items()}, packing.take)
+    specs = {name: LayerSpec(*spec, rows=packing.targets[name].rows) for name, spec in packing.specs.items()}
+    weights = Weights(specs, packing.take)
     kv_cache = recipe.quant.kv_cache
     write_model(
         folder,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from ..activations import Activation, activation_of
 from ..quantize.rotate import plan_rotation
 from ..rotations import FILE, SITES, FoldedCheckpoint, Rotation
+from ..segments import segments_in
 from ..session import Session
 from .data import calibration_batches
 
@@ -18,12 +19,14 @@ def turn(session: Session) -> FoldedCheckpoint:
     """The checkpoint as it will be packed; says what was chosen. ValueError where it cannot be turned so."""
     recipe = session.recipe
     section = recipe.quant.activations
+    found = segments_in(session.checkpoint.folder) if getattr(section, "segments", "none") == "auto" else {}
 
     def quantizer(layer: str) -> Activation | None:
         """What the input of a layer will be on: the first of its schemes, its scale made of the input."""
         if section is None or not section.applies(layer):
             return None
-        return activation_of(replace(section.schemes(layer)[0], dynamic=True))
+        widths = found[layer].widths if layer in found else ()
+        return activation_of(replace(section.schemes(layer, widths)[0], dynamic=True))
 
     rotation = plan_rotation(
         session.checkpoint,

@@ -18,12 +18,13 @@ from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
 from ..session import Session
-from ..signals import SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
+from ..signals import REFERENCES, SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import unlike
 from ..train.processes import main_process_first
 from .answers import kept_answers, refuse_other_answers
 from .data import batches, first_windows
 from .models import in_8_bits
+from .reference import kept_reference
 from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
@@ -65,14 +66,18 @@ def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | No
     cannot be made or is not near enough to full precision."""
     section = session.recipe.train
     signal = SIGNALS[section.signal.kind]
-    if not signal.asks:
-        return Lesson(signal, section.signal)
-    assert section.teacher is not None, "refused by the recipe"
     making = Making(
         model=model,
         pack=partial(pack_other, session),
         kept=partial(kept_answers, session, model, examples),
+        referred=partial(kept_reference, session, model, examples),
     )
+    if signal.refers:
+        name = section.signal.reference
+        return Lesson(signal, section.signal, REFERENCES[name].make(making, name))
+    if not signal.asks:
+        return Lesson(signal, section.signal)
+    assert section.teacher is not None, "refused by the recipe"
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():
         measured = measure(session, model, teacher, fitted)

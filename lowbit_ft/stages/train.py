@@ -17,6 +17,7 @@ from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..export.writer import check_model
 from ..integrations.adapter_files import write_adapter
+from ..model.fused import fusions_in
 from ..model.shards import is_sharded, whole
 from ..rotations import FoldedCheckpoint
 from ..session import Session
@@ -86,9 +87,9 @@ def optimize(
                 examples,
                 recipe.train.micro_batch_size,
                 shuffle=True,
-                taught=lesson.teacher is not None,
+                taught=lesson.taught,
             ),
-            valid_batches(session, model),
+            valid_batches(session, model, taught=lesson.signal.pairs),
             recipe.train,
             run_dir.path,
             meta=meta if fitted is None else {**meta, "reconstruct": fitted},
@@ -112,6 +113,7 @@ def attach_adapters(session: Session, model: Any) -> None:
     recipe, run_dir = session.recipe, session.run
     config = adapter_of(session)
     torch.manual_seed(recipe.train.seed)
+    session.folded.take_apart(fusions_in(model))
     rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
@@ -131,7 +133,8 @@ def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:
     factors = sum(lr_factor(section, step, total) for step in range(total))
     rate = section.learning_rate
     assert rate != "auto", "resolved when the recipe was read"
-    found = reach(model, rate * factors)
+    first = section.betas[0]
+    found = reach(model, rate * factors, (1 - first**total) / (1 - first))
     if found is None or 2 * found.still < found.layers:
         return
     usual, _ = rate_for(session.recipe.adapter.method, session.recipe.quant.bits)

@@ -72,14 +72,8 @@ class TrainLog:
     def show(self, values: dict[str, Any]) -> None:
         """Show a step: the bar where there is a terminal, now and then a line elsewhere."""
         step = values["step"]
-        parts = ", ".join(
-            f"{name.removesuffix('_loss')} {value:.4f}"
-            for name, value in values.items()
-            if name.endswith("_loss")
-        )
-        parts = f" ({parts})" if parts else ""
         numbers = (
-            f"loss {values['loss']:.4f}{parts}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"loss {values['loss']:.4f}{self.shown(values)}  {values['tokens_per_s']:,.0f} tokens/s  "
             f"{values['memory_gb']:.2f} GB"
             if "loss" in values
             else f"skipped: {values['skipped']}"
@@ -91,6 +85,17 @@ class TrainLog:
                 left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
                 line = f"step {step}/{self.total}  {numbers}  ETA {clock(left)}"
                 self.console.print(line, highlight=False, soft_wrap=True)
+
+    @staticmethod
+    def shown(values: dict[str, Any]) -> str:
+        """The parts of the loss, and of what is told beside it how often the chosen answer wins and by how
+        much."""
+        parts = ", ".join(
+            f"{name.removeprefix('valid_').removeprefix('rewards/').removesuffix('_loss')} {value:.4f}"
+            for name, value in values.items()
+            if value is not None and name.endswith(("_loss", "/accuracies", "/margins"))
+        )
+        return f" ({parts})" if parts else ""
 
     def note(self, text: str) -> None:
         """A line above the bar."""

@@ -35,6 +35,7 @@ from rich.console import Console
 from torch import nn
 
 from ..adapters.carry import Carried, carry_rows
+from ..model.linear import packed_op_only
 from ..signals import Lesson
 from .log import TrainLog
 from .losses import LABELS
@@ -44,6 +45,7 @@ from .progress import why_bad
 from .refusals import refuse_unreached
 from .run import Run
 from .setup import StopSignal, TrainBatches, ValidBatches
+from .validate import evaluate, keep_best, no_gain
 from .window import window_of
 
 
@@ -121,12 +123,14 @@ def _loop(
         while True:
             # 1. Between steps: evaluate, save, leave.
             if run.is_due(section.eval_every) and now.evaluated < now.step:
-                run.evaluate(log, stop)
+                with packed_op_only(run.model):  # as training's forwards: a run's numbers are of one op
+                    evaluate(run, log, stop)
             stopped = run.agree(stop.requested) if told is None or accelerator.num_processes == 1 else told
-            if stopped or run.is_due(section.save_every) or now.best_step == now.step:
+            over = now.step >= total or no_gain(run)
+            if stopped or over or run.is_due(section.save_every) or now.best_step == now.step:
                 run.save()
-            if stopped or now.step >= total:
-                run.keep_best(stopped, log)
+            if stopped or over:
+                keep_best(run, stopped, log)
                 return stopped
 
             # 2. The data of this step, and how many targets all processes together have.

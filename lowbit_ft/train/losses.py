@@ -22,7 +22,7 @@ accumulation and data parallelism change nothing but the order of a sum.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,11 +34,16 @@ from ..model import heads
 from ..model.heads import Answering, Head, find_head
 from ..model.upload import upload
 from ..signals import SIGNALS, Ask, Lesson
-from ..signals.base import Answers
-from ..signals.tokens import IGNORE, next_tokens, token_loss, within_segments
+from ..signals.base import Answers, Looked
+from ..signals.tokens import IGNORE, in_chosen, next_tokens, pair_count, token_loss, within_segments
 from .liger import Fused, liger_loss, liger_problems
 
-LABELS = Lesson(SIGNALS["labels"], None)  # what is measured, whatever a run learns from
+LABELS = Lesson(SIGNALS["labels"], None)
+
+
+def measure_of(lesson: Lesson) -> Lesson:
+    """What is measured of a run: the labels, whatever it learns from; of one that learns from pairs, that."""
+    return lesson if lesson.signal.pairs else LABELS
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Targets:
 
     labels [B, L] int64 on the CPU, not shifted; device: where the loss is computed; everywhere bool [B, L]
     on the CPU: positions that a part of the signal counts beside the targets; batch: the micro-batch as it
-    came, for a teacher; measured: the token losses alone are wanted, whatever is learned from."""
+    came, for a teacher and for pairs; measured: what is wanted is `measure_of` the lesson."""
 
     def __init__(
         self,
@@ -106,7 +111,11 @@ class Targets:
 
     def ask(self, inputs: dict[str, Any]) -> Ask:
         assert self.batch is not None, "a teacher is asked about a batch"
-        return Ask(self.batch, inputs, self.device)
+        return Ask(self.batch, inputs, self.device, self.measured)
+
+    def looked(self, where: Sequence[int]) -> Looked:
+        """For `Signal.joined`: so many positions went through its sums."""
+        return Looked(where, self.batch or {})
 
 
 def target_count(labels: Tensor) -> Tensor:
@@ -129,6 +138,8 @@ def part_counts(lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
     counts = {
         "targets": lambda: target_count(batch["labels"]),
         "all": lambda: everywhere(batch).sum(),
+        "pairs": lambda: pair_count(batch["position_ids"]),
+        "chosen": lambda: in_chosen(batch["position_ids"], batch.get("used")).sum(),
     }
     return torch.stack([counts[part.on]() for part in lesson.parts.values()])
 
@@ -138,7 +149,7 @@ def loss_forward(
 ) -> Callable[..., Any]:
     """A forward for `model` (to be bound to it) that gives the loss: f(model, labels=Targets, **inputs) ->
     the sums of the lesson's parts [parts]. Without labels it is the model's own forward; where they are
-    measured it is the sum of `next_token_loss` alone, [1]. kind: train.loss; ValueError for one that this
+    measured it is the sums of `measure_of` the lesson. kind: train.loss; ValueError for one that this
     model cannot have. student: `chunked_head(model)`, where it is there already.
 
     Being the model's forward, it runs inside whatever wraps the model: autocast, DDP, FSDP; and so does the
@@ -161,7 +172,7 @@ def loss_forward(
     def forward(_: nn.Module, *args: Any, labels: Targets | None = None, **inputs: Any) -> Any:
         if labels is None:
             return plain(*args, **inputs)
-        now = LABELS if labels.measured else lesson
+        now = measure_of(lesson) if labels.measured else lesson
         answers = None if now.teacher is None else now.teacher.answers(labels.ask(inputs))
         if head is not None and (labels.labels.numel() > head.at_a_time(answers) or head.fused is not None):
             return head.loss(head.base(*args, **inputs, use_cache=False), labels, now, answers)
@@ -175,7 +186,8 @@ def loss_forward(
         logits = logits.reshape(-1, logits.shape[-1])
         tokens, every = next_tokens(labels.labels).reshape(-1), labels.everywhere
         given = None if answers is None else answers(torch.arange(len(logits), device=logits.device))
-        return torch.stack(now.signal.sums(now.options, logits, tokens, every, given))
+        sums = now.signal.sums(now.options, logits, tokens, every, given)
+        return now.signal.joined(now.options, [sums], labels.looked(range(len(logits))))
 
     return forward
 
@@ -223,7 +235,7 @@ class ChunkedHead(Head):
         """Sums of the lesson's parts [parts], from the decoder's output (last_hidden_state [B, L, H])."""
         hidden, kind = output.last_hidden_state, type(output)
         if self.fused is not None and not targets.measured:
-            assert not lesson.signal.asks, "refused by the recipe"
+            assert lesson.teacher is None and not lesson.signal.pairs, "refused by the recipe"
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.positions)
             return self.fused(rows, targets.tokens)[None]
 
@@ -241,8 +253,7 @@ class ChunkedHead(Head):
             checkpoint(chunk_loss, part, *stretch, use_reentrant=False)
             for part, stretch in zip(parts, stretches, strict=True)
         ]
-        totals = [torch.stack(column) for column in zip(*sums, strict=True)]
-        return torch.stack([total.double().sum().to(total.dtype) for total in totals])
+        return lesson.signal.joined(lesson.options, sums, targets.looked(targets.where))
 
 
 def chunked_head(model: nn.Module) -> Answering:

@@ -21,11 +21,14 @@ from .optimizers import OPTIMIZERS
 from .schedulers import SCHEDULERS, Left
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> torch.optim.Optimizer:
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], section: Any, master: str | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of a TrainSection over (name, parameter) pairs, in one or two groups; group["peak"] is
-    its rate.
+    its rate. master: what the dense parts are held in, if that is less than fp32 (adapters/dense.py).
 
-    Raises ValueError for no parameters, or an optimizer whose package is missing.
+    Raises ValueError for no parameters, or an optimizer whose package is missing, or that cannot step on
+    such a part.
     """
     groups = {"low_rank": [], "scale": []}
     for name, parameter in named:
@@ -41,12 +44,27 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], section: Any) -> 
         "low_rank": {"lr": rate, "peak": rate, "weight_decay": section.weight_decay},
         "scale": {"lr": scale_rate, "peak": scale_rate, "weight_decay": 0.0},
     }
+    if short := [p for p in groups["low_rank"] if p.dtype != torch.float32]:
+        assert len(short) == len(groups["low_rank"]), "dense parts are of one method"
+        if problem := unheld(section.optimizer, master):
+            raise ValueError(f"optimizer: got {section.optimizer!r}{problem}")
+        settings["low_rank"]["master"] = master
     used = [{"params": params, "name": name, **settings[name]} for name, params in groups.items() if params]
     if not used:
         raise ValueError(
             "nothing to train: no parameter of the model requires a gradient; attach an adapter first"
         )
     return OPTIMIZERS[section.optimizer].make(used, section)
+
+
+def unheld(optimizer: str, master: str | None) -> str | None:
+    """Why an optimizer cannot step on what is held in `master`, to be put behind its name; None: it can."""
+    if master is not None and OPTIMIZERS[optimizer].short:
+        return None
+    return (
+        f", which steps on fp32 alone, and adapter.master is {master or 'not said'}; set optimizer: adamw, "
+        "or adapter.master: fp32"
+    )
 
 
 def lr_factor(section: Any, step: int, total: int) -> float:

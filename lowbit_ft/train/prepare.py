@@ -1,7 +1,7 @@
 """What training changes on a model, and how it is undone.
 
-    attention by segments, MLPs in chunks, kept codes, the loss as the model's forward, checkpointing and
-    offload of layer inputs, compiled layers, and accelerate's wrapper (mixed precision, DDP)
+    attention by segments, MLPs in chunks, noise on embeddings, kept codes, the loss as the model's forward,
+    checkpointing and offload of layer inputs, compiled layers, accelerate's wrapper (mixed precision, DDP)
 
 `Prepared` does it in this order and `release` gives the model back as it came. What refuses, refuses while
 little has been changed, and takes that back first.
@@ -26,6 +26,7 @@ from ..model.walk import decoder_layers
 from ..signals import Lesson
 from .compiling import compile_layers
 from .losses import LABELS, chunked_head, loss_forward
+from .neftune import EmbeddingNoise
 from .offload import Offload, open_store
 from .processes import world
 from .setup import activation_checkpointing, share_frozen
@@ -49,6 +50,12 @@ class Prepared:
             if section.offload != "no":
                 self.offload = Offload(open_store(section.offload, accelerator.device, run_dir))
                 changes.callback(self.offload.store.close)
+            self.noise: EmbeddingNoise | None = None
+            if section.neftune_alpha is not None:
+                self.noise = EmbeddingNoise(
+                    model, section.neftune_alpha, section.seed, accelerator.process_index
+                )
+                changes.callback(self.noise.remove)
             keep_codes(model, section.keep_codes)
             changes.callback(keep_codes, model, False)
             student = chunked_head(model)

@@ -23,6 +23,7 @@ class Progress:
     valid_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    without_gain: int = 0  # evaluations since the best
     bad_steps: int = 0
     bad_in_a_row: int = 0
 

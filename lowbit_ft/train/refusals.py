@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters import Adapter, AdapterConfig
+from ..adapters.attach import adapted_layers
+from ..adapters.dense import held_short
 from ..model.walk import decoder_layers
 from .processes import world
 from .setup import TrainError, ValidBatches
@@ -19,9 +22,10 @@ def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: 
     """TrainError for a section that this model, or this data, cannot be trained by."""
     if section.keep_best and valid is None:
         raise TrainError("train.keep_best needs validation data: set data.valid, or keep_best: false")
-    if sharded and (problems := unshardable(section)):
+    adapter = config_of(model)
+    if sharded and (problems := unshardable(section, adapter)):
         raise TrainError("\n".join(f"{'.'.join(key)}: got {message}" for key, message in problems))
-    if problems := list(section.gradient.problems(SimpleNamespace(train=section))):
+    if problems := list(section.gradient.problems(SimpleNamespace(train=section, adapter=adapter))):
         raise TrainError("\n".join(f"{'.'.join(key)}: {message}" for key, message in problems))
     if sharded and section.gradient.needs_whole:
         raise TrainError(
@@ -38,6 +42,17 @@ def refuse(section: Any, model: nn.Module, valid: ValidBatches | None, sharded: 
             decoder_layers(model)
         except ValueError as error:
             raise TrainError(f"train.compile: got true, but {error}; set compile: false") from error
+
+
+def config_of(model: nn.Module) -> AdapterConfig | None:
+    """What the adapters of the model are built from, where attach gave it some."""
+    adapters = (layer.adapter for _, layer in adapted_layers(model))
+    return next((adapter.config for adapter in adapters if isinstance(adapter, Adapter)), None)
+
+
+def master_of(model: nn.Module) -> str | None:
+    """What its adapters' dense parts are held in, where that is less than fp32."""
+    return held_short(config_of(model))
 
 
 def refuse_unreached(names: Mapping[Tensor, str]) -> None:

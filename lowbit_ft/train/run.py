@@ -1,15 +1,14 @@
-"""What the training loop (loop.py) calls: the arithmetic of a step over all processes, evaluation, saving and
-resuming.
+"""What the training loop (loop.py) calls: the arithmetic of a step over all processes, saving and resuming.
 
-Two parts have files of their own: what is changed on the model while it trains (prepare.py), and where the
-run is (progress.py).
+Three parts have files of their own: what is changed on the model while it trains (prepare.py), where the run
+is (progress.py), and the validation loss (validate.py).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..adapters.attach import resize
+from ..adapters.attach import resize, settle
 from ..gradients import BackpropConfig
 from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
@@ -28,15 +27,13 @@ from ..model.upload import upload
 from ..signals import Lesson
 from ..signals.base import TAUGHT
 from .checkpoint import Checkpoints, Saved, rng_state, saved_tensors, set_rng_state
-from .log import TrainLog
-from .losses import LABELS, Targets, count_targets, everywhere, part_counts
+from .losses import LABELS, Targets, everywhere, measure_of, part_counts
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world
 from .progress import Progress
-from .refusals import refuse
+from .refusals import master_of, refuse
 from .setup import (
-    StopSignal,
     TrainBatches,
     TrainError,
     ValidBatches,
@@ -73,6 +70,10 @@ class Run:
         self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}
         if lesson.teacher is not None:
             self.meta["signal"] = {**_plain(lesson.options), **lesson.teacher.facts}
+        elif lesson.signal.pairs:
+            self.meta["signal"] = _plain(lesson.options)
+        if section.neftune_alpha is not None:
+            self.meta["neftune_alpha"] = section.neftune_alpha
         if section.gradient != BackpropConfig():
             self.meta["gradient"] = section.gradient.model_dump(mode="json")
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -85,7 +86,7 @@ class Run:
         self.saved_step: int | None = None
         self.after_step: Callable[[], None] | None = None
         self.raw_optimizer = build_optimizer(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad], section, master_of(model)
         )
         # of the parts of the loss [parts]
         weights = torch.tensor(lesson.weights, dtype=torch.float64)
@@ -171,9 +172,11 @@ class Run:
 
     # ---------------------------------------------------------------- a step
 
-    def loss(self, batch: dict[str, Tensor], measured: bool = False) -> Tensor:
-        """The sums of the parts of the loss over a micro-batch [parts]; measured: of the token losses alone,
-        [1]."""
+    def loss(self, batch: dict[str, Tensor], measured: bool = False, micro: int = 0) -> Tensor:
+        """The sums of the parts of the loss over a micro-batch [parts]; measured: of what is measured; micro:
+        its place in the step."""
+        if self.prepared.noise is not None:
+            self.prepared.noise.at(self.now.step, micro)
         # Measuring goes not through DDP's wrapper: processes may have unequal shares.
         model = self.model if measured else self.wrapped
         # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for
@@ -183,10 +186,11 @@ class Run:
         )
         device = self.accelerator.device
         inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        asks = self.lesson.teacher is not None and not measured
-        every = everywhere(batch) if asks and any(p.on == "all" for p in self.lesson.parts.values()) else None
+        lesson = measure_of(self.lesson) if measured else self.lesson
+        every = everywhere(batch) if any(p.on == "all" for p in lesson.parts.values()) else None
+        labels = lesson.signal.labels(batch)
         # the model's forward is the loss since __init__
-        return model(**inputs, labels=Targets(batch["labels"], device, every, batch, measured))
+        return model(**inputs, labels=Targets(labels, device, every, batch, measured))
 
     def counts(self, micro: list[dict[str, Tensor]]) -> Tensor:
         """How many positions each part of the loss counts in the micro-batches of all processes [parts]."""
@@ -294,62 +298,16 @@ class Run:
         step = self.now.step
         return step > 0 and (step >= self.total or bool(every and step % every == 0))
 
-    def in_step(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The batches; sharded processes, which must run as many forwards as each other, fill up with a token
-        that is no target.
-        """
-        nothing = {
-            "input_ids": torch.zeros(1, 1, dtype=torch.long),
-            "position_ids": torch.zeros(1, 1, dtype=torch.long),
-        }
-        nothing["labels"] = torch.full((1, 1), -100)
-        while True:
-            batch = next(batches, None)
-            go_on = batch is not None
-            if not (self.agree(go_on) if self.sharded else go_on):
-                return
-            yield nothing if batch is None else batch
-
-    @torch.no_grad()
-    def evaluate(self, log: TrainLog, stop: StopSignal) -> None:
-        """Loss per target over one pass of the validation data. After a signal the resumed run does it."""
-        if self.valid is None:
-            return
-        self.model.eval()
-        total, targets = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
-        for batch in self.in_step(self.valid.one_epoch()):
-            if stop.requested and self.accelerator.num_processes == 1:
-                break  # several processes would have to agree on the batch, so they finish instead
-            total += self.loss(batch, measured=True).sum()
-            targets += count_targets(batch["labels"])
-        else:
-            total, targets = self.sum(total, targets)
-            now, loss = self.now, total / max(1, targets)
-            if not targets:
-                raise TrainError("the validation data has no target tokens; see data.valid and data.train_on")
-            now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
-            if (
-                self.section.keep_best
-                and now.step > self.choose_after
-                and math.isfinite(loss)
-                and (now.best_loss is None or loss < now.best_loss)
-            ):
-                now.best_step, now.best_loss = now.step, loss
-            log.line({"step": now.step, "valid_loss": now.valid_loss})
-            log.note(f"step {now.step}: validation loss {loss:.4f}")
-            self.track({"step": now.step, "valid_loss": loss})
-        self.model.train()
-
     def save(self) -> None:
         """Write a full checkpoint of this moment; once per step."""
         if self.saved_step == self.now.step:
             return
+        settle(self.model)
         device, now = self.accelerator.device, self.now
         rng, numbers = rng_state(device)
         every = {k: self.accelerator.gather(v[None].to(device)).cpu() for k, v in rng.items()}  # pyright: ignore
-        if (
-            self.main or self.sharded
-        ):  # shards are gathered by all: the file holds whole tensors, for any number of processes
+        # Shards are gathered by all: the file holds whole tensors, for any number of processes.
+        if self.main or self.sharded:
             adapter = {
                 n: whole(t.detach()).to("cpu", copy=True).contiguous()
                 for n, t in saved_tensors(self.model, self.homes).items()
@@ -379,13 +337,6 @@ class Run:
         if self.main and self.section.trackers:
             numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
             self.accelerator.log(numbers, step=values["step"])
-
-    def keep_best(self, stopped: bool, log: TrainLog) -> None:
-        """At the end of a run with keep_best, the model gets the weights of the lowest validation loss."""
-        best = self.now.best_step
-        if not stopped and self.section.keep_best and best is not None and best != self.now.step:
-            self.load_weights(self.checkpoints.read(best))
-            log.note(f"kept step {best}: validation loss {self.now.best_loss:.4f}, the lowest")
 
     def release(self) -> None:
         """Give the model back as it came: no wrappers, no gradients, in eval mode; close the trackers."""

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..adapters import AdapterConfig
 from ..adapters.attach import packed_layers
+from ..adapters.dense import held_short
 from ..model.walk import decoder_layers
 from .optimizers import OPTIMIZERS
 from .processes import world
@@ -49,10 +50,9 @@ def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[
     """Why a sharded run cannot have these settings: ((section, key), message) each; empty when it can."""
     problems = []
     if not (chosen := OPTIMIZERS[train.optimizer]).shards:
-        message = (
-            f"{train.optimizer!r} ({chosen.package or 'one process'}) cannot step on shards; set optimizer: "
-            "adamw, whose averages are sharded, or sharding: none"
-        )
+        why = chosen.package or ("it looks at whole tensors" if chosen.ternary else "one process")
+        other = "" if chosen.ternary else "optimizer: adamw, whose averages are sharded, or "
+        message = f"{train.optimizer!r} ({why}) cannot step on shards; set {other}sharding: none"
         problems.append((("train", "optimizer"), message))
     if train.mixed_precision == "fp16":
         message = (
@@ -73,6 +73,12 @@ def unshardable(train: Any, adapter: AdapterConfig | None = None) -> list[tuple[
             "averages that would move; set refresh_steps: null and importance: weight, or sharding: none"
         )
         problems.append((("adapter", key), message))
+    if (master := held_short(adapter)) is not None:
+        message = (
+            f"{master!r} with train.sharding: fsdp, which gathers gradients of one type; set "
+            "master: fp32, or sharding: none"
+        )
+        problems.append((("adapter", "master"), message))
     if steps := getattr(adapter, "warmup_steps", 0):
         message = (
             f"{steps} with train.sharding: fsdp: the end of the warm-up reads whole layers "

@@ -36,7 +36,7 @@ def window_of(run: Run, micro: list[dict[str, Tensor]], counts: Tensor) -> Windo
         step=run.now.step,
         size=len(micro),
         factors=accelerator.num_processes / counts.clamp_min(1) * run.weights,
-        loss=lambda i: run.loss(micro[i]),
+        loss=lambda i: run.loss(micro[i], micro=i),
         backward=accelerator.backward,
         alone=lambda i: accelerator.no_sync(run.wrapped) if i < last else nullcontext(),
         mean=lambda t: run.over_processes(t) / accelerator.num_processes,

@@ -89,6 +89,27 @@ def test_int8_product_on_a_cpu_is_the_training_forward() -> None:
     assert taken == 14 * sum(s.kind in ("token", "tensor") and s.symmetric for s in schemes)
 
 
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI: the packed op serves")
+@pytest.mark.parametrize("static", [False, True])
+def test_a_token_that_holds_a_nan_is_one_behind_the_product(static: bool) -> None:
+    """No byte says it. The other tokens are what they were."""
+    layer = PackedLinear(base_of(IntGrid(bits=4, group_size=-1), (32, 128)).without_residual())
+    place(
+        layer,
+        Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.02,))
+        if static
+        else Scheme(kind="token", bits=8),
+    )
+    x = torch.randn(2, 3, 128)
+    whole, x[1, 1, 7] = layer.eval()(x.clone()), torch.nan
+    with torch.no_grad():
+        assert layer._int8_for(x) is not None
+        y, trained_on = layer(x), layer.train()(x)
+    assert torch.equal(y.isnan(), trained_on.isnan()) and y[1, 1].isnan().all() and y.isnan().sum() == 32
+    y[1, 1] = whole[1, 1]
+    assert torch.equal(y, whole)
+
+
 def plain(x: list[float], scheme: Scheme) -> list[float]:
     """x^ of one token by the equations of the docstrings, number by number, in float64."""
     low, high = min(x), max(x)

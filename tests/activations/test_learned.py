@@ -18,7 +18,7 @@ from lowbit_ft.activations import Scheme, activation_of, read_scheme
 from lowbit_ft.activations.learned import LearnedScale
 from lowbit_ft.activations.place import hosts, place_activations, shipped_of
 from lowbit_ft.adapters import Adapter, is_scale
-from lowbit_ft.adapters.attach import adapter_state, attach, base_digest, load_adapter_state
+from lowbit_ft.adapters.attach import adapter_state, adapters_off, attach, base_digest, load_adapter_state
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
@@ -27,7 +27,6 @@ from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.integrations.transformers import mark_packed
 from lowbit_ft.merge import base_weights, merge, merged_weight, verify_merge
 from lowbit_ft.model.linear import PackedLinear
-from lowbit_ft.stages.models import adapters_off
 from lowbit_ft.train.optim import build_optimizer
 from tests.activations.common import LEARNED, integer_product, learning
 from tests.activations.test_place import forwarded, logits, shake

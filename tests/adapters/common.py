@@ -48,7 +48,10 @@ def randomize(adapter: nn.Module, size: float = 1.0) -> None:
     """
     for name, parameter in adapter.named_parameters():
         leaf = name.rpartition(".")[2]
-        if leaf == "B":
+        if getattr(getattr(adapter, "config", None), "ternary", False):
+            if leaf == "B":  # A is its start: a third and more of it is 0
+                parameter.copy_(torch.randint(0, 2, parameter.shape) * 2 - 1)
+        elif leaf == "B":
             parameter.normal_(0, 3.0 * size)
         elif leaf == "delta":
             parameter.normal_(0, 2.0 * size)

@@ -124,11 +124,15 @@ def push(adapter: EfQAT, rows: list[int], size: float) -> None:
         adapter.log_scale[:, rows] += size
 
 
-def test_rows_that_leave_keep_their_codes_and_come_back_to_them() -> None:
+@pytest.mark.parametrize("master", ["fp32", "none"])
+def test_rows_that_leave_keep_their_codes_and_come_back_to_them(master: str) -> None:
     base = packed(GRID, (64, 64))
-    adapter = built(base, share=0.25, refresh_steps=2)
+    adapter = built(base, share=0.25, refresh_steps=2, master=master)
+    assert adapter.delta is not None
     with torch.no_grad():
-        adapter.delta.normal_(0, 2)  # pyright: ignore[reportOptionalMemberAccess]
+        adapter.delta.normal_(0, 2)
+        if master == "none":
+            adapter.delta.round_()
     assert adapter.begin_step(0, base) == adapter.begin_step(1, base) == []
     first, light = adapter.rows.tolist(), adapter.rows[:3].tolist()
     push(adapter, light, -20.0)
@@ -151,6 +155,7 @@ def test_rows_that_leave_keep_their_codes_and_come_back_to_them() -> None:
     again = adapter.merge(base)
     assert isinstance(again, PackedWeight) and torch.equal(again.codes, before.codes)
     assert set(light) <= set(adapter.rows.tolist()) and not set(light) & set(adapter.left.tolist())
+    assert master == "fp32" or torch.equal(adapter.delta, adapter.delta.round()), "in whole steps"
     x = torch.randn(5, 64)
     assert torch.equal(adapter(x, base), again.linear(x)), "and trains what ships"
 
@@ -227,6 +232,7 @@ def test_numbers_of_rows_in_a_file_are_looked_at() -> None:
         ("rows", rows.float(), "got torch.float32"),
         ("left", rows[:4], "left: has rows that train"),
         ("left", left[:3], "left_codes: got 4 rows"),
+        ("delta", state[f"{key}delta"].bfloat16(), "delta: got torch.bfloat16; adapter.master: fp32 holds"),
     ):
         other = model_of(refresh_steps=1)
         with pytest.raises(ValueError, match=words):

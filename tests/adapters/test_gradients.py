@@ -28,6 +28,8 @@ def configs() -> Iterator[AdapterConfig]:
         yield ADAPTERS["dl_qat"](rank=5, alpha=3.0, clip=order)
         for offset in ("auto", "none", "integer", "float"):
             yield ADAPTERS["l4q"](rank=5, alpha=3.0, clip=order, offset=offset)
+    yield ADAPTERS["lota"](rank=5)
+    yield ADAPTERS["lota"](rank=5, threshold=0.5, offset="float")
     yield ADAPTERS["scale"]()
     yield ADAPTERS["full_qat"]()
     yield ADAPTERS["ef_qat"](share=0.4, scale_grad_tokens=1.0)
@@ -77,7 +79,7 @@ def reference_gradients(
         weight = w0 + gain * (p["B"] @ p["A"])
         y = x @ w0.t() + gain * ((x @ p["A"].t()) @ p["B"].t())
     else:
-        gain = config.alpha / config.rank if "A" in p else 1.0
+        gain = config.gain if "A" in p else 1.0
         offset = getattr(config, "offset", "")
         if offset == "auto":
             offset = "none" if base.grid.symmetric else "integer"

@@ -59,7 +59,7 @@ def test_scale_parameters_are_named_as_such(method: str):
     base = base_of(BinaryGrid() if config.grid_name == "binary" else IntGrid(symmetric=False))
     names = {name.rpartition(".")[2] for name, _ in config().build(base).named_parameters()}
     assert names - SCALE_PARAMETERS <= {"A", "B", "delta"}
-    assert method == "lora" or names & SCALE_PARAMETERS
+    assert bool(names & SCALE_PARAMETERS) == config().trains_scales == (method not in ("lora", "lota"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_methods_refuse_the_other_grid(method: str):
     assert f"set quant.grid: {config.grid_name}" in str(config.reject(other))
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "lora"])
+@pytest.mark.parametrize("method", [m for m, config in ADAPTERS.items() if config().trains_scales])
 def test_scales_move_under_a_small_learning_rate(method: str):
     """The bf16 stall: Adam at 1e-5 must move the fp32 master, and after enough steps the bf16 scale that
     ships.

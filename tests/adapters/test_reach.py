@@ -10,17 +10,18 @@ from lowbit_ft.adapters.reach import reach
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.optimizers.masters import MasterAdamW
 
 STEPS = 12
 
 
-def model_of(method: str, residual_bits: int = 4) -> torch.nn.Module:
+def model_of(method: str, residual_bits: int = 4, **keys: str) -> torch.nn.Module:
     torch.manual_seed(0)
     grid = IntGrid(bits=3, group_size=32, residual_bits=residual_bits)
     base = CALIBRATORS["mse"].run(torch.randn(48, 64) * 0.1, grid, Stats())
     model = torch.nn.Sequential(PackedLinear(base))
     options = {"rank": 8} if "rank" in ADAPTERS[method].model_fields else {}
-    attach(model, ADAPTERS[method].model_validate({"method": method, **options}))
+    attach(model, ADAPTERS[method].model_validate({"method": method, **options, **keys}))
     return model
 
 
@@ -48,6 +49,22 @@ def test_below_the_bound_no_code_moves_and_above_it_some_do(method: str, residua
     assert below is not None and above is not None and (below.still, above.still) == (1, 0)
     assert moved(model, 0.9 * least) == 0
     assert moved(model_of(method, residual_bits), 4 * least) > 0, "the bound is no empty one"
+
+
+def test_without_a_master_steps_have_to_fill_the_average_first():
+    """Ten steps of one direction: the average holds 1 - 0.9^10 over 0.1 of them until a code moves."""
+    model, gathers = model_of("full_qat", master="none"), (1 - 0.9**10) / 0.1
+    delta = model.get_parameter("0.adapter.delta")
+    found = reach(model, 0.0, gathers)
+    assert found is not None and found.needed == pytest.approx(0.5 * gathers)
+    for share, some in ((0.95, False), (1.1, True)):
+        delta.data.zero_()
+        group = {"params": [delta], "name": "low_rank", "master": "none"}
+        optimizer = MasterAdamW([group], 0, lr=share * found.needed / 10)
+        for _ in range(10):
+            delta.grad = torch.ones_like(delta)
+            optimizer.step()
+        assert bool(delta.any()) == some
 
 
 def test_what_the_bound_says_nothing_of():

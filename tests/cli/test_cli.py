@@ -32,7 +32,7 @@ def calls(monkeypatch):
     """A pipeline that only notes what it was asked for."""
     made = []
     fake = types.ModuleType("lowbit_ft.pipeline")
-    for name in ("run", "quantize", "train", "merge", "export", "verify", "evaluate", "report"):
+    for name in ("run", "quantize", "train", "merge", "export", "push", "verify", "evaluate", "report"):
         setattr(fake, name, lambda *args, _name=name: made.append((_name, *args)))
     monkeypatch.setattr("lowbit_ft.cli.serve.serve", lambda *args: made.append(("serve", *args)))
     fake.generate = lambda *args: made.append(("generate", *args)) or "an answer"  # type: ignore[attr-defined]
@@ -60,13 +60,18 @@ def test_folder_commands(calls, tmp_path):
     for command in ("merge", "verify", "eval", "report"):
         assert call(command, folder) == 0
     assert call("export", folder) == 0 and call("export", folder, "--format", "native") == 0
+    assert call("export", folder, "-f", "mlx", "-o", "out", "--base", "base") == 0
+    assert call("push", folder, "org/name") == 0 and call("push", folder, "org/name", "--public") == 0
     assert calls == [
         ("merge", tmp_path),
         ("verify", tmp_path),
         ("evaluate", tmp_path, [], [], None),
         ("report", tmp_path),
-        ("export", tmp_path, None),
-        ("export", tmp_path, "native"),
+        ("export", tmp_path, None, None, None),
+        ("export", tmp_path, "native", None, None),
+        ("export", tmp_path, "mlx", Path("out"), Path("base")),
+        ("push", tmp_path, "org/name", False),
+        ("push", tmp_path, "org/name", True),
     ]
 
 

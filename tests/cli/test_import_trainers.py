@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,3 +188,25 @@ def test_a_data_set_that_is_not_described_is_left_to_the_user(tmp_path: Path) ->
     draft = import_recipe(written(tmp_path, FACTORY_FILE | {"dataset": "identity", "mask_history": True}))
     assert "identity is not in a dataset_info.json" in dict(draft.left)["dataset"]
     assert draft.get("data.train.path") == "identity" and draft.get("data.train_on") == "completion"
+
+
+@pytest.mark.parametrize("trainer", ["axolotl", "llama-factory"])
+def test_noise_and_an_early_end(trainer: str, tmp_path: Path) -> None:
+    """Without data to evaluate on there is nothing to wait for."""
+    noise, wait = {
+        "axolotl": ("neftune_noise_alpha", "early_stopping_patience"),
+        "llama-factory": ("neftune_alpha", "early_stopping_steps"),
+    }[trainer]
+    evaluated = {"test_datasets": [{"path": str(CHAT), "type": "chat_template"}], "eval_steps": 10}
+    rows = [{"path": str(CHAT), "type": "chat_template"}]
+    file: dict[str, Any] = {"base_model": str(TINY), "datasets": rows}
+    if trainer == "llama-factory":
+        file = {"model_name_or_path": str(TINY), "dataset": str(CHAT)}
+        evaluated = {"eval_dataset": str(CHAT), "eval_strategy": "steps", "eval_steps": 10}
+    file |= {noise: 5, wait: 3}
+    draft = import_recipe(written(tmp_path, file | evaluated))
+    assert (draft.get("train.neftune_alpha"), draft.get("train.stop_after")) == (5.0, 3)
+    assert draft.get("train.keep_best") is True and wait not in dict(draft.left)
+    draft = import_recipe(written(tmp_path, file))
+    assert draft.get("train.stop_after") is None
+    assert "nothing is evaluated while training" in dict(draft.left)[wait]

@@ -323,6 +323,8 @@ def test_every_column_of_the_table_is_read(format):
         "text": {"text": "a"},
         "tokens": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     }
+    pair = {"prompt": chat((Q, "a")), "chosen": chat((A, "b")), "rejected": chat((A, "c")), "tools": [TOOL]}
+    full |= {"preference": pair, "chosen": pair}
     kept = (
         {"conversations", "learned", "row", "text", "messages"} if format == "tokens" else {"conversations"}
     )

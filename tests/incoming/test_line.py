@@ -146,7 +146,7 @@ def test_a_recipe_that_disagrees_fails_with_its_line(tmp_path: Path) -> None:
         (
             "adapter={method: l4q, rank: 4}",
             "l4q needs the fraction that rounding threw away, .*; "
-            "use lr_qat, dl_qat, scale, full_qat, ef_qat, lora, or give",
+            "use lr_qat, dl_qat, lota, scale, full_qat, ef_qat, lora, or give",
         ),
         (
             "adapter={method: lr_qat, init: svd}",

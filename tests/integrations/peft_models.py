@@ -11,11 +11,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowbit_ft.adapters import ADAPTERS
+from lowbit_ft.adapters import ADAPTERS, Adapter
 from lowbit_ft.grid import BinaryGrid, Grid, IntGrid
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.integrations.peft import LowBitConfig
 from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.optimizers.t_signsgd import TSignSGD
 
 INTEGER = IntGrid(bits=3, group_size=32)
 BINARY = BinaryGrid(bits=3, group_size=32)
@@ -69,7 +70,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def train(model: nn.Module, steps: int = 3, seed: int = 5, lr: float = 0.02) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    ternary = any(isinstance(m, Adapter) and m.config.ternary for m in model.modules())
+    optimizer = TSignSGD(chosen, lr=0.3) if ternary else torch.optim.AdamW(chosen, lr=lr)
     losses, ids = [], tokens(seed=seed)
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
@@ -35,3 +36,17 @@ def test_rows_of_the_network_that_change_are_saved_and_read(tmp_path: Path) -> N
     again = PeftModel.from_pretrained(packed_model(), str(tmp_path))
     assert torch.equal(logits(again), expected)
     assert torch.equal(logits(again.merge_and_unload()), expected)
+
+
+def test_a_d_that_only_our_optimizer_steps_on_is_refused_for_training_and_read(tmp_path: Path) -> None:
+    config = LowBitConfig("full_qat", master="none")
+    with pytest.raises(ValueError, match="master: got 'none', which is for the AdamW of `lowbit-ft run`"):
+        get_peft_model(packed_model(), config)
+    config.inference_mode = True
+    model = get_peft_model(packed_model(), config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("delta"):
+            parameter.data.add_(1)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(packed_model(), str(tmp_path))
+    assert torch.equal(logits(again), logits(model))

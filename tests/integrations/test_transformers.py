@@ -19,7 +19,7 @@ from lowbit_ft.export import LayerSpec
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.grid import BinaryGrid
-from lowbit_ft.integrations.transformers import LowbitConfig, mark_packed
+from lowbit_ft.integrations.transformers import PackedConfig, mark_packed
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
 from tests.integrations.loading import NATIVE, in_a_new_process, load
@@ -197,7 +197,7 @@ def test_configs_that_do_not_belong_to_the_model_are_refused(mixed: Path) -> Non
         with pytest.raises(ValueError, match=message):
             load(mixed)
         (mixed / "config.json").write_text(original)
-    assert LowbitConfig.of(load(mixed)).layers == {n: LayerSpec.of(w) for n, w in read_weights(mixed).items()}
+    assert PackedConfig.of(load(mixed)).layers == {n: LayerSpec.of(w) for n, w in read_weights(mixed).items()}
 
 
 @pytest.fixture(scope="module")

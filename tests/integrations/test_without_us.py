@@ -19,7 +19,7 @@ from lowbit_ft.export.native import STOP
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.adapter_files import write_adapter
-from lowbit_ft.integrations.transformers import LowbitConfig, LowbitQuantizer
+from lowbit_ft.integrations.transformers import PackedConfig, PackedQuantizer
 from lowbit_ft.model.checkpoint import Checkpoint
 from tests.integrations import peft_models
 from tests.integrations.loading import COMPRESSED, NATIVE, in_a_new_process
@@ -130,7 +130,7 @@ def test_the_reader_hook_of_older_transformers(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path / "dense"))
     write_model(tmp_path / "m", checkpoint, random_weights(checkpoint.empty_model(), int_grid()), NATIVE)
     config = AutoConfig.from_pretrained(tmp_path / "m")
-    quantizer = LowbitQuantizer(LowbitConfig(**config.quantization_config))
+    quantizer = PackedQuantizer(PackedConfig(**config.quantization_config))
     for hook in (quantizer.update_tp_plan, quantizer.update_attn_implementation):
         config.transformers_weights = STOP
         assert hook(config) is config and not hasattr(config, "transformers_weights")

@@ -54,6 +54,7 @@ def samples() -> dict[str, tuple]:
         "binary_gradients": (x.detach(), dy, planes, 32, 2),
         "round_values": (torch.randn(5, 4).requires_grad_(), torch.bfloat16),
         "exact_exp": (torch.randn(5, 4).requires_grad_(),),
+        "group_sums": (a["codes"], 3, K, 32),
         "hadamard": (torch.randn(5, 24, requires_grad=True), 12),
     }
 

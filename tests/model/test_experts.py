@@ -29,6 +29,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.layers import read_shapes
 from lowbit_ft.recipe.sections.quant import QuantSection
 from tests.architectures import CONFIGS, checkpoint_of
+from tests.packed_tools import nudge
 from tests.whole_line import tokens, train
 
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "deepseek_v3"]
@@ -281,7 +282,7 @@ def test_every_method_trains_and_ships_experts_and_conv1d(name: str, method: str
     assert trained and all(p.grad is not None for p in trained)
     with torch.no_grad():
         for p in trained:
-            p.add_(torch.randn_like(p) * 0.02)
+            nudge(p, 0.02, config)
         expected = model.eval()(tokens()).logits
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lora: the merge rounds again")

@@ -126,6 +126,7 @@ def test_training_and_merging_write_to_no_page(method: str, tmp_path: Path) -> N
     made, _ = quantize(checkpoint, QuantSection.model_validate(quant | {"group_size": 64}))
     write_model(tmp_path / "base", checkpoint, base_weights(made), EXPORTERS["native"])
     digest, states = base_digest(made), []
+    ternary = {"optimizer": "t_signsgd", "learning_rate": 0.5} if config.ternary else {}
     for model in (made, load_exported(tmp_path / "base")):
         torch.manual_seed(3)
         attach(model, config)
@@ -138,7 +139,7 @@ def test_training_and_merging_write_to_no_page(method: str, tmp_path: Path) -> N
             model,
             data,
             None,
-            section(max_steps=3, gradient_accumulation_steps=1),
+            section(max_steps=3, gradient_accumulation_steps=1, **ternary),
             tmp_path / str(len(states)),
             console=quiet(),
         )

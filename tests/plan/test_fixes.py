@@ -26,6 +26,8 @@ CONFIG = {  # recipe -> whose shapes
     "llama31": "llama31_8b",
     "llama2-13b": "llama2_13b",
     "smollm2": "smollm2_135m",
+    "qwen25-14b": "qwen25_14b",
+    "qwen25-32b": "qwen25_32b",
 }
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 
@@ -201,7 +203,12 @@ def test_planning_never_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+FOR_A_CARD = sorted(RECIPES.glob("*-*gb*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(RECIPES.glob("*.yaml")) - set(FOR_A_CARD)), ids=lambda path: path.stem
+)
 def test_plan_on_every_recipe(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +314,16 @@ def test_the_recipes_name_what_plan_says(path: Path) -> None:
         made = plan(load_recipe(path, changes, check=False), SHAPES / shape, no_card())
         assert made is not None and f"{(made.stages['training'] - made.parts['context']) / 1e9:.1f}" == number
     assert said
+
+
+@pytest.mark.parametrize("path", FOR_A_CARD, ids=lambda path: path.stem)
+def test_a_recipe_for_a_card_fits_it(path: Path) -> None:
+    gb = int(re.findall(r"-(\d+)gb", path.stem)[0])
+    shape = next(folder for name, folder in CONFIG.items() if path.stem.startswith(name))
+    recipe = load_recipe(path, check=False)
+    made = plan(recipe, SHAPES / shape, find_card(recipe, gb))
+    assert made is not None and made.fits, made and made.stages
+    assert f"one {gb} GB GPU" in path.read_text(encoding="utf-8").partition("\n")[0]
 
 
 def test_the_page_about_memory_has_todays_predictions() -> None:

@@ -58,7 +58,7 @@ CASES = {
         ],
         {},
     ),
-    "ef_qat": (["adapter={method: ef_qat, share: 0.25}"], {}),
+    "ef_qat in bf16": (["adapter={method: ef_qat, share: 0.25, master: bf16}"], {}),
     "packed head and embedding": (
         [
             "adapter={method: lr_qat, rank: 4}",

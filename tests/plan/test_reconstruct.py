@@ -33,6 +33,9 @@ def test_reconstruct_is_a_stage_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert fitted.needs.disk["reconstruct/"] == 4 * fitted.trainable
     alone = made("train.reconstruct={}", "train.max_steps=0", "train.eval_every=null")
     assert set(alone.stages) == {"reconstructing", "quantizing"} and alone.needs.steps == 0
+    way = "train.gradient={kind: zeroth_order}"
+    still = made(way, "train.reconstruct={}", "train.max_steps=0", "train.eval_every=null")
+    assert still.notes == alone.notes and made(way).notes != plain.notes, "no step of it is taken"
     assert alone.total == max(alone.stages.values()) and "checkpoints/" not in alone.needs.disk
     other = made("train.reconstruct={steps: 100, samples: 24, sequence_len: 64}").recipe
     assert reconstruct_tokens(other) == 100 * 8 * 64 + 7 * 24 * 64 // 3

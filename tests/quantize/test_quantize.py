@@ -273,7 +273,7 @@ def test_a_head_or_embedding_that_cannot_be_packed_is_refused(tmp_path: Path) ->
 
     model.model.embed_tokens = Own(config["vocab_size"], 64)
     with pytest.raises(ValueError, match="quant.embeddings: 8: this model has none that can be packed"):
-        plan_layers(model, QuantSection(group_size=32, embeddings=8))
+        plan_layers(model, QuantSection(group_size=32, embeddings=8), tmp_path)
 
 
 def test_auto_is_gptq_at_2_3_and_4_bits_where_there_is_text(tmp_path: Path) -> None:

@@ -319,3 +319,13 @@ def test_what_inputs_are_on_has_a_table_where_some_are_quantized(tmp_path: Path)
     for odd in ([], {}, {"rows": 3}, {"rows": [{"scheme": 4, "layers": 5}]}):
         assert "activations" in run(tmp_path, activations__json=odd).text
     assert "Not shown: No input is on a grid" in run(tmp_path, activations__json={}).text["activations"]
+
+
+def test_what_a_run_of_pairs_prefers(tmp_path: Path):
+    said = {"rewards/accuracies": 0.75, "rewards/margins": 0.125}
+    valid = {f"valid_{key}": value / 2 for key, value in said.items()}
+    rows = [{"step": 1, "loss": 0.7, **said}, {"step": 1, "valid_loss": 0.6, **valid}]
+    page = run(tmp_path, metrics__jsonl="\n".join(map(json.dumps, rows)))
+    text = page.text["training"]
+    for words in ("chosen answers preferred", "75 %", "preferred, validation", "38 %", "0.125"):
+        assert words in text

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lowbit_ft.model.meta import meta_model
 from lowbit_ft.segments import Segment, Segments, find_segments
 from tests.architectures import CONFIGS
 
+QKV = ("q", "k", "v")
 HEADS = tuple(Segment(16 * i, 16) for i in range(4))  # hidden size 64, heads of 16
 # Of one decoder layer, by the end of the name. Everything that is not here has none.
 WANTED: dict[str, dict[str, Segments]] = {
@@ -20,20 +22,20 @@ WANTED: dict[str, dict[str, Segments]] = {
     "gemma2": {"self_attn.o_proj": Segments(HEADS)},
     "phi3": {  # four heads of q, two of k and v
         "self_attn.o_proj": Segments(HEADS),
-        "self_attn.qkv_proj": Segments((), (Segment(0, 64), Segment(64, 32), Segment(96, 32))),
-        "mlp.gate_up_proj": Segments((), (Segment(0, 96), Segment(96, 96))),
+        "self_attn.qkv_proj": Segments((), (Segment(0, 64), Segment(64, 32), Segment(96, 32)), QKV),
+        "mlp.gate_up_proj": Segments((), (Segment(0, 96), Segment(96, 96)), ("gate", "up")),
     },
     "gpt2": {
-        "attn.c_attn": Segments((), (Segment(0, 64), Segment(64, 64), Segment(128, 64))),
+        "attn.c_attn": Segments((), (Segment(0, 64), Segment(64, 64), Segment(128, 64)), QKV),
         "attn.c_proj": Segments(HEADS),
     },
     "gpt_neox": {  # q, k and v of head 0, then of head 1, ...
-        "attention.query_key_value": Segments((), tuple(Segment(16 * i, 16, 4, 48) for i in range(3))),
+        "attention.query_key_value": Segments((), tuple(Segment(16 * i, 16, 4, 48) for i in range(3)), QKV),
         "attention.dense": Segments(HEADS),
     },
     "falcon": {  # two groups: two heads of q, then k, then v
         "self_attention.query_key_value": Segments(
-            (), (Segment(0, 32, 2, 64), Segment(32, 16, 2, 64), Segment(48, 16, 2, 64))
+            (), (Segment(0, 32, 2, 64), Segment(32, 16, 2, 64), Segment(48, 16, 2, 64)), QKV
         ),
         "self_attention.dense": Segments(HEADS),
     },
@@ -65,6 +67,23 @@ def test_segments_of(family: str) -> None:
             every = torch.cat([part.channels() for part in parts]) if parts else torch.arange(size)
             assert torch.equal(every.sort().values, torch.arange(size)), "each channel in one of them"
         assert segments.widths == ((16,) * 4 if segments.inputs else ())
+
+
+def test_the_name_is_what_the_model_makes_of_it() -> None:
+    """CodeGen's qkv_proj has q, v, k; GPT-BigCode's has one head of k and v. Mamba's input projection is no
+    attention: its parts have numbers."""
+    config = transformers.CodeGenConfig(
+        vocab_size=128, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64
+    )
+    found = find_segments(meta_model(config, torch.float32, "eager", Path("config.json")))
+    fusion = found["transformer.h.0.attn.qkv_proj"].fusion
+    assert list(fusion) == ["q", "v", "k"] and fusion["v"] == Segment(16, 16, 4, 48)
+    fusion = find_segments(skeleton("gpt_bigcode"))["transformer.h.0.attn.c_attn"].fusion
+    assert fusion == {"q": Segment(0, 64), "k": Segment(64, 16), "v": Segment(80, 16)}
+    config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=4)
+    found = find_segments(meta_model(config, torch.float32, "eager", Path("config.json")))
+    names = {name.rpartition(".")[2]: own.names for name, own in found.items()}
+    assert names == {"in_proj": ("0", "1"), "x_proj": ("0", "1", "2")}, "a step, B and C are no q, k and v"
 
 
 def test_partial_rotary_is_no_segment() -> None:

@@ -18,6 +18,7 @@ from lowbit_ft.model.heads import Answering
 from lowbit_ft.recipe.sections.signal import SignalSection
 from lowbit_ft.signals import SIGNALS, Ask, Lesson, OtherModel, Teacher, Whole
 from lowbit_ft.signals.base import Answers
+from lowbit_ft.signals.reference import StepReference
 from lowbit_ft.signals.residual import Residual
 from lowbit_ft.train.loop import TrainResult, train
 from tests.packed_tools import adapted_llama, adapter_config
@@ -28,11 +29,14 @@ GRID = IntGrid(bits=3, group_size=64, symmetric=False, residual_bits=4)
 VOCABULARY = 32
 STEPS = 4
 ASKING = [name for name, signal in SIGNALS.items() if signal.asks]
+PAIRS = [name for name, signal in SIGNALS.items() if signal.pairs]
 # One setting of each signal that has every key of it at another value than its default.
 OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {},
     "logits": {"temperature": 2.0, "top_k": 5, "on": "all", "divergence": "symmetric"},
     "mix": {"temperature": 2.0, "label_weight": 0.3, "on": "all", "divergence": "reverse"},
+    "dpo": {"beta": 0.7, "loss_type": "robust", "label_smoothing": 0.2},
+    "orpo": {"beta": 0.3},
 }
 
 
@@ -48,7 +52,8 @@ def options(kind: str, **changes: Any) -> SignalSection:
 
 
 def windows(n: int = 9, seed: int = 0) -> Examples:
-    """Windows of two segments and of several lengths, so that batches have padding; a third is no target."""
+    """Windows of two segments (to a signal of pairs: a chosen and a rejected answer) and of several lengths,
+    so that batches have padding; a third is no target."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for number in range(n):
@@ -92,7 +97,8 @@ def teacher_of(name: str, model: Any) -> Teacher:
 
 def lesson(kind: str, model: Any, teacher: str = "residual", **changes: Any) -> Lesson:
     signal = SIGNALS[kind]
-    return Lesson(signal, options(kind, **changes), teacher_of(teacher, model) if signal.asks else None)
+    asked = StepReference(model) if signal.refers else teacher_of(teacher, model) if signal.asks else None
+    return Lesson(signal, options(kind, **changes), asked)
 
 
 def go(
@@ -111,7 +117,7 @@ def go(
     """Four steps of two windows in all; chunks: the loss in chunks of five positions, of two with a
     teacher."""
     data = Batches(windows(), 1, 0, 0, rank, world, taught=True)
-    valid = Batches(windows(3, seed=1), 1, 0, 0, rank, world)
+    valid = Batches(windows(3, seed=1), 1, 0, 0, rank, world, taught=lesson.signal.pairs)
     setting = {"max_steps": STEPS, "gradient_accumulation_steps": 2 // world, "eval_every": 2}
     setting |= {"max_grad_norm": 0.1, "warmup_ratio": 0.0}
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +128,7 @@ def go(
             model,
             data,
             valid,
-            section(**(setting | changes)),
+            section(**{k: v for k, v in (setting | changes).items() if v is not None}),
             run_dir,
             meta=meta,
             resume=resume,

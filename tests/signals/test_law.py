@@ -60,7 +60,9 @@ def test_the_table_has_members_with_parts_and_an_option_each() -> None:
     for name, signal in SIGNALS.items():
         parts = signal.parts(options(name, **OPTIONS[name]))
         assert parts and all(isinstance(part, Part) for part in parts.values())
-        assert sum(part.weight for part in parts.values()) == pytest.approx(1)
+        weights = [part.weight for part in parts.values() if not part.told]
+        assert min(weights) > 0 and not any(part.weight for part in parts.values() if part.told)
+        assert signal.pairs or sum(weights) == pytest.approx(1)
         assert set(OPTIONS[name]) <= signal.keys
 
 
@@ -99,15 +101,18 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn_of_it(kind: str,
 def test_a_part_counts_what_it_says(kind: str) -> None:
     """Neither across the end of a segment, nor padding: counted one by one."""
     batch, section = batch_of(), options(kind, **OPTIONS[kind])
-    lesson = Lesson(SIGNALS[kind], section, Mirror() if SIGNALS[kind].asks else None)
-    targets = every = 0
+    signal = SIGNALS[kind]
+    lesson = Lesson(signal, section, Mirror() if signal.asks or signal.refers else None)
+    targets = every = chosen = 0
     for example in windows(4):
         starts = {0, example.segments[0]}
         for i in range(1, len(example.input_ids)):
             every += i not in starts
+            chosen += 0 < i < example.segments[0]
             targets += example.labels[i] != -100
     assert 0 < targets < every < batch["input_ids"].numel()
-    want = [{"targets": targets, "all": every}[part.on] for part in lesson.parts.values()]
+    counts = {"targets": targets, "all": every, "pairs": 4, "chosen": chosen}
+    want = [counts[part.on] for part in lesson.parts.values()]
     assert part_counts(lesson, batch).tolist() == want
 
 

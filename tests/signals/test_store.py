@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from lowbit_ft.files.atomic import write_bytes
 from lowbit_ft.files.errors import FileError
 from lowbit_ft.files.manifest import MANIFEST, file_entry, open_sealed, sealed
-from lowbit_ft.signals import store as stores
+from lowbit_ft.signals import shards
 from lowbit_ft.signals.store import LEAST, Store, bytes_per_position, condense, id_dtype
 
 KEY = {"model": "here", "top_k": 3, "vocabulary": 11, "temperature": 1.0}
@@ -99,7 +99,7 @@ def test_a_kill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path: Path, 
                 raise KeyboardInterrupt
             write_bytes(path, data)
 
-        monkeypatch.setattr(stores, "write_bytes", dies)
+        monkeypatch.setattr(shards, "write_bytes", dies)
         with pytest.raises(KeyboardInterrupt):
             filled(folder)
         monkeypatch.undo()
@@ -112,10 +112,10 @@ def test_a_kill_leaves_whole_shards_and_the_next_writer_goes_on(tmp_path: Path, 
 def test_another_key_is_refused_and_named(tmp_path: Path) -> None:
     folder = filled(tmp_path / "t").folder
     with pytest.raises(
-        stores.OtherKey, match=r"top_k 3, and this run has 4\. Give this run another train.tea"
+        shards.OtherKey, match=r"top_k 3, and this run has 4\. Give this run another train.tea"
     ):
         opened(folder, top_k=4)
-    with pytest.raises(stores.OtherKey, match='model "here", and this run has "there"'):
+    with pytest.raises(shards.OtherKey, match='model "here", and this run has "there"'):
         opened(folder, model="there")
     assert opened(folder).missing() == []
 

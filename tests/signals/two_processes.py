@@ -12,6 +12,7 @@ from lowbit_ft.train.sharding import shard
 from tests.signals.common import CPU, OPTIONS, go, lesson, student
 
 TEACHERS = ("residual", "other")
+PAIRS = (("fsdp", "dpo"), ("ddp", "orpo"))  # sharded, the reference is one more forward of all processes
 
 
 def together(folder: Path) -> None:
@@ -26,6 +27,12 @@ def together(folder: Path) -> None:
         mine = lesson("mix", model, teacher, **OPTIONS["mix"])
         shard(model, CPU)
         go(folder / f"fsdp-{teacher}", model, mine, rank, 2, gradient_checkpointing=True)
+    for way, kind in PAIRS:
+        model = student(start=0 if rank == 0 else 5)
+        mine = lesson(kind, model, **OPTIONS[kind])
+        if way == "fsdp":
+            shard(model, CPU)
+        go(folder / f"{way}-{kind}", model, mine, rank, 2)
     torch.distributed.destroy_process_group()
 
 

@@ -15,7 +15,8 @@ from lowbit_ft.model.load import load_model
 from lowbit_ft.pipeline import train
 from lowbit_ft.session import start
 from lowbit_ft.signals.cached import looked_at
-from lowbit_ft.signals.store import OtherKey, condense
+from lowbit_ft.signals.shards import OtherKey
+from lowbit_ft.signals.store import condense
 from lowbit_ft.stages import answers
 from lowbit_ft.stages.data import read_data
 from lowbit_ft.stages.quantize import quantize_stage

@@ -87,6 +87,31 @@ def test_keep_best_ships_the_lowest_validation_loss(tmp_path: Path) -> None:
     assert result.best_step == best and equal(state(kept), state(again))
 
 
+def test_a_run_ends_after_evaluations_without_gain(tmp_path: Path) -> None:
+    """The best is kept; stopped by a signal between two evaluations, the run ends at the same step with the
+    same bits, and the same command again trains nothing more."""
+    rng = random.Random(0)
+    ids = [[rng.randrange(VOCABULARY) for _ in range(9)] for _ in range(6)]
+
+    def run(folder: Path, **changes: Any) -> tuple[Any, Any]:
+        valid = Batches(Examples([Example(row, row, [9]) for row in ids]), 2, 0)
+        setting = {"keep_best": True, "learning_rate": 0.05, "max_steps": 30, "stop_after": 3}
+        return go(folder, valid=valid, eval_every=2, **(setting | changes))
+
+    straight, result = run(tmp_path / "a")
+    valids = [line["valid_loss"] for line in lines(tmp_path / "a", "valid_loss")]
+    best = valids.index(min(valids))
+    assert len(valids) == best + 1 + 3 and result.steps == 2 * len(valids) < 30
+    assert result.best_step == 2 * (best + 1) and not result.stopped
+    at = result.steps - 3
+    run(tmp_path / "b", on_step=lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == at else None)
+    for _ in range(2):
+        again, resumed = run(tmp_path / "b", resume=True)
+        assert (resumed.steps, resumed.best_step) == (result.steps, result.best_step)
+        assert equal(state(straight), state(again))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
 def test_a_warm_up_step_is_never_the_best(tmp_path: Path) -> None:
     model = Warming()
 

@@ -24,7 +24,8 @@ from tests.toy import equal
 
 CPU = torch.device("cpu")
 BASES: dict[str, Any] = {}  # settings -> packed model, to be copied
-EXACT = [method for method, config in ADAPTERS.items() if config.exact_merge]
+# lota's numbers are not for Adam, which fits them: refused
+EXACT = [method for method, config in ADAPTERS.items() if config.exact_merge and not config.ternary]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "integer": [
         {"bits": b, "symmetric": s, "group_size": g}

@@ -13,6 +13,9 @@ from lowbit_ft.adapters.attach import adapted_layers, adapter_state, begin_step
 from lowbit_ft.adapters.ef_qat import EfQAT
 from lowbit_ft.gradients import GRADIENTS
 from lowbit_ft.grid import IntGrid
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.train.refusals import refuse
+from lowbit_ft.train.setup import TrainError
 from lowbit_ft.train.sharding import unshardable
 from tests.gradients.common import making, window
 from tests.loop_tools import digest, go, losses, stop_at
@@ -44,15 +47,21 @@ def equal(a: Any, b: Any) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
-@pytest.mark.parametrize(("importance", "at"), [("weight", 3), ("weight_input", 4)])
-def test_a_run_resumes_bit_equal_across_a_choice_of_rows(importance: str, at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("importance", "at", "master"),
+    [("weight", 3, "fp32"), ("weight_input", 4, "bf16"), ("weight", 4, "none")],
+)
+def test_a_run_resumes_bit_equal_across_a_choice_of_rows(
+    importance: str, at: int, master: str, tmp_path: Path
+) -> None:
     """Stopped right before the second choice, or after it: rows, what left, averages."""
-    straight = run(tmp_path / "a", llama(importance=importance))
+    keys: dict[str, Any] = {"importance": importance, "master": master}
+    straight = run(tmp_path / "a", llama(**keys))
     on = [layer.adapter for _, layer in adapted_layers(straight)]
     gone = [len(adapter.left) for adapter in on if isinstance(adapter, EfQAT)]
     assert sum(gone) > 4, "no row left: nothing was looked at"
-    run(tmp_path / "b", llama(importance=importance), at)
-    again = run(tmp_path / "b", llama(seed=2, importance=importance), resume=True)
+    run(tmp_path / "b", llama(**keys), at)
+    again = run(tmp_path / "b", llama(seed=2, **keys), resume=True)
     assert equal(straight, again) and digest(tmp_path / "a", 6) == digest(tmp_path / "b", 6)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
@@ -87,3 +96,19 @@ def test_what_cannot_move_rows_is_refused_with_the_way_out() -> None:
     [(key, message)] = unshardable(section(), config)
     assert key == ("adapter", "refresh_steps") and "refresh_steps: null" in message
     assert not unshardable(section(), ADAPTERS["ef_qat"].model_validate({"method": "ef_qat"}))
+    with pytest.raises(TrainError, match=r"adapter.refresh_steps: got 2 with train.sharding: fsdp"):
+        refuse(section(), llama(), None, sharded=True)
+    way = {"kind": "zeroth_order", "scope": "scales"}
+    [(key, message)] = unshardable(section(), adapter_config("full_qat", master="none"))
+    assert key == ("adapter", "master") and "set master: fp32" in message
+    with pytest.raises(TrainError, match=r"gradient.scope: got 'scales' with adapter ef_qat"):
+        refuse(section(gradient=way), llama(), None, sharded=False)
+
+
+def test_validation_goes_by_the_op_that_training_takes(tmp_path: Path) -> None:
+    model, seen = llama(refresh_steps=None), []
+    layer = next(m for m in model.modules() if isinstance(m, PackedLinear))
+    layer.register_forward_pre_hook(lambda layer, _: seen.append((layer.training, layer.fast_decode)))
+    go(tmp_path, model, batches(), batches(seed=1), max_steps=1, eval_every=1)
+    behind = seen[seen.index((True, True)) :]
+    assert set(behind) == {(True, True), (False, False)} and layer.fast_decode

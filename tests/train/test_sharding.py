@@ -69,15 +69,28 @@ def test_ddp_is_one_process(done: Path) -> None:
     assert_same(done / "ddp", done / "one")
 
 
+def test_ternary_numbers_are_the_same_in_every_process(done: Path, tmp_path: Path) -> None:
+    go(tmp_path, packed("lota"), **two_processes.TERNARY)
+    a, b = last(done / "ternary"), last(tmp_path)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert all(bool(((t == 0) | (t.abs() == 1)).all()) for t in a.values())
+    assert any(t.any() for name, t in a.items() if name.endswith(".B"))
+
+
 def test_rows_that_change_are_the_same_in_every_process(done: Path, tmp_path: Path) -> None:
     model = two_processes.rows_change(tmp_path)
     assert any(len(layer.adapter.left) for _, layer in adapted_layers(model))  # pyright: ignore
     assert_same(done / "rows", tmp_path)
 
 
+def test_a_d_in_bf16_is_rounded_alike_in_every_process(done: Path, tmp_path: Path) -> None:
+    go(tmp_path, packed("full_qat", master="bf16"))
+    assert_same(done / "masters", tmp_path)
+
+
 @pytest.mark.parametrize("method", GRIDS)
 def test_every_method_sharded_is_one_process(method: str, done: Path, tmp_path: Path) -> None:
-    assert set(GRIDS) == set(ADAPTERS)
+    assert set(GRIDS) == {name for name, config in ADAPTERS.items() if not config.ternary}
     go(tmp_path, packed(method, bias=method == "dl_qat"))
     assert_same(done / method, tmp_path)
 

@@ -35,6 +35,7 @@ GRIDS: dict[str, Grid] = {
     "lr_qat": WIDE,
     "dl_qat": IntGrid(bits=4, group_size=-1, residual_bits=2),
     "l4q": IntGrid(bits=2, group_size=32, symmetric=False, residual_bits=4),
+    # lota is refused there: its optimizer looks at whole tensors
     "scale": IntGrid(bits=8, group_size=128, residual_bits=0),
     "full_qat": IntGrid(bits=3, group_size=64),
     "ef_qat": IntGrid(bits=2, group_size=-1),
@@ -50,7 +51,7 @@ def packed(
     """Random integers on the method's grid; start seeds A. head: its head is packed and trained too."""
     return adapted_llama(
         adapter_config(method, rank=3, **options),
-        GRIDS[method],
+        GRIDS.get(method, WIDE),
         seed=1 + start,
         head=head,
         # 32: halves of the head's tensors fill whole vectors, of which AdamW rounds the rest otherwise
@@ -104,6 +105,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "zeroth_order": {"kind": "zeroth_order", "momentum": 0.5},
     "fogzo": {"kind": "fogzo", "start": 0.5, "kappa_end": 2.0, "cage": {"silence": 0.5, "lambda": 0.9}},
 }
+TERNARY: dict[str, Any] = {"optimizer": "t_signsgd", "learning_rate": 0.3}
 LONG = {"gradient_checkpointing": True, "offload": "cpu", "mlp_chunk": 16}
 
 
@@ -123,9 +125,17 @@ def chunked(run_dir: Path, model: Any, *place: int, **changes: Any) -> TrainResu
 
 
 def rows_change(run_dir: Path, *place: int) -> Any:
-    """ef_qat under DDP, its rows chosen by what step 0 of all processes saw, and anew after two steps."""
-    model = packed("ef_qat", importance="weight_input", refresh_steps=2)
-    go(run_dir, model, *place, on_step=lambda step: begin_step(model, step))
+    """ef_qat under DDP, its rows chosen by what step 0 of all processes saw, and anew after two steps;
+    stopped in step 0, whose checkpoint holds what was seen, and gone on with."""
+    for stop in (True, False):
+        model = packed("ef_qat", importance="weight_input", refresh_steps=2)
+
+        def on_step(step: int, model: Any = model, stop: bool = stop) -> Any:
+            if stop:
+                stop_at(0)(step)
+            return begin_step(model, step)
+
+        go(run_dir, model, *place, on_step=on_step, resume=not stop, keep_checkpoints=9)
     return model
 
 
@@ -142,6 +152,8 @@ def together(folder: Path) -> None:
 
     go(folder / "ddp", packed(), rank, 2)
     rows_change(folder / "rows", rank, 2)
+    go(folder / "masters", packed("full_qat", master="bf16"), rank, 2)
+    go(folder / "ternary", packed("lota"), rank, 2, **TERNARY)
     facts["ddp"] = held_by_rank(packed(), CPU)
     for method in GRIDS:
         model = sharded(method, bias=method == "dl_qat")

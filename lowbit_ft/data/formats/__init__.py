@@ -11,6 +11,7 @@ from .alpaca import Alpaca
 from .base import Format, Tokens
 from .chat import Chat
 from .completion import Completion
+from .preference import Chosen, Preference
 from .text import Text
 from .tokens import TokenIds
 
@@ -20,6 +21,8 @@ FORMATS: dict[str, type[Format]] = {
     "alpaca": Alpaca,
     "text": Text,
     "tokens": TokenIds,
+    "preference": Preference,
+    "chosen": Chosen,
 }
 
 

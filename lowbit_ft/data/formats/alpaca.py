@@ -19,6 +19,7 @@ _PROMPT = "### Instruction:\n{instruction}\n\n{input}### Response:\n"
 
 
 class Alpaca(Format):
+    told_by = (("instruction", "output"),)
     columns = {
         "instruction": "what is asked",
         "input": "what it is asked of",

@@ -24,11 +24,12 @@ from ..errors import BadRow, DataError, kind
 @dataclass(frozen=True)
 class Tokens:
     """One row as tokens: input_ids [L] and, for each, whether it is learned. lost: what of the row is not in
-    them."""
+    them; sizes: lengths of the sequences they are, where a row is several (None: one)."""
 
     input_ids: list[int]
     learned: list[bool]
     lost: tuple[str, ...] = ()
+    sizes: tuple[int, ...] | None = None
 
 
 class Format(ABC):
@@ -40,8 +41,12 @@ class Format(ABC):
     """
 
     columns: ClassVar[Mapping[str, str]]  # that are read: name -> what becomes of it, for docs/data.md
+    # Columns of a row by which the format is recognised where nobody names it: any of these sets.
+    told_by: ClassVar[tuple[tuple[str, ...], ...]] = ()
     needs_template: ClassVar[bool] = False  # the tokenizer's chat template
     joined: ClassVar[bool] = False  # with data.packing, rows are joined and cut instead of kept whole
+    pairs: ClassVar[bool] = False  # a row is a chosen and a rejected sequence, for a signal of pairs
+    alone: ClassVar[str | None] = None  # of pairs: the format that has the chosen ones as plain rows
 
     def __init__(self, train_on: str, tokenizer: Any):
         if train_on not in ("assistant", "completion", "all"):

@@ -24,6 +24,7 @@ class Chat(Format):
         "system": "becomes the first turn, role system",
         "tools": "what the assistant may call: a list of objects, or JSON text of one; for the chat template",
     }
+    told_by = (("messages",), ("conversations",))
     needs_template = True
 
     def __init__(self, train_on: str, tokenizer: Any):

@@ -9,6 +9,7 @@ from .base import Format, Tokens, string
 
 
 class Completion(Format):
+    told_by = (("prompt", "completion"),)
     columns = {
         "prompt": "not learned, unless `train_on: all`",
         "completion": "learned, with the EOS token",

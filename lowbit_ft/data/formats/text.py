@@ -9,6 +9,7 @@ from .base import Format, Tokens, string
 
 
 class Text(Format):
+    told_by = (("text",),)
     columns = {"text": "learned, with the EOS token"}
     joined = True
 

@@ -16,6 +16,7 @@ from .base import Format, Tokens
 
 
 class TokenIds(Format):
+    told_by = (("input_ids",),)
     columns = {
         "input_ids": "the row's tokens, as they are: nothing is added",
         "labels": "-100 where a token is not learned, else the token itself; without it all are learned",

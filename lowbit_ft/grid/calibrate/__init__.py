@@ -19,6 +19,7 @@ from .gptq import gptq
 from .mean import MEAN_BITS, mean
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
+from .recover import Missed, OffGridError, recover
 from .signround import Block, signround, signround_block
 
 
@@ -36,6 +37,7 @@ class Calibrator:
     bits: tuple[int, ...] | None = None  # None: all of the grid's
     block: Callable[[Block, Stats], tuple[dict[str, Weight], tuple[float, float]]] | None = None
     block_bytes: int = 0
+    exact: bool = False  # of weights that lie on the grid already; run raises OffGridError where one does not
 
     def reject(self, grid: IntGrid | BinaryGrid) -> str | None:
         """Why this calibrator cannot start this grid, with the way out; None when it can."""
@@ -60,6 +62,7 @@ CALIBRATORS: dict[str, Calibrator] = {
     "gptq": Calibrator(gptq, "integer", needs_text=True),
     # fp32: the weight, V, its gradient, the best V, W^ and what autograd keeps of it (5)
     "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=40),
+    "recover": Calibrator(recover, "integer", exact=True),
     "greedy": Calibrator(greedy, "binary"),
     "alternating": Calibrator(alternating, "binary"),
     "mean": Calibrator(mean, "binary", bits=MEAN_BITS),
@@ -71,4 +74,13 @@ def calibrators_of(kind: str) -> list[str]:
     return [name for name, calibrator in CALIBRATORS.items() if calibrator.grid == kind]
 
 
-__all__ = ["CALIBRATORS", "Block", "Calibrator", "Curvature", "Stats", "calibrators_of"]
+__all__ = [
+    "CALIBRATORS",
+    "Block",
+    "Calibrator",
+    "Curvature",
+    "Missed",
+    "OffGridError",
+    "Stats",
+    "calibrators_of",
+]

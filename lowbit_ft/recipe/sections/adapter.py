@@ -9,11 +9,13 @@ from typing import Any
 
 from ...adapters import ADAPTERS
 from ...adapters.lora_start import lora_problems, read_lora
+from ...adapters.patterns import PATTERNS, meant
 from ...grid import GRIDS
 from ...names import listed, matches
 from ..layers import nearest_layers, shapes_here
 from ..yaml import Problem, dotted
 from .base import Problems
+from .overrides import layers_apart
 from .quant import grids
 
 
@@ -40,6 +42,8 @@ def check_method(r: Any) -> Problems:
             ("adapter", "warmup_steps"),
             f"got {steps}, but train.max_steps is {limit}: the grid would never be trained; lower it",
         )
+    if getattr(config, "dropout", 0) and hasattr(r, "train"):
+        yield from _against_dropout(config, r.train)
     told = set()
     for path, grid in grids(r):
         reason = _no_residual(r, config, grid) if r.quant.from_checkpoint else config.reject(grid)
@@ -50,16 +54,33 @@ def check_method(r: Any) -> Problems:
     yield from _gradient_cost(r, config)
 
 
+def _against_dropout(config: Any, train: Any) -> Problems:
+    """What runs a layer twice for one gradient, and would draw other inputs the second time."""
+    if train.mlp_chunk is not None:
+        yield Problem(
+            ("adapter", "dropout"),
+            f"got {config.dropout:g} with train.mlp_chunk, which makes the MLP's products again in the "
+            "backward pass, with other inputs dropped; set dropout: 0, or mlp_chunk: null",
+        )
+    if not train.gradient.backward:
+        yield Problem(
+            ("adapter", "dropout"),
+            f"got {config.dropout:g} with gradient.kind: {train.gradient.kind}, which compares two forwards "
+            "of the same inputs; set dropout: 0",
+        )
+
+
 def _gradient_cost(r: Any, config: Any) -> Problems:
     """Cheaper gradients that would cost more than the exact ones."""
     if getattr(config, "low_rank_gradient", "exact") == "exact":
         return
+    rank = max(config.ranks(config.rank))
     for path, grid in grids(r):
-        if (cost := config.gradient_cost(grid)) >= 1:
+        if (cost := config.model_copy(update={"rank": rank}).gradient_cost(grid)) >= 1:
             where = "" if path == ("quant",) else f" (for {dotted(path)})"
             yield Problem(
                 ("adapter", "low_rank_gradient"),
-                f"got {config.low_rank_gradient!r}{where}, which with rank {config.rank}, group size "
+                f"got {config.low_rank_gradient!r}{where}, which with rank {rank}, group size "
                 f"{grid.group_size} and scale_grad_tokens "
                 f"{config.scale_grad_tokens:g} costs {cost:.2f} products of a layer's size where exact "
                 "costs 1 (2 rank / group_size, and the "
@@ -99,14 +120,20 @@ def check_adapter_layers(r: Any) -> Problems:
     """adapter.targets against the layers that are packed, and the LoRA of adapter.init_from against them."""
     shapes = shapes_here(r.model.path, r.model.revision)
     config = r.adapter
-    layers = (
-        {} if shapes is None else {x.name: x for x in shapes.linears if r.quant.skip_reason(x.name) is None}
-    )
+    packed = [] if shapes is None else [x for x in shapes.linears if r.quant.skip_reason(x.name) is None]
+    layers = {} if shapes is None else {x.name: x for x in layers_apart(r.quant, packed, shapes)}
     for i, pattern in enumerate(config.targets or []):
-        if layers and not any(matches(pattern, name) for name in layers):
+        if layers and not any(matches(pattern, name) for x in layers.values() for name in x.names):
             yield Problem(
                 ("adapter", "targets", i),
                 f"got {pattern!r}, which matches no packed layer{nearest_layers(pattern, list(layers))}",
+            )
+    trained = [name for name in layers if config.trains(name)]
+    for key, pattern in [(name, p) for name in PATTERNS for p in getattr(config, name, {})]:
+        if trained and not any(meant(pattern, name) for name in trained):
+            yield Problem(
+                ("adapter", key, pattern),
+                f"got {pattern!r}, which matches no layer that trains{nearest_layers(pattern, trained)}",
             )
     source = getattr(config, "init_from", None)
     if source is None:
@@ -125,7 +152,7 @@ def check_adapter_layers(r: Any) -> Problems:
     # A file may name its layers without the model's prefix; then the check waits for the model
     # (adapters/lora_start.py).
     named = any(name in layers for name in lora.pairs)
-    adapted = {name: (x.out_features, x.in_features) for name, x in layers.items() if config.trains(name)}
+    adapted = {n: (x.out_features, x.in_features) for n, x in layers.items() if config.trains(*x.names)}
     for problem in lora_problems(
         lora, config, adapted if named else {n: (b.shape[0], a.shape[1]) for n, (a, b) in lora.pairs.items()}
     ):

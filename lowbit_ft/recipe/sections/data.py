@@ -149,7 +149,9 @@ def check_lengths(r: Any) -> Problems:
     limit = shapes.number(*POSITIONS) if shapes else None
     if limit is None:
         return
-    windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), r.data.sequence_len)]
+    pairs = r.data.train is not None and FORMATS[r.data.train.format].pairs
+    length = r.data.sequence_len // 2 if pairs else r.data.sequence_len  # of a text
+    windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), length)]
     if hasattr(r, "eval"):
         windows.append((("eval", "window"), r.eval.window))
     if hasattr(r, "quant") and r.quant.reads_rows:

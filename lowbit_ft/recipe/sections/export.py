@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ...export import EXPORTERS, LayerSpec
 from ...export.planes import held
+from ...export.servers import SERVERS
 from ...files.tensorfile import CheckpointError
 from ...model.config import load_config
 from ..layers import Shapes, local_folder, shapes_here
@@ -30,6 +31,11 @@ class ExportSection(Section):
         description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
         "gptq_v2, awq, mlx (mlx-lm), torchao, "
         "or native (every grid)",
+    )
+    server: Annotated[str, OneOf(SERVERS)] = Field(
+        default="any",
+        description="who will load it: what that server refuses is refused before training; any: only what "
+        "the format holds is asked",
     )
     verify: bool = Field(default=True, description="reload the export and compare codes, scales and logits")
 
@@ -73,13 +79,13 @@ def check_export(r: Any) -> Problems:
     embedding = shapes.token_embedding
     for layer in packed_layers(r.quant, shapes):
         try:
-            grid = r.quant.grid_for(layer.name)
+            grid = r.quant.grid_for(*layer.names)
         except ValueError:
             return  # bits the grid does not have: check_grid told
         if layer == embedding:
             if EXPORTERS[name].reject_matrix(replace(layer.matrix, embedding=True), grid, layer.parts):
                 continue  # _check_kinds told
-        elif config is not None and config.grid_name == grid.kind and config.trains(layer.name):
+        elif config is not None and config.grid_name == grid.kind and config.trains(*layer.names):
             grid = config.shipped(grid)
         grid = held(EXPORTERS[name], grid)
         specs[layer.name] = LayerSpec((layer.out_features, layer.in_features), grid)
@@ -136,7 +142,7 @@ def _check_kinds(r: Any, shapes: Shapes) -> Problems:
     layers = [(x, replace(x.matrix, embedding=x == embedding)) for x in packed_layers(r.quant, shapes)]
     for layer, matrix in layers:
         try:
-            grid = r.quant.grid_for(layer.name)
+            grid = r.quant.grid_for(*layer.names)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         if layer.tensors:  # else a tied head, which gets tensors of its own

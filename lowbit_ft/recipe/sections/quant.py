@@ -23,6 +23,7 @@ from ..yaml import KeyPath, Problem
 from .activations import ActivationsSection
 from .base import Count, GroupSize, Positive, Problems, Section, Unit
 from .kv_cache import KVCacheSection
+from .overrides import OverrideSection, check_overrides, layers_apart
 from .rotation import RotationSection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
@@ -55,20 +56,6 @@ class CalibrationSection(Section):
     )
 
 
-class OverrideSection(Section):
-    """Another grid for the layers that match."""
-
-    match: str = Field(min_length=1, description="glob over layer names, for example '*.down_proj'")
-    bits: Literal[1, 2, 3, 4, 8] | None = Field(default=None, description="bits for these layers")
-    group_size: GroupSize | None = Field(default=None, description="group size for these layers")
-
-    @model_validator(mode="after")
-    def _says_something(self) -> OverrideSection:
-        if self.bits is None and self.group_size is None:
-            raise ValueError("an override that changes nothing; set bits or group_size, or drop it")
-        return self
-
-
 class QuantSection(Section):
     """How the frozen base is packed."""
 
@@ -77,17 +64,15 @@ class QuantSection(Section):
     )
     bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
     group_size: GroupSize = Field(default=128, description="inputs that share a scale; -1: the whole row")
-    symmetric: bool = Field(
-        default=True, description="no zero points; vLLM serves 2 and 3 bit only when symmetric"
-    )
+    symmetric: bool = Field(default=True, description="no zero points: what every format and server loads")
     residual_bits: Literal[0, 1, 2, 4] = Field(
         default=4, description="bits of the rounding error kept for training (integer grid only)"
     )
     calibrate: str = Field(
         default=AUTO,
-        description="integer: absmax, minmax, mse, gptq, signround; binary: greedy, alternating, mean "
-        "(LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 bits where there are rows to look at (those of "
-        "data.train do), else mse, and greedy for planes; "
+        description="integer: absmax, minmax, mse, gptq, signround, recover (weights that lie on the grid "
+        "already); binary: greedy, alternating, mean (LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 "
+        "bits where there are rows to look at (those of data.train do), else mse, and greedy for planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
@@ -111,7 +96,9 @@ class QuantSection(Section):
         default=["lm_head"], description="layers left in full precision: names, globs or regexes"
     )
     overrides: list[OverrideSection] = Field(
-        default=[], description="other bits or group sizes for some layers; the last match wins"
+        default=[],
+        description="other bits, group sizes or symmetry for some layers, or for parts of fused ones "
+        "(*.qkv_proj.v); the last match wins",
     )
     lm_head: Literal[4, 8] | None = Field(
         default=None,
@@ -238,47 +225,44 @@ class QuantSection(Section):
             return "not part of the language model"
         return None
 
-    def grid_for(self, layer_name: str) -> Grid:
-        """The grid of one layer, overrides applied (the last one that matches wins for each of bits and
-        group_size).
-        """
-        bits: int = self.bits
-        group_size: int = self.group_size
-        for override in self.overrides:
-            if matches(override.match, layer_name):
-                bits = override.bits if override.bits is not None else bits
-                group_size = override.group_size if override.group_size is not None else group_size
+    def grid_for(self, *names: str) -> Grid:
+        """The grid of the layer that is known by these names (Matrix.names, its own first), overrides applied
+        (of those that match the last one that says something of a key wins)."""
         settings = dict(self)
-        if self.embeddings is not None and is_token_embedding(layer_name):
+        for override in self.overrides:
+            if override.means(names):
+                settings |= override.given
+        if self.embeddings is not None and is_token_embedding(names[0]):
             # It is not trained, so no rounding error is kept.
-            return grid_of(self.grid, settings | {"bits": self.embeddings, "residual_bits": 0})
-        if self.lm_head is not None and is_head(layer_name):
-            bits = self.lm_head
-        return grid_of(self.grid, settings | {"bits": bits, "group_size": group_size})
+            return grid_of(self.grid, dict(self) | {"bits": self.embeddings, "residual_bits": 0})
+        if self.lm_head is not None and is_head(names[0]):
+            settings["bits"] = self.lm_head
+        return grid_of(self.grid, settings)
 
 
 def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
     """(key path, grid) of the recipe's grid and of every override; those that cannot be are left to
     check_grid.
     """
-    for path, bits, group_size in _bits(r.quant):
+    for path, settings in _settings(r.quant):
         try:
-            yield path, grid_of(r.quant.grid, dict(r.quant) | {"bits": bits, "group_size": group_size})
+            yield path, grid_of(r.quant.grid, settings)
         except ValueError:
             continue
 
 
-def _bits(quant: Any) -> Iterator[tuple[KeyPath, int, int]]:
-    yield ("quant",), quant.bits, quant.group_size
+def _settings(quant: Any) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
+    yield ("quant",), dict(quant)
     for i, override in enumerate(quant.overrides):
-        yield ("quant", "overrides", i), override.bits or quant.bits, override.group_size or quant.group_size
+        yield ("quant", "overrides", i), dict(quant) | override.given
 
 
 def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:
-    """Every matrix that will be packed: linears, then a head that is tied (no tensor of its own), then the
-    embedding.
+    """Every matrix that will be packed: linears (or the parts of fused ones that overrides take apart), then
+    a head that is tied (no tensor of its own), then the embedding.
     """
-    layers = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    whole = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    layers = layers_apart(quant, whole, shapes)
     if quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
         layers.append(head)
     if quant.embeddings is not None and (embedding := shapes.token_embedding) is not None:
@@ -290,7 +274,8 @@ def check_grid(r: Any) -> Problems:
     """Bits and calibrator against the grid kind; patterns that cannot be read."""
     quant = r.quant
     chosen = GRIDS[quant.grid]
-    for path, bits, group_size in _bits(quant):
+    for path, settings in _settings(quant):
+        bits = settings["bits"]
         if bits not in chosen.widths:
             others = " or ".join(name for name, grid in GRIDS.items() if bits in grid.widths)
             yield Problem(
@@ -300,11 +285,11 @@ def check_grid(r: Any) -> Problems:
             )
             continue
         try:
-            grid_of(quant.grid, dict(quant) | {"bits": bits, "group_size": group_size})
+            grid_of(quant.grid, settings)
         except ValueError as error:
             yield Problem((*path, "grid"), f"got {quant.grid!r}: {error}")
-    if refused := chosen.refuses(dict(quant)):
-        yield Problem(("quant", refused[0]), refused[1])
+        if refused := chosen.refuses(settings):
+            yield Problem((*path, refused[0]), refused[1])
     calibrator = CALIBRATORS.get(quant.calibrate)
     if quant.from_checkpoint or quant.calibrate == AUTO:
         pass  # incoming.py has looked; auto takes what fits
@@ -356,13 +341,7 @@ def check_layers(r: Any) -> Problems:
             ("quant", "targets"),
             f"got {quant.targets!r} less exclude: no layer is left; the model has {kinds_of(names)}",
         )
-    for i, override in enumerate(quant.overrides):
-        if not any(matches(override.match, layer.name) for layer in targets):
-            message = (
-                f"got {override.match!r}, which matches no quantized "
-                f"layer{nearest_layers(override.match, names)}"
-            )
-            yield Problem(("quant", "overrides", i, "match"), message)
+    yield from check_overrides(quant, targets, names, shapes)
 
 
 def check_groups(r: Any) -> Problems:
@@ -374,7 +353,7 @@ def check_groups(r: Any) -> Problems:
     misfits: dict[tuple[int, int], list[str]] = {}
     for layer in targets:
         try:
-            grid = r.quant.grid_for(layer.name)
+            grid = r.quant.grid_for(*layer.names)
         except ValueError:
             continue  # bits the grid does not have: check_grid told
         size = grid.group_size

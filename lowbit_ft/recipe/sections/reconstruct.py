@@ -49,6 +49,12 @@ def check_reconstruct(r: Any) -> Problems:
             f"got a section, but {adapter.method} is merged by rounding again, which would undo what was "
             "fitted; set adapter.method: lr_qat (or dl_qat, l4q, scale), or reconstruct: null",
         )
+    if adapter.ternary:
+        yield Problem(
+            ("train", "reconstruct"),
+            f"got a section, whose optimizer is Adam, and the numbers of adapter {adapter.method} are -1, 0 "
+            "and 1; set reconstruct: null, or adapter.method: lr_qat",
+        )
     if r.quant.from_checkpoint:
         yield Problem(
             ("train", "reconstruct"),

@@ -10,6 +10,7 @@ from lowbit_kernels.hadamard import hadamard_problem
 from pydantic import Field
 
 from ...export import EXPORTERS
+from ...grid.calibrate import CALIBRATORS
 from ...model.config import head_width
 from ...rotations import FAMILIES, ROTATIONS, family_problems
 from ..layers import Shapes, shapes_here
@@ -61,6 +62,13 @@ def check_rotation(r: Any) -> Problems:
         return
     sites = section.sites if section.turns else SitesSection(r1=False, r2=False)
     where = ("quant", "rotation") if section.turns else ("quant", "smooth")
+    if (calibrator := CALIBRATORS.get(r.quant.calibrate)) is not None and calibrator.exact:
+        yield Problem(
+            where,
+            f"got a fold beside quant.calibrate: {r.quant.calibrate}, whose weights lie on a grid that a "
+            "fold takes them off; set kind: none and smooth: null, or calibrate: auto",
+        )
+        return
     if section.turns and not any(wanted for _, wanted in sites):
         yield Problem(("quant", "rotation", "sites"), "all are false; set one to true, or kind: none")
     if ROTATIONS[section.kind].needs_rows and section.criterion == "activations":

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...names import did_you_mean, nearest
-from ...signals import SIGNALS, TEACHERS, teacher_kind
+from ...signals import REFERENCES, SIGNALS, TEACHERS, teacher_kind
+from ...signals.dpo import DPO_LOSSES
 from ...train.losses import LOSSES
 from ..layers import shapes_here
 from ..paths import path_is
@@ -23,7 +24,7 @@ class SignalSection(Section):
     kind: Annotated[str, OneOf(SIGNALS)] = Field(
         default="labels",
         description="labels: the tokens of the data; logits: the teacher's next-token distribution; "
-        "mix: both",
+        "mix: both; dpo, orpo: of two answers the chosen one (data.train.format: preference)",
     )
     temperature: Positive = Field(
         default=1.0, description="of both distributions; the divergence is multiplied with its square"
@@ -41,6 +42,30 @@ class SignalSection(Section):
     divergence: Literal["forward", "reverse", "symmetric"] = Field(
         default="forward", description="KL(teacher, model), KL(model, teacher), or their mean"
     )
+
+    beta: Positive = Field(
+        default=0.1, description="dpo: how near to the reference it stays; orpo: weight of the odds ratio"
+    )
+    loss_type: Annotated[str, OneOf(DPO_LOSSES)] = Field(
+        default="sigmoid", description="dpo: the loss of a pair; robust expects wrong labels"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="dpo, loss_type robust: the share of pairs that are the wrong way round"
+    )
+    reference: Annotated[str, OneOf(REFERENCES)] = Field(
+        default="step",
+        description="dpo: the packed base without adapters. step: run in every micro-batch; cached: asked "
+        "once before training, 16 bytes per pair in reference/ of the run",
+    )
+
+    @model_validator(mode="after")
+    def _smooth(self) -> SignalSection:
+        if self.label_smoothing and self.loss_type != "robust":
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing:g}, which loss_type: {self.loss_type} does not read; "
+                "remove it, or set loss_type: robust"
+            )
+        return self
 
     @model_validator(mode="after")
     def _read(self) -> SignalSection:

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ...adapters.dense import held_short
 from ...gradients import GRADIENTS, USUAL, BackpropConfig, GradientConfig
+from ...names import listed
 from ...signals import TEACHERS
 from ...train.losses import LOSSES
+from ...train.optim import unheld
 from ...train.optimizers import OPTIMIZERS
 from ...train.schedulers import SCHEDULERS
 from ...train.sharding import unshardable
@@ -138,6 +141,14 @@ class TrainSection(Section):
     keep_best: bool = Field(
         default=False, description="ship the checkpoint of the lowest validation loss, not the last"
     )
+    stop_after: Count | None = Field(
+        default=None,
+        description="end after so many evaluations in a row without a lower validation loss; with keep_best",
+    )
+    neftune_alpha: Positive | None = Field(
+        default=None,
+        description="NEFTune: noise on the embeddings while training, of this size over sqrt(tokens x width)",
+    )
     max_bad_steps: Count = Field(
         default=5, description="stop after this many NaN or infinite losses in a row"
     )
@@ -204,6 +215,8 @@ def check_train(r: Any) -> Problems:
         for key, message in unshardable(train, getattr(r, "adapter", None)):
             yield Problem(key, f"got {message}")
     adapter = getattr(r, "adapter", None)
+    if (master := held_short(adapter)) is not None:
+        yield from _short_masters(train, master)
     if adapter is not None and adapter.changes_rows and OPTIMIZERS[train.optimizer].bits < 32:
         yield Problem(
             ("train", "optimizer"),
@@ -211,12 +224,10 @@ def check_train(r: Any) -> Problems:
             f"adapter {adapter.method} chooses anew; set optimizer: adamw, or adapter.refresh_steps: null "
             "and importance: weight",
         )
-    if adapter is not None and adapter.changes_rows and train.max_steps == 0:
-        yield Problem(
-            ("train", "max_steps"),
-            f"got 0, but adapter {adapter.method} chooses its rows anew in steps of training, and there is "
-            "none; set max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
-        )
+    if adapter is not None and adapter.changes_rows and train.max_steps is not None:
+        yield from _too_short_for_rows(train.max_steps, adapter)
+    if adapter is not None:
+        yield from _ternary(r, adapter)
     if train.keep_codes and adapter is not None and not adapter.rounds_codes:
         yield Problem(
             ("train", "keep_codes"),
@@ -239,12 +250,24 @@ def check_train(r: Any) -> Problems:
         yield Problem(
             ("train", "keep_best"), "got true, but nothing is evaluated while training; set train.eval_every"
         )
+    if train.stop_after is not None and not train.keep_best:
+        yield Problem(
+            ("train", "stop_after"),
+            f"got {train.stop_after}, and what it waits for is a better checkpoint; set keep_best: true and "
+            "eval_every, or remove it",
+        )
+    if train.neftune_alpha is not None and train.max_steps == 0:
+        yield Problem(
+            ("train", "neftune_alpha"),
+            f"got {train.neftune_alpha:g} with max_steps 0: there is no step to make noise in; remove it",
+        )
     if train.keep_best and train.max_steps == 0:
         yield Problem(
             ("train", "keep_best"), "got true with max_steps 0: there is one state; set it to false"
         )
-    if wrong := SCHEDULERS[train.scheduler].problem(train):
-        yield Problem(("train", wrong[0]), wrong[1])
+    for chosen in (SCHEDULERS[train.scheduler], OPTIMIZERS[train.optimizer]):
+        if wrong := chosen.problem(train):
+            yield Problem(("train", wrong[0]), wrong[1])
     for i, tracker in enumerate(train.trackers):
         package = "tensorboard" if tracker == "tensorboard" else tracker
         if importlib.util.find_spec(package) is None:
@@ -252,6 +275,70 @@ def check_train(r: Any) -> Problems:
                 ("train", "trackers", i),
                 f"got {tracker!r}, which is not installed; run pip install {package}, or remove it",
             )
+
+
+def _short_masters(train: TrainSection, master: str) -> Problems:
+    """A D that is held in less than fp32, and what only steps on fp32."""
+    if problem := unheld(train.optimizer, master):
+        yield Problem(("train", "optimizer"), f"got {train.optimizer!r}{problem}")
+    if train.mixed_precision == "fp16":
+        yield Problem(
+            ("train", "mixed_precision"),
+            f"got 'fp16', whose loss scaler is for fp32, and adapter.master is {master}; set bf16 or no, or "
+            "adapter.master: fp32",
+        )
+    if train.reconstruct is not None:
+        yield Problem(
+            ("train", "reconstruct"),
+            f"got a fit, whose optimizer steps on fp32 alone, and adapter.master is {master}; set "
+            "reconstruct: null, or adapter.master: fp32",
+        )
+    if master == "none" and train.betas[0] == 0:
+        yield Problem(
+            ("train", "betas"),
+            "got a first of 0 with adapter.master none, which puts what rounding throws away into that "
+            "average; set it to 0.9, or adapter.master: bf16",
+        )
+
+
+def _too_short_for_rows(steps: int, adapter: Any) -> Problems:
+    """Rows that are to be chosen anew while it trains, and no step before which that is done."""
+    if steps < 2:
+        yield Problem(
+            ("train", "max_steps"),
+            f"got {steps}, but adapter {adapter.method} chooses its rows anew between steps of training; set "
+            "max_steps: 2 or more, or adapter.refresh_steps: null and importance: weight",
+        )
+    elif (every := getattr(adapter, "refresh_steps", None)) is not None and every >= steps:
+        yield Problem(
+            ("adapter", "refresh_steps"),
+            f"got {every} with train.max_steps {steps}: the rows would never be chosen anew; set it below "
+            f"{steps}, or to null",
+        )
+
+
+def _ternary(r: Any, adapter: Any) -> Problems:
+    """Numbers of -1, 0 and 1 and the optimizer that keeps them there go together, and with nothing else."""
+    name, chosen = r.train.optimizer, OPTIMIZERS[r.train.optimizer]
+    if adapter.ternary and not chosen.ternary:
+        fit = listed([key for key, one in OPTIMIZERS.items() if one.ternary])
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which would leave the numbers of adapter {adapter.method}: they are -1, 0 and 1; "
+            f"set optimizer: {fit}",
+        )
+    if chosen.ternary and not adapter.ternary:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which steps between -1, 0 and 1: adapter {adapter.method} has numbers of any "
+            "size; set optimizer: adamw, or adapter.method: lota",
+        )
+    inputs = r.quant.activations if hasattr(r, "quant") else None
+    if chosen.ternary and inputs is not None and inputs.learn:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {name!r}, which has no steps for the scales of quant.activations.learn; set learn: false",
+        )
 
 
 def check_offload(r: Any) -> Problems:

@@ -7,11 +7,12 @@ OPTIMIZERS.
 from .adamw import adamw
 from .base import Groups, Optimizer
 from .bnb import adagrad, adam, ademamix, bitsandbytes, lion, momentum, rmsprop
+from .t_signsgd import problem, t_signsgd
 
 # Not here: (Paged)AdEMAMix32bit, whose state has the wrong shape (bitsandbytes 0.50); AdEMAMix is 32 bit as
 # it is.
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer(adamw, states=2, counter=4, shards=True),
+    "adamw": Optimizer(adamw, states=2, counter=4, shards=True, short=True),
     "adamw32bit": bitsandbytes("AdamW32bit", adam, states=2),
     "adamw8bit": bitsandbytes("AdamW8bit", adam, states=2),
     "paged_adamw": bitsandbytes("PagedAdamW", adam, states=2),
@@ -48,6 +49,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adagrad": bitsandbytes("Adagrad", adagrad),
     "adagrad32bit": bitsandbytes("Adagrad32bit", adagrad),
     "adagrad8bit": bitsandbytes("Adagrad8bit", adagrad),
+    "t_signsgd": Optimizer(t_signsgd, states=0, ternary=True, problem=problem),
 }
 
 __all__ = ["OPTIMIZERS", "Groups", "Optimizer"]

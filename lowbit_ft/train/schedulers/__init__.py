@@ -9,6 +9,7 @@ p = (s - W) / (T - W):
     cosine    m + (1 - m) (1 + cos(pi p)) / 2
     wsd       1, then over the last D = decay_ratio T steps m + (1 - m) (T - s) / D
     constant  1
+    lota      m + (1 - m) of 1 - 0.98 p / 0.8, and from p = 0.8 on of 0.02 - 0.018 (p - 0.8) / 0.2
 
 To add one: a function in its own file, and one line in SCHEDULERS.
 """
@@ -17,6 +18,7 @@ from .base import Left, Scheduler
 from .constant import constant
 from .cosine import cosine
 from .linear import linear
+from .lota import lota
 from .wsd import wsd, wsd_problem
 
 SCHEDULERS: dict[str, Scheduler] = {
@@ -24,6 +26,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "cosine": Scheduler(cosine),
     "wsd": Scheduler(wsd, wsd_problem),
     "constant": Scheduler(constant),
+    "lota": Scheduler(lota),
 }
 
 __all__ = ["SCHEDULERS", "Left", "Scheduler"]

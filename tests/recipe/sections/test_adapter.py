@@ -15,6 +15,12 @@ BAD = [
     ),
     ("key of another method", ("rank: 8", "planes: all"), (), "r.yaml:11: adapter.planes: unknown key"),
     (
+        "key of other methods",
+        ("method: lr_qat\n  rank: 8", "method: ef_qat\n  segments: auto"),
+        (),
+        "r.yaml:11: adapter.segments: unknown key of ef_qat; lr_qat, dl_qat, l4q have it: remove it; allowed",
+    ),
+    (
         "bool for adapter number",
         ("rank: 8", "rank: true"),
         (),

@@ -61,20 +61,35 @@ BAD = [
         ("train.gradient={kind: fogzo, cage: {form: coupled, unit: raw}}",),
         "train.gradient.cage.form: got 'coupled' with kind: fogzo, whose estimate is scaled otherwise",
     ),
-    ("cage, lora", NONE, (CAGE, LORA), "train.gradient.cage: got a pull to the codes, but lora trains"),
-    ("cage, scale", NONE, (CAGE, SCALE), "train.gradient.cage: got a pull to the codes, but scale trains"),
-    ("fogzo, lora", NONE, (FOGZO, LORA), "train.gradient.kind: got 'fogzo', but lora trains nothing"),
+    (
+        "cage, lora",
+        NONE,
+        (CAGE, LORA),
+        "train.gradient.cage: got gradient.cage, but lora trains nothing that is rounded",
+    ),
+    (
+        "cage, scale",
+        NONE,
+        (CAGE, SCALE),
+        "train.gradient.cage: got gradient.cage, but scale trains nothing that is rounded",
+    ),
+    (
+        "fogzo, lora",
+        NONE,
+        (FOGZO, LORA),
+        "train.gradient.kind: got gradient.kind: fogzo, but lora trains nothing",
+    ),
     (
         "fogzo, planes",
         NONE,
         (FOGZO, "adapter={method: alpha_tuning}", "quant={grid: binary}"),
-        "train.gradient.kind: got 'fogzo', but alpha_tuning trains nothing that is rounded to codes",
+        "train.gradient.kind: got gradient.kind: fogzo, but alpha_tuning trains nothing that is rounded",
     ),
     (
         "cage, warm-up",
         NONE,
         (CAGE, "adapter={method: l4q, warmup_steps: 3}"),
-        "adapter.warmup_steps: got 3 beside gradient.cage: a warm-up rounds nothing; set it to 0",
+        "adapter.warmup_steps: got 3 beside gradient.cage: a warm-up rounds nothing and uses no scales",
     ),
     (
         "fogzo, fp16",
@@ -128,7 +143,7 @@ BAD = [
         "zeroth order, warm-up",
         NONE,
         (ZEROTH, "adapter={method: l4q, warmup_steps: 3}"),
-        "adapter.warmup_steps: got 3 with gradient.kind: zeroth_order, whose scales would learn",
+        "adapter.warmup_steps: got 3 beside gradient.kind: zeroth_order: a warm-up rounds nothing",
     ),
     (
         "cage, too strong",
@@ -139,8 +154,32 @@ BAD = [
     (
         "scales alone, held",
         NONE,
-        (SCALES, "adapter={method: full_qat, train_scale: false}"),
-        "train.gradient.scope: got 'scales', but full_qat trains none here; set scope: adapters",
+        (SCALES, "adapter={method: lr_qat, train_scale: false}"),
+        "train.gradient.scope: got 'scales', but lr_qat trains none here; set scope: adapters",
+    ),
+    (
+        "scales alone, a dense part",
+        NONE,
+        (SCALES, "adapter={method: full_qat}"),
+        "train.gradient.scope: got 'scales' with adapter full_qat, whose dense part would be held",
+    ),
+    (
+        "scales alone, a pull",
+        NONE,
+        ("train.gradient={kind: zeroth_order, scope: scales, cage: {}}", "adapter={method: lr_qat}"),
+        "train.gradient.cage: got a pull of what moves codes beside scope: scales",
+    ),
+    (
+        "rows chosen too late",
+        NONE,
+        ("adapter={method: ef_qat, refresh_steps: 9}", "train.max_steps=9", "train.epochs=null"),
+        "adapter.refresh_steps: got 9 with train.max_steps 9: the rows would never be chosen anew",
+    ),
+    (
+        "rows chosen behind the only step",
+        NONE,
+        ("adapter={method: ef_qat, importance: weight_input}", "train.max_steps=1", "train.epochs=null"),
+        "train.max_steps: got 1, but adapter ef_qat chooses its rows anew between steps",
     ),
     (
         "scales alone, lora",
@@ -161,7 +200,7 @@ def test_scales_alone_may_be_those_of_inputs() -> None:
         max_grad_norm=1.0,
         sharding="none",
     )
-    held = ADAPTERS["full_qat"].model_validate({"method": "full_qat", "train_scale": False})
+    held = ADAPTERS["lr_qat"].model_validate({"method": "lr_qat", "train_scale": False})
     way = GRADIENTS["zeroth_order"].model_validate({"kind": "zeroth_order", "scope": "scales"})
     for learn, count in ((True, 0), (False, 1)):
         quant = SimpleNamespace(activations=SimpleNamespace(learn=learn))
@@ -180,7 +219,7 @@ def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
         "{}",
         "{cage: {lambda: 1e1, unit: raw, silence: 0.5, schedule: constant, skip_clipped: false}}",
         "{kind: fogzo, probes: 2, kappa_end: 1e-1, start: 0, smoothing: normal, cage: {}}",
-        "{kind: zeroth_order, probes: 2, eps: 1e-1, scope: scales, momentum: 0.9, cage: {}}",
+        "{kind: zeroth_order, probes: 2, eps: 1e-1, scope: scales, momentum: 0.9}",
     ],
 )
 def test_a_recipe_comes_back_as_it_was_written(gradient: str, tmp_path: Path) -> None:

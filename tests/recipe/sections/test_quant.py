@@ -33,7 +33,7 @@ BAD = [
         "calibrator",
         ("bits: 4", "bits: 4\n  calibrate: gtpq"),
         (),
-        "quant.calibrate: got 'gtpq'; allowed: auto, absmax, minmax, mse, gptq, signround; did you mean",
+        "quant.calibrate: got 'gtpq'; allowed: auto, absmax, minmax, mse, gptq, signround, recover; did you",
     ),
     (
         "calibrator of the other grid",

@@ -8,7 +8,7 @@ BAD = [
         "kind",
         ("max_steps: 10", "max_steps: 10\n  signal: {kind: logit}"),
         (),
-        "train.signal.kind: got 'logit'; allowed: labels, logits, mix; did you mean 'logits'?",
+        "train.signal.kind: got 'logit'; allowed: labels, logits, mix, dpo, orpo; did you mean 'logits'?",
     ),
     (
         "no teacher",

@@ -65,6 +65,18 @@ BAD = [
         "r.yaml:20: train.keep_best: got true with max_steps 0: there is one state",
     ),
     (
+        "nothing to wait for",
+        ("max_steps: 10", "max_steps: 10\n  stop_after: 3"),
+        (),
+        "train.stop_after: got 3, and what it waits for is a better checkpoint; set keep_best: true",
+    ),
+    (
+        "noise in no step",
+        ("max_steps: 10", "max_steps: 0\n  reconstruct: {}\n  neftune_alpha: 5"),
+        (),
+        "train.neftune_alpha: got 5 with max_steps 0: there is no step to make noise in",
+    ),
+    (
         "steps of a layer",
         ("max_steps: 10", "max_steps: 10\n  reconstruct: {steps: 0}"),
         (),
@@ -141,7 +153,37 @@ BAD = [
         "rows chosen anew in no step",
         ("max_steps: 10", "max_steps: 0\n  reconstruct: {}"),
         ("adapter={method: ef_qat, importance: weight_input}",),
-        "train.max_steps: got 0, but adapter ef_qat chooses its rows anew in steps of training",
+        "train.max_steps: got 0, but adapter ef_qat chooses its rows anew between steps of training",
+    ),
+    (
+        "bf16 masters, 8-bit averages",
+        ("name: test", "name: test"),
+        ("adapter={method: full_qat, master: bf16}", "train.optimizer=adamw8bit"),
+        "train.optimizer: got 'adamw8bit', which steps on fp32 alone, and adapter.master is bf16; set",
+    ),
+    (
+        "bf16 masters, fp16",
+        ("name: test", "name: test"),
+        ("adapter={method: full_qat, master: bf16}", "train.mixed_precision=fp16"),
+        "train.mixed_precision: got 'fp16', whose loss scaler is for fp32, and adapter.master is bf16",
+    ),
+    (
+        "no masters, a fit",
+        ("name: test", "name: test"),
+        ("adapter={method: ef_qat, master: none}", "train.reconstruct={}"),
+        "train.reconstruct: got a fit, whose optimizer steps on fp32 alone, and adapter.master is none",
+    ),
+    (
+        "no masters, no momentum",
+        ("name: test", "name: test"),
+        ("adapter={method: full_qat, master: none}", "train.betas=[0, 0.9]"),
+        "train.betas: got a first of 0 with adapter.master none",
+    ),
+    (
+        "no masters, a pull",
+        ("name: test", "name: test"),
+        ("adapter={method: full_qat, master: none}", "train.gradient={cage: {}}"),
+        "adapter.master: got 'none' beside gradient.cage, which moves weights by less than it holds",
     ),
 ]
 

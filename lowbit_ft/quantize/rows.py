@@ -1,0 +1,128 @@
+"""Rows that a calibrator looks at: a file, a hub data set, rows in memory or token windows become the batches
+of one seeded choice.
+
+A recipe's quant.calibration, `lowbit-ft quantize --data` and the `calibration=` of LowBitQuantConfig all come
+through `calibration_windows`, so the same rows give the same windows and the same codes. Rows in memory are
+put into a temporary jsonl file and read as one: there is one reader, and one set of errors.
+"""
+
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.batches import Batches
+from ..data.errors import DataError
+from ..data.examples import StreamedExamples
+from ..data.formats import FORMATS
+from ..data.read import read_rows
+from ..data.windows import Examples
+from ..model.tokenizer import pad_id
+from ..model.walk import Batch
+from ..recipe.sections.data import DataSection, DataSource
+from ..recipe.sections.quant import CalibrationSection
+
+
+def first_windows(
+    source: DataSource, section: DataSection, tokenizer: Any, rows: int | None, count: int | None
+) -> Examples:
+    """The first `count` windows (None: all) of a source, read only as far as needed. rows: of the model's
+    embedding, None where that is not known."""
+    stream = StreamedExamples(source, section, tokenizer, rows)
+    return Examples(itertools.islice(iter(stream), count))
+
+
+def calibration_windows(
+    source: DataSource,
+    section: DataSection,
+    tokenizer: Any,
+    *,
+    rows: int | None,
+    seed: int,
+    samples: int,
+    sequence_len: int,
+    size: int,
+) -> list[Batch]:
+    """Batches of `size` windows of `sequence_len` tokens: a seeded choice of `samples` among the first
+    4 x samples, so that a large or remote data set is not read whole."""
+    changes = {"sequence_len": sequence_len, "train_on": "all", "streaming": True}
+    pool = first_windows(source, section.model_copy(update=changes), tokenizer, rows, 4 * samples)
+    picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
+    chosen = Examples(pool[i] for i in sorted(picked))
+    if not len(chosen):
+        raise DataError("no usable row to calibrate on", source.path)
+    found = Batches(chosen, min(len(chosen), size), pad_id(tokenizer), 0, shuffle=False).one_epoch()
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
+
+
+def window_batch(text: CalibrationSection) -> int:
+    """Windows that pass a layer at a time."""
+    return max(1, text.batch_tokens // text.sequence_len)
+
+
+@contextmanager
+def as_source(given: Any) -> Iterator[DataSource]:
+    """A DataSource of what a user has: the path of a file or a hub id; or rows, each a text, a mapping with
+    the columns of a format, or token ids (a tensor, a list). ValueError for anything else."""
+    if isinstance(given, str | Path):
+        yield DataSource(path=str(given), format=_format_of(str(given)))
+        return
+    with tempfile.TemporaryDirectory(prefix="lowbit_ft-rows-") as folder:
+        path = Path(folder, "calibration.jsonl")
+        with path.open("w", encoding="utf-8") as file:
+            for number, row in enumerate(_rows(given), 1):
+                try:
+                    file.write(json.dumps(_row(row)) + "\n")
+                except TypeError as error:
+                    raise ValueError(f"calibration: row {number}: {error}; a row is plain JSON") from None
+        if not path.stat().st_size:
+            raise ValueError("calibration: got no rows; give some, or calibrate='mse', which looks at none")
+        yield DataSource(path=str(path), format=_format_of(str(path)))
+
+
+def _rows(given: Any) -> Iterable[Any]:
+    if isinstance(given, torch.Tensor) and given.dim() != 2:
+        raise ValueError(f"calibration: got a tensor {list(given.shape)}; allowed: token ids [rows, tokens]")
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"calibration: got a {type(given).__name__}; allowed: the path of a file, or rows (texts, "
+            "mappings, token ids)"
+        )
+    return given
+
+
+def _row(row: Any) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    if isinstance(row, Mapping):
+        ids = row.get("input_ids")
+        return {"input_ids": _ids(ids)} if ids is not None else dict(row)
+    return {"input_ids": _ids(row)}
+
+
+def _ids(row: Any) -> list[int]:
+    ids = row.tolist() if isinstance(row, torch.Tensor) else list(row)
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError("calibration: token ids: got something else than integers in one dimension")
+    return ids
+
+
+def _format_of(path: str) -> str:
+    """The format whose columns the first row has."""
+    if Path(path).suffix in (".txt", ".md"):
+        return "text"
+    first = next(iter(read_rows(DataSource(path=path, format="text", limit=1), streaming=True)), None)
+    if first is None or first.value is None:
+        raise DataError(first.problem or "not a row" if first else "the data set is empty", path)
+    # Token ids first: rows that carry their text beside them are read as they were tokenized.
+    for name, kind in sorted(FORMATS.items(), key=lambda item: "input_ids" not in item[1].columns):
+        if kind.told_by and any(set(columns) <= first.value.keys() for columns in kind.told_by):
+            return name
+    wanted = "; ".join(" or ".join("+".join(c) for c in k.told_by) for k in FORMATS.values() if k.told_by)
+    raise DataError(f"its columns are {', '.join(first.value) or 'none'}; allowed: {wanted}", path)
