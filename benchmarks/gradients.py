@@ -14,6 +14,8 @@ its factor, so that rows of one length in tokens, in time or in forwards can be 
     qzo            scales alone, by zeroth order      scale          scales alone, by backprop
     full           full_qat, by backprop              full_cage      pulled by 1 in all; full_cage_4: by 4
     full_fogzo     30 % of its steps by fogzo         ef             ef_qat, a tenth of the rows
+    full_cage_0.1, full_cage_0.02: weaker pulls       full_cage_early: by 0.02 from the first step
+    ef_5, ef_10, ef_25: share of rows, at 8e-3
     full_bf16      full_qat with masters in bf16      full_none      with none (ECO); scales at 4e-3
 
 Rows are kept in --out as they come."""
@@ -30,7 +32,7 @@ from typing import Any
 
 import torch
 from loss_memory import allocator_peak
-from quality import ASSETS, HERE, Bench
+from quality import ASSETS, HERE, Bench, Setting
 from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
@@ -45,7 +47,7 @@ from lowbit_ft.rundir import environment
 from lowbit_ft.train.loop import train
 
 ZEROTH: dict[str, Any] = {"gradient": {"kind": "zeroth_order"}}
-# case -> (method, times the steps, of the train section)
+# case -> (method, times the steps, of the train section; and of the adapter, under that name)
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "backprop": ("lr_qat", 1, {}),
     "backprop_1.2": ("lr_qat", 1.2, {}),
@@ -64,8 +66,14 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full": ("full_qat", 1, {}),
     "full_cage": ("full_qat", 1, {"gradient": {"cage": {"lambda": 1.0}}}),
     "full_cage_4": ("full_qat", 1, {"gradient": {"cage": {"lambda": 4.0}}}),
+    "full_cage_0.02": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.02}}}),
+    "full_cage_early": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.02, "silence": 0.0}}}),
+    "full_cage_0.1": ("full_qat", 1, {"gradient": {"cage": {"lambda": 0.1}}}),
     "full_fogzo": ("full_qat", 1, {"gradient": {"kind": "fogzo"}}),
     "ef": ("ef_qat", 1, {}),
+    "ef_5": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.05}}),
+    "ef_10": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.1}}),
+    "ef_25": ("ef_qat", 1, {"learning_rate": 8e-3, "adapter": {"share": 0.25}}),
     "full_bf16": ("full_qat", 1, {"adapter": {"master": "bf16"}}),
     "full_none": ("full_qat", 1, {"adapter": {"master": "none"}, "scale_learning_rate": 4e-3}),
 }
@@ -89,7 +97,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--train", default=str(ASSETS / "text" / "train.jsonl"), help='jsonl of {"text": ...}')
     p.add_argument("--valid", default=str(ASSETS / "text" / "valid.jsonl"))
     p.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    p.add_argument("--grid", default="2:64", help="bits:group_size")
+    p.add_argument("--grid", default="2:64", help="bits:group[:inputs[:cache]]")
     p.add_argument("--start", default="gptq", help="calibrator")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--steps", type=int, default=120)
@@ -113,15 +121,16 @@ class Table(Bench):
 
     def student(self, method: str, seed: int, **keys: Any) -> Any:
         """A fresh packed model with fresh adapters."""
-        bits, group = (int(value) for value in self.o.grid.split(":"))
-        model = self.base(
-            QuantSection.model_validate({"bits": bits, "group_size": group, "calibrate": self.o.start})
-        )
+        setting = Setting.of(self.o.grid, symmetric=True)
+        quant = {"bits": setting.bits, "group_size": setting.group, "calibrate": self.o.start}
+        model = self.base(QuantSection.model_validate(quant))
+        setting.place(model)
         torch.manual_seed(seed)
         attach(model, ADAPTERS[method].model_validate({"method": method, "targets": self.o.targets} | keys))
         return model
 
     def section(self, steps: int, seed: int, changes: dict[str, Any]) -> TrainSection:
+        changes = {key: value for key, value in changes.items() if key != "adapter"}
         gradient = dict(changes.get("gradient", {}))
         zeroth = gradient.get("kind") == "zeroth_order"
         if zeroth:
