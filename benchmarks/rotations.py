@@ -2,6 +2,7 @@
 
     python benchmarks/rotations.py                                    # resumable; one folder per run in --out
     python benchmarks/rotations.py --steps 3 --windows 8 --seeds 0    # a look, without meaning
+    python benchmarks/rotations.py --models FOLDER --group 64         # another model (real_model.py makes one)
 
 Rows are round-to-nearest (plain), SmoothQuant-like (smooth), every site turned (hadamard), each layer as it
 likes (adaptive), with and without the online site r4, on the checkpoint as it is and with outliers
@@ -45,12 +46,14 @@ ROWS: dict[str, list[str]] = {
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/rotations"))
-    p.add_argument("--models", nargs="+", default=["outliers", "plain"], choices=["outliers", "plain"])
+    p.add_argument("--models", nargs="+", default=["outliers", "plain"], help="these, or folders")
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--windows", type=int, default=64)
     p.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    p.add_argument("--group", type=int, default=128, help="quant.group_size; 64 for SmolLM2-135M")
+    p.add_argument("--batch", type=int, default=8, help="train.micro_batch_size")
     p.add_argument("--bits", nargs=3, type=int, default=[4, 4, 4], help="of weights, inputs, keys and values")
     return p.parse_args()
 
@@ -67,6 +70,7 @@ def measure(o: argparse.Namespace, model: Path, row: str, seed: int) -> dict[str
             f"model.path={model}",
             "model.dtype=bfloat16",
             f"quant.bits={o.bits[0]}",
+            f"quant.group_size={o.group}",
             f"quant.activations.bits={o.bits[1]}",
             f"quant.kv_cache.bits={o.bits[2]}",
             "quant.calibrate=mse",
@@ -79,6 +83,7 @@ def measure(o: argparse.Namespace, model: Path, row: str, seed: int) -> dict[str
             "train.signal.kind=logits",
             "train.teacher=cached",
             f"train.max_steps={o.steps}",
+            f"train.micro_batch_size={o.batch}",
             f"train.seed={seed}",
             f"eval.windows={o.windows}",
             "eval.generate=[]",
@@ -105,13 +110,15 @@ def main() -> None:
     for model in o.models:
         for row in o.rows:
             for seed in o.seeds:
-                found = measure(o, models[model].resolve(), row, seed)
-                table[f"{model} / {row} / {seed}"] = found
+                folder = models.get(model, Path(model))
+                name = model if model in models else folder.name
+                found = measure(o, folder.resolve(), row, seed)
+                table[f"{name} / {row} / {seed}"] = found
                 stages = "  ".join(
                     f"{stage} {found[stage][0]:9.3f} KL {found[stage][1]:.4f}"
                     for stage in ("base", "quantized", "trained")
                 )
-                print(f"{model:9} {row:18} seed {seed}  {stages}", flush=True)
+                print(f"{name:9} {row:18} seed {seed}  {stages}", flush=True)
                 (o.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -36,6 +36,7 @@ from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, begin_step, packed_layers
+from lowbit_ft.adapters.rates import rate_for
 from lowbit_ft.data.batches import Batches
 from lowbit_ft.data.windows import Examples
 from lowbit_ft.evaluate.perplexity import evaluate
@@ -80,7 +81,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--precision", default="bf16", choices=["bf16", "no"], help="of the products")
     p.add_argument("--window", type=int, default=256)
     p.add_argument("--valid-windows", type=int, default=96)
-    p.add_argument("--learning-rate", type=float, default=TrainSection.model_fields["learning_rate"].default)
+    p.add_argument("--learning-rate", type=float, help="default: what auto takes at these bits")
     p.add_argument("--on", default="all", choices=["all", "targets"])
     p.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "teachers.json")
     p.add_argument("--threads", type=int, default=2)
@@ -127,6 +128,9 @@ class Table(Bench):
         assert row.kl is not None
         return row.kl
 
+    def rate(self, bits: int) -> float:
+        return self.o.learning_rate or rate_for("lr_qat", bits)[0]
+
     def train_one(self, bits: int, group: int, start: str, learner: str, seed: int) -> dict[str, Any]:
         signal, asked, times = LEARNERS[learner]
         model = self.student(bits, group, start)
@@ -143,7 +147,7 @@ class Table(Bench):
             micro_batch_size=self.o.batch,
             gradient_accumulation_steps=1,
             mixed_precision=self.o.precision,
-            learning_rate=self.o.learning_rate,
+            learning_rate=self.rate(bits),
             seed=seed,
             signal=signal,  # pyright: ignore[reportArgumentType]
         )
@@ -220,7 +224,7 @@ def main() -> None:
                         "seed": seed,
                         "steps": o.steps,
                         "on": o.on,
-                        "learning_rate": o.learning_rate,
+                        "learning_rate": table.rate(bits),
                     }
                     if key_of(fact) in done:
                         continue
