@@ -2,7 +2,7 @@
 
     python benchmarks/rotations.py                                    # resumable; one folder per run in --out
     python benchmarks/rotations.py --steps 3 --windows 8 --seeds 0    # a look, without meaning
-    python benchmarks/rotations.py --models FOLDER --group 64         # another model (real_model.py makes one)
+    python benchmarks/rotations.py --models FOLDER --group 64         # another model (real_model.py)
 
 Rows are round-to-nearest (plain), SmoothQuant-like (smooth), every site turned (hadamard), each layer as it
 likes (adaptive), with and without the online site r4, on the checkpoint as it is and with outliers
