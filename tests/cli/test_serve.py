@@ -150,13 +150,13 @@ def test_a_request_ends_when_its_client_leaves_and_a_second_signal_ends_the_serv
     for stream in (False, True):
         with begin(address, ENDLESS | {"stream": stream}):
             with pytest.raises(TimeoutError):  # it does go on while the client is there
-                post(f"{address}/v1/chat/completions", short, timeout=3)
+                post(f"{address}/v1/chat/completions", short, timeout=1.5)
         said = post(f"{address}/v1/chat/completions", short, timeout=30)
         assert said["usage"]["completion_tokens"] == 2, f"stream: {stream}"
     with begin(address, ENDLESS):
         server.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):  # the first lets the request go on
-            server.wait(timeout=3)
+            server.wait(timeout=1.5)
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=10) == 128 + signal.SIGTERM
 
