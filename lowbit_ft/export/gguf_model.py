@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import read_config
+from ..model.roles import NEIGHBOURS
 
 FILE = "model.gguf"
 WAY_OUT = "set export.format: compressed-tensors or native"
@@ -34,19 +35,16 @@ WAY_OUT = "set export.format: compressed-tensors or native"
 
 @dataclass(frozen=True)
 class Architecture:
-    """name in gguf files; whether q and k rows are reordered; what is added to norm weights; the activation
-    it computes.
-    """
+    """name in gguf files; what is added to norm weights; the activation it computes."""
 
     name: str
-    rotates_neighbours: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", rotates_neighbours=True),
-    "mistral": Architecture("llama", rotates_neighbours=True),
+    "llama": Architecture("llama"),
+    "mistral": Architecture("llama"),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "gemma2": Architecture("gemma2", norm_offset=1.0, activation="gelu_pytorch_tanh"),
@@ -122,6 +120,7 @@ class Names:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         self.kind = ARCHITECTURES[config["model_type"]]
+        self.neighbours = config["model_type"] in NEIGHBOURS
         self.heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == self.kind.name)
         self.map = get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -139,7 +138,7 @@ class Names:
     def rows(self, parameter: str, count: int) -> Tensor | None:
         """The order in which the rows of a parameter are stored, None when as they are."""
         heads = self.heads.get(parameter.split(".")[-2])
-        if heads is None or not self.kind.rotates_neighbours:
+        if heads is None or not self.neighbours:
             return None
         return torch.arange(count).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 

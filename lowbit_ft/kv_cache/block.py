@@ -3,16 +3,19 @@
     8 bits   d = max|x| / 127            code = round(x / d), halves away from zero
     4 bits   d = (the x of max|x|) / -8  code = floor(x / d + 8.5), at most 15
 
-The code is made with the float32 d, and multiplied with the float16 one that is stored.
+The code is made with the float32 d, and multiplied with the float16 one that is stored. In gguf files of some
+models the numbers of a key are in another order, and so are those that share a block: x0, x_d/2, x1, ...
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..model.roles import NEIGHBOURS
 from .codec import Codec, away
 
 BLOCK = 32
@@ -20,11 +23,24 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Block(Codec):
+    """neighbours: these are keys whose halves llama.cpp keeps as neighbours."""
+
+    neighbours: bool = False
+
     name = "block"
     zero_point = False
 
+    def of_keys(self, model_type: str) -> Self:
+        return replace(self, neighbours=model_type in NEIGHBOURS)
+
     def rows(self, x: Tensor) -> Tensor:
+        if self.neighbours:
+            x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return x.unflatten(-1, (-1, BLOCK))
+
+    def heads(self, rows: Tensor, heads: int) -> Tensor:
+        x = rows.flatten(-2)
+        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.neighbours else x
 
     def scales(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if self.bits == 8:

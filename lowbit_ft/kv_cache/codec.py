@@ -77,6 +77,10 @@ class Codec(ABC):
 
     # ------------------------------------------------ what all kinds do
 
+    def of_keys(self, model_type: str) -> Self:
+        """The grid of the keys of this model, where its server keeps them in an order of its own."""
+        return self
+
     def turned(self) -> Self:
         return replace(self, r3=True)
 

@@ -35,7 +35,8 @@ def put_seams(part: nn.Module, text: Any, config: KVConfig) -> None:
     for module in attention_modules(part).values():
         codec = config.codec(head_sizes(module, text)[1])
         r3 = layer_number(module) in config.r3
-        set_seam(module, Seam(codec, codec, config.where == BEFORE, r3, layer=_packed_layer))
+        keys = codec.of_keys(text.model_type)
+        set_seam(module, Seam(keys, codec, config.where == BEFORE, r3, layer=_packed_layer))
 
 
 def _packed_layer(keys: Codec, values: Codec, like: Any) -> Any:

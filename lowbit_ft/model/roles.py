@@ -18,6 +18,10 @@ OTHER_TOWERS = (
     "image",
 )  # how parts of a multimodal model are called that read no text
 
+# Model types in whose gguf files the rows of a head of q and k stand in another order: llama.cpp rotates
+# neighbours (x0, x1), transformers halves (x0, x_d/2). Its caches have keys in that order.
+NEIGHBOURS = frozenset({"llama", "mistral"})
+
 
 def is_head(layer_name: str) -> bool:
     """Whether a layer of this name makes the logits."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowbit_ft.export.gguf_model import Names
 from lowbit_ft.kv_cache import KINDS, Codec, KVConfig
 from lowbit_ft.kv_cache.token_head import TokenHead, vllm_signs, walsh
 from tests.kv_cache.models import GRIDS
@@ -129,6 +130,21 @@ def test_blocks_are_those_of_llama_cpp(bits: int, kind: str) -> None:
     want = gguf.dequantize(packed, kinds[kind])
     got = KVConfig.of(bits, "block").codec(DIM).fake(x)
     assert np.array_equal(got.numpy().reshape(-1, 32), want)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_keys_of_a_llama_have_the_blocks_of_its_gguf_file(bits: int) -> None:
+    """The blocks are those of a key whose rows stand where the file has them, and come back in our order."""
+    config = {"model_type": "llama", "num_attention_heads": 3, "num_key_value_heads": 3}
+    order = Names({**config, "num_hidden_layers": 1}).rows("model.layers.0.self_attn.k_proj.weight", 3 * DIM)
+    assert order is not None and not torch.equal(order, torch.arange(3 * DIM))
+    codec, x = KVConfig.of(bits, "block").codec(DIM), values(2, 3, 5, DIM)
+    as_filed = x.transpose(1, 2).flatten(2)[..., order].unflatten(-1, (3, DIM)).transpose(1, 2)
+    want = codec.fake(as_filed).transpose(1, 2).flatten(2)[..., order.argsort()].unflatten(-1, (3, DIM))
+    keys = codec.of_keys("llama")
+    assert torch.equal(keys.fake(x), want.transpose(1, 2)) and not torch.equal(keys.fake(x), codec.fake(x))
+    assert torch.equal(keys.decode(keys.encode(x), 3, DIM, torch.float32), keys.fake(x))
+    assert torch.equal(codec.of_keys("qwen3").fake(x), codec.fake(x))
 
 
 def test_r3_rounds_in_the_rotated_basis_and_turns_back() -> None:
