@@ -88,6 +88,11 @@ AT_WORK: dict[str, tuple[str, dict[str, Any]]] = {
     "fogzo": ("lr_qat", {"gradient": {"kind": "fogzo", "start": 0.0}}),
     "zeroth_order": ("lr_qat", ZEROTH),
     "qzo": ("scale", ZEROTH),
+    "full": ("full_qat", {}),
+    "full_fogzo": ("full_qat", {"gradient": {"kind": "fogzo", "start": 0.0}}),
+    "ef_5": ("ef_qat", {"adapter": {"share": 0.05}}),
+    "ef_10": ("ef_qat", {"adapter": {"share": 0.1}}),
+    "ef_25": ("ef_qat", {"adapter": {"share": 0.25}}),
 }
 
 
@@ -185,7 +190,10 @@ class Table(Bench):
 
     def step_times(self, rounds: int) -> dict[str, Any]:
         """Median seconds of a step of each case (CPU time of the process), interleaved; peak bytes of one."""
-        models = {case: self.student(method, 0) for case, (method, _) in AT_WORK.items()}
+        models = {
+            case: self.student(method, 0, **changes.get("adapter", {}))
+            for case, (method, changes) in AT_WORK.items()
+        }
         seconds: dict[str, list[float]] = {case: [] for case in AT_WORK}
         peaks: dict[str, int] = {}
         for number in range(rounds + 1):

@@ -50,6 +50,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--windows", type=int, default=64)
+    p.add_argument("--valid-rows", type=int, default=None, help="texts to validate on behind the last step")
     p.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--group", type=int, default=128, help="quant.group_size; 64 for SmolLM2-135M")
@@ -78,7 +79,7 @@ def measure(o: argparse.Namespace, model: Path, row: str, seed: int) -> dict[str
             "quant.calibration.sequence_len=256",
             f"quant.rotation.seed={seed}",
             f"data.train={{path: {TEXT / 'train.jsonl'}, format: text}}",
-            f"data.valid={{path: {TEXT / 'valid.jsonl'}, format: text}}",
+            f"data.valid={{path: {TEXT / 'valid.jsonl'}, format: text, limit: {json.dumps(o.valid_rows)}}}",
             "data.train_on=all",
             "train.signal.kind=logits",
             "train.teacher=cached",
