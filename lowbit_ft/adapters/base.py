@@ -61,6 +61,11 @@ class AdapterConfig(BaseModel):
         description="names, globs or regexes of packed layers that train; null: all. The others ship the "
         "codes they came with",
     )
+    modules_to_save: list[str] | None = Field(
+        default=None,
+        description="names, globs or regexes of dense modules (lm_head, embed_tokens, norms) that are trained "
+        "whole, in fp32, at train.modules_learning_rate, and ship in model.dtype; null: none",
+    )
 
     def trains(self, *names: str) -> bool:
         """Whether the packed layer that is known by these names gets an adapter."""

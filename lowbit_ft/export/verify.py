@@ -3,7 +3,7 @@
     files     every sha256 of the manifest
     codes     integers, scales and zero points of each layer, unpacked by the format's own library
     weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same
-              dtype
+              dtype; and the dense tensors that were trained
     logits    of the loaded model, against the packed model's on the same tokens
     answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose
               the same tokens
@@ -31,10 +31,13 @@ from lowbit_kernels.layout import CHUNK_ELEMENTS
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..files.tensorfile import read_tensor
 from ..grid import PackedWeight, Weight
 from ..model.config import read_config
+from ..model.hub import tensor_entries
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
+from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
@@ -51,6 +54,8 @@ LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 # input of the next layer over a tie, and then by a whole step. Measured on the tiny Llama: from 1e-6 to 5e-4
 # at 8 bits, to a third of the largest logit at 4.
 INPUT_TOLERANCE = {8: 5e-2, 4: 0.5}
+
+OFFSET_ROUNDING = 2.0**-23  # of a vector that was stored as 1 + w in fp32
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ def verify(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     source: str | Path | None = None,
+    dense: Mapping[str, Trained] | None = None,
 ) -> VerifyReport:
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as
     its reader holds it.
@@ -153,6 +159,7 @@ def verify(
     before the folder is read, which for a dense format is the larger of the two); without it logits and
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
+    dense: by parameter, the tensors that were trained beside the packed layers.
     Raises ValueError, listing layers, for any difference.
     """
     folder = Path(folder)
@@ -182,8 +189,10 @@ def verify(
     rows = []
     for name, weight in weights.items():
         read = _read_back(exporter, stored[name], LayerSpec.of(weight))
-        dense = exporter.dense(loaded, name, matrices.get(name), kind)
-        rows.append(_check_layer(name, weight, read, dense, kind))
+        in_model = exporter.dense(loaded, name, matrices.get(name), kind)
+        rows.append(_check_layer(name, weight, read, in_model, kind))
+    for name, trained in (dense or {}).items():
+        rows.append(_check_dense(name, trained, _dense_there(loaded, name, folder, manifest), kind))
     difference, bound, answers = None, 0.0, None
     if expected is not None:
         difference = float((logits - expected.logits).abs().max())
@@ -251,6 +260,26 @@ def _check_layer(
     return LayerCheck(
         name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))
     )
+
+
+def _dense_there(loaded: Any, name: str, folder: Path, manifest: Mapping[str, Any]) -> Tensor | None:
+    """A dense tensor in the loaded model; in the files, where the reader's model is none of torch's."""
+    found = dict(loaded.named_parameters(remove_duplicate=False)).get(name)
+    if found is not None:
+        return found.detach().cpu()
+    key = manifest.get("trained", {}).get(name, {}).get("stored_as")
+    entry = tensor_entries(folder)[0].get(key)
+    return None if entry is None else read_tensor(entry, "cpu")
+
+
+def _check_dense(name: str, trained: Trained, found: Tensor | None, kind: torch.dtype) -> LayerCheck:
+    """A dense tensor that was trained, as it was found. Vectors that a format keeps wider and moved (a norm's
+    offset in gguf) come back to within fp32's last bit of 1."""
+    wanted = trained.value().cpu().to(kind)
+    if found is None or found.shape != wanted.shape:
+        return LayerCheck(name, 0, 0, wanted.numel())
+    apart = (found.to(kind).float() - wanted.float()).abs()
+    return LayerCheck(name, 0, 0, int((apart > (OFFSET_ROUNDING if wanted.dim() == 1 else 0)).sum()))
 
 
 def _same_call(loaded: Any, weights: Weights, matrices: Mapping[str, Matrix]) -> bool:

@@ -2,7 +2,8 @@
 
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
     adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32 (numbers of rows and
-                                 codes of ef_qat: integers)
+                                 codes of ef_qat: integers), and base_model.model.<module>.<tensor> of
+                                 modules_to_save
     README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
     lowbit_ft.json               size and sha256 of both, and its own (files/manifest.py; PEFT writes none)
 
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..adapters.attach import adapted_names
+from ..adapters.attach import adapted_names, whole_names
 from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..adapters.patterns import PATTERNS
@@ -35,9 +36,10 @@ from ..recipe.values import for_method
 from ..segments import Parts, layout, read_layout
 
 PEFT_TYPE = "LOWBIT"
-# Keys of a recipe that say where an adapter goes, what it started from and in which parts a matrix is:
-# target_modules, the tensors and `segments` tell that here.
-NOT_OPTIONS = ("targets", "init_from", "segments")
+# Keys of a recipe that say where an adapter goes, what it started from, in which parts a matrix is and what
+# trains beside it:
+# target_modules, the tensors, `segments` and `modules_to_save` tell that here.
+NOT_OPTIONS = ("targets", "init_from", "segments", "modules_to_save")
 # Keys that many methods of PEFT share and ours has not, with the way out. None and "none" say what it does.
 OF_OTHER_METHODS = {
     "bias": "biases stay as they are beside packed weights; leave it out",
@@ -168,6 +170,8 @@ def write_adapter(
     if plan := getattr(config, "plan", {}):
         names = set(adapted_names(state))
         facts["segments"] = layout({name: parts for name, parts in plan.items() if name in names})
+    if saved := whole_names(state):
+        facts["modules_to_save"] = saved
     with writing(folder), staged_folder(folder) as stage:
         save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -243,6 +247,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     if isinstance(modules := facts.get("target_modules"), list):
         config = config.model_copy(update={"targets": [str(name) for name in modules]})
+    if isinstance(saved := facts.get("modules_to_save"), list):
+        config = config.model_copy(update={"modules_to_save": [str(name) for name in saved]})
     digest = facts.get("base_digest")
     if not isinstance(digest, str):
         raise ValueError(

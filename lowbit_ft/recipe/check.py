@@ -27,6 +27,7 @@ from .sections.export import check_export
 from .sections.gradient import check_gradient
 from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
+from .sections.modules import check_modules, module_notes
 from .sections.output import check_output
 from .sections.preference import check_preference
 from .sections.quant import check_grid, check_groups, check_layers
@@ -50,6 +51,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant", "export"), check_server),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant", "adapter"), check_segments),
+    (("model", "quant", "adapter"), check_modules),
     (("model", "quant"), check_layers),
     (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
@@ -127,7 +129,7 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
-    found += segment_notes(recipe)
+    found += [*segment_notes(recipe), *module_notes(recipe)]
     other_text = recipe.eval.data or recipe.data.valid
     if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
         found.append(
