@@ -135,8 +135,9 @@ def train_modules(model: nn.Module, names: list[str]) -> list[TrainableRow]:
             own = {key: p for key, p in masters.named_parameters(recurse=False) if id(p) not in seen}
             seen |= {id(p) for p in own.values()}
             sizes = {key: p.numel() for key, p in own.items()}
-            bytes_ = sum(p.nbytes for p in module._parameters.values() if p is not None)
-            rows.append(TrainableRow(name, "dense", sizes, bytes_ if own else 0))
+            if own:
+                nbytes = sum(p.nbytes for p in module._parameters.values() if p is not None)
+                rows.append(TrainableRow(name, "dense", sizes, nbytes))
     return rows
 
 
@@ -174,13 +175,14 @@ def drop_codes(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained tensor under its PEFT key: adapters, then dense modules that train whole."""
+    """Every trained tensor under its PEFT key: adapters, then dense modules that train whole (of tied ones
+    each, as PEFT has them)."""
     return {
         f"{PEFT_PREFIX}{name}.{PEFT_SLOT}.{key}": tensor
         for name, layer in adapted_layers(model)
         if layer.adapter is not None
         for key, tensor in layer.adapter.state_dict().items()
-    } | {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model).items()}
+    } | {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:

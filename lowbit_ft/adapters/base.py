@@ -4,8 +4,7 @@ An adapter says what it wants of the base through `grid_args` (integers) or `pla
 forward and the merge are written once, here, and both hand the same arguments to the same ops: that is why
 what is trained is what ships.
 
-Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32 whatever the
-model's dtype.
+Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32.
 """
 
 import functools
@@ -27,6 +26,7 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
+from .modules import modules_field
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
 
@@ -61,11 +61,7 @@ class AdapterConfig(BaseModel):
         description="names, globs or regexes of packed layers that train; null: all. The others ship the "
         "codes they came with",
     )
-    modules_to_save: list[str] | None = Field(
-        default=None,
-        description="names, globs or regexes of dense modules (lm_head, embed_tokens, norms) that are trained "
-        "whole, in fp32, at train.modules_learning_rate, and ship in model.dtype; null: none",
-    )
+    modules_to_save: list[str] | None = modules_field()
 
     def trains(self, *names: str) -> bool:
         """Whether the packed layer that is known by these names gets an adapter."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from pydantic import Field
 from torch import nn
 
 from ..model.linear import PackedLinear
 from ..model.whole import dense_modules
 from ..names import did_you_mean, matches
+
+
+def modules_field() -> Any:
+    return Field(
+        default=None,
+        description="names, globs or regexes of dense modules (lm_head, embed_tokens, norms) that are trained "
+        "whole, in fp32, at train.modules_learning_rate, and ship in model.dtype; null: none",
+    )
 
 
 def modules_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -42,9 +52,9 @@ def chosen(pattern: str, dense: Sequence[str], packed: Sequence[str]) -> list[st
             f"quant.exclude: [{taken[0]!r}])"
         )
     if not found:
-        ends = dict.fromkeys(name.rpartition(".")[2] for name in dense)
+        ends, all_ends = ([n.rpartition(".")[2] for n in names] for names in (dense, [*dense, *packed]))
         raise ValueError(
-            f"{pattern!r}, which is no dense module{did_you_mean(pattern.rpartition('.')[2], ends)}; the "
-            f"model has {', '.join(list(ends)[:8])}"
+            f"{pattern!r}, which is no dense module{did_you_mean(pattern.rpartition('.')[2], all_ends)}; the "
+            f"model has {', '.join(list(dict.fromkeys(ends))[:8])}"
         )
     return found

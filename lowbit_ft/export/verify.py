@@ -86,6 +86,7 @@ class VerifyReport:
     logit_difference: float | None
     logit_bound: float
     answers: Answers | None = None
+    dense: int = 0  # of the rows, tensors that were trained beside the packed layers: the last ones
     tokens: list[str] | None = None
 
     @property
@@ -118,7 +119,9 @@ class VerifyReport:
                 if any(row.weights is None for row in self.rows)
                 else "codes, scales and weights"
             )
-            lines.append(f"  {len(self.rows)} layers, {self.elements:,} weights: {same} equal bit for bit")
+            layers = len(self.rows) - self.dense
+            beside = f", and {self.dense} dense tensors that were trained" if self.dense else ""
+            lines.append(f"  {layers} layers, {self.elements:,} weights: {same} equal bit for bit{beside}")
         if self.logit_difference is None:
             lines.append("  logits: not compared (no packed model given)")
         else:
@@ -216,6 +219,7 @@ def verify(
         difference,
         bound,
         answers,
+        len(dense or {}),
         compare_tokens(exporter, folder, source or folder),
     )
     if not report.ok:

@@ -147,10 +147,11 @@ def write_adapter(
     """
     folder = Path(folder)
     refuse_foreign(folder)
-    tensors = {
-        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in state.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        t = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        shared = any(t.data_ptr() == other.data_ptr() for other in tensors.values() if t.numel())
+        tensors[name] = t.clone() if shared else t  # a tied pair: a file has each by itself
     if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {

@@ -118,14 +118,14 @@ def _reading(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {name: read(name) for name in names})
 
 
-def whole_tensors(model: nn.Module) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
+def whole_tensors(model: nn.Module, every_name: bool = False) -> dict[str, tuple[nn.Parameter, torch.dtype]]:
     """By the name of the model's parameter: its master, and the dtype it ships in. A shared one is there
-    once, under its first name."""
+    once, under its first name; every_name: under each."""
     found: dict[str, tuple[nn.Parameter, torch.dtype]] = {}
     seen: set[int] = set()
     for name, module, masters in whole_modules(model):
         for key, master in masters.named_parameters(recurse=False):
-            if id(master) not in seen:
+            if every_name or id(master) not in seen:
                 seen.add(id(master))
                 before = module._parameters[key]
                 assert before is not None

@@ -24,6 +24,7 @@ from ..activations.learned import learn_inputs
 from ..activations.place import place
 from ..adapters import AdapterConfig
 from ..adapters.base import Adapter
+from ..adapters.modules import chosen
 from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
 from ..model.config import CONFIG, load_config
@@ -31,6 +32,7 @@ from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
+from ..model.whole import dense_modules, masters_of, train_whole
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
@@ -87,6 +89,14 @@ class Skeleton:
     shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
 
     @property
+    def table_bytes(self) -> int:
+        """Of the token embedding's gradient before it is fp32, where it trains."""
+        table = self.model.get_input_embeddings()
+        if masters_of(table) is None:
+            return 0
+        return sum(p.nbytes for p in table._parameters.values() if p is not None)
+
+    @property
     def trainable(self) -> int:
         return sum(self.trained)
 
@@ -120,18 +130,21 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     segments = _segments(recipe, folder)
     if getattr(config, "segments", "none") == "auto":
         config = config.with_plan({name: own.outputs for name, own in segments.items()})
+    whole = _trained_whole(recipe, dense, targets)
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         own = {n: targets[f"{name}.{n}"] for n in inside[index]}
         grids = [_asked(recipe, config, n, matrix, segments) for n, matrix in own.items()]
-        like = repr((grids, kind_of(layer)))
+        trained = [n.removeprefix(f"{name}.") for n in whole if n.startswith(f"{name}.")]
+        like = repr((grids, kind_of(layer), trained))
         key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
             apart = fusions_of(replace(matrix, name=n) for n, matrix in own.items())
             stand_in(module, own, apart)
             _pack(module, grids, dtype)
+            train_whole(module, trained)
             put_online(module, f"{name}.", online)
             if kv_cache is not None:
                 put_seams(module, dense.config.get_text_config(), kv_cache)
@@ -142,11 +155,21 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
     _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
+    train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
     tied = bool(tied) and not own_head
     return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, tied)
+
+
+def _trained_whole(recipe: Recipe, dense: Any, targets: dict[str, Any]) -> list[str]:
+    """The dense modules of adapter.modules_to_save, by name."""
+    packed = {matrix.parameter.rpartition(".")[0] for matrix in targets.values()}
+    left, gone = [n for n in dense_modules(dense) if n not in packed], sorted(packed)
+    patterns = recipe.adapter.modules_to_save or []
+    wanted = {name for pattern in patterns for name in chosen(pattern, left, gone)}
+    return [name for name in left if name in wanted]
 
 
 def cache_line(recipe: Recipe, made: Skeleton) -> str | None:

@@ -272,6 +272,9 @@ def _training(
     moments = own_moments(recipe, step, made)
     if train.gradient.backward:
         moments += _moments(recipe, step, made.trained_bytes, away and train.gradient_checkpointing)
+        if table := made.table_bytes:
+            own = {"gradients": made.trained_bytes, "saved layer inputs": 0, "one layer": table}
+            moments.append((sum(own.values()), "the backward of the embedding", own))
     teacher = teacher_costs(recipe, made)
     beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
     if teacher.live:  # in eval mode, before the student has kept anything
