@@ -7,7 +7,7 @@ State is exchanged by layer name, in the key layout of PEFT
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +21,8 @@ from ..activations.place import hosts, scheme_of
 from ..kv_cache import kv_config_of
 from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
-from ..model.whole import train_whole, untrained, whole_modules, whole_tensors
+from ..model.rows import PEFT_KEY, row_tables, train_rows
+from ..model.whole import masters_of, train_whole, untrained, whole_modules, whole_tensors
 from . import Adapter, AdapterConfig
 from .carry import Carried
 from .modules import modules_of
@@ -120,7 +121,7 @@ def attach(
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    rows += train_modules(model, whole)
+    rows += train_modules(model, whole) + train_tokens(model, config.token_rows)
     leave_out_of_ddp(model)
     return TrainableTable(rows, packed + dense)
 
@@ -139,6 +140,16 @@ def train_modules(model: nn.Module, names: list[str]) -> list[TrainableRow]:
                 nbytes = sum(p.nbytes for p in module._parameters.values() if p is not None)
                 rows.append(TrainableRow(name, "dense", sizes, nbytes))
     return rows
+
+
+def train_tokens(model: nn.Module, tables: Mapping[str, Sequence[int]]) -> list[TrainableRow]:
+    """Let these rows of these tables train (of one that trains whole, they do anyway)."""
+    modules = dict(model.named_modules())
+    train_rows(model, {name: ids for name, ids in tables.items() if masters_of(modules[name]) is None})
+    return [
+        TrainableRow(name, "rows of a dense table", {"rows": rows.rows.numel()}, rows.before.nbytes)
+        for name, _, rows in row_tables(model)
+    ]
 
 
 def begin_step(model: nn.Module, step: int) -> list[Carried]:
@@ -176,13 +187,19 @@ def drop_codes(model: nn.Module) -> None:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Every trained tensor under its PEFT key: adapters, then dense modules that train whole (of tied ones
-    each, as PEFT has them)."""
+    each, as PEFT has them), then rows of tables."""
     return {
         f"{PEFT_PREFIX}{name}.{PEFT_SLOT}.{key}": tensor
         for name, layer in adapted_layers(model)
         if layer.adapter is not None
         for key, tensor in layer.adapter.state_dict().items()
-    } | {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()}
+    } | beside_state(model)
+
+
+def beside_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains beside the packed layers, under its PEFT key."""
+    whole = {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()}
+    return whole | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.rows for name, _, r in row_tables(model)}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:
@@ -194,7 +211,8 @@ def adapted_names(state: Iterable[str]) -> list[str]:
 
 def whole_names(state: Iterable[str]) -> list[str]:
     """The dense modules whose tensors these PEFT keys name, in their order."""
-    keys = (key.removeprefix(PEFT_PREFIX) for key in state if f".{PEFT_SLOT}." not in key)
+    others = (key for key in state if f".{PEFT_SLOT}." not in key and not key.endswith(f".{PEFT_KEY}"))
+    keys = (key.removeprefix(PEFT_PREFIX) for key in others)
     return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
 

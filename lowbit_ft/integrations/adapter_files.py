@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..adapters.attach import adapted_names, whole_names
+from ..adapters.attach import PEFT_PREFIX, adapted_names, whole_names
 from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..adapters.patterns import PATTERNS
@@ -30,7 +30,8 @@ from ..files.jsonfile import read_json
 from ..files.manifest import MANIFEST, changed_files, file_entry, open_sealed, sealed
 from ..files.regular import read_card
 from ..files.tensorfile import is_finite, load_tensors, save_tensors
-from ..names import did_you_mean
+from ..model.rows import PEFT_KEY
+from ..names import did_you_mean, matches
 from ..recipe.errors import to_problems
 from ..recipe.values import for_method
 from ..segments import Parts, layout, read_layout
@@ -173,6 +174,10 @@ def write_adapter(
         facts["segments"] = layout({name: parts for name, parts in plan.items() if name in names})
     if saved := whole_names(state):
         facts["modules_to_save"] = saved
+    if config.token_rows:
+        there = {key.removesuffix(f".{PEFT_KEY}").removeprefix(PEFT_PREFIX) for key in state}
+        rows = {name: list(ids) for name, ids in config.token_rows.items() if name in there}
+        facts["trainable_token_indices"] = rows
     with writing(folder), staged_folder(folder) as stage:
         save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -261,7 +266,24 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     broken = [name for name, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(f"{tensors}: NaN or Inf in {', '.join(broken[:5])}; this adapter cannot be used")
+    if isinstance(rows := facts.get("trainable_token_indices"), dict):
+        config = config.with_token_rows(_token_rows(rows, state, folder / CONFIG_FILE))
     return config, state, digest
+
+
+def _token_rows(
+    rows: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """The tokens by the full names of the modules whose rows are in the file. ValueError for what are no ids."""
+    found: dict[str, tuple[int, ...]] = {}
+    for wanted, ids in rows.items():
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"{path}: trainable_token_indices: got {ids!r}; allowed: a list of token ids")
+        for key in state:
+            name = key.removeprefix(PEFT_PREFIX).removesuffix(f".{PEFT_KEY}")
+            if key.endswith(f".{PEFT_KEY}") and matches(wanted, name):
+                found[name] = tuple(ids)
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

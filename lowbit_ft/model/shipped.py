@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .fused import Fusion
+from .rows import row_tables, table_of
 from .whole import whole_tensors
 
 
@@ -34,7 +36,11 @@ def trained_tensors(model: nn.Module) -> dict[str, Trained]:
     def one(master: nn.Parameter, dtype: torch.dtype) -> Trained:
         return Trained(tuple(master.shape), dtype, lambda: master.detach().to(dtype))
 
-    return {name: one(*held) for name, held in whole_tensors(model).items()}
+    found = {name: one(*held) for name, held in whole_tensors(model).items()}
+    for name, module, rows in row_tables(model):
+        table = table_of(module)
+        found[f"{name}.weight"] = Trained(tuple(table.shape), table.dtype, partial(rows.write, table.detach()))
+    return found
 
 
 class ShippedCheckpoint(Checkpoint):

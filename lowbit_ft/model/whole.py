@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .linear import PackedLinear
+from .rows import SLOT as ROWS_SLOT
+from .rows import NewRows
 
 SLOT = "trained_whole"  # the masters' name in their module
 
@@ -48,8 +50,8 @@ class Masters(nn.Module):
 
 
 def is_whole(parameter: str) -> bool:
-    """Whether the parameter of this name is the master of a dense one."""
-    return f".{SLOT}." in f".{parameter}"
+    """Whether the parameter of this name is the master of a dense one, or of rows of it."""
+    return any(f".{slot}." in f".{parameter}" for slot in (SLOT, ROWS_SLOT))
 
 
 def masters_of(module: nn.Module) -> Masters | None:
@@ -72,7 +74,7 @@ def dense_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if name
-        and not isinstance(module, PackedLinear | Masters)
+        and not isinstance(module, PackedLinear | Masters | NewRows)
         and not name.startswith(packed)
         and any(True for _ in module.parameters(recurse=False))
     }
@@ -136,11 +138,12 @@ def whole_tensors(model: nn.Module, every_name: bool = False) -> dict[str, tuple
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
     """Inside, every dense module is what it was before training."""
-    held = [(masters, masters.off) for _, _, masters in whole_modules(model)]
-    for masters, _ in held:
-        masters.off = True
+    trained = [module for module in model.modules() if isinstance(module, Masters | NewRows)]
+    held = [(module, module.off) for module in trained]
+    for module in trained:
+        module.off = True
     try:
         yield
     finally:
-        for masters, before in held:
-            masters.off = before
+        for module, before in held:
+            module.off = before

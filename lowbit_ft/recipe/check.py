@@ -36,12 +36,14 @@ from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
+from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_model),
     (("model",), check_tokens),
+    (("model",), check_add_tokens),
     (("model",), check_device),
     (("quant",), check_grid),
     (("quant",), check_activations),

@@ -149,8 +149,8 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
     whole = whole_names(state)
     if others := [name for name in whole if not any(matches(p, name) for p in config.modules_to_save or [])]:
         raise ValueError(
-            f"{folder}: trains rows of dense tables too ({others[0]}: trainable_token_indices, or a "
-            "vocabulary that was resized), which are no part of the packed base: "
+            f"{folder}: holds dense tensors that modules_to_save does not name ({others[0]}: of a vocabulary "
+            "that was resized), which are no part of the packed base: "
             "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(DIR), then export DIR"
         )
     path = base or _named_base(folder)

@@ -79,6 +79,8 @@ def optimize(
     """
     recipe, run_dir = session.recipe, session.run
     meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
+    if recipe.model.add_tokens is not None:
+        meta["new tokens"] = recipe.model.add_tokens.model_dump(mode="json")
     with run_dir.stage("train", session.device, resumable=True):
         result = train(
             model,
