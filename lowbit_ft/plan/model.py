@@ -24,7 +24,6 @@ from ..activations.learned import learn_inputs
 from ..activations.place import place
 from ..adapters import AdapterConfig
 from ..adapters.base import Adapter
-from ..adapters.modules import chosen
 from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
 from ..model.config import CONFIG, load_config
@@ -32,11 +31,12 @@ from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
-from ..model.whole import dense_modules, masters_of, train_whole
+from ..model.whole import train_whole
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
+from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -91,10 +91,7 @@ class Skeleton:
     @property
     def table_bytes(self) -> int:
         """Of the token embedding's gradient before it is fp32, where it trains."""
-        table = self.model.get_input_embeddings()
-        if masters_of(table) is None:
-            return 0
-        return sum(p.nbytes for p in table._parameters.values() if p is not None)
+        return table_bytes(self.model)
 
     @property
     def trainable(self) -> int:
@@ -110,7 +107,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     packed as asked.
     """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
+    rows = grown_rows(recipe, folder)
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
     prefix, layers = decoder_layers(dense)
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
@@ -130,7 +128,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     segments = _segments(recipe, folder)
     if getattr(config, "segments", "none") == "auto":
         config = config.with_plan({name: own.outputs for name, own in segments.items()})
-    whole = _trained_whole(recipe, dense, targets)
+    whole = trained_whole(recipe, dense, targets)
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
@@ -156,20 +154,12 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     own_head = untie(recipe, rest)
     _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
     train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
+    train_new_rows(recipe, rest, folder)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
     tied = bool(tied) and not own_head
     return _counted(rest, list(blocks.values()), targets, skipped, recipe, prefix, dense, tied)
-
-
-def _trained_whole(recipe: Recipe, dense: Any, targets: dict[str, Any]) -> list[str]:
-    """The dense modules of adapter.modules_to_save, by name."""
-    packed = {matrix.parameter.rpartition(".")[0] for matrix in targets.values()}
-    left, gone = [n for n in dense_modules(dense) if n not in packed], sorted(packed)
-    patterns = recipe.adapter.modules_to_save or []
-    wanted = {name for pattern in patterns for name in chosen(pattern, left, gone)}
-    return [name for name in left if name in wanted]
 
 
 def cache_line(recipe: Recipe, made: Skeleton) -> str | None:
@@ -390,9 +380,11 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
+def _dense(folder: str, stamp: int, dtype: str, attention: str, rows: int | None) -> Any:
     """The dense model on meta; read only: everybody copies what they change."""
     path, config = Path(folder) / CONFIG, load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     return meta_model(config, getattr(torch, dtype), attention, path)
