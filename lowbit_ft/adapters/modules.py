@@ -16,7 +16,7 @@ from ..names import did_you_mean, matches
 def modules_field() -> Any:
     return Field(
         default=None,
-        description="names, globs or regexes of dense modules (lm_head, embed_tokens, norms) that are trained "
+        description="names, globs or regexes of dense modules (lm_head, embed_tokens, norms) that train "
         "whole, in fp32, at train.modules_learning_rate, and ship in model.dtype; null: none",
     )
 

@@ -59,8 +59,8 @@ def quantize_model(
     problems += _twice(asked, dict(options or {}), data)
     if section.add_tokens is not None:
         problems.append(
-            "model.add_tokens: new rows have to be trained, and here nothing is; remove it, or write a recipe "
-            f"(lowbit-ft init {model})"
+            "model.add_tokens: new rows have to be trained, and here nothing is; remove it, or write a "
+            f"recipe (lowbit-ft init {model})"
         )
     if section.path != model:
         problems.append(f"model.path: got {section.path!r} beside {model!r}; name one model")

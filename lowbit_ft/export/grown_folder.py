@@ -16,7 +16,7 @@ from ..model.config import CONFIG, read_config
 from .folder import check_target, copied_files, write_json
 
 # What `save_pretrained` of a tokenizer writes, in one form or another.
-TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece")
+TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 
 
 def write_grown(folder: Path, checkpoint: Checkpoint, tokenizer: Any, rows: int) -> None:

@@ -101,7 +101,7 @@ def read_trained(folder: str | Path) -> dict[str, Trained]:
     for name, fact in facts.items():
         key = str(fact.get("stored_as") if isinstance(fact, dict) else None)
         if (entry := entries.get(key)) is None:
-            raise ValueError(f"{root}: its manifest says that {name} was trained, and the files have no {key}")
+            raise ValueError(f"{root}: {name} was trained, says its manifest, and the files have no {key}")
         found[name] = Trained(entry.shape, entry.dtype, partial(value, name, key, str(fact.get("sha256"))))
     return found
 

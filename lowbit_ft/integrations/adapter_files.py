@@ -274,7 +274,7 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
 def _token_rows(
     rows: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
 ) -> dict[str, tuple[int, ...]]:
-    """The tokens by the full names of the modules whose rows are in the file. ValueError for what are no ids."""
+    """The tokens by the full names of the modules whose rows are in the file. ValueError for no ids."""
     found: dict[str, tuple[int, ...]] = {}
     for wanted, ids in rows.items():
         if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):

@@ -117,10 +117,9 @@ class GrownCheckpoint(Checkpoint):
 
     @property
     def nbytes(self) -> int:
-        return self.below.nbytes + sum(
-            (self.new.rows - self.below.shape(key)[0]) * self.below.entry(key).nbytes // self.below.shape(key)[0]
-            for key in set(self.tables.values())
-        )
+        tables = {key: (self.below.shape(key)[0], self.below.entry(key)) for key in self.tables.values()}
+        more = sum((self.new.rows - count) * entry.nbytes // count for count, entry in tables.values())
+        return self.below.nbytes + more
 
     def fingerprint(self) -> list[list[Any]]:
         """The files' own, and the tokens: the folder of the tokenizer is written anew by every start."""

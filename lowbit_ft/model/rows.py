@@ -103,7 +103,7 @@ def table_of(module: nn.Module) -> Tensor:
 
 
 def row_tables(model: nn.Module) -> Iterator[tuple[str, nn.Module, NewRows]]:
-    """(name, module, rows) of every table of which rows train; of a tied pair the first, whose table it is."""
+    """(name, module, rows) of every table of which rows train; of a tied pair the first."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if (rows := rows_of(module)) is not None and id(rows) not in seen:

@@ -39,7 +39,8 @@ def trained_tensors(model: nn.Module) -> dict[str, Trained]:
     found = {name: one(*held) for name, held in whole_tensors(model).items()}
     for name, module, rows in row_tables(model):
         table = table_of(module)
-        found[f"{name}.weight"] = Trained(tuple(table.shape), table.dtype, partial(rows.write, table.detach()))
+        shape, write = tuple(table.shape), partial(rows.write, table.detach())
+        found[f"{name}.weight"] = Trained(shape, table.dtype, write)
     return found
 
 

@@ -36,8 +36,8 @@ def rounded_for_good(model: nn.Module) -> list[str]:
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Inside, every packed layer of `model` multiplies with codes + residual, its adapter left out; layers of
-    8 bits with their codes; keys and values are as they come, and dense modules as they were before training. Wants no gradient: use it under torch.no_grad,
-    in eval mode.
+    8 bits with their codes; keys and values are as they come, dense modules as they were before training.
+    Wants no gradient: use it under torch.no_grad, in eval mode.
 
     ValueError naming the layers that have no residual and fewer than 8 bits.
     """

@@ -1,4 +1,5 @@
-"""What trains beside the packed layers in a plan: adapter.modules_to_save and the rows of model.add_tokens."""
+"""What trains beside the packed layers in a plan:
+adapter.modules_to_save, and the rows of model.add_tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def grown_rows(recipe: Recipe, folder: Path) -> int | None:
 
 
 def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
-    """The new rows, the last of the tables of the model around its layers (which ones makes no difference)."""
+    """The new rows of the model around its layers: the last ones (which makes no difference to a plan)."""
     if (wanted := recipe.model.add_tokens) is None:
         return
     ends = [end for end in (rest.get_input_embeddings(), rest.get_output_embeddings()) if end is not None]

@@ -40,7 +40,7 @@ def read_data(session: Session) -> Examples:
         if unseen := examples.unseen(grown.new.ids):
             names = ", ".join(map(repr, session.tokenizer.convert_ids_to_tokens(unseen[:4])))
             session.say(
-                f"warning: {len(unseen)} of {len(grown.new.ids)} new tokens are in no training row ({names}): "
+                f"warning: {len(unseen)} of {len(grown.new.ids)} new tokens are in no row ({names}); "
                 "the model learns not to write them, and nothing else of them"
             )
     if warning := unstopped(session):

@@ -89,8 +89,8 @@ def lr_factor(section: Any, step: int, total: int) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to peak x factor; returns {"lr": ..., "scale_lr": ..., "modules_lr": ...} of the groups there
-    are."""
+    """Set every group to peak x factor; returns {"lr": ..., "scale_lr": ..., "modules_lr": ...} of those
+    that are there."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return {RATE_NAMES[g["name"]]: g["lr"] for g in optimizer.param_groups}

@@ -11,11 +11,11 @@ before l and x^ those that the packed model itself has there (its earlier layers
                                                        (QDrop, arXiv 2203.05740, section 4.3)
 
 The unit is the square of what the dense layer adds to the stream: 0.01 is an error of a tenth of it, 1 is
-that of leaving the layer out. What trains is all that the method trains (A, B, scales, zero points, offsets,
-plane scales) of packed weights, through the same forward as in training, so the merge stays exact. Adam, two rates, both
-falling linearly to zero; windows in an order drawn from the seed and the layer's number. The loss over all
-windows is measured before, on the way and at the end, and the best of these states is kept: it never ends
-above its start (grid/calibrate/descent.py). (mixed is measured on x^.)
+that of leaving the layer out. What trains is all that the method trains of packed weights (A, B, scales, zero
+points, offsets, plane scales), through the same forward as in training, so the merge stays exact. Adam, two
+rates, both falling linearly to zero; windows in an order drawn from the seed and the layer's number. The loss
+over all windows is measured before, on the way and at the end, and the best of these states is kept: it never
+ends above its start (grid/calibrate/descent.py). (mixed is measured on x^.)
 
 Memory beside the packed model: one dense layer while its outputs are made, which is then dropped; gradients
 and Adam's averages of one packed layer; activations of one micro-batch. Hidden states wait on the CPU.

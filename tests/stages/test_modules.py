@@ -45,7 +45,9 @@ from lowbit_ft.train.optim import build_optimizer, set_learning_rates
 from tests.export.common import ASSET, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_the_repository")
-SIZE: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
+SIZE: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1
+)
 SIZE |= dict(num_hidden_layers=2, vocab_size=4096, max_position_embeddings=64)
 IDS = torch.arange(3, 40)[None]
 NAMED = ["lm_head", "embed_tokens", "norm", "*.0.input_layernorm"]
@@ -131,12 +133,27 @@ def test_what_trained_is_what_every_folder_holds(line: Line) -> None:
         assert torch.equal(stored[f"{theirs}.weight"].view(torch.bfloat16).view_as(tensor), tensor)
     norm = line.shipped()["model.norm.weight"]
     assert torch.equal(stored["output_norm.weight"], norm.float())
-    report = verify(line.root / "gguf", read_weights(line.root / "merged"), dense=read_trained(line.root / "merged"))
+    merged, dense = read_weights(line.root / "merged"), read_trained(line.root / "merged")
+    report = verify(line.root / "compressed-tensors", merged, dense=dense)
     assert report.dense == 4 and "4 dense tensors that were trained" in str(report)
 
 
+def test_every_other_format_holds_them_too(line: Line, tmp_path: Path) -> None:
+    merged, dense = read_weights(line.root / "merged"), read_trained(line.root / "merged")
+    others = [e for n, e in EXPORTERS.items() if n not in ("native", "compressed-tensors", "gguf")]
+    others = [e for e in others if not e.needs_activations and not e.missing(e.writes_with)]
+    assert len(others) >= 4
+    for exporter in others:
+        manifest = write_model(tmp_path / exporter.name, as_shipped(line.source, dense), merged, exporter)
+        files = load_file(tmp_path / exporter.name / "model.safetensors")
+        for name, tensor in line.shipped().items():
+            assert torch.equal(files[manifest["trained"][name]["stored_as"]], tensor), (exporter.name, name)
+
+
 def test_verify_names_a_trained_tensor_that_is_another(line: Line, tmp_path: Path) -> None:
-    write_model(tmp_path / "ct", line.source, read_weights(line.root / "merged"), EXPORTERS["compressed-tensors"])
+    write_model(
+        tmp_path / "ct", line.source, read_weights(line.root / "merged"), EXPORTERS["compressed-tensors"]
+    )
     with pytest.raises(ValueError, match=r"4 of 18 layers differ(?s:.*)lm_head.weight: 0 codes, 0 scales"):
         verify(tmp_path / "ct", read_weights(line.root / "merged"), dense=read_trained(line.root / "merged"))
 
@@ -159,12 +176,15 @@ def test_the_adapter_folder_is_pefts(which: str, request: pytest.FixtureRequest,
     base, folder = line.root / "base", tmp_path / "adapter"
     config = LRQATConfig(rank=4, modules_to_save=NAMED)  # pyright: ignore[reportCallIssue]
     write_adapter(folder, adapter_state(line.model), config, base_digest(line.model), base)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), folder)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), folder
+    )
     assert torch.equal(theirs.eval()(IDS).logits, line.logits())
     theirs.save_pretrained(tmp_path / "again")
-    assert load_file(folder / "adapter_model.safetensors").keys() <= load_file(
-        tmp_path / "again" / "adapter_model.safetensors"
-    ).keys()
+    assert (
+        load_file(folder / "adapter_model.safetensors").keys()
+        <= load_file(tmp_path / "again" / "adapter_model.safetensors").keys()
+    )
 
     config, state, _ = read_adapter(folder)
     model = load_exported(base, dtype=torch.bfloat16)
@@ -192,7 +212,12 @@ def test_a_tied_head_is_one_tensor(tied: Line) -> None:
 
 
 def test_what_is_refused_is_refused_at_once(line: Line, tmp_path: Path) -> None:
-    keys = [f"model.path={line.source.folder}", f"output={tmp_path}", "eval.window=64", "data.sequence_len=64"]
+    keys = [
+        f"model.path={line.source.folder}",
+        f"output={tmp_path}",
+        "eval.window=64",
+        "data.sequence_len=64",
+    ]
     keys += ["quant.group_size=32"]
 
     def lines_of(*overrides: str) -> str:
@@ -216,10 +241,13 @@ def test_what_is_refused_is_refused_at_once(line: Line, tmp_path: Path) -> None:
     ):
         assert words in said, said
     assert "modules_to_save.2" not in said
-    assert "are tied" not in " ".join(notes(load_recipe("recipes/quickstart.yaml", [*keys, "adapter.modules_to_save=[lm_head]"])))
+    assert "are tied" not in " ".join(
+        notes(load_recipe("recipes/quickstart.yaml", [*keys, "adapter.modules_to_save=[lm_head]"]))
+    )
     tied = shutil.copytree(ASSET, tmp_path / "tied")
     recipe = load_recipe(
-        "recipes/quickstart.yaml", [f"model.path={tied}", "adapter.modules_to_save=[lm_head]", f"output={tmp_path / 'out'}"]
+        "recipes/quickstart.yaml",
+        [f"model.path={tied}", "adapter.modules_to_save=[lm_head]", f"output={tmp_path / 'out'}"],
     )
     assert "model.embed_tokens and lm_head are tied: one tensor is trained" in " ".join(notes(recipe))
     with pytest.raises(ValueError, match="modules_to_save: got 'nrm', which is no dense module"):

@@ -26,8 +26,8 @@ from lowbit_ft.model.grown import GrownCheckpoint, NewTokens
 from lowbit_ft.model.load import load_model
 from lowbit_ft.model.rows import row_tables, train_rows
 from lowbit_ft.model.shipped import trained_tensors
-from lowbit_ft.model.whole import untrained
-from lowbit_ft.plan.plan import plan
+from lowbit_ft.model.whole import untrained, whole_tensors
+from lowbit_ft.plan.model import skeleton
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
@@ -56,8 +56,15 @@ class Ran:
 
 def recipe_of(root: Path, output: Path, *overrides: str) -> Recipe:
     rows = root / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"text": f"say {i} <|tool|> or zorglub<|tool|> now"}) for i in range(8)))
-    train = {"train": {"path": str(rows), "format": "text"}, "sequence_len": 16, "packing": False, "train_on": "all"}
+    rows.write_text(
+        "\n".join(json.dumps({"text": f"say {i} <|tool|> or zorglub<|tool|> now"}) for i in range(8))
+    )
+    train = {
+        "train": {"path": str(rows), "format": "text"},
+        "sequence_len": 16,
+        "packing": False,
+        "train_on": "all",
+    }
     recipe: dict[str, Any] = {
         "name": "tokens",
         "model": {"path": str(root / "model"), "dtype": "bfloat16", "device": "cpu"},
@@ -78,14 +85,14 @@ def recipe_of(root: Path, output: Path, *overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The whole line on a model with a tied head, two steps."""
+    """A run on a model with a tied head, two steps."""
     root = tmp_path_factory.mktemp("tokens")
     checkpoint(root / "model", transformers.LlamaConfig(**SIZE, tie_word_embeddings=True))
     recipe = recipe_of(root, root / "out")
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr("lowbit_ft.session.Session.say", lambda self, text: said.append(str(text)))
-        pipeline.run(recipe)
+        pipeline.train(recipe)
     return Ran(recipe, root, "\n".join(said))
 
 
@@ -97,7 +104,7 @@ def logits(model: Any) -> Tensor:
 def test_new_rows_alone_train_and_ship(ran: Ran) -> None:
     """Old rows are the checkpoint's bytes in every folder, new ones the rounded masters; the head is the same
     table; who loads it computes what was trained."""
-    assert "rows 64" in ran.said and "new tokens are in no training row" not in ran.said
+    assert "rows 64" in ran.said and "new tokens are in no row" not in ran.said
     old = load_file(ran.root / "model" / "model.safetensors")["model.embed_tokens.weight"]
     start = old.float().mean(0, dtype=torch.float64).to(old.dtype)
     with resume(ran.out) as session:
@@ -106,7 +113,9 @@ def test_new_rows_alone_train_and_ship(ran: Ran) -> None:
     assert name == "model.embed_tokens" and model.lm_head.trained_rows is rows
     assert not module.weight.requires_grad and not torch.equal(rows.rows[0], rows.rows[1])
     shipped = rows.rows.detach().bfloat16()
-    assert torch.equal(load_file(ran.out / "base/model.safetensors")[f"{name}.weight"][OLD:], start.expand(2, -1))
+    assert torch.equal(
+        load_file(ran.out / "base/model.safetensors")[f"{name}.weight"][OLD:], start.expand(2, -1)
+    )
 
     for folder in (ran.out / "merged", pipeline.export(ran.out, "compressed-tensors")):
         table = load_file(folder / "model.safetensors")[f"{name}.weight"]
@@ -135,7 +144,7 @@ def test_a_run_goes_on_bit_equal_and_merges_again(ran: Ran) -> None:
     shutil.rmtree(ran.out / "checkpoints" / "step-00000002")
     for name in ("adapter", "merged"):
         shutil.rmtree(ran.out / name)
-    pipeline.run(ran.recipe)
+    pipeline.train(ran.recipe)
     assert {p.name: p.read_bytes() for p in (ran.out / "adapter").iterdir()} == before
     assert (ran.out / "merged" / "model.safetensors").read_bytes() == merged
     assert isinstance(pipeline.generate(ran.out / "merged", "<|tool|>", 2, "cpu"), str)
@@ -180,19 +189,24 @@ def test_gradients_are_those_of_the_whole_table(tied: bool) -> None:
             assert torch.equal(ours(ids).logits, before)
         for name, trained in trained_tensors(ours).items():
             old = plain.get_parameter(name)
-            assert torch.equal(trained.value()[38:], old[38:] + 1) and torch.equal(trained.value()[:38], old[:38])
+            assert torch.equal(trained.value()[38:], old[38:] + 1) and torch.equal(
+                trained.value()[:38], old[:38]
+            )
 
 
 def test_rows_that_are_there_are_taken(tmp_path: Path) -> None:
     """A table with more rows than tokens does not grow; a row begins as a copy; what is read by rows is what
     is read whole."""
-    source = checkpoint(tmp_path / "model", transformers.LlamaConfig(**(SIZE | {"vocab_size": 4100})))
+    size: dict[str, Any] = SIZE | {"vocab_size": 4100}
+    source = checkpoint(tmp_path / "model", transformers.LlamaConfig(**size))
     grown = GrownCheckpoint(source, source.folder, NewTokens((4096, 4097), 4100, copied=7))
     table = grown.weight_for("model.embed_tokens.weight")
     before = source.weight_for("model.embed_tokens.weight")
     assert torch.equal(table[4096:4098], before[7].expand(2, -1))
     assert torch.equal(table[4098:], before[4098:]) and torch.equal(table[:4096], before[:4096])
-    assert torch.equal(grown.read("lm_head.weight", rows=(4090, 4099)), grown.read("lm_head.weight")[4090:4099])
+    assert torch.equal(
+        grown.read("lm_head.weight", rows=(4090, 4099)), grown.read("lm_head.weight")[4090:4099]
+    )
     pieces = torch.cat(list(grown.stored_pieces("lm_head.weight")))
     assert torch.equal(pieces.view(4100, -1), grown.read("lm_head.weight"))
     larger = GrownCheckpoint(source, source.folder, NewTokens((4100,), 4101))
@@ -204,17 +218,29 @@ def test_rows_that_are_there_are_taken(tmp_path: Path) -> None:
     config = LRQATConfig(rank=4, modules_to_save=["lm_head"])  # pyright: ignore[reportCallIssue]
     attach(model, config.with_token_rows(rows))  # a head that trains whole has no rows of its own
     assert [name for name, _, _ in row_tables(model)] == ["model.embed_tokens"]
-    assert isinstance(model.lm_head, nn.Linear) and model.lm_head.trained_whole.weight.shape == (4101, 32)
+    assert isinstance(model.lm_head, nn.Linear) and whole_tensors(model)["lm_head.weight"][0].shape == (
+        4101,
+        32,
+    )
     with adapters_off(model):
         assert logits(model).isfinite().all()
 
 
 def test_plan_counts_the_rows(ran: Ran) -> None:
-    counts = [plan(recipe_of(ran.root, ran.root / "no", f"model.add_tokens={t}")) for t in ("null", "[aab, zzq, xyu]")]
-    assert counts[0] is not None and counts[1] is not None
-    assert counts[1].trainable - counts[0].trainable == 3 * 32  # tied: one table
-    more = {key: counts[1].parts[key] - counts[0].parts[key] for key in ("adapters", "optimizer states", "embeddings")}
-    assert more == {"adapters": 4 * 96, "optimizer states": 8 * 96 + 4, "embeddings": 2 * 96}
+    before, after, whole = (
+        skeleton(recipe_of(ran.root, ran.root / "no", *keys), ran.root / "model")
+        for keys in (
+            ["model.add_tokens=null"],
+            ["model.add_tokens=[aab, zzq, xyu]"],
+            ["model.add_tokens=null", "adapter.modules_to_save=[norm, lm_head]"],
+        )
+    )
+    assert after.trainable - before.trainable == 3 * 32  # tied: one table
+    assert len(after.trained) - len(before.trained) == 1  # of the optimizer's state
+    assert after.trained_bytes - before.trained_bytes == 4 * 96
+    more = {key: after.held[key] - before.held[key] for key in ("adapters", "embeddings", "head")}
+    assert more == {"adapters": 4 * 96, "embeddings": 2 * 96, "head": 0}
+    assert whole.trainable - before.trainable == OLD * 32 and whole.table_bytes == 2 * OLD * 32
 
 
 def test_what_is_refused_is_refused_at_once(ran: Ran) -> None:

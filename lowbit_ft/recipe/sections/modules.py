@@ -54,12 +54,12 @@ def check_modules(r: Any) -> Problems:
                 if reason := unexchangeable(checkpoint, f"{name}.{key}"):
                     yield Problem(HERE, f"got {name}, whose {key}: {reason}; leave it out")
         if hasattr(r, "train") and r.train.loss == "liger":
-            head = next((n for n in tied_to(model, wanted) if modules[n] is model.get_output_embeddings()), "")
-            if head in dense:
+            head = model.get_output_embeddings()
+            if any(modules[n] is head and n in dense for n in tied_to(model, wanted)):
                 yield Problem(
                     ("train", "loss"),
-                    f"got 'liger', which makes the gradient of a plain 16-bit head, and {head} is trained in "
-                    "fp32 (adapter.modules_to_save); set loss: chunked",
+                    "got 'liger', which makes the gradient of a plain 16-bit head, and the head is trained "
+                    "in fp32 (adapter.modules_to_save); set loss: chunked",
                 )
     if hasattr(r, "train"):
         yield from _against_loop(r.train)
@@ -81,14 +81,14 @@ def _against_loop(train: Any) -> Problems:
     if train.sharding == "fsdp":
         yield Problem(
             ("train", "sharding"),
-            "got 'fsdp' with adapter.modules_to_save, whose masters are whole on every process; set sharding: "
-            "none (DDP)",
+            "got 'fsdp' with adapter.modules_to_save, whose masters are whole on every process; set "
+            "sharding: none (DDP)",
         )
     if train.max_steps == 0:
         yield Problem(
             HERE,
-            "got modules, but train.max_steps 0 only fits adapters (train.reconstruct), so they would ship as "
-            "they are; leave modules_to_save out, or train for some steps",
+            "got modules, but train.max_steps 0 only fits adapters (train.reconstruct), so they would ship "
+            "as they are; leave modules_to_save out, or train for some steps",
         )
 
 
@@ -100,7 +100,8 @@ def module_notes(r: Any) -> list[str]:
     wanted = [n for pattern in r.adapter.modules_to_save for n in chosen(pattern, dense, [])]
     turned = r.quant.rotation.turns and r.quant.rotation.sites.r1  # which unties
     tied = [] if turned else [n for n in tied_to(model, wanted) if n in dense]
-    ends = [n for n in tied if getattr(dict(model.named_modules())[n], "weight", None) is model.get_input_embeddings().weight]
+    table, modules = model.get_input_embeddings().weight, dict(model.named_modules())
+    ends = [n for n in tied if modules[n]._parameters.get("weight") is table]
     if len(ends) < 2:
         return []
     return [f"{' and '.join(ends)} are tied: one tensor is trained, and it ships as both"]

@@ -1,4 +1,4 @@
-"""model.add_tokens against the tokenizer, the tables of the checkpoint, what is packed of them, and the loop."""
+"""model.add_tokens against the tokenizer, the tables of the checkpoint, what is packed, and the loop."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _against_loop(train: Any) -> Problems:
     if SIGNALS[train.signal.kind].asks:
         yield Problem(
             ("train", "signal", "kind"),
-            f"got {train.signal.kind!r} with model.add_tokens: a teacher knows nothing of the new tokens, and "
-            "would teach the model not to write them; set kind: labels",
+            f"got {train.signal.kind!r} with model.add_tokens: a teacher knows nothing of the new tokens, "
+            "and would teach the model not to write them; set kind: labels",
         )
     if OPTIMIZERS[train.optimizer].ternary:
         yield Problem(
