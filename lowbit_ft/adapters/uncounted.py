@@ -11,5 +11,5 @@ def say_uncounted(method: str, what: str) -> None:
         f"{method}: {what} here, because this training loop does not say which step it is at. In a Trainer "
         "of transformers or TRL: callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of "
         "your own: begin_step(model, step) of the same module before every optimizer step",
-        stacklevel=4,
+        stacklevel=3,
     )

@@ -162,8 +162,7 @@ def verify(
     before the folder is read, which for a dense format is the larger of the two); without it logits and
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
-    dense: by parameter, the tensors that were trained beside the packed layers.
-    Raises ValueError, listing layers, for any difference.
+    dense: by parameter, what was trained beside the layers. Raises ValueError, listing what differs.
     """
     folder = Path(folder)
     manifest = check_files(folder)
@@ -194,8 +193,7 @@ def verify(
         read = _read_back(exporter, stored[name], LayerSpec.of(weight))
         in_model = exporter.dense(loaded, name, matrices.get(name), kind)
         rows.append(_check_layer(name, weight, read, in_model, kind))
-    for name, trained in (dense or {}).items():
-        rows.append(_check_dense(name, trained, _dense_there(loaded, name, folder, manifest), kind))
+    rows += _check_dense(dense or {}, loaded, folder, manifest, kind)
     difference, bound, answers = None, 0.0, None
     if expected is not None:
         difference = float((logits - expected.logits).abs().max())
@@ -276,14 +274,20 @@ def _dense_there(loaded: Any, name: str, folder: Path, manifest: Mapping[str, An
     return None if entry is None else read_tensor(entry, "cpu")
 
 
-def _check_dense(name: str, trained: Trained, found: Tensor | None, kind: torch.dtype) -> LayerCheck:
-    """A dense tensor that was trained, as it was found. Vectors that a format keeps wider and moved (a norm's
-    offset in gguf) come back to within fp32's last bit of 1."""
-    wanted = trained.value().cpu().to(kind)
-    if found is None or found.shape != wanted.shape:
-        return LayerCheck(name, 0, 0, wanted.numel())
-    apart = (found.to(kind).float() - wanted.float()).abs()
-    return LayerCheck(name, 0, 0, int((apart > (OFFSET_ROUNDING if wanted.dim() == 1 else 0)).sum()))
+def _check_dense(
+    dense: Mapping[str, Trained], loaded: Any, folder: Path, manifest: Mapping[str, Any], kind: torch.dtype
+) -> list[LayerCheck]:
+    """The dense tensors that were trained, as they are there. Vectors that a format keeps wider and moved (a
+    norm's offset in gguf) come back to within fp32's last bit of 1."""
+    rows = []
+    for name, trained in dense.items():
+        found, wanted = _dense_there(loaded, name, folder, manifest), trained.value().cpu().to(kind)
+        apart = wanted.numel()
+        if found is not None and found.shape == wanted.shape:
+            away = (found.to(kind).float() - wanted.float()).abs()
+            apart = int((away > (OFFSET_ROUNDING if wanted.dim() == 1 else 0)).sum())
+        rows.append(LayerCheck(name, 0, 0, apart))
+    return rows
 
 
 def _same_call(loaded: Any, weights: Weights, matrices: Mapping[str, Matrix]) -> bool:

@@ -163,4 +163,5 @@ def _training(kind: type[nn.Module]) -> type[nn.Module]:
         return made
 
     forward = looked if issubclass(kind, nn.Embedding) else multiplied
-    return type(kind.__name__, (kind,), {"forward": forward})
+    made: type[nn.Module] = type(kind.__name__, (kind,), {"forward": forward})  # pyright: ignore[reportAssignmentType]
+    return made

@@ -180,7 +180,7 @@ def test_the_adapter_folder_is_pefts(which: str, request: pytest.FixtureRequest,
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), folder
     )
     assert torch.equal(theirs.eval()(IDS).logits, line.logits())
-    theirs.save_pretrained(tmp_path / "again")
+    theirs.save_pretrained(str(tmp_path / "again"))
     assert (
         load_file(folder / "adapter_model.safetensors").keys()
         <= load_file(tmp_path / "again" / "adapter_model.safetensors").keys()

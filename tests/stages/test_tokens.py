@@ -32,6 +32,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.rotations import FoldedCheckpoint, Rotation
 from lowbit_ft.session import resume
 from lowbit_ft.stages.models import trained_model
 from tests.export.common import checkpoint
@@ -212,6 +213,9 @@ def test_rows_that_are_there_are_taken(tmp_path: Path) -> None:
     larger = GrownCheckpoint(source, source.folder, NewTokens((4100,), 4101))
     assert load_model(larger).lm_head.weight.shape[0] == larger.config.vocab_size == 4101
     assert larger.nbytes == source.nbytes + 2 * 2 * 32
+    turned = FoldedCheckpoint(larger, Rotation(r1=True))
+    pieces = sum(len(piece) for piece in turned.stored_pieces("lm_head.weight"))
+    assert turned.shape("lm_head.weight") == (4101, 32) and pieces == 4101 * 32
 
     model, _ = quantize(larger, QuantSection(group_size=32, calibrate="absmax"), dtype=torch.float32)
     rows = dict.fromkeys(larger.tables, (4100,))
