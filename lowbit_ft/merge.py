@@ -24,6 +24,7 @@ from .kv_cache import kv_config_of
 from .model.checkpoint import Checkpoint
 from .model.fused import part_rows
 from .model.linear import PackedLinear
+from .model.shipped import as_shipped, trained_tensors
 
 
 def base_weights(model: nn.Module) -> Weights:
@@ -40,7 +41,7 @@ def merged_weights(model: nn.Module) -> Weights:
     """Layer name -> deployable weight: the adapter's merge, or the base without its residual where there is
     no adapter. Merged on access, one layer at a time, on the layer's device."""
     layers, parts = dict(packed_layers(model)), part_rows(model)
-    specs = {name: replace(_shipped(layer), rows=parts.get(name)) for name, layer in layers.items()}
+    specs = {name: replace(_spec_of(layer), rows=parts.get(name)) for name, layer in layers.items()}
     return Weights(specs, lambda name: merged_weight(layers[name]))
 
 
@@ -48,7 +49,7 @@ def merged_weight(layer: PackedLinear) -> Weight:
     return layer.base.without_residual() if layer.adapter is None else layer.adapter.merge(layer.base)
 
 
-def _shipped(layer: PackedLinear) -> LayerSpec:
+def _spec_of(layer: PackedLinear) -> LayerSpec:
     """What `merged_weight` will be, without computing it."""
     base = replace(LayerSpec.of(layer.base.without_residual()), activation=shipped_of(layer))
     if layer.adapter is None:
@@ -56,6 +57,12 @@ def _shipped(layer: PackedLinear) -> LayerSpec:
     config: Any = layer.adapter.config
     offset = base.offset or config.ships_offset
     return replace(base, grid=config.shipped(layer.grid), offset=offset)
+
+
+def shipped(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the dense tensors that the model has trained: where whatever is not packed is
+    read from when the model is written."""
+    return as_shipped(checkpoint, trained_tensors(model))
 
 
 def merge(
@@ -71,6 +78,7 @@ def merge(
     """Write the merged model as a native folder and return its manifest (lowbit_ft.json: sha256 of every file
     and of every layer's tensors). ValueError as `write_model`."""
     extra = dict(extra_files or {})
+    checkpoint = shipped(model, checkpoint)
     if readme is not None:
         extra["README.md"] = readme
     return write_model(

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .export.grown_folder import write_grown
 from .files.jsonfile import read_json
 from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
+from .model.grown import GrownCheckpoint, add_tokens, tables_of
 from .model.load import load_tokenizer
 from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
@@ -78,6 +80,8 @@ class Session:
     @cached_property
     def rows(self) -> int | None:
         """Tokens that the model has an embedding of; None when its name tells nothing."""
+        if isinstance(self.checkpoint, GrownCheckpoint):
+            return self.checkpoint.new.rows
         return read_shapes(self.checkpoint.folder).rows
 
     @property
@@ -137,7 +141,7 @@ def start(recipe: Recipe) -> Session:
             if stored is None:
                 facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
                 run.write_json("environment.json", environment() | facts)
-            tokenizer = load_tokenizer(checkpoint)
+            checkpoint, tokenizer = grown(recipe, run, checkpoint, writes=True)
         except BaseException:
             run.close()
             raise
@@ -178,9 +182,23 @@ def _opened(run: RunDir) -> Session:
         ) from error
     checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
-    return Session(
-        recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe.model.device), Console()
-    )
+    checkpoint, tokenizer = grown(recipe, run, checkpoint)
+    return Session(recipe, run, checkpoint, tokenizer, pick_device(recipe.model.device), Console())
+
+
+def grown(
+    recipe: Recipe, run: RunDir, checkpoint: Checkpoint, writes: bool = False
+) -> tuple[Checkpoint, Any]:
+    """The checkpoint and its tokenizer, with the new tokens of model.add_tokens; writes: the folder model/ of
+    the run, which has the files of both, is made."""
+    tokenizer, wanted = load_tokenizer(checkpoint), recipe.model.add_tokens
+    if wanted is None:
+        return checkpoint, tokenizer
+    key = next(iter(tables_of(checkpoint).values()))
+    new = add_tokens(tokenizer, wanted.tokens, wanted.special, wanted.copied, checkpoint.shape(key)[0])
+    if writes and run.main:
+        write_grown(run / "model", checkpoint, tokenizer, new.rows)
+    return GrownCheckpoint(checkpoint, run / "model", new), tokenizer
 
 
 def pick_device(wanted: str) -> torch.device:

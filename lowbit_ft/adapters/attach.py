@@ -7,7 +7,7 @@ State is exchanged by layer name, in the key layout of PEFT
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +21,11 @@ from ..activations.place import hosts, scheme_of
 from ..kv_cache import kv_config_of
 from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
+from ..model.rows import PEFT_KEY, row_tables, train_rows
+from ..model.whole import masters_of, train_whole, untrained, whole_modules, whole_tensors
 from . import Adapter, AdapterConfig
 from .carry import Carried
+from .modules import modules_of
 from .step_codes import StepCodes
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -105,6 +108,7 @@ def attach(
         raise ValueError(
             f"adapter {config.method}: this start reads the dense weights, and there is no checkpoint to read"
         )
+    whole = modules_of(model, config.modules_to_save or [])
     model.requires_grad_(False)
     configs = config.over((name, layer.base) for name, layer in layers)
     for name, layer in layers:
@@ -117,8 +121,35 @@ def attach(
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    rows += train_modules(model, whole) + train_tokens(model, config.token_rows)
     leave_out_of_ddp(model)
     return TrainableTable(rows, packed + dense)
+
+
+def train_modules(model: nn.Module, names: list[str]) -> list[TrainableRow]:
+    """Let these dense modules, and what is tied to them, train whole; what trains of each (of a tensor that
+    several share, nothing but at the first)."""
+    found, rows = set(train_whole(model, names)), []
+    seen: set[int] = set()
+    for name, module, masters in whole_modules(model):
+        if name in found:
+            own = {key: p for key, p in masters.named_parameters(recurse=False) if id(p) not in seen}
+            seen |= {id(p) for p in own.values()}
+            sizes = {key: p.numel() for key, p in own.items()}
+            if own:
+                nbytes = sum(p.nbytes for p in module._parameters.values() if p is not None)
+                rows.append(TrainableRow(name, "dense", sizes, nbytes))
+    return rows
+
+
+def train_tokens(model: nn.Module, tables: Mapping[str, Sequence[int]]) -> list[TrainableRow]:
+    """Let these rows of these tables train (of one that trains whole, they do anyway)."""
+    modules = dict(model.named_modules())
+    train_rows(model, {name: ids for name, ids in tables.items() if masters_of(modules[name]) is None})
+    return [
+        TrainableRow(name, "rows of a dense table", {"rows": rows.rows.numel()}, rows.before.nbytes)
+        for name, _, rows in row_tables(model)
+    ]
 
 
 def begin_step(model: nn.Module, step: int) -> list[Carried]:
@@ -155,18 +186,34 @@ def drop_codes(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter tensor under its PEFT key."""
+    """Every trained tensor under its PEFT key: adapters, then dense modules that train whole (of tied ones
+    each, as PEFT has them), then rows of tables."""
     return {
         f"{PEFT_PREFIX}{name}.{PEFT_SLOT}.{key}": tensor
         for name, layer in adapted_layers(model)
         if layer.adapter is not None
         for key, tensor in layer.adapter.state_dict().items()
-    }
+    } | beside_state(model)
+
+
+def beside_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains beside the packed layers, under its PEFT key."""
+    whole = {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()}
+    return whole | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.rows for name, _, r in row_tables(model)}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:
     """The layers whose tensors these PEFT keys name, in their order."""
-    return list(dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(f".{PEFT_SLOT}.")[0] for key in state))
+    slot = f".{PEFT_SLOT}."
+    names = (key.removeprefix(PEFT_PREFIX).partition(slot)[0] for key in state if slot in key)
+    return list(dict.fromkeys(names))
+
+
+def whole_names(state: Iterable[str]) -> list[str]:
+    """The dense modules whose tensors these PEFT keys name, in their order."""
+    others = (key for key in state if f".{PEFT_SLOT}." not in key and not key.endswith(f".{PEFT_KEY}"))
+    keys = (key.removeprefix(PEFT_PREFIX) for key in others)
+    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
 
 @torch.no_grad()
@@ -227,7 +274,8 @@ def base_digest(model: nn.Module) -> str:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the packed base alone, its inputs on the scales that it came with."""
+    """Inside, the model is the packed base alone, its inputs on the scales and its dense modules with the
+    values that they came with."""
     held = [(layer, layer.adapter) for _, layer in adapted_layers(model)]
     inputs = [layer.activation for _, layer in hosts(model) if isinstance(layer.activation, Activation)]
     learned = [activation.learned for activation in inputs]
@@ -236,7 +284,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     for activation in inputs:
         activation.learn(None)
     try:
-        yield
+        with untrained(model):
+            yield
     finally:
         for layer, adapter in held:
             layer.adapter = adapter

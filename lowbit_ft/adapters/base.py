@@ -4,13 +4,10 @@ An adapter says what it wants of the base through `grid_args` (integers) or `pla
 forward and the merge are written once, here, and both hand the same arguments to the same ops: that is why
 what is trained is what ships.
 
-Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32 whatever the
-model's dtype.
+Letters: N out features, K in features, G groups per row, g group size, r rank. Masters are fp32.
 """
 
-import functools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
@@ -27,8 +24,10 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
+from .modules import modules_field
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
+from .uncounted import say_uncounted
 
 # Of the methods here; one with others says so in its config. log_input_scale: of activations/learned.py.
 SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
@@ -61,6 +60,18 @@ class AdapterConfig(BaseModel):
         description="names, globs or regexes of packed layers that train; null: all. The others ship the "
         "codes they came with",
     )
+    modules_to_save: list[str] | None = modules_field()
+    # Rows of dense tables that train (model.add_tokens): module -> tokens. Of a run, not of its recipe.
+    _token_rows: dict[str, tuple[int, ...]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def token_rows(self) -> dict[str, tuple[int, ...]]:
+        return self._token_rows
+
+    def with_token_rows(self, rows: Mapping[str, Sequence[int]]) -> Self:
+        made = self.model_copy()
+        made._token_rows = {name: tuple(ids) for name, ids in rows.items()}
+        return made
 
     def trains(self, *names: str) -> bool:
         """Whether the packed layer that is known by these names gets an adapter."""
@@ -366,17 +377,7 @@ class Adapter(WeightAdapter):
 
     def say_uncounted(self, what: str) -> None:
         """Warn, once, that nobody has called begin_step."""
-        _say_uncounted(self.config.method, what)
-
-
-@functools.cache
-def _say_uncounted(method: str, what: str) -> None:
-    warnings.warn(
-        f"{method}: {what} here, because this training loop does not say which step it is at. In a Trainer "
-        "of transformers or TRL: callbacks=[lowbit_ft.integrations.callbacks.StepCallback()]; in a loop of "
-        "your own: begin_step(model, step) of the same module before every optimizer step",
-        stacklevel=3,
-    )
+        say_uncounted(self.config.method, what)
 
 
 class ScaledAdapter(Adapter):

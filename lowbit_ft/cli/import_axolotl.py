@@ -18,6 +18,8 @@ from .import_rules import (
     if_not_off,
     if_true,
     left,
+    modules,
+    new_tokens,
     number,
     on,
     refuse_stage,
@@ -40,6 +42,18 @@ def _adapter(draft: Draft, key: str, value: Any) -> None:
 def _shuffled(draft: Draft, key: str, value: Any) -> None:
     if truth(value) is not True:
         draft.leave(key, "rows of several sources are shuffled together")
+
+
+def _special_tokens(draft: Draft, key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError("a mapping is needed")
+    roles = sorted(name for name in value if name != "additional_special_tokens")
+    if more := value.get("additional_special_tokens"):
+        new_tokens(True)(draft, f"{key}.additional_special_tokens", more)
+    if roles:
+        draft.leave(
+            key, f"which token is the {', '.join(roles)} is the tokenizer's own: change tokenizer_config.json"
+        )
 
 
 def _finish(draft: Draft) -> None:
@@ -86,7 +100,9 @@ RULES = SHARED | {
     "lora_model_dir": text("adapter.init_from"),
     "peft_use_rslora": taken_later,
     "peft_use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
-    "lora_modules_to_save": left("embeddings and head stay as they are"),
+    "lora_modules_to_save": if_not_off(modules),
+    "embedding_lr": number("train.modules_learning_rate", 1e-12, whole=False),
+    "tokens": if_not_off(new_tokens(False)),
     "lora_fan_in_fan_out": left("layers are nn.Linear here"),
     "sequence_len": number("data.sequence_len", 8),
     "sample_packing": flag("data.packing"),
@@ -114,7 +130,7 @@ RULES = SHARED | {
     "group_by_length": left("rows are packed instead"),
     "eval_sample_packing": left("evaluation windows are packed as training's are"),
     "early_stopping_patience": number("train.stop_after", 1),
-    "special_tokens": left("tokens are the tokenizer's own: change its files"),
+    "special_tokens": if_not_off(_special_tokens),
 }
 
 AXOLOTL = Trainer("Axolotl", "base_model", RULES, _finish)

@@ -16,8 +16,11 @@ from .import_rules import (
     chosen,
     finish,
     flag,
+    if_not_off,
     if_true,
     left,
+    modules,
+    new_tokens,
     number,
     on,
     refuse_stage,
@@ -45,6 +48,11 @@ def _type(draft: Draft, key: str, value: Any) -> None:
 def _train(draft: Draft, key: str, value: Any) -> None:
     if truth(value) is not True:
         draft.leave(key, "a run always trains")
+
+
+def _resized(draft: Draft, key: str, value: Any) -> None:
+    if truth(value) is True and not any(draft.theirs.get(k) for k in ("add_tokens", "add_special_tokens")):
+        draft.leave(key, "embedding and head grow where model.add_tokens needs it, and by nothing else")
 
 
 def _bits(draft: Draft, key: str, value: Any) -> None:
@@ -101,7 +109,10 @@ RULES = SHARED | {
     "adapter_name_or_path": text("adapter.init_from"),
     "use_rslora": taken_later,
     "use_dora": left("no DoRA here; dl_qat trains a magnitude per group"),
-    "additional_target": left("embeddings and head stay as they are"),
+    "additional_target": if_not_off(modules),
+    "add_tokens": if_not_off(new_tokens(False)),
+    "add_special_tokens": if_not_off(new_tokens(True)),
+    "resize_vocab": _resized,
     "dataset": factory_rows,
     "eval_dataset": factory_rows,
     "dataset_dir": taken_later,

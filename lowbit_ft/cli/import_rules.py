@@ -134,6 +134,31 @@ def targets(draft: Draft, key: str, value: Any) -> None:
     draft.set("adapter.targets", names, key)
 
 
+def names_of(value: Any) -> list[str]:
+    """A list of words, or words between commas."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("a list of names is needed")
+    return names
+
+
+def modules(draft: Draft, key: str, value: Any) -> None:
+    draft.set("adapter.modules_to_save", names_of(value), key)
+
+
+def new_tokens(special: bool) -> Rule:
+    """Tokens that are added; all of a recipe are special, or none."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if draft.get("model.add_tokens.tokens"):
+            draft.leave(key, "new tokens are all special here, or none: add them to model.add_tokens.tokens")
+            return
+        draft.set("model.add_tokens.tokens", names_of(value), key)
+        draft.set("model.add_tokens.special", special, key)
+
+    return rule
+
+
 def trackers(draft: Draft, key: str, value: Any) -> None:
     names = [value] if isinstance(value, str) else list(value)
     known = [name for name in names if name in ("wandb", "tensorboard", "trackio")]
@@ -218,6 +243,7 @@ def finish(
         source = "lora_alpha" if not rslora else f"lora_alpha x sqrt({rank_key}), for {scaled}"
         draft.set("adapter.alpha", alpha * (math.sqrt(rank) if rslora else 1.0), source)
 
+    _finish_modules(draft)
     steps = number_at(draft, "max_steps")
     given_epochs = number_at(draft, epochs_key)
     if steps is not None and steps >= 1:
@@ -272,6 +298,17 @@ def finish(
             draft.values.pop("train.stop_after")
             draft.leave(key, "nothing is evaluated while training: set data.valid and train.eval_every")
     _finish_rows(draft, everything)
+
+
+def _finish_modules(draft: Draft) -> None:
+    """What trains beside the adapters learns at their rate in the file."""
+    beside = ("adapter.modules_to_save", "model.add_tokens.tokens")
+    if not any(draft.get(ours) for ours in beside):
+        if "train.modules_learning_rate" in draft.values:
+            _, key = draft.values.pop("train.modules_learning_rate")
+            draft.leave(key, "nothing trains beside the adapters")
+    elif "train.modules_learning_rate" not in draft.values and (rate := draft.get("train.learning_rate")):
+        draft.set("train.modules_learning_rate", rate, "learning_rate: one for all in the file")
 
 
 def _finish_rows(draft: Draft, everything: bool) -> None:

@@ -57,6 +57,11 @@ def quantize_model(
         problems.append(f"quant: got {asked!r}; write quant.key=value, such as quant.bits=3")
         raise RecipeError(problems)
     problems += _twice(asked, dict(options or {}), data)
+    if section.add_tokens is not None:
+        problems.append(
+            "model.add_tokens: new rows have to be trained, and here nothing is; remove it, or write a "
+            f"recipe (lowbit-ft init {model})"
+        )
     if section.path != model:
         problems.append(f"model.path: got {section.path!r} beside {model!r}; name one model")
     try:

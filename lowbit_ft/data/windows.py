@@ -150,6 +150,11 @@ class Examples(Sequence[Example]):
         labels = [i if t else IGNORE for i, t in zip(ids, self._learned[start:stop], strict=True)]
         return Example(ids, labels, self._segments[first:last].tolist())
 
+    def unseen(self, ids: Iterable[int]) -> list[int]:
+        """Those of these tokens that no window holds."""
+        held = set(self._ids)
+        return [i for i in ids if i not in held]
+
     @cached_property
     def digest(self) -> str:
         """sha256 over tokens, mask and segments: a resumed run must be given the same data."""

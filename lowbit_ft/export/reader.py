@@ -7,13 +7,17 @@ stranger all the same: headers are checked before anything is read, every tensor
 against the layer's spec, and values for what no writer of ours makes.
 """
 
+import hashlib
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..files.errors import reading
+from ..files.manifest import MANIFEST
 from ..files.tensorfile import CheckpointError, read_tensor
 from ..grid import Weight
 from ..model.config import (
@@ -29,9 +33,10 @@ from ..model.config import (
 from ..model.hub import refuse_irregular, tensor_entries
 from ..model.mapped import to_device
 from ..model.meta import model_class
+from ..model.shipped import Trained
 from . import EXPORTERS
 from .base import Weights
-from .folder import check_if_ours
+from .folder import check_if_ours, read_manifest, tensor_bytes
 from .native import Native, layers_from_config
 
 
@@ -75,6 +80,30 @@ def read_weights(folder: str | Path, device: str | torch.device = "cpu") -> Weig
             raise ValueError(f"{root}: layer {name}: {error}") from None
 
     return Weights(specs, make)
+
+
+def read_trained(folder: str | Path) -> dict[str, Trained]:
+    """The dense tensors of a native folder that were trained (its manifest says which), by the names of the
+    model's parameters; each is read, and compared with the manifest, when it is asked for. Empty for a folder
+    without such, or without a manifest. ValueError naming one that is not what the manifest says."""
+    root = Path(folder)
+    if not (root / MANIFEST).is_file():
+        return {}
+    facts, entries = read_manifest(root).get("trained") or {}, tensor_entries(root)[0]
+
+    def value(name: str, key: str, digest: str) -> Tensor:
+        tensor = read_tensor(entries[key], "cpu")
+        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != digest:
+            raise ValueError(f"{root}: {key} is not the {name} that was trained; run the line again")
+        return tensor
+
+    found = {}
+    for name, fact in facts.items():
+        key = str(fact.get("stored_as") if isinstance(fact, dict) else None)
+        if (entry := entries.get(key)) is None:
+            raise ValueError(f"{root}: {name} was trained, says its manifest, and the files have no {key}")
+        found[name] = Trained(entry.shape, entry.dtype, partial(value, name, key, str(fact.get("sha256"))))
+    return found
 
 
 def load_exported(

@@ -3,7 +3,7 @@
     files     every sha256 of the manifest
     codes     integers, scales and zero points of each layer, unpacked by the format's own library
     weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same
-              dtype
+              dtype; and the dense tensors that were trained
     logits    of the loaded model, against the packed model's on the same tokens
     answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose
               the same tokens
@@ -31,10 +31,13 @@ from lowbit_kernels.layout import CHUNK_ELEMENTS
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..files.tensorfile import read_tensor
 from ..grid import PackedWeight, Weight
 from ..model.config import read_config
+from ..model.hub import tensor_entries
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
+from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
@@ -51,6 +54,8 @@ LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 # input of the next layer over a tie, and then by a whole step. Measured on the tiny Llama: from 1e-6 to 5e-4
 # at 8 bits, to a third of the largest logit at 4.
 INPUT_TOLERANCE = {8: 5e-2, 4: 0.5}
+
+OFFSET_ROUNDING = 2.0**-23  # of a vector that was stored as 1 + w in fp32
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class VerifyReport:
     logit_difference: float | None
     logit_bound: float
     answers: Answers | None = None
+    dense: int = 0  # of the rows, tensors that were trained beside the packed layers: the last ones
     tokens: list[str] | None = None
 
     @property
@@ -113,7 +119,9 @@ class VerifyReport:
                 if any(row.weights is None for row in self.rows)
                 else "codes, scales and weights"
             )
-            lines.append(f"  {len(self.rows)} layers, {self.elements:,} weights: {same} equal bit for bit")
+            layers = len(self.rows) - self.dense
+            beside = f", and {self.dense} dense tensors that were trained" if self.dense else ""
+            lines.append(f"  {layers} layers, {self.elements:,} weights: {same} equal bit for bit{beside}")
         if self.logit_difference is None:
             lines.append("  logits: not compared (no packed model given)")
         else:
@@ -144,6 +152,7 @@ def verify(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     source: str | Path | None = None,
+    dense: Mapping[str, Trained] | None = None,
 ) -> VerifyReport:
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as
     its reader holds it.
@@ -153,7 +162,7 @@ def verify(
     before the folder is read, which for a dense format is the larger of the two); without it logits and
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
-    Raises ValueError, listing layers, for any difference.
+    dense: by parameter, what was trained beside the layers. Raises ValueError, listing what differs.
     """
     folder = Path(folder)
     manifest = check_files(folder)
@@ -182,8 +191,9 @@ def verify(
     rows = []
     for name, weight in weights.items():
         read = _read_back(exporter, stored[name], LayerSpec.of(weight))
-        dense = exporter.dense(loaded, name, matrices.get(name), kind)
-        rows.append(_check_layer(name, weight, read, dense, kind))
+        in_model = exporter.dense(loaded, name, matrices.get(name), kind)
+        rows.append(_check_layer(name, weight, read, in_model, kind))
+    rows += _check_dense(dense or {}, loaded, folder, manifest, kind)
     difference, bound, answers = None, 0.0, None
     if expected is not None:
         difference = float((logits - expected.logits).abs().max())
@@ -207,6 +217,7 @@ def verify(
         difference,
         bound,
         answers,
+        len(dense or {}),
         compare_tokens(exporter, folder, source or folder),
     )
     if not report.ok:
@@ -251,6 +262,32 @@ def _check_layer(
     return LayerCheck(
         name, codes, scales, None if dense is None else _differences(dense, weight.dequantize(kind))
     )
+
+
+def _dense_there(loaded: Any, name: str, folder: Path, manifest: Mapping[str, Any]) -> Tensor | None:
+    """A dense tensor in the loaded model; in the files, where the reader's model is none of torch's."""
+    found = dict(loaded.named_parameters(remove_duplicate=False)).get(name)
+    if found is not None:
+        return found.detach().cpu()
+    key = manifest.get("trained", {}).get(name, {}).get("stored_as")
+    entry = tensor_entries(folder)[0].get(key)
+    return None if entry is None else read_tensor(entry, "cpu")
+
+
+def _check_dense(
+    dense: Mapping[str, Trained], loaded: Any, folder: Path, manifest: Mapping[str, Any], kind: torch.dtype
+) -> list[LayerCheck]:
+    """The dense tensors that were trained, as they are there. Vectors that a format keeps wider and moved (a
+    norm's offset in gguf) come back to within fp32's last bit of 1."""
+    rows = []
+    for name, trained in dense.items():
+        found, wanted = _dense_there(loaded, name, folder, manifest), trained.value().cpu().to(kind)
+        apart = wanted.numel()
+        if found is not None and found.shape == wanted.shape:
+            away = (found.to(kind).float() - wanted.float()).abs()
+            apart = int((away > (OFFSET_ROUNDING if wanted.dim() == 1 else 0)).sum())
+        rows.append(LayerCheck(name, 0, 0, apart))
+    return rows
 
 
 def _same_call(loaded: Any, weights: Weights, matrices: Mapping[str, Matrix]) -> bool:

@@ -30,6 +30,7 @@ from ..files.tensorfile import DTYPES
 from ..grid import Weight
 from ..kv_cache import KVConfig
 from ..model.checkpoint import Checkpoint
+from ..model.shipped import ShippedCheckpoint
 from .base import Exporter, LayerSpec, Weights
 from .folder import (
     check_extra,
@@ -119,6 +120,8 @@ def write_model(
                 for name, spec in stream.specs.items()
             },
         }
+        if isinstance(checkpoint, ShippedCheckpoint):
+            manifest["trained"] = trained_facts(checkpoint, layout)
         (stage / MANIFEST).write_bytes(sealed(manifest))
         if before_it_counts is not None:
             before_it_counts()
@@ -152,6 +155,19 @@ def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporte
     if problems:
         raise ValueError(f"{exporter.name} cannot hold this model:\n  " + "\n  ".join(problems))
     return Layout(checkpoint, layers, exporter)
+
+
+def trained_facts(checkpoint: ShippedCheckpoint, layout: Layout) -> dict[str, dict[str, str]]:
+    """Of every dense tensor that was trained: its name in the files, and the sha256 of its bytes as it ships
+    (formats may keep them in another order, or wider)."""
+    stored = {slot.source: slot.key for slot in layout.slots if slot.layer is None}
+    return {
+        name: {
+            "stored_as": stored[checkpoint.keys_for(name)[0]],
+            "sha256": hashlib.sha256(tensor_bytes(trained.value())).hexdigest(),
+        }
+        for name, trained in checkpoint.trained.items()
+    }
 
 
 class _SafetensorsFiles:

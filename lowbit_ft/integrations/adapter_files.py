@@ -2,7 +2,8 @@
 
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
     adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32 (numbers of rows and
-                                 codes of ef_qat: integers)
+                                 codes of ef_qat: integers), and base_model.model.<module>.<tensor> of
+                                 modules_to_save
     README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
     lowbit_ft.json               size and sha256 of both, and its own (files/manifest.py; PEFT writes none)
 
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..adapters import ADAPTERS, AdapterConfig
-from ..adapters.attach import adapted_names
+from ..adapters.attach import PEFT_PREFIX, adapted_names, whole_names
 from ..adapters.base import LowRankOptions
 from ..adapters.folder import CONFIG_FILE, TENSOR_FILE, refuse_pickle
 from ..adapters.patterns import PATTERNS
@@ -29,15 +30,17 @@ from ..files.jsonfile import read_json
 from ..files.manifest import MANIFEST, changed_files, file_entry, open_sealed, sealed
 from ..files.regular import read_card
 from ..files.tensorfile import is_finite, load_tensors, save_tensors
-from ..names import did_you_mean
+from ..model.rows import PEFT_KEY
+from ..names import did_you_mean, matches
 from ..recipe.errors import to_problems
 from ..recipe.values import for_method
 from ..segments import Parts, layout, read_layout
 
 PEFT_TYPE = "LOWBIT"
-# Keys of a recipe that say where an adapter goes, what it started from and in which parts a matrix is:
-# target_modules, the tensors and `segments` tell that here.
-NOT_OPTIONS = ("targets", "init_from", "segments")
+# Keys of a recipe that say where an adapter goes, what it started from, in which parts a matrix is and what
+# trains beside it:
+# target_modules, the tensors, `segments` and `modules_to_save` tell that here.
+NOT_OPTIONS = ("targets", "init_from", "segments", "modules_to_save")
 # Keys that many methods of PEFT share and ours has not, with the way out. None and "none" say what it does.
 OF_OTHER_METHODS = {
     "bias": "biases stay as they are beside packed weights; leave it out",
@@ -145,10 +148,11 @@ def write_adapter(
     """
     folder = Path(folder)
     refuse_foreign(folder)
-    tensors = {
-        name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in state.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        t = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        shared = any(t.data_ptr() == other.data_ptr() for other in tensors.values() if t.numel())
+        tensors[name] = t.clone() if shared else t  # a tied pair: a file has each by itself
     if not tensors:
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {
@@ -168,6 +172,12 @@ def write_adapter(
     if plan := getattr(config, "plan", {}):
         names = set(adapted_names(state))
         facts["segments"] = layout({name: parts for name, parts in plan.items() if name in names})
+    if saved := whole_names(state):
+        facts["modules_to_save"] = saved
+    if config.token_rows:
+        there = {key.removesuffix(f".{PEFT_KEY}").removeprefix(PEFT_PREFIX) for key in state}
+        rows = {name: list(ids) for name, ids in config.token_rows.items() if name in there}
+        facts["trainable_token_indices"] = rows
     with writing(folder), staged_folder(folder) as stage:
         save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -243,6 +253,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     if isinstance(modules := facts.get("target_modules"), list):
         config = config.model_copy(update={"targets": [str(name) for name in modules]})
+    if isinstance(saved := facts.get("modules_to_save"), list):
+        config = config.model_copy(update={"modules_to_save": [str(name) for name in saved]})
     digest = facts.get("base_digest")
     if not isinstance(digest, str):
         raise ValueError(
@@ -254,7 +266,24 @@ def read_adapter(folder: str | Path) -> tuple[AdapterConfig, dict[str, Tensor], 
     broken = [name for name, tensor in state.items() if not is_finite(tensor)]
     if broken:
         raise ValueError(f"{tensors}: NaN or Inf in {', '.join(broken[:5])}; this adapter cannot be used")
+    if isinstance(rows := facts.get("trainable_token_indices"), dict):
+        config = config.with_token_rows(_token_rows(rows, state, folder / CONFIG_FILE))
     return config, state, digest
+
+
+def _token_rows(
+    rows: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """The tokens by the full names of the modules whose rows are in the file. ValueError for no ids."""
+    found: dict[str, tuple[int, ...]] = {}
+    for wanted, ids in rows.items():
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"{path}: trainable_token_indices: got {ids!r}; allowed: a list of token ids")
+        for key in state:
+            name = key.removeprefix(PEFT_PREFIX).removesuffix(f".{PEFT_KEY}")
+            if key.endswith(f".{PEFT_KEY}") and matches(wanted, name):
+                found[name] = tuple(ids)
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

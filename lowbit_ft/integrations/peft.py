@@ -112,8 +112,8 @@ class LowBitConfig(PeftConfig):
         refuse_keys_of_others(keys)
         if given := [key for key in NOT_OPTIONS if {**(options or {}), **keys}.get(key) is not None]:
             raise ValueError(
-                f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own is target_modules (init_from: "
-                "train with a recipe)"
+                f"LowBitConfig: {given[0]} is a key of recipes; PEFT's own are target_modules and "
+                "modules_to_save (init_from: train with a recipe)"
             )
         self.method = method
         own = [f.name for f in fields(self) if f.name not in {*ours, "options", "base_digest"}]

@@ -6,7 +6,7 @@
 codes and f residual bits are the original weight at bits + f bits, but for what calibration clipped or, with
 gptq and its like, moved on purpose: their residual belongs to the compensated weight. Dividing a scale by a
 power of two is exact in every dtype scales have, so both products are those of grid/packed.py, bit for bit.
-Adapters play no part: the answer does not change while the model trains.
+Adapters and dense modules that train play no part: the answer does not change while the model trains.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from .kv_seam import seams
 from .linear import PackedLinear
+from .whole import untrained
 
 # from here on codes alone are taken for the weight, as in the teacher that is packed to 8 bits
 WHOLE_BITS = 8
@@ -35,8 +36,8 @@ def rounded_for_good(model: nn.Module) -> list[str]:
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
     """Inside, every packed layer of `model` multiplies with codes + residual, its adapter left out; layers of
-    8 bits with their codes; keys and values are as they come. Wants no gradient: use it under torch.no_grad,
-    in eval mode.
+    8 bits with their codes; keys and values are as they come, dense modules as they were before training.
+    Wants no gradient: use it under torch.no_grad, in eval mode.
 
     ValueError naming the layers that have no residual and fewer than 8 bits.
     """
@@ -54,7 +55,8 @@ def unrounded(model: nn.Module) -> Iterator[None]:
     for seam, _ in caches:
         seam.off = True
     try:
-        yield
+        with untrained(model):
+            yield
     finally:
         for seam, value in caches:
             seam.off = value

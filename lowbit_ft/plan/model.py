@@ -31,10 +31,12 @@ from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
 from ..model.walk import decoder_layers, kind_of
+from ..model.whole import train_whole
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
+from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -87,6 +89,11 @@ class Skeleton:
     shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
 
     @property
+    def table_bytes(self) -> int:
+        """Of the token embedding's gradient before it is fp32, where it trains."""
+        return table_bytes(self.model)
+
+    @property
     def trainable(self) -> int:
         return sum(self.trained)
 
@@ -100,7 +107,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     packed as asked.
     """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
+    rows = grown_rows(recipe, folder)
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
     prefix, layers = decoder_layers(dense)
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
@@ -120,18 +128,21 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     segments = _segments(recipe, folder)
     if getattr(config, "segments", "none") == "auto":
         config = config.with_plan({name: own.outputs for name, own in segments.items()})
+    whole = trained_whole(recipe, dense, targets)
     blocks: dict[str, Block] = {}
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         own = {n: targets[f"{name}.{n}"] for n in inside[index]}
         grids = [_asked(recipe, config, n, matrix, segments) for n, matrix in own.items()]
-        like = repr((grids, kind_of(layer)))
+        trained = [n.removeprefix(f"{name}.") for n in whole if n.startswith(f"{name}.")]
+        like = repr((grids, kind_of(layer), trained))
         key = f"{index == 0} {like}"
         if key not in blocks:
             module = copy.deepcopy(layer)
             apart = fusions_of(replace(matrix, name=n) for n, matrix in own.items())
             stand_in(module, own, apart)
             _pack(module, grids, dtype)
+            train_whole(module, trained)
             put_online(module, f"{name}.", online)
             if kv_cache is not None:
                 put_seams(module, dense.config.get_text_config(), kv_cache)
@@ -142,6 +153,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
     _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
+    train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
+    train_new_rows(recipe, rest, folder)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -367,9 +380,11 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
+def _dense(folder: str, stamp: int, dtype: str, attention: str, rows: int | None) -> Any:
     """The dense model on meta; read only: everybody copies what they change."""
     path, config = Path(folder) / CONFIG, load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
+    if rows is not None:
+        config.get_text_config().vocab_size = rows
     return meta_model(config, getattr(torch, dtype), attention, path)

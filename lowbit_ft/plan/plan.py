@@ -172,7 +172,7 @@ def plan(
     card = card or find_card(recipe)
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
     made = skeleton(recipe, folder)
-    step, note = _step(recipe, made, str(folder), card.arch, packed_rows)
+    step, note = _step(recipe, made, f"{folder} {recipe.model.add_tokens}", card.arch, packed_rows)
     parts, moments, peak_at = _training(recipe, made, step, card, count)
     context = parts["context"]
     stages = {"training": sum(parts.values())}
@@ -272,6 +272,9 @@ def _training(
     moments = own_moments(recipe, step, made)
     if train.gradient.backward:
         moments += _moments(recipe, step, made.trained_bytes, away and train.gradient_checkpointing)
+        if table := made.table_bytes:
+            own = {"gradients": made.trained_bytes, "saved layer inputs": 0, "one layer": table}
+            moments.append((sum(own.values()), "the backward of the embedding", own))
     teacher = teacher_costs(recipe, made)
     beside = step.hidden if teacher.live else 0  # its final hidden states wait for the loss
     if teacher.live:  # in eval mode, before the student has kept anything

@@ -62,7 +62,8 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
                 continue
             known[block.like] = number
             args, kwargs = calls[block.indices[0]]
-            costs[number] = _layer(module, args, kwargs, s, rules, hidden, first=block.indices[0] == 0)
+            first = block.indices[0] == 0 and not made.table_bytes
+            costs[number] = _layer(module, args, kwargs, s, rules, hidden, first)
         tail = _tail(shape_of, s, rules, {} if tails is None else tails)
     ordered = tuple(costs[kind[i]] for i in range(made.layers))
     even = (
@@ -77,7 +78,7 @@ def _layer(
     module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hidden: int, first: bool
 ) -> Cost:
     """One layer forward and backward. The first one's input comes from the embedding and wants no
-    gradient.
+    gradient, unless that trains.
     """
     module.train()
     if s.mlp_chunk is not None:

@@ -27,6 +27,7 @@ from .sections.export import check_export
 from .sections.gradient import check_gradient
 from .sections.kv_cache import check_kv_cache
 from .sections.model import check_device, check_model, check_tokens
+from .sections.modules import check_modules, module_notes
 from .sections.output import check_output
 from .sections.preference import check_preference
 from .sections.quant import check_grid, check_groups, check_layers
@@ -35,12 +36,14 @@ from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
+from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model",), check_model),
     (("model",), check_tokens),
+    (("model",), check_add_tokens),
     (("model",), check_device),
     (("quant",), check_grid),
     (("quant",), check_activations),
@@ -50,6 +53,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant", "export"), check_server),
     (("model", "quant", "adapter"), check_adapter_layers),
     (("model", "quant", "adapter"), check_segments),
+    (("model", "quant", "adapter"), check_modules),
     (("model", "quant"), check_layers),
     (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
@@ -127,7 +131,7 @@ def notes(recipe: Any) -> list[str]:
         found.append(
             f"{recipe.model.path} is a hub id: layer names and widths are checked once it is fetched"
         )
-    found += segment_notes(recipe)
+    found += [*segment_notes(recipe), *module_notes(recipe)]
     other_text = recipe.eval.data or recipe.data.valid
     if recipe.data.synthesis is not None and recipe.eval.perplexity and not other_text:
         found.append(

@@ -213,7 +213,8 @@ def _training(run: RunFiles) -> str:
         raise NotShown("No step was asked for (train.max_steps: 0).")
     rows = run.metrics()
     train, valid = points(rows, "loss"), points(rows, "valid_loss")
-    rates = {"learning rate": points(rows, "lr"), "learning rate of the scales": points(rows, "scale_lr")}
+    names = {"lr": "", "scale_lr": " of the scales", "modules_lr": " of whole modules"}
+    rates = {f"learning rate{of}": points(rows, key) for key, of in names.items()}
     facts = [("steps", number(max(row["step"] for row in rows)))]
     if train:
         facts.append(("last training loss", number(train[-1][1], 4)))

@@ -140,6 +140,9 @@ class FoldedCheckpoint(Checkpoint):
         whole = fold is not None and fold.left is not None
         return [None] if whole else self.raw.row_blocks(layer, limit)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.raw.shape(name)
+
     def stored_dtype(self, name: str) -> torch.dtype:
         if self._fold_in_file(name) is None:
             return self.raw.stored_dtype(name)

@@ -16,6 +16,7 @@ from ..data.mix import sources_of
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..model.attention import why_not
+from ..model.grown import GrownCheckpoint
 from ..model.walk import Batch
 from ..quantize import rows as calibrating
 from ..recipe.sections.data import DataSource
@@ -35,6 +36,13 @@ def read_data(session: Session) -> Examples:
         train_source(session), recipe.data, session.tokenizer, seed=recipe.train.seed, rows=session.rows
     )
     session.say(f"data: {examples.report}")
+    if isinstance(grown := session.checkpoint, GrownCheckpoint) and isinstance(examples, Examples):
+        if unseen := examples.unseen(grown.new.ids):
+            names = ", ".join(map(repr, session.tokenizer.convert_ids_to_tokens(unseen[:4])))
+            session.say(
+                f"warning: {len(unseen)} of {len(grown.new.ids)} new tokens are in no row ({names}); "
+                "the model learns not to write them, and nothing else of them"
+            )
     if warning := unstopped(session):
         session.say(f"note: {warning}")
     if (valid := valid_examples(session)) is not None:

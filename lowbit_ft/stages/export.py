@@ -6,12 +6,13 @@ from typing import Any
 
 from ..export import EXPORTERS
 from ..export.folder import check_target, read_manifest
-from ..export.reader import read_weights
+from ..export.reader import read_trained, read_weights
 from ..export.verify import verify
 from ..export.writer import write_model
 from ..files.atomic import free_name, remove_folder
 from ..files.manifest import MANIFEST
 from ..kv_cache import place_kv_cache
+from ..model.shipped import as_shipped
 from ..session import Session
 from ..train.memory import release_freed
 from .card import card
@@ -48,7 +49,8 @@ def export_stage(session: Session, name: str) -> Path:
         if name != "native":
             before = read_manifest(folder)["format"] if (folder / MANIFEST).is_file() else name
             merged = read_weights(session.run / "merged")
-            write_model(folder, session.folded, merged, EXPORTERS[name], extra_files=card(session, name))
+            checkpoint = as_shipped(session.folded, read_trained(session.run / "merged"))
+            write_model(folder, checkpoint, merged, EXPORTERS[name], extra_files=card(session, name))
             session.run.made("exported")
             if before != name and session.run.main:
                 print(f"{folder}: the {before} export that was here is replaced by {name}", file=sys.stderr)
@@ -89,6 +91,7 @@ def check_export(session: Session, folder: Path) -> None:
             dtype=session.dtype,
             device=device,
             source=session.checkpoint.folder,
+            dense=read_trained(merged),
         )
     )
     release_freed()

@@ -16,6 +16,7 @@ from ..integrations.adapter_files import check_adapter, read_adapter, refuse_oth
 from ..kv_cache import KVConfig, place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
+from ..model.grown import GrownCheckpoint
 from ..model.load import load_model
 from ..quantize.quantize import quantize
 from ..recipe.sections.quant import QuantSection
@@ -85,8 +86,11 @@ def check_folders(session: Session, names: Sequence[str] = FOLDERS) -> None:
 
 
 def adapter_of(session: Session) -> AdapterConfig:
-    """The recipe's adapter, with the parts of the model's fused matrices where it asks for them."""
+    """The recipe's adapter, with the rows of new tokens, and the parts of the model's fused matrices where it
+    asks for them."""
     config = session.recipe.adapter
+    if isinstance(checkpoint := session.checkpoint, GrownCheckpoint):
+        config = config.with_token_rows(dict.fromkeys(checkpoint.tables, checkpoint.new.ids))
     if not isinstance(config, LowRankOptions) or config.segments == "none":
         return config
     found = segments_in(session.checkpoint.folder)

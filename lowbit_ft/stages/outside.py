@@ -7,18 +7,18 @@ It is written, read back through the format's own reader and compared before it 
 export of a run is.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapters.attach import (
-    PEFT_SLOT,
     adapted_layers,
     adapted_names,
     attach,
     base_digest,
     load_adapter_state,
+    whole_names,
 )
 from ..adapters.folder import CONFIG_FILE
 from ..export import EXPORTERS, Exporter, Weights
@@ -33,6 +33,8 @@ from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
 from ..model.linear import deployed
+from ..model.shipped import Trained, as_shipped, trained_tensors
+from ..names import matches
 from .export import set_aside
 
 FORMAT = "compressed-tensors"
@@ -48,6 +50,7 @@ class _Model:
     load: Callable[[], Any]
     method: str | None = None
     exact: bool = True
+    dense: Mapping[str, Trained] = field(default_factory=dict)  # what was trained beside the packed layers
 
 
 def export_outside(
@@ -82,7 +85,8 @@ def export_outside(
         checkpoint.kv_cache,
     )
     card = {"README.md": model_card(facts, name, [])}
-    write_model(target, checkpoint, model.weights, exporter, kv_cache=checkpoint.kv_cache, extra_files=card)
+    shipped = as_shipped(checkpoint, model.dense)
+    write_model(target, shipped, model.weights, exporter, kv_cache=checkpoint.kv_cache, extra_files=card)
     _compare(target, model, exporter, say)
     say(f"{name}: {target}")
     say(serve_line(facts, name, target))
@@ -112,7 +116,8 @@ def _compare(target: Path, model: _Model, exporter: Exporter, say: Callable[[str
         return loaded
 
     try:
-        say(str(verify(target, model.weights, model=packed, source=model.checkpoint.folder)))
+        source = model.checkpoint.folder
+        say(str(verify(target, model.weights, model=packed, source=source, dense=model.dense)))
     except BaseException as error:
         refused = set_aside(target)
         if isinstance(error, ValueError):
@@ -141,11 +146,12 @@ def _as_it_is(folder: Path) -> _Model:
 def _with_adapter(folder: Path, base: Path | None) -> _Model:
     """An adapter folder over its base: the weights are its merge, layer by layer."""
     config, state, digest = read_adapter(folder)
-    if others := [key for key in state if f".{PEFT_SLOT}." not in key]:
+    whole = whole_names(state)
+    if others := [name for name in whole if not any(matches(p, name) for p in config.modules_to_save or [])]:
         raise ValueError(
-            f"{folder}: trains dense tensors too ({others[0]}, ...: modules_to_save or new tokens), which "
-            "are no part of the packed base: PeftModel.from_pretrained(base, folder).merge_and_unload()"
-            ".save_pretrained(DIR), then export DIR"
+            f"{folder}: holds dense tensors that modules_to_save does not name ({others[0]}: of a vocabulary "
+            "that was resized), which are no part of the packed base: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(DIR), then export DIR"
         )
     path = base or _named_base(folder)
     checkpoint = NativeFolder(path)
@@ -154,7 +160,8 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
         model = load_exported(path, dtype=checkpoint.dtype)
         refuse_other_base(base_digest(model), digest, str(folder))
         start = {"init": "zero"} if "init" in type(config).model_fields else {}
-        attach(model, config.model_copy(update={"targets": adapted_names(state), **start}))
+        names = {"targets": adapted_names(state), "modules_to_save": whole}
+        attach(model, config.model_copy(update={**names, **start}))
         load_adapter_state(model, state)
         return model.eval()
 
@@ -165,7 +172,9 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
             model.set_submodule(name, deployed(layer, merged_weight(layer)))
         return model
 
-    return _Model(checkpoint, merged_weights(load()), shipped, config.method, config.exact_merge)
+    trained = load()
+    dense = trained_tensors(trained)
+    return _Model(checkpoint, merged_weights(trained), shipped, config.method, config.exact_merge, dense)
 
 
 def _named_base(folder: Path) -> Path:

@@ -45,7 +45,8 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     recipe, run_dir = session.recipe, session.run
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
-    check_model(session.folded, merging.merged_weights(model).specs, EXPORTERS[recipe.export.format])
+    specs = merging.merged_weights(model).specs
+    check_model(merging.shipped(model, session.folded), specs, EXPORTERS[recipe.export.format])
     if recipe.train.max_steps != 0 and recipe.train.reconstruct is None:  # which moves codes itself
         warn_of_rate(session, model, examples)
     digest = base_digest(model)
@@ -78,6 +79,8 @@ def optimize(
     """
     recipe, run_dir = session.recipe, session.run
     meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
+    if recipe.model.add_tokens is not None:
+        meta["new tokens"] = recipe.model.add_tokens.model_dump(mode="json")
     with run_dir.stage("train", session.device, resumable=True):
         result = train(
             model,

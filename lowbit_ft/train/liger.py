@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.whole import masters_of
+
 Fused = Callable[[Tensor, Tensor], Tensor]  # hidden [T, H], tokens [T] -> the sum of their losses
 
 
@@ -43,6 +45,11 @@ def liger_loss(model: Any, logits_of: Callable[[Tensor], Tensor]) -> Fused:
     """
     key, way_out = "train.loss: got 'liger'", "set train.loss: chunked"
     head = model.get_output_embeddings()
+    if masters_of(head) is not None:
+        raise ValueError(
+            f"{key}, which makes the gradient of the head in its 16-bit dtype, and the head is trained whole "
+            f"in fp32 (adapter.modules_to_save); {way_out}"
+        )
     if type(head) is not nn.Linear:
         raise ValueError(
             f"{key}, which multiplies with a plain weight, and the head of this model is a "

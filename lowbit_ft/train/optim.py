@@ -1,8 +1,9 @@
 """The optimizer of a run, its two learning rates, and its state without a pickle.
 
-Two groups of parameters: the low-rank matrices (learning_rate, weight_decay) and the scales, magnitudes and
-offsets (scale_learning_rate, never decayed: decay would pull every scale towards its start or towards
-zero). Which is which is the last part of the parameter's name, said by its adapter.
+Three groups of parameters: the low-rank matrices (learning_rate, weight_decay), the scales, magnitudes and
+offsets (scale_learning_rate, never decayed: decay would pull every scale towards its start or towards zero),
+and dense modules that train whole (modules_learning_rate, never decayed: they come trained). Which of the
+first two is the last part of the parameter's name, said by its adapter.
 
 The loop sets the rates before each step; the curves are in schedulers/, the optimizers in optimizers/.
 """
@@ -17,22 +18,26 @@ from torch import Tensor, nn
 
 from ..adapters import is_scale
 from ..model.shards import part_like, whole
+from ..model.whole import is_whole
 from .optimizers import OPTIMIZERS
 from .schedulers import SCHEDULERS, Left
+
+RATE_NAMES = {"low_rank": "lr", "scale": "scale_lr", "modules": "modules_lr"}  # of the log
 
 
 def build_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], section: Any, master: str | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of a TrainSection over (name, parameter) pairs, in one or two groups; group["peak"] is
+    """The optimizer of a TrainSection over (name, parameter) pairs, in up to three groups; group["peak"] is
     its rate. master: what the dense parts are held in, if that is less than fp32 (adapters/dense.py).
 
     Raises ValueError for no parameters, or an optimizer whose package is missing, or that cannot step on
     such a part.
     """
-    groups = {"low_rank": [], "scale": []}
+    groups = {"low_rank": [], "scale": [], "modules": []}
     for name, parameter in named:
-        groups["scale" if is_scale(name) else "low_rank"].append(parameter)
+        group = "modules" if is_whole(name) else "scale" if is_scale(name) else "low_rank"
+        groups[group].append(parameter)
     rate = section.learning_rate
     if isinstance(rate, str):
         raise ValueError(
@@ -43,6 +48,11 @@ def build_optimizer(
     settings = {
         "low_rank": {"lr": rate, "peak": rate, "weight_decay": section.weight_decay},
         "scale": {"lr": scale_rate, "peak": scale_rate, "weight_decay": 0.0},
+        "modules": {
+            "lr": section.modules_learning_rate,
+            "peak": section.modules_learning_rate,
+            "weight_decay": 0.0,
+        },
     }
     if short := [p for p in groups["low_rank"] if p.dtype != torch.float32]:
         assert len(short) == len(groups["low_rank"]), "dense parts are of one method"
@@ -79,10 +89,11 @@ def lr_factor(section: Any, step: int, total: int) -> float:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set every group to peak x factor; returns {"lr": ..., "scale_lr": ...} of the groups there are."""
+    """Set every group to peak x factor; returns {"lr": ..., "scale_lr": ..., "modules_lr": ...} of those
+    that are there."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-    return {"scale_lr" if g["name"] == "scale" else "lr": g["lr"] for g in optimizer.param_groups}
+    return {RATE_NAMES[g["name"]]: g["lr"] for g in optimizer.param_groups}
 
 
 def optimizer_state(

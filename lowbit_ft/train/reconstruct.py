@@ -11,11 +11,11 @@ before l and x^ those that the packed model itself has there (its earlier layers
                                                        (QDrop, arXiv 2203.05740, section 4.3)
 
 The unit is the square of what the dense layer adds to the stream: 0.01 is an error of a tenth of it, 1 is
-that of leaving the layer out. What trains is all that the method trains (A, B, scales, zero points, offsets,
-plane scales), through the same forward as in training, so the merge stays exact. Adam, two rates, both
-falling linearly to zero; windows in an order drawn from the seed and the layer's number. The loss over all
-windows is measured before, on the way and at the end, and the best of these states is kept: it never ends
-above its start (grid/calibrate/descent.py). (mixed is measured on x^.)
+that of leaving the layer out. What trains is all that the method trains of packed weights (A, B, scales, zero
+points, offsets, plane scales), through the same forward as in training, so the merge stays exact. Adam, two
+rates, both falling linearly to zero; windows in an order drawn from the seed and the layer's number. The loss
+over all windows is measured before, on the way and at the end, and the best of these states is kept: it never
+ends above its start (grid/calibrate/descent.py). (mixed is measured on x^.)
 
 Memory beside the packed model: one dense layer while its outputs are made, which is then dropped; gradients
 and Adam's averages of one packed layer; activations of one micro-batch. Hidden states wait on the CPU.
@@ -36,6 +36,7 @@ from ..grid.calibrate.descent import checked, descend
 from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
 from ..model.walk import Batch, LayerWalk, decoder_layers, entering
+from ..model.whole import is_whole
 
 BETAS = (0.9, 0.99)  # of Adam: a layer has few steps, and its gradients are alike
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def reconstruct(
 def _fitted(
     layer: nn.Module, name: str, text: LayerText, section: Any, seed: int, began: float
 ) -> tuple[Fit, dict[str, Tensor]]:
-    trained = {key: p for key, p in layer.named_parameters() if p.requires_grad}
+    trained = {key: p for key, p in layer.named_parameters() if p.requires_grad and not is_whole(key)}
     before, after, step = fit(trained, text, section, seed) if trained else (0.0, 0.0, 0)
     count = sum(p.numel() for p in trained.values())
     state = {key: tensor.to("cpu", copy=True) for key, tensor in adapter_state(layer).items()}

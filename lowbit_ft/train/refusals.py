@@ -13,6 +13,7 @@ from ..adapters import Adapter, AdapterConfig
 from ..adapters.attach import adapted_layers
 from ..adapters.dense import held_short
 from ..model.walk import decoder_layers
+from ..model.whole import SLOT
 from .processes import world
 from .setup import TrainError, ValidBatches
 from .sharding import unshardable
@@ -62,7 +63,13 @@ def refuse_unreached(names: Mapping[Tensor, str]) -> None:
     for parameter, name in names.items():
         layer = name.rpartition(".")[0]
         layers[layer] = layers.get(layer, False) or parameter.grad is not None
-    if missed := [layer.removesuffix(".adapter") for layer, reached in layers.items() if not reached]:
+    missed = [layer for layer, reached in layers.items() if not reached]
+    if whole := [layer.removesuffix(f".{SLOT}") for layer in missed if layer.endswith(f".{SLOT}")]:
+        raise TrainError(
+            f"adapter.modules_to_save: {whole[0]} got no gradient: this model's forward goes past it, so it "
+            "would not be trained; leave it out"
+        )
+    if missed := [layer.removesuffix(".adapter") for layer in missed]:
         raise TrainError(
             f"{len(missed)} layers with adapters got no gradient ({', '.join(missed[:3])}, ...): this "
             "model's forward goes past "

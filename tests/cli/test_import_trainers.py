@@ -208,3 +208,27 @@ def test_noise_and_an_early_end(trainer: str, tmp_path: Path) -> None:
     draft = import_recipe(written(tmp_path, file))
     assert draft.get("train.stop_after") is None
     assert "nothing is evaluated while training" in dict(draft.left)[wait]
+
+
+def test_modules_that_train_whole_and_new_tokens(tmp_path: Path) -> None:
+    """At the one rate of their file, unless it says another."""
+    keys: dict[str, Any] = {"lora_modules_to_save": ["embed_tokens", "lm_head"], "tokens": ["zorglub"]}
+    keys["special_tokens"] = {"pad_token": "<|pad|>", "additional_special_tokens": ["<|tool|>"]}
+    recipe, left = imported(tmp_path, AXOLOTL_FILE | keys)
+    assert recipe.adapter.modules_to_save == ["embed_tokens", "lm_head"]
+    assert recipe.model.add_tokens.tokens == ["zorglub"] and not recipe.model.add_tokens.special
+    assert recipe.train.modules_learning_rate == recipe.train.learning_rate == 2e-4
+    assert "pad_token" in left["special_tokens"]
+    assert "all special here, or none" in left["special_tokens.additional_special_tokens"]
+    recipe, left = imported(tmp_path, AXOLOTL_FILE | keys | {"tokens": [], "embedding_lr": 5e-5})
+    assert recipe.model.add_tokens.tokens == ["<|tool|>"] and recipe.model.add_tokens.special
+    assert recipe.train.modules_learning_rate == 5e-5
+    _, left = imported(tmp_path, AXOLOTL_FILE | {"embedding_lr": 5e-5})
+    assert left["embedding_lr"] == "nothing trains beside the adapters"
+
+    keys = {"additional_target": "embed_tokens,lm_head", "resize_vocab": True}
+    recipe, left = imported(tmp_path, FACTORY_FILE | keys | {"add_special_tokens": "<|tool|>,<|call|>"})
+    assert recipe.adapter.modules_to_save == ["embed_tokens", "lm_head"] and "resize_vocab" not in left
+    assert recipe.model.add_tokens.tokens == ["<|tool|>", "<|call|>"] and recipe.model.add_tokens.special
+    recipe, left = imported(tmp_path, FACTORY_FILE | keys)
+    assert recipe.model.add_tokens is None and "grow where model.add_tokens needs it" in left["resize_vocab"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach, base_digest
-from lowbit_ft.adapters.base import _say_uncounted
+from lowbit_ft.adapters.uncounted import say_uncounted
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.callbacks import StepCallback, begin_step
 from lowbit_ft.integrations.peft import LowBitConfig
@@ -176,7 +176,7 @@ def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
 
 
 def test_a_warm_up_that_nobody_counts_is_said_once(tmp_path: Path) -> None:
-    _say_uncounted.cache_clear()
+    say_uncounted.cache_clear()
     model = get_peft_model(packed_model(), LowBitConfig("l4q", rank=4, warmup_steps=2))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -194,7 +194,7 @@ def test_a_warm_up_that_nobody_counts_is_said_once(tmp_path: Path) -> None:
 
 def test_the_callback_counts_the_warm_up(tmp_path: Path) -> None:
     """Through Trainer: plain LoRA before the switch, the scale restarted at it; as a loop by hand does it."""
-    _say_uncounted.cache_clear()
+    say_uncounted.cache_clear()
     seen: list[tuple[bool, float]] = []
 
     class Look(StepCallback):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...data.errors import DataError
 from ...data.examples import StreamedExamples
@@ -26,6 +26,28 @@ from .data import sources_at
 # Tokens that stand for something else than text: a model that reads text alone may lack their rows.
 _MEDIA = ("image_token", "audio_token", "video_token")
 _FIRST_ROWS = 16
+
+
+class CopyOf(Section):
+    """A new row begins as the row of another token."""
+
+    copy_of: str = Field(min_length=1, description="a token of the vocabulary")
+
+
+class AddTokensSection(Section):
+    """Tokens that the tokenizer gets, and a row each in embedding and head, which train."""
+
+    tokens: list[str] = Field(min_length=1, description="as they stand in the text")
+    special: bool = Field(
+        default=False, description="true: control tokens, left out of decoded text (skip_special_tokens)"
+    )
+    init: Literal["mean"] | CopyOf = Field(
+        default="mean", description="a row begins as the mean of the old ones, or {copy_of: a token}"
+    )
+
+    @property
+    def copied(self) -> str | None:
+        return self.init.copy_of if isinstance(self.init, CopyOf) else None
 
 
 class ModelSection(Section):
@@ -49,6 +71,16 @@ class ModelSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: the GPU when there is one"
     )
+    add_tokens: AddTokensSection | None = Field(
+        default=None,
+        description="new tokens: a list of them, or a mapping. Their rows of embedding and head train at "
+        "train.modules_learning_rate, all other rows stay; null: none",
+    )
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _list_of_tokens(cls, value: Any) -> Any:
+        return {"tokens": value} if isinstance(value, list) else value
 
 
 def check_model(r: Any) -> Problems:

@@ -49,6 +49,9 @@ class TrainSection(Section):
     scale_learning_rate: Positive | None = Field(
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
     )
+    modules_learning_rate: Positive = Field(
+        default=1e-4, description="of the dense modules of adapter.modules_to_save, which train whole"
+    )
     reconstruct: ReconstructSection | None = Field(
         default=None,
         description="fit the adapters to the dense layers first, one by one; null: start as attached",

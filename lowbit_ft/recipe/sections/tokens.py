@@ -1,0 +1,88 @@
+"""model.add_tokens against the tokenizer, the tables of the checkpoint, what is packed, and the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...files.tensorfile import CheckpointError
+from ...model.checkpoint import Checkpoint
+from ...model.grown import tables_of, token_problems
+from ...model.tokenizer import read_tokenizer
+from ...signals import SIGNALS
+from ...train.optimizers import OPTIMIZERS
+from ..layers import local_folder
+from ..yaml import Problem
+from .base import Problems
+
+HERE = ("model", "add_tokens")
+
+
+def check_add_tokens(r: Any) -> Problems:
+    """Tokens that cannot be added, and tables that cannot grow. (A model that is not on this disk is asked
+    when it is fetched.)"""
+    if (wanted := r.model.add_tokens) is None:
+        return
+    if (folder := local_folder(r.model.path, r.model.revision)) is not None:
+        try:
+            found = token_problems(read_tokenizer(folder), wanted.tokens, wanted.copied)
+        except CheckpointError:
+            found = []  # check_chat, or the start of the run, tells what is missing
+        yield from (Problem((*HERE, "tokens"), problem) for problem in found)
+        try:
+            tables_of(Checkpoint.open(folder))
+        except (OSError, ValueError) as error:
+            yield Problem(HERE, f"got tokens that need a row each, but {error}; remove it")
+    if hasattr(r, "quant"):
+        for key in ("embeddings", "lm_head"):
+            if (bits := getattr(r.quant, key)) is not None:
+                yield Problem(
+                    ("quant", key),
+                    f"got {bits} with model.add_tokens: rows of a packed table are integers, and new ones "
+                    f"could not train; set {key}: null",
+                )
+    if hasattr(r, "train"):
+        yield from _against_loop(r.train)
+    if hasattr(r, "data") and r.data.synthesis is not None:
+        yield Problem(
+            ("data", "synthesis"),
+            "got rows that the model writes itself, with model.add_tokens: it does not write tokens that it "
+            "has not learned; give data.train",
+        )
+
+
+def _against_loop(train: Any) -> Problems:
+    if SIGNALS[train.signal.kind].asks:
+        yield Problem(
+            ("train", "signal", "kind"),
+            f"got {train.signal.kind!r} with model.add_tokens: a teacher knows nothing of the new tokens, "
+            "and would teach the model not to write them; set kind: labels",
+        )
+    if OPTIMIZERS[train.optimizer].ternary:
+        yield Problem(
+            ("train", "optimizer"),
+            f"got {train.optimizer!r}, whose numbers are -1, 0 and 1, with model.add_tokens; remove "
+            "add_tokens, or choose another adapter.method",
+        )
+    if not train.gradient.backward:
+        yield Problem(
+            ("train", "gradient", "kind"),
+            f"got {train.gradient.kind!r}, which knows the step of a grid and none of a dense row, with "
+            "model.add_tokens; set kind: backprop, or remove add_tokens",
+        )
+    if train.sharding == "fsdp":
+        yield Problem(
+            ("train", "sharding"),
+            "got 'fsdp' with model.add_tokens, whose tables are whole on every process; set sharding: none "
+            "(DDP)",
+        )
+    if train.max_steps == 0:
+        yield Problem(
+            HERE,
+            "got tokens, but train.max_steps 0 only fits adapters (train.reconstruct), so their rows would "
+            "ship as they begin; train for some steps, or remove it",
+        )
+    if train.loss == "liger":
+        yield Problem(
+            ("train", "loss"),
+            "got 'liger', which learns a whole head or none, with model.add_tokens; set loss: chunked",
+        )
