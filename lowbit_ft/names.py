@@ -116,3 +116,10 @@ def pattern_error(pattern: str) -> str:
     except _NO_REGEX as error:
         return "" if any(character in pattern for character in "*?[") else str(error)
     return ""
+
+
+def without_folders(text: str) -> str:
+    """The last part of a path from the root of a machine, or from somebody's home; any other text as it is.
+    What is shown to others says no more of where things lie."""
+    rooted = text.startswith(("/", "~", "\\\\")) or regex.match(r"[A-Za-z]:[\\/]", text) is not None
+    return regex.split(r"[\\/]", text.rstrip("\\/"))[-1] if rooted else text

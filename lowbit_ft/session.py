@@ -4,6 +4,8 @@ A session is opened on a recipe (`start`, which makes or continues the run folde
 that is there (`resume`). One that writes holds the folder's lock until it is closed: use it in a `with`.
 """
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +19,14 @@ from .files.jsonfile import read_json
 from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
+from .model.chat_template import chosen
 from .model.checkpoint import Checkpoint
 from .model.load import load_tokenizer
 from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
+from .recipe.sections.chat import with_template
 from .recipe.yaml import RecipeError
 from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
@@ -81,6 +85,13 @@ class Session:
         return read_shapes(self.checkpoint.folder).rows
 
     @property
+    def chat_key(self) -> list[str]:
+        """What chats are written with, for the key of what is made of rows; empty: the checkpoint's own
+        template."""
+        template = self.checkpoint.chat_template
+        return [] if template is None else [hashlib.sha256(json.dumps(template).encode()).hexdigest()]
+
+    @property
     def folded(self) -> Checkpoint:
         """The checkpoint as it is packed: turned and smoothed as base/ says (quant.rotation, quant.smooth),
         else as it is. Whoever writes or compares tensors of the packed model reads this one; what is asked
@@ -126,7 +137,8 @@ def start(recipe: Recipe) -> Session:
                 recipe.model.path, revision, recipe.model.dtype
             )  # fetched, before its grid is asked for
         recipe, against = settled(recipe)
-        if against:
+        recipe, wrong = with_template(recipe)
+        if against := [*against, *wrong]:
             raise RecipeError([str(problem) for problem in against])
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         try:
@@ -137,7 +149,7 @@ def start(recipe: Recipe) -> Session:
             if stored is None:
                 facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
                 run.write_json("environment.json", environment() | facts)
-            tokenizer = load_tokenizer(checkpoint)
+            tokenizer = _tokenizer(recipe, checkpoint)
         except BaseException:
             run.close()
             raise
@@ -179,8 +191,18 @@ def _opened(run: RunDir) -> Session:
     checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
     return Session(
-        recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe.model.device), Console()
+        recipe, run, checkpoint, _tokenizer(recipe, checkpoint), pick_device(recipe.model.device), Console()
     )
+
+
+def _tokenizer(recipe: Recipe, checkpoint: Checkpoint) -> Any:
+    """The tokenizer of the run. From here on the checkpoint knows the chat template of the recipe, which
+    ships with it."""
+    data = recipe.data
+    checkpoint.chat_template = chosen(
+        load_tokenizer(checkpoint), data.chat_template, data.chat_template_kwargs
+    )
+    return load_tokenizer(checkpoint)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -89,6 +89,7 @@ def check_export(session: Session, folder: Path) -> None:
             dtype=session.dtype,
             device=device,
             source=session.checkpoint.folder,
+            chat_template=session.checkpoint.chat_template,
         )
     )
     release_freed()

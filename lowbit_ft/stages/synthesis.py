@@ -194,6 +194,8 @@ def _key(session: Session, config: SynthesisConfig) -> str:
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
     }
+    if config.needs_template and session.chat_key:
+        facts["chat"] = session.chat_key
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
