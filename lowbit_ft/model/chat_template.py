@@ -70,6 +70,8 @@ def template_text(given: str, *, fetch: bool = True) -> str | None:
         )
     if reason := syntax_error(text, where):
         raise ValueError(reason)
+    if "{%" not in text and "{{" not in text:
+        raise ValueError(f"{where}: is no template: it writes the same for every chat")
     return text
 
 

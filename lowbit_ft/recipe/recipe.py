@@ -34,7 +34,8 @@ from .sections.train import TrainSection
 from .values import OneMethod, for_method
 from .yaml import MOST_PROBLEMS, Problem, RecipeError, apply_override, read_source
 
-WORDS = ("prompts", "system")  # keys of text for a model, which may begin with a slash and is no path
+# Keys of text for a model, which may begin with a slash and is no path.
+WORDS = ("generate", "system", "chat_template_kwargs")
 
 
 class Recipe(Section):
@@ -82,11 +83,13 @@ def _dumped(values: Any) -> str:
 
 
 def _shown(value: Any, key: str = "") -> Any:
+    if key in WORDS:
+        return value
     if isinstance(value, dict):
         return {name: _shown(part, name) for name, part in value.items()}
     if isinstance(value, list):
         return [_shown(part, key) for part in value]
-    return without_folders(value) if isinstance(value, str) and key not in WORDS else value
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def recipe_schema() -> dict[str, Any]:
