@@ -123,3 +123,16 @@ def without_folders(text: str) -> str:
     What is shown to others says no more of where things lie."""
     rooted = text.startswith(("/", "~", "\\\\")) or regex.match(r"[A-Za-z]:[\\/]", text) is not None
     return regex.split(r"[\\/]", text.rstrip("\\/"))[-1] if rooted else text
+
+
+def kinds_of(names: list[str]) -> str:
+    """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
+    kinds = dict.fromkeys(regex.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return listed(list(kinds)[:8])
+
+
+def nearest_layers(pattern: str, names: list[str]) -> str:
+    """What may have been meant by a pattern that matches no layer, and the kinds of layers there are."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    word = regex.sub(r"[^\w]+", " ", pattern).split()
+    return f"{did_you_mean(word[-1] if word else pattern, ends)}; the model has {kinds_of(names)}"

@@ -23,6 +23,7 @@ from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from . import Adapter, AdapterConfig
 from .carry import Carried
+from .patterns import refuse_unmatched
 from .step_codes import StepCodes
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -98,6 +99,7 @@ def attach(
             f"adapter.targets: {config.targets} match none of the {len(names)} packed layers "
             f"({', '.join(names[:4])}, ...)"
         )
+    refuse_unmatched(config, [name for name, _ in layers], "adapter.")
     refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]
     if refused:
         raise ValueError(f"adapter {config.method} cannot train this base:\n  " + "\n  ".join(refused))

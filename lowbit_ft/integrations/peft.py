@@ -32,6 +32,7 @@ from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
 from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
+from ..adapters.patterns import refuse_unmatched
 from ..grid import Weight
 from ..model.fused import Fused
 from ..model.linear import PackedEmbedding, PackedLinear, deployed, in_memory, leave_out_of_ddp
@@ -265,6 +266,9 @@ class LowBitModel(BaseTuner):
             raise ValueError(
                 f"adapter {config.method} cannot train these layers:\n  " + "\n  ".join(problems)
             )
+        if not peft_config.restored:
+            trained = [name for name in hosts if self._check_target_module_exists(peft_config, name)]
+            refuse_unmatched(config, trained, "LowBitConfig: ")
         peft_config.base_digest = digest
         peft_config.by_layer = dict(config.over(_bases(peft_config, hosts)))
 
