@@ -4,8 +4,6 @@ A session is opened on a recipe (`start`, which makes or continues the run folde
 that is there (`resume`). One that writes holds the folder's lock until it is closed: use it in a `with`.
 """
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,13 +81,6 @@ class Session:
     def rows(self) -> int | None:
         """Tokens that the model has an embedding of; None when its name tells nothing."""
         return read_shapes(self.checkpoint.folder).rows
-
-    @property
-    def chat_key(self) -> list[str]:
-        """What chats are written with, for the key of what is made of rows; empty: the checkpoint's own
-        template."""
-        template = self.checkpoint.chat_template
-        return [] if template is None else [hashlib.sha256(json.dumps(template).encode()).hexdigest()]
 
     @property
     def folded(self) -> Checkpoint:

@@ -70,8 +70,7 @@ class StreamedExamples(Examples):
         parts += [section.sequence_len, section.packing, section.train_on]
         if len(sources) > 1:
             parts += [weights_of(sources), section.stopping_strategy]
-        if section.chat_template is not None or section.chat_template_kwargs:
-            parts += [section.chat_template, section.chat_template_kwargs]
+        parts += section.chat
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ _BUILT_IN = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 }
+
+
+_DEFAULT = re.compile(
+    r"\{% if not (?P<name>\w+) is defined %\}\{% set (?P=name) = (?P<value>.*) %\}\{% endif %\}\n"
+)
 
 
 def is_text(given: str) -> bool:
@@ -164,6 +170,15 @@ def told(template: Template, values: Mapping[str, Any]) -> Template:
     return "".join(lines) + template
 
 
+def defaults(text: str) -> dict[str, Any]:
+    """What `told` has put before a template."""
+    found, place = {}, 0
+    while (line := _DEFAULT.match(text, place)) is not None:
+        found[line["name"]] = _compiled("").environment.compile_expression(line["value"], False)()
+        place = line.end()
+    return found
+
+
 def _no_literal(value: Any) -> str | None:
     """Why Jinja cannot be told the value."""
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
@@ -173,12 +188,10 @@ def _no_literal(value: Any) -> str | None:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if reason := next((reason for part in inner if (reason := _no_literal(part))), None):
         return reason
-    known = value is None or isinstance(value, str | bool | int | float | list | dict)
-    return (
-        None
-        if known
-        else f"a {type(value).__name__}; allowed: text, numbers, true, false, null, lists of them"
-    )
+    if value is None or isinstance(value, str | bool | int | float | list | dict):
+        return None
+    allowed = "text, numbers, true, false, null, and lists or objects of them"
+    return f"it is a {type(value).__name__}; allowed: {allowed}"
 
 
 def _literal(value: Any) -> str:

@@ -23,6 +23,7 @@ from ..adapters.attach import (
 from ..adapters.folder import CONFIG_FILE
 from ..export import EXPORTERS, Exporter, Weights
 from ..export.card import CardFacts, model_card, serve_line
+from ..export.chat import TEXT
 from ..export.folder import check_target
 from ..export.native_folder import NativeFolder, is_native
 from ..export.reader import load_exported
@@ -32,6 +33,7 @@ from ..files.jsonfile import read_json
 from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
+from ..model.chat_template import defaults
 from ..model.linear import deployed
 from .export import set_aside
 
@@ -80,6 +82,7 @@ def export_outside(
         next(iter(model.weights.specs.values())).grid,
         None,
         checkpoint.kv_cache,
+        _told(checkpoint.folder / TEXT),
     )
     card = {"README.md": model_card(facts, name, [])}
     write_model(target, checkpoint, model.weights, exporter, kv_cache=checkpoint.kv_cache, extra_files=card)
@@ -87,6 +90,11 @@ def export_outside(
     say(f"{name}: {target}")
     say(serve_line(facts, name, target))
     return target
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """The defaults of the folder's chat template."""
+    return defaults(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _refuse_inside(target: Path, *sources: Path) -> None:

@@ -115,7 +115,7 @@ def measure(
             recipe.data.sequence_len,
             recipe.data.packing,
             recipe.data.on_bad_row,
-            *session.chat_key,
+            *recipe.data.chat,
         ],
         "dtype": recipe.model.dtype,
     }

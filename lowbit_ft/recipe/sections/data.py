@@ -127,6 +127,12 @@ class DataSection(Section):
     streaming: bool = Field(default=False, description="read while training; needs train.max_steps")
 
     @property
+    def chat(self) -> list[Any]:
+        """What chats are written with, for the key of what is made of rows; empty: the model's own way."""
+        said = self.chat_template is not None or bool(self.chat_template_kwargs)
+        return [self.chat_template, self.chat_template_kwargs] if said else []
+
+    @property
     def rows(self) -> str:
         """Where the training rows are from, for people."""
         sources = sources_of(self.train)
