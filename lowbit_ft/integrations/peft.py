@@ -50,7 +50,7 @@ from .adapter_files import (
     with_parts,
     write_adapter,
 )
-from .lora_names import from_lora
+from .lora_names import from_lora, plain_names
 from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
 from .peft_layer import LowBitLinear, one_name, outside_hosts, packed_hosts
@@ -120,8 +120,8 @@ class LowBitConfig(PeftConfig):
         own = [f.name for f in fields(self) if f.name not in {*ours, "options", "base_digest"}]
         self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}, own))
         everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-        self.target_modules = None if everything else _plain(target_modules)
-        self.exclude_modules = _plain(exclude_modules)
+        self.target_modules = None if everything else plain_names(target_modules)
+        self.exclude_modules = plain_names(exclude_modules)
         if isinstance(modules_to_save, str):
             raise ValueError(
                 f"modules_to_save: got {modules_to_save!r}; allowed: a list; write [{modules_to_save!r}]"
@@ -173,11 +173,6 @@ def _bases(config: LowBitConfig, hosts: dict[str, PackedLinear]) -> Iterator[tup
         if check_target_module_exists(config.matcher, name):
             with in_memory(layer):
                 yield name, layer.base
-
-
-def _plain(names: Any) -> list[str] | str | None:
-    """Sets come as sorted lists, so that the same config writes the same file."""
-    return names if names is None or isinstance(names, str) else sorted(names)
 
 
 class LowBitModel(BaseTuner):
