@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import regex
 
@@ -125,13 +125,13 @@ def without_folders(text: str) -> str:
     return regex.split(r"[\\/]", text.rstrip("\\/"))[-1] if rooted else text
 
 
-def kinds_of(names: list[str]) -> str:
+def kinds_of(names: Sequence[str]) -> str:
     """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
     kinds = dict.fromkeys(regex.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
     return listed(list(kinds)[:8])
 
 
-def nearest_layers(pattern: str, names: list[str]) -> str:
+def nearest_layers(pattern: str, names: Sequence[str]) -> str:
     """What may have been meant by a pattern that matches no layer, and the kinds of layers there are."""
     ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
     word = regex.sub(r"[^\w]+", " ", pattern).split()
