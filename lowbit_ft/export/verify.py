@@ -238,7 +238,8 @@ def _expected(
     prompts = prompt_ids(own)
     packed: Any = model if isinstance(model, nn.Module) else model()
     logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
-    answers = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
+    stops = exporter.stops(folder)  # of a gguf file a reading of all its tokens
+    answers = [answer(lambda x: _logits(packed, x), prompt, stops) for prompt in prompts]
     return _Expected(logits, answers, next(packed.parameters()).device.type)
 
 

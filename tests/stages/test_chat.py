@@ -14,10 +14,14 @@ from transformers import AutoTokenizer
 
 from lowbit_ft import pipeline
 from lowbit_ft.evaluate.generate import encode_prompt
+from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.folder import check_files
+from lowbit_ft.export.reader import read_weights
+from lowbit_ft.export.writer import write_model
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.session import resume
+from lowbit_ft.stages.card import card
 from lowbit_ft.stages.data import calibration_windows, first_windows, read_data, train_source
 from tests.packed_tools import tiny_checkpoint
 
@@ -46,7 +50,7 @@ DEFAULT = "{% if not quiet is defined %}{% set quiet = true %}{% endif %}\n"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe, its template and its run, which ships gguf."""
+    """A folder with a recipe, its template and its run, which ships compressed-tensors."""
     root = tmp_path_factory.mktemp("chat")
     tiny_checkpoint(root / "model", vocab_size=4096)
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
@@ -68,12 +72,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "chat_template_kwargs": {"quiet": True},
         },
         "train": {"max_steps": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1},
-        "eval": {"windows": 1, "window": 64, "generate": []},
-        "export": {"format": "gguf"},
         "output": str(root / "run"),
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    pipeline.run(load_recipe(root / "recipe.yaml"))
+    pipeline.train(load_recipe(root / "recipe.yaml"))
+    pipeline.export(root / "run")
     return root
 
 
@@ -101,15 +104,19 @@ def test_every_chat_is_written_with_it(run: Path) -> None:
 
 
 def test_what_ships_writes_what_was_trained(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (value,) = [
-        GGUFReader(run / "run" / "exported" / "model.gguf").fields["tokenizer.chat_template"].contents()
-    ]
-    assert value == DEFAULT + TEMPLATE
-    pipeline.export(run / "run", "compressed-tensors")
-    said = capsys.readouterr().out
-    assert """--default-chat-template-kwargs '{"quiet": true}'""" in said and "quiet as in training" in said
+    with resume(run / "run") as session:
+        merged = read_weights(session.run / "merged")
+        write_model(
+            run / "gguf", session.folded, merged, EXPORTERS["gguf"], extra_files=card(session, "gguf")
+        )
+    said = GGUFReader(run / "gguf" / "model.gguf").fields["tokenizer.chat_template"].contents()
+    assert said == DEFAULT + TEMPLATE
+    flag = """llama-server -m PATH/model.gguf --chat-template-kwargs '{"quiet": true}'"""
+    assert flag in (run / "gguf" / "README.md").read_text()
     pipeline.export(run / "run" / "merged", "compressed-tensors", run / "outside")
-    assert """kwargs '{"quiet": true}'""" in capsys.readouterr().out
+    flag, out = """--default-chat-template-kwargs '{"quiet": true}'""", capsys.readouterr().out
+    assert flag in out and "quiet as in training" in out
+    assert flag in (run / "run" / "exported" / "README.md").read_text()
     for folder in (run / "run" / "base", run / "run" / "merged", run / "run" / "exported", run / "outside"):
         check_files(folder)
         assert (folder / "chat_template.jinja").read_text() == DEFAULT + TEMPLATE
@@ -140,7 +147,7 @@ def test_a_run_keeps_the_template_that_it_began_with(run: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     (run / "mine.jinja").write_text(TEMPLATE.replace("HUSH", "PSST"))
     with pytest.raises(ValueError, match="these keys differ: data.chat_template"):
-        pipeline.run(recipe)
+        pipeline.train(recipe)
     with resume(run / "run") as session:
         assert session.tokenizer.chat_template == DEFAULT + TEMPLATE
     (run / "mine.jinja").write_text("{% if %}")
