@@ -43,11 +43,10 @@ _BUILT_IN = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 }
-
-
 _DEFAULT = re.compile(
     r"\{% if not (?P<name>\w+) is defined %\}\{% set (?P=name) = (?P<value>.*) %\}\{% endif %\}\n"
 )
+_NONE = re.compile(r'(?P<text>"(?:[^"\\]|\\.)*")|\bnone\b')
 
 
 def is_text(given: str) -> bool:
@@ -174,7 +173,10 @@ def defaults(text: str) -> dict[str, Any]:
     """What `told` has put before a template."""
     found, place = {}, 0
     while (line := _DEFAULT.match(text, place)) is not None:
-        found[line["name"]] = _compiled("").environment.compile_expression(line["value"], False)()
+        try:
+            found[line["name"]] = json.loads(_NONE.sub(lambda m: m["text"] or "null", line["value"]))
+        except ValueError:  # an expression, which nobody but a server has to work out
+            break
         place = line.end()
     return found
 

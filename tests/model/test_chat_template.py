@@ -113,6 +113,12 @@ def test_a_name_a_file_a_model_or_the_text(
             template_text(str(tmp_path / "a.jinja"))
 
 
+def test_only_values_are_read_as_defaults() -> None:
+    made = str(told("{{ x }}", {"x": ["none", None]}))
+    assert defaults(made) == {"x": ["none", None]}
+    assert defaults(made.replace('"none"', "range(9)")) == {}, "nothing of a template is run for this"
+
+
 def test_a_tokenizer_without_a_template_cannot_be_told(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     assert chosen(tokenizer, None, {}) is None and chosen(tokenizer, THINKS, {}) == THINKS

@@ -87,13 +87,15 @@ def _template(r: Any, fetch: bool) -> tuple[str | None, list[Problem]]:
 def check_chat(r: Any) -> Problems:
     """Formats of turns need a chat template."""
     folder = Path(r.model.path).expanduser()
-    if r.data.chat_template is not None or not path_is(folder, "dir") or has_chat_template(folder):
+    if not path_is(folder, "dir") or has_chat_template(folder):
         return  # a hub id: data/examples.py looks, once the tokenizer is there
     if not any(path_is(folder / name, "file") for name in TOKENIZER_FILES):
         yield Problem(
             ("model", "path"),
             f"got {r.model.path!r}, which has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it there",
         )
+        return
+    if r.data.chat_template is not None:
         return
     fix = "set data.chat_template (chatml, a file, or a model that has one)"
     config = r.data.synthesis
