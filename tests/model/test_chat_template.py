@@ -36,7 +36,7 @@ def rendered(tokenizer: Any, template: Any, **values: Any) -> str:
 def test_a_default_writes_what_the_value_writes_and_a_request_still_decides(
     text: str, tokenizer: Any
 ) -> None:
-    with_default = told(text, {"enable_thinking": False})
+    with_default = str(told(text, {"enable_thinking": False}))
     said, unsaid = rendered(tokenizer, text, enable_thinking=False), rendered(tokenizer, text)
     assert rendered(tokenizer, with_default) == said != unsaid
     assert rendered(tokenizer, with_default, enable_thinking=True) == unsaid

@@ -19,6 +19,7 @@ from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.data import DataSource
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.session import resume
 from lowbit_ft.stages.card import card
@@ -94,9 +95,7 @@ def test_every_chat_is_written_with_it(run: Path) -> None:
             "calibration": tokenizer.decode(calibration_windows(session, 4, 64, 1)[0]["input_ids"][0]),
             "prompt": tokenizer.decode(encode_prompt(tokenizer, "3?", True)[0]),
         }
-        pairs = session.recipe.data.train.model_copy(
-            update={"path": str(run / "pairs.jsonl"), "format": "preference"}
-        )
+        pairs = DataSource(path=str(run / "pairs.jsonl"), format="preference")
         data = session.recipe.data.model_copy(update={"train": pairs})
         session.recipe = session.recipe.model_copy(update={"data": data})
         found["pairs"] = texts(tokenizer, read_data(session))
