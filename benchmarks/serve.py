@@ -70,12 +70,13 @@ def options() -> argparse.Namespace:
 
 
 def install(venvs: dict[str, Path]) -> None:
-    """llama-cpp-python is built from its sources: ten minutes on two cores."""
+    """An environment for each server that has none of this version; one that broke off is gone on with.
+    llama-cpp-python is built from its sources: ten minutes on two cores."""
     for name, package in PACKAGES.items():
-        python = venvs[name] / "bin" / "python"
-        if python.exists():
+        mark = venvs[name] / "installed"
+        if mark.is_file() and mark.read_text() == f"{package}\n":
             continue
-        pip = [str(python), "-m", "pip"]
+        pip = [str(venvs[name] / "bin" / "python"), "-m", "pip"]
         commands = [
             [sys.executable, "-m", "venv", str(venvs[name])],
             [*pip, "install", "--quiet", "--no-binary", "llama-cpp-python", package],
@@ -84,6 +85,7 @@ def install(venvs: dict[str, Path]) -> None:
             commands.append([*pip, "uninstall", "--quiet", "--yes", *UNWANTED])
         for command in commands:
             subprocess.run(command, check=True)
+        write_text(mark, f"{package}\n")
 
 
 def run_of(case: Case, o: argparse.Namespace) -> Path:

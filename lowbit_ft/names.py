@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import regex
 
@@ -116,3 +116,23 @@ def pattern_error(pattern: str) -> str:
     except _NO_REGEX as error:
         return "" if any(character in pattern for character in "*?[") else str(error)
     return ""
+
+
+def without_folders(text: str) -> str:
+    """The last part of a path from the root of a machine, or from somebody's home; any other text as it is.
+    What is shown to others says no more of where things lie."""
+    rooted = text.startswith(("/", "~", "\\\\")) or regex.match(r"[A-Za-z]:[\\/]", text) is not None
+    return regex.split(r"[\\/]", text.rstrip("\\/"))[-1] if rooted else text
+
+
+def kinds_of(names: Sequence[str]) -> str:
+    """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
+    kinds = dict.fromkeys(regex.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return listed(list(kinds)[:8])
+
+
+def nearest_layers(pattern: str, names: Sequence[str]) -> str:
+    """What may have been meant by a pattern that matches no layer, and the kinds of layers there are."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    word = regex.sub(r"[^\w]+", " ", pattern).split()
+    return f"{did_you_mean(word[-1] if word else pattern, ends)}; the model has {kinds_of(names)}"

@@ -18,6 +18,7 @@ from .files.jsonfile import read_json
 from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
+from .model.chat_template import chosen
 from .model.checkpoint import Checkpoint
 from .model.grown import GrownCheckpoint, add_tokens, tables_of
 from .model.load import load_tokenizer
@@ -25,6 +26,7 @@ from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
 from .recipe.layers import local_folder, read_shapes
 from .recipe.recipe import Recipe, check_recipe
+from .recipe.sections.chat import with_template
 from .recipe.yaml import RecipeError
 from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
@@ -130,7 +132,8 @@ def start(recipe: Recipe) -> Session:
                 recipe.model.path, revision, recipe.model.dtype
             )  # fetched, before its grid is asked for
         recipe, against = settled(recipe)
-        if against:
+        recipe, wrong = with_template(recipe)
+        if against := [*against, *wrong]:
             raise RecipeError([str(problem) for problem in against])
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         try:
@@ -141,7 +144,7 @@ def start(recipe: Recipe) -> Session:
             if stored is None:
                 facts = {"model": recipe.model.path, "revision": checkpoint.revision, "device": str(device)}
                 run.write_json("environment.json", environment() | facts)
-            checkpoint, tokenizer = grown(recipe, run, checkpoint, writes=True)
+            checkpoint, tokenizer = _with_tokenizer(recipe, run, checkpoint, writes=True)
         except BaseException:
             run.close()
             raise
@@ -182,16 +185,21 @@ def _opened(run: RunDir) -> Session:
         ) from error
     checkpoint.source = given  # what is written says the same from every folder
     torch.set_float32_matmul_precision("highest")
-    checkpoint, tokenizer = grown(recipe, run, checkpoint)
+    checkpoint, tokenizer = _with_tokenizer(recipe, run, checkpoint)
     return Session(recipe, run, checkpoint, tokenizer, pick_device(recipe.model.device), Console())
 
 
-def grown(
+def _with_tokenizer(
     recipe: Recipe, run: RunDir, checkpoint: Checkpoint, writes: bool = False
 ) -> tuple[Checkpoint, Any]:
-    """The checkpoint and its tokenizer, with the new tokens of model.add_tokens; writes: the folder model/ of
-    the run, which has the files of both, is made."""
-    tokenizer, wanted = load_tokenizer(checkpoint), recipe.model.add_tokens
+    """The checkpoint and its tokenizer, with the chat template of the recipe, which ships with it, and the
+    new tokens of model.add_tokens; writes: the folder model/ of the run, which has the files of both, is made.
+    """
+    data, wanted = recipe.data, recipe.model.add_tokens
+    checkpoint.chat_template = chosen(
+        load_tokenizer(checkpoint), data.chat_template, data.chat_template_kwargs
+    )
+    tokenizer = load_tokenizer(checkpoint)
     if wanted is None:
         return checkpoint, tokenizer
     key = next(iter(tables_of(checkpoint).values()))

@@ -104,3 +104,15 @@ TAGGED_TWICE = (
     "{% generation %}{{ m['content'] }}{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
 )
+
+# A template that asks for a variable, in the way of Qwen3.
+THINKS = "{% if enable_thinking is defined and enable_thinking is false %}off{% else %}on{% endif %}"
+# Texts whose first characters a line before them could swallow, and whose names are read in other scopes.
+THINKS_ANYWHERE = [
+    THINKS,
+    "\n  " + THINKS + "\n",
+    "  {% if x %}{% endif %}\n" + THINKS,
+    "{%- macro m() %}" + THINKS + "{% endmacro %}\n{% for m_ in messages %}{{ m() }}{% endfor %} \n\n",
+    "{% generation %}" + THINKS + "{% endgeneration %}",
+    QWEN3 + THINKS,
+]

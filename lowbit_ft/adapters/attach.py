@@ -26,6 +26,7 @@ from ..model.whole import masters_of, train_whole, untrained, whole_modules, who
 from . import Adapter, AdapterConfig
 from .carry import Carried
 from .modules import modules_of
+from .patterns import refuse_unmatched
 from .step_codes import StepCodes
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -101,6 +102,7 @@ def attach(
             f"adapter.targets: {config.targets} match none of the {len(names)} packed layers "
             f"({', '.join(names[:4])}, ...)"
         )
+    refuse_unmatched(config, [name for name, _ in layers], "adapter.")
     refused = [f"{name}: {reason}" for name, layer in layers if (reason := config.reject(layer.grid))]
     if refused:
         raise ValueError(f"adapter {config.method} cannot train this base:\n  " + "\n  ".join(refused))

@@ -7,13 +7,13 @@ pairs: its keys are sorted, and the order matters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import regex
 from pydantic import BaseModel, BeforeValidator, Field
 
-from ..names import matches, regex_matches
+from ..names import matches, nearest_layers, regex_matches
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,6 +65,18 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 def of(patterns: Mapping[str, Any], layer_name: str) -> Any:
     """The value of the first pattern that means this layer; None: none does."""
     return next((value for pattern, value in patterns.items() if meant(pattern, layer_name)), None)
+
+
+def refuse_unmatched(config: BaseModel, trained: Sequence[str], where: str) -> None:
+    """ValueError for the first pattern that means no layer that trains: all layers would silently have the
+    general rank."""
+    for key in PATTERNS:
+        for pattern in getattr(config, key, {}):
+            if not any(meant(pattern, name) for name in trained):
+                raise ValueError(
+                    f"{where}{key}: got {pattern!r}, which matches no layer that trains"
+                    f"{nearest_layers(pattern, trained)}"
+                )
 
 
 def meant(pattern: str, layer_name: str) -> bool:

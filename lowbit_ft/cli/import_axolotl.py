@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .import_chat import axolotl_beta, axolotl_rl, axolotl_template, template_kwargs
 from .import_draft import Draft, Trainer
 from .import_rows import axolotl_rows
 from .import_rules import (
@@ -22,7 +23,7 @@ from .import_rules import (
     new_tokens,
     number,
     on,
-    refuse_stage,
+    refuse_reward,
     taken_later,
     targets,
     text,
@@ -57,6 +58,8 @@ def _special_tokens(draft: Draft, key: str, value: Any) -> None:
 
 
 def _finish(draft: Draft) -> None:
+    axolotl_template(draft)
+    axolotl_beta(draft)
     theirs = draft.theirs
     if "adapter" not in theirs or theirs["adapter"] is None:
         draft.leave(
@@ -113,9 +116,20 @@ RULES = SHARED | {
     "optimizer": chosen("train.optimizer", OPTIMIZER_NAMES),
     "cosine_min_lr_ratio": number("train.min_lr_ratio", whole=False),
     "wandb_project": if_not_off(lambda draft, key, value: draft.set("train.trackers", ["wandb"], key)),
-    "chat_template": left("the template of the model's own tokenizer is used"),
-    "rl": refuse_stage,
-    "reward_model": if_not_off(refuse_stage),
+    "chat_template": taken_later,
+    "chat_template_jinja": taken_later,
+    "chat_template_kwargs": template_kwargs,
+    "rl": if_not_off(axolotl_rl),
+    "rl_beta": taken_later,
+    "orpo_alpha": taken_later,
+    "dpo_beta": taken_later,
+    "trl": taken_later,
+    "dpo_label_smoothing": left(
+        "theirs has no effect on DPO's loss; signal.loss_type: robust counts wrong pairs"
+    ),
+    "rpo_alpha": left("no cross entropy beside DPO here; signal.kind: orpo has one"),
+    "rl_adapter_ref_model": left("the reference is the packed base with its adapters off"),
+    "reward_model": if_not_off(refuse_reward),
     "flash_attention": ATTENTION,
     "attn_implementation": ATTENTION,
     "xformers_attention": ATTENTION,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .import_chat import factory_loss, factory_stage, factory_template, factory_thinking
 from .import_draft import Draft, Trainer
 from .import_rows import factory_mixture, factory_rows
 from .import_rules import (
@@ -23,18 +24,12 @@ from .import_rules import (
     new_tokens,
     number,
     on,
-    refuse_stage,
     taken_later,
     targets,
     text,
     trackers,
     truth,
 )
-
-
-def _stage(draft: Draft, key: str, value: Any) -> None:
-    if value not in ("sft", "pt"):
-        refuse_stage(draft, key, value)
 
 
 def _type(draft: Draft, key: str, value: Any) -> None:
@@ -63,6 +58,7 @@ def _bits(draft: Draft, key: str, value: Any) -> None:
 
 
 def _finish(draft: Draft) -> None:
+    factory_loss(draft)
     theirs = draft.theirs
     if theirs.get("stage") == "pt":
         for place in draft.sources("data.train"):
@@ -101,7 +97,15 @@ def _finish(draft: Draft) -> None:
 RULES = SHARED | {
     "model_name_or_path": text("model.path"),
     "model_revision": text("model.revision"),
-    "stage": _stage,
+    "stage": factory_stage,
+    "pref_loss": taken_later,
+    "pref_beta": taken_later,
+    "pref_ftx": taken_later,
+    "pref_bco_weight": left("no classifier beside DPO here"),
+    "dpo_label_smoothing": left("another formula than here: signal.loss_type: robust counts wrong pairs"),
+    "simpo_gamma": left("no SimPO here"),
+    "ld_alpha": left("all tokens of an answer count alike here"),
+    "ref_model": left("the reference is the packed base with its adapters off"),
     "finetuning_type": _type,
     "quantization_bit": _bits,
     "lora_rank": number("adapter.rank", 1),
@@ -118,7 +122,8 @@ RULES = SHARED | {
     "dataset_dir": taken_later,
     "mix_strategy": taken_later,
     "interleave_probs": taken_later,
-    "template": left("format: chat uses the template of the model's own tokenizer"),
+    "template": factory_template,
+    "enable_thinking": factory_thinking,
     "cutoff_len": number("data.sequence_len", 8),
     "max_samples": number("data.train.limit", 1),
     "packing": flag("data.packing"),

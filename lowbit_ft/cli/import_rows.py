@@ -11,6 +11,7 @@ from typing import Any
 from ..data.columns import LEARN_KEYS, THOUGHT_KEYS
 from ..data.formats import FORMATS
 from ..files.jsonfile import read_json
+from .import_chat import AXOLOTL_RL, axolotl_pairs, factory_pairs
 from .import_draft import Draft
 
 AXOLOTL_FORMATS = {
@@ -32,11 +33,14 @@ _AXOLOTL_USUAL: dict[str, tuple[object, ...]] = {
     "field": ("text",),
     "ds_type": _BUILDERS,
     "train_on_eos": ("turn",),
+    "chat_template": ("tokenizer_default",),
 }
 _AXOLOTL_WHY = {
     "roles_to_train": "the assistant's turns are learned, and a turn of another role that says train: true",
     "message_field_training_detail": "a turn is learned whole or not at all",
     "train_on_eos": "the end of every learned turn is learned",
+    "chat_template": "one template for all rows: data.chat_template",
+    "chat_template_jinja": "one template for all rows: data.chat_template",
 }
 _COLUMNS_USUAL = {  # LLaMA-Factory's name of a column -> ours
     "alpaca": {
@@ -77,7 +81,9 @@ def _places(ours: str, count: int) -> list[str]:
 def _axolotl_entry(draft: Draft, key: str, ours: str, entry: dict[str, Any]) -> None:
     _axolotl_path(draft, key, ours, entry)
     kind, _, style = str(entry.get("type", "")).replace(":", ".").partition(".")
-    if kind in AXOLOTL_FORMATS:
+    if str(draft.theirs.get("rl")) in AXOLOTL_RL:
+        axolotl_pairs(draft, f"{key}.type", ours, kind, style)
+    elif kind in AXOLOTL_FORMATS:
         draft.set(f"{ours}.format", AXOLOTL_FORMATS[kind], f"{key}.type: {kind}")
         if kind == "alpaca" and style:
             draft.leave(
@@ -180,7 +186,10 @@ def _factory_entry(draft: Draft, key: str, ours: str, name: str) -> None:
     chat = entry.get("formatting") in ("sharegpt", "openai")
     format = "chat" if chat else "alpaca"
     draft.set(f"{ours}.format", format, f"formatting: {entry.get('formatting', 'alpaca')}")
-    if not chat and draft.theirs.get("stage") != "pt":
+    pairs = draft.theirs.get("stage") == "dpo"
+    if pairs:
+        factory_pairs(draft, key, ours, name, entry)
+    elif not chat and draft.theirs.get("stage") != "pt":
         draft.leave(
             key,
             f"{name}: format: alpaca writes Stanford Alpaca's prompt, theirs the chat template; for "
@@ -191,7 +200,7 @@ def _factory_entry(draft: Draft, key: str, ours: str, name: str) -> None:
     _split(draft, f"{name}.split", ours, entry.get("split"))
     for part, usual in (("columns", _COLUMNS_USUAL[format]), ("tags", _TAGS_USUAL)):
         given = entry.get(part)
-        if not given:
+        if not given or pairs:
             continue
         other = (
             given
@@ -204,7 +213,9 @@ def _factory_entry(draft: Draft, key: str, ours: str, name: str) -> None:
                 f"{name} names its {part} ({', '.join(map(str, other))}): the usual ones are read",
             )
     if rest := [
-        part for part, said in entry.items() if part not in _ENTRY_READ and said not in (None, False)
+        part
+        for part, said in entry.items()
+        if part not in (*_ENTRY_READ, *(["ranking"] if pairs else [])) and said not in (None, False)
     ]:
         draft.leave(key, f"{name}: no key here does what its {', '.join(rest)} does")
 

@@ -172,8 +172,8 @@ def trackers(draft: Draft, key: str, value: Any) -> None:
         )
 
 
-def refuse_stage(draft: Draft, key: str, value: Any) -> None:
-    raise RecipeError([f"{key}: got {value!r}; allowed: supervised fine-tuning only; nothing was written"])
+def refuse_reward(draft: Draft, key: str, value: Any) -> None:
+    raise RecipeError([f"{key}: got {value!r}; no reward model is trained here; nothing was written"])
 
 
 RUNTIME = left("how it is run, not what is trained: see the README (torchrun for several GPUs)")
@@ -316,7 +316,13 @@ def _finish_rows(draft: Draft, everything: bool) -> None:
     if "data.train_on" not in draft.values:
         formats = {draft.get(f"{place}.format") for place in draft.sources("data.train")}
         learned = (
-            "all" if everything or formats == {"text"} else "assistant" if "chat" in formats else "completion"
+            "completion"
+            if "preference" in formats
+            else "all"
+            if everything or formats == {"text"}
+            else "assistant"
+            if "chat" in formats
+            else "completion"
         )
         draft.set("data.train_on", learned, "every token" if learned == "all" else "answers only")
     if not draft.sources("data.train"):

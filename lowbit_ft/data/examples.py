@@ -70,6 +70,7 @@ class StreamedExamples(Examples):
         parts += [section.sequence_len, section.packing, section.train_on]
         if len(sources) > 1:
             parts += [weights_of(sources), section.stopping_strategy]
+        parts += section.chat
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

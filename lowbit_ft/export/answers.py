@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..evaluate.generate import encode_prompt
+from ..model.chat_template import Template
 from .base import Exporter
 
 PROMPTS = (
@@ -75,11 +76,17 @@ class Answers:
         return text
 
 
-def prompt_ids(exporter: Exporter, folder: str | Path) -> list[Tensor]:
-    """The prompts as ids [1, P], in the chat template where there is one; none without a tokenizer. folder:
-    the model's own.
-    """
+def own_tokenizer(exporter: Exporter, folder: str | Path, chat_template: Template | None) -> Any:
+    """The model's tokenizer, from the folder that has it; None without one. chat_template: what it was
+    trained to write chats with, where that is not its own."""
     tokenizer = Exporter.tokenizer(exporter, Path(folder))
+    if tokenizer is not None and chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def prompt_ids(tokenizer: Any) -> list[Tensor]:
+    """The prompts as ids [1, P], in the chat template where there is one; none without a tokenizer."""
     if tokenizer is None:
         return []
     return [encode_prompt(tokenizer, prompt, bool(tokenizer.chat_template)) for prompt in PROMPTS]
@@ -95,12 +102,11 @@ def answer(logits: Logits, prompt: Tensor, stops: list[int]) -> Answer:
     return Answer(prompt, ids)
 
 
-def compare_tokens(exporter: Exporter, folder: Path, source: str | Path) -> list[str] | None:
-    """What the format's users get in another way than the model had it; None when the model has no
-    tokenizer.
+def compare_tokens(exporter: Exporter, folder: Path, source: str | Path, own: Any) -> list[str] | None:
+    """What the format's users get in another way than the model had it (own: its tokenizer, of the folder
+    `source`); None when the model has no tokenizer.
     """
     source = Path(source)
-    own = Exporter.tokenizer(exporter, source)
     if own is None:
         return None
     theirs, problems = exporter.tokenizer(folder), []

@@ -32,6 +32,7 @@ class Awq(Exporter):
     name = "awq"
     quant_method = "awq"
     kv_server = "vllm"
+    chat_flag = "--default-chat-template-kwargs"
     fused_by_servers = True
     needs = "gptqmodel optimum"
     checkpoint_names = True

@@ -140,6 +140,8 @@ class Exporter(ABC):
     carries_kv_cache: ClassVar[bool] = False
     # Whose flags say it instead: "vllm", "llama.cpp"; none: the server has no such cache (KVConfig.flags).
     kv_server: ClassVar[str | None] = None
+    # The flag of its server that gives chat templates values, as JSON; None: it has none.
+    chat_flag: ClassVar[str | None] = None
     # What must be known before a folder is read: the first lines of its card.
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.

@@ -6,9 +6,13 @@ character of theirs is Markdown, HTML or the end of a table cell. The recipe is 
 in it can close.
 """
 
+import json
 import re
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,13 +21,17 @@ from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow, by_task
 from ..grid import Grid
 from ..kv_cache import KVConfig
+from ..names import listed
 from . import EXPORTERS
+
+HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
-    one that ships. method, recipe: None where a folder that no run wrote does not say them.
+    one that ships. method, recipe: None where a folder that no run wrote does not say them. chat: what the
+    chat template is told where a request says nothing (data.chat_template_kwargs).
     """
 
     name: str
@@ -33,21 +41,32 @@ class CardFacts:
     grid: Grid
     recipe: str | None
     kv_cache: KVConfig | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
     """How to use the folder, for the console."""
     command, about = _served(facts, format, str(folder))
-    return f"serve it: {command}{f'{chr(10)}  kv cache: {about}' if about else ''}"
+    return "\n".join([f"serve it: {command}", *(f"  {what}: {text}" for what, text in about.items())])
 
 
-def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, str]:
-    """The command line that runs the folder, and what to know about its cache ("": nothing)."""
+def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
+    """The command line that runs the folder, and what to know about its chats and its cache."""
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
-    command = exporter.serve(folder)
-    if kv_cache is None or exporter.carries_kv_cache:
-        return command, "" if kv_cache is None else f"{kv_cache}; the folder says so, and its reader does it"
-    return kv_cache.served(exporter.kv_server, command)
+    command, about = exporter.serve(folder), {}
+    if facts.chat:
+        values = json.dumps(dict(facts.chat), ensure_ascii=False)
+        about["chat template"] = (
+            f"{listed(facts.chat)} as in training where a request says nothing (data.chat_template_kwargs)"
+        )
+        if exporter.chat_flag is not None:
+            command += f" {exporter.chat_flag} {shlex.quote(values)}"
+            about["chat template"] += "; the flag says so to a server with defaults of its own"
+    if kv_cache is not None and exporter.carries_kv_cache:
+        about["kv cache"] = f"{kv_cache}; the folder says so, and its reader does it"
+    elif kv_cache is not None:
+        command, about["kv cache"] = kv_cache.served(exporter.kv_server, command)
+    return command, about
 
 
 def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[TaskRow] | None = None) -> str:
@@ -89,11 +108,8 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
-        "```",
-        command,
-        "```",
-        "",
-        *((f"Key-value cache: {about}.", "") if about else ()),
+        *fenced(command),
+        *(f"{HEADS[what]}: {text}.\n" for what, text in about.items()),
     ]
     if rows:
         lines += ["| stage | loss | perplexity | KL to base |", "|---|--:|--:|--:|"]
@@ -110,9 +126,14 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
             lines.append(f"| {escaped(task)} | {escaped(metric)} | {cells} |")
         lines.append("")
     if facts.recipe is not None:
-        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", facts.recipe))])
-        lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
+        lines += ["## Recipe", "", *fenced(facts.recipe.rstrip(), "yaml")]
     return "\n".join(lines)
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """The lines of a block that nothing in the text can close."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return [f"{fence}{language}", text, fence, ""]
 
 
 def shown(name: str) -> str:

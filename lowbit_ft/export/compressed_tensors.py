@@ -68,6 +68,7 @@ class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
     kv_server = "vllm"
+    chat_flag = "--default-chat-template-kwargs"
     fused_by_servers = True
     # transform_config names such a Hadamard. Tried with compressed-tensors 0.20 and transformers 5.23, which
     # leaves the tensor of the transform unread with a warning and computes other logits; of vLLM: its source.

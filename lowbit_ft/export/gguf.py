@@ -65,6 +65,7 @@ class Gguf(Exporter):
     name = "gguf"
     quant_method = "gguf"
     kv_server = "llama.cpp"
+    chat_flag = "--chat-template-kwargs"
     needs = "gguf"
     transformers_serve = False
     container = "gguf"

@@ -63,7 +63,9 @@ class GgufFile:
         kinds = [block_type(spec.grid, spec.shape[1]).name for spec in self.layout.layers.values()]
         writer.add_file_type(_file_type(max(set(kinds), key=kinds.count)))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_tokenizer(writer, self.checkpoint.folder, self.config["vocab_size"])
+        write_tokenizer(
+            writer, self.checkpoint.folder, self.config["vocab_size"], self.checkpoint.chat_template
+        )
         packed: dict[str, Slot] = {slot.layer: slot for slot in self.layout.slots if slot.layer is not None}
         for layer, spec in self.layout.layers.items():
             self._announce(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files.jsonfile import read_json
+from ..model.chat_template import Template
 from ..model.config import GENERATION, stop_ids
+from .chat import listed_by_name
 
 WAY_OUT = "set export.format: compressed-tensors or native"
 
@@ -47,9 +49,12 @@ def reject(folder: Path, vocab_size: int | None = None) -> list[str]:
     return []
 
 
-def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
+def write_tokenizer(
+    writer: Any, folder: Path, vocab_size: int, chat_template: Template | None = None
+) -> None:
     """Put the tokenizer of `folder` into a gguf.GGUFWriter. vocab_size: rows of the embedding; rows without a
-    token get one that is never used. ValueError for a tokenizer llama.cpp does not have."""
+    token get one that is never used. chat_template: None: the tokenizer's own. ValueError for a tokenizer
+    llama.cpp does not have."""
     from gguf import SpecialVocab
 
     tokenizer = _json(folder / "tokenizer.json")
@@ -67,6 +72,9 @@ def write_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     first, last = _adds(folder)
     special.special_token_ids |= {key: i for key, i in zip(STOPS, stops(folder), strict=False)}
     special.add_special_token = {"bos": first, "eos": last}
+    if chat_template is not None:
+        named = isinstance(chat_template, dict)
+        special.chat_template = listed_by_name(chat_template) if named else chat_template
     special.add_to_gguf(writer, quiet=True)
 
 

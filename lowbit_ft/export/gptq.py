@@ -88,6 +88,7 @@ class Gptq(Exporter):
     name = "gptq"
     quant_method = "gptq"
     kv_server = "vllm"
+    chat_flag = "--default-chat-template-kwargs"
     fused_by_servers = True
     needs = "gptqmodel optimum"
     checkpoint_names = True

@@ -43,6 +43,7 @@ class Mlx(Exporter):
     measurable = False
     transformers_serve = False
     needs = "mlx-lm"
+    chat_flag = "--chat-template-args"
     config_key = "quantization"  # mlx-lm's own, beside the one by which we know the folder
     checkpoint_names = True
     dense_experts = False

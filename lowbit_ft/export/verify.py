@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from ..files.tensorfile import read_tensor
 from ..grid import PackedWeight, Weight
+from ..model.chat_template import Template
 from ..model.config import read_config
 from ..model.hub import tensor_entries
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
 from ..model.shipped import Trained
 from . import EXPORTERS
-from .answers import Answers, answer, compare_tokens, prompt_ids
+from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
 from .gguf_file import GgufTensors
@@ -153,6 +154,7 @@ def verify(
     device: str = "cpu",
     source: str | Path | None = None,
     dense: Mapping[str, Trained] | None = None,
+    chat_template: Template | None = None,
 ) -> VerifyReport:
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as
     its reader holds it.
@@ -162,7 +164,8 @@ def verify(
     before the folder is read, which for a dense format is the larger of the two); without it logits and
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
-    dense: by parameter, what was trained beside the layers. Raises ValueError, listing what differs.
+    dense: by parameter, what was trained beside the layers. chat_template: what the tokenizer writes chats with,
+    where that is not its own. Raises ValueError, listing what differs.
     """
     folder = Path(folder)
     manifest = check_files(folder)
@@ -178,7 +181,8 @@ def verify(
     kind: torch.dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
-    expected = None if model is None else _expected(model, exporter, folder, source or folder, input_ids)
+    own = own_tokenizer(exporter, source or folder, chat_template)
+    expected = None if model is None else _expected(model, exporter, folder, own, input_ids)
     loaded = load_exported(folder, dtype=kind, device=device)
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
     ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
@@ -218,7 +222,7 @@ def verify(
         bound,
         answers,
         len(dense or {}),
-        compare_tokens(exporter, folder, source or folder),
+        compare_tokens(exporter, folder, source or folder, own),
     )
     if not report.ok:
         raise ValueError(str(report))
@@ -238,14 +242,15 @@ def _expected(
     model: nn.Module | Callable[[], nn.Module],
     exporter: Exporter,
     folder: Path,
-    source: str | Path,
+    own: Any,
     input_ids: Tensor | None,
 ) -> _Expected:
     """Ask the packed model; one that was loaded here is gone again afterwards."""
-    prompts = prompt_ids(exporter, source)
+    prompts = prompt_ids(own)
     packed: Any = model if isinstance(model, nn.Module) else model()
     logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
-    answers = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]
+    stops = exporter.stops(folder)  # of a gguf file a reading of all its tokens
+    answers = [answer(lambda x: _logits(packed, x), prompt, stops) for prompt in prompts]
     return _Expected(logits, answers, next(packed.parameters()).device.type)
 
 

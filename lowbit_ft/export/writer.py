@@ -31,7 +31,9 @@ from ..grid import Weight
 from ..kv_cache import KVConfig
 from ..model.checkpoint import Checkpoint
 from ..model.shipped import ShippedCheckpoint
+from ..names import without_folders
 from .base import Exporter, LayerSpec, Weights
+from .chat import chat_files
 from .folder import (
     check_extra,
     check_files,
@@ -90,12 +92,14 @@ def write_model(
     extra = check_extra(extra_files or {})
     layout = check_model(checkpoint, stream.specs, exporter)
     files = CONTAINERS[exporter.container](layout, checkpoint, exporter, max_shard_bytes)
-    copied = copied_files(checkpoint.folder)
-    if clash := sorted({path.name for path in copied} & set(extra)):
+    chat = chat_files(checkpoint.folder, checkpoint.chat_template)
+    copied = [path for path in copied_files(checkpoint.folder) if path.name not in chat]
+    made = {name: content for name, content in chat.items() if content is not None}
+    if clash := sorted(({path.name for path in copied} | made.keys()) & set(extra)):
         raise ValueError(
             f"extra file {clash[0]!r}: the checkpoint has a file of this name, which is part of the model"
         )
-    size = files.nbytes + sum(len(c) for c in extra.values())
+    size = files.nbytes + sum(len(c) for c in (*extra.values(), *made.values()))
     size += sum(path.stat().st_size for path in copied) + (1 << 20)
     check_space(folder, size)
 
@@ -107,13 +111,13 @@ def write_model(
         write_json(stage / "config.json", config)
         for path in copied:
             shutil.copyfile(path, stage / path.name)
-        for name, content in extra.items():
+        for name, content in {**made, **extra}.items():
             (stage / name).write_bytes(content)
         manifest = {
             "writer": "lowbit_ft",
             "version": 1,
             "format": exporter.name,
-            "source": {"path": checkpoint.source, "revision": checkpoint.revision},
+            "source": {"path": _source(checkpoint.source), "revision": checkpoint.revision},
             "files": {path.name: file_entry(path) for path in sorted(stage.iterdir())},
             "layers": {
                 name: {"grid": str(spec), "stored_as": layout.prefixes[name], "sha256": digests[name]}
@@ -126,6 +130,13 @@ def write_model(
         if before_it_counts is not None:
             before_it_counts()
     return manifest
+
+
+def _source(given: str) -> str:
+    """What the model was made of, for everybody who gets the folder: of a path of this machine the name,
+    which is no hub id with its "./"."""
+    name = without_folders(given)
+    return name if name == given else f"./{name}"
 
 
 def check_model(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> Layout:

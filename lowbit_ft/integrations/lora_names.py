@@ -65,3 +65,8 @@ def from_lora(method: str, keys: dict[str, Any]) -> dict[str, Any]:
 def _has_dropout(method: str) -> bool:
     kind = ADAPTERS.get(method)
     return kind is not None and "dropout" in kind.model_fields
+
+
+def plain_names(names: Any) -> list[str] | str | None:
+    """Sets come as sorted lists, so that the same config writes the same file."""
+    return names if names is None or isinstance(names, str) else sorted(names)

@@ -32,6 +32,7 @@ from ..adapters.attach import PEFT_SLOT, base_digest, own_of
 from ..adapters.carry import Carried
 from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
+from ..adapters.patterns import refuse_unmatched
 from ..grid import Weight
 from ..model.fused import Fused
 from ..model.linear import PackedEmbedding, PackedLinear, deployed, in_memory, leave_out_of_ddp
@@ -49,7 +50,7 @@ from .adapter_files import (
     with_parts,
     write_adapter,
 )
-from .lora_names import from_lora
+from .lora_names import from_lora, plain_names
 from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
 from .peft_layer import LowBitLinear, one_name, outside_hosts, packed_hosts
@@ -119,8 +120,8 @@ class LowBitConfig(PeftConfig):
         own = [f.name for f in fields(self) if f.name not in {*ours, "options", "base_digest"}]
         self.options = adapter_options(adapter_config(method, {**(options or {}), **keys}, own))
         everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-        self.target_modules = None if everything else _plain(target_modules)
-        self.exclude_modules = _plain(exclude_modules)
+        self.target_modules = None if everything else plain_names(target_modules)
+        self.exclude_modules = plain_names(exclude_modules)
         if isinstance(modules_to_save, str):
             raise ValueError(
                 f"modules_to_save: got {modules_to_save!r}; allowed: a list; write [{modules_to_save!r}]"
@@ -172,11 +173,6 @@ def _bases(config: LowBitConfig, hosts: dict[str, PackedLinear]) -> Iterator[tup
         if check_target_module_exists(config.matcher, name):
             with in_memory(layer):
                 yield name, layer.base
-
-
-def _plain(names: Any) -> list[str] | str | None:
-    """Sets come as sorted lists, so that the same config writes the same file."""
-    return names if names is None or isinstance(names, str) else sorted(names)
 
 
 class LowBitModel(BaseTuner):
@@ -265,6 +261,9 @@ class LowBitModel(BaseTuner):
             raise ValueError(
                 f"adapter {config.method} cannot train these layers:\n  " + "\n  ".join(problems)
             )
+        if not peft_config.restored:
+            trained = [name for name in hosts if self._check_target_module_exists(peft_config, name)]
+            refuse_unmatched(config, trained, "LowBitConfig: ")
         peft_config.base_digest = digest
         peft_config.by_layer = dict(config.over(_bases(peft_config, hosts)))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..files.tensorfile import CheckpointError
 from ..grid import IntGrid, PackedWeight
+from .chat_template import Template
 from .config import CONFIG, check_counts, load_config, read_config
 from .fused import Fusion, check_parts
 from .hub import locate
@@ -39,10 +40,11 @@ class Checkpoint(TensorFiles):
     commit, for a hub id, else None), config (transformers configuration), dtype (torch dtype that weights
     are read in by default). untied: whether its head, tied in the files, is a tensor of its own from here on;
     online_layers: linears that need a transform before them (rotations/checkpoint.py folds values and has
-    such).
+    such). chat_template: what its tokenizer writes chats with, here and where it ships; None: its own.
     """
 
     untied: bool = False
+    chat_template: Template | None = None
     online_layers: tuple[str, ...] = ()
 
     def __init__(

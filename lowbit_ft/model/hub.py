@@ -126,22 +126,40 @@ def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         return local.resolve(), None
     if local.exists():
         raise CheckpointError(f"{source}: a file; give the folder that has config.json and *.safetensors")
+    folder = _fetch(source, revision, _SMALL_FILES)
+    indexed = [name for name in shards_of(folder, []) if isinstance(name, str)]
+    # Only the shards of the index: some repositories hold a second copy of the weights.
+    folder = _fetch(source, folder.name, _SMALL_FILES + (indexed or ["model.safetensors"]))
+    return folder.resolve(), folder.name
+
+
+def locate_small(source: str, *, fetch: bool = True) -> Path | None:
+    """The folder that has a model's configuration and tokenizer: a local one, or those files of a hub id;
+    None for one that is not on this disk, where it is not to be fetched."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if fetch:
+        return _fetch(source, None, _SMALL_FILES).resolve()
+    from huggingface_hub import try_to_load_from_cache  # slow to import
+
+    found = try_to_load_from_cache(source, "tokenizer_config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _fetch(source: str, revision: str | None, files: list[str]) -> Path:
+    """The snapshot of a hub id with these files of it. CheckpointError where there is none."""
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", source) or source.startswith("."):
         raise CheckpointError(f"{source}: no such folder (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
-    def fetch(at: str | None, files: list[str]) -> Path:
-        return Path(snapshot_download(source, revision=at, allow_patterns=files, ignore_patterns=["*/*"]))
-
     try:
-        folder = fetch(revision, _SMALL_FILES)
-        indexed = [name for name in shards_of(folder, []) if isinstance(name, str)]
-        # Only the shards of the index: some repositories hold a second copy of the weights.
-        folder = fetch(folder.name, _SMALL_FILES + (indexed or ["model.safetensors"]))
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns=["*/*"])
+        )
     except Exception as error:  # OSError, ValueError or httpx errors: all for the user to solve
         detail = (str(error).strip().splitlines() or ["no detail"])[0]
         raise CheckpointError(
             f"{source}: no such folder, and as a hub id it could not be fetched "
             f"({type(error).__name__}: {detail})"
         ) from error
-    return folder.resolve(), folder.name

@@ -74,8 +74,12 @@ def load_model(
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of the checkpoint. Raises CheckpointError if none loads without running code."""
-    return read_tokenizer(checkpoint.folder)
+    """The tokenizer of the checkpoint, with the chat template that it is given. Raises CheckpointError if
+    none loads without running code."""
+    tokenizer = read_tokenizer(checkpoint.folder)
+    if checkpoint.chat_template is not None:
+        tokenizer.chat_template = checkpoint.chat_template
+    return tokenizer
 
 
 def _checked(checkpoint: Checkpoint, name: str, wanted: Tensor, device: Any, dtype: torch.dtype) -> Tensor:

@@ -28,11 +28,11 @@ from ..model.walk import Batch
 from ..names import did_you_mean
 from ..recipe.errors import to_problems
 from ..recipe.layers import read_shapes
-from ..recipe.sections.data import DataSection
+from ..recipe.sections.data import DataSection, check_data
 from ..recipe.sections.quant import QuantSection, check_grid
 from ..recipe.sections.train import TrainSection
 from .quantize import Packing
-from .rows import as_source, calibration_windows, window_batch
+from .rows import as_source, calibration_windows, refuse_rows, window_batch
 from .table import QuantTable
 
 # Keys of quant that are the work of other stages of a run.
@@ -53,8 +53,9 @@ class Direct:
         """Of keys of `quant`, those of `quant.calibration` beside them (samples, sequence_len, ...).
         ValueError with one line for each that is wrong."""
         given = {key: value for key, value in options.items() if key not in CALIBRATION}
-        if inner := {key: options[key] for key in CALIBRATION if key in options}:
-            given["calibration"] = {**(given.get("calibration") or {}), **inner}
+        inner = {key: options[key] for key in CALIBRATION if key in options}
+        if inner and isinstance(text := given.get("calibration") or {}, dict):
+            given["calibration"] = {**text, **inner}
         allowed = [key for key in QuantSection.model_fields if key not in (*OF_A_RUN, "calibration")]
         allowed += CALIBRATION
         lines = [
@@ -78,6 +79,12 @@ class Direct:
             raise ValueError("\n".join([*lines, *map(str, problems)])) from None
         lines += [str(problem) for problem in check_grid(SimpleNamespace(quant=quant))]
         lines += _about_rows(quant, rows)
+        if isinstance(rows, str | Path):
+            text = quant.calibration.model_copy(update={"path": str(rows)})
+            found = check_data(SimpleNamespace(quant=quant.model_copy(update={"calibration": text})))
+            lines += [str(problem) for problem in found]
+        elif rows is not None:
+            refuse_rows(rows)
         if lines:
             raise ValueError("\n".join(lines))
         return cls(quant, rows)

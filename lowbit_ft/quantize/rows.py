@@ -26,6 +26,7 @@ from ..data.read import read_rows
 from ..data.windows import Examples
 from ..model.tokenizer import pad_id
 from ..model.walk import Batch
+from ..names import did_you_mean
 from ..recipe.sections.data import DataSection, DataSource
 from ..recipe.sections.quant import CalibrationSection
 
@@ -96,14 +97,29 @@ def as_source(given: Any) -> Iterator[DataSource]:
         yield DataSource(path=str(path), format=format_by_columns(str(path)))
 
 
+def refuse_rows(given: Any) -> None:
+    """ValueError where rows in memory are none, as far as can be told before a model is there; a path is
+    looked for by the checks of a recipe."""
+    rows = _rows(given)
+    if isinstance(rows, Sequence | torch.Tensor):
+        if not len(rows):
+            raise ValueError("calibration: got no rows; give some, or calibrate='mse', which looks at none")
+        _row(rows[0])
+
+
 def _rows(given: Any) -> Iterable[Any]:
     if isinstance(given, torch.Tensor) and given.dim() != 2:
         raise ValueError(f"calibration: got a tensor {list(given.shape)}; allowed: token ids [rows, tokens]")
-    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+    allowed = "allowed: the path of a file, or rows (texts, mappings, token ids)"
+    if isinstance(given, Mapping):
+        keys = CalibrationSection.model_fields
+        hints = [f"{key}{did_you_mean(key, keys) if key not in keys else ' is a keyword'}" for key in given]
         raise ValueError(
-            f"calibration: got a {type(given).__name__}; allowed: the path of a file, or rows (texts, "
-            "mappings, token ids)"
+            f"calibration: got a mapping ({', '.join(hints)}); {allowed}; the keys of quant.calibration are "
+            f"keywords beside it: {', '.join(key for key in keys if key != 'path')}"
         )
+    if not isinstance(given, Iterable):
+        raise ValueError(f"calibration: got {given!r}, a {type(given).__name__}; {allowed}")
     return given
 
 
@@ -117,9 +133,11 @@ def _row(row: Any) -> dict[str, Any]:
 
 
 def _ids(row: Any) -> list[int]:
-    ids = row.tolist() if isinstance(row, torch.Tensor) else list(row)
-    if not all(isinstance(token, int) for token in ids):
-        raise ValueError("calibration: token ids: got something else than integers in one dimension")
+    ids = row.tolist() if isinstance(row, torch.Tensor) else list(row) if isinstance(row, Iterable) else None
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise ValueError(
+            "calibration: a row is a text, a mapping, or token ids, which are integers in one dimension"
+        )
     return ids
 
 

@@ -21,7 +21,8 @@ from .layers import local_folder, shapes_here
 from .sections.activations import check_activation_layers, check_activations
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
-from .sections.data import check_chat, check_data, check_lengths, check_mixture, check_synthesis
+from .sections.chat import check_chat, check_template
+from .sections.data import check_data, check_lengths, check_mixture, check_synthesis
 from .sections.eval import check_tasks, check_tasks_reader
 from .sections.export import check_export
 from .sections.gradient import check_gradient
@@ -59,6 +60,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant", "export"), check_groups),
     (("model", "quant"), check_rotation),
     (("model", "data"), check_lengths),
+    (("model", "data"), check_template),
     (("model", "data"), check_chat),
     (("model", "data", "train", "output"), check_offload),
     ((), check_data),

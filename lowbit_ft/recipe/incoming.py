@@ -47,23 +47,15 @@ def _resolved(
     quant: QuantSection, shapes: Shapes, incoming: Incoming, name: str
 ) -> tuple[QuantSection, list[Problem]]:
     grids = {layer.name: layer.grid for layer in incoming.layers.values()}
-    symmetric = {grid.symmetric for grid in grids.values()}
-    if len(symmetric) > 1:
-        odd = next(layer for layer, grid in grids.items() if not grid.symmetric)
-        message = (
-            f"got {name!r}, where some layers are symmetric and others ({odd}, ...) are not; quant "
-            "has one `symmetric` for all"
-        )
-        return quant, [
-            Problem(("model", "path"), f"{message}: give a checkpoint of one kind, or the full-precision one")
-        ]
-    (bits, group_size), _ = Counter((grid.bits, grid.group_size) for grid in grids.values()).most_common(1)[0]
+    kinds = {layer: (grid.bits, grid.group_size, grid.symmetric) for layer, grid in grids.items()}
+    most = Counter(kinds.values()).most_common(1)[0][0]
+    bits, group_size, symmetric = most
     first = next(iter(grids.values()))
     facts: dict[str, Any] = {
         "grid": "integer",
         "bits": bits,
         "group_size": group_size,
-        "symmetric": symmetric.pop(),
+        "symmetric": symmetric,
         "residual_bits": 0,
         "calibrate": FROM_CHECKPOINT,
         "scale_dtype": first.scale_dtype,
@@ -97,18 +89,12 @@ def _resolved(
             )
     names = [layer.name for layer in shapes.linears]
     overrides = [
-        OverrideSection(match=layer, bits=grid.bits, group_size=grid.group_size)  # pyright: ignore[reportArgumentType]
-        for layer, grid in grids.items()
-        if (grid.bits, grid.group_size) != (bits, group_size)
+        OverrideSection(match=layer, **_other(kind, most)) for layer, kind in kinds.items() if kind != most
     ]
     resolved = quant.model_copy(update=facts)
     if "overrides" not in quant.model_fields_set:
         resolved = resolved.model_copy(update={"overrides": overrides})
-    elif wrong := [
-        layer
-        for layer, grid in grids.items()
-        if _size(resolved, layer) != (grid.bits, grid.group_size, grid.symmetric)
-    ]:
+    elif wrong := [layer for layer, kind in kinds.items() if _size(resolved, layer) != kind]:
         bits, group_size, flat = _size(resolved, wrong[0])
         message = (
             f"makes {wrong[0]} {bits} bit, group {group_size}, {'sym' if flat else 'asym'}; {name} has it as "
@@ -141,6 +127,13 @@ def _selection(quant: QuantSection, names: list[str], packed: set[str]) -> dict[
     if chooses(ends, []):
         return {"targets": ends, "exclude": []}
     return {"targets": sorted(packed), "exclude": []}
+
+
+def _other(kind: tuple[int, int, bool], most: tuple[int, int, bool]) -> dict[str, Any]:
+    """The keys of an override for a layer of this kind, where most are of another."""
+    bits, group_size, symmetric = kind
+    size = {"bits": bits, "group_size": group_size} if kind[:2] != most[:2] else {}
+    return size | ({"symmetric": symmetric} if symmetric != most[2] else {})
 
 
 def _size(quant: QuantSection, layer: str) -> tuple[int, int, bool]:

@@ -26,7 +26,6 @@ from ..model.hub import tensor_entries
 from ..model.matrices import Matrix
 from ..model.names import Part
 from ..model.roles import is_head, is_token_embedding
-from ..names import did_you_mean, listed
 
 POSITIONS = ("max_position_embeddings", "n_positions")  # config.json: how long a window may be
 
@@ -267,16 +266,3 @@ def shapes_here(path: str, revision: str | None) -> Shapes | None:
     except (OSError, ValueError):
         # a local folder: check_model tells; a hub id half downloaded: model/load.py fetches the rest
         return None
-
-
-def kinds_of(names: list[str]) -> str:
-    """Layer names with their numbers left out, each once: 'model.layers.*.mlp.up_proj, ...'."""
-    kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
-    return listed(list(kinds)[:8])
-
-
-def nearest_layers(pattern: str, names: list[str]) -> str:
-    """What may have been meant by a pattern that matches no layer, and the kinds of layers there are."""
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    word = re.sub(r"[^\w]+", " ", pattern).split()
-    return f"{did_you_mean(word[-1] if word else pattern, ends)}; the model has {kinds_of(names)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..model.chat_template import is_text
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
@@ -66,6 +67,8 @@ def located(value: Any, folders: Sequence[Path]) -> Any:
             moved = located(child, folders)
         elif isinstance(child, list) and any(isinstance(item, BaseModel) for item in child):
             moved = [located(item, folders) for item in child]
+        elif name == "chat_template" and isinstance(child, str) and not is_text(child):
+            moved = _from(child, folders)
         elif name in ("path", "init_from", "teacher") and isinstance(child, str) and child not in TEACHERS:
             moved = _from(child, folders)
         elif name == "tasks":  # names of lm-eval, or files

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..adapters import AdapterConfig
-from ..names import did_you_mean
+from ..names import did_you_mean, without_folders
 from .check import check
 from .check import check as cross_check
 from .defaults import resolve
@@ -33,6 +33,9 @@ from .sections.quant import QuantSection
 from .sections.train import TrainSection
 from .values import OneMethod, for_method
 from .yaml import MOST_PROBLEMS, Problem, RecipeError, apply_override, read_source
+
+# Keys of text for a model, which may begin with a slash and is no path.
+WORDS = ("generate", "system", "chat_template_kwargs")
 
 
 class Recipe(Section):
@@ -52,7 +55,41 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Every key with its value, defaults included; `load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        return _dumped(self.model_dump(mode="json"))
+
+    def to_card(self) -> str:
+        """The same for others: without the folders of this machine that paths are in, and with the name of
+        the file beside the model for the text of the chat template."""
+        values = self.model_dump(mode="json")
+        if self.data.chat_template is not None:
+            values["data"]["chat_template"] = "chat_template.jinja"
+        return _dumped(_shown(values))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as lines."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+def _dumped(values: Any) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _shown(value: Any, key: str = "") -> Any:
+    if key in WORDS:
+        return value
+    if isinstance(value, dict):
+        return {name: _shown(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part, key) for part in value]
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -20,8 +20,9 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         adapter.method,
         adapter.exact_merge,
         grid,
-        recipe.to_yaml(),
+        recipe.to_card(),
         None if kv_cache is None else kv_cache.config(turned_keys(session)),
+        recipe.data.chat_template_kwargs,
     )
 
 

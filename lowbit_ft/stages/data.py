@@ -157,7 +157,7 @@ def calibration_key(session: Session) -> list[Any]:
     """What `calibration_windows` are chosen from and how, for the key of what is made of them."""
     recipe, path = session.recipe, session.recipe.quant.calibration.path
     rows = rows_key(session) if path is None else _calibration_source(session, path).model_dump(mode="json")
-    return [rows, recipe.train.seed, recipe.data.packing, recipe.data.on_bad_row]
+    return [rows, recipe.train.seed, recipe.data.packing, recipe.data.on_bad_row, *recipe.data.chat]
 
 
 def _calibration_source(session: Session, path: str) -> DataSource:

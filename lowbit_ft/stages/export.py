@@ -92,6 +92,7 @@ def check_export(session: Session, folder: Path) -> None:
             device=device,
             source=session.checkpoint.folder,
             dense=read_trained(merged),
+            chat_template=session.checkpoint.chat_template,
         )
     )
     release_freed()

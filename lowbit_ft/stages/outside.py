@@ -23,6 +23,7 @@ from ..adapters.attach import (
 from ..adapters.folder import CONFIG_FILE
 from ..export import EXPORTERS, Exporter, Weights
 from ..export.card import CardFacts, model_card, serve_line
+from ..export.chat import TEXT
 from ..export.folder import check_target
 from ..export.native_folder import NativeFolder, is_native
 from ..export.reader import load_exported
@@ -32,6 +33,7 @@ from ..files.jsonfile import read_json
 from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
+from ..model.chat_template import defaults
 from ..model.linear import deployed
 from ..model.shipped import Trained, as_shipped, trained_tensors
 from ..names import matches
@@ -83,6 +85,7 @@ def export_outside(
         next(iter(model.weights.specs.values())).grid,
         None,
         checkpoint.kv_cache,
+        _told(checkpoint.folder / TEXT),
     )
     card = {"README.md": model_card(facts, name, [])}
     shipped = as_shipped(checkpoint, model.dense)
@@ -91,6 +94,11 @@ def export_outside(
     say(f"{name}: {target}")
     say(serve_line(facts, name, target))
     return target
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """The defaults of the folder's chat template."""
+    return defaults(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _refuse_inside(target: Path, *sources: Path) -> None:

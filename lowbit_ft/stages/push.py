@@ -2,9 +2,9 @@
 
 Private unless it is asked otherwise. What goes up is what the manifest lists, compared with it first; in one
 commit, so that nobody downloads half of it. What lies in the repository is only replaced where an earlier
-push of ours put it there, or where it is the README.md of a repository without a model; and the commit goes
-onto what was looked at, or nowhere. A push that broke off is repeated: the hub keeps what has arrived, by its
-hash.
+push of ours put it there; a README.md that was written or changed by somebody stays as it is (the manifest
+there then asks nothing of it). The commit goes onto what was looked at, or nowhere. A push that broke off is
+repeated: the hub keeps what has arrived, by its hash.
 """
 
 import tempfile
@@ -24,12 +24,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..export.folder import check_files
-from ..files.manifest import MANIFEST, open_sealed
+from ..files.manifest import MANIFEST, file_entry, open_sealed, sealed
 from ..files.marker import is_run
 from ..rundir import RunDir, shipped
 
 # What a repository has before anybody pushed a model to it.
-EMPTY = {".gitattributes", "README.md"}
+CARD = "README.md"
+EMPTY = {".gitattributes", CARD}
 
 
 def push(
@@ -45,16 +46,25 @@ def push(
     way out when the hub refuses or the line breaks."""
     source = _verified(folder)
     manifest = check_files(source)
-    files = [*sorted(manifest["files"]), MANIFEST]
+    files: dict[str, Path | bytes] = {name: source / name for name in sorted(manifest["files"])}
+    files[MANIFEST] = source / MANIFEST
     size = sum((source / name).stat().st_size for name in files)
+    written = manifest["files"].get(CARD)
     _check_name(repo)
     api = api or HfApi(library_name="lowbit_ft")
     try:
-        there, parent = _open(api, repo, public)
+        there, parent, theirs = _open(api, repo, public)
+        if theirs and written is not None:
+            del files[CARD]
+            files[MANIFEST] = sealed({**manifest, "files": {**manifest["files"], CARD: {}}})
+            say(
+                f"{repo}: its {CARD} is not as a push of ours left it, so it stays; the card of this export "
+                f"is {source / CARD}"
+            )
         gone = sorted(there - set(files))
         kind = "public" if public else "private"
         say(f"{source} -> {repo}: {len(files)} files, {size / 1e9:.2f} GB, {kind}")
-        operations: list[Any] = [CommitOperationAdd(name, source / name) for name in files]
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in gone]
         what = f"{manifest['format']}, {len(manifest['layers'])} packed layers, by lowbit_ft"
         made = api.create_commit(repo, operations, commit_message=what, parent_commit=parent)
@@ -106,17 +116,17 @@ def _check_name(repo: str) -> None:
         raise ValueError(f"repository: got {repo!r}; allowed: owner/name")
 
 
-def _open(api: HfApi, repo: str, public: bool) -> tuple[set[str], str | None]:
-    """Make the repository, or look at the one that is there: the files that an earlier push of ours left, and
-    the commit that was looked at (None: just made). ValueError where it is open to another circle than asked,
-    or holds what we did not write."""
+def _open(api: HfApi, repo: str, public: bool) -> tuple[set[str], str | None, bool]:
+    """Make the repository, or look at the one that is there: the files that an earlier push of ours left, the
+    commit that was looked at (None: just made), and whether its card is somebody else's. ValueError where it
+    is open to another circle than asked, or holds what we did not write."""
     try:
         found: Any = api.repo_info(repo, files_metadata=False)
     except RepositoryNotFoundError as error:
         if isinstance(error, GatedRepoError):
             raise
         api.create_repo(repo, private=not public, exist_ok=False)
-        return set(), None
+        return set(), None, False
     if bool(found.private) == public:
         raise ValueError(
             f"{repo}: is there and {'private' if found.private else 'public'}, and this push is "
@@ -134,16 +144,22 @@ def _open(api: HfApi, repo: str, public: bool) -> tuple[set[str], str | None]:
                 f"{repo}: holds what lowbit_ft did not push ({', '.join(others[:4])}"
                 f"{', ...' if len(others) > 4 else ''}); nothing there is overwritten: give another name"
             )
-        return set(), found.sha
+        return set(), found.sha, CARD in names
     with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo, MANIFEST, revision=found.sha, local_dir=folder)
-        ours = set(open_sealed(Path(path)).get("files", {}))
+
+        def fetched(name: str) -> Path:
+            return Path(api.hf_hub_download(repo, name, revision=found.sha, local_dir=folder))
+
+        before = open_sealed(fetched(MANIFEST)).get("files", {})
+        # An entry that says nothing is of a card that stayed.
+        changed = CARD in names and before.get(CARD) != file_entry(fetched(CARD))
+    ours = set(before) - ({CARD} if changed else set())
     if others := sorted(names - ours - EMPTY - {MANIFEST}):
         raise ValueError(
             f"{repo}: beside an earlier push there are files of others ({', '.join(others[:4])}); nothing "
             "there is overwritten: remove them there, or give another name"
         )
-    return (ours | {MANIFEST}) & names, found.sha
+    return (ours | {MANIFEST}) & names, found.sha, changed
 
 
 def _answer(error: HfHubHTTPError) -> str:

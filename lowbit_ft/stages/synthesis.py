@@ -49,7 +49,7 @@ def _write(session: Session, config: SynthesisConfig) -> None:
     stops = EXPORTERS["native"].stops(session.checkpoint.folder)
     voice = Voice(session.tokenizer, stops, max_len, session.rows)
     rows = config.rows(voice)
-    folder = RowsFolder(session.run / FOLDER, _key(session, config))
+    folder = RowsFolder(session.run / FOLDER, synthesis_key(session, config))
     todo = folder.missing(-(-rows.count // config.batch_size))
     if todo or not folder.state.done:
         by = folder.by(lambda: config.by if config.by != "auto" else _fitting(session, config, max_len))
@@ -183,7 +183,7 @@ def rows_key(session: Session) -> Any:
     return (data.train if data.train is not None else written_rows(session)).model_dump(mode="json")
 
 
-def _key(session: Session, config: SynthesisConfig) -> str:
+def synthesis_key(session: Session, config: SynthesisConfig) -> str:
     """What the rows are made of."""
     recipe, checkpoint = session.recipe, session.checkpoint
     facts = {
@@ -194,6 +194,8 @@ def _key(session: Session, config: SynthesisConfig) -> str:
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
     }
+    if config.needs_template and recipe.data.chat:
+        facts["chat"] = recipe.data.chat
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -110,7 +110,13 @@ def measure(
         "base": base_digest(model),
         "adapter": recipe.adapter.model_dump(mode="json"),
         "fitted": fitted,
-        "data": [rows_key(session), recipe.data.sequence_len, recipe.data.packing, recipe.data.on_bad_row],
+        "data": [
+            rows_key(session),
+            recipe.data.sequence_len,
+            recipe.data.packing,
+            recipe.data.on_bad_row,
+            *recipe.data.chat,
+        ],
         "dtype": recipe.model.dtype,
     }
     stored = session.run.read_json(FILE, TeacherMeasure | None, None)

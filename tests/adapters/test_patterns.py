@@ -119,6 +119,18 @@ def test_through_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_layer_is_refused_in_python(key: str) -> None:
+    words = f"{key}: got 'q_porj', which matches no layer that trains; did you mean 'q_proj'"
+    given: dict[str, Any] = {key: {"v_proj": 2, "q_porj": 8}}
+    with pytest.raises(ValueError, match=f"LowBitConfig: {words}"):
+        get_peft_model(packed_model(), LowBitConfig(method="lr_qat", rank=4, **given))
+    with pytest.raises(ValueError, match=f"{key}: got 'v_proj', which matches no layer that trains"):
+        get_peft_model(packed_model(), LowBitConfig(method="lr_qat", target_modules=["q_proj"], **given))
+    with pytest.raises(ValueError, match=f"adapter.{words}"):
+        attach(packed_model(), ADAPTERS["lr_qat"].model_validate({"rank": 4, **given}))
+
+
 def test_the_recipe_says_what_matches_nothing_and_plan_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,15 +127,21 @@ def test_a_section_that_chooses_dense_layers_is_refused_from_python_too(tmp_path
         quantize(Checkpoint.open(tmp_path / "q"), quant)
 
 
-def test_symmetric_and_asymmetric_layers_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
-    quantized_checkpoint(tmp_path / "q", "compressed-tensors", symmetric=True)
-    quantized_checkpoint(tmp_path / "a", "compressed-tensors", source=tmp_path / "q-dense")
+def test_symmetric_and_asymmetric_layers_in_one_checkpoint_become_overrides(tmp_path: Path) -> None:
+    flat = quantized_checkpoint(tmp_path / "q", "compressed-tensors", symmetric=True)
+    other = quantized_checkpoint(tmp_path / "a", "compressed-tensors", source=tmp_path / "q-dense")
     graft(tmp_path / "q", tmp_path / "a")
-    (problem,) = resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection())[1]
-    assert str(problem).startswith(
-        "model.path: got 'q', where some layers are symmetric and others (model.layers.0.mlp.down_proj, "
-        "...) are not"
-    )
+    quant = resolved(tmp_path / "q")
+    (override,) = quant.overrides
+    assert quant.symmetric and override.given == {"symmetric": False}
+    assert override.match == "model.layers.0.mlp.down_proj"
+    model, _ = packed(tmp_path / "q")
+    for name in flat:
+        wanted = other if name.endswith("down_proj") else flat
+        assert equal(model.get_submodule(name).base, wanted[name]), name
+    said = QuantSection.model_validate({"overrides": [{"match": "down_proj", "bits": 8}]})
+    (problem,) = resolve_quant(ModelSection(path=str(tmp_path / "q")), said)[1]
+    assert "down_proj 8 bit, group 64, sym; q has it as W4 g64 asym" in str(problem)
 
 
 def test_a_section_that_was_not_resolved_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from lowbit_ft.data.examples import StreamedExamples
+from lowbit_ft.data.synthesis import SYNTHESIS
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.stages.quantize import base_key
+from lowbit_ft.stages.synthesis import synthesis_key
 
 
 def key(*overrides: str) -> str:
@@ -53,3 +56,25 @@ def test_a_base_knows_how_it_is_turned_and_smoothed(in_the_repository: None):
     assert key(*turned) == key(*turned, "train.seed=1"), "hadamard looks at no text"
     adaptive = ["quant.rotation.kind=adaptive", "quant.calibrate=mse"]
     assert key(*adaptive) != key(*adaptive, "train.seed=1"), "adaptive does"
+
+
+def test_what_is_made_of_rows_knows_how_chats_are_written(in_the_repository: None):
+    text = "data.chat_template='{{ messages }}{{ x }}'"
+    changes = [(), ("data.chat_template=chatml",), (text,), (text, "data.chat_template_kwargs={x: 1}")]
+    keys = [key("quant.calibrate=gptq", *change) for change in changes]
+    assert len(set(keys)) == len(keys)
+
+
+def test_rows_of_chats_and_streams_know_how_chats_are_written(in_the_repository: None):
+    def written(*overrides: str) -> list[str]:
+        recipe = load_recipe("recipes/quickstart.yaml", ["data.streaming=true", *overrides])
+        checkpoint = SimpleNamespace(revision="a")
+        session: Any = SimpleNamespace(recipe=recipe, checkpoint=checkpoint)
+        found = [
+            synthesis_key(session, SYNTHESIS[kind].model_validate({}))
+            for kind in ("self_chat", "self_generated")
+        ]
+        return [*found, StreamedExamples(recipe.data.train, recipe.data, None).digest]
+
+    own, other = written(), written("data.chat_template=chatml")
+    assert own[0] != other[0] and own[1] == other[1] and own[2] != other[2]

@@ -93,6 +93,24 @@ def test_what_an_earlier_push_left_over_goes(hub: Hub, exported: Path, tmp_path:
     assert names == {path.name for path in one.iterdir()} and "model.safetensors" in names
 
 
+def test_a_card_that_somebody_wrote_stays(hub: Hub, exported: Path, tmp_path: Path) -> None:
+    pushed(hub, exported)
+    repo, said = hub.repos["org/name"], []
+    repo.files["README.md"] = b"# My own words\n"
+    newer = shutil.copytree(exported, tmp_path / "newer")
+    replace_file(newer, "README.md", CARD + "more\n")
+    for place in ("one", "two"):  # nor does the next push take it for its own
+        push(newer, "org/name", api=api(hub), say=said.append)
+        assert repo.files["README.md"] == b"# My own words\n" and "README.md is not as a push" in said[-3]
+        (tmp_path / place).mkdir()
+        for name, data in repo.files.items():
+            (tmp_path / place / name).write_bytes(data)
+        check_files(tmp_path / place)  # whoever fetches it has what was pushed
+    del repo.files["README.md"]
+    pushed(hub, newer)
+    assert repo.files["README.md"].decode() == CARD + "more\n"
+
+
 def test_what_came_between_the_look_and_the_commit_stays(hub: Hub, exported: Path) -> None:
     pushed(hub, exported)
     repo = hub.repos["org/name"]

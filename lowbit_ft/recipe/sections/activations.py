@@ -14,8 +14,8 @@ from ...activations.calibrate import RANGES
 from ...export import EXPORTERS
 from ...export.compressed_tensors import FUSED
 from ...model.roles import is_head
-from ...names import matches, pattern_error
-from ..layers import nearest_layers, shapes_here
+from ...names import matches, nearest_layers, pattern_error
+from ..layers import shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .base import Positive, Problems, Section

@@ -11,8 +11,8 @@ from ...adapters import ADAPTERS
 from ...adapters.lora_start import lora_problems, read_lora
 from ...adapters.patterns import PATTERNS, meant
 from ...grid import GRIDS
-from ...names import listed, matches
-from ..layers import nearest_layers, shapes_here
+from ...names import listed, matches, nearest_layers
+from ..layers import shapes_here
 from ..yaml import Problem, dotted
 from .base import Problems
 from .overrides import layers_apart

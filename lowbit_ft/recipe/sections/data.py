@@ -15,15 +15,14 @@ from pydantic_core import CoreSchema, core_schema
 from ...data.formats import FORMATS
 from ...data.mix import named, sources_of, unmixable, weights_of
 from ...data.synthesis import SYNTHESIS, SynthesisConfig
-from ...names import HUB_ID, listed
-from ..layers import POSITIONS, has_chat_template, shapes_here
+from ...names import HUB_ID
+from ..layers import POSITIONS, shapes_here
 from ..paths import globs, near_names, path_is
 from ..values import OneKind, OneOf
 from ..yaml import KeyPath, Problem
 from .base import Count, Positive, Problems, Section
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow", ".md")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class DataSource(Section):
@@ -115,7 +114,23 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="stop at a malformed row, or skip and count it"
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="chatml, a file of Jinja, the folder or hub id of a model that has one, or the text "
+        "itself; null: the model's own. It ships",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what the template is told, such as {enable_thinking: false}; ships as its default",
+    )
     streaming: bool = Field(default=False, description="read while training; needs train.max_steps")
+
+    @property
+    def chat(self) -> list[Any]:
+        """What chats are written with, for the key of what is made of rows; empty: the model's own way."""
+        said = self.chat_template is not None or bool(self.chat_template_kwargs)
+        return [self.chat_template, self.chat_template_kwargs] if said else []
 
     @property
     def rows(self) -> str:
@@ -244,29 +259,3 @@ def check_lengths(r: Any) -> Problems:
                 "less, or extend them in the model's "
                 "config.json (rope_parameters, then max_position_embeddings)",
             )
-
-
-def check_chat(r: Any) -> Problems:
-    """Formats of turns need the template of the model's tokenizer."""
-    folder = Path(r.model.path).expanduser()
-    if not path_is(folder, "dir") or has_chat_template(folder):
-        return  # a hub id: data/examples.py looks, once the tokenizer is there
-    if not any(path_is(folder / name, "file") for name in TOKENIZER_FILES):
-        yield Problem(
-            ("model", "path"),
-            f"got {r.model.path!r}, which has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it there",
-        )
-        return
-    config = r.data.synthesis
-    if config is not None and config.needs_template:
-        yield Problem(
-            ("data", "synthesis", "kind"),
-            f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or put "
-            "a chat_template.jinja into its folder",
-        )
-    sources = sources_at(("data", "train"), r.data.train) + sources_at(("data", "valid"), r.data.valid)
-    for where, source in sources:
-        if FORMATS[source.format].needs_template:
-            others = listed(name for name, kind in FORMATS.items() if not kind.needs_template)
-            message = f"got {source.format!r}, but {r.model.path} has no chat template; allowed: {others}"
-            yield Problem((*where, "format"), f"{message}; or put a chat_template.jinja into its folder")

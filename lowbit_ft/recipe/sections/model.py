@@ -21,6 +21,7 @@ from ..layers import local_folder, read_shapes, shapes_here
 from ..paths import near_names, path_is
 from ..yaml import Problem
 from .base import Problems, Section
+from .chat import written_with
 from .data import sources_at
 
 # Tokens that stand for something else than text: a model that reads text alone may lack their rows.
@@ -124,6 +125,8 @@ def check_tokens(r: Any) -> Problems:
         tokenizer = read_tokenizer(folder)
     except CheckpointError:
         return  # check_chat, or the start of the run, tells what is missing
+    if hasattr(r, "data"):
+        tokenizer = written_with(r, tokenizer)
     special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     ids = {**tokenizer.get_vocab(), **dict(special)}
     beyond = sorted((i, token) for token, i in ids.items() if i is not None and i >= rows)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ...model.fused import Fusion
-from ...names import did_you_mean, listed, matches, nearest
+from ...names import did_you_mean, listed, matches, nearest, nearest_layers
 from ...segments import Segments, segments_in
-from ..layers import Layer, Shapes, nearest_layers
+from ..layers import Layer, Shapes
 from ..yaml import Problem
 from .base import GroupSize, Problems, Section
 

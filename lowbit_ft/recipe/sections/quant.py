@@ -14,10 +14,10 @@ from ...export import EXPORTERS
 from ...grid import GRIDS, Grid, grid_of
 from ...grid.calibrate import CALIBRATORS, calibrators_of
 from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
-from ...names import did_you_mean, listed, matches, pattern_error
+from ...names import did_you_mean, kinds_of, listed, matches, nearest_layers, pattern_error
 from ...rotations import ROTATIONS
 from ..errors import shown
-from ..layers import Layer, Shapes, kinds_of, nearest_layers, shapes_here
+from ..layers import Layer, Shapes, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .activations import ActivationsSection
