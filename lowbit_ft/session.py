@@ -193,8 +193,7 @@ def _with_tokenizer(
     recipe: Recipe, run: RunDir, checkpoint: Checkpoint, writes: bool = False
 ) -> tuple[Checkpoint, Any]:
     """The checkpoint and its tokenizer, with the chat template of the recipe, which ships with it, and the
-    new tokens of model.add_tokens; writes: the folder model/ of the run, which has the files of both, is made.
-    """
+    new tokens of model.add_tokens; writes: the folder model/ of the run, with the files of both, is made."""
     data, wanted = recipe.data, recipe.model.add_tokens
     checkpoint.chat_template = chosen(
         load_tokenizer(checkpoint), data.chat_template, data.chat_template_kwargs

@@ -164,8 +164,8 @@ def verify(
     before the folder is read, which for a dense format is the larger of the two); without it logits and
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
-    dense: by parameter, what was trained beside the layers. chat_template: what the tokenizer writes chats with,
-    where that is not its own. Raises ValueError, listing what differs.
+    dense: by parameter, what was trained beside the layers. chat_template: what the tokenizer writes chats
+    with, where that is not its own. Raises ValueError, listing what differs.
     """
     folder = Path(folder)
     manifest = check_files(folder)

@@ -1,5 +1,5 @@
-"""The main job, recipe to exported model, on a Llama of one layer: once through the references, once through the
-Triton kernels.
+"""The main job, recipe to exported model, on a Llama of one layer: once through the references, once through
+the Triton kernels.
 
 The two paths add in different orders, so trained scales may differ in their last bits. The integers that ship
 may not.
