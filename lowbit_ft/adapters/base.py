@@ -30,8 +30,8 @@ from .carry import Carried
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
 
-# Of the methods here; one with others says so in its config. log_input_scale: of activations/learned.py.
-SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
+# Of the methods here; one with others says so in its config. log_input_*: of activations/learned.py.
+SCALE_PARAMETERS = frozenset("log_scale magnitude offset plane_scale log_input_scale log_input_clip".split())
 
 
 class AdapterConfig(BaseModel):
@@ -330,7 +330,7 @@ class Adapter(WeightAdapter):
             if args.a is not None and args.b is not None:
                 found |= latent.steps_of_product(args.a, args.b, args.gain, latent.unit_of(args, base))
         if (learned := self._modules.get("input")) is not None:
-            found["input.log_input_scale"] = float(learned.one_step)  # pyright: ignore[reportArgumentType]
+            found |= {f"input.{name}": learned.one_step for name, _ in learned.named_parameters()}  # pyright: ignore
         return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
 
     def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:

@@ -199,7 +199,8 @@ def test_a_segment_is_quantized_as_if_it_were_alone(scheme: Scheme) -> None:
     pieces = x.split(scheme.segments, dim=-1)
     alone = [activation_of(replace(scheme, mask=2.0).part(i))(piece) for i, piece in enumerate(pieces)]
     assert torch.equal(activation(x), torch.cat(alone, -1))
-    whole = replace(scheme, segments=(), scale=scheme.part(0).scale, zero=scheme.part(0).zero)
+    first = scheme.part(0)
+    whole = replace(scheme, segments=(), clip=first.clip, scale=first.scale, zero=first.zero)
     assert not torch.equal(activation(x), activation_of(whole)(x)), "and not as the whole is"
     upstream = torch.randn(5, 128)
     (found,) = torch.autograd.grad(activation(x), x, upstream)
