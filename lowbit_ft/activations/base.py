@@ -176,7 +176,7 @@ class Activation(InputGrid):
         if self.given is not None:
             return self.given(device)
         if self._scheme.dynamic and self.learned is not None:
-            return self.learned().detach().double()
+            return self.learned.value().double()
         assert not isinstance(self._scheme.clip, tuple), "one clip per segment"
         return self._scheme.clip
 

@@ -52,9 +52,8 @@ class Learned(nn.Module):
     def master(self) -> nn.Parameter:
         return self.get_parameter(self.master_name)
 
-    def exact(self) -> Tensor:
-        """What it is before it is rounded or held."""
-        log = scale_gradient(self.master, self.factor)
+    def of(self, log: Tensor) -> Tensor:
+        """start exp(log)."""
         start = torch.cat([torch.full((1,), value, device=log.device) for value in self.start])
         return start * exact_exp(log)
 
@@ -75,7 +74,7 @@ class LearnedScale(Learned):
         self.scale_dtype = scale_dtype
 
     def forward(self) -> Tensor:
-        return cast_scale(self.exact(), self.scale_dtype)
+        return cast_scale(self.of(scale_gradient(self.master, self.factor)), self.scale_dtype)
 
 
 class LearnedClip(Learned):
@@ -89,7 +88,12 @@ class LearnedClip(Learned):
         super().__init__(start, scheme, in_features // count, device)
 
     def forward(self) -> Tensor:
-        return _AtMostOne.apply(self.exact())  # pyright: ignore[reportReturnType]  autograd.Function is untyped
+        exact = self.of(scale_gradient(self.master, self.factor))
+        return _AtMostOne.apply(exact)  # pyright: ignore[reportReturnType]  autograd.Function is untyped
+
+    def value(self) -> Tensor:
+        """The same without a gradient. A graph of torch.compile takes each of the functions above once."""
+        return self.of(self.master.detach()).clamp(max=1)
 
 
 class _AtMostOne(torch.autograd.Function):

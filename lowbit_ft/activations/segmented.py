@@ -43,7 +43,7 @@ class Segmented(Activation):
             each = [torch.full((1,), v, dtype=torch.float64, device=device) for v in self._scheme.clips]
             clips = torch.cat(each)
         else:
-            clips = self.learned().detach().double()
+            clips = self.learned.value().double()
         return clips[:, None] if number is None else clips[number : number + 1]
 
     def summed(self, values: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ CASES = {
         ],
         {},
     ),
+    "clips that learn": (
+        [
+            "adapter={method: scale}",
+            "quant.residual_bits=0",
+            "quant.activations={bits: 4, learn: true, clip: 0.9}",
+            "export.format=native",
+        ],
+        {},
+    ),
     "int4 cache": (["adapter={method: scale}", "quant.residual_bits=0", "quant.kv_cache.bits=4"], {}),
     "opt": (
         ["adapter={method: scale}", "quant.residual_bits=0"],

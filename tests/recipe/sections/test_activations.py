@@ -41,7 +41,7 @@ BAD = [
     row(
         "learned segments",
         "{kind: tensor, dynamic: false, learn: true, segments: auto}",
-        "activations.learn: got true with segments: auto; the static scales of segments stay what calibration",
+        "activations.learn: got true with segments: auto; the static scales of segments stay what",
     ),
     row(
         "learned clip", "{learn: true}", "do not clip the range of an input; set learn: false, clip: 1.0, or"
