@@ -330,7 +330,7 @@ class Adapter(WeightAdapter):
             if args.a is not None and args.b is not None:
                 found |= latent.steps_of_product(args.a, args.b, args.gain, latent.unit_of(args, base))
         if (learned := self._modules.get("input")) is not None:
-            found |= {f"input.{name}": learned.one_step for name, _ in learned.named_parameters()}  # pyright: ignore
+            found |= {f"input.{n}": float(learned.one_step) for n, _ in learned.named_parameters()}  # pyright: ignore[reportArgumentType]
         return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
 
     def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:
