@@ -172,10 +172,11 @@ def options() -> argparse.Namespace:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| model | inputs | case | start | perplexity, by seed | clips |\n|---|---|---|--:|--:|---|")
+    print("| model | grid | inputs | case | start | perplexity, by seed | clips |")
+    print("|---|---|---|---|--:|--:|---|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["kind"], row["case"]), []).append(row)
+        groups.setdefault((row["model"], row["grid"], row["kind"], row["case"]), []).append(row)
     for key, same in groups.items():
         ends = ", ".join(f"{row['perplexity']:.3f}" for row in same)
         clips = [clip for row in same for clip in row.get("clips", [])]
