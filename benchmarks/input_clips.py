@@ -69,7 +69,7 @@ class Smoothed(InputGrid):
         super().__init__()
         self.size = size
         self.log_smooth = nn.Parameter(torch.zeros(-(-inputs // size)))
-        self.largest: Tensor | None = None
+        self.largest: Tensor | None = torch.zeros(inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.largest is not None:
