@@ -6,9 +6,10 @@ scales it makes of x; rounding, the straight-through backward, what q, k and v s
 in a folder's configuration, and the recipe read the table.
 """
 
-from .base import Activation, Scheme, scheme_from_json
+from .base import Activation, Scheme
 from .dual import Dual
 from .group import Group
+from .reading import scheme_from_json
 from .segmented import Segmented
 from .tensor import PerTensor
 from .token import Token

@@ -9,13 +9,14 @@ bf16 falls otherwise).
 s and z are made of x itself (dynamic) or came with the scheme (static). All of it in fp32, whatever the model
 computes in; x^ has the dtype of x. The backward is straight-through: the gradient of x^ is that of x where x
 lies in the range, zero where it was clipped.
-Nothing flows into s, unless the scheme says that a static s learns (learned.py).
+Nothing flows into s, unless the scheme says that it learns (learned.py): a static s, or the factor on the
+range that a dynamic one covers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +33,13 @@ class Scheme:
     """Everything that makes codes of x: hashable, without tensors, JSON in the configuration of a folder.
 
     group_size: channels that share a scale (kind group; -1: all). clip: the factor on the range that a
-    dynamic scale covers. scale, zero: of a static kind; the scale's values are those of its shipping dtype.
+    dynamic scale covers, or one for each segment. scale, zero: of a static kind; the scale's values are those
+    of its shipping dtype.
     segments: how many channels each segment of the input has that is scaled by itself (segmented.py; (): all
     as one). scale and zero are then those of the segments, one behind the other.
     mask: the gradient is zero where |x| is at least this, although nothing is clipped there (training only).
-    learn: a static scale trains; the first of the layers that share it, by name (training only).
+    learn: a static scale trains, or the clip of dynamic ones; the first of the layers that share it, by name
+    (training only).
     """
 
     kind: str
@@ -44,7 +47,7 @@ class Scheme:
     symmetric: bool = True
     dynamic: bool = True
     group_size: int = -1
-    clip: float = 1.0
+    clip: float | tuple[float, ...] = 1.0
     scale: tuple[float, ...] = ()
     zero: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
@@ -64,6 +67,16 @@ class Scheme:
         """Whether codes can be made: a static scheme needs its scale first."""
         return self.dynamic or bool(self.scale)
 
+    @property
+    def clips(self) -> tuple[float, ...]:
+        """The factor of all, or of each segment."""
+        return self.clip if isinstance(self.clip, tuple) else (self.clip,)
+
+    @property
+    def whole_range(self) -> bool:
+        """Whether the clip is no factor at all, and stays so."""
+        return set(self.clips) == {1.0} and (self.learn is None or not self.dynamic)
+
     def part(self, number: int) -> Scheme:
         """What a segment is on."""
         count = len(self.segments)
@@ -71,6 +84,7 @@ class Scheme:
         return replace(
             self,
             segments=(),
+            clip=self.clip[number] if isinstance(self.clip, tuple) else self.clip,
             scale=self.scale[number * scales : (number + 1) * scales],
             zero=self.zero[number * zeros : (number + 1) * zeros],
         )
@@ -94,7 +108,9 @@ class Scheme:
         parts += [f"{len(self.segments)} segments"] if self.segments else []
         parts += [] if self.symmetric else ["asym"]
         parts += [] if self.dynamic else ["static" if self.learn is None else "static, learned"]
-        parts += [f"clip {self.clip:g}"] if self.clip != 1.0 else []
+        ends = dict.fromkeys(f"{clip:g}" for clip in (min(self.clips), max(self.clips)))
+        parts += [] if self.whole_range else ["clip " + " to ".join(ends)]
+        parts += ["learned"] if self.dynamic and self.learn is not None else []
         return " ".join(parts)
 
 
@@ -107,7 +123,8 @@ class Activation(InputGrid):
     kind: ClassVar[str]
     static_scales: ClassVar[int] = 0  # how many numbers a static scale is; 0: the kind is dynamic
     can_be_asymmetric: ClassVar[bool] = True
-    learned: Any = None  # a LearnedScale
+    learned: Any = None  # a LearnedScale or a LearnedClip
+    given: Callable[[torch.device], Tensor] | None = None  # of a segment: where it has its clip from
     products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group or segment
     by_rows: ClassVar[bool] = True  # scales that are not static are made of the last dimension alone
     in_segments: ClassVar[bool] = True  # segments of an input may have scales of their own
@@ -133,12 +150,18 @@ class Activation(InputGrid):
 
     @torch.no_grad()
     def shipped(self) -> Scheme:
-        """What an exporter writes: the scale of the last forward, without what only training reads."""
-        made, learned = self._scheme.shipped(), self.learned
-        return made if learned is None else replace(made, scale=tuple(learned().tolist()))
+        """What an exporter writes: scale or clip of the last forward, nothing that only training reads."""
+        made = self._scheme.shipped()
+        if self.learned is None:
+            return made
+        found = tuple(self.learned().tolist())
+        if made.dynamic:
+            return replace(made, clip=found if made.segments else found[0])
+        return replace(made, scale=found)
 
     def learn(self, learned: Any) -> None:
-        """Take the static scale from a LearnedScale, part of another module; None: from the scheme."""
+        """Take the static scale or the clip from what learns it, part of another module; None: from the
+        scheme."""
         vars(self)["learned"] = learned  # not by setattr, which would make it a part of this one too
 
     def static(self, device: torch.device) -> Tensor:
@@ -147,6 +170,24 @@ class Activation(InputGrid):
             return self.learned()
         assert len(self._scheme.scale) == self.static_scales, "a static scale that no calibration gave"
         return torch.cat([torch.full((1,), value, device=device) for value in self._scheme.scale])
+
+    def clip(self, device: torch.device) -> Tensor | float:
+        """The factor on a dynamic range, without gradient: a number, or fp64 that multiplies the ranges."""
+        if self.given is not None:
+            return self.given(device)
+        if self._scheme.dynamic and self.learned is not None:
+            return self.learned.value().double()
+        assert not isinstance(self._scheme.clip, tuple), "one clip per segment"
+        return self._scheme.clip
+
+    def cover(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero) that cover [low, high] times the clip."""
+        clip = self.clip(low.device)
+        return ranges(low, high, self._scheme, clip.float() if isinstance(clip, Tensor) else clip)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """values [..., K] -> their sum [1], or those of the segments."""
+        return values.sum()[None]
 
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x fp32 [..., K] -> (scale fp32, zero fp32 | None), as `codes` gives them."""
@@ -219,11 +260,12 @@ class Activation(InputGrid):
 
     def quantize(self, x: Tensor) -> Tensor:
         """x -> x^, straight-through."""
-        wide = x.detach().float()  # so that only a scale that learns has a gradient
+        wide = x.detach().float()  # so that only what learns has a gradient
         scale, zero = self.scales(wide)
+        clip = self.learned() if self._scheme.dynamic and self.learned is not None else None
         beyond = None if self._scheme.mask is None else wide.abs() >= self._scheme.mask
         del wide
-        return _StraightThrough.apply(x, scale, zero, beyond, self)  # pyright: ignore[reportReturnType]
+        return _StraightThrough.apply(x, scale, zero, beyond, clip, self)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
         return str(self._scheme)
@@ -231,7 +273,8 @@ class Activation(InputGrid):
 
 class _StraightThrough(torch.autograd.Function):
     """x^ forward; backward the gradient where x was in the range. The mask is kept only where something can
-    be outside; d x^ / d s, in the dtype of x, only where s learns."""
+    be outside; d x^ / d s, in the dtype of x, only where s learns, or clip d x^ / d clip = s d x^ / d s
+    where the clip does: s is in proportion to it, and a zero point does not depend on it."""
 
     @staticmethod
     def forward(
@@ -240,6 +283,7 @@ class _StraightThrough(torch.autograd.Function):
         scale: Tensor,
         zero: Tensor | None,
         outside: Tensor | None,
+        clip: Tensor | None,
         activation: Activation,
     ) -> Tensor:
         scheme, wide = activation.scheme(), x.float()
@@ -249,33 +293,40 @@ class _StraightThrough(torch.autograd.Function):
         codes = wide * inverse if wide is x else wide.mul_(inverse)
         if shift is not None:
             codes += shift
-        exact = codes.clone() if ctx.needs_input_grad[1] else None
+        learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
+        exact = codes.clone() if learns else None
         codes.round_()
         clipped = None
-        if not scheme.dynamic or scheme.clip < 1:  # else nothing can be outside
+        if not scheme.dynamic or min(scheme.clips) < 1 or clip is not None:  # else nothing can be outside
             clipped = (codes < scheme.lowest) | (codes > scheme.highest)
             outside = clipped if outside is None else outside | clipped
         codes.clamp_(scheme.lowest, scheme.highest)
         slope = None
         if exact is not None:
-            assert clipped is not None, "only a static scale learns"
+            assert clipped is not None
             slope = torch.where(clipped, codes if shift is None else codes - shift, codes - exact)
+            slope = slope if clip is None else slope.mul_(spread)
             slope = slope.to(x.dtype)  # not x: x^ hangs on x, and a node of x^ that keeps x closes a circle
         if shift is not None:
             codes -= shift
         ctx.activation = activation
-        ctx.save_for_backward(outside, slope, None if slope is None else activation.first(x))
+        static = slope is not None and clip is None
+        ctx.save_for_backward(outside, slope, activation.first(x) if static else None, clip)
         return codes.mul_(spread).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        outside, slope, first = ctx.saved_tensors
-        into_scale = None
+        outside, slope, first, clip = ctx.saved_tensors
+        into_scale = into_clip = None
         if slope is not None:
-            into_scale = ctx.activation.collect(slope.float().mul(gradient.float()), first)
+            pull = slope.float().mul(gradient.float())
+            if clip is None:
+                into_scale = ctx.activation.collect(pull, first)
+            else:
+                into_clip = ctx.activation.summed(pull) / clip
         if outside is not None:
             gradient = gradient.masked_fill(outside, 0)
-        return gradient, into_scale, None, None, None
+        return gradient, into_scale, None, None, into_clip, None
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -283,68 +334,15 @@ def positive(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def ranges(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """(scale, zero) that cover [low, high] times scheme.clip. With a zero point the range is that of the
+def ranges(
+    low: Tensor, high: Tensor, scheme: Scheme, clip: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero) that cover [low, high] times clip. With a zero point the range is that of the
     values, which need not hold 0, as in vLLM; but where they are all but equal, 0 is in it."""
     if scheme.symmetric:
-        return positive(torch.maximum(high, -low) * scheme.clip / scheme.highest), None
+        return positive(torch.maximum(high, -low) * clip / scheme.highest), None
     alike = (high - low) * 256 < torch.maximum(high, -low)
-    low = torch.where(alike, low.clamp(max=0), low) * scheme.clip
-    high = torch.where(alike, high.clamp(min=0), high) * scheme.clip
+    low = torch.where(alike, low.clamp(max=0), low) * clip
+    high = torch.where(alike, high.clamp(min=0), high) * clip
     scale = positive((high - low) / (scheme.highest - scheme.lowest))
     return scale, torch.round(scheme.lowest - low / scale)
-
-
-def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Scheme:
-    """The inverse of `Scheme.to_json`. ValueError naming what is wrong: the file may be a stranger's."""
-    known = {field.name for field in fields(Scheme)}
-    if not isinstance(entry, dict) or not {"kind", "bits"} <= set(entry) <= known:
-        raise ValueError(f"got {entry!r}; needs an object with kind and bits, of {', '.join(sorted(known))}")
-    kind, bits, group = entry["kind"], entry["bits"], entry.get("group_size", -1)
-    if kind not in kinds:
-        raise ValueError(f"kind: got {kind!r}; allowed: {', '.join(kinds)}")
-    if type(bits) is not int or bits not in (4, 8):
-        raise ValueError(f"bits: got {bits!r}; allowed: 4, 8")
-    if type(group) is not int or group < 1 and group != -1:
-        raise ValueError(f"group_size: got {group!r}; needs a positive number, or -1")
-    for key in ("symmetric", "dynamic"):
-        if not isinstance(entry.get(key, True), bool):
-            raise ValueError(f"{key}: got {entry[key]!r}; allowed: true, false")
-    for key in ("clip", "mask"):
-        value = entry.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{key}: got {value!r}; needs a positive number")
-    segments = entry.get("segments", [])
-    if not _numbers(segments, int) or not all(size > 0 for size in segments) or len(segments) == 1:
-        raise ValueError(f"segments: got {segments!r}; needs a list of two or more numbers of channels")
-    if segments and not kinds[kind].in_segments:
-        raise ValueError(f"segments: got {segments!r}; kind {kind} has none")
-    scale, zero = entry.get("scale", []), entry.get("zero", [])
-    if not _numbers(scale, float) or not all(0 < value < float("inf") for value in scale):
-        raise ValueError(f"scale: got {scale!r}; needs a list of positive numbers")
-    if not isinstance(entry.get("learn", ""), str):
-        raise ValueError(f"learn: got {entry['learn']!r}; needs the name of a layer")
-    if "learn" in entry and entry.get("dynamic", True):
-        raise ValueError("learn: only a static scale learns, and dynamic is true")
-    if "learn" in entry and segments:
-        raise ValueError("learn: the scales of segments do not learn; drop one of both")
-    if not _numbers(zero, int):
-        raise ValueError(f"zero: got {zero!r}; needs a list of integers")
-    made = Scheme(**{**entry, "scale": tuple(scale), "zero": tuple(zero), "segments": tuple(segments)})
-    if not all(made.lowest <= value <= made.highest for value in made.zero):
-        raise ValueError(f"zero: got {zero!r}; needs {made.lowest} to {made.highest}")
-    if not made.dynamic and not kinds[kind].static_scales:
-        raise ValueError(f"dynamic: got false; kind {kind} is dynamic")
-    each = max(1, len(segments))
-    if len(scale) != (0 if made.dynamic else kinds[kind].static_scales * each):
-        count = kinds[kind].static_scales * each
-        raise ValueError(f"scale: got {scale!r}; kind {kind} takes {count} where it is static, else none")
-    if len(zero) != (0 if made.dynamic or made.symmetric else each):
-        raise ValueError(f"zero: got {zero!r}; a static scheme that is not symmetric takes one, others none")
-    if not made.symmetric and not kinds[kind].can_be_asymmetric:
-        raise ValueError(f"symmetric: got false; kind {kind} has no zero point")
-    return made
-
-
-def _numbers(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)

@@ -41,7 +41,7 @@ class Choice:
     tried: dict[str, float] = field(default_factory=dict)
 
     def learned(self) -> Choice:
-        """The same with a static scale that trains, one for all its layers."""
+        """The same with a static scale or a clip that trains, one for all its layers."""
         return replace(self, scheme=replace(self.scheme, learn=self.layers[0]))
 
     def to_json(self) -> dict[str, Any]:
@@ -100,14 +100,16 @@ def choose(
     forward: Callable[[int], object] | None = None,
     rule: str = "moving_average",
     scale_dtype: torch.dtype = torch.bfloat16,
+    by_input: bool = False,
 ) -> list[Choice]:
     """The scheme of every layer that has candidates. forward(i) passes batch i through the model; it is asked
-    for only where rows decide. rule: of static ranges, one of RANGES. ValueError naming the layers that no
+    for only where rows decide, or where a choice has to be of one input (by_input), because who is given one
+    tensor is seen there. rule: of static ranges, one of RANGES. ValueError naming the layers that no
     token reached although their scale is static.
     """
     layers = {name: layer for name, layer in hosts(model) if name in candidates}
     assert layers.keys() == candidates.keys(), "candidates for what is no packed layer"
-    if not needs_rows(candidates):
+    if not by_input and not needs_rows(candidates):
         alike: dict[Scheme, list[str]] = {}
         for name, (scheme,) in candidates.items():
             alike.setdefault(scheme, []).append(name)

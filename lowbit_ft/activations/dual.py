@@ -26,8 +26,9 @@ class Dual(Activation):
         if not scheme.dynamic:
             return self.static(x.device), None
         low, high = x.aminmax(dim=-1, keepdim=True)
-        below = low.clamp(max=0) * (scheme.clip / scheme.lowest)
-        above = high.clamp(min=0) * (scheme.clip / scheme.highest)
+        clip = self.clip(x.device)
+        below = low.clamp(max=0) * _over(clip, scheme.lowest)
+        above = high.clamp(min=0) * _over(clip, scheme.highest)
         return positive(torch.cat((below, above), dim=-1)), None
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
@@ -35,3 +36,8 @@ class Dual(Activation):
 
     def first(self, x: Tensor) -> Tensor:
         return x < 0
+
+
+def _over(clip: Tensor | float, end: int) -> Tensor | float:
+    """clip / end, rounded to fp32 once."""
+    return (clip / end).float() if isinstance(clip, Tensor) else clip / end

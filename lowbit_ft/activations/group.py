@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Activation, ranges
+from .base import Activation
 
 
 class Group(Activation):
@@ -20,7 +20,7 @@ class Group(Activation):
             x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], short)), dim=-1)
         groups = x.unflatten(-1, (-1, size))
         low, high = groups.aminmax(dim=-1)
-        return ranges(low, high, self._scheme)
+        return self.cover(low, high)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         return values.repeat_interleave(self._scheme.group_size, dim=-1)[..., : x.shape[-1]]

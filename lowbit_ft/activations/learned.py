@@ -1,21 +1,29 @@
-"""learned: a static scale that trains with the adapters, LSQ's way (arXiv 1902.08153, sections 2.1 and 2.2).
+"""learned: what the scale of an input is made by, trained with the adapters: a static scale, or the clip of
+dynamic ones.
 
-    s = round_to_dtype(s0 exp(l)),  l = 0 at the start              the master l in fp32, s0 from calibration
+    s = round_to_dtype(s0 exp(l))    LSQ (arXiv 1902.08153, sections 2.1 and 2.2), s0 from calibration
+    a = min(1, a0 exp(l))            s = a max|x| / (2^(b-1) - 1), token by token: the clip of OmniQuant and
+                                     ZeroQAT (arXiv 2509.00031, Eq. 5), theirs a sigmoid; ours begins anywhere
     d x^ / d s = round(x / s) - x / s   where x lies in the range; where it is clipped the code less its zero
-    the gradient that reaches s is multiplied by 1 / sqrt(K (2^(b-1) - 1)), K inputs: LSQ's factor
+    d x^ / d a = s / a  d x^ / d s      the zero point does not depend on a
 
-The forward rounds s to the dtype in which it ships, so the scale of the last forward is the one of merged/.
-A relative master for the reason that group scales have one (adapters/base.py). LSQ counts the features of an
-input in its factor, not its tokens: a step is the same however a batch is cut.
+The master l is 0 at the start, in fp32; the gradient that reaches s or a is multiplied by LSQ's factor,
+1 / sqrt(K (2^(b-1) - 1)), K inputs. What is pushed beyond a = 1 has no gradient.
 
-Layers that are given one tensor (q, k and v) have one scale. It belongs to the adapter of the first of them
-that trains: there it is saved, counted, put into the optimizer's scale group, and averaged over processes.
-Where none of them trains the scale stays what calibration found.
+The forward rounds s to the dtype in which it ships; a ships in fp32, as a number of the scheme. So those of
+the last forward are the ones of merged/. A relative master for the reason that group scales have one
+(adapters/base.py). LSQ counts the features of an input in its factor, not its tokens: a step is the same
+however a batch is cut.
+
+Layers that are given one tensor (q, k and v) have one. It belongs to the adapter of the first of them that
+trains: there it is saved, counted, put into the optimizer's scale group, and averaged over processes.
+Where none of them trains it stays what calibration found.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from lowbit_kernels import exact_exp
@@ -26,37 +34,87 @@ from .base import Activation, Scheme
 from .place import hosts
 
 
-class LearnedScale(nn.Module):
-    """The static scale of a scheme as a parameter. () -> fp32 [numbers of the scale], of scale_dtype's
-    values."""
+class Learned(nn.Module):
+    """start exp(master), the master a parameter of the name `master_name`. () -> fp32 [numbers of the start],
+    of the values that ship."""
 
-    def __init__(self, scheme: Scheme, in_features: int, scale_dtype: str, device: torch.device):
+    master_name: ClassVar[str]
+
+    def __init__(self, start: tuple[float, ...], scheme: Scheme, in_features: int, device: torch.device):
         super().__init__()
-        assert scheme.scale, "a static scale that no calibration gave"
-        self.start = scheme.scale
+        self.start = start
         self.factor = 1 / math.sqrt(in_features * scheme.highest)
-        self.one_step = (
-            math.sqrt(3) / scheme.highest
-        )  # the change of l that moves codes by 1, root mean square
-        self.scale_dtype = scale_dtype
-        self.log_input_scale = nn.Parameter(torch.zeros(len(scheme.scale), device=device))
+        # The change of the master that moves codes by 1, root mean square.
+        self.one_step = math.sqrt(3) / scheme.highest
+        self.register_parameter(self.master_name, nn.Parameter(torch.zeros(len(start), device=device)))
 
-    def forward(self) -> Tensor:
-        log = scale_gradient(self.log_input_scale, self.factor)
+    @property
+    def master(self) -> nn.Parameter:
+        return self.get_parameter(self.master_name)
+
+    def of(self, log: Tensor) -> Tensor:
+        """start exp(log)."""
         start = torch.cat([torch.full((1,), value, device=log.device) for value in self.start])
-        return cast_scale(start * exact_exp(log), self.scale_dtype)
+        return start * exact_exp(log)
 
     @property
     def version(self) -> int:
         """Counts what was written to the master."""
-        return self.log_input_scale._version
+        return self.master._version
+
+
+class LearnedScale(Learned):
+    """The static scale of a scheme."""
+
+    master_name: ClassVar[str] = "log_input_scale"
+
+    def __init__(self, scheme: Scheme, in_features: int, scale_dtype: str, device: torch.device):
+        assert scheme.scale, "a static scale that no calibration gave"
+        super().__init__(scheme.scale, scheme, in_features, device)
+        self.scale_dtype = scale_dtype
+
+    def forward(self) -> Tensor:
+        return cast_scale(self.of(scale_gradient(self.master, self.factor)), self.scale_dtype)
+
+
+class LearnedClip(Learned):
+    """The clip of a dynamic scheme, or those of its segments."""
+
+    master_name: ClassVar[str] = "log_input_clip"
+
+    def __init__(self, scheme: Scheme, in_features: int, scale_dtype: str, device: torch.device):
+        count = max(1, len(scheme.segments))
+        start = scheme.clips if len(scheme.clips) == count else scheme.clips * count
+        super().__init__(start, scheme, in_features // count, device)
+
+    def forward(self) -> Tensor:
+        exact = self.of(scale_gradient(self.master, self.factor))
+        return _AtMostOne.apply(exact)  # pyright: ignore[reportReturnType]  autograd.Function is untyped
+
+    def value(self) -> Tensor:
+        """The same without a gradient. A graph of torch.compile takes each of the functions above once."""
+        return self.of(self.master.detach()).clamp(max=1)
+
+
+class _AtMostOne(torch.autograd.Function):
+    """min(1, value); backward the gradient, but where a step along it would go further beyond 1."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value >= 1)
+        return value.clamp(max=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (at_end,) = ctx.saved_tensors
+        return gradient.masked_fill(at_end & (gradient < 0), 0)
 
 
 def learn_inputs(model: nn.Module) -> None:
     """Give the inputs whose schemes say `learn` their parameter, each in the adapter of the first of its
     layers that has one. Fresh adapters, fresh scales: they start at the scheme's.
     """
-    owners: dict[str, LearnedScale] = {}
+    owners: dict[str, Learned] = {}
     found = []
     for _, layer in hosts(model):
         activation = layer.activation
@@ -64,7 +122,8 @@ def learn_inputs(model: nn.Module) -> None:
             continue
         found.append((group, activation))
         if layer.adapter is not None and group not in owners:
-            owners[group] = LearnedScale(
+            kind = LearnedClip if activation.scheme().dynamic else LearnedScale
+            owners[group] = kind(
                 activation.scheme(), layer.in_features, layer.grid.scale_dtype, layer.base.scale.device
             )
             layer.adapter.add_module("input", owners[group])

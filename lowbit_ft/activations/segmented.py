@@ -9,6 +9,9 @@ as the plan of the model has them (segments/); there are S sums per output in th
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +23,32 @@ class Segmented(Activation):
         assert scheme.segments and kind.in_segments
         nn.Module.__init__(self)
         self._scheme = scheme
-        self.learn(None)
         self.by_rows = kind.by_rows  # pyright: ignore[reportAttributeAccessIssue]
         # Plain objects, not children: they have nothing that a model would have to know of.
         self.parts = tuple(kind(scheme.part(number)) for number in range(len(scheme.segments)))
+        self.every = (kind(scheme.part(0)),)  # of all, where they are a dimension
+        self.learn(None)
+
+    def learn(self, learned: Any) -> None:
+        super().learn(learned)
+        own = learned is not None and self._scheme.dynamic
+        for number, part in enumerate(self.parts):
+            part.given = partial(self.clip_of, number) if own else None
+        alike = not own and len(set(self._scheme.clips)) == 1
+        self.every[0].given = None if alike else partial(self.clip_of, None)
+
+    def clip_of(self, number: int | None, device: torch.device) -> Tensor:
+        """The clip of a segment [1], or of all [segments, 1]."""
+        if self.learned is None:
+            each = [torch.full((1,), v, dtype=torch.float64, device=device) for v in self._scheme.clips]
+            clips = torch.cat(each)
+        else:
+            clips = self.learned.value().double()
+        return clips[:, None] if number is None else clips[number : number + 1]
+
+    def summed(self, values: Tensor) -> Tensor:
+        by_channel = values.flatten(0, -2).sum(0)
+        return torch.stack([part.sum() for part in by_channel.split(self._scheme.segments)])
 
     @property
     def even(self) -> bool:
@@ -33,7 +58,7 @@ class Segmented(Activation):
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> those of the first segment, of the second, ..."""
         if self.even and self.by_rows and self._scheme.dynamic:
-            scale, zero = self.parts[0].scales(x.unflatten(-1, (len(self.parts), -1)))
+            scale, zero = self.every[0].scales(x.unflatten(-1, (len(self.parts), -1)))
             return scale.flatten(-2), None if zero is None else zero.flatten(-2)
         pieces = x.split(self._scheme.segments, dim=-1)
         made = [part.scales(piece) for part, piece in zip(self.parts, pieces, strict=True)]

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Activation, ranges
+from .base import Activation
 
 
 class PerTensor(Activation):
@@ -19,6 +19,6 @@ class PerTensor(Activation):
         scheme = self._scheme
         if scheme.dynamic:
             low, high = x.aminmax()
-            return ranges(low[None], high[None], scheme)
+            return self.cover(low[None], high[None])
         zero = torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
         return self.static(x.device), zero

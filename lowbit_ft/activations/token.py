@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Activation, ranges
+from .base import Activation
 
 
 class Token(Activation):
@@ -17,4 +17,4 @@ class Token(Activation):
     def scales(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> [..., 1]."""
         low, high = x.aminmax(dim=-1, keepdim=True)
-        return ranges(low, high, self._scheme)
+        return self.cover(low, high)

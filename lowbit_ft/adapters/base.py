@@ -29,8 +29,8 @@ from .patterns import AlphaPattern
 from .step_codes import StepCodes
 from .uncounted import say_uncounted
 
-# Of the methods here; one with others says so in its config. log_input_scale: of activations/learned.py.
-SCALE_PARAMETERS = frozenset({"log_scale", "magnitude", "offset", "plane_scale", "log_input_scale"})
+# Of the methods here; one with others says so in its config. log_input_*: of activations/learned.py.
+SCALE_PARAMETERS = frozenset("log_scale magnitude offset plane_scale log_input_scale log_input_clip".split())
 
 
 class AdapterConfig(BaseModel):
@@ -341,7 +341,7 @@ class Adapter(WeightAdapter):
             if args.a is not None and args.b is not None:
                 found |= latent.steps_of_product(args.a, args.b, args.gain, latent.unit_of(args, base))
         if (learned := self._modules.get("input")) is not None:
-            found["input.log_input_scale"] = float(learned.one_step)  # pyright: ignore[reportArgumentType]
+            found |= {f"input.{n}": float(learned.one_step) for n, _ in learned.named_parameters()}  # pyright: ignore[reportArgumentType]
         return {name: found[name] for name, p in self.named_parameters() if p.requires_grad}
 
     def pull(self, base: PackedWeight, skip_clipped: bool) -> dict[str, Tensor]:

@@ -104,8 +104,9 @@ class CompressedTensors(Exporter):
             return f"it has inputs per token or per group, not kind {scheme.kind}; set kind: token, {out}"
         if not scheme.symmetric:
             return f"its integer kernels (vLLM) raise on inputs with a zero point; set symmetric: true, {out}"
-        if scheme.clip != 1.0:
-            return f"its readers do not clip the range of an input; set clip: 1.0, {out}"
+        if not scheme.whole_range:
+            keys = "learn: false, clip: 1.0" if scheme.learn is not None else "clip: 1.0"
+            return f"its readers do not clip the range of an input; set {keys}, {out}"
         if in_features is not None and scheme.kind == "group" and in_features % scheme.group_size:
             return (
                 f"it needs whole groups, and {scheme.group_size} does not divide {in_features} inputs; set "

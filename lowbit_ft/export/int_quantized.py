@@ -44,11 +44,11 @@ class IntQuantized(CompressedTensors):
                 "int-quantized has one scale per token; set activations.segments: none, or export.format: "
                 "compressed-tensors, where segments of one width are groups, or native"
             )
-        if scheme.kind == "token" and scheme.bits == 8 and scheme.clip == 1.0:
+        if scheme.kind == "token" and scheme.bits == 8 and scheme.whole_range:
             return None
         return (
-            "int-quantized has inputs of 8 bits per token, not clipped; set activations.bits: 8, kind: token "
-            "and clip: 1.0, or export.format: native"
+            "int-quantized has inputs of 8 bits per token, not clipped; set activations.bits: 8, kind: "
+            "token, clip: 1.0 and learn: false, or export.format: native"
         )
 
     def specs(self, layer: LayerSpec) -> TensorSpecs:

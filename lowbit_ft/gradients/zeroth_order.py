@@ -15,8 +15,10 @@ saved for a backward: memory is the base, what trains (once more while it is mov
 clipped: its norm is that of a random direction, whatever the slope. With `momentum` an average of G over the
 steps is kept, which begins with the first one.
 
-Not here: ZeroQAT's learnable clipping and smoothing (its Eq. 4 and 5), which its own code does not train in
-the loop either.
+ZeroQAT's other parts are choices of quant: its learnable clipping (Eq. 5) is activations.learn, and the
+scales of every adapter; its smoothing (Eq. 4) is quant.smooth, before packing. Its own code does not train s
+in the loop either; per group of inputs, which is what a frozen grid could take in, kind: group does more
+(LOG.md).
 """
 
 from __future__ import annotations

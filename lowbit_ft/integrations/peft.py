@@ -228,9 +228,9 @@ class LowBitModel(BaseTuner):
         learned = next((n for n, h in hosts.items() if (s := scheme_of(h)) is not None and s.learn), None)
         if learned is not None:
             raise ValueError(
-                f"{learned}: the static scale of its input trains with the adapter "
+                f"{learned}: the scale or clip of its input trains with the adapter "
                 "(quant.activations.learn), which PEFT's layers do not do; load merged/ of the run, whose "
-                "scales are the trained ones, or pack a base with learn: false"
+                "inputs are on the trained ones, or pack a base with learn: false"
             )
         # An embedding is looked up; there is no product for an adapter to be in.
         hosts = {name: layer for name, layer in hosts.items() if not isinstance(layer, PackedEmbedding)}

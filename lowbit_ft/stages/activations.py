@@ -77,7 +77,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
             grid = adapter.shipped(layer.grid) if adapter.trains(*names) else layer.grid
             widths = segments[whole].widths if whole in segments else ()
             candidates[name] = carried(section, whole, grid, layer.in_features, format, widths)
-    if not needs_rows(candidates):
+    if not section.learn and not needs_rows(candidates):
         return choose(model, candidates)
     batches, device = calibration_batches(session), next(iter(model.buffers())).device
     # The logits are nobody's input, unless the head is asked for by name.
@@ -91,7 +91,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
 
     scale_dtype = getattr(torch, recipe.quant.scale_dtype)
     with segment_attention(model):
-        return choose(model, candidates, len(batches), forward, section.range, scale_dtype)
+        return choose(model, candidates, len(batches), forward, section.range, scale_dtype, section.learn)
 
 
 def table(choices: list[Choice]) -> str:

@@ -14,8 +14,19 @@ from lowbit_ft.grid import PackedWeight
 from lowbit_ft.recipe.sections.activations import shared_input
 from tests.packed_tools import adapter_config
 
+SEGMENTS = ((64, 64), (32, 64, 32))
 BLOCK = 32  # divides every group of the tests, so sums over blocks are sums of any group
 ENDS = {"tensor": (0.03125,), "dual": (0.0078125, 0.0390625)}
+
+CLIPS = [
+    Scheme(kind="token", bits=4, clip=0.8, learn="layer"),
+    Scheme(kind="token", bits=8, symmetric=False, clip=0.7, learn="layer"),
+    Scheme(kind="group", bits=4, group_size=32, clip=0.8, learn="layer"),
+    Scheme(kind="tensor", bits=4, clip=0.6, learn="layer"),
+    Scheme(kind="dual", bits=4, clip=0.8, learn="layer"),
+    Scheme(kind="token", bits=4, clip=0.8, segments=(64, 64), learn="layer"),
+    Scheme(kind="dual", bits=8, clip=(0.7, 0.8, 0.9), segments=(32, 64, 32), learn="layer"),
+]
 
 LEARNED = Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125,), learn="layer")
 
@@ -54,11 +65,13 @@ def segmented() -> list[Scheme]:
     found = []
     for scheme in schemes():
         if ACTIVATIONS[scheme.kind].in_segments and scheme.clip == 1.0:
-            for segments in ((64, 64), (32, 64, 32)):
+            for segments in SEGMENTS:
                 factors = range(1, len(segments) + 1)  # a scale of its own for each
                 scale = tuple(value * factor for factor in factors for value in scheme.scale)
                 zero = tuple(value + factor for factor in factors for value in scheme.zero)
                 found.append(replace(scheme, segments=segments, scale=scale, zero=zero))
+        if scheme.kind in ("token", "dual") and scheme.symmetric and scheme.dynamic and scheme.clip != 1.0:
+            found += [replace(scheme, segments=s, clip=(0.9, 0.6, 0.8)[: len(s)]) for s in SEGMENTS]
     return found
 
 

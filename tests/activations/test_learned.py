@@ -1,4 +1,5 @@
-"""A static scale that learns (LSQ): value and gradient by the equation, one per input, and what ships."""
+"""A static scale that learns (LSQ), and a clip: value and gradient by the equation, one per input, and what
+ships."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from lowbit_ft.activations import Scheme, activation_of, read_scheme
-from lowbit_ft.activations.learned import LearnedScale
+from lowbit_ft.activations import Activation, Scheme, activation_of, read_scheme
+from lowbit_ft.activations.learned import LearnedClip, LearnedScale
 from lowbit_ft.activations.place import hosts, place_activations, shipped_of
 from lowbit_ft.adapters import Adapter, is_scale
 from lowbit_ft.adapters.attach import adapter_state, adapters_off, attach, base_digest, load_adapter_state
@@ -28,7 +29,7 @@ from lowbit_ft.integrations.transformers import mark_packed
 from lowbit_ft.merge import base_weights, merge, merged_weight, verify_merge
 from lowbit_ft.model.linear import PackedLinear
 from lowbit_ft.train.optim import build_optimizer
-from tests.activations.common import LEARNED, integer_product, learning
+from tests.activations.common import CLIPS, LEARNED, integer_product, learning
 from tests.activations.test_place import forwarded, logits, shake
 from tests.adapters.common import base_of, randomize
 from tests.export.common import checkpoint
@@ -36,6 +37,7 @@ from tests.loop_tools import go, stop_at
 from tests.packed_tools import adapted_llama, adapter_config, int_grid, packed_model, random_weights
 from tests.toy import equal, section, state
 
+CLIP = CLIPS[0]
 SCHEMES = [
     LEARNED,
     replace(LEARNED, bits=4, scale=(0.375,), symmetric=False, zero=(-3,)),
@@ -50,18 +52,26 @@ def host(scheme: Scheme, k: int = 128, size: float = 3.0) -> PackedLinear:
     attach(layer, adapter_config("lr_qat"))
     assert isinstance(layer.adapter, Adapter)
     randomize(layer.adapter, size)
+    if scheme.dynamic:
+        with torch.no_grad():
+            master = learned_of(layer).master
+            master.copy_(torch.linspace(-0.3, 0.1, len(master)))
     return layer.train()
 
 
-def learning_llama() -> Any:
-    return learning(adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4)))
+def learned_of(layer: PackedLinear) -> Any:
+    return layer.adapter.get_submodule("input") if layer.adapter else None
+
+
+def learning_llama(scheme: Scheme = LEARNED) -> Any:
+    return learning(adapted_llama(adapter_config("lr_qat"), int_grid(residual_bits=4)), scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_value_and_gradient_are_those_of_the_equation(scheme: Scheme) -> None:
     torch.manual_seed(0)
     layer = host(scheme)
-    learned: Any = layer.adapter.get_submodule("input") if layer.adapter else None
+    learned = learned_of(layer)
     assert isinstance(learned, LearnedScale) and layer.activation is not None
     x = (torch.randn(5, 128) * 2).requires_grad_()
     pull = torch.randn(5, 128)
@@ -94,6 +104,79 @@ def test_value_and_gradient_are_those_of_the_equation(scheme: Scheme) -> None:
     torch.testing.assert_close(found.double(), slope * exact * factor, rtol=1e-4, atol=1e-6)
 
 
+def plain(x: float, scale: float, zero: float, scheme: Scheme) -> tuple[float, float, bool]:
+    """(x^, d x^ / d scale straight-through, whether it is clipped) of one number."""
+    u = x / scale + zero
+    q = min(max(round(u), scheme.lowest), scheme.highest)
+    clipped = round(u) != q
+    return scale * (q - zero), q - zero if clipped else q - u, clipped
+
+
+@pytest.mark.parametrize("scheme", CLIPS, ids=str)
+def test_the_gradient_of_a_clip_is_that_of_the_equation(scheme: Scheme) -> None:
+    """And where only what is clipped counts, the slope of the forward itself."""
+    torch.manual_seed(0)
+    layer = host(scheme)
+    learned, activation = learned_of(layer), layer.activation
+    assert isinstance(learned, LearnedClip) and isinstance(activation, Activation)
+    x, pull = (torch.randn(5, 128) * torch.linspace(0.5, 2, 128)).requires_grad_(), torch.randn(5, 128)
+    (activation(x) * pull).sum().backward()
+    clips = torch.tensor(scheme.clips * (len(learned.master) // len(scheme.clips))).double()
+    clips = clips * learned.master.detach().double().exp()
+    assert activation.shipped().clips == tuple(learned().tolist()) and bool((clips < 1).all())
+    torch.testing.assert_close(learned().double(), clips, rtol=1e-6, atol=0)
+
+    _, scale, zero = activation.codes(x.detach())
+    steps = activation.spread(scale, x.detach()).double().expand(5, 128)
+    zeros = torch.zeros(5, 128) if zero is None else activation.spread(zero, x.detach()).expand(5, 128)
+    owner = (
+        torch.arange(128) * 0
+        if len(clips) == 1
+        else torch.arange(len(clips)).repeat_interleave(torch.tensor(scheme.segments))
+    )
+    slope, outside = torch.zeros(len(clips)).double(), torch.zeros(5, 128, dtype=torch.bool)
+    for t in range(5):
+        for i, v in enumerate(x[t].tolist()):
+            part = int(owner[i])
+            _, by_scale, outside[t, i] = plain(v, float(steps[t, i]), float(zeros[t, i]), scheme)
+            slope[part] += float(pull[t, i]) * by_scale * float(steps[t, i] / clips[part])
+    assert 0 < int(outside.sum()) < 300 and x.grad is not None
+    assert torch.equal(x.grad, pull.masked_fill(outside, 0))
+    factor = 1 / math.sqrt(128 // len(clips) * scheme.highest)
+    found = learned.master.grad
+    torch.testing.assert_close(found.double(), slope * clips * factor, rtol=1e-4, atol=1e-5)
+
+    def forward(a: Tensor) -> Tensor:
+        clip = tuple(a.tolist()) if scheme.segments else float(a)
+        return activation_of(replace(scheme.shipped(), clip=clip))(x.detach()).double()
+
+    margin = 1 if scheme.bits == 4 else 4  # further out than a clip that is moved by h reaches
+    exact = x.detach() / steps + zeros
+    kept = pull * ((exact < scheme.lowest - margin) | (exact > scheme.highest + margin))
+    learned.master.grad = None
+    (activation(x.detach()) * kept).sum().backward()
+    h = 1e-2
+    wanted = float(((forward(clips * (1 + h)) - forward(clips * (1 - h))) * kept).sum()) / (2 * h) * factor
+    assert abs(wanted) > 1e-3 and float(learned.master.grad.sum()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_clip_stays_at_one_and_comes_back() -> None:
+    """A step that would make it larger is none; one that makes it smaller is."""
+    learned = LearnedClip(Scheme(kind="token", bits=4), 64, "bfloat16", torch.device("cpu"))
+    for master, direction, moves in (
+        (0.2, -1.0, False),
+        (0.0, -1.0, False),
+        (0.2, 1.0, True),
+        (-0.1, -1.0, True),
+    ):
+        learned.master.data.fill_(master)
+        learned.master.grad = None
+        value = learned()
+        (value * direction).backward()
+        assert float(value.detach()) == pytest.approx(min(1.0, math.exp(master)))
+        assert bool(learned.master.grad) == moves
+
+
 def test_without_adapters_inputs_are_on_the_scales_of_the_base() -> None:
     """The row of the quantized model is that of base/, not of base/ on trained scales."""
     torch.manual_seed(1)
@@ -105,14 +188,16 @@ def test_without_adapters_inputs_are_on_the_scales_of_the_base() -> None:
     assert torch.equal(layer(x), trained) and shipped_of(layer) != LEARNED.shipped()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CLIPS], ids=str)
 def test_what_ships_is_what_was_trained(scheme: Scheme) -> None:
-    """The law with the trained scale."""
+    """The law with the trained scale or clip."""
     torch.manual_seed(1)
     layer, x = host(scheme), torch.randn(7, 128)
     shipped, weight = shipped_of(layer), merged_weight(layer)
     assert shipped is not None and isinstance(weight, PackedWeight)
-    assert shipped.learn is None and shipped.scale != scheme.scale and shipped.zero == scheme.zero
+    assert shipped.learn is None and shipped.zero == scheme.zero and read_scheme(shipped.to_json()) == shipped
+    assert (shipped.scale != scheme.scale) != (shipped.clips != scheme.clips), "the one that trains"
+    assert len(shipped.clips) == (max(1, len(scheme.segments)) if scheme.dynamic else 1)
     assert torch.tensor(shipped.scale).bfloat16().float().tolist() == list(shipped.scale)
     y = layer(x)
     assert layer.activation is not None and torch.equal(layer.activation(x), activation_of(shipped)(x))
@@ -156,10 +241,11 @@ def test_the_first_layer_that_trains_owns_the_scale() -> None:
     attach(model, adapter_config("lr_qat", targets=["*.down_proj"]))
 
 
-def test_train_merge_reload_is_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [LEARNED, CLIP], ids=str)
+def test_train_merge_reload_is_the_same_model(scheme: Scheme, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c", vocab_size=64, hidden_size=128)
     model = packed_model(source, random_weights(source.empty_model(), int_grid(residual_bits=4)))
-    learning(model)
+    learning(model, scheme)
     digest = base_digest(model)
     write_model(tmp_path / "base", source, base_weights(model), EXPORTERS["native"])
     based = load_exported(tmp_path / "base")
@@ -175,30 +261,36 @@ def test_train_merge_reload_is_the_same_model(tmp_path: Path) -> None:
     merged = load_exported(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(based)) and verify_merge(again, tmp_path / "merged").exact
     schemes = [shipped_of(layer) for _, layer in hosts(merged)]
-    assert {s.scale for s in schemes if s} != {LEARNED.scale} and all(s and s.learn is None for s in schemes)
+    assert {(s.scale, s.clip) for s in schemes if s} != {(scheme.scale, scheme.clip)}
+    assert all(s and s.learn is None for s in schemes)
     mark_packed(again := load_exported(tmp_path / "base"))
     with pytest.raises(ValueError, match="trains with the adapter"):
         get_peft_model(again, LowBitConfig(method="lr_qat"))
 
 
-def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
-    straight, _ = go(tmp_path / "a", learning_llama(), max_steps=4)
-    go(tmp_path / "b", learning_llama(), max_steps=4, on_step=stop_at(2))
-    resumed, result = go(tmp_path / "b", learning_llama(), max_steps=4, resume=True)
-    assert result.steps == 4 and equal(state(straight), state(resumed))
-    moved = [p for n, p in state(straight).items() if n.endswith("log_input_scale")]
+@pytest.mark.parametrize("way", ["scale", "clip", "clip by zeroth order"])
+def test_a_resumed_run_is_bit_equal(way: str, tmp_path: Path) -> None:
+    scheme, options = CLIP if "clip" in way else LEARNED, dict[str, Any](max_steps=3)
+    if "order" in way:
+        options |= {"gradient": {"kind": "zeroth_order", "scope": "scales", "momentum": 0.5}}
+    straight, _ = go(tmp_path / "a", learning_llama(scheme), **options)
+    go(tmp_path / "b", learning_llama(scheme), on_step=stop_at(2), **options)
+    resumed, result = go(tmp_path / "b", learning_llama(scheme), resume=True, **options)
+    assert result.steps == 3 and equal(state(straight), state(resumed))
+    moved = [p for n, p in state(straight).items() if n.endswith(("log_input_scale", "log_input_clip"))]
     assert len(moved) == 8 and all(float(p.abs()) > 0 for p in moved)
 
 
-def test_compiled_and_checkpointed_it_is_the_same() -> None:
+@pytest.mark.parametrize("scheme", [SCHEMES[1], CLIPS[5]], ids=str)
+def test_compiled_and_checkpointed_it_is_the_same(scheme: Scheme) -> None:
     torch.manual_seed(0)
-    layer, start = host(SCHEMES[1]), torch.randn(3, 128)
+    layer, start = host(scheme), torch.randn(3, 128)
     activation: Any = layer.activation
 
     def gradients(call: Any, again: bool = False) -> list[Tensor]:
         x = start.clone().requires_grad_()
         y = forwarded(call, x * 1.5, again)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, activation.learned.log_input_scale])]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, activation.learned.master])]
 
     compiled = torch.compile(activation, backend="aot_eager", fullgraph=True)
     plain = gradients(activation)
@@ -207,7 +299,7 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
     x = torch.randn(2, 128) * 1
     first = activation(x)
     with torch.no_grad():
-        activation.learned.log_input_scale.add_(0.3)
+        activation.learned.master.sub_(0.3)
     assert not torch.equal(activation(x), first), "a shared x^ is never of another scale"
     held, kept = weakref.ref(x), weakref.ref(activation(x))
     del x, first
@@ -216,8 +308,14 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
 
 
 def test_a_scheme_that_learns_in_a_file() -> None:
-    for scheme in SCHEMES:
+    for scheme in [*SCHEMES, *CLIPS]:
         assert read_scheme(scheme.to_json()) == scheme and "learn" not in scheme.shipped().to_json()
-    for entry in ({"kind": "token", "bits": 8, "learn": "x"}, LEARNED.to_json() | {"learn": 3}):
-        with pytest.raises(ValueError, match="learn: "):
+    two = {"segments": [64, 64]}
+    for entry, words in (
+        (LEARNED.to_json() | {"learn": 3}, "learn: got 3"),
+        (LEARNED.to_json() | two | {"scale": [1.0, 1.0]}, "learn: the static scales of segments"),
+        (CLIPS[0].to_json() | two | {"clip": [0.5]}, "clip: got 1 for 2 segments"),
+        (CLIPS[0].to_json() | two | {"clip": [0.5, 0]}, "clip: got .*or one for each segment"),
+    ):
+        with pytest.raises(ValueError, match=words):
             read_scheme(entry)

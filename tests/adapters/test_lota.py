@@ -141,7 +141,7 @@ REFUSED = [
     ((*LOTA, "adapter.offset=float"), "float"),
     (
         (*LOTA, "quant.activations={kind: tensor, learn: true}"),
-        "which has no steps for the scales of quant.activations.learn",
+        "which has no steps for what quant.activations.learn trains",
     ),
 ]
 

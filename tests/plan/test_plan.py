@@ -34,6 +34,7 @@ def _shape(monkeypatch: pytest.MonkeyPatch, overrides: list[str], **config: Any)
     return "test"
 
 
+SCALES = ["adapter={method: scale}", "quant.residual_bits=0"]
 CASES = {
     "lr_qat": (["adapter={method: lr_qat, rank: 8}"], {}),
     "l4q, asymmetric, accumulated": (
@@ -69,12 +70,11 @@ CASES = {
         {},
     ),
     "static inputs that learn": (
-        [
-            "adapter={method: scale}",
-            "quant.residual_bits=0",
-            "quant.activations={kind: tensor, dynamic: false, learn: true}",
-            "export.format=native",
-        ],
+        [*SCALES, "quant.activations={kind: tensor, dynamic: false, learn: true}", "export.format=native"],
+        {},
+    ),
+    "clips that learn": (
+        [*SCALES, "quant.activations={bits: 4, learn: true, clip: 0.9}", "export.format=native"],
         {},
     ),
     "int4 cache": (["adapter={method: scale}", "quant.residual_bits=0", "quant.kv_cache.bits=4"], {}),

@@ -70,8 +70,8 @@ class ActivationsSection(Section):
     )
     learn: bool = Field(
         default=False,
-        description="static scales train with the adapters, at train.scale_learning_rate (LSQ); what "
-        "calibration found is their start",
+        description="static scales (LSQ), or the clip factors of dynamic ones, train with the adapters, at "
+        "train.scale_learning_rate; what calibration found, or clip, is their start",
     )
     targets: Literal["all"] | list[str] = Field(
         default="all",
@@ -144,6 +144,10 @@ class ActivationsSection(Section):
                 ]
         return found
 
+    def asked(self, scheme: Scheme) -> Scheme:
+        """What a format has to carry of a candidate: one whose clip learns ships another."""
+        return replace(scheme, learn="") if self.learn else scheme
+
     def planned(self, layer_name: str, widths: tuple[int, ...] = ()) -> Scheme | None:
         """A scheme that holds as much memory in training as the one that calibration will choose, or more;
         None: the input stays as it is."""
@@ -153,7 +157,8 @@ class ActivationsSection(Section):
         ends, each = {"tensor": (1.0,), "dual": (1.0, 1.0)}, max(1, len(one.segments))
         zero = () if one.symmetric else (0,) * each
         learn = shared_input(layer_name) if self.learn else None
-        return one if one.dynamic else replace(one, scale=ends[one.kind] * each, zero=zero, learn=learn)
+        one = replace(one, learn=learn)
+        return one if one.dynamic else replace(one, scale=ends[one.kind] * each, zero=zero)
 
     def _tried(self, kind: str) -> bool:
         """Whether auto tries that kind: a dynamic scale per tensor depends on what else is in the batch."""
@@ -171,9 +176,9 @@ class ActivationsSection(Section):
 
     @property
     def reads_text(self) -> bool:
-        """Whether calibration rows decide something."""
+        """Whether calibration rows decide something, be it who is given one tensor."""
         kinds = [self.kind, *(override.kind for override in self.overrides)]
-        return not self.dynamic or AUTO in kinds or len(self.clips) > 1
+        return not self.dynamic or self.learn or AUTO in kinds or len(self.clips) > 1
 
 
 def shared_input(layer_name: str) -> str:
@@ -199,7 +204,7 @@ def carried(
     """The schemes of a layer with `width` inputs in segments of `widths`, for kind auto those that the export
     format carries (all where it carries none, which check_activations refuses)."""
     found = section.schemes(layer_name, widths)
-    fits = [s for s in found if EXPORTERS[format].reject_activation(s, grid, width) is None]
+    fits = [s for s in found if EXPORTERS[format].reject_activation(section.asked(s), grid, width) is None]
     return fits or found
 
 
@@ -246,7 +251,7 @@ def check_activation_layers(r: Any) -> Problems:
     if section.learn and packed and not any(section.applies(n) and r.adapter.trains(n) for n in packed):
         yield Problem(
             ("quant", "activations", "learn"),
-            "got true, but no layer has both an adapter and a quantized input, so no scale trains; widen "
+            "got true, but no layer has both an adapter and a quantized input, so none of them trains; widen "
             "adapter.targets or quant.activations.targets, or drop learn",
         )
     found = segments_of_shapes(shapes) if section.segments == "auto" else {}
@@ -290,17 +295,11 @@ def _check_options(section: ActivationsSection) -> Problems:
             (*root, "clip"),
             f"got {section.clip!r} with dynamic: false; a static scale is set by `range`: use range: mse",
         )
-    if section.dynamic and section.learn:
+    if section.segments == "auto" and section.learn and not section.dynamic:
         yield Problem(
             (*root, "learn"),
-            f"got true with dynamic: true; a scale that is made of the input has nothing to learn: set "
-            f"dynamic: false and kind: tensor (static kinds: {static}), or drop learn",
-        )
-    if section.segments == "auto" and section.learn:
-        yield Problem(
-            (*root, "learn"),
-            "got true with segments: auto; the scales of segments stay what calibration found: drop learn, "
-            "or set segments: none",
+            "got true with segments: auto; the static scales of segments stay what calibration found: drop "
+            "learn, set segments: none, or dynamic: true, where the clips of segments learn",
         )
     if section.dynamic and section.range != type(section).model_fields["range"].default:
         yield Problem(
@@ -317,7 +316,8 @@ def _check_export(
         if name and not section.applies(name):
             continue
         reasons = [
-            exporter.reject_activation(s, grid, width) for s in section.schemes(name, widths.get(name, ()))
+            exporter.reject_activation(section.asked(s), grid, width)
+            for s in section.schemes(name, widths.get(name, ()))
         ]
         if None in reasons and AUTO in (section.kind, *(o.kind for o in section.overrides)):
             continue

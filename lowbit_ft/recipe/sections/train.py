@@ -340,7 +340,7 @@ def _ternary(r: Any, adapter: Any) -> Problems:
     if chosen.ternary and inputs is not None and inputs.learn:
         yield Problem(
             ("train", "optimizer"),
-            f"got {name!r}, which has no steps for the scales of quant.activations.learn; set learn: false",
+            f"got {name!r}, which has no steps for what quant.activations.learn trains; set learn: false",
         )
 
 

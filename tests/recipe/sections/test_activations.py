@@ -41,9 +41,22 @@ BAD = [
     row(
         "learned segments",
         "{kind: tensor, dynamic: false, learn: true, segments: auto}",
-        "activations.learn: got true with segments: auto; the scales of segments stay what calibration found",
+        "activations.learn: got true with segments: auto; the static scales of segments stay what",
     ),
-    row("learn", "{learn: true}", "learn: got true with dynamic: true; a scale that is made of the input"),
+    row(
+        "learned clip", "{learn: true}", "do not clip the range of an input; set learn: false, clip: 1.0, or"
+    ),
+    row(
+        "learned clips of auto", "{kind: auto, learn: true}", "set learn: false, clip: 1.0, or export.format"
+    ),
+    row(
+        "learned clip of W8A8",
+        "{learn: true}",
+        "clip: 1.0 and learn: false",
+        "export.format=int-quantized",
+        "quant.bits=8",
+        "quant.group_size=-1",
+    ),
     row(
         "learns nothing",
         "{kind: tensor, dynamic: false, learn: true}",
@@ -94,6 +107,7 @@ def test_refused(change: tuple[str, str], overrides: tuple[str, ...], words: str
         ("{bits: 4, kind: group, group_size: 32, grad_mask: 2.0}", ()),
         ("{kind: auto, clip: [1.0, 0.9], overrides: [{match: '*.down_proj', kind: token}]}", ()),
         ("{kind: tensor, dynamic: false, range: percentile}", ("export.format=native",)),
+        ("{bits: 4, learn: true, clip: [1.0, 0.9], segments: auto}", ("export.format=native",)),
         ("{symmetric: false}", ("export.format=int-quantized", "quant.bits=8", "quant.group_size=-1")),
     ],
 )
