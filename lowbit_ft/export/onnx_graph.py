@@ -73,9 +73,7 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
         made = _export(traced, inputs, names, outputs)
     except Exception as error:  # torch.export raises anything
         raise ValueError(
-            f"onnx: {kind} cannot be traced by torch.export ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); set "
-            "export.format: compressed-tensors or native"
+            f"onnx: {kind} cannot be traced ({_cause(error)}); set export.format: compressed-tensors or native"
         ) from error
     packed = {slot.key for slot in layout.slots if slot.layer is not None}
     weights = {}
@@ -272,9 +270,11 @@ def _export(
 def _simplify(model: Any) -> None:
     """Fold what is constant without the weights; ONNX Runtime fuses the rest when it opens the file."""
     import onnxscript.optimizer
+    from onnx_ir.passes.common import IdentityEliminationPass
 
     with _quiet():
         onnxscript.optimizer.optimize(model, num_iterations=1, onnx_shape_inference=False)
+        IdentityEliminationPass()(model)
     for node in model.graph:  # where in our code a node comes from is nobody's business
         node.metadata_props.clear()
         node.doc_string = None
@@ -306,6 +306,14 @@ def _name_dimensions(model: Any, names: Mapping[str, tuple[str, ...]]) -> None:
         for value in node.outputs:
             if id(value) not in ends:
                 value.shape = value.type = None
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of a chain, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -97,10 +97,10 @@ class OnnxLinear(nn.Module):
             shape=x.shape,
             version=OPSET,
         )
-        zero = middle if self.grid.symmetric or self.zero is None else self.zero[:, 0]
+        assert self.zero is not None
         sums = torch.onnx.ops.symbolic(
             "MatMulInteger",
-            [codes, self.codes.t(), middle, zero],
+            [codes, self.codes.t(), middle, self.zero[:, 0]],
             dtype=torch.int32,
             shape=(*x.shape[:-1], self.n),
             version=10,
