@@ -183,24 +183,16 @@ class Onnx(Exporter):
         return {"quant_method": self.quant_method, "onnx_file": FILE}
 
     def read_back(self, tensors: Mapping[str, Tensor], layer: LayerSpec) -> ReadBack:
-        """Through ONNX Runtime's own unpacking, with scales of 1: once from zero 0, once from the zero
-        points in the file."""
+        """Codes and zero points as ONNX Runtime unpacks them, with scales of 1."""
         (n, k), grid = layer.shape, layer.grid
         assert isinstance(grid, IntGrid)
         bits, block = stored_bits(grid), block_of(grid, k)
-        of = _group_of(grid, k)
+        of, blocks = _group_of(grid, k), -(-k // block)
         first = [of.index(group) for group in range(kernels.group_count(k, grid.group_size))]
-        blocks = -(-k // block)
-        codes = tensors["codes"].reshape(n, -1)
-        wide = _filled(codes, blocks * block * bits // 8)
-        none = torch.zeros(n, -(-blocks * bits // 8), dtype=torch.uint8)
-        values = _looked_up(wide, none, bits, block)
-        zero = None
-        if not grid.symmetric:
-            moved = values - _looked_up(wide, tensors["zero"], bits, block)
-            zero = moved[:, ::block][:, first].t().to(torch.uint8)
-        read = (values[:, :k] - shift_of(grid)).to(torch.uint8)
-        return ReadBack(read, tensors["scale"][:, first].t(), zero)
+        codes = _filled(tensors["codes"].reshape(n, -1), blocks * block * bits // 8)
+        values = _looked_up(codes, bits)[:, :k] - shift_of(grid)
+        zero = None if grid.symmetric else _looked_up(tensors["zero"], bits)[:, first].t()
+        return ReadBack(values, tensors["scale"][:, first].t(), zero)
 
     def dense(self, model: Any, layer: str, matrix: Matrix | None, dtype: torch.dtype) -> Tensor | None:
         return None  # it multiplies from the packed codes
@@ -257,36 +249,36 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-1) >> shifts & ((1 << bits) - 1)).flatten(-2)
 
 
-def _looked_up(codes: Tensor, zero: Tensor, bits: int, block: int) -> Tensor:
-    """code - zero by GatherBlockQuantized, fp32. codes uint8 [N, bytes], zero uint8 [N, bytes]."""
-    session = _lookup(tuple(codes.shape), bits, block)
+def _looked_up(packed: Tensor, bits: int) -> Tensor:
+    """uint8 [N, bytes] -> uint8 [N, 8 bytes / bits] by GatherBlockQuantized, 16 numbers after 16."""
+    width = 2 * bits  # bytes of 16 numbers
+    rows = _filled(packed, -(-packed.shape[1] // width) * width).reshape(-1, width).contiguous()
     feed = {
-        "codes": codes.numpy(),
-        "zero": zero.numpy(),
-        "rows": torch.arange(len(codes)).numpy(),
-        "scale": torch.ones(len(codes), codes.shape[1] * 8 // bits // block).numpy(),
+        "codes": rows.numpy(),
+        "rows": torch.arange(len(rows)).numpy(),
+        "scale": torch.ones(len(rows), 1).numpy(),
     }
-    return torch.from_numpy(session.run(None, feed)[0])
+    values = torch.from_numpy(_lookup(bits).run(None, feed)[0])
+    values += 1 << (bits - 1)  # its zero point where none is given
+    return values.to(torch.uint8).reshape(len(packed), -1)[:, : packed.shape[1] * 8 // bits]
 
 
-@lru_cache(maxsize=16)
-def _lookup(shape: tuple[int, int], bits: int, block: int) -> Any:
-    """A session of one GatherBlockQuantized on codes of this shape: the operator wants to know it."""
+@lru_cache(maxsize=3)
+def _lookup(bits: int) -> Any:
+    """A session of one GatherBlockQuantized on rows of one block of 16."""
     import onnxruntime
     from onnx import TensorProto, helper
 
-    (n, width), kinds = shape, TensorProto
-    blocks = width * 8 // bits // block
+    kinds = TensorProto
     shapes = {
-        "codes": (kinds.UINT8, (n, width)),
-        "rows": (kinds.INT64, (n,)),
-        "scale": (kinds.FLOAT, (n, blocks)),
-        "zero": (kinds.UINT8, (n, -(-blocks * bits // 8))),
+        "codes": (kinds.UINT8, ("n", 2 * bits)),
+        "rows": (kinds.INT64, ("n",)),
+        "scale": (kinds.FLOAT, ("n", 1)),
     }
-    how = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    how = {"bits": bits, "block_size": 16, "gather_axis": 0, "quantize_axis": 1}
     node = helper.make_node("GatherBlockQuantized", list(shapes), ["y"], domain="com.microsoft", **how)
     inputs = [helper.make_tensor_value_info(name, *facts) for name, facts in shapes.items()]
-    output = helper.make_tensor_value_info("y", kinds.FLOAT, (n, blocks * block))
+    output = helper.make_tensor_value_info("y", kinds.FLOAT, ("n", 16))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "lookup", inputs, [output])
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -207,6 +207,8 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
     past = SIZES["past_sequence_length"] if cached else 0
     sizes = SIZES | {"total_sequence_length": SIZES["sequence_length"] + past}
     wanted = [name for name in INPUTS if name in taken]
+    if model.main_input_name == "pixel_values":
+        wanted = ["pixel_values"]
     if model.can_generate() and "token_type_ids" in wanted:
         wanted.remove("token_type_ids")  # GPT-2's, which nobody gives
     if not model.can_generate() and "position_ids" in wanted:
