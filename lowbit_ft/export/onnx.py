@@ -162,7 +162,9 @@ class Onnx(Exporter):
         zero = _codes(tensors["zero"], bits)[:, :blocks] if has_zero(grid) else None
         if grid.symmetric and zero is not None:
             if not bool((zero == grid.levels // 2).all()):
-                raise ValueError(f"{layer}: has zero points other than {grid.levels // 2}; not a file of ours")
+                raise ValueError(
+                    f"{layer}: has zero points other than {grid.levels // 2}; not a file of ours"
+                )
             zero = None
         weight = PackedWeight(
             codes=kernels.pack(codes.to(torch.uint8), grid.bits),
@@ -266,8 +268,8 @@ def _looked_up(packed: Tensor, bits: int) -> Tensor:
 @lru_cache(maxsize=3)
 def _lookup(bits: int) -> Any:
     """A session of one GatherBlockQuantized on rows of one block of 16."""
-    import onnxruntime
-    from onnx import TensorProto, helper
+    import onnxruntime  # optional
+    from onnx import TensorProto, helper  # optional
 
     kinds = TensorProto
     shapes = {

@@ -20,7 +20,6 @@ from .onnx import DATA, FILE
 from .onnx_graph import trace
 from .shards import data_offsets, write_shards
 
-
 PIECE = 1 << 26  # bytes of a dense matrix that are read at a time
 
 
@@ -32,7 +31,9 @@ class OnnxFiles:
         self.checkpoint, self.exporter = checkpoint, exporter
         self.graph = trace(layout, checkpoint, exporter)
         packed = [slot for slot in layout.slots if slot.layer is not None]
-        dense = [Slot(name, shape, torch.float32, None, name) for name, (shape, _) in self.graph.dense.items()]
+        dense = [
+            Slot(name, shape, torch.float32, None, name) for name, (shape, _) in self.graph.dense.items()
+        ]
         self.slots = sorted([*packed, *dense], key=lambda slot: (-slot.dtype.itemsize, slot.key))
 
     @property
@@ -40,7 +41,9 @@ class OnnxFiles:
         return sum(slot.nbytes + 200 for slot in self.slots) + (1 << 22)
 
     def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
-        digests = write_shards(stage, {DATA: self.slots}, self._dense, weights, self.exporter, {"format": "pt"})
+        digests = write_shards(
+            stage, {DATA: self.slots}, self._dense, weights, self.exporter, {"format": "pt"}
+        )
         self._write_graph(stage)
         return digests
 
@@ -53,7 +56,7 @@ class OnnxFiles:
             yield self.checkpoint.weight_for(name, dtype=dtype, rows=rows).float()
 
     def _write_graph(self, stage: Path) -> None:
-        import onnx_ir
+        import onnx_ir  # optional
 
         places = data_offsets(self.slots, {"format": "pt"})
         for slot in self.slots:

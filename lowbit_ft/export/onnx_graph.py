@@ -4,8 +4,9 @@ The skeleton is the module tree that the checkpoint opens to, whatever its class
 (onnx_layers.py), every other parameter is a zero that takes no memory, and nothing is computed. Inputs are
 what its forward takes of INPUTS; a model that keeps keys and values in plain caches also takes
 past_key_values.N.key and .value and gives present.N.key and .value, by the names that Optimum and
-onnxruntime-genai look for. With a past of length 0 that graph reads a whole sequence. Models with other caches
-(sliding windows, states) are traced without one: who generates with those gives the whole sequence each time.
+onnxruntime-genai look for. With a past of length 0 that graph reads a whole sequence. Models with other
+caches (sliding windows, states) are traced without one: who generates with those gives the whole sequence
+each time.
 
 Weights must be unknown while the graph is simplified (a folder of constants would compute with the zeros), so
 they are taken out of it before, and put back as places in the file of tensors.
@@ -14,6 +15,7 @@ they are taken out of it before, and put back as places in the file of tensors.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import warnings
@@ -73,7 +75,8 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
         made = _export(traced, inputs, names, outputs)
     except Exception as error:  # torch.export raises anything
         raise ValueError(
-            f"onnx: {kind} cannot be traced ({_cause(error)}); set export.format: compressed-tensors or native"
+            f"onnx: {kind} cannot be traced ({_cause(error)}); set export.format: compressed-tensors "
+            "or native"
         ) from error
     packed = {slot.key for slot in layout.slots if slot.layer is not None}
     weights = {}
@@ -90,8 +93,8 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
     weights = {name: value for name, value in weights.items() if name in made.graph.initializers}
     if missing := sorted(packed - weights.keys()):
         raise ValueError(
-            f"onnx: {missing[0]} is in no path from the inputs to the outputs of {kind}; exclude the layer, or "
-            "set export.format: native"
+            f"onnx: {missing[0]} is in no path from the inputs to the outputs of {kind}; exclude the layer, "
+            "or set export.format: native"
         )
     return Graph(made, weights, {name: facts for name, facts in dense.items() if name in weights})
 
@@ -119,7 +122,8 @@ def skeleton(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kept = seen.setdefault(
-                id(parameter), nn.Parameter(hollow(tuple(parameter.shape), torch.float32), requires_grad=False)
+                id(parameter),
+                nn.Parameter(hollow(tuple(parameter.shape), torch.float32), requires_grad=False),
             )
             module._parameters[name] = kept
         for name, buffer in module.named_buffers(recurse=False):
@@ -172,7 +176,7 @@ class _Traced(nn.Module):
 
     def names(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """Of the outputs, without computing them."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch._subclasses.fake_tensor import FakeTensorMode  # heavy
 
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             return list(self._outputs(dict(inputs)))
@@ -180,28 +184,24 @@ class _Traced(nn.Module):
 
 def _cache_argument(model: Any) -> str | None:
     """How the forward calls a cache that is plain in all layers; None: traced without one."""
-    import inspect
-
     taken = inspect.signature(model.forward).parameters
     found = next((name for name in ARGUMENTS if name in taken), None)
     if found is None or not model.can_generate():
         return None
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer  # heavy
 
     layers = _empty_cache(model).layers
     return found if layers and all(type(layer) is DynamicLayer for layer in layers) else None
 
 
 def _empty_cache(model: Any) -> Any:
-    from transformers import DynamicCache
+    from transformers import DynamicCache  # heavy
 
     return DynamicCache(config=model.config)
 
 
 def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """(inputs of a traced forward, the names of their dimensions)."""
-    import inspect
-
     taken = inspect.signature(model.forward).parameters
     cached = _cache_argument(model)
     past = SIZES["past_sequence_length"] if cached else 0
@@ -220,7 +220,9 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
             dims = tuple("sequence_length" if dim == "total_sequence_length" else dim for dim in dims)
         if name == "pixel_values":
             config = model.config
-            height, width = (2 * (config.image_size,))[:2] if isinstance(config.image_size, int) else config.image_size
+            height, width = (
+                (2 * (config.image_size,))[:2] if isinstance(config.image_size, int) else config.image_size
+            )
             inputs[name] = torch.zeros(sizes["batch_size"], config.num_channels, height, width)
             names[name] = ("batch_size", "", "", "")
             continue
@@ -238,7 +240,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
 
 def _cache_shapes(model: Any, inputs: Mapping[str, Tensor], cached: str) -> list[tuple[Any, Any]]:
     """[B, heads, L, D] of the keys and of the values of every layer, as the model's forward makes them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy
 
     cache = _empty_cache(model)
     given = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
@@ -271,8 +273,8 @@ def _export(
 
 def _simplify(model: Any) -> None:
     """Fold what is constant without the weights; ONNX Runtime fuses the rest when it opens the file."""
-    import onnxscript.optimizer
-    from onnx_ir.passes.common import IdentityEliminationPass
+    import onnxscript.optimizer  # optional
+    from onnx_ir.passes.common import IdentityEliminationPass  # optional
 
     with _quiet():
         onnxscript.optimizer.optimize(model, num_iterations=1, onnx_shape_inference=False)
@@ -284,7 +286,7 @@ def _simplify(model: Any) -> None:
 
 def _name_dimensions(model: Any, names: Mapping[str, tuple[str, ...]]) -> None:
     """Names of ours for the dimensions of inputs and outputs; nothing is said of those between."""
-    import onnx_ir
+    import onnx_ir  # optional
 
     known: dict[str, str] = {}
     for value in model.graph.inputs:
@@ -292,14 +294,14 @@ def _name_dimensions(model: Any, names: Mapping[str, tuple[str, ...]]) -> None:
         for old, new in zip(value.shape, dims, strict=True):
             if new:
                 known[str(old)] = new
-        value.shape = onnx_ir.Shape(
-            [new if new else old for old, new in zip(value.shape, dims, strict=True)]
-        )
+        value.shape = onnx_ir.Shape([new if new else old for old, new in zip(value.shape, dims, strict=True)])
     for value in model.graph.outputs:
         total = "present" in value.name
         value.shape = onnx_ir.Shape(
             [
-                dim if isinstance(dim, int) else known.get(str(dim), "total_sequence_length" if total else str(dim))
+                dim
+                if isinstance(dim, int)
+                else known.get(str(dim), "total_sequence_length" if total else str(dim))
                 for dim in value.shape
             ]
         )

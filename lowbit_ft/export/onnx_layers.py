@@ -28,8 +28,8 @@ OPSET = 21  # the first whose DequantizeLinear has blocks
 
 
 def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that take the memory of one number. Each is a storage of its own: the tracer knows tied tensors by
-    it."""
+    """Zeros that take the memory of one number. Each is a storage of its own, by which the tracer knows tied
+    tensors."""
     return torch.zeros(1, dtype=dtype).expand(shape)
 
 

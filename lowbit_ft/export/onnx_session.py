@@ -21,7 +21,7 @@ class OnnxModel(OutsideModel):
 
     def __init__(self, folder: Path, stops: Sequence[int]):
         super().__init__(stops)
-        import onnxruntime
+        import onnxruntime  # optional
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

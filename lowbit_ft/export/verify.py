@@ -168,7 +168,11 @@ def verify(
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
-    kind: torch.dtype = exporter.computes_in or dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    kind: torch.dtype = (
+        exporter.computes_in
+        or dtype
+        or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    )
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     expected = None if model is None else _expected(model, exporter, folder, source or folder, input_ids)
@@ -338,4 +342,8 @@ class _StoredTensors:
         return {local: tensor for local, tensor in tensors.items() if local != "bias"}
 
 
-STORED = {"safetensors": _StoredTensors, "gguf": GgufTensors, "onnx": _StoredTensors}  # by Exporter.container: layer -> its tensors
+STORED = {
+    "safetensors": _StoredTensors,
+    "gguf": GgufTensors,
+    "onnx": _StoredTensors,
+}  # by Exporter.container: layer -> its tensors

@@ -56,6 +56,7 @@ MAX_SHARD_BYTES = (
     5_000_000_000  # as transformers' own save_pretrained (5GB of its docs; file systems and the hub like it)
 )
 
+
 def write_model(
     folder: str | Path,
     checkpoint: Checkpoint,

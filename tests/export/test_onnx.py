@@ -30,7 +30,7 @@ ONNX = EXPORTERS["onnx"]
 TOKEN = Scheme(kind="token", bits=8)
 STATIC = Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125,))
 ROW = {"group_size": -1}
-# One layer of a GPT-2, whose linears are Conv1Ds: (grid, what its input is on, the operator that computes it).
+# One layer of a GPT-2, whose linears are Conv1Ds: (grid, what its input is on, the operator).
 LAYERS: dict[str, tuple[IntGrid, Scheme | None, str]] = {
     "transformer.wte": (int_grid(bits=2, group_size=32, symmetric=False), None, "GatherBlockQuantized"),
     "transformer.h.0.attn.c_attn": (int_grid(symmetric=False, group_size=32), None, "MatMulNBits"),
@@ -78,9 +78,10 @@ def test_onnx_runtime_computes_what_was_trained(written: Any, tmp_path: Path) ->
     # Texts that share a row do not see each other, and an answer ends.
     places = torch.cat([torch.arange(9), torch.arange(8)])[None]
     assert torch.equal(model(ids, places).logits[:, 9:], model(ids[:, 9:]).logits)
-    assert model.generate(ids, max_new_tokens=2)[0, 17:].tolist() == packed.generate(
-        ids, max_new_tokens=2, do_sample=False
-    )[0, 17:].tolist()
+    assert (
+        model.generate(ids, max_new_tokens=2)[0, 17:].tolist()
+        == packed.generate(ids, max_new_tokens=2, do_sample=False)[0, 17:].tolist()
+    )
     other = Weights(weights.specs, lambda n: random_weight(weights.specs[n].shape, LAYERS[n][0], seed=77))
     with pytest.raises(ValueError, match="6 of 6 layers differ"):
         verify(folder, other)
