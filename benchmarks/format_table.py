@@ -32,6 +32,7 @@ RUNTIMES = {
     "gptq_v2": ("vLLM, transformers with gptqmodel", "transformers with gptqmodel"),
     "awq": ("vLLM, SGLang, transformers with gptqmodel", "transformers with gptqmodel"),
     "mlx": ("mlx-lm and LM Studio on Apple silicon", "mlx-lm"),
+    "onnx": ("ONNX Runtime, Optimum, any device it has kernels for", "ONNX Runtime on a CPU"),
     "torchao": ("torch.export and ExecuTorch, transformers with torchao", "transformers with torchao"),
 }
 

@@ -18,7 +18,7 @@ class PerTensor(Activation):
         """[..., K] -> [1]."""
         scheme = self._scheme
         if scheme.dynamic:
-            low, high = x.aminmax()
+            low, high = x.flatten().aminmax(dim=0)  # with dim: ONNX has no other
             return self.cover(low[None], high[None])
         zero = torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
         return self.static(x.device), zero

@@ -12,6 +12,7 @@ from .gptq import Gptq, GptqV2
 from .int_quantized import IntQuantized
 from .mlx import Mlx
 from .native import Native
+from .onnx import Onnx
 from .torchao import Torchao
 
 EXPORTERS: dict[str, Exporter] = {
@@ -24,6 +25,7 @@ EXPORTERS: dict[str, Exporter] = {
     "awq": Awq(),
     "mlx": Mlx(),
     "torchao": Torchao(),
+    "onnx": Onnx(),
 }
 
 __all__ = ["EXPORTERS", "Exporter", "LayerSpec", "Weights"]

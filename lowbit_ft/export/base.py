@@ -146,6 +146,8 @@ class Exporter(ABC):
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.
     needs: ClassVar[str] = ""
+    # The dtype its reader computes in, whatever the model was trained in; None: that one.
+    computes_in: ClassVar[torch.dtype | None] = None
     # The most by which the reader's logits may differ, as a share of the largest; 0: its weights and ours are
     # the same numbers.
     tolerance: ClassVar[float] = 0.0
@@ -170,6 +172,11 @@ class Exporter(ABC):
             f"{self.name} holds weights only, and its readers would compute with inputs that training did "
             "not see; set quant.activations: null, or export.format: compressed-tensors or native"
         )
+
+    def reject_kv_cache(self) -> str | None:
+        """Why no reader can compute with keys and values that are quantized, with the way out; None where one
+        has a flag for it, or the question is the user's."""
+        return None
 
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         """Why this format's readers would change the scales of the grid in a model of that dtype ("bfloat16",

@@ -152,7 +152,7 @@ def check_extra(files: Mapping[str, str | bytes]) -> dict[str, bytes]:
             Path(name).name != name
             or name.startswith(".")
             or name in reserved
-            or name.endswith((".safetensors", ".gguf"))
+            or name.endswith((".safetensors", ".gguf", ".onnx", ".onnx_data"))
         ):
             raise ValueError(
                 f"extra file {name!r}: needs a plain file name that the model folder does not use itself"

@@ -20,7 +20,6 @@ fp32.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lowbit_kernels as kernels
@@ -33,6 +32,7 @@ from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 from .compressed_tensors import reject_cast
 from .gptq import OTHERS, reject_groups
+from .outside_model import OutsideModel
 
 GROUPS = (32, 64, 128)
 
@@ -154,12 +154,11 @@ model, tokenizer = load("{folder}")  # pip install {self.needs}
 ```"""
 
 
-class MlxModel(nn.Module):
-    """An mlx-lm model that takes and gives torch tensors. Inference only; no cache between calls."""
+class MlxModel(OutsideModel):
+    """An mlx-lm model."""
 
     def __init__(self, model: Any, dtype: torch.dtype, stops: Sequence[int]):
-        super().__init__()
-        self.stops = frozenset(stops)
+        super().__init__(stops)
         import mlx.core as mx
         from mlx.utils import tree_map
 
@@ -172,40 +171,9 @@ class MlxModel(nn.Module):
             )
         )
         self.model = [model]  # in a list: not a torch module
-        self.nothing = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask a model for its device
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
-        """.logits fp32 [B, L, V]. Where position_ids restart in a row, another text begins, which does not
-        see the one before.
-        """
-        rows = []
-        for i, ids in enumerate(input_ids):
-            starts = (
-                [0]
-                if position_ids is None
-                else sorted({0, *(position_ids[i] == 0).nonzero().flatten().tolist()})
-            )
-            rows.append(
-                torch.cat(
-                    [self._logits(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
-                )
-            )
-        return SimpleNamespace(logits=torch.stack(rows))
-
-    def _logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor) -> Tensor:
         import mlx.core as mx
         import numpy as np
 
-        return torch.from_numpy(np.array(self.model[0](mx.array(ids[None].numpy())).astype(mx.float32)))[0]
-
-    def generate(self, ids: Tensor, *, max_new_tokens: int, do_sample: bool = False, **_: Any) -> Tensor:
-        """Greedy, ids [1, L] -> [1, L + new], to the first stop token or max_new_tokens. ValueError for
-        sampling, which is mlx-lm's own business.
-        """
-        if do_sample:
-            raise ValueError("sampling from an mlx folder: use mlx_lm.generate")
-        for _step in range(max_new_tokens):
-            ids = torch.cat([ids, self(ids).logits[:, -1:].argmax(-1)], dim=1)
-            if int(ids[0, -1]) in self.stops:
-                break
-        return ids
+        return torch.from_numpy(np.array(self.model[0](mx.array(ids.numpy())).astype(mx.float32)))

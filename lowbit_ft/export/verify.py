@@ -21,6 +21,7 @@ chosen another token, the two must be as close as the tolerance of the logits. T
 does not stop at the first tie.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
 from .gguf_file import GgufTensors
+from .onnx import DATA
 from .planes import as_integers
 from .reader import load_exported
 
@@ -178,7 +180,11 @@ def verify(
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
-    kind: torch.dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    kind: torch.dtype = (
+        exporter.computes_in
+        or dtype
+        or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    )
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     own = own_tokenizer(exporter, source or folder, chat_template)
@@ -203,7 +209,8 @@ def verify(
         difference = float((logits - expected.logits).abs().max())
         rounding = _rounding(kind, weights)
         # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
-        tolerance = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind]) if exporter.tolerance else 0.0
+        own = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
+        tolerance = own if exporter.tolerance else 0.0
         largest = float(expected.logits.abs().max())
         bound = tolerance * largest
         if expected.answers:
@@ -248,6 +255,8 @@ def _expected(
     """Ask the packed model; one that was loaded here is gone again afterwards."""
     prompts = prompt_ids(own)
     packed: Any = model if isinstance(model, nn.Module) else model()
+    if exporter.computes_in is not None and packed.dtype != exporter.computes_in:
+        packed = copy.deepcopy(packed).to(exporter.computes_in)
     logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
     stops = exporter.stops(folder)  # of a gguf file a reading of all its tokens
     answers = [answer(lambda x: _logits(packed, x), prompt, stops) for prompt in prompts]
@@ -358,7 +367,7 @@ class _StoredTensors:
     def __init__(self, folder: Path, prefixes: Mapping[str, str]):
         self.prefixes = prefixes
         self.keys: dict[str, list[tuple[str, Path]]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(DATA)]):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)
                     prefix, _, local = key.rpartition(".")
@@ -375,4 +384,8 @@ class _StoredTensors:
         return {local: tensor for local, tensor in tensors.items() if local != "bias"}
 
 
-STORED = {"safetensors": _StoredTensors, "gguf": GgufTensors}  # by Exporter.container: layer -> its tensors
+STORED = {
+    "safetensors": _StoredTensors,
+    "gguf": GgufTensors,
+    "onnx": _StoredTensors,
+}  # by Exporter.container: layer -> its tensors

@@ -11,22 +11,16 @@ The folder is there whole or not at all, and takes the place of another only whe
 the disk, so neither a failing disk nor another program that writes there ships another model.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..files.atomic import is_same_file, staged_folder
-from ..files.errors import FileError, writing
+from ..files.atomic import staged_folder
+from ..files.errors import writing
 from ..files.manifest import MANIFEST, file_entry, sealed
-from ..files.tensorfile import DTYPES
 from ..grid import Weight
 from ..kv_cache import KVConfig
 from ..model.checkpoint import Checkpoint
@@ -43,12 +37,13 @@ from .folder import (
     layer_digests,
     read_manifest,
     replace_file,
-    tensor_bytes,
     write_json,
 )
 from .gguf_file import GgufFile
 from .layout import Layout, Slot
+from .onnx_file import OnnxFiles
 from .planes import as_integers, held
+from .shards import write_shards
 
 __all__ = [
     "CONTAINERS",
@@ -63,8 +58,6 @@ __all__ = [
 MAX_SHARD_BYTES = (
     5_000_000_000  # as transformers' own save_pretrained (5GB of its docs; file systems and the hub like it)
 )
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_model(
@@ -181,6 +174,13 @@ def trained_facts(checkpoint: ShippedCheckpoint, layout: Layout) -> dict[str, di
     }
 
 
+def check_writable(checkpoint: Checkpoint, layers: Mapping[str, LayerSpec], exporter: Exporter) -> None:
+    """`check_model`, and what only a plan of the files finds out: a name that gguf has not, a forward that
+    cannot be traced for onnx."""
+    layout = check_model(checkpoint, layers, exporter)
+    CONTAINERS[exporter.container](layout, checkpoint, exporter, MAX_SHARD_BYTES)
+
+
 class _SafetensorsFiles:
     """The container of most formats: model.safetensors, or numbered shards with their index. `nbytes` is what
     it needs on the disk; `write` makes it and returns the digests of every layer."""
@@ -196,12 +196,19 @@ class _SafetensorsFiles:
         return metadata + sum(slot.nbytes + 200 for slots in self.shards.values() for slot in slots)
 
     def write(self, stage: Path, weights: Weights) -> dict[str, dict[str, str]]:
-        digests = _write_shards(stage, self.shards, self.checkpoint, weights, self.exporter, self.metadata)
+        digests = write_shards(
+            stage,
+            self.shards,
+            lambda slot: self.checkpoint.stored_pieces(slot.source),
+            weights,
+            self.exporter,
+            self.metadata,
+        )
         _write_index(stage, self.shards)
         return digests
 
 
-CONTAINERS = {"safetensors": _SafetensorsFiles, "gguf": GgufFile}  # by Exporter.container
+CONTAINERS = {"safetensors": _SafetensorsFiles, "gguf": GgufFile, "onnx": OnnxFiles}  # by Exporter.container
 
 
 def _shards(slots: list[Slot], max_bytes: int) -> dict[str, list[Slot]]:
@@ -220,118 +227,6 @@ def _shards(slots: list[Slot], max_bytes: int) -> dict[str, list[Slot]]:
     if len(ordered) == 1:
         return {"model.safetensors": ordered[0]}
     return {f"model-{i:05}-of-{len(ordered):05}.safetensors": part for i, part in enumerate(ordered, 1)}
-
-
-def _header(slots: list[Slot], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for slot in slots:
-        span = [offset, offset + slot.nbytes]
-        entries[slot.key] = {
-            "dtype": _DTYPE_NAMES[slot.dtype],
-            "shape": list(slot.shape),
-            "data_offsets": span,
-        }
-        offset += slot.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_shards(
-    stage: Path,
-    shards: Mapping[str, list[Slot]],
-    checkpoint: Checkpoint,
-    weights: Weights,
-    exporter: Exporter,
-    metadata: Mapping[str, str],
-) -> dict[str, dict[str, str]]:
-    """Headers, then tensors at their places, then all of it read back. Returns the digests of every layer."""
-    by_layer: dict[str | None, list[Slot]] = {}
-    for slot in (slot for slots in shards.values() for slot in slots):
-        by_layer.setdefault(slot.layer, []).append(slot)
-    with ExitStack() as stack:
-        files = [stack.enter_context(_Shard(stage / name, slots, metadata)) for name, slots in shards.items()]
-        put = {slot.key: shard.put for shard in files for slot in shard.slots}
-
-        def put_layer(name: str) -> dict[str, str]:
-            """One layer; none of it is left when the next one is asked for."""
-            weight, tensors = weights[name], {}
-            for slot in by_layer[name]:
-                if slot.part not in tensors:
-                    first, last = (slot.part.first, slot.part.last) if slot.part else (0, weight.shape[0])
-                    whole = last - first == weight.shape[0]
-                    tensors = {slot.part: exporter.pack(weight if whole else weight.rows(first, last))}
-                made = tensors[slot.part][slot.source]
-                kept = made.to(slot.dtype)
-                assert kept is made or torch.equal(kept.to(made.dtype), made), (
-                    f"{slot.key}: {slot.dtype} cannot hold its values"
-                )
-                assert tuple(kept.shape) == slot.shape and kept.dtype == slot.dtype, slot
-                put[slot.key](slot, [kept])
-            return layer_digests(weight)
-
-        digests = {name: put_layer(name) for name in weights}
-        for slot in by_layer.get(None, []):
-            put[slot.key](slot, checkpoint.stored_pieces(slot.source))
-        for shard in files:
-            shard.read_back()
-    return digests
-
-
-class _Shard:
-    """One safetensors file while it is written: opened once, so that it stays this file whatever happens to
-    its name, with the hash of every tensor that was put into it.
-    """
-
-    def __init__(self, path: Path, slots: list[Slot], metadata: Mapping[str, str]):
-        self.path, self.slots = path, slots
-        self.places: dict[str, int] = {}
-        self.digests: dict[str, str] = {}
-        header = _header(slots, metadata)
-        position = len(header)
-        for slot in slots:
-            self.places[slot.key] = position
-            position += slot.nbytes
-        self.file = path.open("w+b")
-        self.file.write(header)
-        self.file.truncate(position)
-
-    def __enter__(self) -> "_Shard":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def put(self, slot: Slot, pieces: Iterable[Tensor]) -> None:
-        sha, written = hashlib.sha256(), 0
-        self.file.seek(self.places[slot.key])
-        for piece in pieces:
-            data = tensor_bytes(piece)
-            written += self.file.write(data)
-            sha.update(data)
-        assert written == slot.nbytes, f"{slot}: {written} bytes"
-        self.digests[slot.key] = sha.hexdigest()
-
-    def read_back(self) -> None:
-        """FileError naming the layer when the file does not hold what was put into it."""
-        self.file.flush()
-        self.file.seek(self.places[self.slots[0].key] if self.slots else 0)
-        for slot in self.slots:
-            sha, left = hashlib.sha256(), slot.nbytes
-            while left and (data := self.file.read(min(left, 1 << 22))):
-                sha.update(data)
-                left -= len(data)
-            if sha.hexdigest() != self.digests[slot.key]:
-                raise FileError(
-                    f"{self.path}: {slot.key} is not what was written a moment ago: another program writes "
-                    "to this file, or the disk fails; nothing was replaced. Run the line again"
-                )
-        if not is_same_file(self.file.fileno(), self.path):
-            raise FileError(
-                f"{self.path}: was replaced by another program while it was written; nothing was replaced. "
-                "Run the line again"
-            )
 
 
 def _write_index(stage: Path, shards: Mapping[str, list[Slot]]) -> None:

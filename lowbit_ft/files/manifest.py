@@ -95,7 +95,9 @@ def identity(folder: Path) -> str:
     say.
     """
     files = open_sealed(folder / MANIFEST).get("files", {})
-    tensors = {name: entry for name, entry in files.items() if name.endswith((".safetensors", ".gguf"))}
+    tensors = {
+        name: entry for name, entry in files.items() if name.endswith((".safetensors", ".gguf", ".onnx_data"))
+    }
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
 

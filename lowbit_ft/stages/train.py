@@ -15,7 +15,7 @@ from ..adapters.rates import rate_for
 from ..adapters.reach import reach
 from ..data.windows import Examples
 from ..export import EXPORTERS
-from ..export.writer import check_model
+from ..export.writer import check_writable
 from ..integrations.adapter_files import write_adapter
 from ..model.fused import fusions_in
 from ..model.shards import is_sharded, whole
@@ -46,7 +46,7 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     attach_adapters(session, model)
     # Before hours of training, not after: can the format hold what this will become?
     specs = merging.merged_weights(model).specs
-    check_model(merging.shipped(model, session.folded), specs, EXPORTERS[recipe.export.format])
+    check_writable(merging.shipped(model, session.folded), specs, EXPORTERS[recipe.export.format])
     if recipe.train.max_steps != 0 and recipe.train.reconstruct is None:  # which moves codes itself
         warn_of_rate(session, model, examples)
     digest = base_digest(model)

@@ -116,7 +116,7 @@ REFUSED: list[tuple[str, Scheme, str]] = [
 
 
 def test_who_cannot_carry_a_scheme_says_so_with_the_way_out(tmp_path: Path) -> None:
-    assert {name for name, *_ in REFUSED} == EXPORTERS.keys() - {"native"}
+    assert {name for name, *_ in REFUSED} == EXPORTERS.keys() - {"native", "onnx"}  # these carry all
     grid = int_grid(bits=8, group_size=-1)
     for name, scheme, words in REFUSED:
         reason = EXPORTERS[name].reject_activation(scheme, grid, 128)

@@ -50,6 +50,7 @@ def test_every_grid_a_format_accepts_comes_back_bit_for_bit(name: str) -> None:
             | {(4, -1, True), (4, -1, False)},
             "mlx": {key for key in everything if key[2] and key[1] in (32, 64, 128)},
             "torchao": everything,
+            "onnx": everything,
             "int-quantized": {(8, -1, True)},
         }[name]
     )
@@ -80,6 +81,17 @@ def test_tensors_that_are_not_ours_are_refused(name: str) -> None:
             exporter.unpack(tensors, LayerSpec(layer.shape, int_grid(bits=2, group_size=64)))
         with pytest.raises(ValueError, match="zero points other than 8"):
             exporter.unpack(tensors | {"_weight_zero_point": tensors["_weight_zero_point"] + 1}, layer)
+        return
+    if name == "onnx":
+        with pytest.raises(ValueError, match="blocks of one group differ, or scales are not bfloat16"):
+            exporter.unpack(tensors | {"scale": tensors["scale"] * 1.0001}, layer)
+        three = random_weight((32, 512), int_grid(bits=3))
+        with pytest.raises(ValueError, match="beyond 3 bits"):
+            exporter.unpack(exporter.pack(random_weight((32, 512), int_grid())), LayerSpec.of(three))
+        eight = random_weight((32, 512), int_grid(bits=8))
+        with pytest.raises(ValueError, match="zero points other than 128"):
+            packed = exporter.pack(eight)
+            exporter.unpack(packed | {"zero": packed["zero"] + 1}, LayerSpec.of(eight))
         return
     if name == "int-quantized":
         with pytest.raises(ValueError, match="weight_scale has values that are not bfloat16"):

@@ -9,6 +9,7 @@ from .any import AnyServer
 from .base import Server
 from .llama_cpp import LlamaCpp
 from .mlx import Mlx
+from .onnxruntime import OnnxRuntime
 from .transformers import Transformers
 from .vllm import Vllm
 
@@ -17,6 +18,7 @@ SERVERS: dict[str, Server] = {
     "vllm": Vllm(),
     "llama.cpp": LlamaCpp(),
     "mlx": Mlx(),
+    "onnxruntime": OnnxRuntime(),
     "transformers": Transformers(),
 }
 

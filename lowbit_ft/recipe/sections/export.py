@@ -29,7 +29,7 @@ class ExportSection(Section):
     format: Annotated[str, OneOf(EXPORTERS)] = Field(
         default="compressed-tensors",
         description="compressed-tensors (vLLM, SGLang, transformers), gguf (llama.cpp, Ollama), gptq, "
-        "gptq_v2, awq, mlx (mlx-lm), torchao, "
+        "gptq_v2, awq, mlx (mlx-lm), torchao, onnx (ONNX Runtime), "
         "or native (every grid)",
     )
     server: Annotated[str, OneOf(SERVERS)] = Field(
@@ -121,6 +121,8 @@ def _check_reader(r: Any, exporter: Any) -> Problems:
             f"got true, and reading {exporter.name} {reason}; or set export.verify: false and check the "
             "folder elsewhere",
         )
+    if r.quant.kv_cache is not None and (reason := exporter.reject_kv_cache()):
+        yield Problem(("quant", "kv_cache"), f"got a section, and export.format is {exporter.name}: {reason}")
     folder = local_folder(r.model.path, r.model.revision) if hasattr(r, "model") else None
     if folder is None:
         return

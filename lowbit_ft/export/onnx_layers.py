@@ -1,0 +1,151 @@
+"""What stands in the skeleton of a model for its packed layers while it is traced: the ONNX operators that
+compute them (the table is in onnx.py), and around them, in plain torch, what training does to their input.
+
+Inputs are put on their grid by the very functions of training (activations/), so the graph has the same
+divisions, roundings and clips, in fp32: codes are those of training bit for bit. QuantizeLinear would divide
+by the scale where training multiplies with 1 / scale, and DynamicQuantizeLinear has one scale for a whole
+tensor, of uint8, which no kind of ours is. Only in front of MatMulInteger there is a QuantizeLinear, of
+x / scale by a scale of 1: rounding, clipping and the step to uint8 in one.
+
+MatMulInteger takes uint8 on both sides: int8 weights are faster (182 microseconds to 330), but processors
+without VNNI saturate their sums at 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import Activation, activation_of
+from ..grid import IntGrid
+from ..model.linear import embedding_factor
+from .base import LayerSpec, TensorSpecs
+from .onnx import block_of, stored_bits
+
+OPSET = 21  # the first whose DequantizeLinear has blocks
+
+
+def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take the memory of one number. Each is a storage of its own, by which the tracer knows tied
+    tensors."""
+    return torch.zeros(1, dtype=dtype).expand(shape)
+
+
+class OnnxLinear(nn.Module):
+    """[..., K] -> [..., N]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, spec: LayerSpec, tensors: TensorSpecs, bias: nn.Parameter | None):
+        super().__init__()
+        assert isinstance(spec.grid, IntGrid)
+        (self.n, self.k), self.grid = spec.shape, spec.grid
+        for name, (shape, dtype) in tensors.items():
+            self.register_buffer(name, hollow(shape, dtype))
+        self.bias = bias
+        self.activation = None if spec.activation is None else activation_of(spec.activation)
+        self.integer = (
+            self.grid.bits == 8
+            and (self.grid.group_size == -1 or self.grid.group_size >= self.k)
+            and isinstance(self.activation, Activation)
+            and self.activation.one_scale
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.integer and self.activation is not None:
+            y = self._integers(x, self.activation)
+        else:
+            x = x if self.activation is None else on_grid(self.activation, x)
+            y = self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
+        return y if self.bias is None else y + self.bias
+
+    def _packed(self, x: Tensor) -> Tensor:
+        sizes = {"K": self.k, "N": self.n, "bits": stored_bits(self.grid)}
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            [x, *_present(self, "codes", "scale", "zero")],
+            {**sizes, "block_size": block_of(self.grid, self.k), "accuracy_level": 1},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.n),
+            version=1,
+        )
+
+    def _dequantized(self, x: Tensor) -> Tensor:
+        weight = torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            _present(self, "codes", "scale", "zero"),
+            {"axis": 1, "block_size": block_of(self.grid, self.k)},
+            dtype=torch.float32,
+            shape=(self.n, self.k),
+            version=OPSET,
+        )
+        return x @ weight.t()
+
+    def _integers(self, x: Tensor, activation: Any) -> Tensor:
+        scheme = activation.scheme()
+        scale, _ = activation.scales(x)
+        middle = torch.tensor(128, dtype=torch.uint8)
+        stepped = (x * activation.spread(1 / scale, x)).clamp(scheme.lowest, scheme.highest)
+        codes = torch.onnx.ops.symbolic(
+            "QuantizeLinear",
+            [stepped, torch.tensor(1.0), middle],
+            dtype=torch.uint8,
+            shape=x.shape,
+            version=OPSET,
+        )
+        assert self.zero is not None
+        sums = torch.onnx.ops.symbolic(
+            "MatMulInteger",
+            [codes, self.codes.t(), middle, self.zero[:, 0]],
+            dtype=torch.int32,
+            shape=(*x.shape[:-1], self.n),
+            version=10,
+        )
+        return sums.float() * (scale * self.scale[:, 0])
+
+
+class OnnxEmbedding(nn.Module):
+    """ids [...] -> [..., H]."""
+
+    codes: Tensor
+
+    def __init__(self, spec: LayerSpec, tensors: TensorSpecs, embedding: nn.Embedding):
+        super().__init__()
+        (self.num_embeddings, self.embedding_dim), self.grid = spec.shape, spec.grid
+        self.factor = embedding_factor(embedding)
+        for name, (shape, dtype) in tensors.items():
+            self.register_buffer(name, hollow(shape, dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale, *zero = _present(self, "scale", "zero")
+        rows = torch.onnx.ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            [self.codes.flatten(1), ids, scale, *zero],
+            {
+                "bits": stored_bits(self.grid),
+                "block_size": block_of(self.grid, self.embedding_dim),
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+            dtype=torch.float32,
+            shape=(*ids.shape, self.embedding_dim),
+            version=1,
+        )
+        return rows if self.factor is None else rows * self.factor
+
+
+def on_grid(activation: Any, x: Tensor) -> Tensor:
+    """x^ as training has it (activations/base.py)."""
+    codes, scale, zero = activation.codes(x)
+    values = codes.float()
+    if zero is not None:
+        values = values - activation.spread(zero.float(), x)
+    return values * activation.spread(scale, x)
+
+
+def _present(layer: nn.Module, *names: str) -> list[Tensor]:
+    return [layer.get_buffer(name) for name in names if name in layer._buffers]

@@ -1,0 +1,225 @@
+"""onnx through ONNX Runtime: one model with every operator in it, every kind of activation, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lowbit_ft.activations import Scheme
+from lowbit_ft.activations.place import place
+from lowbit_ft.export import EXPORTERS, LayerSpec, base, onnx_graph
+from lowbit_ft.export.base import Weights
+from lowbit_ft.export.onnx_graph import trace
+from lowbit_ft.export.onnx_layers import OnnxLinear
+from lowbit_ft.export.reader import load_exported
+from lowbit_ft.export.verify import verify
+from lowbit_ft.export.writer import check_writable, write_model
+from lowbit_ft.grid import BinaryGrid, IntGrid
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.linear import PackedLinear
+from lowbit_ft.model.matrices import Matrix
+from tests.export.common import NATIVE, checkpoint, needs_reader
+from tests.packed_tools import int_grid, random_weight
+
+ONNX = EXPORTERS["onnx"]
+TOKEN = Scheme(kind="token", bits=8)
+STATIC = Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125,))
+ROW = {"group_size": -1}
+# One layer of a GPT-2, whose linears are Conv1Ds: (grid, what its input is on, the operator).
+LAYERS: dict[str, tuple[IntGrid, Scheme | None, str]] = {
+    "transformer.wte": (int_grid(bits=2, group_size=32, symmetric=False), None, "GatherBlockQuantized"),
+    "transformer.h.0.attn.c_attn": (int_grid(symmetric=False, group_size=32), None, "MatMulNBits"),
+    "transformer.h.0.attn.c_proj": (int_grid(bits=3, **ROW), STATIC, "MatMulNBits"),
+    "transformer.h.0.mlp.c_fc": (int_grid(bits=8, symmetric=False, **ROW), TOKEN, "MatMulInteger"),
+    "transformer.h.0.mlp.c_proj": (int_grid(bits=8, group_size=32), None, "DequantizeLinear"),
+    "lm_head": (int_grid(bits=2, group_size=128), None, "MatMulNBits"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Weights, Path]:
+    """(checkpoint in bfloat16 with a tied head, its weights, the folder)."""
+    for modules in (ONNX.writes_with, ONNX.reads_with):
+        if reason := ONNX.missing(modules):
+            pytest.skip(f"onnx {reason}")
+    folder = tmp_path_factory.mktemp("onnx")
+    config = transformers.GPT2Config(
+        vocab_size=4096, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    source = checkpoint(folder / "c", config, dtype="bfloat16")
+    source.empty_model()
+    made = {
+        name: random_weight(source.matrices[name].shape, grid, seed=at)
+        for at, (name, (grid, _, _)) in enumerate(LAYERS.items())
+    }
+    specs = {name: LayerSpec(w.shape, w.grid, activation=LAYERS[name][1]) for name, w in made.items()}
+    weights = Weights(specs, made.__getitem__)
+    write_model(folder / "m", source, weights, ONNX)
+    return source, weights, folder / "m"
+
+
+def test_onnx_runtime_computes_what_was_trained(written: Any, tmp_path: Path) -> None:
+    source, weights, folder = written
+    write_model(tmp_path / "n", source, weights, NATIVE)
+    packed = load_exported(tmp_path / "n", dtype=torch.float32)
+    report = verify(folder, weights, model=packed, source=source.folder)
+    assert not report.failed and report.dtype == "float32" and report.answers is not None
+    assert report.answers.same == report.answers.tokens
+    # Far below what verify allows where a tie may fall otherwise.
+    ids = torch.arange(3, 20)[None]
+    model = load_exported(folder)
+    found, wanted = model(ids).logits, packed(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    # Texts that share a row do not see each other, and an answer ends.
+    places = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    assert torch.equal(model(ids, places).logits[:, 9:], model(ids[:, 9:]).logits)
+    assert (
+        model.generate(ids, max_new_tokens=2)[0, 17:].tolist()
+        == packed.generate(ids, max_new_tokens=2, do_sample=False)[0, 17:].tolist()
+    )
+    other = Weights(weights.specs, lambda n: random_weight(weights.specs[n].shape, LAYERS[n][0], seed=77))
+    with pytest.raises(ValueError, match="6 of 6 layers differ"):
+        verify(folder, other)
+
+
+def test_the_graph_has_the_operators_and_names_that_others_look_for(written: Any) -> None:
+    import onnx
+
+    _, weights, folder = written
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    outside = {t.name: t for t in graph.initializer if t.external_data}
+    assert {f"{name}.codes" for name in weights} < outside.keys()
+    for name, (_, _, operator) in LAYERS.items():
+        (node,) = [n for n in graph.node if f"{name}.codes" in n.input]
+        if node.op_type in ("Reshape", "Transpose"):
+            (node,) = [n for n in graph.node if node.output[0] in n.input]
+        assert node.op_type == operator, name
+    ops = [n.op_type for n in graph.node]
+    assert ops.count("MatMulInteger") == ops.count("QuantizeLinear") == 1 and ops.count("MatMulNBits") == 3
+    assert all(
+        a.i == 1 for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if "level" in a.name
+    )
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    heads = ["batch_size", 4, "past_sequence_length", 8]
+    assert shapes["input_ids"] == shapes["position_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["past_key_values.0.key"] == shapes["past_key_values.0.value"] == heads
+    assert shapes["present.0.value"] == ["batch_size", 4, "total_sequence_length", 8]
+    assert shapes["logits"] == ["batch_size", "sequence_length", 4096]
+
+
+def test_a_text_in_pieces_and_padding_on_the_left_give_the_same_logits(written: Any) -> None:
+    session = load_exported(written[2]).session
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, past: list[Any]) -> list[Any]:
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        names = [value.name for value in session.get_inputs()]
+        given = [ids.numpy(), mask.numpy(), places.numpy(), *past]
+        return session.run(None, dict(zip(names, given, strict=True)))
+
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    none = [torch.zeros(2, 4, 0, 8).numpy()] * 2
+    whole = torch.from_numpy(run(ids, mask, none)[0])
+    first = run(ids[:, :7], mask[:, :7], none)
+    rest = run(ids[:, 7:], mask, first[1:])
+    assert torch.allclose(torch.from_numpy(rest[0]), whole[:, 7:], atol=1e-5)
+    alone = torch.from_numpy(run(ids[:1, 3:], mask[:1, 3:], [torch.zeros(1, 4, 0, 8).numpy()] * 2)[0])
+    assert torch.allclose(whole[:1, 3:], alone, atol=1e-5)
+
+
+KINDS = [
+    Scheme(kind="token", bits=8, symmetric=False, clip=0.9),
+    Scheme(kind="token", bits=4, segments=(32, 32)),
+    Scheme(kind="group", bits=8, group_size=24),
+    Scheme(kind="dual", bits=8),
+    Scheme(kind="tensor", bits=8),
+    Scheme(kind="tensor", bits=4, symmetric=False, dynamic=False, scale=(0.2,), zero=(-3,)),
+]
+
+
+def test_inputs_are_on_the_grid_of_training() -> None:
+    """Through the identity, whose products are x^ itself: bit for bit."""
+    needs_reader("onnx")
+    import onnxruntime
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            specs = [LayerSpec((64, 64), int_grid(bits=4, group_size=64), activation=s) for s in KINDS]
+            self.layers = nn.ModuleList(OnnxLinear(spec, ONNX.specs(spec), None) for spec in specs)
+            for layer in self.layers:
+                for name, tensor in ONNX.pack(eye).items():
+                    layer.register_buffer(name, tensor)
+
+        def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(layer(inputs["x"]) for layer in self.layers)
+
+    eye = random_weight((64, 64), int_grid(bits=4, group_size=64))
+    ones = PackedLinear(
+        type(eye).quantize(torch.eye(64), torch.ones(1, 64), None, eye.grid)  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    eye = ones.base.without_residual()
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0], x[0, 1, 3] = 0, 40.0
+    outputs = [f"y{i}" for i in range(len(KINDS))]
+    made = onnx_graph._export(Layers(), {"x": x}, {"x": ("", "", "")}, outputs)
+    import onnx_ir
+
+    data = onnx_ir.serde.serialize_model(made).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x.numpy()})
+    for scheme, values in zip(KINDS, found, strict=True):
+        place(ones, scheme)
+        assert torch.equal(torch.from_numpy(values), ones.seen(x)), scheme
+
+
+def test_what_onnx_cannot_carry_is_refused_with_the_way_out(
+    written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, weights, folder = written
+    assert "sign planes" in str(ONNX.reject(BinaryGrid(bits=2)))
+    assert "float offset" in str(ONNX.reject(int_grid(), offset=True))
+    expert = Matrix("m.0.up", "m.up", (64, 32), expert=0)
+    assert "experts" in str(ONNX.reject_matrix(expert, int_grid(), None))
+    table = Matrix("e", "e.weight", (64, 100), embedding=True)
+    assert "32 does not divide 100" in str(ONNX.reject_matrix(table, int_grid(group_size=32), None))
+    assert "quant.kv_cache: null" in str(ONNX.reject_kv_cache())
+    assert ONNX.no_online is not None
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a data-dependent branch\nand where it is")
+
+    monkeypatch.setattr(onnx_graph, "_export", broken)
+    words = "GPT2LMHeadModel cannot be traced .*: a data-dependent branch.; set export.format"
+    with pytest.raises(ValueError, match=words):
+        check_writable(source, weights.specs, ONNX)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"reading onnx needs onnx, onnxruntime.*'lowbit-ft\[onnx\]'"):
+        load_exported(folder)
+
+
+def test_a_layer_that_no_output_comes_from_is_named(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, weights, _ = written
+    monkeypatch.setattr(onnx_graph, "_export", lambda *_: _Empty())
+    with pytest.raises(ValueError, match="is in no path from the inputs to the outputs"):
+        trace(onnx_graph.Layout(source, weights.specs, ONNX), source, ONNX)
+
+
+class _Empty:
+    """An onnx_ir model without a node."""
+
+    def __new__(cls) -> Any:
+        import onnx_ir
+
+        graph = onnx_ir.Graph([], [], nodes=[], opset_imports={"": 21})
+        return onnx_ir.Model(graph, ir_version=10)
