@@ -11,6 +11,7 @@ The folder is there whole or not at all, and takes the place of another only whe
 the disk, so neither a failing disk nor another program that writes there ships another model.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from .folder import (
     layer_digests,
     read_manifest,
     replace_file,
+    tensor_bytes,
     write_json,
 )
 from .gguf_file import GgufFile
