@@ -32,11 +32,9 @@ from lowbit_kernels.layout import CHUNK_ELEMENTS
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..files.tensorfile import read_tensor
 from ..grid import PackedWeight, Weight
 from ..model.chat_template import Template
 from ..model.config import read_config
-from ..model.hub import tensor_entries
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
 from ..model.shipped import Trained
@@ -209,8 +207,8 @@ def verify(
         difference = float((logits - expected.logits).abs().max())
         rounding = _rounding(kind, weights)
         # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
-        own = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
-        tolerance = own if exporter.tolerance else 0.0
+        its_own = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
+        tolerance = its_own if exporter.tolerance else 0.0
         largest = float(expected.logits.abs().max())
         bound = tolerance * largest
         if expected.answers:
@@ -283,9 +281,12 @@ def _dense_there(loaded: Any, name: str, folder: Path, manifest: Mapping[str, An
     found = dict(loaded.named_parameters(remove_duplicate=False)).get(name)
     if found is not None:
         return found.detach().cpu()
-    key = manifest.get("trained", {}).get(name, {}).get("stored_as")
-    entry = tensor_entries(folder)[0].get(key)
-    return None if entry is None else read_tensor(entry, "cpu")
+    keys = (manifest.get("trained", {}).get(name, {}).get("stored_as"), name)  # onnx: by parameter
+    for path in _tensor_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if key := next((key for key in keys if key in file.keys()), None):  # noqa: SIM118
+                return file.get_tensor(key)
+    return None
 
 
 def _check_dense(
@@ -361,13 +362,17 @@ def _read_back(exporter: Exporter, parts: list[dict[str, Tensor]], spec: LayerSp
     return ReadBack(codes, scale, stack("zero", -1), stack("offset", -1))
 
 
+def _tensor_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob(DATA)])
+
+
 class _StoredTensors:
     """Layer -> the tensors of each of its parts by local name, through the safetensors library."""
 
     def __init__(self, folder: Path, prefixes: Mapping[str, str]):
         self.prefixes = prefixes
         self.keys: dict[str, list[tuple[str, Path]]] = {}
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob(DATA)]):
+        for path in _tensor_files(folder):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)
                     prefix, _, local = key.rpartition(".")
