@@ -1,6 +1,7 @@
 """RunDir: the folder of one run, what lies where in it, and the stage clock.
 
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
+    model/ (tokenizer and config.json with model.add_tokens)
     base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
     synthesis/ (rows that the model wrote)  reconstruct/  reconstruct.json  teacher/  lora_start.json
            teacher.json (how near it is)   processes.json   stages.json   report.html

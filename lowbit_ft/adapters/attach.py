@@ -200,8 +200,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def beside_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains beside the packed layers, under its PEFT key."""
-    whole = {f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()}
-    return whole | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.rows for name, _, r in row_tables(model)}
+    found: dict[str, Tensor] = {
+        f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()
+    }
+    return found | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.rows for name, _, r in row_tables(model)}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:

@@ -151,12 +151,17 @@ def test_a_run_goes_on_bit_equal_and_merges_again(ran: Ran) -> None:
     assert isinstance(pipeline.generate(ran.out / "merged", "<|tool|>", 2, "cpu"), str)
 
 
-def test_peft_reads_the_rows(ran: Ran) -> None:
+def test_peft_reads_the_rows(ran: Ran, tmp_path: Path) -> None:
+    """And they ship without a run, with the norm that was trained whole."""
     facts = json.loads((ran.out / "adapter" / "adapter_config.json").read_text())
     assert facts["trainable_token_indices"] == {"model.embed_tokens": IDS}
     base = AutoModelForCausalLM.from_pretrained(ran.out / "base", dtype=torch.bfloat16)
     theirs = PeftModel.from_pretrained(base, ran.out / "adapter").eval()
     assert torch.equal(logits(theirs), logits(load_exported(ran.out / "merged")))
+    out = pipeline.export(ran.out / "adapter", "native", tmp_path / "out", ran.out / "base")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (out, ran.out / "merged"))
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(ours[name], theirs[name])
 
 
 @pytest.mark.parametrize("tied", [False, True])
