@@ -5,6 +5,9 @@ it is one: an ONNX tensor is a place in some file, so the graph points behind th
 safetensors reads this one too.
 """
 
+# The writer is an optional package.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -12,6 +12,9 @@ Weights must be unknown while the graph is simplified (a folder of constants wou
 they are taken out of it before, and put back as places in the file of tensors.
 """
 
+# The writer is an optional package.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
