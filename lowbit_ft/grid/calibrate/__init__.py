@@ -17,6 +17,7 @@ from ..packed import Weight
 from .curvature import Curvature
 from .gptq import gptq
 from .mean import MEAN_BITS, mean
+from .narrow_range import narrow_range
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
 from .recover import Missed, OffGridError, recover
@@ -57,6 +58,7 @@ class Calibrator:
 
 CALIBRATORS: dict[str, Calibrator] = {
     "absmax": Calibrator(absmax, "integer", symmetric=True),
+    "narrow_range": Calibrator(narrow_range, "integer", symmetric=True),
     "minmax": Calibrator(minmax, "integer", symmetric=False),
     "mse": Calibrator(mse, "integer"),
     "gptq": Calibrator(gptq, "integer", needs_text=True),
