@@ -31,7 +31,6 @@ from lowbit_ft.quantize import progress
 from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.quantize.table import QuantTable, plan_layers
 from lowbit_ft.recipe.sections.quant import QuantSection
-from tests import architectures
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "tiny-llama"
 COMMON: dict[str, Any] = {
@@ -387,21 +386,3 @@ def test_evaluate_is_transformers_loss(tmp_path: Path) -> None:
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="no target tokens"):
         evaluate(dense, [batch], "base")
-
-
-@pytest.mark.parametrize("name", ["glm", "glm4"])
-def test_glm_models_in_the_rows_of_glm_130b(name: str, tmp_path: Path) -> None:
-    """W4 of whole rows, s = fp16(max|w| / 7) in float64, of every linear as it is in the files."""
-    checkpoint = architectures.checkpoint_of(architectures.CONFIGS[name](), tmp_path)
-    rows = QuantSection(
-        bits=4, group_size=-1, scale_dtype="float16", calibrate="narrow_range", residual_bits=0
-    )
-    model, made = quantize(checkpoint, rows)
-    layers = dict(packed_layers(model))
-    assert len(layers) == len(made.quantized) == 12
-    for path, layer in layers.items():
-        dense = checkpoint.read(f"{path}.weight").double()
-        scale = (dense.abs().amax(1, keepdim=True) / 7).half()
-        assert torch.equal(layer.base.scale, scale.t()), path
-        codes = layer.base.unpack_codes().double() - 8
-        assert torch.equal(codes, (dense / scale.double()).round()) and codes.abs().max() == 7, path
