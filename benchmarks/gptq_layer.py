@@ -27,7 +27,7 @@ def measure(n: int, k: int, o: argparse.Namespace) -> dict[str, Any]:
     x = torch.randn(o.tokens, 64) @ torch.randn(64, k) * 0.5 + torch.randn(o.tokens, k)
     x[:, ::97] *= 10
     grid = IntGrid(bits=o.bits, group_size=o.group_size, symmetric=not o.asymmetric)
-    options = dict.fromkeys(o.calibration, True)
+    options: dict[str, Any] = dict.fromkeys(o.calibration, True)
     curvature, clock = Curvature(), [time.process_time()]
     curvature.add(x)
     clock.append(time.process_time())

@@ -146,6 +146,7 @@ def _grid(case: Case, x: Tensor) -> dict:
         "scale": scale.float(),
         "zero": None,
         "offset": None,
+        "mask": None,
         "gain": 1.0,
         "units": "grid",
         "bits": case.bits,

@@ -30,6 +30,7 @@ from lowbit_ft.recipe.recipe import Recipe, load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from tests.kv_cache.slim import slim_scales
 from tests.rotations.upper import the_upper_half
+from tests.sparsity.checkers import every_second_weight
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "recipes" / "assets"
@@ -260,6 +261,10 @@ ROWS: dict[str, Row] = {
     "GRIDS": Row(with_key("quant.grid", quant__group_size=-1), one_scale_per_row),
     "CALIBRATORS": Row(with_key("quant.calibrate"), half_the_scales),
     "ROTATIONS": Row(with_key("quant.rotation.kind", **ABSMAX), the_upper_half),
+    "SPARSITY": Row(
+        with_key("quant.sparsity.kind", adapter__method="lr_qat", train__learning_rate=0.1, **ABSMAX),
+        every_second_weight,
+    ),
     "ADAPTERS": Row(
         with_key("adapter.method", train__scale_learning_rate=0.03, train__scheduler="linear", **ABSMAX),
         one_factor_per_layer,

@@ -29,6 +29,7 @@ from tests.family_rows import ROWS, Run
 ROOT = Path(__file__).resolve().parents[1]
 # Literal tables that are no choice of a recipe, each with the reason.
 NO_FAMILY = {
+    "sparsity.patterns.PATTERNS": "shapes that zeros may have, for one key of the members of SPARSITY",
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
     "activations.calibrate.RANGES": "three rules of a line each for the static scale of a kind",

@@ -9,6 +9,9 @@ A (the low-rank product, fp32) and (S, z, T) the grid being trained:
     units = "live"      v = (s0 (c - z0 + rho) + D - T) / S + z            L4Q: the base is re-gridded with
                         the live scale
 
+A `mask` holds one bit per weight: where it is set the code is the zero point z of the grid that is trained,
+whatever v is, so the weight is S (z - z) = 0. It moves with nothing and nothing learns from it.
+
 A dense D [R, K] (`delta`) counts grid steps and is of the rows it names; the codes of all other rows are the
 base's. Nothing is added up there, so its codes are the same on every device.
 
@@ -49,7 +52,7 @@ def grid_values(
     """v of some of the moved rows (`rows` of grid.moved, which lie at grid.place(rows)), before rounding:
     fp32 [n, G, g] (padded columns hold nothing of meaning).
     """
-    _, residual, scale0, zero0, a, b, _, _, scale, zero, offset, gain, units, bits, residual_bits = grid
+    _, residual, scale0, zero0, a, b, _, _, scale, zero, offset, _, gain, units, bits, residual_bits = grid
     at = grid.place(rows)
     value = unpack_rows(grid.codes[at], bits, in_features, torch.float32)
     if residual is not None and residual_bits:
@@ -70,6 +73,14 @@ def grid_values(
     if delta is None:
         return value
     return value.add_(delta if units == "grid" else delta.mul_(per_group(scale0, rows).reciprocal()))
+
+
+def locked(rows: slice, grid: GridWeight, in_features: int, group_size: int) -> Tensor | None:
+    """What of some moved rows (as in `grid_values`) the mask calls zero: bool [n, G, g]; None without one."""
+    if grid.mask is None:
+        return None
+    bits = unpack_rows(grid.mask[grid.place(rows)], 1, in_features, torch.uint8)
+    return grouped(bits, group_size).bool()
 
 
 @torch.library.custom_op("lowbit::grid_codes", mutates_args=())
@@ -96,6 +107,9 @@ def grid_codes(
     out, top = [], (1 << grid.bits) - 1
     for rows in row_chunks(grid.moved, in_features):
         code = grid_values(rows, grid, in_features, group_size).round_().clamp_(0, top)
+        if (zeros := locked(rows, grid, in_features, group_size)) is not None:
+            z = None if grid.zero is None else per_group(grid.zero, grid.place(rows))
+            code = torch.where(zeros, float(1 << (grid.bits - 1)) if z is None else z, code)
         out.append(pack_rows(ungrouped(code, in_features).to(torch.uint8), grid.bits))
     packed = torch.cat(out)
     return packed if grid.rows is None else grid.codes.index_copy(0, grid.rows, packed)

@@ -29,6 +29,7 @@ class GridWeight(NamedTuple):
     scale: Tensor  # [G, N]: the trained grid
     zero: Tensor | None  # [G, N]
     offset: Tensor | None  # [G, N]
+    mask: Tensor | None  # int16 [N, W_1], a bit each: 1 where a weight is zero whatever trains
     gain: float  # of the low-rank part
     units: str  # one of codes.UNITS
     bits: int

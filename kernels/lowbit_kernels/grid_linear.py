@@ -17,6 +17,8 @@ In the live case z may be a rounded trained value: its gradient is -S dT, which 
 -S (z - sg(z)). The LSQ difference q - v is formed before the sum, because the two sums cancel (at 8 bit about
 250-fold).
 
+Where a weight is masked (codes.py) dW is put to 0 first: it is 0 whatever trains.
+
 A dense part of some rows (units "grid", codes.py) costs dX and R / N of a product: dD and the scales of its
 rows come from dW of those rows (grid_rows.py); the scales of all other rows from the row-wise identity of
 estimates.py where a row has one, else from dW of the share `tokens` of the tokens.
@@ -29,7 +31,7 @@ gradients (estimates.py): "exact" with a low-rank part is the equations above.
 import torch
 from torch import Tensor
 
-from .codes import grid_codes, grid_values
+from .codes import grid_codes, grid_values, locked
 from .estimates import LOW_RANK, grid_estimates
 from .grid import GridWeight, flat
 from .grid_rows import grid_row_gradients
@@ -53,7 +55,7 @@ def grid_gradients(
     dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of
     layout.CHUNK_ELEMENTS.
     """
-    codes, _, scale0, _, a, b, delta, _, scale, zero, _, gain, units, bits, _ = grid
+    codes, _, scale0, _, a, b, delta, _, scale, zero, _, _, gain, units, bits, _ = grid
     assert delta is None, "grid_row_gradients is its op"
     (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
     trained = grid.live or a is not None
@@ -63,6 +65,8 @@ def grid_gradients(
     db = torch.empty(b.shape if b is not None else (0,), dtype=torch.float32, device=x.device)
     for rows in row_chunks(n, k):
         dw = grouped((dy[:, rows].t() @ x).float(), group_size)
+        if (zeros := locked(rows, grid, k, group_size)) is not None:
+            dw.masked_fill_(zeros, 0)
         z = float(1 << (bits - 1)) if zero is None else per_group(zero, rows)
         if not trained:
             q = grouped(unpack_rows(codes[rows], bits, k, torch.float32), group_size) - z
@@ -118,6 +122,13 @@ def grid_linear(
     if low_rank not in LOW_RANK or not 0 < tokens <= 1:
         raise ValueError(
             f"low_rank={low_rank!r}, tokens={tokens}: allowed are {LOW_RANK} and a share above 0, at most 1"
+        )
+    if grid.mask is not None and (
+        grid.low and low_rank != "exact" or grid.offset is not None and not grid.live
+    ):
+        raise ValueError(
+            f"a mask with low_rank={low_rank!r}{' and an offset' * (grid.offset is not None)}: it needs "
+            "low_rank='exact', and no offset on a frozen grid"
         )
     new = grid_codes(*grid, x.shape[-1], group_size) if step_codes is None else step_codes
     return packed_matmul(x, new, grid.scale, grid.zero, grid.offset, grid.bits, group_size)

@@ -5,13 +5,14 @@ dX's, q = code - z and M as in grid_linear.py:
 
     dD = S M dW'        dS = sum dW' q        dT = sum dW'        sums over the inputs of a group
 
-dW' exists one chunk of rows at a time; dD [R, K] is a gradient that somebody keeps.
+Where a weight is masked dW' is put to 0 first. dW' exists one chunk of rows at a time; dD [R, K] is a
+gradient that somebody keeps.
 """
 
 import torch
 from torch import Tensor
 
-from .codes import grid_values
+from .codes import grid_values, locked
 from .grid import GridWeight, flat
 from .layout import grouped, outside_autocast, per_group, row_chunks, ungrouped
 
@@ -38,6 +39,8 @@ def grid_row_gradients(
     for rows in row_chunks(grid.moved, k):
         at = grid.place(rows)
         dw = grouped((dy[:, at].t() @ x).float(), group_size)
+        if (zeros := locked(rows, grid, k, group_size)) is not None:
+            dw.masked_fill_(zeros, 0)
         value = grid_values(rows, grid, k, group_size)
         rounded = value.round()
         inside = value if clip_first else rounded

@@ -9,7 +9,6 @@ Letters: N out features, K in features, G groups per row, g group size, r rank. 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -24,6 +23,7 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
+from .masks import against_mask
 from .modules import modules_field
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
@@ -40,6 +40,7 @@ class AdapterConfig(BaseModel):
 
     grid_name: ClassVar[str] = "integer"  # the kind of grids it trains on (IntGrid.kind)
     exact_merge: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True  # moves weights by GridArgs alone, so that a mask holds (masks.py)
     rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
 
     # Those that train.scale_learning_rate is for, by the last component of their name.
@@ -47,7 +48,6 @@ class AdapterConfig(BaseModel):
 
     # What D = alpha / rank * B A counts: "weight" units or "grid" steps; None: there is no such product.
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = None
-
     # Its parameters that move the values which are rounded; none: its codes stay, or it has none.
     code_parameters: ClassVar[frozenset[str]] = frozenset()
     ternary: ClassVar[bool] = False  # its numbers are -1, 0 and 1, for an optimizer that keeps them there
@@ -85,11 +85,11 @@ class AdapterConfig(BaseModel):
         """Why this method cannot train on this grid, with the way out; None when it can."""
         if grid.kind != self.grid_name:
             return f"{self.method} trains on {self.grid_name} grids: set quant.grid: {self.grid_name}"
-        return None
+        return against_mask(self) if isinstance(grid, IntGrid) and grid.mask else None
 
     def shipped(self, grid: Grid) -> Grid:
-        """The grid of the merged weight (the residual never ships)."""
-        return replace(grid, residual_bits=0) if isinstance(grid, IntGrid) else grid
+        """The grid of the merged weight (residual and mask never ship)."""
+        return grid.deployed if isinstance(grid, IntGrid) else grid
 
     @property
     def ships_offset(self) -> bool:

@@ -71,7 +71,7 @@ class L4QConfig(LowRankOptions):
     def shipped(self, grid: Grid) -> Grid:
         assert isinstance(grid, IntGrid)
         symmetric = grid.symmetric and self.offset_kind(grid.symmetric) != "integer"
-        return replace(grid, residual_bits=0, symmetric=symmetric)
+        return replace(grid.deployed, symmetric=symmetric)
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "L4Q":
         assert isinstance(base, PackedWeight)

@@ -12,7 +12,8 @@ Of a dense part, v = v0 + D in the rows that it is of: a step is 1, the pull is 
     drawn        how B has to move that v comes nearer to its code by a share of e, as near as the rows of A
                  let it: the least-squares solution of  gain dB A = -share e unit
 
-`skip_clipped` leaves values alone that lie beyond the last code: nothing rounds them.
+`skip_clipped` leaves values alone that lie beyond the last code: nothing rounds them. Masked ones (e = 0) are
+left alone always.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from lowbit_kernels.codes import grid_values
+from lowbit_kernels.codes import grid_values, locked
 from lowbit_kernels.grid import GridWeight
 from lowbit_kernels.layout import grouped, per_group, row_chunks, ungrouped
 from torch import Tensor
@@ -67,6 +68,8 @@ def apart(base: PackedWeight, grid: GridWeight, skip_clipped: bool) -> Iterator[
         error = value - rounded.clamp(0, top)
         if skip_clipped:
             error.masked_fill_((rounded < 0) | (rounded > top), 0)
+        if (zeros := locked(rows, grid, k, size)) is not None:
+            error.masked_fill_(zeros, 0)
         yield rows, grouped(ungrouped(error, k), size)
 
 

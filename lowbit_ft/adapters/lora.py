@@ -25,6 +25,7 @@ from .patterns import AlphaPattern
 
 class LoraConfig(AdapterConfig, AlphaPattern):
     exact_merge: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
     rounds_codes: ClassVar[bool] = False
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
 

@@ -131,7 +131,9 @@ def rounding_error(base: PackedWeight, weight: Tensor | None) -> Tensor:
     """
     k, f = base.shape[1], base.grid.residual_bits
     if base.residual is not None:
-        return decode_residual(base.residual, f, k)
-    assert weight is not None, "config.wants_weight was ignored"
-    scale = expand(base.scale, k, base.grid.group_size)
-    return ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)
+        error = decode_residual(base.residual, f, k)
+    else:
+        assert weight is not None, "config.wants_weight was ignored"
+        scale = expand(base.scale, k, base.grid.group_size)
+        error = ((weight.to(scale.device).float() - base.dequantize()) / scale).clamp_(-0.5, 0.5)
+    return error if (zeros := base.locked) is None else error.masked_fill_(zeros, 0)

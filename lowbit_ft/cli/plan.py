@@ -33,6 +33,7 @@ from .places import refuse_existing
 _WORDS = {
     "codes": "packed integers, the ones that ship",
     "residual": "bits of the rounding error kept while training",
+    "mask": "a bit per weight: which are zero and stay it",
     "scales and zeros": "of the packed layers",
     "norms and other": "norms, biases, layers left alone, rotary tables",
     "adapters": "fp32 masters of what trains",
@@ -182,7 +183,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
-            f"{recipe.quant.calibrate}{folded(recipe.quant)}{recipe.quant.inputs}",
+            f"{recipe.quant.calibrate}{folded(recipe.quant)}{recipe.quant.sparsity.said}{recipe.quant.inputs}",
         ),
         ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
         (

@@ -369,7 +369,7 @@ def check_tensors(tensors: Mapping[str, Tensor], wanted: TensorSpecs, what: str)
 
 def check_values(weight: Weight) -> None:
     """ValueError for values that no writer of ours makes: scales that are not finite, zero points beyond the
-    codes.
+    codes, weights that a mask calls zero and are not.
     """
     if not bool(torch.isfinite(weight.scale.float()).all()):
         raise ValueError("scale has NaN or Inf; the file is damaged")
@@ -381,3 +381,4 @@ def check_values(weight: Weight) -> None:
                 f"zero is {int(weight.zero.max())} on a grid of {weight.grid.levels} "
                 "codes; the file is damaged"
             )
+        weight.check_mask()

@@ -42,6 +42,7 @@ class CardFacts:
     recipe: str | None
     kv_cache: KVConfig | None = None
     chat: Mapping[str, Any] = field(default_factory=dict)
+    zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
@@ -101,6 +102,11 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "was rounded afterwards."
         if facts.exact_merge
         else "The adapter was trained beside the quantizer, so merging it rounded the weights once more.",
+        *(
+            (f"{facts.zeros:.1%} of these integers stand for zero, and did in every step.",)
+            if facts.zeros
+            else ()
+        ),
         "",
         f"## Use (format `{format}`)",
         "",

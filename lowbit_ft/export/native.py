@@ -1,7 +1,7 @@
-"""native: the tensors as they are in memory (P16 planes), every grid, residual and float offset included.
+"""native: the tensors as they are in memory (P16 planes), every grid, with residual, mask and float offset.
 
     <layer>.codes int16 [N, W]   .scale [G, N]   .zero uint8 [G, N]?   .residual int16 [N, W_f]?   .offset [G,
-                                 N]?
+                                 N]?             .mask int16 [N, W_1]?
     <layer>.planes int16 [q, N, W]   .scale [q, G, N]                                              (binary
                                      grid)
 

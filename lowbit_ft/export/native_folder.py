@@ -90,11 +90,10 @@ class NativeFolder(Checkpoint):
 
 
 def shipped(weights: Weights) -> Weights:
-    """The same layers without residual."""
+    """The same layers without residual and mask."""
     specs = {name: _shipped(spec) for name, spec in weights.specs.items()}
     return Weights(specs, lambda name: weights[name].without_residual())
 
 
 def _shipped(spec: LayerSpec) -> LayerSpec:
-    kept = isinstance(spec.grid, IntGrid) and spec.grid.residual_bits
-    return replace(spec, grid=replace(spec.grid, residual_bits=0)) if kept else spec
+    return replace(spec, grid=spec.grid.deployed) if isinstance(spec.grid, IntGrid) else spec

@@ -53,6 +53,7 @@ class PackedBase(Record):
 
     key: Any = None
     digest: StrictStr | None = None
+    zeros: Amount | None = None  # the share of its weights that is locked at zero
 
 
 class Measure(BaseModel):

@@ -28,11 +28,11 @@ GRIDS: dict[str, type[IntGrid] | type[BinaryGrid]] = {"integer": IntGrid, "binar
 
 
 def grid_of(name: str, settings: Mapping[str, Any]) -> Grid:
-    """The grid of that name with those of `settings` (keys of the quant section) that it has. ValueError for
-    a value it cannot have.
+    """The grid of that name with those of `settings` (keys of the quant section, and `mask`) that it has.
+    ValueError for a value it cannot have.
     """
     grid = GRIDS[name]
-    return grid(**{field.name: settings[field.name] for field in fields(grid)})
+    return grid(**{field.name: settings[field.name] for field in fields(grid) if field.name in settings})
 
 
 def grid_from_json(data: dict[str, Any]) -> Grid:

@@ -8,7 +8,7 @@ weight [N, K], group_size g  ->  scale [G, N], zero [G, N] | None, G = ceil(K / 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 BITS = (2, 3, 4, 8)
@@ -29,7 +29,8 @@ class IntGrid:
 
     residual_bits f keeps f more bits of every weight during training (the fraction that rounding threw away);
     they never ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16
-    values are exact in every format we export.
+    values are exact in every format we export. mask: a bit per weight says which ones are zero and stay it
+    (sparsity/); it is kept while training and never ships, because the codes say it.
     """
 
     name: ClassVar[str] = "integer"
@@ -45,6 +46,7 @@ class IntGrid:
     symmetric: bool = True
     residual_bits: int = 4
     scale_dtype: str = "bfloat16"
+    mask: bool = False
 
     def __post_init__(self) -> None:
         require("bits", self.bits, BITS)
@@ -52,6 +54,7 @@ class IntGrid:
         require("symmetric", self.symmetric, (True, False))
         require("residual_bits", self.residual_bits, RESIDUAL_BITS)
         require("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        require("mask", self.mask, (True, False))
 
     @classmethod
     def refuses(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -63,9 +66,17 @@ class IntGrid:
         """Number of codes, 2^bits."""
         return 1 << self.bits
 
+    @property
+    def deployed(self) -> "IntGrid":
+        """The grid without what only training reads."""
+        return replace(self, residual_bits=0, mask=False)
+
     def to_json(self) -> dict[str, Any]:
-        return {"grid": self.name, **asdict(self)}
+        values = {"grid": self.name, **asdict(self)}
+        if not self.mask:
+            del values["mask"]  # a folder without masks is what it was before there were any
+        return values
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
+        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}{' masked' * self.mask}"

@@ -10,19 +10,19 @@ Both answer the same verbs, so adapters, merge and exporters need to know nothin
     to_tensors / from_tensors   plain named tensors for safetensors files and module buffers
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lowbit_kernels as kernels
 import torch
 from lowbit_kernels.grid import GridWeight
+from lowbit_kernels.layout import row_chunks
 from torch import Tensor
 
 from .binary import BinaryGrid
 from .integer import IntGrid
+from .tensors import Tensors, expect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,47 +65,11 @@ class PlaneArgs:
     scale: Tensor
 
 
-class _Tensors:
-    """to_tensors, digest, nbytes and the shape check, shared by both kinds of weight."""
-
-    shape: tuple[int, int]
-    grid: IntGrid | BinaryGrid
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The tensors that are present, by field name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore[reportArgumentType]
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
-
-    def digest(self) -> str:
-        """sha256 over shape, grid, names, dtypes and bytes: two weights with one digest are the same bit for
-        bit.
-        """
-        sha = hashlib.sha256(
-            f"{tuple(self.shape)} {json.dumps(self.grid.to_json(), sort_keys=True)};".encode()
-        )
-        for name, tensor in sorted(self.to_tensors().items()):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy().data)
-        return sha.hexdigest()
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(
-            f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; this grid needs {wanted} {shape}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
-class PackedWeight(_Tensors):
+class PackedWeight(Tensors):
     """Integers on an IntGrid. codes int16 [N, W] and residual int16 [N, W_f] in P16, scale [G, N], zero uint8
-    [G, N] | None, offset [G, N] | None (only a merged L4Q with a float offset has one), shape (N, K)."""
+    [G, N] | None, offset [G, N] | None (only a merged L4Q with a float offset has one), mask int16 [N, W_1] |
+    None (1 where a weight is zero and stays it: its code is the zero point), shape (N, K)."""
 
     codes: Tensor
     scale: Tensor
@@ -114,11 +78,12 @@ class PackedWeight(_Tensors):
     residual: Tensor | None = None
     zero: Tensor | None = None
     offset: Tensor | None = None
+    mask: Tensor | None = None
 
     @classmethod
     def quantize(cls, weight: Tensor, scale: Tensor, zero: Tensor | None, grid: IntGrid) -> "PackedWeight":
         """Round weight [N, K] onto the grid given by scale and zero [G, N]; the residual is what rounding
-        threw away.
+        threw away. A grid's mask is not known here: `masked` puts it in.
         """
         n, k = weight.shape
         kept = scale.to(getattr(torch, grid.scale_dtype)).contiguous()
@@ -132,8 +97,31 @@ class PackedWeight(_Tensors):
             scale=kept,
             zero=zeros,
             shape=(n, k),
-            grid=grid,
+            grid=replace(grid, mask=False),
         )
+
+    def masked(self, zeros: Tensor) -> "PackedWeight":
+        """The same with these weights (bool [N, K]) locked at zero, which they are. ValueError where one is
+        not."""
+        made = replace(self, mask=kernels.pack(zeros.to(torch.uint8), 1), grid=replace(self.grid, mask=True))
+        made.check_mask()
+        return made
+
+    @property
+    def locked(self) -> Tensor | None:
+        """Which weights are zero and stay it, bool [N, K]; None: the grid has no mask."""
+        return None if self.mask is None else kernels.unpack(self.mask, 1, self.shape[1]).bool()
+
+    def check_mask(self) -> None:
+        """ValueError where a weight that the mask calls zero is not."""
+        if self.mask is None:
+            return
+        for rows in row_chunks(*self.shape):
+            part = self.rows(rows.start, min(rows.stop, self.shape[0]))
+            zeros = part.locked
+            assert zeros is not None
+            if (wrong := int((zeros & (part.dequantize() != 0)).sum())) > 0:
+                raise ValueError(f"mask: {wrong} of {int(zeros.sum())} weights that it calls zero are not")
 
     @classmethod
     def specs(
@@ -153,6 +141,8 @@ class PackedWeight(_Tensors):
             out["zero"] = (groups, torch.uint8)
         if offset:
             out["offset"] = (groups, scale_dtype)
+        if grid.mask:
+            out["mask"] = ((n, kernels.packed_width(k, 1)), torch.int16)
         return out
 
     @classmethod
@@ -166,7 +156,7 @@ class PackedWeight(_Tensors):
         if set(wanted) != set(tensors):
             raise ValueError(f"packed weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")
         for name, (size, dtype) in wanted.items():
-            _expect(name, tensors[name], size, (dtype,))
+            expect(name, tensors[name], size, (dtype,))
         return cls(shape=shape, grid=grid, **tensors)
 
     def linear(self, x: Tensor, args: GridArgs | None = None, step_codes: Tensor | None = None) -> Tensor:
@@ -187,7 +177,7 @@ class PackedWeight(_Tensors):
         residual = None if args.from_codes else self.residual
         base = (codes, residual, self.scale if unit is None else unit, self.zero)
         moved = (args.a, args.b, args.delta, args.rows)
-        trained = (args.scale, args.zero, args.offset, args.gain, args.units)
+        trained = (args.scale, args.zero, args.offset, self.mask, args.gain, args.units)
         return GridWeight(
             *base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits
         )
@@ -213,7 +203,7 @@ class PackedWeight(_Tensors):
                 "offsets must be rounded before the forward"
             )
         zero = None if args.zero is None else args.zero.detach().to(torch.uint8)
-        grid = replace(g, residual_bits=0, symmetric=zero is None)
+        grid = replace(g.deployed, symmetric=zero is None)
         return PackedWeight(codes=codes, scale=scale, zero=zero, offset=offset, shape=self.shape, grid=grid)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -226,7 +216,10 @@ class PackedWeight(_Tensors):
         )
 
     def linear_unrounded(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] with codes + residual; codes alone where no residual is kept."""
+        """x [..., K] -> [..., N] with codes + residual; codes alone where no residual is kept. With a mask,
+        whose zeros the residual would move by a part of a step, by the dense weight, made for this call."""
+        if self.mask is not None and self.residual is not None:
+            return torch.nn.functional.linear(x, self.dequantize_unrounded(x.dtype))
         y, rest = self.linear(x), self._rest()
         if rest is None:
             return y
@@ -237,6 +230,8 @@ class PackedWeight(_Tensors):
         weight, rest, g = self.dequantize(), self._rest(), self.grid
         if rest is not None:
             weight += kernels.dequantize(*rest, g.residual_bits, self.shape[1], g.group_size, torch.float32)
+        if (zeros := self.locked) is not None:
+            weight.masked_fill_(zeros, 0)
         return weight.to(dtype)
 
     def _rest(self) -> tuple[Tensor, Tensor, None, Tensor] | None:
@@ -259,18 +254,19 @@ class PackedWeight(_Tensors):
 
     def chosen(self, rows: Tensor) -> "PackedWeight":
         """These rows [R] of the matrix, in this order, as a weight of their own."""
-        by_row = ("codes", "residual")
+        by_row = ("codes", "residual", "mask")
         tensors = {
             name: t.index_select(0 if name in by_row else 1, rows) for name, t in self.to_tensors().items()
         }
         return PackedWeight(shape=(len(rows), self.shape[1]), grid=self.grid, **tensors)
 
     def without_residual(self) -> "PackedWeight":
-        return replace(self, residual=None, grid=replace(self.grid, residual_bits=0))
+        """What ships: without a mask too, whose zeros are in the codes."""
+        return replace(self, residual=None, mask=None, grid=self.grid.deployed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BinaryWeight(_Tensors):
+class BinaryWeight(Tensors):
     """Sign planes on a BinaryGrid. planes int16 [q, N, W] (P16, 1 bit), scale [q, G, N], shape (N, K)."""
 
     planes: Tensor
@@ -309,7 +305,7 @@ class BinaryWeight(_Tensors):
         if set(wanted) != set(tensors):
             raise ValueError(f"binary weight {grid}: got tensors {sorted(tensors)}; needs {sorted(wanted)}")
         for name, (size, dtype) in wanted.items():
-            _expect(name, tensors[name], size, (dtype,))
+            expect(name, tensors[name], size, (dtype,))
         return cls(shape=shape, grid=grid, **tensors)
 
     def linear(self, x: Tensor, args: PlaneArgs | None = None) -> Tensor:
@@ -369,6 +365,7 @@ def stack_rows(parts: Sequence[Weight]) -> Weight:
     along = {
         "codes": 0,
         "residual": 0,
+        "mask": 0,
         "planes": 1,
         "scale": 2 if isinstance(first, BinaryWeight) else 1,
         "zero": 1,

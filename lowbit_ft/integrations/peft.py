@@ -356,7 +356,7 @@ class LowBitModel(BaseTuner):
         del model.lowbit_base_digest
         if merge:
             for name, layer in packed_hosts(model).items():
-                if "residual" in dict(layer.named_buffers()):  # a layer that no adapter was on
+                if {"residual", "mask"} & set(dict(layer.named_buffers())):  # a layer that no adapter was on
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, deployed(layer, None))
         return model

@@ -40,8 +40,8 @@ from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
-PARTS = ("codes", "residual", "scales and zeros", "embeddings", "head", "norms and other", "adapters")
-_PACKED_PARTS = {"codes": "codes", "planes": "codes", "residual": "residual"}
+PARTS = ("codes", "residual", "mask", "scales and zeros", "embeddings", "head", "norms and other", "adapters")
+_PACKED_PARTS = {"codes": "codes", "planes": "codes", "residual": "residual", "mask": "mask"}
 
 
 @dataclass(frozen=True)

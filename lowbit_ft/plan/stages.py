@@ -165,7 +165,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     states = here + paged
     masters = made.trained_bytes
     packed = sum(size for part, size in held.items() if part != "adapters")
-    shipped = packed - held["residual"]
+    shipped = packed - held["residual"] - held["mask"]
     steps = train.max_steps
     saved = (
         1

@@ -43,7 +43,7 @@ class DenseStream:
 class DenseBlock:
     """Layer `index` of a walk, dense, after `stream` has passed through it. weights: fp32 [N, K] of the
     linears to be packed, by the name in the model; told(n): called at each of n losses that is asked for
-    with a gradient.
+    with a gradient; zeros: bool [N, K] of those with weights locked at zero.
     """
 
     def __init__(
@@ -55,12 +55,13 @@ class DenseBlock:
         grids: Mapping[str, IntGrid],
         unit: float,
         told: Callable[[int], None],
+        zeros: Mapping[str, Tensor],
     ):
         self.walk, self.index, self.prefix = stream.walk, index, prefix
         self.layer: nn.Module = self.walk.layers[index]
         self.weights, self.grids, self.unit = weights, grids, unit
         self.targets, self.batches = stream.hidden, len(stream.hidden)
-        self.told, self.steps = told, 0
+        self.told, self.steps, self.zeros = told, 0, zeros
 
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Differentiable in the weights."""

@@ -30,6 +30,7 @@ from ..recipe.errors import to_problems
 from ..recipe.layers import read_shapes
 from ..recipe.sections.data import DataSection, check_data
 from ..recipe.sections.quant import QuantSection, check_grid
+from ..recipe.sections.sparsity import check_sparsity
 from ..recipe.sections.train import TrainSection
 from .quantize import Packing
 from .rows import as_source, calibration_windows, refuse_rows, window_batch
@@ -77,7 +78,8 @@ class Direct:
         except ValidationError as error:
             problems = to_problems("quant", QuantSection, error.errors(include_url=False), known)
             raise ValueError("\n".join([*lines, *map(str, problems)])) from None
-        lines += [str(problem) for problem in check_grid(SimpleNamespace(quant=quant))]
+        sections = SimpleNamespace(quant=quant)
+        lines += [str(problem) for check in (check_grid, check_sparsity) for problem in check(sections)]
         lines += _about_rows(quant, rows)
         if isinstance(rows, str | Path):
             text = quant.calibration.model_copy(update={"path": str(rows)})
@@ -131,10 +133,14 @@ class Direct:
 
 def _about_rows(quant: QuantSection, rows: Any) -> list[str]:
     """Rows that are missing, or that nothing looks at."""
-    looks = CALIBRATORS.get(quant.calibrate)
-    if looks is None or looks.needs_text == (rows is not None):
+    if quant.calibrate not in CALIBRATORS or quant.reads_text == (rows is not None):
         return []
-    if looks.needs_text:
+    if quant.reads_text and not CALIBRATORS[quant.calibrate].needs_text:
+        return [
+            f"quant.sparsity.kind: {quant.sparsity.kind} looks at rows, and none are given: give some "
+            "(calibration=... in Python, --data FILE on the command line), or take kind: magnitude"
+        ]
+    if quant.reads_text:
         return [
             f"quant.calibrate: {quant.calibrate} looks at rows, and none are given: give some "
             "(calibration=... in Python, --data FILE on the command line), or take calibrate: mse, which "

@@ -18,7 +18,11 @@ from ..grid.calibrate.gptq import ROWS
 from ..model.config import head_width
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
+from ..sparsity import SPARSITY
 
+# per number of a matrix that is pruned (sparsity/): it is read whole; its scores, a copy for the one that is
+# looked for, what is moved, and the zeros
+PRUNE_BYTES = 16
 BLOCK_BYTES = 256_000_000  # of a weight in its stored dtype, read and packed at a time
 HESSIAN_BYTES = (
     5_000_000_000  # of Hessians summed in one pass of the text through a layer; one alone may be larger
@@ -127,7 +131,8 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
             if packs
             else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest)
         )
-        + (FOLD_BYTES * largest if recipe.quant.folds else 0),
+        + (FOLD_BYTES * largest if recipe.quant.folds else 0)
+        + (PRUNE_BYTES * largest if SPARSITY[recipe.quant.sparsity.kind].prunes else 0),
     )
 
 

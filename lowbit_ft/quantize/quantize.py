@@ -9,10 +9,12 @@ block of rows: it is read, calibrated, packed, dropped. gptq walks the decoder l
 is read, the inputs of its linears are summed into Hessians, its linears are packed in place, and the text
 goes on through the packed layer, so later layers see the errors of earlier ones. signround walks too, and
 rounds all linears of a layer together, by the error of the layer's output (blocks.py). A checkpoint that is
-quantized already (incoming/) is not calibrated: its codes are repacked as they are.
+quantized already (incoming/) is not calibrated: its codes are repacked as they are. Zeros of quant.sparsity
+are chosen before a matrix is rounded (prune.py).
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..export import LayerSpec
-from ..grid import Grid, IntGrid, Weight, stack_rows
-from ..grid.calibrate import CALIBRATORS, Curvature, OffGridError, Stats
+from ..grid import Grid, IntGrid, PackedWeight, Weight, stack_rows
+from ..grid.calibrate import CALIBRATORS, Calibrator, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
@@ -32,7 +34,9 @@ from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
+from ..sparsity import SPARSITY
 from ..train.memory import release_freed
+from . import prune
 from .adopt import check_adopted
 from .blocks import DenseBlock, DenseStream
 from .inputs import curvatures, passes
@@ -85,10 +89,12 @@ class Packing:
         else:
             check_shapes(checkpoint, self.targets)
             self.calibrator = CALIBRATORS[quant.calibrate]
-            if self.calibrator.needs_text:
+            if quant.reads_text:
                 if calibration is None:
                     raise ValueError(
                         f"calibrate: {quant.calibrate} needs calibration text (quant.calibration)"
+                        if self.calibrator.needs_text
+                        else f"sparsity.kind: {quant.sparsity.kind} needs text (quant.calibration)"
                     )
                 prefix, layers = decoder_layers(self.model)
                 inside = [n for i in range(len(layers)) for n in names if n.startswith(f"{prefix}.{i}.")]
@@ -103,13 +109,18 @@ class Packing:
     def __iter__(self) -> Iterator[tuple[str, Weight]]:
         left = dict.fromkeys(self.specs)
         with self.progress:
-            if self.checkpoint.incoming is None and self.calibrator.needs_text:
+            if self.checkpoint.incoming is None and self.quant.reads_text:
                 for name, base in self._walked():
                     del left[name]
                     yield name, base
             for number, name in enumerate(left, len(self.specs) - len(left) + 1):
                 self.progress.at(f"matrix {number} of {len(self.specs)}: {name}")
                 yield name, self._one(name)
+        if self.quant.locks and not any(row.zeros for row in self.rows):
+            raise ValueError(
+                f"quant.sparsity.kind: {self.quant.sparsity.kind}, but no weight of {self.checkpoint.source} "
+                "is zero; set kind: magnitude (or wanda, sparsegpt), or none"
+            )
 
     def _one(self, name: str) -> Weight:
         try:
@@ -204,13 +215,20 @@ class Packing:
                 kind = "layer" if self.targets[name].expert is None else "expert"
                 why = f"no calibration token reached this {kind}"
             note = f"{why}: calibrated by {grid.start}"
+        locks = isinstance(grid, IntGrid) and grid.mask
+        if (
+            locks
+            and (zeros := prune.sparsity_of(self.quant, curvature)) is not SPARSITY[self.quant.sparsity.kind]
+        ):
+            note = f"{note}{', ' if note else 'no calibration text here: '}pruned by {prune.WITHOUT_TEXT}"
         stats = self._stats(curvature)
         parts, error, size = [], 0.0, 0.0
-        for rows in self.checkpoint.row_blocks(name, BLOCK_BYTES if curvature is None else None):
+        at_once = None if curvature is not None or (locks and zeros.prunes) else BLOCK_BYTES
+        for rows in self.checkpoint.row_blocks(name, at_once):
             # As stored, whatever the model's dtype: scales are searched on these weights, in fp32, some rows
             # at a time.
             weight = self._stored(name, rows)
-            parts.append(run.run(weight, grid, stats))
+            parts.append(self._rounded(name, weight, run, grid, stats))
             off, whole = _squares(weight, parts[-1])
             error, size = error + off, size + whole
             del weight
@@ -226,15 +244,40 @@ class Packing:
         assert self.calibrator.block is not None
         grids = {name: grid for name in names if isinstance(grid := self.specs[name][1], IntGrid)}
         weights = {name: self._stored(name).float() for name in names}
-        stats = self._stats()
+        stats, zeros = self._stats(), {}
+        for name in names if self.quant.locks else ():
+            zeros[name], weights[name], _ = self._zeros(name, weights[name], self.calibrator, stats)
         block = DenseBlock(
-            stream, index, prefix, weights, grids, unit, lambda step: self.progress.tick(step / stats.steps)
+            stream,
+            index,
+            prefix,
+            weights,
+            grids,
+            unit,
+            lambda step: self.progress.tick(step / stats.steps),
+            zeros,
         )
         made, (before, after) = self.calibrator.block(block, stats)
+        made = {n: prune.locked(base, zeros[n]) if n in zeros else base for n, base in made.items()}
         for name, base in made.items():
             off, whole = _squares(weights[name], base)
             self._said(name, base, f"its layer's loss {before:.5f} -> {after:.5f}", off / max(whole, 1e-30))
         return made
+
+    def _rounded(self, name: str, weight: Tensor, run: Calibrator, grid: Grid, stats: Stats) -> Weight:
+        """A matrix, or some of its rows, by this calibrator, its zeros locked where the grid has a mask."""
+        if not isinstance(grid, IntGrid) or not grid.mask:
+            return run.run(weight, grid, stats)
+        zeros, left, stats = self._zeros(name, weight, run, stats)
+        return prune.locked(run.run(left, grid, stats), zeros)
+
+    def _zeros(
+        self, name: str, weight: Tensor, run: Calibrator, stats: Stats
+    ) -> tuple[Tensor, Tensor, Stats]:
+        try:
+            return prune.start(weight, self.quant, run, stats)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def _stats(self, curvature: Curvature | None = None) -> Stats:
         text = self.quant.calibration
@@ -255,13 +298,16 @@ class Packing:
     def _adopt(self, name: str) -> Weight:
         grid = self.specs[name][1]
         assert isinstance(grid, IntGrid)
-        base = self.checkpoint.packed_weight(f"{name}.weight", grid, self.device)
+        base = self.checkpoint.packed_weight(f"{name}.weight", replace(grid, mask=False), self.device)
+        base = prune.adopted(base) if grid.mask else base
         self._said(name, base, f"as it is in the {self.checkpoint.incoming} checkpoint", None)
         return base
 
     def _said(self, name: str, base: Weight, note: str, error: float | None) -> None:
         bits, group, numbers = base.grid.bits, base.grid.group_size, base.shape[0] * base.shape[1]
-        self.rows.append(QuantRow(name, "quantized", note, bits, group, error, numbers, base.nbytes))
+        zeros = base.locked if isinstance(base, PackedWeight) else None
+        count = None if zeros is None else int(zeros.sum())
+        self.rows.append(QuantRow(name, "quantized", note, bits, group, error, numbers, base.nbytes, count))
         release_freed()
         self.progress.done(numbers)
 

@@ -21,8 +21,8 @@ from ..segments import segments_in
 
 @dataclass(frozen=True)
 class QuantRow:
-    """One layer of the table. error: ||W - W^||^2 / ||W||^2. packed_bytes counts codes, residual, scales and
-    zeros.
+    """One layer of the table. error: ||W - W^||^2 / ||W||^2. packed_bytes counts codes, residual, scales,
+    zero points and mask; zeros: the weights that are locked at zero, None without a mask.
     """
 
     layer: str
@@ -33,6 +33,7 @@ class QuantRow:
     error: float | None = None
     parameters: int = 0
     packed_bytes: int = 0
+    zeros: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class QuantTable:
     @property
     def quantized(self) -> list[QuantRow]:
         return [row for row in self.rows if row.action == "quantized"]
+
+    @property
+    def zeros(self) -> float | None:
+        """The share of the weights of the masked layers that is locked at zero; None: no layer has a mask."""
+        masked = [row for row in self.quantized if row.zeros is not None]
+        return (
+            sum(row.zeros or 0 for row in masked) / sum(row.parameters for row in masked) if masked else None
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]
@@ -53,6 +62,9 @@ class QuantTable:
             f"quantized {len(done)} layers: {weights:,} weights, {held * 8 / max(1, weights):.2f} bits "
             "each while it trains (codes, residual, scales)"
         ]
+        if self.zeros is not None:
+            count = sum(row.zeros or 0 for row in done)
+            lines.append(f"zero, and locked: {count:,} weights, {self.zeros:.1%} of the layers with a mask")
         by_reason: dict[str, list[str]] = {}
         for row in skipped:
             by_reason.setdefault(row.reason, []).append(row.layer)

@@ -37,6 +37,7 @@ from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
+from .sections.sparsity import check_sparsity
 from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
 from .yaml import Problem
@@ -59,6 +60,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant", "adapter", "export"), check_activation_layers),
     (("model", "quant", "export"), check_groups),
     (("model", "quant"), check_rotation),
+    (("quant",), check_sparsity),
     (("model", "data"), check_lengths),
     (("model", "data"), check_template),
     (("model", "data"), check_chat),

@@ -52,6 +52,7 @@ from .html import (
 from .preferences import preference_facts
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
+from .sparsity import zeros_notes
 from .synthesis import FOLDER as SYNTHESIS
 from .synthesis import synthesis_section
 from .tasks import tasks_section
@@ -268,7 +269,7 @@ def _layers(run: RunFiles) -> str:
     others = [row for row in rows if row.get("action") != "quantized"]
     weights = number(sum(values(quantized, "parameters")))
     notes = [f"{len(quantized)} layers quantized ({weights} weights), {len(others)} left alone."]
-    notes += _kv_cache(run)
+    notes += [*zeros_notes(quantized), *_kv_cache(run)]
     panels: list[tuple[str, dict[str, float], bool]] = []
     if errors := {str(row.get("layer")): float(row["error"]) for row in rows if is_number(row.get("error"))}:
         panels.append(("relative squared error of quantization (%)", errors, True))

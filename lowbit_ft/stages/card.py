@@ -1,9 +1,11 @@
 """The model card of a folder of the run: what the recipe says of it, and what has been measured so far."""
 
+from dataclasses import replace
+
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card
-from ..files.records import Evaluation, TaskTable
+from ..files.records import Evaluation, PackedBase, TaskTable
 from ..recipe.recipe import Recipe
 from ..session import Session
 from .rotations import turned_keys
@@ -32,4 +34,6 @@ def card(session: Session, format: str) -> dict[str, str]:
     rows = [EvalRow(**row.model_dump()) for row in measured.rows]
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
-    return {"README.md": model_card(card_facts(session, session.run.recipe()), format, rows, tasks)}
+    zeros = session.run.read_json("base.json", PackedBase, PackedBase()).zeros
+    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros)
+    return {"README.md": model_card(facts, format, rows, tasks)}

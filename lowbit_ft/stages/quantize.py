@@ -44,11 +44,12 @@ def quantize_stage(session: Session) -> Any:
                     raise
                 session.say(f"base: {error}\nbase: packing it again")
                 clear(session, folder)
-        pack_base(session, folder)
+        zeros = pack_base(session, folder)
         run_dir.made("base")
         settle_activations(session, folder, place)
         model = open_base(session, folder, place)
-        run_dir.write_json("base.json", {"key": key, "digest": base_digest(model)})
+        facts = {"key": key, "digest": base_digest(model)}
+        run_dir.write_json("base.json", facts if zeros is None else facts | {"zeros": zeros})
     return model
 
 
@@ -83,9 +84,9 @@ def clear(session: Session, folder: Path) -> None:
     )
 
 
-def pack_base(session: Session, folder: Path) -> None:
+def pack_base(session: Session, folder: Path) -> float | None:
     """base/, written layer by layer as it is packed: neither the checkpoint nor the packed model is ever
-    whole in memory.
+    whole in memory. Returns the share of its weights that is locked at zero (None: no mask).
     """
     recipe, run_dir = session.recipe, session.run
     refuse_kv_cache(session)
@@ -113,6 +114,7 @@ def pack_base(session: Session, folder: Path) -> None:
     )
     session.say(packing.table)
     run_dir.write_json("quant.json", packing.table.to_json())
+    return packing.table.zeros
 
 
 def refuse_kv_cache(session: Session) -> None:
@@ -128,8 +130,9 @@ def base_key(session: Session) -> str:
     looks at, and what decides about its inputs.
     """
     quant = session.recipe.quant
+    apart = {"activations", "kv_cache", *(() if quant.locks else ("sparsity",))}
     facts = {
-        "quant": quant.model_dump(mode="json", exclude={"activations", "kv_cache"}),
+        "quant": quant.model_dump(mode="json", exclude=apart),
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
         "text": calibration_key(session) if quant.reads_rows else None,
     }

@@ -28,7 +28,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, grid: IntGrid, inputs: list[Tensor]):
         self.weights, self.grids, self.inputs = {"w": weight}, {"w": grid}, inputs
-        self.batches, self.asked = len(inputs), []
+        self.batches, self.asked, self.zeros = len(inputs), [], {}
 
     def loss(self, number: int, weights: Any) -> Tensor:
         if torch.is_grad_enabled():

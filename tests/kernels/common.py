@@ -39,6 +39,7 @@ def integer_args(
         "scale": (torch.rand(groups) + 0.5) * signs,
         "zero": torch.randint(0, 1 << bits, groups).float() if zero else None,
         "offset": torch.randn(groups) * 0.3 if offset else None,
+        "mask": None,
         "gain": 0.7,
         "units": units,
         "bits": bits,

@@ -275,6 +275,7 @@ def test_the_third_gemm_is_gone(case: str):
         "scale": torch.ones(k // 128, n, requires_grad=True),
         "zero": None,
         "offset": None,
+        "mask": None,
         "gain": 1.0,
         "units": "grid",
         "bits": 4,

@@ -125,6 +125,7 @@ def grid_arguments(bits: int, n: int, k: int, g: int, units: str, rank: int = 64
         "scale": scale.float(),
         "zero": zero.float(),
         "offset": None,
+        "mask": None,
         "gain": 0.5,
         "units": units,
         "bits": bits,

@@ -124,6 +124,65 @@ def test_a_dense_part_counts_grid_steps_and_stands_alone():
             codes_of({**args, **wrong, "delta": torch.zeros(N, K)}, K)
 
 
+@pytest.mark.parametrize(("bits", "units", "zero"), list(itertools.product((2, 4), UNITS, (False, True))))
+def test_masked_weights_are_zero_and_nothing_learns_from_them(
+    bits: int, units: str, zero: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The equations in float64 times a mask: value and every gradient, in small chunks. An offset that is the
+    way of a gradient, as that of l4q's zero point, learns from the other weights."""
+    live = units == "live"
+    args, _, weight, leaves = untied(bits=bits, units=units, zero=zero, clip_first=live)
+    zeros = torch.rand(N, K) < 0.5
+    if live:
+        args["offset"] = torch.zeros_like(args["scale"])  # l4q's: the way of a gradient, 0 in value
+        _, weight, leaves = dense(args, K)
+    args["mask"] = kernels.pack(zeros.to(torch.uint8), 1)
+    x, dy = torch.randn(5, K), torch.randn(5, N)
+    wide_x = x.double().requires_grad_()
+    want = wide_x @ weight.masked_fill(zeros, 0).t()
+    want.backward(dy.double())
+    monkeypatch.setattr(layout, "CHUNK_ELEMENTS", 3 * K)
+    small = {name: args[name].requires_grad_() for name in leaves}
+    x.requires_grad_()
+    y = kernels.grid_linear(x, **args)
+    y.backward(dy)
+    assert error(y, want) < 1e-5 and error(x.grad, wide_x.grad) < 1e-5
+    errors = {name: error(t.grad, leaves[name].grad) for name, t in small.items()}
+    assert max(errors.values()) < 1e-5, errors
+    codes = kernels.unpack(codes_of(args, K), bits, K).float()
+    points = reference.columns(args["zero"], K, 32) if zero else torch.full((N, K), 2.0 ** (bits - 1))
+    assert torch.equal(codes[zeros], points[zeros].float()) and not torch.equal(codes, points.float())
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_a_mask_over_a_dense_part(some: bool):
+    args = integer_args(3, low_rank=False)
+    rows = torch.tensor([2, 3, 7, 12]) if some else torch.arange(N)
+    delta, zeros = torch.randn(len(rows), K) * 2, torch.rand(N, K) < 0.5
+    points = reference.columns(args["zero0"], K, 32).to(torch.uint8)
+    base = torch.where(zeros, points, kernels.unpack(args["codes"], 3, K))
+    args |= {"codes": kernels.pack(base, 3), "zero": args["zero0"].float()}
+    whole = torch.zeros(N, K).index_copy(0, rows, delta)
+    _, moved, leaves = dense({**args, "gain": 1.0, "a": torch.eye(K), "b": whole}, K)
+    x, dy = torch.randn(5, K), torch.randn(5, N)
+    (x.double() @ moved.masked_fill(zeros, 0).t()).backward(dy.double())
+    args |= {"delta": delta.requires_grad_(), "rows": rows if some else None}
+    args |= {"mask": kernels.pack(zeros.to(torch.uint8), 1), "scale": args["scale"].requires_grad_()}
+    kernels.grid_linear(x, **args).backward(dy)
+    assert not delta.grad[zeros[rows]].any() and error(delta.grad, leaves["b"].grad[rows]) < 1e-5  # pyright: ignore
+    assert error(args["scale"].grad[:, rows], leaves["scale"].grad[:, rows]) < 1e-5
+    codes = kernels.unpack(codes_of({**args, "delta": delta.detach()}, K), 3, K)
+    assert torch.equal(codes[zeros], points[zeros])
+
+
+def test_a_mask_is_refused_where_a_gradient_would_be_of_all_weights():
+    args = integer_args() | {"mask": torch.zeros(N, 32, dtype=torch.int16)}
+    with pytest.raises(ValueError, match="a mask with low_rank='factorised'"):
+        kernels.grid_linear(torch.randn(2, K), **args, low_rank="factorised")
+    with pytest.raises(ValueError, match="no offset on a frozen grid"):
+        kernels.grid_linear(torch.randn(2, K), **{**args, "offset": torch.zeros_like(args["scale"])})
+
+
 def test_unknown_units_are_refused():
     args = integer_args()
     with pytest.raises(ValueError, match="'grid', 'weight', 'live'"):

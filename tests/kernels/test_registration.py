@@ -95,7 +95,7 @@ def test_compiles_whole_and_knows_its_shapes(name: str):
 def test_opcheck_without_optional_tensors():
     a = integer_args(zero=False, low_rank=False, f=0)
     scale = a["scale"].requires_grad_()
-    args = (a["codes"], None, a["scale0"], *[None] * 5, scale, None, None, 1.0, "grid", 4, 0, 32, False)
+    args = (a["codes"], None, a["scale0"], *[None] * 5, scale, *[None] * 3, 1.0, "grid", 4, 0, 32, False)
     torch.library.opcheck(torch.ops.lowbit.grid_linear, (torch.randn(5, K, requires_grad=True), *args))
     planes, alpha, _ = binary_args()
     torch.library.opcheck(

@@ -28,8 +28,15 @@ CONFIG = {  # recipe -> whose shapes
     "smollm2": "smollm2_135m",
     "qwen25-14b": "qwen25_14b",
     "qwen25-32b": "qwen25_32b",
+    "glm-130b": "glm_130b",
 }
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
+
+
+def processes(path: Path) -> int:
+    """Of how many processes the head of a recipe speaks."""
+    found = re.search(r"--processes (\d+)", path.read_text(encoding="utf-8").partition("\nname:")[0])
+    return int(found[1]) if found else 1
 
 
 def call(*arguments: str) -> int:
@@ -216,6 +223,7 @@ def test_plan_on_every_recipe(
     monkeypatch.setenv("COLUMNS", "100")
     shape = next((folder for name, folder in CONFIG.items() if path.stem.startswith(name)), None)
     more = [] if shape is None else ["--config", str(SHAPES / shape)]
+    more += ["--processes", str(processes(path))]
     assert call("plan", str(path), "--no-search", *more) == 0
     out = capsys.readouterr().out
     assert "fits:" in out and "NOT fit" not in out and "an estimate" not in out
@@ -311,7 +319,7 @@ def test_the_recipes_name_what_plan_says(path: Path) -> None:
         return
     shape = next(folder for name, folder in CONFIG.items() if path.stem.startswith(name))
     for number, changes in zip(said, ([], ["train.gradient_checkpointing=true"]), strict=False):
-        made = plan(load_recipe(path, changes, check=False), SHAPES / shape, no_card())
+        made = plan(load_recipe(path, changes, check=False), SHAPES / shape, no_card(), processes(path))
         assert made is not None and f"{(made.stages['training'] - made.parts['context']) / 1e9:.1f}" == number
     assert said
 

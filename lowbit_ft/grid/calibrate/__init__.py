@@ -17,6 +17,7 @@ from ..packed import Weight
 from .curvature import Curvature
 from .gptq import gptq
 from .mean import MEAN_BITS, mean
+from .narrow_range import narrow_range
 from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
 from .recover import Missed, OffGridError, recover
@@ -37,6 +38,9 @@ class Calibrator:
     bits: tuple[int, ...] | None = None  # None: all of the grid's
     block: Callable[[Block, Stats], tuple[dict[str, Weight], tuple[float, float]]] | None = None
     block_bytes: int = 0
+    makes_up: bool = (
+        False  # for weights that are locked at zero, which it is given as they came, with Stats.zeros
+    )
     exact: bool = False  # of weights that lie on the grid already; run raises OffGridError where one does not
 
     def reject(self, grid: IntGrid | BinaryGrid) -> str | None:
@@ -57,9 +61,10 @@ class Calibrator:
 
 CALIBRATORS: dict[str, Calibrator] = {
     "absmax": Calibrator(absmax, "integer", symmetric=True),
+    "narrow_range": Calibrator(narrow_range, "integer", symmetric=True),
     "minmax": Calibrator(minmax, "integer", symmetric=False),
     "mse": Calibrator(mse, "integer"),
-    "gptq": Calibrator(gptq, "integer", needs_text=True),
+    "gptq": Calibrator(gptq, "integer", needs_text=True, makes_up=True),
     # fp32: the weight, V, its gradient, the best V, W^ and what autograd keeps of it (5)
     "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=40),
     "recover": Calibrator(recover, "integer", exact=True),

@@ -59,6 +59,13 @@ class Curvature:
             _mirror(h)
         return h.div_(self.tokens)
 
+    def diagonal(self) -> Tensor:
+        """Of H / tokens, fp32 [K], also after `factor`."""
+        if self.made is not None:
+            return self.made[1].diagonal
+        assert self.total is not None, "no input was added"
+        return self.total.diagonal() / self.tokens
+
     def factor(self, damping: float, largest_first: bool = False) -> Factor:
         """L of (H / tokens + damping * mean(diag) * I). largest_first: with the inputs in ascending order of
         diag H, for who goes from the last to the first. Asked for again it is the same one. ValueError where

@@ -17,6 +17,9 @@ w' = w + L_gg^-T (sum over j after the group), with inputs weighted by diag H. `
 on the original weights instead. `act_order` takes columns by falling diag H; then groups, which stay
 contiguous so that every format can hold the result, are static. The base's residual is taken from w', which
 is within the clip of its code, so training starts where GPTQ ended.
+
+Weights that are locked at zero (`Stats.zeros`) are given as they came: q = 0 there, and what they were is
+made up for like a rounding error.
 """
 
 from collections.abc import Iterator
@@ -39,7 +42,11 @@ def gptq(weight: Tensor, grid: IntGrid, stats: Stats) -> PackedWeight:
         raise ValueError("gptq needs calibration text: set quant.calibration.path, or calibrate: mse")
     factor = stats.curvature.factor(stats.damping, stats.act_order)
     static = stats.static_groups or stats.act_order or grid.group_size == -1
-    parts = [_Rows(part, grid, factor, static).rounded() for part in weight.split(ROWS)]
+    zeros = [None] * -(-len(weight) // ROWS) if stats.zeros is None else stats.zeros.split(ROWS)
+    parts = [
+        _Rows(part, grid, factor, static, locked).rounded()
+        for part, locked in zip(weight.split(ROWS), zeros, strict=True)
+    ]
     packed = stack_rows(parts)
     assert isinstance(packed, PackedWeight)
     return packed
@@ -53,6 +60,7 @@ class _Rows:
     grid: IntGrid
     factor: Factor
     static: bool
+    zeros: Tensor | None  # bool [n, K]
 
     def rounded(self) -> PackedWeight:
         n, k = self.weight.shape
@@ -66,6 +74,10 @@ class _Rows:
         self.w = (columns if self.factor.order is None else columns[self.factor.order]).float().contiguous()
         if self.w.data_ptr() == self.weight.data_ptr():
             self.w = self.w.clone()  # one column: its transpose is itself
+        self.locked = None
+        if self.zeros is not None:
+            bits = self.zeros.t()
+            self.locked = (bits if self.factor.order is None else bits[self.factor.order]).contiguous()
         if self.static:
             for g in range(groups):
                 self._search(g, self.weight[:, g * self.group : (g + 1) * self.group].float())
@@ -73,7 +85,7 @@ class _Rows:
         owner = torch.arange(k, device=self.w.device) // self.group
         self.owner = (owner if self.factor.order is None else owner[self.factor.order]).tolist()
         self.pivots = self.factor.lower.diagonal().tolist()
-        for block in _from_the_end(0, k, BLOCK if self.static else max(BLOCK, self.group)):
+        for block in from_the_end(0, k, BLOCK if self.static else max(BLOCK, self.group)):
             self._block(block, k)
         found = self.w if self.factor.order is None else self.w[self.factor.order.argsort()]
         zero = None if self.grid.symmetric else self.zero
@@ -85,14 +97,14 @@ class _Rows:
 
     def _block(self, block: slice, k: int) -> None:
         owed = self._owed(block, block.stop, k)
-        for span in _from_the_end(block.start, block.stop, len(owed) if self.static else self.group):
+        for span in from_the_end(block.start, block.stop, len(owed) if self.static else self.group):
             mine = owed[span.start - block.start : span.stop - block.start]
             mine += self._owed(span, span.stop, block.stop)
             if not self.static:
                 corner = self.factor.lower[span, span].t()
                 change = torch.linalg.solve_triangular(corner, mine, upper=True)
                 self._search(span.start // self.group, change.add_(self.w[span]).t().contiguous())
-            for sub in _from_the_end(span.start, span.stop, SUB):
+            for sub in from_the_end(span.start, span.stop, SUB):
                 now = mine[sub.start - span.start : sub.stop - span.start]
                 self._columns(sub, now + self._owed(sub, sub.stop, span.stop))
 
@@ -106,6 +118,9 @@ class _Rows:
             )
             now = torch.add(w, due, alpha=1 / self.pivots[i])
             q = torch.div(now, scale).add_(zero).round_().clamp_(0, top).sub_(zero).mul_(scale)
+            if self.locked is not None:
+                q.masked_fill_(self.locked[i], 0)
+                now.masked_fill_(self.locked[i], 0)
             torch.sub(w, q, out=self.moved[i])
             w.copy_(now)  # what it was when its turn came: the residual is taken from it
 
@@ -113,13 +128,15 @@ class _Rows:
         """Scale and zero of group g from [n, inputs of the group]."""
         start = g * self.group
         importance = self.importance[start : start + weight.shape[1]]
+        if self.zeros is not None:  # the scale is of those that are left: a zero costs nothing at any
+            weight = weight.masked_fill(self.zeros[:, start : start + weight.shape[1]], 0)
         scale, zero = search(weight.contiguous(), self.grid, 2.0, importance, COARSE_RATIOS)
         self.scale[g] = scale
         if zero is not None:
             self.zero[g] = zero
 
 
-def _from_the_end(start: int, stop: int, size: int) -> Iterator[slice]:
+def from_the_end(start: int, stop: int, size: int) -> Iterator[slice]:
     """Slices of `size` that begin at start, start + size, ..., the last one first."""
     for first in reversed(range(start, stop, size)):
         yield slice(first, min(first + size, stop))

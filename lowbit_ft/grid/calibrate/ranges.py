@@ -28,7 +28,8 @@ CPU_ELEMENTS = 1 << 17  # weights searched at a time by a CPU thread: 0.5 MB in 
 @dataclass(frozen=True)
 class Stats:
     """Inputs of a calibration. curvature: of the layer's inputs, from calibration text (gptq); p: exponent
-    of `mse`; steps, seed: of signround; the rest: see gptq.py.
+    of `mse`; steps, seed: of signround; zeros: bool [N, K], the weights that are locked at zero (sparsity/),
+    for those that are given them (Calibrator.makes_up); the rest: see gptq.py.
     """
 
     curvature: Curvature | None = None
@@ -38,6 +39,7 @@ class Stats:
     static_groups: bool = False
     steps: int = 200
     seed: int = 0
+    zeros: Tensor | None = None
 
 
 def round_scale(scale: Tensor, grid: IntGrid) -> Tensor:

@@ -17,7 +17,7 @@ training goes on from there.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,6 +41,7 @@ class Block(Protocol):
 
     weights: Mapping[str, Tensor]
     grids: Mapping[str, IntGrid]
+    zeros: Mapping[str, Tensor]  # bool [N, K] of the linears that have weights locked at zero
     batches: int
 
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -51,7 +52,8 @@ class Block(Protocol):
 class Rounding:
     """V [N, G, g], alpha and beta [N, G] of one weight [N, K]; beta only on asymmetric grids."""
 
-    def __init__(self, weight: Tensor, grid: IntGrid):
+    def __init__(self, weight: Tensor, grid: IntGrid, zeros: Tensor | None = None):
+        self.zeros = None if zeros is None else grouped(zeros, grid.group_size)  # their V stays 0
         self.grid, self.width = grid, weight.shape[1]
         self.groups = grouped(weight.float(), grid.group_size)
         self.top, self.half = grid.levels - 1, float(grid.levels // 2)
@@ -96,6 +98,8 @@ class Rounding:
             if tensor.grad is not None:  # of an expert that no token of this batch reached there is none
                 tensor.sub_(tensor.grad.sign_(), alpha=rate)
                 tensor.clamp_(*((-0.5, 0.5) if name == "offset" else (NARROWEST, 1.0)))
+                if name == "offset" and self.zeros is not None:
+                    tensor.masked_fill_(self.zeros, 0)
                 tensor.grad = None
 
     @torch.no_grad()
@@ -130,7 +134,10 @@ class _Rounded:
 
 def signround_block(block: Block, stats: Stats) -> tuple[dict[str, Weight], tuple[float, float]]:
     """The packed weights of a block, and its loss before and after. stats: steps and seed."""
-    roundings = {name: Rounding(weight, block.grids[name]) for name, weight in block.weights.items()}
+    roundings = {
+        name: Rounding(weight, block.grids[name], block.zeros.get(name))
+        for name, weight in block.weights.items()
+    }
     tensors = {f"{name}/{key}": t for name, r in roundings.items() for key, t in r.trained.items()}
 
     def step(share: float) -> None:
@@ -149,6 +156,7 @@ class _Alone:
     weights: Mapping[str, Tensor]
     grids: Mapping[str, IntGrid]
     hessian: Tensor
+    zeros: Mapping[str, Tensor] = field(default_factory=dict)
     batches: int = 1
 
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:

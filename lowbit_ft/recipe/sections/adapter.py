@@ -9,6 +9,7 @@ from typing import Any
 
 from ...adapters import ADAPTERS
 from ...adapters.lora_start import lora_problems, read_lora
+from ...adapters.masks import against_mask
 from ...adapters.patterns import PATTERNS, meant
 from ...grid import GRIDS
 from ...names import listed, matches, nearest_layers
@@ -94,7 +95,9 @@ def _no_residual(r: Any, config: Any, grid: Any) -> str | None:
     """Why a method cannot train on a base that came quantized: there is no residual, and no dense weight to
     make one from.
     """
-    start = getattr(config, "init", "zero")
+    if grid.mask and (reason := against_mask(config)):
+        return reason
+    start, grid = getattr(config, "init", "zero"), grid.deployed
     plain = config.model_copy(update={"init": "zero"}) if start != "zero" else config
     if plain.reject(grid):
         fit = [

@@ -16,6 +16,7 @@ from ...grid.calibrate import CALIBRATORS, calibrators_of
 from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
 from ...names import did_you_mean, kinds_of, listed, matches, nearest_layers, pattern_error
 from ...rotations import ROTATIONS
+from ...sparsity import SPARSITY
 from ..errors import shown
 from ..layers import Layer, Shapes, shapes_here
 from ..values import OneOf
@@ -25,6 +26,7 @@ from .base import Count, GroupSize, Positive, Problems, Section, Unit
 from .kv_cache import KVCacheSection
 from .overrides import OverrideSection, check_overrides, layers_apart
 from .rotation import RotationSection
+from .sparsity import SparsitySection
 
 AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
@@ -70,9 +72,10 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default=AUTO,
-        description="integer: absmax, minmax, mse, gptq, signround, recover (weights that lie on the grid "
-        "already); binary: greedy, alternating, mean (LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 "
-        "bits where there are rows to look at (those of data.train do), else mse, and greedy for planes; "
+        description="integer: absmax, narrow_range (absmax without the lowest code: GLM-130B's), minmax, "
+        "mse, gptq, signround, recover (weights that lie on the grid already); binary: greedy, alternating, "
+        "mean (LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 bits where there are rows to look at "
+        "(those of data.train do), else mse, and greedy for planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
@@ -117,6 +120,9 @@ class QuantSection(Section):
         "channel, and the weights are multiplied (SmoothQuant); a number: alpha; auto: of 0, 0.25, 0.5, 0.75 "
         "and none what costs the output of these linears least, norm by norm; null: none",
     )
+    sparsity: SparsitySection = Field(
+        default_factory=lambda: SparsitySection(), description="weights that are zero, and stay it"
+    )
     activations: ActivationsSection | None = Field(
         default=None, description="put the layers' inputs on a grid too (W4A8); null: 16 bits"
     )
@@ -153,8 +159,14 @@ class QuantSection(Section):
 
     @property
     def reads_text(self) -> bool:
-        """The calibrator looks at text (quant.calibration)."""
-        return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+        """What packs looks at text (quant.calibration): the calibrator, or what chooses the zeros."""
+        text = self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
+        return text or SPARSITY[self.sparsity.kind].needs_text
+
+    @property
+    def locks(self) -> bool:
+        """Some weights are locked at zero."""
+        return SPARSITY[self.sparsity.kind].locks
 
     @property
     def folds(self) -> bool:
@@ -189,7 +201,7 @@ class QuantSection(Section):
     @property
     def by_block(self) -> bool:
         """Whether the calibrator rounds the linears of a decoder layer together."""
-        return self.reads_text and CALIBRATORS[self.calibrate].block is not None
+        return self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].block is not None
 
     @property
     def from_checkpoint(self) -> bool:
@@ -235,9 +247,9 @@ class QuantSection(Section):
         if self.embeddings is not None and is_token_embedding(names[0]):
             # It is not trained, so no rounding error is kept.
             return grid_of(self.grid, dict(self) | {"bits": self.embeddings, "residual_bits": 0})
-        if self.lm_head is not None and is_head(names[0]):
-            settings["bits"] = self.lm_head
-        return grid_of(self.grid, settings)
+        if is_head(names[0]):  # as in the papers of sparsity, it is not pruned
+            return grid_of(self.grid, settings | ({} if self.lm_head is None else {"bits": self.lm_head}))
+        return grid_of(self.grid, settings | {"mask": self.locks})
 
 
 def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
@@ -252,9 +264,10 @@ def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _settings(quant: Any) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    yield ("quant",), dict(quant)
+    settings = dict(quant) | {"mask": quant.locks}
+    yield ("quant",), settings
     for i, override in enumerate(quant.overrides):
-        yield ("quant", "overrides", i), dict(quant) | override.given
+        yield ("quant", "overrides", i), settings | override.given
 
 
 def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:

@@ -1,0 +1,30 @@
+"""Zeros that stay zeros (quant.sparsity) while a method trains: who cannot keep them, and why.
+
+What moves codes through `GridArgs` needs to do nothing: the ops hold masked codes at the zero point, forward
+and backward (lowbit_kernels/codes.py). What is refused reaches a weight by another way.
+"""
+
+from typing import Any
+
+
+def against_mask(config: Any) -> str | None:
+    """Why a method as it is set cannot keep the zeros of a mask, with the way out; None when it can."""
+    if not config.keeps_zeros:
+        return (
+            f"{config.method} adds its update beside the base, which moves the zeros that quant.sparsity "
+            "locks (merged into a 90 % sparse matrix it leaves none); use lr_qat, dl_qat or l4q, whose "
+            "update is masked"
+        )
+    if config.ships_offset:
+        return "a float offset moves the zeros that quant.sparsity locks; set adapter.offset: auto or none"
+    if (how := getattr(config, "low_rank_gradient", "exact")) != "exact":
+        return (
+            f"adapter.low_rank_gradient: {how} is made of all weights, and quant.sparsity locks some at "
+            "zero; set low_rank_gradient: exact"
+        )
+    if steps := getattr(config, "warmup_steps", 0):
+        return (
+            f"adapter.warmup_steps: {steps} runs a LoRA beside the base, which moves the zeros that "
+            "quant.sparsity locks; set warmup_steps: 0"
+        )
+    return None
