@@ -168,11 +168,8 @@ def verify(
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
-    kind: torch.dtype = (
-        exporter.computes_in
-        or dtype
-        or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    )
+    stored_as = config.get("dtype") or config.get("torch_dtype") or "float32"
+    kind: torch.dtype = exporter.computes_in or dtype or getattr(torch, stored_as)
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     expected = None if model is None else _expected(model, exporter, folder, source or folder, input_ids)
@@ -195,8 +192,7 @@ def verify(
         difference = float((logits - expected.logits).abs().max())
         rounding = _rounding(kind, weights)
         # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
-        own = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
-        tolerance = own if exporter.tolerance else 0.0
+        tolerance = exporter.tolerance and max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
         largest = float(expected.logits.abs().max())
         bound = tolerance * largest
         if expected.answers:
