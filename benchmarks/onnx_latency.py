@@ -24,6 +24,7 @@ import transformers
 from lowbit_ft.activations import Scheme
 from lowbit_ft.export import EXPORTERS, LayerSpec, Weights
 from lowbit_ft.export.layout import Layout
+from lowbit_ft.export.onnx import FILE
 from lowbit_ft.export.onnx_file import OnnxFiles
 from lowbit_ft.export.onnx_session import OnnxModel
 from lowbit_ft.files.atomic import write_text
@@ -101,7 +102,7 @@ def main() -> None:
         sizes = {
             name: write(checkpoint, arm, Path(place) / str(at)) for at, (name, arm) in enumerate(ARMS.items())
         }
-        models = {name: OnnxModel(Path(place) / str(at), []) for at, name in enumerate(ARMS)}
+        models = {name: OnnxModel(Path(place) / str(at) / FILE, []) for at, name in enumerate(ARMS)}
         rows: list[dict[str, Any]] = []
         for tokens in o.tokens:
             ids = torch.arange(tokens)[None]
@@ -119,7 +120,11 @@ def main() -> None:
                 print(
                     f"{tokens:4} tokens  {name:18} {row['milliseconds']:8.2f} ms  {sizes[name] / 1e6:.1f} MB"
                 )
-    facts = {"environment": environment(), "options": {k: str(v) for k, v in vars(o).items()}, "rows": rows}
+    facts = {
+        "environment": environment(),
+        "options": {k: str(v) for k, v in vars(o).items() if k != "out"},
+        "rows": rows,
+    }
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(o.out, json.dumps(facts, indent=1) + "\n")
 

@@ -40,6 +40,7 @@ from ..grid import BinaryGrid, Grid, IntGrid, PackedWeight, Weight
 from ..model.matrices import Matrix
 from ..model.names import Part
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
+from .onnx_session import OnnxModel
 
 FILE, DATA = "model.onnx", "model.onnx_data"
 BLOCK = 256  # the widest that all widths have
@@ -201,9 +202,7 @@ class Onnx(Exporter):
 
     def open(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """The model as ONNX Runtime loads it, behind torch's interface."""
-        from .onnx_session import OnnxModel
-
-        return OnnxModel(folder, self.stops(folder))
+        return OnnxModel(folder / FILE, self.stops(folder))
 
     def reader(self) -> str:
         return with_versions("onnxruntime")

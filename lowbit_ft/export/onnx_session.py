@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .onnx import FILE
 from .outside_model import OutsideModel
 
 
 class OnnxModel(OutsideModel):
     """`model.onnx` on the CPU, whole sequences: keys and values of the past are empty."""
 
-    def __init__(self, folder: Path, stops: Sequence[int]):
+    def __init__(self, file: Path, stops: Sequence[int]):
         super().__init__(stops)
         import onnxruntime  # optional
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session: Any = onnxruntime.InferenceSession(
-            str(folder / FILE), options, providers=["CPUExecutionProvider"]
+            str(file), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
 

@@ -178,11 +178,8 @@ def verify(
     if problems := sorted(set(weights) ^ set(manifest["layers"])):
         raise ValueError(f"{folder}: holds other layers than the reference: {', '.join(problems[:5])}")
     config = read_config(folder)
-    kind: torch.dtype = (
-        exporter.computes_in
-        or dtype
-        or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    )
+    stored_as = config.get("dtype") or config.get("torch_dtype") or "float32"
+    kind: torch.dtype = exporter.computes_in or dtype or getattr(torch, stored_as)
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     own = own_tokenizer(exporter, source or folder, chat_template)
@@ -204,18 +201,9 @@ def verify(
     rows += _check_dense(dense or {}, loaded, folder, manifest, kind)
     difference, bound, answers = None, 0.0, None
     if expected is not None:
-        difference = float((logits - expected.logits).abs().max())
-        rounding = _rounding(kind, weights)
-        # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
-        its_own = max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
-        tolerance = its_own if exporter.tolerance else 0.0
-        largest = float(expected.logits.abs().max())
-        bound = tolerance * largest
-        if expected.answers:
-            answers = Answers.compare(lambda x: _logits(loaded, x), expected.answers, tolerance or rounding)
         on_cpu = {torch.device(device).type, expected.device} == {"cpu"}
-        if bound == 0 and not (on_cpu and _same_call(loaded, weights, matrices)):
-            bound = rounding * largest
+        same = on_cpu and _same_call(loaded, weights, matrices)
+        difference, bound, answers = _compare_logits(expected, loaded, logits, exporter, weights, kind, same)
     elements = sum(spec.elements for spec in weights.specs.values())
     report = VerifyReport(
         str(folder),
@@ -241,6 +229,30 @@ class _Expected:
     logits: Tensor
     answers: list[Any]
     device: str
+
+
+def _compare_logits(
+    expected: _Expected,
+    loaded: nn.Module,
+    logits: Tensor,
+    exporter: Exporter,
+    weights: Weights,
+    kind: torch.dtype,
+    same_call: bool,
+) -> tuple[float, float, Answers | None]:
+    """(largest difference of logits, what is allowed, the answers). same_call: the reader makes the very call
+    of the packed model."""
+    rounding = _rounding(kind, weights)
+    # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
+    tolerance = exporter.tolerance and max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
+    largest = float(expected.logits.abs().max())
+    answers = None
+    if expected.answers:
+        answers = Answers.compare(lambda x: _logits(loaded, x), expected.answers, tolerance or rounding)
+    bound = tolerance * largest
+    if bound == 0 and not same_call:
+        bound = rounding * largest
+    return float((logits - expected.logits).abs().max()), bound, answers
 
 
 def _expected(
