@@ -42,10 +42,9 @@ from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
-from .gguf_file import GgufTensors
-from .onnx import DATA
 from .planes import as_integers
 from .reader import load_exported
+from .stored import STORED, tensor_files
 
 # Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
 # of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the
@@ -294,7 +293,7 @@ def _dense_there(loaded: Any, name: str, folder: Path, manifest: Mapping[str, An
     if found is not None:
         return found.detach().cpu()
     keys = (manifest.get("trained", {}).get(name, {}).get("stored_as"), name)  # onnx: by parameter
-    for path in _tensor_files(folder):
+    for path in tensor_files(folder):
         with safe_open(path, framework="pt") as file:
             if key := next((key for key in keys if key in file.keys()), None):  # noqa: SIM118
                 return file.get_tensor(key)
@@ -372,37 +371,3 @@ def _read_back(exporter: Exporter, parts: list[dict[str, Tensor]], spec: LayerSp
     codes, scale = stack("codes", -2), stack("scale", -1)
     assert codes is not None and scale is not None
     return ReadBack(codes, scale, stack("zero", -1), stack("offset", -1))
-
-
-def _tensor_files(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.safetensors"), *folder.glob(DATA)])
-
-
-class _StoredTensors:
-    """Layer -> the tensors of each of its parts by local name, through the safetensors library."""
-
-    def __init__(self, folder: Path, prefixes: Mapping[str, str]):
-        self.prefixes = prefixes
-        self.keys: dict[str, list[tuple[str, Path]]] = {}
-        for path in _tensor_files(folder):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (not a dict)
-                    prefix, _, local = key.rpartition(".")
-                    self.keys.setdefault(prefix, []).append((local, path))
-
-    def __getitem__(self, layer: str) -> list[dict[str, Tensor]]:
-        return [self._part(prefix) for prefix in self.prefixes[layer].split("+")]
-
-    def _part(self, prefix: str) -> dict[str, Tensor]:
-        tensors = {}
-        for local, path in self.keys.get(prefix, []):
-            with safe_open(path, framework="pt") as file:
-                tensors[local] = file.get_tensor(f"{prefix}.{local}")
-        return {local: tensor for local, tensor in tensors.items() if local != "bias"}
-
-
-STORED = {
-    "safetensors": _StoredTensors,
-    "gguf": GgufTensors,
-    "onnx": _StoredTensors,
-}  # by Exporter.container: layer -> its tensors
