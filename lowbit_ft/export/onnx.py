@@ -276,7 +276,7 @@ def _lookup(bits: int) -> Any:
         "rows": (kinds.INT64, ("n",)),
         "scale": (kinds.FLOAT, ("n", 1)),
     }
-    how = {"bits": bits, "block_size": 16, "gather_axis": 0, "quantize_axis": 1}
+    how: dict[str, Any] = {"bits": bits, "block_size": 16, "gather_axis": 0, "quantize_axis": 1}
     node = helper.make_node("GatherBlockQuantized", list(shapes), ["y"], domain="com.microsoft", **how)
     inputs = [helper.make_tensor_value_info(name, *facts) for name, facts in shapes.items()]
     output = helper.make_tensor_value_info("y", kinds.FLOAT, ("n", 16))

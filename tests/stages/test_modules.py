@@ -27,6 +27,7 @@ from lowbit_ft.adapters.attach import (
 )
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.reader import load_exported, read_trained, read_weights
+from lowbit_ft.export.stored import tensor_files
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.integrations.adapter_files import read_adapter, write_adapter
@@ -144,9 +145,12 @@ def test_every_other_format_holds_them_too(line: Line, tmp_path: Path) -> None:
     assert len(others) >= 4
     for exporter in others:
         manifest = write_model(tmp_path / exporter.name, as_shipped(line.source, dense), merged, exporter)
-        files = load_file(tmp_path / exporter.name / "model.safetensors")
+        (file,) = tensor_files(tmp_path / exporter.name)
+        files = load_file(file)
         for name, tensor in line.shipped().items():
-            assert torch.equal(files[manifest["trained"][name]["stored_as"]], tensor), (exporter.name, name)
+            found = files[manifest["trained"][name]["stored_as"]]
+            assert found.dtype == (torch.float32 if exporter.container == "onnx" else tensor.dtype)
+            assert torch.equal(found.to(tensor.dtype), tensor), (exporter.name, name)
 
 
 def test_verify_names_a_trained_tensor_that_is_another(line: Line, tmp_path: Path) -> None:
