@@ -18,6 +18,7 @@ from .files.opened import LastWords, OpenedFiles
 from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.checkpoint import Checkpoint
+from .model.config import read_config
 from .model.load import load_tokenizer
 from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
@@ -26,7 +27,8 @@ from .recipe.recipe import Recipe, check_recipe
 from .recipe.yaml import RecipeError
 from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
-from .train.processes import join, main_process_first, world
+from .tasks.base import Feed
+from .train.processes import join, main_process_first, rank, world
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Session:
     def pad_id(self) -> int:
         return pad_id(self.tokenizer)
 
+    @property
+    def feed(self) -> Feed:
+        """What the batches of this process are made with."""
+        return Feed(self.recipe, self.tokenizer, rank(), world(), self.say)
+
     @cached_property
     def rows(self) -> int | None:
         """Tokens that the model has an embedding of; None when its name tells nothing."""
@@ -97,6 +104,14 @@ class Session:
             rotation = Rotation.of(read_json(found, RotationFile, fix))
             self.turned = FoldedCheckpoint(self.checkpoint, rotation)
         return self.turned
+
+    @property
+    def as_shipped(self) -> Checkpoint:
+        """`folded`, with the head that was trained whole as it is in merged/."""
+        purpose = self.checkpoint.purpose
+        if purpose is None or not self.recipe.task.trains_head:
+            return self.folded
+        return self.folded.with_head_of(self.run / "merged")
 
     @property
     def splits_base(self) -> bool:
@@ -128,9 +143,13 @@ def start(recipe: Recipe) -> Session:
         recipe, against = settled(recipe)
         if against:
             raise RecipeError([str(problem) for problem in against])
+        if not recipe.task.language:  # labels that only rows and checkpoint know
+            folder = local_folder(recipe.model.path, revision)
+            config = read_config(folder) if folder is not None else {}
+            recipe = recipe.model_copy(update={"task": recipe.task.settled(recipe, config)})
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         try:
-            checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+            checkpoint = _open(recipe, revision)
             if checkpoint.revision is not None and (problems := check_recipe(recipe)):
                 # A hub model has only now been fetched: its layers can be checked against grid and format.
                 raise RecipeError([str(problem) for problem in problems])
@@ -167,7 +186,7 @@ def _opened(run: RunDir) -> Session:
     recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", Environment, Environment()).revision
     try:
-        checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+        checkpoint = _open(recipe, revision)
     except CheckpointError as error:
         if local_folder(recipe.model.path, revision) is not None:
             raise
@@ -181,6 +200,11 @@ def _opened(run: RunDir) -> Session:
     return Session(
         recipe, run, checkpoint, load_tokenizer(checkpoint), pick_device(recipe.model.device), Console()
     )
+
+
+def _open(recipe: Recipe, revision: str | None) -> Checkpoint:
+    purpose = recipe.task.purpose(recipe.train.seed)
+    return Checkpoint.open(recipe.model.path, revision, recipe.model.dtype, purpose=purpose)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_o
 from . import Adapter, AdapterConfig
 from .carry import Carried
 from .step_codes import StepCodes
+from .whole import whole_state
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
 
@@ -40,19 +41,22 @@ class TrainableRow:
 
 @dataclass(frozen=True)
 class TrainableTable:
+    """whole: parameters that train beside the adapters, dense (whole.py), and their numbers."""
+
     rows: list[TrainableRow]
     total_parameters: int
+    whole: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
-        return sum(sum(row.tensors.values()) for row in self.rows)
+        return sum(sum(row.tensors.values()) for row in self.rows) + sum(self.whole.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
             "trainable": self.trainable,
             "total": self.total_parameters,
             "rows": [asdict(row) for row in self.rows],
-        }
+        } | ({"whole": dict(self.whole)} if self.whole else {})
 
     def __str__(self) -> str:
         share = self.trainable / max(1, self.total_parameters)
@@ -60,6 +64,8 @@ class TrainableTable:
         for row in self.rows:
             for name, count in row.tensors.items():
                 sums[name] = sums.get(name, 0) + count
+        if self.whole:
+            sums["head"] = sum(self.whole.values())
         parts = ", ".join(f"{name} {count:,}" for name, count in sums.items())
         return (
             f"trainable: {self.trainable:,} ({share:.2%} of the model's weights) in {len(self.rows)} "
@@ -155,18 +161,19 @@ def drop_codes(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter tensor under its PEFT key."""
+    """Every adapter tensor, and what trains whole beside them, under its PEFT key."""
     return {
         f"{PEFT_PREFIX}{name}.{PEFT_SLOT}.{key}": tensor
         for name, layer in adapted_layers(model)
         if layer.adapter is not None
         for key, tensor in layer.adapter.state_dict().items()
-    }
+    } | {f"{PEFT_PREFIX}{name}": tensor for name, tensor in whole_state(model).items()}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:
     """The layers whose tensors these PEFT keys name, in their order."""
-    return list(dict.fromkeys(key.removeprefix(PEFT_PREFIX).partition(f".{PEFT_SLOT}.")[0] for key in state))
+    mark = f".{PEFT_SLOT}."
+    return list(dict.fromkeys(k.removeprefix(PEFT_PREFIX).partition(mark)[0] for k in state if mark in k))
 
 
 @torch.no_grad()

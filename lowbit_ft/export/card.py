@@ -23,7 +23,8 @@ from . import EXPORTERS
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
-    one that ships. method, recipe: None where a folder that no run wrote does not say them.
+    one that ships. method, recipe: None where a folder that no run wrote does not say them. pipeline, auto:
+    what the model is for, as the hub calls it, and the class that loads it.
     """
 
     name: str
@@ -33,6 +34,8 @@ class CardFacts:
     grid: Grid
     recipe: str | None
     kv_cache: KVConfig | None = None
+    pipeline: str = "text-generation"
+    auto: str = "AutoModelForCausalLM"
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
@@ -58,7 +61,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     front = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {facts.pipeline}",
         "tags: [lowbit_ft, quantized, qat]",
     ]
     if not Path(base).exists() and _is_hub_id(base):
@@ -85,7 +88,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         f"## Use (format `{format}`)",
         "",
-        EXPORTERS[format].use("PATH"),
+        EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
@@ -96,12 +99,12 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         *((f"Key-value cache: {about}.", "") if about else ()),
     ]
     if rows:
-        lines += ["| stage | loss | perplexity | KL to base |", "|---|--:|--:|--:|"]
-        lines += [
-            f"| {r.stage} | {r.loss:.4f} | {r.perplexity:.4f} | {'' if r.kl is None else f'{r.kl:.5f}'} |"
-            for r in rows
-        ]
-        lines += ["", f"Mean over {rows[0].tokens} target tokens of the evaluation data.", ""]
+        scored = any(row.scores for row in rows)
+        names = list(dict.fromkeys(name for row in rows for name in row.numbers)) if scored else _LANGUAGE
+        lines += [f"| stage | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+        lines += [f"| {r.stage} | {' | '.join(_cell(r, name) for name in names)} |" for r in rows]
+        over = "answers" if scored else "target tokens"
+        lines += ["", f"Mean over {rows[0].tokens} {over} of the evaluation data.", ""]
     if tasks:
         stages, metrics = by_task(tasks)
         lines += [f"| lm-eval task | metric | {' | '.join(stages)} |", "|---|---|" + "--:|" * len(stages)]
@@ -113,6 +116,14 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", facts.recipe))])
         lines += ["## Recipe", "", f"{fence}yaml", facts.recipe.rstrip(), fence, ""]
     return "\n".join(lines)
+
+
+_LANGUAGE = ["loss", "perplexity", "KL to base"]
+
+
+def _cell(row: EvalRow, name: str) -> str:
+    value = row.numbers.get(name)
+    return "" if value is None else f"{value:.{5 if name == 'KL to base' else 4}f}"
 
 
 def shown(name: str) -> str:

@@ -35,10 +35,13 @@ from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
+from .sections.task import check_formats, check_task
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
+    (("task", "data"), check_formats),
+    (("model", "task", "quant", "adapter", "data", "train", "eval", "export"), check_task),
     (("model",), check_model),
     (("model",), check_tokens),
     (("model",), check_device),

@@ -22,6 +22,8 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         grid,
         recipe.to_yaml(),
         None if kv_cache is None else kv_cache.config(turned_keys(session)),
+        recipe.task.pipeline,
+        recipe.task.auto,
     )
 
 

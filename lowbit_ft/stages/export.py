@@ -48,7 +48,7 @@ def export_stage(session: Session, name: str) -> Path:
         if name != "native":
             before = read_manifest(folder)["format"] if (folder / MANIFEST).is_file() else name
             merged = read_weights(session.run / "merged")
-            write_model(folder, session.folded, merged, EXPORTERS[name], extra_files=card(session, name))
+            write_model(folder, session.as_shipped, merged, EXPORTERS[name], extra_files=card(session, name))
             session.run.made("exported")
             if before != name and session.run.main:
                 print(f"{folder}: the {before} export that was here is replaced by {name}", file=sys.stderr)

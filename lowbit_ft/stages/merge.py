@@ -8,6 +8,7 @@ import torch
 
 from .. import merge as merging
 from ..adapters.attach import adapted_layers
+from ..adapters.whole import whole_state
 from ..export.folder import check_files
 from ..files.records import Environment
 from ..session import Session
@@ -25,7 +26,7 @@ def merge_stage(session: Session, model: Any) -> None:
             warnings.filterwarnings("ignore", message="lora: the merge rounds again")
             merging.merge(
                 model,
-                session.folded,
+                session.folded.replaced(whole_state(model)),
                 session.run / "merged",
                 extra_files=card(session, "native") | rotation_file(session),
                 before_it_counts=session.check_files,

@@ -9,6 +9,7 @@ import torch
 from ..adapters import AdapterConfig
 from ..adapters.attach import attach, base_digest, load_adapter_state
 from ..adapters.base import LowRankOptions
+from ..adapters.whole import train_whole
 from ..export import EXPORTERS
 from ..export.folder import check_files, read_manifest
 from ..export.reader import load_exported
@@ -17,6 +18,7 @@ from ..kv_cache import KVConfig, place_kv_cache
 from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
 from ..model.load import load_model
+from ..model.purpose import head_parameters
 from ..quantize.quantize import quantize
 from ..recipe.sections.quant import QuantSection
 from ..segments import segments_in
@@ -109,6 +111,8 @@ def trained_model(session: Session) -> Any:
     attach(
         model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config
     )
+    if session.recipe.task.trains_head:
+        train_whole(model, head_parameters(model))
     load_adapter_state(model, state)
     return model.eval()
 
