@@ -4,7 +4,8 @@ PEFT calls them modules_to_save, and so they lie in the adapter folder: base_mod
 fp32 and ship as they are trained: the merge writes them in the place of what the checkpoint has.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +36,18 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not name.startswith(beside)
     }
+
+
+@contextmanager
+def whole_as(model: nn.Module, value: Callable[[str], Tensor]) -> Iterator[None]:
+    """Inside, what trains whole has the values value(name): those it came with."""
+    held = whole_state(model)
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(value(name))
+        try:
+            yield
+        finally:
+            for name, tensor in held.items():
+                tensor.copy_(before[name])

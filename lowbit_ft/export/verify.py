@@ -32,9 +32,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
-from ..model.config import read_config
+from ..model.config import load_config, read_config
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
+from ..model.purpose import purpose_of
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
@@ -231,7 +232,8 @@ def _expected(
     input_ids: Tensor | None,
 ) -> _Expected:
     """Ask the packed model; one that was loaded here is gone again afterwards."""
-    prompts = prompt_ids(exporter, source)
+    # a model for something else than writing text has no greedy answers
+    prompts = prompt_ids(exporter, source) if purpose_of(load_config(folder)) is None else []
     packed: Any = model if isinstance(model, nn.Module) else model()
     logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
     answers = [answer(lambda x: _logits(packed, x), prompt, exporter.stops(folder)) for prompt in prompts]

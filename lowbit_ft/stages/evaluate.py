@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters.attach import adapters_off
+from ..adapters.whole import whole_as
 from ..evaluate.generate import generate
 from ..evaluate.perplexity import EvalRow, table
 from ..export.folder import read_manifest, replace_file
@@ -31,7 +32,7 @@ def measure_trained(session: Session, model: Any) -> Measured:
             done.measure = measure = measure_of(session, model)
             session.say(f"evaluate: {measure.count:,} {measure.unit}, every stage")
             done.rows += measure.reference()
-            with adapters_off(model):
+            with adapters_off(model), whole_as(model, session.checkpoint.weight_for):
                 done.rows.append(measure.row(model, "quantized"))
             done.rows.append(measure.row(model, "trained"))
             session.check_files()

@@ -123,6 +123,11 @@ def attach_adapters(session: Session, model: Any) -> None:
     rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     if recipe.task.trains_head:
         rows = replace(rows, whole=train_whole(model, head_parameters(model)))
+    if drawn := session.checkpoint.drawn:
+        session.say(
+            f"head: {', '.join(drawn)} are not in the checkpoint and are drawn by train.seed; the rows of "
+            "the table before training are measured with them"
+        )
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
     if folder := getattr(recipe.adapter, "init_from", None):
