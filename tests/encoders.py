@@ -121,7 +121,7 @@ def write(path: Path, found: list[dict[str, Any]]) -> str:
 
 
 def recipe(folder: Path, model: Path, task: Any, train: str, **changes: Any) -> dict[str, Any]:
-    """A short run; changes: sections, whose keys are put over these."""
+    """A short run; changes: sections, whose keys are put over these (adapter: in their place)."""
     found: dict[str, Any] = {
         "name": "toy",
         "model": {"path": str(model), "dtype": "float32", "device": "cpu"},
@@ -140,5 +140,6 @@ def recipe(folder: Path, model: Path, task: Any, train: str, **changes: Any) -> 
         "output": str(folder / "run"),
     }
     for section, keys in changes.items():
-        found[section] = {**found.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        over = {} if section == "adapter" else found.get(section, {})
+        found[section] = {**over, **keys} if isinstance(keys, dict) else keys
     return found

@@ -139,7 +139,7 @@ class Checkpoint(TensorFiles):
         there, problems = tensor_entries(folder)
         if problems:
             raise CheckpointError("\n".join(problems))
-        keys = [key for name in head_parameters(self.empty_model()) for key in self.keys_for(name)]
+        keys = [key for name in head_parameters(self.empty_model("eager")) for key in self.keys_for(name)]
         other = copy.copy(self)
         other.given = {key: value for key, value in self.given.items() if key not in there}
         other.entries = self.entries | {key: there[key] for key in keys if key in there}

@@ -30,11 +30,13 @@ from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
+from ..model.purpose import head_parameters
 from ..model.walk import decoder_layers, kind_of
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
+from ..tasks import Task
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -85,6 +87,7 @@ class Skeleton:
     dense_block: int  # bytes of the largest decoder layer in model.dtype
     dense_bytes: int  # bytes of the whole dense model in model.dtype
     shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
+    task: Task
 
     @property
     def trainable(self) -> int:
@@ -100,7 +103,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     packed as asked.
     """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
-    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention)
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, recipe.task)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
     prefix, layers = decoder_layers(dense)
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
@@ -142,6 +145,9 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     rest = _without_layers(shell, prefix)
     own_head = untie(recipe, rest)
     _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
+    if recipe.task.trains_head:
+        for parameter in head_parameters(rest).values():
+            parameter.requires_grad_(True)
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -223,6 +229,7 @@ def _counted(
         dense_block,
         whole,
         header,
+        recipe.task,
     )
 
 
@@ -367,9 +374,11 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _dense(folder: str, stamp: int, dtype: str, attention: str) -> Any:
+def _dense(folder: str, stamp: int, dtype: str, attention: str, task: Task) -> Any:
     """The dense model on meta; read only: everybody copies what they change."""
     path, config = Path(folder) / CONFIG, load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
-    return meta_model(config, getattr(torch, dtype), attention, path)
+    purpose = task.purpose(0)
+    config = config if purpose is None else purpose.applied(config, Path(folder))
+    return meta_model(config, getattr(torch, dtype), attention, path, purpose)

@@ -232,13 +232,15 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
         arch,
         train.mlp_chunk,
     )
-    key = (folder, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
+    task = recipe.task.model_dump_json()
+    key = (folder, task, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
     if key not in _TRACED:
         if len(_TRACED) > 512:
             _TRACED.clear()
         try:
             ends = (
                 folder,
+                task,
                 recipe.quant.lm_head,
                 recipe.quant.embeddings,
                 recipe.quant.group_size,

@@ -143,7 +143,10 @@ def dense_device(session: Session, what: str) -> str:
     """Where a dense model fits: the session's device, else the CPU."""
     if session.device.type != "cuda":
         return str(session.device)
-    dense = sum(p.numel() for p in session.checkpoint.empty_model().parameters()) * session.dtype.itemsize
+    dense = (
+        sum(p.numel() for p in session.checkpoint.empty_model(session.recipe.model.attention).parameters())
+        * session.dtype.itemsize
+    )
     free = torch.cuda.mem_get_info(session.device)[0]
     if dense * 1.15 < free:
         return str(session.device)

@@ -125,6 +125,11 @@ class Task(BaseModel):
         """What a calibrator looks at: what the model is called with, for `samples` examples."""
         raise AssertionError(f"{type(self).__name__} has no calibration")
 
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        """For planning, where tensors have no data: the forward of a batch of so many rows; loss: up to the
+        loss. Not asked of language models."""
+        raise AssertionError(f"{type(self).__name__} is not rehearsed")
+
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
         """The table's data, of the eval section. source: rows; model: the packed one."""
         raise AssertionError(f"{type(self).__name__} measures nothing")

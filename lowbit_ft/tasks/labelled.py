@@ -70,6 +70,15 @@ class Labelled(Task):
     def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
         """The measures of all answers, by name."""
 
+    def blank(self, windows: int, length: int) -> dict[str, Tensor]:
+        """Answers without data, of so many rows of so many tokens."""
+        raise AssertionError(f"{type(self).__name__} has no answers")
+
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        ids, mask = (torch.empty((windows, length), dtype=torch.int64) for _ in range(2))
+        outputs = model(input_ids=ids, attention_mask=mask)
+        return self.loss(outputs, self.blank(windows, length)) if loss else outputs
+
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         """How rows are read."""
         raise AssertionError(f"{type(self).__name__} reads no rows")

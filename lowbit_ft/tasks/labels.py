@@ -15,6 +15,7 @@ from ..data.mix import named, sources_of
 from ..data.read import read_rows
 from ..names import did_you_mean, listed
 
+UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has looked yet
 MOST = 10_000  # labels; a column of more is something else
 
 

@@ -97,6 +97,15 @@ class MaskedLM(Labelled):
         there = right != IGNORE
         return F.cross_entropy(outputs.logits.flatten(0, 1)[there].float(), right[there], reduction="sum")
 
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        """Which positions are looked at is in data that is not there: as many of the first."""
+        ids, mask = (torch.empty((windows, length), dtype=torch.int64) for _ in range(2))
+        outputs = model(input_ids=ids, attention_mask=mask)
+        if not loss:
+            return outputs
+        looked = outputs.logits.flatten(0, 1)[: max(1, round(self.mask * windows * length))].float()
+        return F.cross_entropy(looked, torch.empty(len(looked), dtype=torch.int64), reduction="sum")
+
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 

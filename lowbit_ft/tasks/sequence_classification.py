@@ -22,7 +22,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import found_labels, label_id, label_values
+from .labels import UNKNOWN, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, encoded_text, number_of, of_column, text_of
 
 # Columns of text, in the order in which they are looked for: those of GLUE, and the usual ones.
@@ -43,12 +43,12 @@ class SequenceClassification(Labelled):
     peft: ClassVar[str | None] = "SEQ_CLS"
 
     kind: Literal["sequence_classification"] = "sequence_classification"
-    text: Annotated[list[str], Field(min_length=1, max_length=2)] | None = Field(
+    text: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = Field(
         default=None,
         description="the column of text, or the two of a pair; null: those of GLUE, text, or sentence",
     )
     label: str = Field(default="label", description="the column of the answer")
-    labels: Annotated[list[str], Field(min_length=2)] | None = Field(
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = Field(
@@ -73,10 +73,10 @@ class SequenceClassification(Labelled):
                 f"the only label in {self.label!r} is {found[0]!r}: nothing to tell apart",
                 named(r.data.train),
             )
-        return self.model_copy(update={"labels": found})
+        return self.model_copy(update={"labels": tuple(found)})
 
     def purpose(self, seed: int) -> Purpose:
-        names = ["LABEL_0"] if self.regression else self.labels or ["LABEL_0", "LABEL_1"]
+        names = ("LABEL_0",) if self.regression else self.labels or UNKNOWN
         return Purpose(self.auto, {**label_values(names), "problem_type": self.problem_type}, seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
@@ -91,7 +91,7 @@ class SequenceClassification(Labelled):
     def _answer(self, row: Mapping[str, Any]) -> Any:
         if self.regression:
             return number_of(row, self.label)
-        names, value = self.labels or [], of_column(row, self.label)
+        names, value = self.labels or (), of_column(row, self.label)
         if not self.several:
             return label_id(value, self.label, names)
         if not isinstance(value, list):
@@ -100,7 +100,7 @@ class SequenceClassification(Labelled):
         return [float(i in chosen) for i in range(len(names))]
 
     def _told(self, made: Encoded) -> Iterable[str]:
-        names = self.labels or []
+        names = self.labels or ()
         if self.regression:
             return ()
         if self.several:
@@ -118,6 +118,10 @@ class SequenceClassification(Labelled):
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor(batch["labels"].numel())
 
+    def blank(self, windows: int, length: int) -> dict[str, Tensor]:
+        shape = (windows, len(self.labels or UNKNOWN)) if self.several else (windows,)
+        return {"labels": torch.empty(shape, dtype=torch.int64)}
+
     def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
         logits, right = outputs.logits.float(), labels["labels"].tolist()
         if self.regression:
@@ -129,7 +133,7 @@ class SequenceClassification(Labelled):
             return scores.of_numbers(true, said)
         if self.several:
             return scores.of_sets(true, said)
-        return scores.of_classes(true, said, len(self.labels or []))
+        return scores.of_classes(true, said, len(self.labels or ()))
 
 
 def _columns(source: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import found_labels, label_id, label_values
+from .labels import UNKNOWN, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, encoded_text, of_column
 
 
@@ -31,7 +32,7 @@ class TokenClassification(Labelled):
     kind: Literal["token_classification"] = "token_classification"
     words: str = Field(default="tokens", description="the column with the list of words")
     label: str = Field(default="ner_tags", description="the column with the list of their labels")
-    labels: Annotated[list[str], Field(min_length=2)] | None = Field(
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
     label_all_tokens: bool = Field(
@@ -41,10 +42,10 @@ class TokenClassification(Labelled):
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         if self.labels is not None or r.data.train is None:
             return self
-        return self.model_copy(update={"labels": found_labels(r.data.train, self.label, config)})
+        return self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels or ["LABEL_0", "LABEL_1"]), seed)
+        return Purpose(self.auto, label_values(self.labels or UNKNOWN), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         if not getattr(tokenizer, "is_fast", False):
@@ -52,7 +53,7 @@ class TokenClassification(Labelled):
                 "task: token_classification needs a fast tokenizer (tokenizer.json), which says which token "
                 "is of which word"
             )
-        names = self.labels or []
+        names = self.labels or ()
 
         def encode(row: Mapping[str, Any]) -> Encoded:
             words, given = of_column(row, self.words), of_column(row, self.label)
@@ -76,7 +77,7 @@ class TokenClassification(Labelled):
         return found
 
     def _told(self, made: Encoded) -> Iterable[str]:
-        names = self.labels or []
+        names = self.labels or ()
         return [names[number] for number in made["labels"] if number != IGNORE]
 
     def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
@@ -86,11 +87,14 @@ class TokenClassification(Labelled):
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 
+    def blank(self, windows: int, length: int) -> dict[str, Tensor]:
+        return {"labels": torch.empty((windows, length), dtype=torch.int64)}
+
     def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
         right = labels["labels"]
         there = right != IGNORE
         return right[there].tolist(), outputs.logits.argmax(-1)[there].tolist()
 
     def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
-        names = self.labels or []
+        names = self.labels or ()
         return scores.of_tokens(true, said, names.index("O") if "O" in names else None)
