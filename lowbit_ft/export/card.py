@@ -19,6 +19,8 @@ from ..grid import Grid
 from ..kv_cache import KVConfig
 from . import EXPORTERS
 
+WRITES = "text-generation"  # the pipeline of language models, which servers run
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -34,7 +36,7 @@ class CardFacts:
     grid: Grid
     recipe: str | None
     kv_cache: KVConfig | None = None
-    pipeline: str = "text-generation"
+    pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
 
 
@@ -47,6 +49,12 @@ def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, str]:
     """The command line that runs the folder, and what to know about its cache ("": nothing)."""
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
+    if facts.pipeline != WRITES:
+        first = "import lowbit_ft; " if format == "native" else ""
+        text = (
+            f"{first}from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')(TEXT))"
+        )
+        return f'python -c "{text}"', ""
     command = exporter.serve(folder)
     if kv_cache is None or exporter.carries_kv_cache:
         return command, "" if kv_cache is None else f"{kv_cache}; the folder says so, and its reader does it"

@@ -125,8 +125,8 @@ def attach_adapters(session: Session, model: Any) -> None:
         rows = replace(rows, whole=train_whole(model, head_parameters(model)))
     if drawn := session.checkpoint.drawn:
         session.say(
-            f"head: {', '.join(drawn)} are not in the checkpoint and are drawn by train.seed; the rows of "
-            "the table before training are measured with them"
+            f"head: drawn by train.seed, for the checkpoint has none of it ({', '.join(drawn)}); so it is "
+            "measured in the table before training"
         )
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)

@@ -140,10 +140,9 @@ class Labelled(Task):
 class Answers(Measure):
     """Loss and scores of a task."""
 
-    unit = "rows"
-
     def __init__(self, task: Labelled, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
         self.task, self.dense, self.count = task, dense, len(chosen)
+        self.unit = "windows" if task.windows else "rows"
         size = max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
         found = task.batches(feed.alone, model, chosen, size, shuffle=False)
         self.data = list(found.one_epoch())

@@ -50,7 +50,9 @@ class MaskedLM(Labelled):
     ) -> Examples:
         if tokenizer.mask_token_id is None:
             raise DataError("task: masked_lm needs a mask token, and this tokenizer has none")
-        return load_examples(source, section, tokenizer, seed=seed, rows=rows)
+        found = load_examples(source, section, tokenizer, seed=seed, rows=rows)
+        found.report.notes = [note for note in found.report.notes if "EOS" not in note]  # nothing is written
+        return found
 
     def batches(
         self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False

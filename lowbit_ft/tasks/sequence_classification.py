@@ -84,11 +84,12 @@ class SequenceClassification(Labelled):
 
         def encode(row: Mapping[str, Any]) -> Encoded:
             made = encoded_text(tokenizer, section.sequence_len, *(text_of(row, name) for name in columns))
-            return {**made, "labels": self._answer(row)}
+            return {**made, "labels": self.answer(row)}
 
         return Encoder(encode, self._told, frozenset([*columns, self.label]))
 
-    def _answer(self, row: Mapping[str, Any]) -> Any:
+    def answer(self, row: Mapping[str, Any]) -> Any:
+        """What a row says; BadRow where it says nothing."""
         if self.regression:
             return number_of(row, self.label)
         names, value = self.labels or (), of_column(row, self.label)

@@ -7,14 +7,18 @@ no key-value cache. What is said here is refused by name, with the way out, befo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ...data.formats import FORMATS
 from ...data.mix import sources_of
 from ...export import EXPORTERS
+from ...files.tensorfile import CheckpointError
+from ...model.config import load_config
 from ...names import listed
 from ...tasks import scores
 from ...tasks.labelled import Labelled
+from ..layers import local_folder
 from ..yaml import KeyPath, Problem
 from .base import Problems
 from .data import sources_at
@@ -46,6 +50,13 @@ def check_task(r: Any) -> Problems:
     kind = r.task.kind
     for path, got, why in _strange(r):
         yield Problem(path, f"got {got!r} with task: {kind}: {why}")
+    folder = local_folder(r.model.path, r.model.revision)
+    if folder is not None and _pads(folder) is None:
+        yield Problem(
+            ("model", "path"),
+            f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
+            "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
+        )
     if isinstance(r.task, Labelled) and r.eval.perplexity and (reason := scores.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
     if r.task.trains_head and r.model.dtype != "float32":
@@ -54,6 +65,14 @@ def check_task(r: Any) -> Problems:
             f"got {r.model.dtype!r}, and the head of task: {kind} trains and ships in fp32; set float32 "
             "(train.mixed_precision: bf16 computes in 16 bits), or task.train_head: false",
         )
+
+
+def _pads(folder: Path) -> Any:
+    """The padding token of a checkpoint; False where its config.json cannot be read: check_model tells."""
+    try:
+        return getattr(load_config(folder), "pad_token_id", None)
+    except CheckpointError:
+        return False
 
 
 def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
