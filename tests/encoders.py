@@ -83,9 +83,12 @@ def encoder(folder: Path, kind: str = "bert", auto: Any = AutoModel, **changes: 
         setattr(config, key, value)
     torch.manual_seed(0)
     model = auto.from_config(config)
-    for name, parameter in model.named_parameters():  # initialised for training from nothing: too small
-        if parameter.dim() == 2 and "embed" not in name:
-            torch.nn.init.normal_(parameter, std=0.15)
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.dim() == 2
+        ):  # drawn for training from nothing, they are too small; words must be told apart
+            words = "word_embed" in name or "tok_embed" in name
+            torch.nn.init.normal_(parameter, std=1.0 if words else 0.02 if "embed" in name else 0.15)
     model.save_pretrained(folder)
     tokenizer(pairs=kind != "roberta").save_pretrained(folder)
     return folder
@@ -120,7 +123,7 @@ def write(path: Path, found: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def recipe(folder: Path, model: Path, task: Any, train: str, **changes: Any) -> dict[str, Any]:
+def recipe(folder: Path, model: Path, task: Any, path: str, /, **changes: Any) -> dict[str, Any]:
     """A short run; changes: sections, whose keys are put over these (adapter: in their place)."""
     found: dict[str, Any] = {
         "name": "toy",
@@ -128,7 +131,7 @@ def recipe(folder: Path, model: Path, task: Any, train: str, **changes: Any) -> 
         "task": task,
         "quant": {"bits": 4, "group_size": 32, "calibrate": "absmax"},
         "adapter": {"method": "lr_qat", "rank": 4, "alpha": 8},
-        "data": {"train": {"path": train}, "sequence_len": 16},
+        "data": {"train": {"path": path}, "sequence_len": 16},
         "train": {
             "max_steps": 2,
             "micro_batch_size": 8,

@@ -291,8 +291,9 @@ ROWS: dict[str, Row] = {
     "TASKS": Row(
         with_key(
             "task",
-            data__train={"path": str(ASSETS / "text" / "train.jsonl"), "limit": 4},
-            eval__windows=4,
+            data__train={"path": str(ASSETS / "text" / "train.jsonl"), "limit": 2},
+            data__sequence_len=32,
+            eval__windows=2,
             **ABSMAX,
         ),
         short_or_long,

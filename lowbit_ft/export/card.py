@@ -51,10 +51,8 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, str]:
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
-        text = (
-            f"{first}from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')(TEXT))"
-        )
-        return f'python -c "{text}"', ""
+        ask = f"print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
+        return f'python -c "{first}from transformers import pipeline; {ask}"', ""
     command = exporter.serve(folder)
     if kv_cache is None or exporter.carries_kv_cache:
         return command, "" if kv_cache is None else f"{kv_cache}; the folder says so, and its reader does it"
