@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files.tensorfile import CheckpointError
+from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
 # The auto classes that a purpose may name.
@@ -111,6 +111,23 @@ def of_another_head(model: Any, key: str) -> bool:
     first = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     body = {name for name, _ in model.base_model.named_children()}
     return first not in body and first not in {name for name, _ in model.named_children()}
+
+
+def refuse_other_labels(
+    model: Any, plan: Mapping[str, Any], entries: Mapping[str, TensorEntry], folder: Path
+) -> None:
+    """CheckpointError where the files have a head of this kind that was made for other labels. plan: where
+    the value of each parameter is (names.Source)."""
+    for name, parameter in head_parameters(model).items():
+        if name not in plan or plan[name].converter is not None:
+            continue
+        found, wanted = list(entries[plan[name].keys[0][0]].shape), list(parameter.shape)
+        if found != wanted:
+            raise CheckpointError(
+                f"{folder}: its {name} is {found}, and the task's is {wanted}: the checkpoint was made for "
+                "other labels. Give those that it has, in their order (task.labels), or the checkpoint from "
+                "before that training"
+            )
 
 
 def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -32,16 +32,15 @@ class RowBatches(Batches):
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, taken: frozenset[str]) -> dict[str, Tensor]:
-    """Encoded rows -> int64 [B, L] of each list of tokens, L the longest; [B] (or [B, C], fp32) of answers
-    that are one to a row."""
+    """Encoded rows -> int64 [B, L] of each list of integers, L the longest; of answers that are one to a row
+    [B], and [B, C] in fp32 of lists of floats."""
     length = max(len(row["input_ids"]) for row in rows)
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         if name not in taken:
             continue
         values = [row[name] for row in rows]
-        of_tokens = isinstance(values[0], list) and name != "classes"
-        if not of_tokens:
+        if not isinstance(values[0], list) or isinstance(values[0][0], float):  # one answer to a row
             batch[name] = torch.tensor(values)
             continue
         filler = pad_id if name == "input_ids" else PADS[name]
