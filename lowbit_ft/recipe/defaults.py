@@ -29,6 +29,10 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
     if isinstance(quant, QuantSection):
         found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
+    task, measured = values.get("task"), values.get("eval")
+    if task is not None and not task.windows and measured is not None and "windows" in unsaid(measured):
+        found["eval"] = measured.model_copy(update={"windows": None})  # rows: all of them
+        found["eval"].model_fields_set.discard("windows")
     if isinstance(train, TrainSection) and quant is not None and adapter is not None:
         found["train"] = _with_rate(train, rate_for(adapter.method, quant.bits)[0])
     return found

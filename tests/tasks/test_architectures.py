@@ -1,4 +1,4 @@
-"""Encoders of every kind with every head: packed, adapted, trained, merged, read back; each step by itself."""
+"""Encoders of every kind with every head: packed, adapted, trained, merged, read back; step by step."""
 
 from __future__ import annotations
 
