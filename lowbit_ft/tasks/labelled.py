@@ -160,7 +160,7 @@ class Answers(Measure):
         with packed_op_only(model):
             for batch in self.data:
                 moved = {name: value.to(device) for name, value in batch.items()}
-                outputs = model(**inputs_of(moved, self.task.answers))
+                outputs = model(**inputs_of(moved, self.task.answers), use_cache=False)
                 labels = {name: moved[name] for name in self.task.answers}
                 total += float(self.task.loss(outputs, labels))
                 count += int(self.task.count(batch))
@@ -201,8 +201,9 @@ class Answered(Goal):
         plain = model.forward
 
         def forward(_: nn.Module, *args: Any, labels: Labels | None = None, **inputs: Any) -> Any:
-            outputs = plain(*args, **inputs)
-            return outputs if labels is None else self.task.loss(outputs, labels.values)[None]
+            if labels is None:
+                return plain(*args, **inputs)
+            return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
 
         return forward
 

@@ -65,7 +65,7 @@ BAD = [
         "gguf",
         CLASSES,
         (FORMAT, "export.format=gguf"),
-        "export.format: got 'gguf' with task: sequence_classification: its readers build language models alone",
+        "export.format: got 'gguf' with task: sequence_classification: its readers build language models",
     ),
     (
         "another architecture",
@@ -92,7 +92,7 @@ def test_a_packed_modernbert_is_for_our_own_format(tmp_path: Path) -> None:
 
 
 def test_the_plan_knows_the_head_and_the_rows(tmp_path: Path) -> None:
-    """A label more is a row of the classifier more; four times as many tokens take more than twice as much."""
+    """A label more is a row of the classifier more; four times the tokens take more than twice the memory."""
     model = encoders.encoder(tmp_path / "model", "bert")
     rows = encoders.write(tmp_path / "rows.jsonl", encoders.rows(4))
     changes = (f"model.path={model}", f"data.train={{path: {rows}}}", "quant.group_size=32")
