@@ -55,7 +55,7 @@ KINDS: dict[str, Any] = {
         **_SIZES, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3, local_attention=16
     ),
     "deberta-v2": lambda: DebertaV2Config(
-        **_SIZES, relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"]
+        **_SIZES, relative_attention=True, max_relative_positions=16, pos_att_type=["p2c", "c2p"]
     ),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NEEDS = ("sklearn", "scipy")
+ZERO: Any = 0.0  # of an F1 that is 0 / 0 (scikit-learn annotates text alone)
 
 
 def missing() -> str | None:
@@ -33,7 +34,7 @@ def of_classes(true: Sequence[int], said: Sequence[int], labels: int) -> dict[st
     average, numbers = ("binary", [0, 1]) if labels == 2 else ("macro", list(range(labels)))
     with warnings.catch_warnings():  # a label that no row has: its F1 is 0, as zero_division says
         warnings.simplefilter("ignore")
-        f1 = metrics.f1_score(true, said, labels=numbers, average=average, zero_division=0)
+        f1 = metrics.f1_score(true, said, labels=numbers, average=average, zero_division=ZERO)
         matthews = metrics.matthews_corrcoef(true, said)
     return {
         "accuracy": float(metrics.accuracy_score(true, said)),
@@ -48,8 +49,8 @@ def of_sets(true: Any, said: Any) -> dict[str, float]:
 
     return {
         "accuracy": float(metrics.accuracy_score(true, said)),
-        "f1": float(metrics.f1_score(true, said, average="macro", zero_division=0)),
-        "micro_f1": float(metrics.f1_score(true, said, average="micro", zero_division=0)),
+        "f1": float(metrics.f1_score(true, said, average="macro", zero_division=ZERO)),
+        "micro_f1": float(metrics.f1_score(true, said, average="micro", zero_division=ZERO)),
     }
 
 
@@ -59,11 +60,12 @@ def of_numbers(true: Sequence[float], said: Sequence[float]) -> dict[str, float]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = {
-            "pearson": float(stats.pearsonr(true, said)[0]),
-            "spearman": float(stats.spearmanr(true, said)[0]),
+        found: dict[str, Any] = {
+            "pearson": stats.pearsonr(true, said),
+            "spearman": stats.spearmanr(true, said),
         }
-    return {name: value if value == value else 0.0 for name, value in found.items()}
+    values = {name: float(result.statistic) for name, result in found.items()}
+    return {name: value if value == value else 0.0 for name, value in values.items()}
 
 
 def of_tokens(true: Sequence[int], said: Sequence[int], outside: int | None) -> dict[str, float]:
@@ -71,5 +73,5 @@ def of_tokens(true: Sequence[int], said: Sequence[int], outside: int | None) -> 
     from sklearn import metrics  # heavy: only measuring needs it
 
     inside = sorted({*true, *said} - {outside})
-    f1 = metrics.f1_score(true, said, labels=inside, average="micro", zero_division=0) if inside else 0.0
+    f1 = metrics.f1_score(true, said, labels=inside, average="micro", zero_division=ZERO) if inside else 0.0
     return {"accuracy": float(metrics.accuracy_score(true, said)), "micro_f1": float(f1)}

@@ -92,7 +92,8 @@ class SequenceClassification(Labelled):
         """What a row says; BadRow where it says nothing."""
         if self.regression:
             return number_of(row, self.label)
-        names, value = self.labels or (), of_column(row, self.label)
+        names = list(self.labels or ())
+        value = of_column(row, self.label)
         if not self.several:
             return label_id(value, self.label, names)
         if not isinstance(value, list):
@@ -101,7 +102,7 @@ class SequenceClassification(Labelled):
         return [float(i in chosen) for i in range(len(names))]
 
     def _told(self, made: Encoded) -> Iterable[str]:
-        names = self.labels or ()
+        names = list(self.labels or ())
         if self.regression:
             return ()
         if self.several:

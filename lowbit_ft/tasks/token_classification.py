@@ -53,7 +53,7 @@ class TokenClassification(Labelled):
                 "task: token_classification needs a fast tokenizer (tokenizer.json), which says which token "
                 "is of which word"
             )
-        names = self.labels or ()
+        names = list(self.labels or ())
 
         def encode(row: Mapping[str, Any]) -> Encoded:
             words, given = of_column(row, self.words), of_column(row, self.label)
@@ -77,7 +77,7 @@ class TokenClassification(Labelled):
         return found
 
     def _told(self, made: Encoded) -> Iterable[str]:
-        names = self.labels or ()
+        names = list(self.labels or ())
         return [names[number] for number in made["labels"] if number != IGNORE]
 
     def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
@@ -96,5 +96,5 @@ class TokenClassification(Labelled):
         return right[there].tolist(), outputs.logits.argmax(-1)[there].tolist()
 
     def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
-        names = self.labels or ()
+        names = list(self.labels or ())
         return scores.of_tokens(true, said, names.index("O") if "O" in names else None)

@@ -134,4 +134,8 @@ def test_scores_by_hand() -> None:
 
 def test_a_word_alone_is_a_task(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
-    assert load_recipe(root).task == load_recipe(root, ["task=causal_lm"]).task == TASKS["causal_lm"]()
+    assert (
+        load_recipe(root).task
+        == load_recipe(root, ["task=causal_lm"]).task
+        == TASKS["causal_lm"](kind="causal_lm")
+    )
