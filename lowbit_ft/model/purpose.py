@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
-# The auto classes that a purpose may name.
-AUTO = (
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMaskedLM",
-)
+# The auto classes that a purpose may name, and what the hub calls their pipelines.
+AUTO = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
 from ..model.linear import deployed
+from ..model.purpose import AUTO
 from .export import set_aside
 
 FORMAT = "compressed-tensors"
@@ -72,6 +73,8 @@ def export_outside(
         raise ValueError(f"{folder}: is in the native format already; use it as it is")
     checkpoint = model.checkpoint
     _refuse_inside(target, folder, checkpoint.folder)
+    purpose = checkpoint.purpose
+    told = {} if purpose is None else {"pipeline": AUTO[purpose.auto], "auto": purpose.auto}
     facts = CardFacts(
         folder.resolve().name,
         checkpoint.base,
@@ -80,6 +83,7 @@ def export_outside(
         next(iter(model.weights.specs.values())).grid,
         None,
         checkpoint.kv_cache,
+        **told,
     )
     card = {"README.md": model_card(facts, name, [])}
     write_model(target, checkpoint, model.weights, exporter, kv_cache=checkpoint.kv_cache, extra_files=card)

@@ -146,6 +146,19 @@ def test_merge_and_measure_again_from_the_folder(ran: Ran) -> None:
     assert ran.rows == before
 
 
+def test_a_folder_goes_on_without_its_run_and_writes_no_text(ran: Ran, tmp_path: Path) -> None:
+    folder = line.export(ran.folder / "merged", "compressed-tensors", tmp_path / "again")
+    ours = load_file(ran.folder / "exported" / "model.safetensors")
+    again = load_file(folder / "model.safetensors")
+    assert all(
+        torch.equal(tensor, ours[name.removeprefix("bert.")] if name not in ours else ours[name])
+        for name, tensor in again.items()
+    )
+    assert "pipeline_tag: text-classification" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="SequenceClassification and writes no text"):
+        line.generate(ran.folder, "hello", device="cpu")
+
+
 def test_resumed_it_is_the_same(ran: Ran, tmp_path: Path) -> None:
     """From the checkpoint of step 50: adapters and head, bit for bit."""
     again = tmp_path / "run"
