@@ -79,6 +79,9 @@ class Task(BaseModel):
 
     kind: str
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     def settled(self, r: Any, config: Any) -> Task:
         """With what only the rows and the checkpoint say (labels). config: its config.json."""
         return self
