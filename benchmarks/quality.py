@@ -175,7 +175,9 @@ class Bench:
         return copy.deepcopy(self.bases[key])
 
     def perplexity(self, model: Any) -> float:
-        return evaluate(model, self.valid, "").perplexity
+        found = evaluate(model, self.valid, "").perplexity
+        assert found is not None, "a language model"
+        return found
 
     @cached_property
     def reference(self) -> Reference:
@@ -184,7 +186,7 @@ class Bench:
 
     def measured(self, model: Any) -> dict[str, float]:
         row = evaluate(model, self.valid, "", self.reference)
-        assert row.kl is not None
+        assert row.kl is not None and row.perplexity is not None
         return {"perplexity": row.perplexity, "kl": row.kl}
 
     def run(self, method: str, setting: Setting, seed: int) -> dict[str, float]:

@@ -24,6 +24,8 @@ from .export.card import serve_line
 from .export.folder import check_if_ours
 from .export.reader import load_exported
 from .kv_cache import cache_line
+from .model.config import load_config
+from .model.purpose import purpose_of
 from .model.tokenizer import read_tokenizer
 from .recipe.recipe import Recipe
 from .report.page import write_report
@@ -167,6 +169,11 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = shipped(folder)
     check_if_ours(folder)  # before its tokenizer is believed
+    if (purpose := purpose_of(load_config(folder))) is not None:
+        raise ValueError(
+            f"{folder} is for {purpose.auto.removeprefix('AutoModelFor')} and writes no text; its README.md "
+            "says how it is asked"
+        )
     tokenizer = read_tokenizer(folder)
     model = load_exported(folder, device=device)
     if (line := cache_line(model, model.dtype)) is not None:

@@ -20,6 +20,7 @@ from .files.records import Environment
 from .files.tensorfile import CheckpointError
 from .model.chat_template import chosen
 from .model.checkpoint import Checkpoint
+from .model.config import read_config
 from .model.grown import GrownCheckpoint, add_tokens, tables_of
 from .model.load import load_tokenizer
 from .model.tokenizer import pad_id
@@ -30,7 +31,8 @@ from .recipe.sections.chat import with_template
 from .recipe.yaml import RecipeError
 from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
-from .train.processes import join, main_process_first, world
+from .tasks.base import Feed
+from .train.processes import join, main_process_first, rank, world
 
 
 @dataclass
@@ -78,6 +80,11 @@ class Session:
     @property
     def pad_id(self) -> int:
         return pad_id(self.tokenizer)
+
+    @property
+    def feed(self) -> Feed:
+        """What the batches of this process are made with."""
+        return Feed(self.recipe, self.tokenizer, rank(), world(), self.say)
 
     @cached_property
     def rows(self) -> int | None:
@@ -135,9 +142,13 @@ def start(recipe: Recipe) -> Session:
         recipe, wrong = with_template(recipe)
         if against := [*against, *wrong]:
             raise RecipeError([str(problem) for problem in against])
+        if not recipe.task.language:  # labels that only rows and checkpoint know
+            folder = local_folder(recipe.model.path, revision)
+            config = read_config(folder) if folder is not None else {}
+            recipe = recipe.model_copy(update={"task": recipe.task.settled(recipe, config)})
         run = RunDir.start(recipe) if main else RunDir(recipe.output, main=False)
         try:
-            checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+            checkpoint = _open(recipe, revision)
             if checkpoint.revision is not None and (problems := check_recipe(recipe)):
                 # A hub model has only now been fetched: its layers can be checked against grid and format.
                 raise RecipeError([str(problem) for problem in problems])
@@ -174,7 +185,7 @@ def _opened(run: RunDir) -> Session:
     recipe, given = run.recipe_here(), run.recipe().model.path
     revision = recipe.model.revision or run.read_json("environment.json", Environment, Environment()).revision
     try:
-        checkpoint = Checkpoint.open(recipe.model.path, revision, recipe.model.dtype)
+        checkpoint = _open(recipe, revision)
     except CheckpointError as error:
         if local_folder(recipe.model.path, revision) is not None:
             raise
@@ -206,6 +217,11 @@ def _with_tokenizer(
     if writes and run.main:
         write_grown(run / "model", checkpoint, tokenizer, new.rows)
     return GrownCheckpoint(checkpoint, run / "model", new), tokenizer
+
+
+def _open(recipe: Recipe, revision: str | None) -> Checkpoint:
+    purpose = recipe.task.purpose(recipe.train.seed)
+    return Checkpoint.open(recipe.model.path, revision, recipe.model.dtype, purpose=purpose)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -125,6 +125,18 @@ def inputs_on_powers_of_two(run: Run) -> None:
     assert torch.equal(scale.log2(), scale.log2().round()) and 3 < int(codes.abs().max()) <= 7
 
 
+def short_or_long(run: Run) -> None:
+    config = json.loads((run.shipped / "config.json").read_text())
+    assert config["id2label"] == {"0": "short", "1": "long"}
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    head = load_file(run.shipped / "model.safetensors")["score.weight"]
+    state = read_adapter(run.folder / "adapter")[1]
+    assert torch.equal(head, state["base_model.model.score.weight"]), "the head that was trained ships"
+    rows = json.loads((run.folder / "evaluation.json").read_text())["rows"]
+    trained, *shipped = [(r["loss"], r["scores"]) for r in rows if r["stage"] not in ("base", "quantized")]
+    assert len(shipped) == 2 and all(one == trained for one in shipped)
+
+
 def dense_weights(run: Run) -> None:
     name, merged = first_layer(run.folder / "merged")
     assert torch.equal(load_file(run.shipped / "model.safetensors")[f"{name}.weight"], merged.dequantize())
@@ -280,6 +292,16 @@ ROWS: dict[str, Row] = {
     "FORMATS": Row(
         with_key("data.train.format", data__train__path=str(ASSETS / "text" / "train.jsonl"), **ABSMAX),
         rows_in_capitals,
+    ),
+    "TASKS": Row(
+        with_key(
+            "task",
+            data__train={"path": str(ASSETS / "text" / "train.jsonl"), "limit": 2},
+            data__sequence_len=32,
+            eval__windows=2,
+            **ABSMAX,
+        ),
+        short_or_long,
     ),
     "SYNTHESIS": Row(
         with_key(

@@ -22,7 +22,14 @@ from ..kv_cache import kv_config_of
 from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
 from ..model.rows import PEFT_KEY, row_tables, train_rows
-from ..model.whole import masters_of, train_whole, untrained, whole_modules, whole_tensors
+from ..model.whole import (
+    masters_of,
+    train_parameters,
+    train_whole,
+    untrained,
+    whole_modules,
+    whole_tensors,
+)
 from . import Adapter, AdapterConfig
 from .carry import Carried
 from .modules import modules_of
@@ -131,7 +138,17 @@ def attach(
 def train_modules(model: nn.Module, names: list[str]) -> list[TrainableRow]:
     """Let these dense modules, and what is tied to them, train whole; what trains of each (of a tensor that
     several share, nothing but at the first)."""
-    found, rows = set(train_whole(model, names)), []
+    return _rows_of(model, train_whole(model, names))
+
+
+def train_head(model: nn.Module, parameters: Iterable[str]) -> list[TrainableRow]:
+    """Let these dense parameters train whole, and no other of their modules: the head of a task, where a
+    decoder that is tied to the embedding stays."""
+    return _rows_of(model, train_parameters(model, parameters))
+
+
+def _rows_of(model: nn.Module, found: Sequence[str]) -> list[TrainableRow]:
+    rows: list[TrainableRow] = []
     seen: set[int] = set()
     for name, module, masters in whole_modules(model):
         if name in found:

@@ -180,6 +180,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
     for label, text in (
         ("name", recipe.name),
         ("model", f"{recipe.model.path} in {recipe.model.dtype}"),
+        *(() if recipe.task.language else (("task", recipe.task.kind),)),
         (
             "quant",
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "

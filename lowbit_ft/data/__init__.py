@@ -13,5 +13,6 @@ pack.py     several rows per window
 windows.py  what a window is
 examples.py the windows of a source, and their report
 batches.py  batches in a fixed, resumable order
+chosen.py   the first windows, and a seeded choice of them
 errors.py   what is raised where rows cannot be used
 """

@@ -41,7 +41,7 @@ def weights_of(sources: Sequence[Any]) -> list[float] | None:
 
 def unmixable(sources: Sequence[Any], packing: bool) -> str | None:
     """Why these sources make no mixture; None when they do."""
-    formats = [source.format for source in sources]
+    formats = [source.format for source in sources if source.format is not None]
     if len({FORMATS[name].pairs for name in formats}) > 1:
         return (
             f"got formats {', '.join(formats)}: rows of two answers beside rows of one, which no signal "

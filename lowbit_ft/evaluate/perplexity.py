@@ -11,7 +11,7 @@ mask (model/attention.py): measuring takes less memory than a step.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -30,16 +30,27 @@ STAGES = ("base", "quantized", "trained", "merged", "exported")
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One line of the table. kl is None where there is no reference (or for the reference itself: 0)."""
+    """One line of the table. kl is None where there is no reference (or for the reference itself: 0);
+    perplexity where tokens are not predicted; tokens: what the loss is a mean over, answers of another task;
+    scores: what such a task measures beside the loss.
+    """
 
     stage: str
     loss: float
-    perplexity: float
+    perplexity: float | None
     kl: float | None
     tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        return found if self.scores else {key: found[key] for key in found if key != "scores"}
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What is shown of it, by name, in order."""
+        known = {"loss": self.loss, "perplexity": self.perplexity, "KL to base": self.kl}
+        return {name: value for name, value in known.items() if value is not None} | self.scores
 
 
 class Reference:
@@ -161,8 +172,12 @@ def _summed(stage: str, totals: Iterable[tuple[float, float, int]], kl: bool) ->
 
 def table(rows: list[EvalRow]) -> str:
     """The printed table."""
-    lines = [f"{'stage':<12}{'loss':>12}{'perplexity':>14}{'KL to base':>14}"]
+    names = list(dict.fromkeys(name for row in rows for name in row.numbers))
+    width = {name: max(len(name) + 4, 12) for name in names}
+    lines = [f"{'stage':<12}" + "".join(f"{name:>{width[name]}}" for name in names)]
     for row in rows:
-        kl = "" if row.kl is None else f"{row.kl:.6f}"
-        lines.append(f"{row.stage:<12}{row.loss:>12.6f}{row.perplexity:>14.6f}{kl:>14}")
+        cells = (f"{row.numbers[name]:.6f}" if name in row.numbers else "" for name in names)
+        lines.append(
+            f"{row.stage:<12}" + "".join(f"{c:>{width[n]}}" for n, c in zip(names, cells, strict=True))
+        )
     return "\n".join(lines)

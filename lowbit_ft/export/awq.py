@@ -30,6 +30,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 class Awq(Exporter):
     name = "awq"
+    language_only = "its readers build language models alone"
     quant_method = "awq"
     kv_server = "vllm"
     chat_flag = "--default-chat-template-kwargs"

@@ -136,6 +136,8 @@ class Exporter(ABC):
     transformers_serve: ClassVar[bool] = True
     # Whether servers that run q, k, v (and gate, up) as one layer read it: vLLM, SGLang.
     fused_by_servers: ClassVar[bool] = False
+    # Why its folders hold language models alone; None: its readers build models for every task.
+    language_only: ClassVar[str | None] = None
     # Whether its folders say what keys and values are on, and its reader computes it.
     carries_kv_cache: ClassVar[bool] = False
     # Whose flags say it instead: "vllm", "llama.cpp"; none: the server has no such cache (KVConfig.flags).

@@ -25,13 +25,15 @@ from ..names import listed
 from . import EXPORTERS
 
 HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
+WRITES = "text-generation"  # the pipeline of language models, which servers run
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
     one that ships. method, recipe: None where a folder that no run wrote does not say them. chat: what the
-    chat template is told where a request says nothing (data.chat_template_kwargs).
+    chat template is told where a request says nothing (data.chat_template_kwargs). pipeline, auto: what the
+    model is for, as the hub calls it, and the class that loads it.
     """
 
     name: str
@@ -43,6 +45,8 @@ class CardFacts:
     kv_cache: KVConfig | None = None
     chat: Mapping[str, Any] = field(default_factory=dict)
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
+    pipeline: str = WRITES
+    auto: str = "AutoModelForCausalLM"
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
@@ -54,6 +58,10 @@ def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
     """The command line that runs the folder, and what to know about its chats and its cache."""
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
+    if facts.pipeline != WRITES:
+        first = "import lowbit_ft; " if format == "native" else ""
+        ask = f"print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
+        return f'python -c "{first}from transformers import pipeline; {ask}"', {}
     command, about = exporter.serve(folder), {}
     if facts.chat:
         values = json.dumps(dict(facts.chat), ensure_ascii=False)
@@ -78,7 +86,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     front = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {facts.pipeline}",
         "tags: [lowbit_ft, quantized, qat]",
     ]
     if not Path(base).exists() and _is_hub_id(base):
@@ -110,7 +118,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         f"## Use (format `{format}`)",
         "",
-        EXPORTERS[format].use("PATH"),
+        EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
@@ -118,12 +126,12 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         *(f"{HEADS[what]}: {text}.\n" for what, text in about.items()),
     ]
     if rows:
-        lines += ["| stage | loss | perplexity | KL to base |", "|---|--:|--:|--:|"]
-        lines += [
-            f"| {r.stage} | {r.loss:.4f} | {r.perplexity:.4f} | {'' if r.kl is None else f'{r.kl:.5f}'} |"
-            for r in rows
-        ]
-        lines += ["", f"Mean over {rows[0].tokens} target tokens of the evaluation data.", ""]
+        scored = any(row.scores for row in rows)
+        names = list(dict.fromkeys(name for row in rows for name in row.numbers)) if scored else _LANGUAGE
+        lines += [f"| stage | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+        lines += [f"| {r.stage} | {' | '.join(_cell(r, name) for name in names)} |" for r in rows]
+        over = "answers" if scored else "target tokens"
+        lines += ["", f"Mean over {rows[0].tokens} {over} of the evaluation data.", ""]
     if tasks:
         stages, metrics = by_task(tasks)
         lines += [f"| lm-eval task | metric | {' | '.join(stages)} |", "|---|---|" + "--:|" * len(stages)]
@@ -140,6 +148,14 @@ def fenced(text: str, language: str = "") -> list[str]:
     """The lines of a block that nothing in the text can close."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return [f"{fence}{language}", text, fence, ""]
+
+
+_LANGUAGE = ["loss", "perplexity", "KL to base"]
+
+
+def _cell(row: EvalRow, name: str) -> str:
+    value = row.numbers.get(name)
+    return "" if value is None else f"{value:.{5 if name == 'KL to base' else 4}f}"
 
 
 def shown(name: str) -> str:

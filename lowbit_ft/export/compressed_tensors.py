@@ -117,6 +117,12 @@ class CompressedTensors(Exporter):
     def reject_dtype(self, grid: Grid, dtype: str) -> str | None:
         return reject_cast(grid, dtype)
 
+    def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
+        # Tried with transformers 5.23, whose _init_weights of it asks packed layers for their dense weight.
+        if config.get("model_type") != "modernbert":
+            return []
+        return ["transformers cannot load a packed modernbert of this format; set export.format: native"]
+
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         if grid.group_size != -1 and in_features % grid.group_size:
             return (

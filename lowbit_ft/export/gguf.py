@@ -63,6 +63,7 @@ def block_type(grid: Grid, in_features: int) -> BlockType:
 
 class Gguf(Exporter):
     name = "gguf"
+    language_only = "its readers build language models alone"
     quant_method = "gguf"
     kv_server = "llama.cpp"
     chat_flag = "--chat-template-kwargs"

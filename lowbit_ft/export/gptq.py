@@ -86,6 +86,7 @@ def block_layers(layers: Mapping[str, LayerSpec]) -> dict[str, set[str]]:
 
 class Gptq(Exporter):
     name = "gptq"
+    language_only = "its readers build language models alone"
     quant_method = "gptq"
     kv_server = "vllm"
     chat_flag = "--default-chat-template-kwargs"

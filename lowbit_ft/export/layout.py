@@ -172,6 +172,8 @@ class Layout:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(checkpoint.dtype).removeprefix(
             "torch."
         )
+        if checkpoint.purpose is not None:
+            config |= checkpoint.purpose.entries(checkpoint.config)
         if self.untied or checkpoint.untied:
             config["tie_word_embeddings"] = False
         entry = self.exporter.model_config(self.layers, self.skipped)

@@ -39,6 +39,7 @@ GROUPS = (32, 64, 128)
 
 class Mlx(Exporter):
     name = "mlx"
+    language_only = "its readers build language models alone"
     quant_method = "mlx"
     measurable = False
     transformers_serve = False

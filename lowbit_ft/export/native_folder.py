@@ -20,6 +20,7 @@ from ..model.config import load_config, read_config, stored_dtype
 from ..model.hub import locate, refuse_irregular
 from ..model.linear import PackedLinear
 from ..model.matrices import Matrix
+from ..model.purpose import purpose_of
 from ..rotations import OnlineHadamard
 from .base import LayerSpec, Weights
 from .folder import check_if_ours, read_manifest
@@ -53,7 +54,9 @@ class NativeFolder(Checkpoint):
         entry = values["quantization_config"]
         config = load_config(root)
         del config.quantization_config
-        super().__init__(str(folder), root, None, config, stored_dtype(root / "config.json", values))
+        super().__init__(
+            str(folder), root, None, config, stored_dtype(root / "config.json", values), purpose_of(config)
+        )
         for name, spec in whole.specs.items():
             held = {key: e for key, e in self.entries.items() if key.rpartition(".")[0] == name}
             packed = {key: e for key, e in held.items() if not key.endswith(".bias")}

@@ -33,6 +33,7 @@ from ..model.config import (
 from ..model.hub import refuse_irregular, tensor_entries
 from ..model.mapped import to_device
 from ..model.meta import model_class
+from ..model.purpose import purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
 from .base import Weights
@@ -139,7 +140,8 @@ def load_exported(
         # It tells that our options win over the folder's, which is why they are given.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
         made = load_config(folder)
-        model = model_class(made).from_pretrained(
+        purpose = purpose_of(made)
+        model = (model_class(made) if purpose is None else purpose.auto_class()).from_pretrained(
             str(folder),
             dtype=kind if method else dtype or "auto",
             device_map=None if device == "cpu" or method == Native.quant_method else device,

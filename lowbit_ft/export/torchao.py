@@ -31,6 +31,7 @@ from .gptq import reject_groups, reject_mixture
 
 class Torchao(Exporter):
     name = "torchao"
+    language_only = "its folders were tried with language models alone"
     quant_method = "torchao"
     needs = "torchao"
     dense_experts = False

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 from ..grid import PackedWeight, Weight
 from ..model.chat_template import Template
-from ..model.config import read_config
+from ..model.config import load_config, read_config
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
+from ..model.purpose import purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
@@ -262,7 +263,8 @@ def _expected(
     input_ids: Tensor | None,
 ) -> _Expected:
     """Ask the packed model; one that was loaded here is gone again afterwards."""
-    prompts = prompt_ids(own)
+    # a model for something else than writing text has no greedy answers
+    prompts = prompt_ids(own) if purpose_of(load_config(folder)) is None else []
     packed: Any = model if isinstance(model, nn.Module) else model()
     if exporter.computes_in is not None and packed.dtype != exporter.computes_in:
         packed = copy.deepcopy(packed).to(exporter.computes_in)

@@ -62,9 +62,10 @@ class Measure(BaseModel):
     model_config = ConfigDict(extra="forbid")
     stage: StrictStr
     loss: Number
-    perplexity: Number
+    perplexity: Number | None
     kl: Number | None
     tokens: Count
+    scores: dict[StrictStr, Number] = {}
 
 
 class Evaluation(Record):

@@ -3,7 +3,7 @@
     adapter_config.json          peft_type LOWBIT, method, options, base_model_name_or_path, base_digest
     adapter_model.safetensors    base_model.model.<layer>.lowbit_adapters.<tensor>, fp32 (numbers of rows and
                                  codes of ef_qat: integers), and base_model.model.<module>.<tensor> of
-                                 modules_to_save
+                                 modules_to_save, the head of a task among them
     README.md                    in its first lines, what a PEFT without us cannot say: import lowbit_ft
     lowbit_ft.json               size and sha256 of both, and its own (files/manifest.py; PEFT writes none)
 
@@ -13,6 +13,7 @@ base_digest is the sha256 of the packed base (attach.base_digest). An adapter sa
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,24 @@ The adapter moves the integers of one packed base, which `adapter_config.json` n
 ```python
 import lowbit_ft
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")
+model = PeftModel.from_pretrained({auto}.from_pretrained("BASE"), "PATH")
 ```
 """
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the model of an adapter is for: PEFT's word for it, the auto class that builds it, and the modules
+    that are trained whole (their tensors are in the state)."""
+
+    task_type: str | None = "CAUSAL_LM"
+    auto: str = "AutoModelForCausalLM"
+    modules: Sequence[str] = ()
+
+
+LANGUAGE = Head()
 
 
 def adapter_config(method: str, options: Mapping[str, Any], others: Sequence[str] = ()) -> AdapterConfig:
@@ -138,13 +152,14 @@ def write_adapter(
     config: AdapterConfig,
     base_digest: str,
     base_path: str | Path,
+    head: Head = LANGUAGE,
 ) -> Path:
     """Write the adapters of an attach()-ed model; `PeftModel.from_pretrained(base, folder)` reads them.
 
     state: attach.adapter_state(model), its tensors whole; base_digest: attach.base_digest(model); base_path:
-    where the packed base is, for AutoPeft. A folder that is there is replaced as a whole: a reader never sees
-    new tensors beside an old config. ValueError when something is there that this function did not write.
-    Returns the folder.
+    where the packed base is, for AutoPeft; head: what the model is for. A folder that is there is replaced as
+    a whole: a reader never sees new tensors beside an old config. ValueError when something is there that
+    this function did not write. Returns the folder.
     """
     folder = Path(folder)
     refuse_foreign(folder)
@@ -157,7 +172,7 @@ def write_adapter(
         raise ValueError("write_adapter: the model has no adapters; attach one first")
     facts = {
         "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
+        "task_type": head.task_type,
         "method": config.method,
         "options": adapter_options(config),
         "base_model_name_or_path": str(base_path),
@@ -172,7 +187,9 @@ def write_adapter(
     if plan := getattr(config, "plan", {}):
         names = set(adapted_names(state))
         facts["segments"] = layout({name: parts for name, parts in plan.items() if name in names})
-    if saved := whole_names(state):
+    of_head = tuple(f"{module}." for module in head.modules)  # PEFT takes it whole
+    saved = [name for name in whole_names(state) if not f"{name}.".startswith(of_head)]
+    if saved := [*head.modules, *saved]:
         facts["modules_to_save"] = saved
     if config.token_rows:
         there = {key.removesuffix(f".{PEFT_KEY}").removeprefix(PEFT_PREFIX) for key in state}
@@ -181,18 +198,18 @@ def write_adapter(
     with writing(folder), staged_folder(folder) as stage:
         save_tensors(stage / TENSOR_FILE, tensors, {"format": "pt"})
         (stage / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        say_on_card(stage)  # not in the manifest: a card may be edited
+        say_on_card(stage, head.auto)  # not in the manifest: a card may be edited
         files = {name: file_entry(stage / name) for name in (CONFIG_FILE, TENSOR_FILE)}
         (stage / MANIFEST).write_bytes(sealed({"writer": "lowbit_ft", "version": 1, "files": files}))
     return folder
 
 
-def say_on_card(folder: Path) -> None:
+def say_on_card(folder: Path, auto: str = LANGUAGE.auto) -> None:
     """Put IMPORT_FIRST into the first lines of the folder's README.md, below the hub's front matter; make the
     card when there is none. A card that has it stays as it is.
     """
     path = folder / CARD_FILE
-    text = read_card(path) if path.exists() else CARD
+    text = read_card(path) if path.exists() else CARD.replace("{auto}", auto)
     if IMPORT_FIRST in text:
         return
     front, end, rest = ("", "", text)

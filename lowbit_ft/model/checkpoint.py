@@ -15,6 +15,7 @@ import copy
 import difflib
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .hub import locate
 from .matrices import Matrix, find_matrices
 from .meta import meta_model
 from .names import Part, Source, expert_keys, file_parts, weight_sources
+from .purpose import Purpose, drawn, of_another_head, refuse_other_labels
 from .tensors import TensorFiles
 
 
@@ -41,14 +43,23 @@ class Checkpoint(TensorFiles):
     are read in by default). untied: whether its head, tied in the files, is a tensor of its own from here on;
     online_layers: linears that need a transform before them (rotations/checkpoint.py folds values and has
     such). chat_template: what its tokenizer writes chats with, here and where it ships; None: its own.
+    purpose: what its model is built for (None: to write text); drawn: parameters of its head that the files
+    have not, by name.
     """
 
     untied: bool = False
     chat_template: Template | None = None
     online_layers: tuple[str, ...] = ()
+    drawn: Mapping[str, Tensor] = {}
 
     def __init__(
-        self, source: str, folder: Path, revision: str | None, config: Any, dtype: torch.dtype
+        self,
+        source: str,
+        folder: Path,
+        revision: str | None,
+        config: Any,
+        dtype: torch.dtype,
+        purpose: Purpose | None = None,
     ) -> None:
         super().__init__(folder, getattr(config, "quantization_config", None))
         try:
@@ -58,8 +69,8 @@ class Checkpoint(TensorFiles):
         if self.incoming is not None:
             # From here on its layers are ours: no model of it may look for the packages of that format.
             del config.quantization_config
-        self.source, self.revision = source, revision
-        self.config, self.dtype = config, dtype
+        self.source, self.revision, self.purpose = source, revision, purpose
+        self.config, self.dtype = config if purpose is None else purpose.applied(config, folder), dtype
         self._plan: dict[str, Source] | None = None
         self._matrices: dict[str, Matrix] = {}
         self._fusions: dict[str, Fusion] = {}
@@ -72,8 +83,10 @@ class Checkpoint(TensorFiles):
         revision: str | None = None,
         dtype: str | torch.dtype = "bfloat16",
         check: bool = True,
+        purpose: Purpose | None = None,
     ) -> Checkpoint:
         """Open a local folder or a hub id (its JSON, tokenizer and safetensors are fetched at `revision`).
+        purpose: what its model is built for; None: to write text.
 
         Reads config.json and the safetensors headers. Raises CheckpointError; with check=False problems of
         the weight files are kept for `check()`.
@@ -81,24 +94,40 @@ class Checkpoint(TensorFiles):
         folder, commit = locate(str(source), revision)
         config = load_config(folder)
         resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        checkpoint = cls(str(source), folder, commit, config, resolved)
+        checkpoint = cls(str(source), folder, commit, config, resolved, purpose)
         if check:
             checkpoint.check()
         return checkpoint
 
     def empty_model(self, attention: str = "sdpa") -> Any:
-        """The causal language model, in eval mode: parameters on meta (tied ones are one object), real
+        """The model of its purpose, in eval mode: parameters on meta (tied ones are one object), real
         buffers.
         """
-        model = meta_model(self.config, self.dtype, attention, self.folder / "config.json")
+        model = meta_model(self.config, self.dtype, attention, self.folder / "config.json", self.purpose)
         model.config._name_or_path = self.source
         if self._plan is None:
             self.check()
-            self._plan = weight_sources(model, self.entries, self.folder)
+            self._plan = self._planned(model)
             self._matrices = find_matrices(model)
             self.take_apart(self._fusions)
             self._experts = Counter(matrix.parameter for matrix in self._matrices.values())
         return model.eval()
+
+    def _planned(self, model: Any) -> dict[str, Source]:
+        """Where the value of each parameter is. For a purpose, tensors of another head are left out from here
+        on, and what the files have not of this one is drawn."""
+        if self.purpose is None:
+            return weight_sources(model, self.entries, self.folder)
+        left = partial(of_another_head, model)
+        plan = weight_sources(model, self.entries, self.folder, left)
+        used = {key for source in plan.values() for key, _ in source.keys}
+        self.entries = {key: e for key, e in self.entries.items() if key in used or not left(key)}
+        refuse_other_labels(model, plan, self.entries, self.folder)
+        self.drawn = drawn(model, plan.keys(), self.purpose, self.dtype)
+        if not self.drawn:
+            return plan
+        self.give(self.drawn)
+        return weight_sources(model, self.entries, self.folder)
 
     def online(self, model: Any) -> None:
         """Put the transforms of `online_layers` before the linears of a model, packed or not."""

@@ -14,16 +14,20 @@ from typing import Any
 import torch
 
 from ..files.tensorfile import CheckpointError
+from .purpose import Purpose
 
 
-def meta_model(config: Any, dtype: torch.dtype, attention: str, source: Path) -> Any:
-    """The causal language model of a configuration (left as it is): parameters on meta, tied ones one object,
-    real buffers. CheckpointError naming `source` when transformers cannot build it."""
+def meta_model(
+    config: Any, dtype: torch.dtype, attention: str, source: Path, purpose: Purpose | None = None
+) -> Any:
+    """The model of a configuration (left as it is) for a purpose; None: the causal language model. Parameters
+    on meta, tied ones one object, real buffers. CheckpointError naming `source` when transformers cannot
+    build it."""
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = model_class(config).from_config(
+            model = (model_class(config) if purpose is None else purpose.auto_class()).from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     # A bad value of config.json raises anything: KeyError, ZeroDivisionError; a pad token without a row an

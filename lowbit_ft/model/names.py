@@ -11,7 +11,7 @@ the model does not take would be lost in silence, and what is left of the weight
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +85,11 @@ def file_parts(matrix: Matrix, source: Source, entries: dict[str, TensorEntry]) 
     return parts if row == matrix.shape[0] else None
 
 
-def weight_sources(model: Any, entries: dict[str, TensorEntry], folder: Path) -> dict[str, Source]:
-    """{model parameter: where its value comes from}, by transformers' own conversion table."""
+def weight_sources(
+    model: Any, entries: dict[str, TensorEntry], folder: Path, left: Callable[[str], bool] | None = None
+) -> dict[str, Source]:
+    """{model parameter: where its value comes from}, by transformers' own conversion table. left: whether a
+    tensor that the model does not take may be left out; None: only what is known to be harmless is."""
     from transformers import conversion_mapping, core_model_loading
 
     state = model.state_dict(keep_vars=True)
@@ -111,6 +114,7 @@ def weight_sources(model: Any, entries: dict[str, TensorEntry], folder: Path) ->
             )
         converter = by_pattern[pattern] if pattern is not None else None
         plan.setdefault(name, Source([], name, converter)).keys.append((key, pattern or key))
+    strange = [key for key in strange if left is None or not left(key)]
     _refuse_strangers(strange, entries, model, folder)
     for name, source in list(plan.items()):  # one file tensor that becomes several parameters
         first, *others = source.converter.target_patterns if source.converter is not None else [""]

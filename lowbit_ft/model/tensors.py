@@ -17,7 +17,7 @@ must lead to a file in the folder itself (hub.py).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ class TensorFiles:
 
     folder: resolved Path. quantization: quantization_config of its config.json, None when it has none.
     Attributes that others read: folder, entries (by tensor name), incoming (what was packed already, else
-    None).
+    None), given (values in memory of tensors that are not, or no longer, those of the files).
     """
 
     def __init__(self, folder: Path, quantization: Any = None) -> None:
         self.folder = folder
+        self.given: dict[str, Tensor] = {}
         self.incoming: Incoming | None = None
         self.entries, self._problems = tensor_entries(folder)
         if quantization is not None and not self._problems:
@@ -52,6 +53,15 @@ class TensorFiles:
         """Raise CheckpointError listing every problem that was found in the weight files, if any."""
         if self._problems:
             raise CheckpointError("\n".join(self._problems))
+
+    def give(self, values: Mapping[str, Tensor]) -> None:
+        """From here on the tensors of these names are these."""
+        for name, value in values.items():
+            value = value.detach().cpu().contiguous()
+            size, shape = value.numel() * value.element_size(), tuple(value.shape)
+            # the file is for messages, and for `fingerprint`, which has it anyway
+            entry = TensorEntry(self.folder / "config.json", value.dtype, shape, 0, size)
+            self.given, self.entries = {**self.given, name: value}, {**self.entries, name: entry}
 
     def names(self) -> list[str]:
         """The tensor names in the files, sorted."""
@@ -135,7 +145,7 @@ class TensorFiles:
 
     def _finite_pieces(self, name: str, entry: TensorEntry, skipped: int = 0) -> Iterator[Tensor]:
         position = 0
-        for piece in pieces(entry):
+        for piece in self._pieces(name, entry):
             if entry.dtype.is_floating_point and not is_finite(piece):
                 bad = skipped + position + int((~torch.isfinite(piece.float())).nonzero()[0])
                 raise CheckpointError(
@@ -145,6 +155,13 @@ class TensorFiles:
                 )
             yield piece
             position += piece.numel()
+
+    def _pieces(self, name: str, entry: TensorEntry) -> Iterator[Tensor]:
+        if name not in self.given:
+            yield from pieces(entry)
+            return
+        first, count = entry.start // entry.dtype.itemsize, entry.nbytes // entry.dtype.itemsize
+        yield self.given[name].view(-1)[first : first + count]
 
     def entry(self, name: str) -> TensorEntry:
         self.check()

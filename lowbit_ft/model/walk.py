@@ -32,6 +32,8 @@ def text_tower(model: Any) -> str:
     """The prefix of the names of everything in the decoder that reads text ("" when that is the whole model):
     a multimodal model has other towers beside it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if isinstance(decoder, nn.Linear):  # what some encoders call the last matrix of their masked LM
+        decoder = model.base_model
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
@@ -184,10 +186,10 @@ class LayerWalk:
             self.layers[-1].forward = lambda hidden, *args, **kwargs: self._like_layer(final)
 
     def _like_layer(self, hidden: Tensor) -> Any:
-        return (hidden,) if self.returns_tuple else hidden
+        return hidden if self.beside is None else (hidden, *self.beside)
 
     def _record(self) -> None:
-        self.returns_tuple = self._first_layer_returns_tuple()
+        self.beside = self._beside()
         cpu, moved = torch.device("cpu"), {}  # what one batch gives to several layers is kept once
         for index, layer in enumerate(self.layers):
 
@@ -207,15 +209,16 @@ class LayerWalk:
             except _Seen:
                 pass
 
-    def _first_layer_returns_tuple(self) -> bool:
+    def _beside(self) -> tuple[None, ...] | None:
         """Some models' layers return a tuple, some a tensor: ask the first one, for real, on the first
-        batch.
+        batch. What stands beside the hidden states in a tuple, as nothing; None: they return a tensor.
         """
         layer, seen = self.layers[0], []
         materialize(layer, self.checkpoint, f"{self.name}.0", self.device, self.dtype)
 
         def spy(*args: Any, **kwargs: Any) -> Any:
-            seen.append(isinstance(real(*args, **kwargs), tuple))
+            out = real(*args, **kwargs)
+            seen.append((None,) * (len(out) - 1) if isinstance(out, tuple) else None)
             raise _Seen
 
         real, layer.forward = layer.forward, spy

@@ -11,7 +11,7 @@ that share a parameter (a tied head) share its master: one tensor is trained and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,9 +105,27 @@ def train_whole(model: nn.Module, names: list[str]) -> list[str]:
                 # a copy, of fp32 too: what was there is read again
                 shared[id(parameter)] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
             masters[key] = shared[id(parameter)]
-        setattr(module, SLOT, Masters(masters))
-        module.__class__ = _reading(type(module), tuple(masters))
+        _put(module, masters)
     return found
+
+
+def train_parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Give these dense parameters (of the model, by name) masters, and no other of their modules. The names
+    of the modules."""
+    keys: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        keys.setdefault(owner, []).append(key)
+    for owner, wanted in keys.items():
+        module = model.get_submodule(owner)
+        held = {key: module.get_parameter(key).requires_grad_(False) for key in wanted}
+        _put(module, {k: nn.Parameter(p.detach().to(torch.float32, copy=True)) for k, p in held.items()})
+    return list(keys)
+
+
+def _put(module: nn.Module, masters: dict[str, nn.Parameter]) -> None:
+    setattr(module, SLOT, Masters(masters))
+    module.__class__ = _reading(type(module), tuple(masters))
 
 
 @functools.cache

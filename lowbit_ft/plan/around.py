@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.heads import LOGITS_AT_A_TIME
 from ..model.walk import decoder_layers
+from ..tasks import Task
 from ..train.losses import ChunkedHead, next_token_loss
 from .costs import Setting
 from .counting import Counter
@@ -22,8 +23,8 @@ from .fake import autocast, targets_without_data, tensors_in
 class Around:
     """The model around its decoder layers, and what it calls them with."""
 
-    def __init__(self, rest: Any, count: int) -> None:
-        self.model, self.count = rest, count
+    def __init__(self, rest: Any, count: int, task: Task) -> None:
+        self.model, self.count, self.task = rest, count, task
         self.stubs = decoder_layers(rest)[1]
         self.fresh = False  # layers answer with a tensor of their own, as real ones do
         self.beside: tuple[None, ...] | None = (
@@ -53,9 +54,13 @@ class Around:
             )
             return self.answer(out)
 
-        head = self.head(length * windows) if loss else None  # looking for it runs the layers too
+        language = self.task.language
+        # looking for it runs the layers too
+        head = self.head(length * windows) if loss and language else None
         for number, layer in enumerate(self.stubs):
             layer.forward = functools.partial(stub, number=number)
+        if not language:
+            return self.task.rehearsed(self.model if loss else self.model.base_model, windows, length, loss)
         ids = torch.empty((windows, length), dtype=torch.int64)
         inputs = {"input_ids": ids, "position_ids": torch.empty((windows, length), dtype=torch.int64)}
         if not loss:
@@ -96,7 +101,8 @@ class Around:
     def chunk(self) -> int:
         """Tokens per chunk of the loss."""
         vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
-        return max(1, LOGITS_AT_A_TIME // max(1, vocabulary)) if vocabulary >= 512 else 1 << 62
+        cut = self.task.language and vocabulary >= 512
+        return max(1, LOGITS_AT_A_TIME // max(1, vocabulary)) if cut else 1 << 62
 
     def head(self, tokens: int) -> ChunkedHead | None:
         if tokens <= self.chunk:

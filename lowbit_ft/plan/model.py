@@ -30,12 +30,14 @@ from ..model.config import CONFIG, load_config
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
+from ..model.purpose import head_parameters
 from ..model.walk import decoder_layers, kind_of
-from ..model.whole import train_whole
+from ..model.whole import train_parameters, train_whole
 from ..quantize.table import plan_layers
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
+from ..tasks import Task
 from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
 from .turned import online_layers, put_online, untie
 
@@ -87,6 +89,7 @@ class Skeleton:
     dense_block: int  # bytes of the largest decoder layer in model.dtype
     dense_bytes: int  # bytes of the whole dense model in model.dtype
     shapes: Shapes  # of the dense model's tensors, as the headers of its checkpoint would give them
+    task: Task
 
     @property
     def table_bytes(self) -> int:
@@ -108,7 +111,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     """
     attention = "eager" if recipe.model.attention == "eager" else "sdpa"
     rows = grown_rows(recipe, folder)
-    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows)
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows, recipe.task)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
     prefix, layers = decoder_layers(dense)
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
@@ -155,6 +158,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     _pack(rest, [_asked(recipe, config, n, targets[n], segments) for n in outside], dtype)
     train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
     train_new_rows(recipe, rest, folder)
+    if recipe.task.trains_head:
+        train_parameters(rest, head_parameters(rest))
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )
@@ -236,6 +241,7 @@ def _counted(
         dense_block,
         whole,
         header,
+        recipe.task,
     )
 
 
@@ -380,11 +386,13 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _dense(folder: str, stamp: int, dtype: str, attention: str, rows: int | None) -> Any:
+def _dense(folder: str, stamp: int, dtype: str, attention: str, rows: int | None, task: Task) -> Any:
     """The dense model on meta; read only: everybody copies what they change."""
     path, config = Path(folder) / CONFIG, load_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         delattr(config, "quantization_config")  # its layers are packed by us: resolve_quant has their grids
     if rows is not None:
         config.get_text_config().vocab_size = rows
-    return meta_model(config, getattr(torch, dtype), attention, path)
+    purpose = task.purpose(0)
+    config = config if purpose is None else purpose.applied(config, Path(folder))
+    return meta_model(config, getattr(torch, dtype), attention, path, purpose)

@@ -172,7 +172,9 @@ def plan(
     card = card or find_card(recipe)
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
     made = skeleton(recipe, folder)
-    step, note = _step(recipe, made, f"{folder} {recipe.model.add_tokens}", card.arch, packed_rows)
+    step, note = _step(
+        recipe, made, f"{folder} {recipe.model.add_tokens} {recipe.task}", card.arch, packed_rows
+    )
     parts, moments, peak_at = _training(recipe, made, step, card, count)
     context = parts["context"]
     stages = {"training": sum(parts.values())}

@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+from ..data.chosen import calibration_windows
 from ..export import EXPORTERS, Weights
 from ..export.writer import write_model
 from ..grid.calibrate import CALIBRATORS
@@ -33,7 +34,7 @@ from ..recipe.sections.quant import QuantSection, check_grid
 from ..recipe.sections.sparsity import check_sparsity
 from ..recipe.sections.train import TrainSection
 from .quantize import Packing
-from .rows import as_source, calibration_windows, refuse_rows, window_batch
+from .rows import as_source, refuse_rows, window_batch
 from .table import QuantTable
 
 # Keys of quant that are the work of other stages of a run.

@@ -2,13 +2,12 @@
 of one seeded choice.
 
 A recipe's quant.calibration, `lowbit-ft quantize --data` and the `calibration=` of LowBitQuantConfig all come
-through `calibration_windows`, so the same rows give the same windows and the same codes. Rows in memory are
-put into a temporary jsonl file and read as one: there is one reader, and one set of errors.
+through `calibration_windows` (data/chosen.py), so the same rows give the same windows and the same codes.
+Rows in memory are put into a temporary jsonl file and read as one: there is one reader, and one set of
+errors.
 """
 
-import itertools
 import json
-import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,59 +16,12 @@ from typing import Any
 
 import torch
 
-from ..data.batches import Batches
 from ..data.errors import DataError
-from ..data.examples import StreamedExamples
 from ..data.formats import FORMATS
-from ..data.mix import named, sources_of
 from ..data.read import read_rows
-from ..data.windows import Examples
-from ..model.tokenizer import pad_id
-from ..model.walk import Batch
 from ..names import did_you_mean
-from ..recipe.sections.data import DataSection, DataSource
+from ..recipe.sections.data import DataSource
 from ..recipe.sections.quant import CalibrationSection
-
-
-def first_windows(
-    source: DataSource | Sequence[DataSource],
-    section: DataSection,
-    tokenizer: Any,
-    rows: int | None,
-    count: int | None,
-) -> Examples:
-    """The first `count` windows (None: all) of one source, or of several in turn, read only as far as needed;
-    of pairs of answers the chosen ones, for one text is looked at. rows: of the model's embedding, None where
-    that is not known."""
-    alone = [
-        one.model_copy(update={"format": FORMATS[one.format].alone or one.format})
-        for one in sources_of(source)
-    ]
-    stream = StreamedExamples(alone, section, tokenizer, rows)
-    return Examples(itertools.islice(iter(stream), count))
-
-
-def calibration_windows(
-    source: DataSource | Sequence[DataSource],
-    section: DataSection,
-    tokenizer: Any,
-    *,
-    rows: int | None,
-    seed: int,
-    samples: int,
-    sequence_len: int,
-    size: int,
-) -> list[Batch]:
-    """Batches of `size` windows of `sequence_len` tokens: a seeded choice of `samples` among the first
-    4 x samples, so that a large or remote data set is not read whole."""
-    changes = {"sequence_len": sequence_len, "train_on": "all", "streaming": True}
-    pool = first_windows(source, section.model_copy(update=changes), tokenizer, rows, 4 * samples)
-    picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
-    chosen = Examples(pool[i] for i in sorted(picked))
-    if not len(chosen):
-        raise DataError("no usable row to calibrate on", named(source))
-    found = Batches(chosen, min(len(chosen), size), pad_id(tokenizer), 0, shuffle=False).one_epoch()
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in found]
 
 
 def window_batch(text: CalibrationSection) -> int:

@@ -38,11 +38,14 @@ from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
 from .sections.sparsity import check_sparsity
+from .sections.task import check_formats, check_task
 from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
 CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
+    (("task", "data"), check_formats),
+    (("model", "task", "quant", "adapter", "data", "train", "eval", "export"), check_task),
     (("model",), check_model),
     (("model",), check_tokens),
     (("model",), check_add_tokens),

@@ -29,8 +29,15 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
     if isinstance(quant, QuantSection):
         found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
+    task, measured = values.get("task"), values.get("eval")
+    if task is not None and not task.windows and measured is not None and "windows" in unsaid(measured):
+        found["eval"] = measured.model_copy(update={"windows": None})  # rows: all of them
+        found["eval"].model_fields_set.discard("windows")
     if isinstance(train, TrainSection) and quant is not None and adapter is not None:
-        found["train"] = _with_rate(train, rate_for(adapter.method, quant.bits)[0])
+        train = found["train"] = _with_rate(train, rate_for(adapter.method, quant.bits)[0])
+        if task is not None and task.trains_head and "modules_learning_rate" in unsaid(train):
+            # a head that is new, not one that comes trained
+            found["train"] = train.model_copy(update={"modules_learning_rate": train.learning_rate})
     return found
 
 
@@ -60,6 +67,8 @@ def taken(recipe: Any) -> list[str]:
         why = rate_for(adapter.method, quant.bits)[1]
         scales = "" if train.scale_learning_rate is None else f", of scales {train.scale_learning_rate:g}"
         found.append(f"train.learning_rate: {train.learning_rate:g}{scales} ({why})")
+    if recipe.task.trains_head and "modules_learning_rate" in unsaid(train):
+        found.append(f"train.modules_learning_rate: {train.modules_learning_rate:g} (the head of the task)")
     data = recipe.data
     if (
         "sequence_len" in unsaid(data)

@@ -16,6 +16,8 @@ from ..adapters import ADAPTERS, AdapterConfig
 from ..data.synthesis import SYNTHESIS, SynthesisConfig
 from ..gradients import GRADIENTS, USUAL, GradientConfig
 from ..names import did_you_mean, nearest
+from ..tasks import TASKS, Task
+from ..tasks import USUAL as CAUSAL
 from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
 LONGEST = 80  # characters of a wrong value that are shown
@@ -32,7 +34,7 @@ def shown(value: Any) -> str:
 
 def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
     """The model class behind `Model`, `Model | None`, `list[Model]`, the adapter section (the config of the
-    method that was given), data.synthesis or train.gradient (that of the kind).
+    method that was given), data.synthesis, train.gradient or task (that of the kind).
     """
     if annotation is AdapterConfig and isinstance(given, dict):
         return ADAPTERS.get(str(given.get("method")))
@@ -40,6 +42,8 @@ def model_of(annotation: Any, given: Any) -> type[BaseModel] | None:
         return SYNTHESIS.get(str(given.get("kind")))
     if annotation is GradientConfig and isinstance(given, dict):
         return GRADIENTS.get(str(given.get("kind", USUAL)))
+    if annotation is Task and isinstance(given, dict):
+        return TASKS.get(str(given.get("kind", CAUSAL)))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     models = [found for part in get_args(annotation) if (found := model_of(part, given)) is not None]

@@ -1,6 +1,6 @@
 """The recipe: what a run is, in one YAML file, checked as a whole before anything is loaded.
 
-Nested by noun (model, quant, adapter, data, train, eval, export), leaf names as Hugging Face users know
+Nested by noun (model, task, quant, adapter, data, train, eval, export), leaf names as Hugging Face users know
 them, unknown keys refused. The `adapter` section is the config class of its `method`
 (lowbit_ft.adapters.ADAPTERS). The keys of a section, and what they mean for the others and for this
 machine, are in its file in sections/; which checks run in which order in check.py; lines of the file in
@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..adapters import AdapterConfig
 from ..names import did_you_mean, without_folders
+from ..tasks import TASKS, USUAL, Task
 from .check import check
 from .check import check as cross_check
 from .defaults import resolve
@@ -31,7 +32,7 @@ from .sections.export import ExportSection
 from .sections.model import ModelSection
 from .sections.quant import QuantSection
 from .sections.train import TrainSection
-from .values import OneMethod, for_method
+from .values import OneKind, OneMethod, for_method
 from .yaml import MOST_PROBLEMS, Problem, RecipeError, apply_override, read_source
 
 # Keys of text for a model, which may begin with a slash and is no path.
@@ -45,6 +46,9 @@ class Recipe(Section):
         min_length=1, pattern=r"^[\w.+-]+$", description="of the run, for logs and the model card"
     )
     model: ModelSection = Field(description="the checkpoint")
+    task: Annotated[Task, OneKind(TASKS, USUAL, alone=True)] = Field(
+        default_factory=lambda: TASKS[USUAL](kind=USUAL), description="what the model is for"
+    )
     quant: QuantSection = Field(default_factory=QuantSection, description="the grid of the base")
     adapter: Annotated[AdapterConfig, OneMethod()] = Field(description="the method and its own keys")
     data: DataSection = Field(description="the data")

@@ -61,18 +61,21 @@ class OneMethod:
 @dataclass(frozen=True, eq=False)
 class OneKind:
     """Marks a section that is the config class of its `kind` in a table, as the table is now. usual: the kind
-    of one that names none."""
+    of one that names none. alone: the kind alone, as a word, is one without keys."""
 
     table: Mapping[str, Any]
     usual: str | None = None
+    alone: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Any:
-        return handler(_kinds_of(self.table, "kind").core_schema)
+        found = handler(_kinds_of(self.table, "kind").core_schema)
+        return {"anyOf": [{"enum": list(self.table)}, found]} if self.alone else found
 
     def _read(self, value: Any) -> Any:
+        value = {"kind": value} if self.alone and isinstance(value, str) else value
         if not isinstance(value, dict):  # a config that was validated before
             return _kinds_of(self.table, "kind").validate_python(value)
         kind = value.get("kind", self.usual)

@@ -34,10 +34,9 @@ from typing import Any
 from ..files.atomic import write_text
 from .activations import FILE as ACTIVATIONS
 from .activations import activations_section
-from .files import DIGITS, SHIPPED, STAGES, NotShown, RunFiles, points, values
+from .files import NotShown, RunFiles, points, values
 from .html import (
     STYLE,
-    duration,
     escape,
     folded,
     image,
@@ -50,6 +49,7 @@ from .html import (
     words,
 )
 from .preferences import preference_facts
+from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
 from .sparsity import zeros_notes
@@ -79,7 +79,7 @@ def _page(run: RunFiles) -> str:
     name = str(recipe.get("name") or run.folder.resolve().name)
     verdict = ""
     if run.asked(*ON_REQUEST["result"]):
-        state, sentence = _verdict(run, recipe)
+        state, sentence = verdict_of(run, recipe)
         verdict = f'<p class="verdict {state}">{escape(sentence)}</p>\n'
     sections = [s for s in SECTIONS if s[0] not in ON_REQUEST or run.asked(*ON_REQUEST[s[0]])]
     left = {key for key, name in ON_ITSELF.items() if not (run.folder / name).exists()}
@@ -92,7 +92,7 @@ def _page(run: RunFiles) -> str:
         f"<title>{escape(name)}: lowbit_ft report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<header>\n<p class="kicker">lowbit_ft run report</p>\n<h1>{escape(name)}</h1>\n'
         f'<p class="subtitle">{escape(_subtitle(recipe))}</p>\n'
-        f"{verdict}{tiles(_headline(run))}\n<nav>{links}</nav>\n</header>\n{body}</main>\n</body>\n</html>\n"
+        f"{verdict}{tiles(headline(run))}\n<nav>{links}</nav>\n</header>\n{body}</main>\n</body>\n</html>\n"
     )
 
 
@@ -117,93 +117,8 @@ def _subtitle(recipe: dict[str, Any]) -> str:
     return "  ·  ".join(str(part) for part in parts if part)
 
 
-def _verdict(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
-    """("good" all equal | "bad" they differ | "open" not known) and the sentence on top of the page.
-
-    In the native format nothing is exported: the merged model is what ships.
-    """
-    export = recipe.get("export")
-    native = isinstance(export, dict) and export.get("format") == "native"
-    shipped = [stage for stage in SHIPPED if not (native and stage == "exported")]
-    try:
-        rows = run.evaluation()
-    except NotShown:
-        return (
-            "open",
-            "Not shown: the evaluation did not run, so trained, merged and exported are not compared.",
-        )
-    found = {stage: rows.get(stage, {}).get("perplexity") for stage in shipped}
-    printed = {stage: number(value, DIGITS) for stage, value in found.items() if is_number(value)}
-    if len(set(printed.values())) > 1:
-        listed = ", ".join(f"{stage} {value}" for stage, value in printed.items())
-        return "bad", f"What ships is not what was trained: the perplexities differ ({listed})."
-    if missing := [stage for stage in shipped if stage not in printed]:
-        return "open", f"Not shown: no perplexity of the {' and the '.join(missing)} model to compare with."
-    return "good", f"What was trained is what ships: {' = '.join(shipped)} perplexity = {printed['trained']}."
-
-
-AS_IT_CAME = "as it came, quantized"
-
-
-def _reference(run: RunFiles) -> str:
-    """What the row "base" is: the full-precision model, or a checkpoint that came quantized."""
-    quant = run.recipe().get("quant")
-    came = isinstance(quant, dict) and quant.get("calibrate") == "from_checkpoint"
-    return AS_IT_CAME if came else STAGES["base"]
-
-
-def _headline(run: RunFiles) -> list[tuple[str, str]]:
-    """The few numbers a reader wants first; each is left out where its file is."""
-    facts = []
-    try:
-        rows = run.evaluation()
-        for stage, label in (
-            ("base", _reference(run)),
-            ("quantized", "quantized only"),
-            ("exported", "shipped"),
-        ):
-            if is_number(perplexity := rows.get(stage, {}).get("perplexity")):
-                facts.append((f"{label}, perplexity", number(perplexity, 3)))
-    except NotShown:
-        facts.clear()
-    try:
-        rows = run.rows("stages.json", "")
-        facts.append(("total time", duration(sum(values(rows, "seconds")))))
-        if peaks := values(rows, "peak_memory_gb"):
-            facts.append(("peak memory", f"{max(peaks):.2f} GB"))
-    except NotShown:
-        return facts
-    return facts
-
-
 # The sections: each returns HTML or raises NotShown. report_plots is imported where it draws, because
 # matplotlib takes a second to load and keeps a font cache in the user's home.
-
-
-def _result(run: RunFiles) -> str:
-    rows = run.evaluation()
-    data = run.json("evaluation.json", "", dict)
-    base = rows.get("base", {}).get("perplexity")
-    reference = _reference(run)
-    lines = []
-    for stage, row in rows.items():
-        perplexity = row.get("perplexity")
-        change = "–"  # of the reference itself too
-        if stage != "base" and is_number(perplexity) and is_number(base) and base > 0:
-            change = f"{100 * (perplexity / base - 1):+.2f} %"
-        loss, kl = number(row.get("loss"), DIGITS), number(row.get("kl"), 5)
-        name = reference if stage == "base" else STAGES.get(stage, stage)
-        lines.append([name, number(perplexity, DIGITS), change, loss, kl])
-    text = (
-        "Perplexity is e to the mean loss per target token. KL is the mean divergence from the model "
-        f"{reference}, in nats per token."
-        if reference == AS_IT_CAME
-        else "Perplexity is e to the mean loss per target token. KL is the mean divergence from the "
-        "full-precision model, in nats per token."
-    )
-    if is_number(data.get("windows")) and is_number(data.get("window")):
-        text = f"On {number(data['windows'])} windows of {number(data['window'])} tokens. {text}"
-    return table(["model", "perplexity", f"against {reference}", "loss", "KL"], lines) + note(text)
 
 
 def _training(run: RunFiles) -> str:
@@ -372,7 +287,7 @@ def _environment(run: RunFiles) -> str:
 
 
 SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
-    ("result", "Result", _result),
+    ("result", "Result", result_section),
     ("tasks", "Tasks", tasks_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("training", "Training", _training),

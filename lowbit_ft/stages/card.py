@@ -25,6 +25,8 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         recipe.to_card(),
         None if kv_cache is None else kv_cache.config(turned_keys(session)),
         recipe.data.chat_template_kwargs,
+        pipeline=recipe.task.pipeline,
+        auto=recipe.task.auto,
     )
 
 

@@ -1,30 +1,27 @@
 """data: which rows a run looks at, and in which batches: to train, for the validation loss, the table, gptq.
 
-Here and not in data/: they ask the model whether it keeps packed segments apart and the session for its
-dtype, its process and its tokenizer, and have a word with the user.
+What a row becomes, and a batch of them, the task says (tasks/); here it is given what the session knows.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.batches import Batches, keeps_segments_apart
+from ..data import chosen
+from ..data.batches import Batches
 from ..data.chat import ChatTemplate
-from ..data.examples import load_examples
 from ..data.formats import FORMATS
 from ..data.mix import sources_of
 from ..data.windows import Examples
 from ..export import EXPORTERS
-from ..model.attention import why_not
 from ..model.grown import GrownCheckpoint
 from ..model.walk import Batch
 from ..quantize import rows as calibrating
 from ..recipe.sections.data import DataSource
 from ..session import Session
-from ..train.processes import rank, world
+from ..tasks.base import Dense, Measure
+from .models import stage_model
 from .synthesis import rows_key, train_source, valid_source
-
-LONG = 8192  # tokens of a window from which on a mask of length x length is worth a word (67 MB)
 
 
 def read_data(session: Session) -> Examples:
@@ -32,7 +29,7 @@ def read_data(session: Session) -> Examples:
     before it.
     """
     recipe = session.recipe
-    examples = load_examples(
+    examples = recipe.task.examples(
         train_source(session), recipe.data, session.tokenizer, seed=recipe.train.seed, rows=session.rows
     )
     session.say(f"data: {examples.report}")
@@ -43,7 +40,7 @@ def read_data(session: Session) -> Examples:
                 f"warning: {len(unseen)} of {len(grown.new.ids)} new tokens are in no row ({names}); "
                 "the model learns not to write them, and nothing else of them"
             )
-    if warning := unstopped(session):
+    if recipe.task.language and (warning := unstopped(session)):
         session.say(f"note: {warning}")
     if (valid := valid_examples(session)) is not None:
         session.say(f"valid: {valid.report}")
@@ -60,23 +57,10 @@ def batches(
     alone: bool = False,
     taught: bool = False,
 ) -> Batches:
-    """Micro-batches for this process (alone: the only one; taught: with what a teacher has to know), with
-    an explicit mask where the model does not keep packed segments apart by itself."""
-    apart = not (reason := why_not(model)) or keeps_segments_apart(model, size)
-    length = session.recipe.data.sequence_len
-    if shuffle and reason and length >= LONG and session.recipe.model.attention in ("sdpa", "eager"):
-        session.say(f"note: attention holds masks of {length} x {length}: {reason}")
-    return Batches(
-        examples,
-        size,
-        session.pad_id,
-        session.recipe.train.seed,
-        rank=0 if alone else rank(),
-        world=1 if alone else world(),
-        shuffle=shuffle,
-        mask_dtype=None if apart else session.dtype,
-        taught=taught,
-    )
+    """Micro-batches for this process (alone: the only one; taught: with what a teacher has to know)."""
+    feed = session.feed.alone if alone else session.feed
+    task = session.recipe.task
+    return task.batches(feed, model, examples, size, shuffle=shuffle, taught=taught)
 
 
 def unstopped(session: Session) -> str | None:
@@ -112,7 +96,7 @@ def valid_examples(session: Session) -> Examples | None:
     if source is None:
         return None
     section = session.recipe.data.model_copy(update={"streaming": False})
-    return load_examples(source, section, session.tokenizer, rows=session.rows)
+    return session.recipe.task.examples(source, section, session.tokenizer, rows=session.rows)
 
 
 def valid_batches(session: Session, model: Any, *, taught: bool = False) -> Batches | None:
@@ -121,15 +105,18 @@ def valid_batches(session: Session, model: Any, *, taught: bool = False) -> Batc
     return None if examples is None else batches(session, model, examples, size, shuffle=False, taught=taught)
 
 
-def eval_batches(session: Session, model: Any) -> list[Batch]:
-    """The windows of the table: eval.data, or the validation rows, or the training rows; the first
-    eval.windows of eval.window tokens.
-    """
+def measure_of(session: Session, model: Any) -> Measure:
+    """What the rows of the table are measured on: eval.data, or the validation rows, or the training rows."""
     recipe = session.recipe
     source = recipe.eval.data or valid_source(session) or train_source(session)
-    chosen = first_windows(session, source, recipe.eval.windows, {"sequence_len": recipe.eval.window})
-    size = max(1, min(len(chosen), 4096 // recipe.eval.window))
-    return list(batches(session, model, chosen, size, shuffle=False, alone=True).one_epoch())
+    dense = Dense(
+        session.checkpoint,
+        recipe.model.attention,
+        session.device,
+        session.dtype,
+        lambda: stage_model(session, "base"),
+    )
+    return recipe.task.measure(session.feed, source, model, dense, session.rows)
 
 
 def calibration_batches(session: Session) -> list[Batch]:
@@ -139,9 +126,9 @@ def calibration_batches(session: Session) -> list[Batch]:
 
 
 def calibration_windows(session: Session, samples: int, sequence_len: int, size: int) -> list[Batch]:
-    """Batches of `size` token windows from quant.calibration.path or the training rows (quantize/rows.py)."""
+    """Batches of `size` examples from quant.calibration.path or the training rows."""
     recipe, path = session.recipe, session.recipe.quant.calibration.path
-    return calibrating.calibration_windows(
+    return recipe.task.calibration(
         train_source(session) if path is None else _calibration_source(session, path),
         recipe.data,
         session.tokenizer,
@@ -161,6 +148,8 @@ def calibration_key(session: Session) -> list[Any]:
 
 
 def _calibration_source(session: Session, path: str) -> DataSource:
+    if not session.recipe.task.windows:
+        return DataSource(path=path)
     formats = {source.format for source in sources_of(session.recipe.data.train)}
     if len(formats) > 1:  # of which it may be any: its columns say
         return DataSource(path=path, format=calibrating.format_by_columns(path))
@@ -174,4 +163,4 @@ def first_windows(
     """The first `count` windows (None: all) of one source, or of several in turn, read only as far as
     needed."""
     section = session.recipe.data.model_copy(update={**changes, "streaming": True})
-    return calibrating.first_windows(source, section, session.tokenizer, session.rows, count)
+    return chosen.first_windows(source, section, session.tokenizer, session.rows, count)

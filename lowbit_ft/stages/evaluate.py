@@ -5,14 +5,13 @@ from typing import Any
 
 from ..adapters.attach import adapters_off
 from ..evaluate.generate import generate
-from ..evaluate.perplexity import EvalRow, Reference, evaluate, table
+from ..evaluate.perplexity import EvalRow, table
 from ..export.folder import read_manifest, replace_file
-from ..model.attention import why_not
 from ..model.linear import packed_op_only
-from ..model.walk import Batch
 from ..session import Session
+from ..tasks.base import Measure
 from .card import card
-from .data import eval_batches
+from .data import measure_of
 from .models import stage_model
 
 
@@ -21,8 +20,7 @@ class Measured:
     """The rows so far, with what the next ones are measured on."""
 
     rows: list[EvalRow] = field(default_factory=list)
-    data: list[Batch] = field(default_factory=list)
-    reference: Reference | None = None
+    measure: Measure | None = None
 
 
 def measure_trained(session: Session, model: Any) -> Measured:
@@ -30,22 +28,12 @@ def measure_trained(session: Session, model: Any) -> Measured:
     recipe, done = session.recipe, Measured()
     with session.run.stage("evaluate", session.device):
         if recipe.eval.perplexity:
-            done.data = eval_batches(session, model)
-            windows = sum(len(b["labels"]) for b in done.data)
-            session.say(f"evaluate: {windows:,} windows of {recipe.eval.window:,} tokens, every stage")
-            if recipe.eval.kl:
-                done.reference = Reference(
-                    session.checkpoint,
-                    done.data,
-                    attention=recipe.model.attention,
-                    device=session.device,
-                    dtype=session.dtype,
-                    segments=not why_not(model),
-                )
-                done.rows.append(done.reference.row())
+            done.measure = measure = measure_of(session, model)
+            session.say(f"evaluate: {measure.count:,} {measure.unit}, every stage")
+            done.rows += measure.reference()
             with adapters_off(model):
-                done.rows.append(evaluate(model, done.data, "quantized", done.reference))
-            done.rows.append(evaluate(model, done.data, "trained", done.reference))
+                done.rows.append(measure.row(model, "quantized"))
+            done.rows.append(measure.row(model, "trained"))
             session.check_files()
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
@@ -65,7 +53,7 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     cards.
     """
     recipe, run_dir = session.recipe, session.run
-    if not done.data:
+    if done.measure is None:
         return []
     folders = {"merged": "native"}
     if (run_dir / "exported").is_dir() and recipe.export.format != "native":
@@ -73,13 +61,13 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     with run_dir.stage("evaluate", session.device, resumable=True):
         for stage in folders:
             model = stage_model(session, stage)
-            done.rows.append(evaluate(model, done.data, stage, done.reference))
+            done.rows.append(done.measure.row(model, stage))
             del model
     run_dir.write_json(
         "evaluation.json",
         {
             "rows": [row.to_json() for row in done.rows],
-            "windows": sum(len(b["labels"]) for b in done.data),
+            "windows": done.measure.count,
             "window": recipe.eval.window,
         },
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..adapters import AdapterConfig
-from ..adapters.attach import attach, base_digest, load_adapter_state
+from ..adapters.attach import attach, base_digest, load_adapter_state, train_head
 from ..adapters.base import LowRankOptions
 from ..export import EXPORTERS
 from ..export.folder import check_files, read_manifest
@@ -18,6 +18,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.config import read_config
 from ..model.grown import GrownCheckpoint
 from ..model.load import load_model
+from ..model.purpose import head_parameters
 from ..quantize.quantize import quantize
 from ..recipe.sections.quant import QuantSection
 from ..segments import segments_in
@@ -110,9 +111,11 @@ def trained_model(session: Session) -> Any:
     config, state, digest = read_adapter(run_dir / "adapter")
     refuse_other_base(base_digest(model), digest, str(run_dir / "adapter"))
     # The start does not matter, every tensor is about to be replaced.
-    attach(
-        model, config.model_copy(update={"init": "zero"}) if "init" in type(config).model_fields else config
-    )
+    start = {"init": "zero"} if "init" in type(config).model_fields else {}
+    beside = {"modules_to_save": session.recipe.adapter.modules_to_save}  # without the head of the task
+    attach(model, config.model_copy(update={**start, **beside}))
+    if session.recipe.task.trains_head:
+        train_head(model, head_parameters(model))
     load_adapter_state(model, state)
     return model.eval()
 
@@ -143,7 +146,10 @@ def dense_device(session: Session, what: str) -> str:
     """Where a dense model fits: the session's device, else the CPU."""
     if session.device.type != "cuda":
         return str(session.device)
-    dense = sum(p.numel() for p in session.checkpoint.empty_model().parameters()) * session.dtype.itemsize
+    dense = (
+        sum(p.numel() for p in session.checkpoint.empty_model(session.recipe.model.attention).parameters())
+        * session.dtype.itemsize
+    )
     free = torch.cuda.mem_get_info(session.device)[0]
     if dense * 1.15 < free:
         return str(session.device)

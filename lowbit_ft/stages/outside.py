@@ -35,6 +35,7 @@ from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
 from ..model.chat_template import defaults
 from ..model.linear import deployed
+from ..model.purpose import AUTO
 from ..model.shipped import Trained, as_shipped, trained_tensors
 from ..names import matches
 from .export import set_aside
@@ -77,6 +78,8 @@ def export_outside(
         raise ValueError(f"{folder}: is in the native format already; use it as it is")
     checkpoint = model.checkpoint
     _refuse_inside(target, folder, checkpoint.folder)
+    purpose = checkpoint.purpose
+    told = {} if purpose is None else {"pipeline": AUTO[purpose.auto], "auto": purpose.auto}
     facts = CardFacts(
         folder.resolve().name,
         checkpoint.base,
@@ -86,6 +89,7 @@ def export_outside(
         None,
         checkpoint.kv_cache,
         _told(checkpoint.folder / TEXT),
+        **told,
     )
     card = {"README.md": model_card(facts, name, [])}
     shipped = as_shipped(checkpoint, model.dense)

@@ -136,6 +136,8 @@ def base_key(session: Session) -> str:
         "files": session.checkpoint.revision or session.checkpoint.fingerprint(),
         "text": calibration_key(session) if quant.reads_rows else None,
     }
+    if session.checkpoint.purpose is not None:  # its head and its labels lie in base/ too
+        facts["task"] = [session.recipe.task.model_dump(mode="json"), session.checkpoint.purpose.seed]
     if quant.activations is not None:
         facts["activations"] = activations_key(session)
     if quant.kv_cache is not None:

@@ -3,21 +3,23 @@ written.
 """
 
 import gc
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from .. import merge as merging
-from ..adapters.attach import adapter_state, attach, base_digest, begin_step
+from ..adapters.attach import adapter_state, attach, base_digest, begin_step, train_head
 from ..adapters.lora_start import read_lora, start_from_lora
 from ..adapters.rates import rate_for
 from ..adapters.reach import reach
 from ..data.windows import Examples
 from ..export import EXPORTERS
 from ..export.writer import check_writable
-from ..integrations.adapter_files import write_adapter
+from ..integrations.adapter_files import Head, write_adapter
 from ..model.fused import fusions_in
+from ..model.purpose import head_parameters, head_parts
 from ..model.shards import is_sharded, whole
 from ..rotations import FoldedCheckpoint
 from ..session import Session
@@ -61,7 +63,9 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     if not run_dir.main:
         return None
     session.check_files()
-    write_adapter(run_dir / "adapter", state, adapter_of(session), digest, run_dir / "base")
+    write_adapter(
+        run_dir / "adapter", state, adapter_of(session), digest, run_dir / "base", _head(session, model)
+    )
     run_dir.made("adapter")
     if not session.splits_base:
         return model
@@ -101,6 +105,7 @@ def optimize(
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
             after_step=session.check_files,
             lesson=lesson,
+            goal=recipe.task.goal,
             console=session.console,
         )
     if result.stopped:
@@ -118,6 +123,13 @@ def attach_adapters(session: Session, model: Any) -> None:
     torch.manual_seed(recipe.train.seed)
     session.folded.take_apart(fusions_in(model))
     rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
+    if recipe.task.trains_head:
+        rows = replace(rows, rows=[*rows.rows, *train_head(model, head_parameters(model))])
+    if drawn := session.checkpoint.drawn:
+        session.say(
+            f"head: drawn by train.seed, for the checkpoint has none of it ({', '.join(drawn)}); so it is "
+            "measured in the table before training"
+        )
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)
     if folder := getattr(recipe.adapter, "init_from", None):
@@ -126,6 +138,13 @@ def attach_adapters(session: Session, model: Any) -> None:
         started = start_from_lora(model, config, read_lora(folder), turned)
         run_dir.write_json("lora_start.json", started.to_json())
         session.say(started)
+
+
+def _head(session: Session, model: Any) -> Head:
+    """What the adapter folder says of the model beside the packed layers."""
+    task = session.recipe.task
+    modules = [part for part in head_parts(model)] if task.trains_head else []
+    return Head(task.peft, task.auto, modules)
 
 
 def warn_of_rate(session: Session, model: Any, examples: Examples) -> None:

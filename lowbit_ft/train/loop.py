@@ -37,6 +37,7 @@ from torch import nn
 from ..adapters.carry import Carried, carry_rows
 from ..model.linear import packed_op_only
 from ..signals import Lesson
+from .goal import NEXT_TOKENS, Goal
 from .log import TrainLog
 from .losses import LABELS
 from .memory import peak_gb
@@ -81,6 +82,7 @@ def train(
     after_step: Callable[[], None] | None = None,
     choose_after: int = 0,
     lesson: Lesson = LABELS,
+    goal: Goal = NEXT_TOKENS,
     console: Console | None = None,
 ) -> TrainResult:
     """Train `model` in place by a TrainSection; checkpoints and metrics.jsonl go to `run_dir`.
@@ -94,9 +96,12 @@ def train(
     choose_after: steps of a warm-up that trains another model than the one that ships (l4q's warmup_steps):
     evaluations up to that step never become the best, the scale group waits until then, and the run must be
     longer. lesson: what the loss is made of (signals/); with a teacher, what it says of itself belongs to the
-    checkpoint. Raises TrainError, or ValueError from the section's names.
+    checkpoint. goal: how a batch becomes a loss (goal.py). Raises TrainError, or ValueError from the
+    section's names.
     """
-    run = Run(model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after, lesson)
+    run = Run(
+        model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after, lesson, goal
+    )
     run.after_step = after_step
     try:
         run.start(resume, on_step)

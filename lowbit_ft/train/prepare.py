@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..adapters.attach import keep_codes
-from ..model.attention import segment_attention
 from ..model.mlp_chunks import cut_mlps
 from ..model.shards import is_sharded
 from ..model.walk import decoder_layers
 from ..signals import Lesson
 from .compiling import compile_layers
-from .losses import LABELS, chunked_head, loss_forward
+from .goal import NEXT_TOKENS, Goal
+from .losses import LABELS
 from .neftune import EmbeddingNoise
 from .offload import Offload, open_store
 from .processes import world
@@ -38,12 +38,18 @@ class Prepared:
     """
 
     def __init__(
-        self, model: Any, section: Any, accelerator: Accelerator, run_dir: Path, lesson: Lesson = LABELS
+        self,
+        model: Any,
+        section: Any,
+        accelerator: Accelerator,
+        run_dir: Path,
+        lesson: Lesson = LABELS,
+        goal: Goal = NEXT_TOKENS,
     ) -> None:
         self.model, self.section, self.accelerator = model, section, accelerator
         sharded = is_sharded(model)
         with ExitStack() as changes:
-            changes.enter_context(segment_attention(model))
+            changes.enter_context(goal.attention(model))
             if section.mlp_chunk is not None:
                 changes.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
             self.offload = None
@@ -58,10 +64,7 @@ class Prepared:
                 changes.callback(self.noise.remove)
             keep_codes(model, section.keep_codes)
             changes.callback(keep_codes, model, False)
-            student = chunked_head(model)
-            if lesson.teacher is not None:
-                changes.enter_context(lesson.teacher.begin(student))
-            loss = loss_forward(model, section.loss, lesson, student)
+            loss = goal.forward(model, section, lesson, changes)
             self.restored = changes.pop_all()  # nothing was refused: undone by release()
         self.own_forward = vars(model).get("forward")
         model.forward = MethodType(loss, model)

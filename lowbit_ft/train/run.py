@@ -21,13 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from ..adapters.attach import resize, settle
 from ..gradients import BackpropConfig
-from ..model.attention import segment_inputs
 from ..model.shards import is_sharded, part_like, whole
 from ..model.upload import upload
 from ..signals import Lesson
-from ..signals.base import TAUGHT
 from .checkpoint import Checkpoints, Saved, rng_state, saved_tensors, set_rng_state
-from .losses import LABELS, Targets, everywhere, measure_of, part_counts
+from .goal import NEXT_TOKENS, Goal
+from .losses import LABELS
 from .optim import build_optimizer, load_optimizer_state, optimizer_state
 from .prepare import Prepared
 from .processes import world
@@ -41,8 +40,6 @@ from .setup import (
     total_steps,
 )
 from .window import GRADIENT, RNG, gradient_of, split_state
-
-BESIDE = ("labels", *TAUGHT)  # of a batch, what no model is given
 
 
 class Run:
@@ -59,8 +56,9 @@ class Run:
         accelerator: Accelerator | None,
         choose_after: int = 0,
         lesson: Lesson = LABELS,
+        goal: Goal = NEXT_TOKENS,
     ) -> None:
-        self.lesson = lesson
+        self.lesson, self.goal = lesson, goal
         self.sharded = is_sharded(model)
         refuse(section, model, valid, self.sharded)
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
@@ -92,7 +90,7 @@ class Run:
         weights = torch.tensor(lesson.weights, dtype=torch.float64)
         self.weights = upload(weights, self.accelerator.device)
         self.gradient = gradient_of(section, model, self.names, self.total)
-        self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson)
+        self.prepared = Prepared(model, section, self.accelerator, run_dir, lesson, goal)
         self.wrapped: Any = self.prepared.wrapped
         self.optimizer: Any = self.accelerator.prepare_optimizer(self.raw_optimizer)
 
@@ -179,22 +177,13 @@ class Run:
             self.prepared.noise.at(self.now.step, micro)
         # Measuring goes not through DDP's wrapper: processes may have unequal shares.
         model = self.model if measured else self.wrapped
-        # Lengths of segments and places of targets are read here, on the CPU: the device is not asked for
-        # them.
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k not in BESIDE} | segment_inputs(
-            self.model, batch.get("position_ids")
-        )
-        device = self.accelerator.device
-        inputs = {k: upload(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        lesson = measure_of(self.lesson) if measured else self.lesson
-        every = everywhere(batch) if any(p.on == "all" for p in lesson.parts.values()) else None
-        labels = lesson.signal.labels(batch)
+        asked = self.goal.asked(self.model, self.lesson, batch, self.accelerator.device, measured)
         # the model's forward is the loss since __init__
-        return model(**inputs, labels=Targets(labels, device, every, batch, measured))
+        return model(**asked)
 
     def counts(self, micro: list[dict[str, Tensor]]) -> Tensor:
         """How many positions each part of the loss counts in the micro-batches of all processes [parts]."""
-        counts = torch.stack([part_counts(self.lesson, batch) for batch in micro]).sum(0)
+        counts = torch.stack([self.goal.counts(self.lesson, batch) for batch in micro]).sum(0)
         return self.over_processes(counts)
 
     def drop_idle_gradients(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.upload import upload
 from .log import TrainLog
-from .losses import measure_of, part_counts
+from .losses import measure_of
 from .setup import StopSignal, TrainError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def evaluate(run: Run, log: TrainLog, stop: StopSignal) -> None:
         if stop.requested and run.accelerator.num_processes == 1:
             break  # several processes would have to agree on the batch, so they finish instead
         total += run.loss(batch, measured=True)
-        goals += part_counts(lesson, batch)
+        goals += run.goal.counts(lesson, batch)
     else:
         numbers = run.sum(*total, *goals)
         sums, counts = numbers[: len(goals)], numbers[len(goals) :]

@@ -37,6 +37,7 @@ def test_an_export_that_fails_verification_does_not_stay(
         run=RunDir(tmp_path),
         checkpoint=checkpoint,
         folded=checkpoint,
+        as_shipped=checkpoint,
         recipe=recipe(tmp_path / "no"),
         device=torch.device("cpu"),
         say=print,

@@ -107,7 +107,7 @@ def check_chat(r: Any) -> Problems:
         )
     sources = sources_at(("data", "train"), r.data.train) + sources_at(("data", "valid"), r.data.valid)
     for where, source in sources:
-        if FORMATS[source.format].needs_template:
+        if source.format is not None and FORMATS[source.format].needs_template:
             others = listed(name for name, kind in FORMATS.items() if not kind.needs_template)
             message = f"got {source.format!r}, but {r.model.path} has no chat template; allowed: {others}"
             yield Problem((*where, "format"), f"{message}; or {fix}")

@@ -31,8 +31,9 @@ class DataSource(Section):
     path: str = Field(
         min_length=1, description="file, glob, folder (jsonl, json, parquet, csv, txt) or hub id"
     )
-    format: Annotated[str, OneOf(FORMATS)] = Field(
-        description="chat: messages; completion: prompt and completion"
+    format: Annotated[str, OneOf(FORMATS)] | None = Field(
+        default=None,
+        description="chat: messages; completion: prompt and completion; none where the task names columns",
     )
     split: str = Field(
         default="train",
@@ -140,7 +141,10 @@ class DataSection(Section):
             weights = weights_of(sources)
             shares = [""] * len(sources) if weights is None else [f", weight {w:g}" for w in weights]
             until = "" if weights is None else f", mixed to {self.stopping_strategy}"
-            told = (f"{s.path} ({s.format}{share})" for s, share in zip(sources, shares, strict=True))
+            kinds = [s.format or "columns of the task" for s in sources]
+            told = (
+                f"{s.path} ({kind}{share})" for s, kind, share in zip(sources, kinds, shares, strict=True)
+            )
             return " and ".join(told) + until
         return (
             f"rows that the model writes ({self.synthesis.kind})" if self.synthesis is not None else "no rows"
@@ -242,7 +246,7 @@ def check_lengths(r: Any) -> Problems:
     limit = shapes.number(*POSITIONS) if shapes else None
     if limit is None:
         return
-    pairs = any(FORMATS[source.format].pairs for source in sources_of(r.data.train))
+    pairs = any(FORMATS[s.format].pairs for s in sources_of(r.data.train) if s.format is not None)
     length = r.data.sequence_len // 2 if pairs else r.data.sequence_len  # of a text
     windows: list[tuple[KeyPath, int]] = [(("data", "sequence_len"), length)]
     if hasattr(r, "eval"):

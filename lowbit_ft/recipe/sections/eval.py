@@ -20,7 +20,9 @@ class EvalSection(Section):
         default=True, description="perplexity of base, quantized, trained, merged, exported"
     )
     data: DataSource | None = Field(default=None, description="rows to measure on; null: data.valid")
-    windows: Count | None = Field(default=64, description="windows measured; null: all")
+    windows: Count | None = Field(
+        default=64, description="windows (of a task with rows: rows, all of them) measured; null: all"
+    )
     window: Annotated[int, Field(ge=8)] = Field(default=256, description="tokens per window")
     kl: bool = Field(
         default=True,

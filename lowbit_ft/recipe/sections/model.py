@@ -109,7 +109,8 @@ def check_model(r: Any) -> Problems:
         incoming = read_shapes(folder).incoming
         if incoming is not None:
             incoming.refuse_order()
-        Checkpoint.open(folder).refuse_strangers()
+        purpose = r.task.purpose(0) if hasattr(r, "task") else None
+        Checkpoint.open(folder, purpose=purpose).refuse_strangers()
     except (OSError, ValueError) as error:
         yield Problem(here, f"got {path!r}: {error}")
 
@@ -143,7 +144,7 @@ def check_tokens(r: Any) -> Problems:
         return
     sources = sources_at(("data", "train"), r.data.train) if beyond and hasattr(r, "data") else []
     for where, train in sources:
-        if not path_is(Path(train.path).expanduser(), "any"):
+        if train.format is None or not path_is(Path(train.path).expanduser(), "any"):
             continue
         section = r.data.model_copy(update={"packing": False, "streaming": True})
         try:

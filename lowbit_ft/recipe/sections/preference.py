@@ -28,7 +28,7 @@ def check_preference(r: Any) -> Problems:
         )
     sources = sources_at(("data", "train"), data.train) + sources_at(("data", "valid"), data.valid)
     for where, source in sources:
-        if FORMATS[source.format].pairs == pairs:
+        if source.format is None or FORMATS[source.format].pairs == pairs:
             continue
         way_out = (
             f"train.signal.kind: {kind} learns from pairs; set format: {PAIRS} (columns prompt, chosen, "

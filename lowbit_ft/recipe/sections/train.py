@@ -50,7 +50,9 @@ class TrainSection(Section):
         default=None, description="of scales, magnitudes and offsets; null: learning_rate"
     )
     modules_learning_rate: Positive = Field(
-        default=1e-4, description="of the dense modules of adapter.modules_to_save, which train whole"
+        default=1e-4,
+        description="of the dense modules of adapter.modules_to_save, which train whole; left out, the head "
+        "of a task takes learning_rate",
     )
     reconstruct: ReconstructSection | None = Field(
         default=None,

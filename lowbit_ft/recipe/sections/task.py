@@ -1,0 +1,119 @@
+"""task: what the model is for, and which other keys mean something beside it.
+
+A task that is no language model has neither chats nor prompts, nothing that writes or compares tokens, and
+no key-value cache. What is said here is refused by name, with the way out, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...data.formats import FORMATS
+from ...data.mix import sources_of
+from ...export import EXPORTERS
+from ...files.tensorfile import CheckpointError
+from ...model.config import load_config
+from ...names import listed
+from ...tasks import scores
+from ...tasks.labelled import Labelled
+from ..layers import local_folder
+from ..yaml import KeyPath, Problem
+from .base import Problems
+from .data import sources_at
+
+
+def check_formats(r: Any) -> Problems:
+    """Windows of text are made by a format; rows with answers have their columns named by the task."""
+    task = r.task
+    places: list[tuple[KeyPath, Any]] = [
+        *sources_at(("data", "train"), r.data.train),
+        *sources_at(("data", "valid"), r.data.valid),
+    ]
+    if hasattr(r, "eval"):
+        places += [(("eval", "data"), one) for one in sources_of(r.eval.data)]
+    for where, source in places:
+        if task.windows and source.format is None:
+            yield Problem((*where, "format"), f"missing; add `format: ...` ({listed(FORMATS)})")
+        if not task.windows and source.format is not None:
+            yield Problem(
+                (*where, "format"),
+                f"got {source.format!r} with task: {task.kind}, whose keys name the columns; remove it",
+            )
+
+
+def check_task(r: Any) -> Problems:
+    """What a task that is no language model does not go with."""
+    if r.task.language:
+        return
+    kind = r.task.kind
+    for path, got, why in _strange(r):
+        yield Problem(path, f"got {got!r} with task: {kind}: {why}")
+    folder = local_folder(r.model.path, r.model.revision)
+    if folder is not None and _pads(folder) is None:
+        yield Problem(
+            ("model", "path"),
+            f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
+            "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
+        )
+    if isinstance(r.task, Labelled) and r.eval.perplexity and (reason := scores.missing()):
+        yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
+    if r.task.trains_head and r.model.dtype != "float32":
+        yield Problem(
+            ("model", "dtype"),
+            f"got {r.model.dtype!r}, and the head of task: {kind} trains and ships in fp32; set float32 "
+            "(train.mixed_precision: bf16 computes in 16 bits), or task.train_head: false",
+        )
+
+
+def _pads(folder: Path) -> Any:
+    """The padding token of a checkpoint; False where its config.json cannot be read: check_model tells."""
+    try:
+        return getattr(load_config(folder), "pad_token_id", None)
+    except CheckpointError:
+        return False
+
+
+def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
+    """(key, its value, what to do) of the keys that only a language model reads."""
+    quant, data, train, ev = r.quant, r.data, r.train, r.eval
+    language = "it is for language models"
+    if quant.rotation.kind != "none":
+        yield ("quant", "rotation", "kind"), quant.rotation.kind, "folds are known of decoders; set none"
+    if quant.smooth is not None:
+        yield ("quant", "smooth"), quant.smooth, "folds are known of decoders; set null"
+    if quant.kv_cache is not None:
+        yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
+    if quant.embeddings is not None and r.task.windows:
+        yield ("quant", "embeddings"), quant.embeddings, "they are its decoder too; set null"
+    if data.synthesis is not None:
+        yield ("data", "synthesis"), data.synthesis.kind, "rows with answers cannot be written; remove it"
+    if data.streaming:
+        yield ("data", "streaming"), True, "its rows are held in memory; set false"
+    if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
+        yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
+    if train.signal.kind != "labels":
+        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels"
+    if train.loss != "chunked":
+        yield ("train", "loss"), train.loss, f"{language}; set chunked"
+    if train.reconstruct is not None:
+        yield ("train", "reconstruct"), "a fit", f"{language}; remove it"
+    if train.sharding != "none":
+        yield ("train", "sharding"), train.sharding, "its model is not cut over processes; set none"
+    if train.offload != "no":
+        yield ("train", "offload"), train.offload, f"{language}; set no"
+    if train.mlp_chunk is not None:
+        yield ("train", "mlp_chunk"), train.mlp_chunk, f"{language}; set null"
+    if train.compile:
+        yield ("train", "compile"), True, "batches of changing lengths are compiled anew each; set false"
+    if train.neftune_alpha is not None:
+        yield ("train", "neftune_alpha"), train.neftune_alpha, f"{language}; set null"
+    if getattr(r.adapter, "segments", "none") != "none":
+        yield ("adapter", "segments"), r.adapter.segments, f"{language}; set none"
+    if ev.tasks:
+        yield ("eval", "tasks"), ev.tasks[0], "lm-eval measures language models; remove it"
+    if ev.generate:
+        yield ("eval", "generate"), "prompts", "it writes no text; remove them"
+    if (why := EXPORTERS[r.export.format].language_only) is not None:
+        yield ("export", "format"), r.export.format, f"{why}; set native, or compressed-tensors"

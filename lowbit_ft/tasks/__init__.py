@@ -1,0 +1,32 @@
+"""task: what the model is for. TASKS is the list.
+
+Acts wherever a stage would otherwise assume a language model: which class transformers builds, what a row
+becomes, what the loss is a sum over, what is measured. It may touch nothing of the weights: grids, adapters,
+the merge and the exporters are the same for all.
+
+    base.py       the contract, and the keys that all tasks share
+    causal_lm.py  a language model: windows of tokens, signals, perplexity
+    rows.py       rows with answers: read, encoded, counted      batches.py  padded batches of them
+    labelled.py   what the tasks with such rows share: the goal of training, the table, the head
+    labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
+
+A kind is a config class; its keys are the section `task` of a recipe, and `task: <kind>` is one without keys.
+To add one: a subclass of Labelled (or of Task), and a line in TASKS.
+"""
+
+from .base import Task
+from .causal_lm import CausalLM
+from .masked_lm import MaskedLM
+from .sequence_classification import SequenceClassification
+from .token_classification import TokenClassification
+
+USUAL = "causal_lm"
+
+TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
+}
+
+__all__ = ["TASKS", "USUAL", "Task"]

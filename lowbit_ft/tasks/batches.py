@@ -1,0 +1,54 @@
+"""Padded batches of encoded rows, in the fixed, resumable order of data/batches.py.
+
+Padding is on the right, masked by attention_mask (zeros), and no answer stands there. A batch is as long as
+its longest row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batches
+from ..data.windows import IGNORE
+from .rows import Encoded
+
+PADS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}  # beside input_ids
+
+
+class RowBatches(Batches):
+    """Over Rows. taken: the names of what the model takes; all else but `answers` stays out."""
+
+    def __init__(self, *args: Any, taken: frozenset[str], **options: Any):
+        super().__init__(*args, **options)
+        self.taken = taken
+
+    def _collate(self, windows: Sequence[Any], numbers: Sequence[int]) -> dict[str, Tensor]:
+        return pad(windows, self.pad_id, self.taken)
+
+
+def pad(rows: Sequence[Encoded], pad_id: int, taken: frozenset[str]) -> dict[str, Tensor]:
+    """Encoded rows -> int64 [B, L] of each list of integers, L the longest; of answers that are one to a row
+    [B], and [B, C] in fp32 of lists of floats."""
+    length = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, Tensor] = {}
+    for name in rows[0]:
+        if name not in taken:
+            continue
+        values = [row[name] for row in rows]
+        if not isinstance(values[0], list) or isinstance(values[0][0], float):  # one answer to a row
+            batch[name] = torch.tensor(values)
+            continue
+        filler = pad_id if name == "input_ids" else PADS[name]
+        batch[name] = torch.tensor([value + [filler] * (length - len(value)) for value in values])
+    return batch
+
+
+def taken_by(model: nn.Module, answers: Sequence[str]) -> frozenset[str]:
+    """The names of what a batch for this model holds: what its forward takes, and the answers."""
+    forward: Any = type(model).forward
+    return frozenset(inspect.signature(forward).parameters) | frozenset(answers)

@@ -1,0 +1,213 @@
+"""Labelled: what the tasks share whose batches hold their answers: the goal of training, the table, the head.
+
+    loss = sum over the answers of a batch / number of answers of the whole global batch
+
+A member says what its model is built for, what a row becomes, what the loss is, and what is measured; the
+head of its model trains whole, in fp32, beside the adapters of the packed layers (`train_head`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..data.batches import Batches
+from ..data.errors import DataError
+from ..data.mix import named
+from ..evaluate.perplexity import EvalRow
+from ..model.linear import packed_op_only
+from ..model.tokenizer import pad_id
+from ..model.upload import upload
+from ..model.walk import Batch
+from ..signals import Lesson
+from ..train.goal import Goal
+from .base import Dense, Feed, Measure, Task, inputs_of
+from .batches import RowBatches, taken_by
+from .rows import Encoder, Rows, read_encoded
+
+MEASURED_TOKENS = 4096  # of a batch that is measured
+
+
+class Labelled(Task):
+    """The contract of its members."""
+
+    windows: ClassVar[bool] = False
+    answers: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, what the model is not called with
+
+    train_head: bool = Field(
+        default=True, description="the head of the model trains, dense and whole, beside the adapters"
+    )
+
+    @property
+    def trains_head(self) -> bool:
+        return self.train_head
+
+    @property
+    def goal(self) -> Goal:
+        return Answered(self)
+
+    @abstractmethod
+    def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        """The sum of the losses over the answers of a batch, fp32, a scalar. outputs: of the model."""
+
+    @abstractmethod
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many answers a batch has, int64, a scalar."""
+
+    @abstractmethod
+    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+        """(right answers, the model's) of a batch, as `score` takes them."""
+
+    @abstractmethod
+    def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
+        """The measures of all answers, by name."""
+
+    def blank(self, windows: int, length: int) -> dict[str, Tensor]:
+        """Answers without data, of so many rows of so many tokens."""
+        raise AssertionError(f"{type(self).__name__} has no answers")
+
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        ids, mask = (torch.empty((windows, length), dtype=torch.int64) for _ in range(2))
+        outputs = model(input_ids=ids, attention_mask=mask)
+        return self.loss(outputs, self.blank(windows, length)) if loss else outputs
+
+    def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
+        """How rows are read."""
+        raise AssertionError(f"{type(self).__name__} reads no rows")
+
+    def examples(
+        self, source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None
+    ) -> Any:
+        return read_encoded(source, section, self.encoder(source, section, tokenizer), rows)
+
+    def batches(
+        self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
+    ) -> Batches:
+        assert not taught, "refused by the recipe"
+        return RowBatches(
+            examples,
+            size,
+            pad_id(feed.tokenizer),
+            feed.r.train.seed,
+            rank=feed.rank,
+            world=feed.world,
+            shuffle=shuffle,
+            taken=taken_by(model, self.answers),
+        )
+
+    def calibration(
+        self,
+        source: Any,
+        section: Any,
+        tokenizer: Any,
+        *,
+        rows: int | None,
+        seed: int,
+        samples: int,
+        sequence_len: int,
+        size: int,
+    ) -> list[Batch]:
+        """A seeded choice of the rows, padded: what their masks hide, nobody looks at."""
+        section = section.model_copy(update={"sequence_len": sequence_len})
+        pool = self.examples(source, section, tokenizer, rows=rows)
+        picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
+        if not picked:
+            raise DataError("no usable row to calibrate on", named(source))
+        chosen = Rows(pool[i] for i in sorted(picked))
+        taken = frozenset({"input_ids", "attention_mask"})
+        found = RowBatches(chosen, min(size, len(chosen)), pad_id(tokenizer), shuffle=False, taken=taken)
+        return list(found.one_epoch())
+
+    def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
+        """The first eval.windows rows (null: all), the longest first."""
+        r = feed.r
+        found = self.examples(source, r.data, feed.tokenizer, rows=rows)
+        return Answers(self, feed, self.first(found, r.eval.windows), model, dense)
+
+    def first(self, examples: Any, count: int | None) -> Any:
+        """The first `count` of them, in the order they are measured in."""
+        return Rows(examples[:count] if count is not None else examples[:], examples.report).by_length()
+
+
+class Answers(Measure):
+    """Loss and scores of a task."""
+
+    def __init__(self, task: Labelled, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
+        self.task, self.dense, self.count = task, dense, len(chosen)
+        self.unit = "windows" if task.windows else "rows"
+        size = max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
+        found = task.batches(feed.alone, model, chosen, size, shuffle=False)
+        self.data = list(found.one_epoch())
+
+    def reference(self) -> Iterator[EvalRow]:
+        yield self.row(self.dense.load(), "base")
+
+    @torch.no_grad()
+    def row(self, model: Any, stage: str) -> EvalRow:
+        device, training = model.device, model.training
+        model.eval()
+        total, count = 0.0, 0
+        true: list[Any] = []
+        said: list[Any] = []
+        with packed_op_only(model):
+            for batch in self.data:
+                moved = {name: value.to(device) for name, value in batch.items()}
+                outputs = model(**inputs_of(moved, self.task.answers), use_cache=False)
+                labels = {name: moved[name] for name in self.task.answers}
+                total += float(self.task.loss(outputs, labels))
+                count += int(self.task.count(batch))
+                right, own = self.task.said(outputs, labels)
+                true += right
+                said += own
+        model.train(training)
+        if not count:
+            raise ValueError("the evaluation data has no answers: nothing to measure (check eval.data)")
+        loss = total / count
+        perplexity = math.exp(min(loss, 700.0)) if self.task.windows else None
+        return EvalRow(stage, loss, perplexity, None, count, self.task.score(true, said))
+
+
+class Labels:
+    """The answers of a batch on the device; an object that wrappers of models leave as it is."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+
+class Answered(Goal):
+    """The goal of a task whose batches hold their answers; the loss has one part."""
+
+    def __init__(self, task: Labelled) -> None:
+        self.task = task
+
+    def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
+        return self.task.count(batch)[None]
+
+    def asked(
+        self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool
+    ) -> dict[str, Any]:
+        inputs = {k: upload(v, device) for k, v in inputs_of(batch, self.task.answers).items()}
+        return {**inputs, "labels": Labels({k: upload(batch[k], device) for k in self.task.answers})}
+
+    def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
+        plain = model.forward
+
+        def forward(_: nn.Module, *args: Any, labels: Labels | None = None, **inputs: Any) -> Any:
+            if labels is None:
+                return plain(*args, **inputs)
+            return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
+
+        return forward
+
+
+def numbered(values: Sequence[Any]) -> list[Any]:
+    """A tensor's or list's values as plain numbers."""
+    return values.tolist() if isinstance(values, Tensor) else list(values)

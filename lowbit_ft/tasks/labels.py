@@ -1,0 +1,86 @@
+"""The names of the labels: as the recipe gives them, as the checkpoint has them, or as the rows do.
+
+Rows say a label by its name or by its number. Names are kept in config.json (id2label, label2id), where
+everybody who loads the model finds them; numbers without names are LABEL_0, LABEL_1, ..., as transformers
+calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..data.errors import BadRow, DataError, kind
+from ..data.mix import named, sources_of
+from ..data.read import read_rows
+from ..names import did_you_mean, listed
+
+UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has looked yet
+MOST = 10_000  # labels; a column of more is something else
+
+
+def label_values(names: Sequence[str]) -> dict[str, Any]:
+    """What config.json says of labels in their order."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def label_id(value: Any, column: str, names: Sequence[str]) -> int:
+    """The number of a label that a row says by name or number. BadRow."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value < len(names):
+            return value
+        raise BadRow(f"{column!r}: got label {value}; allowed: 0 to {len(names) - 1} (task.labels)")
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} must be the name or the number of a label; got {kind(value)}")
+    if value not in names:
+        raise BadRow(
+            f"{column!r}: got label {value!r}; allowed: {listed(names[:20])} (task.labels)"
+            f"{did_you_mean(value, names)}"
+        )
+    return list(names).index(value)
+
+
+def found_labels(source: Any, column: str, config: Mapping[str, Any]) -> list[str]:
+    """The labels in a column of the rows: numbers by the names that the checkpoint has for them, names in
+    the checkpoint's order where it has the same ones, else sorted. DataError for a column of neither."""
+    seen: set[Any] = set()
+    for value in _values(source, column):
+        seen.add(value)
+        if len(seen) > MOST:
+            raise DataError(
+                f"{column!r} holds more than {MOST:,} labels; name them in task.labels", named(source)
+            )
+    if not seen:
+        raise DataError(f"no row has a label in {column!r} (task.label)", named(source))
+    known = known_labels(config)
+    if all(isinstance(value, int) for value in seen):
+        if min(seen) < 0:
+            raise DataError(f"{column!r} holds the label {min(seen)}: rows without an answer", named(source))
+        count = max(seen) + 1
+        return known if len(known) >= count else [f"LABEL_{i}" for i in range(count)]
+    if not all(isinstance(value, str) for value in seen):
+        raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
+    return known if set(known) >= seen else sorted(seen)
+
+
+def known_labels(config: Mapping[str, Any]) -> list[str]:
+    """The labels that a checkpoint was trained on by its config.json; none where it names none."""
+    names = config.get("id2label")
+    if not isinstance(names, Mapping) or not names:
+        return []
+    try:
+        return [str(names[key]) for key in sorted(names, key=int)]
+    except (TypeError, ValueError):
+        return []
+
+
+def _values(source: Any, column: str) -> Iterator[Any]:
+    """The labels in a column, those of lists one by one; malformed rows are left to the reader of rows."""
+    for one in sources_of(source):
+        for row in read_rows(one):
+            value = None if row.value is None else row.value.get(column)
+            values: Iterable[Any] = value if isinstance(value, list) else [value]
+            yield from (v for v in values if isinstance(v, int | str) and not isinstance(v, bool))

@@ -1,0 +1,163 @@
+"""task: masked_lm. Some tokens of a window are hidden, and the model says which they were.
+
+Of the tokens (never of special ones) a share `mask` is looked at: 8 in 10 of them become the mask token, 1 in
+10 a token at random, 1 in 10 stay as they are (BERT, arXiv 1810.04805, section 3.1). Which, is a function of
+the seed, the epoch and the window: a resumed run hides the same, and what is measured is hidden once for all
+stages.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..data.batches import Batches
+from ..data.errors import DataError
+from ..data.examples import load_examples
+from ..data.windows import IGNORE, Example, Examples
+from ..model.purpose import Purpose
+from ..model.tokenizer import pad_id
+from ..model.walk import Batch
+from .base import Feed
+from .labelled import Labelled
+
+
+class MaskedLM(Labelled):
+    windows: ClassVar[bool] = True
+    pipeline: ClassVar[str] = "fill-mask"
+    auto: ClassVar[str] = "AutoModelForMaskedLM"
+    peft: ClassVar[str | None] = None
+
+    kind: Literal["masked_lm"] = "masked_lm"
+    train_head: bool = Field(
+        default=False, description="the head of the model trains, dense and whole, beside the adapters"
+    )
+    mask: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.15, description="the share of the tokens that the loss looks at"
+    )
+
+    def purpose(self, seed: int) -> Purpose:
+        return Purpose(self.auto, {}, seed)
+
+    def examples(
+        self, source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None
+    ) -> Examples:
+        if tokenizer.mask_token_id is None:
+            raise DataError("task: masked_lm needs a mask token, and this tokenizer has none")
+        found = load_examples(source, section, tokenizer, seed=seed, rows=rows)
+        found.report.notes = [note for note in found.report.notes if "EOS" not in note]  # nothing is written
+        return found
+
+    def batches(
+        self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
+    ) -> Batches:
+        assert not taught, "refused by the recipe"
+        return MaskedBatches(
+            examples,
+            size,
+            pad_id(feed.tokenizer),
+            feed.r.train.seed,
+            rank=feed.rank,
+            world=feed.world,
+            shuffle=shuffle,
+            hide=Hiding(self.mask, feed.tokenizer, model.config.vocab_size),
+        )
+
+    def calibration(
+        self,
+        source: Any,
+        section: Any,
+        tokenizer: Any,
+        *,
+        rows: int | None,
+        seed: int,
+        samples: int,
+        sequence_len: int,
+        size: int,
+    ) -> list[Batch]:
+        """Windows in which nothing is hidden."""
+        section = section.model_copy(update={"sequence_len": sequence_len})
+        pool = self.examples(source, section, tokenizer, rows=rows)
+        picked = sorted(random.Random(seed).sample(range(len(pool)), min(samples, len(pool))))
+        chosen = Examples(pool[i] for i in picked)
+        found = MaskedBatches(chosen, min(size, len(chosen)), pad_id(tokenizer), shuffle=False)
+        return [
+            {name: value for name, value in batch.items() if name != "labels"} for batch in found.one_epoch()
+        ]
+
+    def first(self, examples: Any, count: int | None) -> Any:
+        return Examples(examples[:count] if count is not None else examples[:])
+
+    def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        right = labels["labels"].flatten()
+        there = right != IGNORE
+        return F.cross_entropy(outputs.logits.flatten(0, 1)[there].float(), right[there], reduction="sum")
+
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        """Which positions are looked at is in data that is not there: as many of the first."""
+        ids, mask = (torch.empty((windows, length), dtype=torch.int64) for _ in range(2))
+        outputs = model(input_ids=ids, attention_mask=mask)
+        if not loss:
+            return outputs
+        looked = outputs.logits.flatten(0, 1)[: max(1, round(self.mask * windows * length))].float()
+        return F.cross_entropy(looked, torch.empty(len(looked), dtype=torch.int64), reduction="sum")
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"] != IGNORE).sum()
+
+    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+        right = labels["labels"]
+        there = right != IGNORE
+        return right[there].tolist(), outputs.logits[there].argmax(-1).tolist()
+
+    def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
+        return {"accuracy": sum(a == b for a, b in zip(true, said, strict=True)) / len(true)}
+
+
+class Hiding:
+    """What is hidden of a window, and what stands in its place."""
+
+    def __init__(self, share: float, tokenizer: Any, vocabulary: int) -> None:
+        self.share, self.token, self.vocabulary = share, tokenizer.mask_token_id, vocabulary
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    def __call__(self, ids: Sequence[int], key: str) -> tuple[list[int], list[int]]:
+        """(ids with some hidden, what was there: IGNORE where nobody looks). key: what decides."""
+        chance = random.Random(key)
+        shown, labels = list(ids), [IGNORE] * len(ids)
+        open_ = [place for place, token in enumerate(ids) if token not in self.special]
+        for place in chance.sample(open_, min(len(open_), max(1, round(self.share * len(open_))))):
+            labels[place], drawn = ids[place], chance.random()
+            if drawn < 0.8:
+                shown[place] = self.token
+            elif drawn < 0.9:
+                shown[place] = chance.randrange(self.vocabulary)
+        return shown, labels
+
+
+class MaskedBatches(Batches):
+    """Windows, padded; hide: None shows them as they are."""
+
+    def __init__(self, *args: Any, hide: Hiding | None = None, **options: Any):
+        super().__init__(*args, **options)
+        self.hide = hide
+
+    def _collate(self, windows: Sequence[Example], numbers: Sequence[int]) -> dict[str, Tensor]:
+        length = max(len(window.input_ids) for window in windows)
+        ids = torch.full((len(windows), length), self.pad_id)
+        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        for b, (window, number) in enumerate(zip(windows, numbers, strict=True)):
+            shown, own = window.input_ids, [IGNORE] * len(window.input_ids)
+            if self.hide is not None:
+                shown, own = self.hide(shown, f"{self.seed}/{self.epoch}/{number}")
+            size = len(shown)
+            ids[b, :size], labels[b, :size], mask[b, :size] = (
+                torch.tensor(values) for values in (shown, own, [1] * size)
+            )
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,0 +1,107 @@
+"""A task and what it goes with: columns and formats, and keys that only a language model reads."""
+
+from pathlib import Path
+
+from lowbit_ft.plan.plan import plan
+from lowbit_ft.recipe.recipe import load_recipe
+from tests import encoders
+from tests.recipe.recipe_text import GOOD, bad_recipes, refused, refused_with, write
+
+CLASSES = ("quant:\n", "task: sequence_classification\nquant:\n")
+FORMAT = "data.train.format=null"
+LENGTH = "data.sequence_len=16"
+
+BAD = [
+    # (what, changed text, overrides, place and words that must be in one line)
+    (
+        "a word",
+        ("", ""),
+        ("task=sequence_clasification",),
+        "task: got 'sequence_clasification'; allowed: kind: ",
+    ),
+    (
+        "a key",
+        ("", ""),
+        ("task={kind: sequence_classification, lables: [a, b]}",),
+        "task.lables: unknown key; did you mean 'labels'?",
+    ),
+    (
+        "a format",
+        CLASSES,
+        (),
+        "r.yaml:16: data.train.format: got 'chat' with task: sequence_classification, whose keys name the",
+    ),
+    ("no format", ("    format: chat\n", ""), (), "data.train.format: missing; add `format: ...` (chat,"),
+    (
+        "masked, no format",
+        CLASSES,
+        ("task=masked_lm", FORMAT),
+        "data.train.format: missing; add `format: ...`",
+    ),
+    (
+        "bf16",
+        CLASSES,
+        (FORMAT, "model.dtype=bfloat16"),
+        "model.dtype: got 'bfloat16', and the head of task: sequence_classification trains and ships in fp32",
+    ),
+    (
+        "rotation",
+        CLASSES,
+        (FORMAT, "quant.rotation={kind: hadamard}"),
+        "folds are known of decoders; set none",
+    ),
+    (
+        "a cache",
+        CLASSES,
+        (FORMAT, "quant.kv_cache={kind: token_head, bits: 8}"),
+        "an encoder has none; set null",
+    ),
+    ("a teacher", CLASSES, (FORMAT, "train.signal={kind: mix}", "train.teacher=residual"), "set labels"),
+    ("a loss", CLASSES, (FORMAT, "train.loss=liger"), "train.loss: got 'liger' with task: sequence"),
+    ("synthesis", CLASSES, ("data.train=null", "data.synthesis={kind: self_generated}"), "cannot be written"),
+    ("streaming", CLASSES, (FORMAT, "data.streaming=true"), "its rows are held in memory; set false"),
+    ("prompts", CLASSES, (FORMAT, "eval.generate=[hello]"), "it writes no text; remove them"),
+    (
+        "gguf",
+        CLASSES,
+        (FORMAT, "export.format=gguf"),
+        "export.format: got 'gguf' with task: sequence_classification: its readers build language models",
+    ),
+    (
+        "another architecture",
+        CLASSES,
+        (FORMAT, "task=masked_lm"),
+        "transformers has no AutoModelForMaskedLM of model_type 'llama'",
+    ),
+]
+
+
+@bad_recipes(BAD)
+def test_bad_recipe_is_refused_with_its_line(change, overrides, words):
+    refused_with(change, overrides, words)
+
+
+def test_a_packed_modernbert_is_for_our_own_format(tmp_path: Path) -> None:
+    model = encoders.encoder(tmp_path / "model", "modernbert")
+    rows = encoders.write(tmp_path / "rows.jsonl", encoders.rows(4))
+    changes = (f"model.path={model}", f"data.train={{path: {rows}}}", "quant.group_size=32", LENGTH)
+    problems = refused(GOOD.replace(*CLASSES), changes)
+    assert any("cannot load a packed modernbert" in problem for problem in problems), problems
+    recipe = load_recipe(write(GOOD.replace(*CLASSES)), (*changes, "export.format=native"))
+    assert recipe.eval.windows is None, "all rows"
+
+
+def test_the_plan_knows_the_head_and_the_rows(tmp_path: Path) -> None:
+    """A label more is a row of the classifier more; four times the tokens take more than twice the memory."""
+    model = encoders.encoder(tmp_path / "model", "bert")
+    rows = encoders.write(tmp_path / "rows.jsonl", encoders.rows(4))
+    changes = (f"model.path={model}", f"data.train={{path: {rows}}}", "quant.group_size=32")
+    text = write(GOOD.replace(*CLASSES))
+    three = "task={kind: sequence_classification, labels: [a, b, c]}"
+    small, large = (
+        plan(load_recipe(text, (*changes, *more))) for more in ((LENGTH,), ("data.sequence_len=64", three))
+    )
+    assert small is not None and large is not None and not small.notes and not large.notes
+    assert large.trainable == small.trainable + 33
+    works = [made.parts["one layer"] + made.parts["saved layer inputs"] for made in (small, large)]
+    assert works[1] > 2 * works[0]
