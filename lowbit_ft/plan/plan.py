@@ -172,9 +172,7 @@ def plan(
     card = card or find_card(recipe)
     count = processes or int(os.environ.get("WORLD_SIZE", "1"))
     made = skeleton(recipe, folder)
-    step, note = _step(
-        recipe, made, f"{folder} {recipe.model.add_tokens} {recipe.task}", card.arch, packed_rows
-    )
+    step, note = _step(recipe, made, str(folder), card.arch, packed_rows)
     parts, moments, peak_at = _training(recipe, made, step, card, count)
     context = parts["context"]
     stages = {"training": sum(parts.values())}
@@ -234,18 +232,14 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
         arch,
         train.mlp_chunk,
     )
-    key = (folder, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
+    whole = f"{folder} {model.add_tokens} {recipe.task}"
+    key = (whole, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
     if key not in _TRACED:
         if len(_TRACED) > 512:
             _TRACED.clear()
         try:
-            ends = (
-                folder,
-                recipe.quant.lm_head,
-                recipe.quant.embeddings,
-                recipe.quant.group_size,
-                recipe.adapter.model_dump_json(),
-            )
+            quant, adapter = recipe.quant, recipe.adapter.model_dump_json()
+            ends = (whole, quant.lm_head, quant.embeddings, quant.group_size, adapter)
             _TRACED[key] = step_costs(made, setting, _TAILS.setdefault(ends, {}))
         # whatever a model's own code raises without data: the plan becomes an estimate, never an error
         except Exception as error:

@@ -38,6 +38,7 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         if task is not None and task.trains_head and "modules_learning_rate" in unsaid(train):
             # a head that is new, not one that comes trained
             found["train"] = train.model_copy(update={"modules_learning_rate": train.learning_rate})
+            found["train"].model_fields_set.discard("modules_learning_rate")
     return found
 
 
