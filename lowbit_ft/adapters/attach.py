@@ -230,11 +230,15 @@ def adapted_names(state: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def whole_parameters(state: Iterable[str]) -> list[str]:
+    """The dense parameters that these PEFT keys name, in their order."""
+    others = (key for key in state if f".{PEFT_SLOT}." not in key and not key.endswith(f".{PEFT_KEY}"))
+    return [key.removeprefix(PEFT_PREFIX) for key in others]
+
+
 def whole_names(state: Iterable[str]) -> list[str]:
     """The dense modules whose tensors these PEFT keys name, in their order."""
-    others = (key for key in state if f".{PEFT_SLOT}." not in key and not key.endswith(f".{PEFT_KEY}"))
-    keys = (key.removeprefix(PEFT_PREFIX) for key in others)
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in whole_parameters(state)))
 
 
 @torch.no_grad()

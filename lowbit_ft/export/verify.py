@@ -121,7 +121,8 @@ class VerifyReport:
                 else "codes, scales and weights"
             )
             layers = len(self.rows) - self.dense
-            beside = f", and {self.dense} dense tensors that were trained" if self.dense else ""
+            count = "1 dense tensor that was" if self.dense == 1 else f"{self.dense} dense tensors that were"
+            beside = f", and {count} trained" if self.dense else ""
             lines.append(f"  {layers} layers, {self.elements:,} weights: {same} equal bit for bit{beside}")
         if self.logit_difference is None:
             lines.append("  logits: not compared (no packed model given)")

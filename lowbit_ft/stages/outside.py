@@ -8,7 +8,7 @@ export of a run is.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..adapters.attach import (
     attach,
     base_digest,
     load_adapter_state,
+    train_head,
     whole_names,
+    whole_parameters,
 )
 from ..adapters.folder import CONFIG_FILE
 from ..export import EXPORTERS, Exporter, Weights
@@ -78,8 +80,6 @@ def export_outside(
         raise ValueError(f"{folder}: is in the native format already; use it as it is")
     checkpoint = model.checkpoint
     _refuse_inside(target, folder, checkpoint.folder)
-    purpose = checkpoint.purpose
-    told = {} if purpose is None else {"pipeline": AUTO[purpose.auto], "auto": purpose.auto}
     facts = CardFacts(
         folder.resolve().name,
         checkpoint.base,
@@ -89,8 +89,9 @@ def export_outside(
         None,
         checkpoint.kv_cache,
         _told(checkpoint.folder / TEXT),
-        **told,
     )
+    if (purpose := checkpoint.purpose) is not None:
+        facts = replace(facts, pipeline=AUTO[purpose.auto], auto=purpose.auto)
     card = {"README.md": model_card(facts, name, [])}
     shipped = as_shipped(checkpoint, model.dense)
     write_model(target, shipped, model.weights, exporter, kv_cache=checkpoint.kv_cache, extra_files=card)
@@ -159,7 +160,8 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
     """An adapter folder over its base: the weights are its merge, layer by layer."""
     config, state, digest = read_adapter(folder)
     whole = whole_names(state)
-    if others := [name for name in whole if not any(matches(p, name) for p in config.modules_to_save or [])]:
+    saved = config.modules_to_save or []
+    if others := [n for n in whole if not any(matches(p, n) or n.startswith(f"{p}.") for p in saved)]:
         raise ValueError(
             f"{folder}: holds dense tensors that modules_to_save does not name ({others[0]}: of a vocabulary "
             "that was resized), which are no part of the packed base: "
@@ -172,8 +174,11 @@ def _with_adapter(folder: Path, base: Path | None) -> _Model:
         model = load_exported(path, dtype=checkpoint.dtype)
         refuse_other_base(base_digest(model), digest, str(folder))
         start = {"init": "zero"} if "init" in type(config).model_fields else {}
-        names = {"targets": adapted_names(state), "modules_to_save": whole}
+        of_task = checkpoint.purpose is not None
+        names = {"targets": adapted_names(state), "modules_to_save": None if of_task else whole}
         attach(model, config.model_copy(update={**names, **start}))
+        if of_task:
+            train_head(model, whole_parameters(state))
         load_adapter_state(model, state)
         return model.eval()
 

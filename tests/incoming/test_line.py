@@ -275,7 +275,7 @@ def test_an_adapter_on_some_layers_loads_in_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(ids).logits, merged(ids).logits)
     for key in ({"targets": ["q_proj"]}, {"init_from": "somewhere"}):
-        with pytest.raises(ValueError, match="is a key of recipes; PEFT's own is target_modules"):
+        with pytest.raises(ValueError, match="is a key of recipes; PEFT's own are target_modules"):
             LowBitConfig(method="lr_qat", options=key)
 
 

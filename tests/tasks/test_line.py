@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from lowbit_ft import pipeline as line
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.stages.outside import export_outside
 from lowbit_ft.tasks.batches import pad
 from tests import encoders
 
@@ -169,3 +170,11 @@ def test_resumed_it_is_the_same(ran: Ran, tmp_path: Path) -> None:
     line.train(load_recipe(ran.folder / "recipe.yaml", [f"output={again}"]))
     first, second = (read_adapter(f / "adapter")[1] for f in (ran.folder, again))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_adapter_folder_ships_with_its_head(ran: Ran, tmp_path: Path) -> None:
+    export_outside(ran.folder / "adapter", "compressed-tensors", tmp_path / "made")
+    ours, theirs = (load_file(f / "model.safetensors") for f in (ran.folder / "exported", tmp_path / "made"))
+    short = {name.removeprefix("bert."): tensor for name, tensor in theirs.items()}
+    assert {name.removeprefix("bert.") for name in ours} == short.keys()
+    assert all(torch.equal(short[name.removeprefix("bert.")], tensor) for name, tensor in ours.items())
