@@ -144,7 +144,7 @@ def count_fake(recipe: Recipe, masked: bool) -> dict[str, int]:
     folder = Path(recipe.model.path)
     import copy
 
-    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, recipe.model.attention, recipe.task)
+    dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, recipe.model.attention, None, recipe.task)
     targets, _ = plan_layers(dense, recipe.quant, folder)
     model, config = copy.deepcopy(dense), _start_free(recipe.adapter)
     _pack(

@@ -60,8 +60,12 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, 
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
-        ask = f"print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
-        return f'python -c "{first}from transformers import pipeline; {ask}"', {}
+        ask = f"from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
+        if not exporter.transformers_serve:
+            ask = (
+                f"import onnxruntime; print(onnxruntime.InferenceSession('{folder}/model.onnx').get_inputs())"
+            )
+        return f'python -c "{first}{ask}"', {}
     command, about = exporter.serve(folder), {}
     if facts.chat:
         values = json.dumps(dict(facts.chat), ensure_ascii=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,8 +33,24 @@ class OnnxModel(OutsideModel):
     def logits(self, ids: Tensor) -> Tensor:
         return self.run(ids)["logits"]
 
-    def run(self, ids: Tensor) -> dict[str, Tensor]:
-        """ids [B, L] -> every output by name, for a text of L tokens in each row."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **_: Any,
+    ) -> SimpleNamespace:
+        """.logits of a batch that is padded as `attention_mask` [B, L] says; without one as any other
+        OutsideModel."""
+        if attention_mask is None:
+            return super().forward(input_ids, position_ids)
+        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return SimpleNamespace(logits=self.run(input_ids, **beside)["logits"])
+
+    def run(self, ids: Tensor, **beside: Tensor | None) -> dict[str, Tensor]:
+        """ids [B, L] -> every output by name, for a text of L tokens in each row, or what `beside` says of
+        them."""
         ids = ids.cpu()
         given = {
             "input_ids": ids,
@@ -41,6 +58,7 @@ class OnnxModel(OutsideModel):
             "token_type_ids": torch.zeros_like(ids),
             "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
         }
+        given |= {name: value.cpu() for name, value in beside.items() if value is not None}
         for name, shape in self.inputs.items():
             if name.startswith("past_key_values."):
                 given[name] = torch.zeros(len(ids), shape[1], 0, shape[3])

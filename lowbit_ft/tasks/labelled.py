@@ -152,7 +152,7 @@ class Answers(Measure):
 
     @torch.no_grad()
     def row(self, model: Any, stage: str) -> EvalRow:
-        device, training = model.device, model.training
+        device, training = next(model.parameters()).device, model.training
         model.eval()
         total, count = 0.0, 0
         true: list[Any] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowbit_ft.export import EXPORTERS, LayerSpec, Weights, gguf_file, writer
+from lowbit_ft.export import EXPORTERS, LayerSpec, Weights, gguf_file, shards
 from lowbit_ft.export.folder import check_files
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
@@ -107,7 +107,7 @@ def test_a_disk_that_refuses_is_an_error_of_one_line(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(gguf_file, "_append", refuse)
-    monkeypatch.setattr(writer, "tensor_bytes", refuse)
+    monkeypatch.setattr(shards, "tensor_bytes", refuse)
     with pytest.raises(
         ValueError, match=rf"{target}: could not be written .*{os.strerror(code)}.*nothing was left behind"
     ):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from lowbit_ft import pipeline as line
+from lowbit_ft.export.reader import load_exported
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.stages.outside import export_outside
@@ -178,3 +179,17 @@ def test_an_adapter_folder_ships_with_its_head(ran: Ran, tmp_path: Path) -> None
     short = {name.removeprefix("bert."): tensor for name, tensor in theirs.items()}
     assert {name.removeprefix("bert.") for name in ours} == short.keys()
     assert all(torch.equal(short[name.removeprefix("bert.")], tensor) for name, tensor in ours.items())
+
+
+def test_onnx_runtime_says_the_same(ran: Ran, tmp_path: Path) -> None:
+    """Padded rows too; codes and scales are compared by the export."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_outside(ran.folder / "merged", "onnx", tmp_path / "made")
+    batch = AutoTokenizer.from_pretrained(ran.folder / "merged")(TEXTS, padding=True, return_tensors="pt")
+    ours = AutoModelForSequenceClassification.from_pretrained(ran.folder / "merged").eval()
+    theirs = load_exported(tmp_path / "made", dtype=torch.float32)
+    with torch.no_grad():
+        want, found = ours(**batch).logits, theirs(**batch).logits
+    assert not batch["attention_mask"].all() or len(TEXTS) == 1
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)

@@ -72,6 +72,7 @@ def test_gradients(rank: int, m: int, form: str) -> None:
         scale,
         None,
         None,
+        None,
         1.0,
         "grid",
         4,
