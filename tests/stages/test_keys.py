@@ -14,7 +14,7 @@ from lowbit_ft.stages.synthesis import synthesis_key
 
 def key(*overrides: str) -> str:
     recipe = load_recipe("recipes/quickstart.yaml", overrides)
-    session: Any = SimpleNamespace(recipe=recipe, checkpoint=SimpleNamespace(revision="a"))
+    session: Any = SimpleNamespace(recipe=recipe, checkpoint=SimpleNamespace(revision="a", purpose=None))
     return base_key(session)
 
 
@@ -68,7 +68,7 @@ def test_what_is_made_of_rows_knows_how_chats_are_written(in_the_repository: Non
 def test_rows_of_chats_and_streams_know_how_chats_are_written(in_the_repository: None):
     def written(*overrides: str) -> list[str]:
         recipe = load_recipe("recipes/quickstart.yaml", ["data.streaming=true", *overrides])
-        checkpoint = SimpleNamespace(revision="a")
+        checkpoint = SimpleNamespace(revision="a", purpose=None)
         session: Any = SimpleNamespace(recipe=recipe, checkpoint=checkpoint)
         found = [
             synthesis_key(session, SYNTHESIS[kind].model_validate({}))
