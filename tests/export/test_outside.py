@@ -32,7 +32,7 @@ READABLE = [
     if not exporter.missing(exporter.writes_with)
     and not exporter.missing(exporter.reads_with)
     and not exporter.needs_activations
-    and name not in ("native", "compressed-tensors")  # which have tests of their own below
+    and name not in ("native", "compressed-tensors", "onnx")  # own tests: below; tests/tasks/test_line.py
 ]
 
 

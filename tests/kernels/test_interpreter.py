@@ -15,7 +15,7 @@ import pytest
 
 FOLDER = Path(__file__).with_name("interpreter")
 ROOT = FOLDER.parents[2]
-PROCESSES = 3  # each imports everything once more
+PROCESSES = 2  # each imports everything once more
 FILES = sorted(FOLDER.glob("test_*.py"))
 SHARES = [FILES[i::PROCESSES] for i in range(PROCESSES)]
 
