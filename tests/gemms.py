@@ -16,7 +16,6 @@ _OPS = {f"lowbit::{op}": dispatch.definition(op) for op in dispatch.KERNELS}
 _OPS |= {
     "lowbit::grid_linear": lowbit_kernels.grid_linear,
     "lowbit::grid_estimates": lowbit_kernels.grid_estimates,
-    "lowbit::grid_row_gradients": lowbit_kernels.grid_row_gradients,
 }
 
 

@@ -83,6 +83,17 @@ def locked(rows: slice, grid: GridWeight, in_features: int, group_size: int) -> 
     return grouped(bits, group_size).bool()
 
 
+def refuse(grid: GridWeight) -> None:
+    """ValueError where the fields of a grid do not go together."""
+    if grid.units not in UNITS:
+        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
+    if grid.delta is not None and (grid.low or grid.units != "grid"):
+        raise ValueError(
+            f"delta counts grid steps and stands alone: got units={grid.units!r}"
+            f"{' and a low-rank part' * grid.low}; units='grid' without a and b is allowed"
+        )
+
+
 @torch.library.custom_op("lowbit::grid_codes", mutates_args=())
 @outside_autocast
 @flat
@@ -95,14 +106,8 @@ def grid_codes(
 
     Returns int16 [N, W].
     """
-    if grid.units not in UNITS:
-        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
-    if grid.delta is not None and (grid.low or grid.units != "grid"):
-        raise ValueError(
-            f"delta counts grid steps and stands alone: got units={grid.units!r}"
-            f"{' and a low-rank part' * grid.low}; units='grid' without a and b is allowed"
-        )
-    if not (grid.live or grid.low or grid.delta is not None):
+    refuse(grid)
+    if not grid.moves:
         return grid.codes.clone()
     out, top = [], (1 << grid.bits) - 1
     for rows in row_chunks(grid.moved, in_features):

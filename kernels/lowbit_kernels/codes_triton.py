@@ -1,11 +1,11 @@
-"""K7: grid_codes on a GPU. Low-rank product, round, clip and P16 packing in one pass: 16-bit weights never
-exist.
+"""K7: grid_codes on a GPU. Low-rank product or dense part, round, clip, mask and P16 packing in one pass:
+16-bit weights never exist.
 
-A program owns BLOCK_N rows of one superblock. For each plane (32 channels) it makes D on the tensor cores,
-adds the base, rounds and ors the codes into the half-words it writes at the end. The arithmetic is
+A program owns BLOCK_N rows of one superblock. For each plane (32 channels) it makes D on the tensor cores or
+reads it, adds the base, rounds and ors the codes into the half-words it writes at the end. The arithmetic is
 grid_triton.py's, which says why its bits are the same everywhere. For the same reason the table of tiles is
 asked with nothing of the shape but the rank: M does not enter at all, and a slice of a layer gives the codes
-of the whole layer.
+of the whole layer. A dense part of some rows is of these rows only: the rest of the codes is a copy.
 """
 
 # Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
@@ -19,18 +19,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
-from .codes import UNITS
+from .codes import refuse
 from .grid import GridWeight, flat
 from .grid_triton import (
     FP_OPTIONS,
     base_value,
     channels_of,
     code_bits,
+    dense,
     given,
     grid_value,
     group_row,
+    group_values,
+    locked,
     low_rank,
+    plane_words,
     rank_block,
+    source_rows,
 )
 from .launch import cdiv, launch
 from .layout import packed_width, superblock
@@ -39,23 +44,23 @@ from .triton_common import LANE, launch_options, plane_group
 
 @triton.jit
 def grid_codes_kernel(
-    codes, residual, scale0, zero0, a, b, scale, zero, offset, out, gain, N, K, codes_row, residual_row,
-    out_row,
+    codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, delta, rows, out, gain, N, K, moved,
+    codes_row, residual_row, mask_row, out_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
     GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (superblocks, row blocks). *_row are row strides in half-words; GROUP a multiple of 32 or 0;
-    EVEN_K: K fills its last superblock."""
+    """Grid (superblocks, blocks of the `moved` rows). *_row are row strides in half-words; GROUP a multiple
+    of 32 or 0; EVEN_K: K fills its last superblock. delta [moved, K] is dense, of the rows `rows`."""
     PLANES: tl.constexpr = 16 // BITS
     S: tl.constexpr = channels_of(BITS)
-    SF: tl.constexpr = channels_of(RESIDUAL_BITS)
     block = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
-    live_rows = rn < N
-    rows = rn.to(tl.int64)[:, None]  # a row offset passes 2^31 in a large layer
+    live_rows = rn < moved
+    source = source_rows(rows, rn, live_rows)
+    far = source.to(tl.int64)[:, None]  # a row offset passes 2^31 in a large layer
     words = tl.load(
-        codes + rows * codes_row + (block * LANE + lane)[None, :], mask=live_rows[:, None], other=0
+        codes + far * codes_row + (block * LANE + lane)[None, :], mask=live_rows[:, None], other=0
     )
     words = words.to(tl.int32)
     place = 1
@@ -65,29 +70,34 @@ def grid_codes_kernel(
     ):  # a loop, not unrolled: half the registers, and the next plane's loads can be in flight
         k0 = block * S + 32 * p
         kk = k0 + lane
-        fraction = words
+        fraction, shift_f = words, 0
         if RESIDUAL_BITS:
-            # The residual's planes have the same 32 channels; only its superblock has another length. Its
-            # half-words are read again for each plane in them (from L1). Planes of padding may lie past its
-            # end.
-            at = residual + rows * residual_row + (k0 // SF * LANE + lane)[None, :]
-            fraction = tl.load(at, mask=live_rows[:, None] & (k0 < K), other=0).to(tl.int32)
-        base = base_value(words, BITS * p, fraction, RESIDUAL_BITS * (k0 % SF // 32), BITS, RESIDUAL_BITS)
-        delta = None
+            fraction, shift_f = plane_words(residual, residual_row, source, live_rows, k0, K, RESIDUAL_BITS)
+        base = base_value(words, BITS * p, fraction, shift_f, BITS, RESIDUAL_BITS)
+        move = None
         if R > 0:
-            delta = low_rank(a, b, gain, rn, kk, N, K, R, BLOCK_R, BLOCK_N, LANE)
-        at = group_row(k0, K, GROUP) * N + rn
+            move = low_rank(a, b, gain, rn, kk, N, K, R, BLOCK_R, BLOCK_N, LANE)
+        elif delta is not None:
+            there = live_rows[:, None] & (kk < K)[None, :]
+            move = tl.load(delta + rn.to(tl.int64)[:, None] * K + kk[None, :], mask=there, other=0.0)
+            move = move.to(tl.float32)
+        at = group_row(k0, K, GROUP) * N + source
         value = grid_value(
-            base, delta, scale0, zero0, scale, zero, offset, at, live_rows, UNITS_LIVE, UNITS_WEIGHT, BITS
+            base, move, scale0, zero0, scale, zero, offset, at, live_rows, UNITS_LIVE, UNITS_WEIGHT, BITS
         )
         code = code_bits(value, BITS)
+        if mask is not None:
+            point = 1 << (BITS - 1)
+            if zero is not None:
+                point = group_values(zero, at, live_rows, 0.0).to(tl.int32)
+            code = tl.where(locked(mask, mask_row, source, live_rows, k0, K), point, code)
         if not EVEN_K:
             code = tl.where((kk < K)[None, :], code, 0)
         # One multiply-add: what code_bits leaves above the code lies above bit 16 and is lost in the store.
         packed += code * place
         place *= 1 << BITS
     tl.store(
-        out + rows * out_row + (block * LANE + lane)[None, :], packed.to(tl.int16), mask=live_rows[:, None]
+        out + far * out_row + (block * LANE + lane)[None, :], packed.to(tl.int16), mask=live_rows[:, None]
     )
 
 
@@ -101,25 +111,28 @@ def grid_codes(
     group_size: int,
 ) -> Tensor:
     """The op of codes.py: int16 [N, W]. Same arguments, same errors; group_size a multiple of 32 or -1."""
-    if grid.units not in UNITS:
-        raise ValueError(f"units={grid.units!r}: allowed are {UNITS}")
-    if not (grid.live or grid.low):
+    refuse(grid)
+    if not grid.moves:
         return grid.codes.clone()
     n, bits = grid.codes.shape[0], grid.bits
-    out = grid.codes.new_empty(n, packed_width(in_features, bits))
+    some = grid.rows is not None
+    out = grid.codes.clone() if some else grid.codes.new_empty(n, packed_width(in_features, bits))
     span = plane_group(group_size, in_features)
-    state, strides, constants = given(grid, zero=grid.live)
+    state, strides, constants = given(grid, zero=grid.live or grid.mask is not None)
     # Only the rank is told to the table: see the file's head.
     config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, constants["R"]), N=1, K=1)
-    blocks = (out.shape[1] // 32, cdiv(n, config["BLOCK_N"]))
+    blocks = (out.shape[1] // 32, cdiv(grid.moved, config["BLOCK_N"]))
     launch(
         grid_codes_kernel,
         blocks,
         *state,
+        dense(grid.delta),
+        dense(grid.rows),
         out,
         grid.gain,
         n,
         in_features,
+        grid.moved,
         *strides,
         out.stride(0),
         **constants,
@@ -135,23 +148,22 @@ def grid_codes(
 # ----------------------------------------------------------------------------------------------- what we ship
 
 
-def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
+def _case(bits: int, residual_bits: int, rank: int, units: str, also: tuple[str, ...] = ()) -> tuple:
+    """also: of "delta" (without a rank), "rows" and "mask" those that are there."""
     config = dispatch.packaged("grid_codes", bits, torch.float32, M=rank, N=1, K=1, arch=80)
     live, asymmetric = units == "live", units == "live"
-    pointers = {
-        "codes": "*i16",
-        "scale0": "*bf16",
-        "a": "*fp32",
-        "b": "*fp32",
-        "scale": "*fp32",
-        "out": "*i16",
-    }
+    kinds = {"delta": "*fp32", "rows": "*i64", "mask": "*i16"}
+    pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32", "out": "*i16"}
+    pointers |= {name: kinds[name] for name in also}
+    if rank:
+        pointers |= {"a": "*fp32", "b": "*fp32"}
     if residual_bits:
         pointers["residual"] = "*i16"
     if asymmetric:
         pointers |= {"zero0": "*u8", "zero": "*u8"}
-    sizes = dict.fromkeys(("N", "K", "codes_row", "residual_row", "out_row"), "i32")
-    absent = {name: None for name in ("residual", "zero0", "zero", "offset") if name not in pointers}
+    sizes = dict.fromkeys(("N", "K", "moved", "codes_row", "residual_row", "mask_row", "out_row"), "i32")
+    optional = ("residual", "zero0", "a", "b", "zero", "offset", *kinds)
+    absent = {name: None for name in optional if name not in pointers}
     constants = absent | {
         "UNITS_LIVE": live,
         "UNITS_WEIGHT": units == "weight",
@@ -164,7 +176,7 @@ def _case(bits: int, residual_bits: int, rank: int, units: str) -> tuple:
         "EVEN_K": True,
     }
     options = {**launch_options(config), **FP_OPTIONS}
-    name = f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}"
+    name = "-".join((f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}", *also))
     return (
         name,
         grid_codes_kernel,
@@ -185,4 +197,8 @@ def aot_cases() -> list[tuple]:
         _case(3, 4, 64, "grid"),
         _case(2, 4, 32, "grid"),
         _case(8, 0, 64, "grid"),
+        _case(4, 4, 64, "grid", ("mask",)),
+        _case(4, 4, 64, "live", ("mask",)),
+        _case(4, 4, 0, "grid", ("delta",)),
+        _case(3, 4, 0, "grid", ("delta", "rows", "mask")),
     ]

@@ -55,6 +55,7 @@ KERNELS = {
     "quantize_pack": ("pack", "pack_triton"),
     "grid_codes": ("codes", "codes_triton"),
     "grid_gradients": ("grid_linear", "gradients_triton"),
+    "grid_row_gradients": ("grid_rows", "grid_rows_triton"),
     "binary_dequantize": ("binary", "binary_triton"),
     "binary_matmul": ("binary", "binary_triton"),
     "binary_matmul_dx": ("binary", "binary_triton"),
@@ -285,11 +286,7 @@ def definition(op: str) -> Any:
 def takes(arguments: dict[str, Any]) -> bool:
     """Whether the kernels can take a call. They read floats of at most 32 bits, and groups that are a
     multiple of 32 channels or the whole row, so that a run of 32 channels never needs two scales. The
-    reference takes everything else. Nor do they know a dense part (grid.py's delta): its codes are a few
-    passes over memory and its gradient a product of the BLAS. Nor a mask: the reference makes its codes and
-    gradients, in chunks of rows, and the products with these codes are the kernels' as always."""
-    if arguments.get("delta") is not None or arguments.get("mask") is not None:
-        return False
+    reference takes everything else."""
     x = arguments.get("x", arguments.get("dy", arguments.get("weight")))
     if x is not None and x.dtype not in _DTYPES or arguments.get("dtype", torch.float32) not in _DTYPES:
         return False

@@ -14,7 +14,13 @@ from .triton_common import launch_options
 
 
 def _case(
-    form: str, rank: int, units: str, config: dict, exact: bool = False, only: tuple[int, ...] = ()
+    form: str,
+    rank: int,
+    units: str,
+    config: dict,
+    exact: bool = False,
+    only: tuple[int, ...] = (),
+    masked: bool = False,
 ) -> tuple:
     live = units == "live"
     rows = min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"]
@@ -26,10 +32,11 @@ def _case(
         pointers["residual"] = "*i16"
     if rank:
         pointers |= {"a": "*fp32", "b": "*fp32"}
-    sizes = dict.fromkeys(("N", "K", "codes_row", "residual_row"), "i32")
-    absent = {
-        name: None for name in ("residual", "zero0", "a", "b", "zero", "offset") if name not in pointers
-    }
+    if masked:
+        pointers["mask"] = "*i16"
+    sizes = dict.fromkeys(("N", "K", "codes_row", "residual_row", "mask_row"), "i32")
+    optional = ("residual", "zero0", "a", "b", "zero", "offset", "mask")
+    absent = {name: None for name in optional if name not in pointers}
     constants = absent | {
         "UNITS_LIVE": live,
         "UNITS_WEIGHT": units == "weight",
@@ -58,7 +65,7 @@ def _case(
     # weight.
     weights = None if form == "fused" else rows * 32
     case = (
-        f"gradients-{form}-r{rank}-{units}{'-fp32' if exact else ''}",
+        f"gradients-{form}-r{rank}-{units}{'-mask' * masked}{'-fp32' * exact}",
         kernel,
         pointers | sizes | {"gain": "fp32"},
         constants,
@@ -88,6 +95,8 @@ def aot_cases() -> list[tuple]:
             for rank in (0, 16, 64)
             for units in ("grid", "live")
         ),
+        _case("chunked", 64, "grid", table, masked=True),
+        _case("fused", 64, "live", hopper, only=(90,), masked=True),
         # what takes the place of the fused form: of fp32 inputs, and of a rank too large to be summed on chip
         _case("chunked", 128, "weight", CHUNKED, only=(90,)),
         _case("chunked", 16, "grid", CHUNKED, exact=True, only=(90,)),

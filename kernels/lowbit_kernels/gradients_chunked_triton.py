@@ -20,8 +20,8 @@ from .triton_common import LANE
 
 @triton.jit
 def chunked_kernel(
-    dw, start, rows, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, sum_s, sum_t, part_a,
-    part_b, N, K, codes_row, residual_row,
+    dw, start, rows, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s, sum_t,
+    part_a, part_b, N, K, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
     RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
@@ -41,19 +41,19 @@ def chunked_kernel(
     for i in range(tl.minimum(SPAN, tl.cdiv(K, LANE) - span * SPAN)):
         strip = span * SPAN + i
         kk = strip * LANE + tl.arange(0, LANE)
-        mask = (local < rows)[:, None] & (kk < K)[None, :]
-        piece = tl.load(dw + local.to(tl.int64)[:, None] * K + kk[None, :], mask=mask, other=0.0).to(
+        there = (local < rows)[:, None] & (kk < K)[None, :]
+        piece = tl.load(dw + local.to(tl.int64)[:, None] * K + kk[None, :], mask=there, other=0.0).to(
             tl.float32
         )
         masked = epilogue(
-            piece, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain,
-            sum_s, sum_t, part_a, N, K, codes_row, residual_row,
+            piece, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask,
+            gain, sum_s, sum_t, part_a, N, K, codes_row, residual_row, mask_row,
             UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P, BLOCK_N,
             EXACT, PROJECT,
         )  # fmt: skip
         if R > 0 and not PROJECT:
             tl.store(
-                dw + local.to(tl.int64)[:, None] * K + kk[None, :], masked.to(dw.dtype.element_ty), mask=mask
+                dw + local.to(tl.int64)[:, None] * K + kk[None, :], masked.to(dw.dtype.element_ty), mask=there
             )
         elif R > 0:
             if SPAN > 1:

@@ -1,5 +1,6 @@
-"""What the forms of grid_gradients do with a tile of dW: recompute v and its code, mask by the clip, sum over
-the inputs of a group, project the masked gradient on A and B (gradients_triton.py).
+"""What the forms of grid_gradients do with a tile of dW: put it to 0 where a weight is masked, recompute v and
+its code, mask by the clip, sum over the inputs of a group, project the masked gradient on A and B
+(gradients_triton.py).
 
 It works on strips of 32 channels, one P16 plane, which no group splits: scale and zero are vectors over rows,
 and the fields of a strip have one shift. D comes from grid_triton.low_rank, as in the forward, so the
@@ -13,34 +14,26 @@ recomputed codes are the forward's.
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .grid_triton import (
     base_value,
-    channels_of,
+    clipped,
     dot_split,
     grid_value,
     group_row,
     group_values,
+    locked,
     low_rank,
+    plane_words,
     rank_columns,
     rank_rows,
 )
 from .scratch import PROJECTION_BLOCK
-from .triton_common import LANE, round_even
-
-
-@triton.jit
-def plane_words(packed, row, rn, k0, N, K, BITS: tl.constexpr):
-    """The half-words that hold channels k0..k0+31 of some rows, int32 [BLOCK_N, 32], and the shift of
-    their fields.
-    """
-    S: tl.constexpr = channels_of(BITS)
-    at = packed + rn.to(tl.int64)[:, None] * row + (k0 // S * LANE + tl.arange(0, LANE))[None, :]
-    words = tl.load(at, mask=(rn < N)[:, None] & (k0 < K), other=0).to(tl.int32)
-    return words, k0 % S // LANE * BITS
+from .triton_common import LANE
 
 
 @triton.jit
@@ -55,8 +48,8 @@ def project(left, right, total, EXACT: tl.constexpr):
 
 @triton.jit
 def epilogue(
-    dw, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, sum_s, sum_t,
-    part_a, N, K, codes_row, residual_row,
+    dw, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s,
+    sum_t, part_a, N, K, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
     RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr, PROJECT: tl.constexpr,
@@ -66,16 +59,17 @@ def epilogue(
     Writes sum_s, sum_t [strips, N] and, with PROJECT, part_a [row blocks, R, K]; returns the masked gradient
     dD [BLOCK_N, 32].
     """
-    TOP: tl.constexpr = ((1 << BITS) - 1) * 1.0
     HALF: tl.constexpr = (1 << (BITS - 1)) * 1.0
     k0 = strip * LANE
     kk = k0 + tl.arange(0, LANE)
     live = rn < N
     at = group_row(k0, K, GROUP) * N + rn
-    words, shift = plane_words(codes, codes_row, rn, k0, N, K, BITS)
+    if mask is not None:
+        dw = tl.where(locked(mask, mask_row, rn, live, k0, K), 0.0, dw)
+    words, shift = plane_words(codes, codes_row, rn, live, k0, K, BITS)
     fraction, shift_f = words, shift
     if RESIDUAL_BITS:
-        fraction, shift_f = plane_words(residual, residual_row, rn, k0, N, K, RESIDUAL_BITS)
+        fraction, shift_f = plane_words(residual, residual_row, rn, live, k0, K, RESIDUAL_BITS)
     code = base_value(words, shift, fraction, shift_f, BITS, RESIDUAL_BITS)
     if zero is None:
         z = tl.full((BLOCK_N, 1), HALF, tl.float32)
@@ -90,14 +84,7 @@ def epilogue(
         value = grid_value(
             code, delta, scale0, zero0, scale, zero, offset, at, live, UNITS_LIVE, UNITS_WEIGHT, BITS
         )
-        # Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the
-        # same.
-        rounded = round_even(tl.minimum(tl.maximum(value, -1.0), TOP + 1.0))
-        if CLIP_FIRST:
-            inside = (value >= 0.0) & (value <= TOP)
-        else:
-            inside = (rounded >= 0.0) & (rounded <= TOP)
-        code = tl.minimum(tl.maximum(rounded, 0.0), TOP)
+        code, inside = clipped(value, CLIP_FIRST, BITS)
         masked = tl.where(inside, dw, 0.0)
         if UNITS_LIVE:
             # inside q - (v - z) = code - v, formed before the sum: the two sums cancel
@@ -150,7 +137,7 @@ class Task(NamedTuple):
     x: Tensor
     dy: Tensor
     tensors: tuple[Tensor | None, ...]
-    strides: tuple[int, int]
+    strides: tuple[int, int, int]
     gain: float
     config: dict[str, Any]
     constants: dict[str, Any]
@@ -160,6 +147,15 @@ class Task(NamedTuple):
     @property
     def rank(self) -> int:
         return self.constants["R"]
+
+
+def by_group(strips: Tensor, per_group: int) -> Tensor:
+    """Sums over the strips of a group, in order: [strips, N] -> [G, N]."""
+    if per_group == 1:
+        return strips
+    short = -strips.shape[0] % per_group
+    padded = torch.nn.functional.pad(strips, (0, 0, 0, short)) if short else strips
+    return padded.view(-1, per_group, strips.shape[1]).sum(1)
 
 
 def projection_block(rank: int) -> int:

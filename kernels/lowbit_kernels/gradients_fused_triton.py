@@ -34,8 +34,8 @@ def strips_of(tile, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def fused_kernel(
-    x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, gain, sum_s, sum_t, part_a, part_b, M,
-    N, K, x_row, dy_row, codes_row, residual_row,
+    x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s, sum_t, part_a,
+    part_b, M, N, K, x_row, dy_row, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
     RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -74,7 +74,7 @@ def fused_kernel(
         if strip * LANE < K:
             masked = epilogue(
                 pieces[i], strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset,
-                gain, sum_s, sum_t, part_a, N, K, codes_row, residual_row,
+                mask, gain, sum_s, sum_t, part_a, N, K, codes_row, residual_row, mask_row,
                 UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P,
                 BLOCK_N, EXACT, True,
             )  # fmt: skip

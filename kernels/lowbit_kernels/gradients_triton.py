@@ -18,7 +18,7 @@ packed codes,
     dS[n] = sum_m dY[m, n] Yq[m, n]        dT[n] = sum_m dY[m, n] sum_k X[m, k]
 
 With smaller groups dT could still be had from a product with K / g columns, but dS needs dW, in whose pass dT
-is free.
+is free. With a mask dT is the sum of a part of dW.
 """
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import dispatch
 from .gradients_chunked_triton import by_blas, chunked
-from .gradients_epilogue_triton import Task, projection_block
+from .gradients_epilogue_triton import Task, by_group, projection_block
 from .gradients_fused_triton import fused
 from .grid import GridWeight, flat
 from .grid_triton import FP_OPTIONS, given
@@ -36,15 +36,6 @@ from .scratch import gradient_form
 from .triton_common import INTERPRETED, launch_options, plane_group
 
 EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
-
-
-def _by_group(strips: Tensor, per_group: int) -> Tensor:
-    """Sums over the strips of a group, in order: [strips, N] -> [G, N]."""
-    if per_group == 1:
-        return strips
-    short = -strips.shape[0] % per_group
-    padded = torch.nn.functional.pad(strips, (0, 0, 0, short)) if short else strips
-    return padded.view(-1, per_group, strips.shape[1]).sum(1)
 
 
 def _row_scale_gradients(
@@ -70,7 +61,7 @@ def grid_gradients(
     (m, k), n = x.shape, grid.codes.shape[0]
     span = plane_group(group_size, k)
     config = dispatch.config("grid_gradients", grid.bits, x.dtype, M=m, N=n, K=k)
-    if not grid.low and not grid.live and span == 0:
+    if not grid.low and not grid.live and span == 0 and grid.mask is None:
         ds, dt = _row_scale_gradients(x, dy, grid.codes, grid.zero, grid.bits)
         return ds, dt, *_empty(grid.a, grid.b, x.device)
     tensors, strides, constants = given(grid, zero=True)
@@ -92,7 +83,7 @@ def grid_gradients(
     run = {"fused": fused, "blas": by_blas, "chunked": chunked}[config["form"]]
     da, db = run(Task(x, dy, tensors, strides, grid.gain, config, constants, sum_s, sum_t))
     per_group = strips if span == 0 else span // 32
-    ds, dt = _by_group(sum_s, per_group), _by_group(sum_t, per_group)
+    ds, dt = by_group(sum_s, per_group), by_group(sum_t, per_group)
     if not grid.low:
         return ds, dt, *_empty(grid.a, grid.b, x.device)
     return ds, dt, da, db.mul_(grid.gain)

@@ -46,6 +46,11 @@ class GridWeight(NamedTuple):
         return self.a is not None and self.b is not None
 
     @property
+    def moves(self) -> bool:
+        """Whether codes are made anew: else they are the base's."""
+        return self.live or self.low or self.delta is not None
+
+    @property
     def moved(self) -> int:
         """How many rows there are whose values before rounding `codes.grid_values` knows: R with a dense
         part, else N.

@@ -1,12 +1,12 @@
-"""A weight on its grid in registers: base from its codes, low-rank product, value before rounding. What
-grid_codes, grid_gradients and quantize_pack share on a GPU.
+"""A weight on its grid in registers: base from its codes, low-rank product, value before rounding, mask. What
+grid_codes, grid_gradients, grid_row_gradients and quantize_pack share on a GPU.
 
 Train, evaluation and merge must give the same bits, so every float operation is pinned down:
   * D[n, k] is one chain of dot products over the rank in blocks of RANK_BLOCK, ascending, fp32 accumulation,
     never split. RANK_BLOCK is a constant of this file, not of the configuration table.
   * everything after D is the reference's operations in its order, each rounded to nearest: FP_OPTIONS forbids
     contraction to fused multiply-add, division is the IEEE one. Given the same fp32 D the codes are the
-    reference's, bit for bit.
+    reference's, bit for bit; a dense D is given, so there they always are.
 """
 
 # Triton's language is typed for its compiler: launch options are no parameters of a kernel, and what is a
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grid import GridWeight
+from .triton_common import LANE, round_even
 
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
@@ -42,6 +43,34 @@ def bit_field(words, shift, BITS: tl.constexpr):
     copies.
     """
     return (words.to(tl.int32) >> shift) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def plane_words(packed, row, source, live_rows, k0, K, BITS: tl.constexpr):
+    """The half-words that hold channels k0..k0+31 of the rows `source`, int32 [BLOCK_N, 32], and the shift of
+    their fields. Superblocks of base, residual and mask differ in length, so theirs are read again for each
+    plane in them (from L1); a plane of padding may lie past the end of the shorter one.
+    """
+    S: tl.constexpr = channels_of(BITS)
+    at = packed + source.to(tl.int64)[:, None] * row + (k0 // S * LANE + tl.arange(0, LANE))[None, :]
+    words = tl.load(at, mask=live_rows[:, None] & (k0 < K), other=0).to(tl.int32)
+    return words, k0 % S // LANE * BITS
+
+
+@triton.jit
+def locked(mask, row, source, live_rows, k0, K):
+    """Which of channels k0..k0+31 of the rows `source` the mask calls zero: bool [BLOCK_N, 32]."""
+    words, shift = plane_words(mask, row, source, live_rows, k0, K, 1)
+    return bit_field(words, shift, 1) != 0
+
+
+@triton.jit
+def source_rows(rows, rn, live_rows):
+    """Where moved rows lie in the weight (GridWeight.place)."""
+    if rows is None:
+        return rn
+    else:
+        return tl.load(rows + rn, mask=live_rows, other=0)
 
 
 @triton.jit
@@ -183,6 +212,21 @@ def grid_value(
     return value
 
 
+@triton.jit
+def clipped(value, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr):
+    """The code of v, fp32, and whether the clip is inactive there (M of grid_linear.py).
+
+    Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the same.
+    """
+    TOP: tl.constexpr = ((1 << BITS) - 1) * 1.0
+    rounded = round_even(tl.minimum(tl.maximum(value, -1.0), TOP + 1.0))
+    if CLIP_FIRST:
+        inside = (value >= 0.0) & (value <= TOP)
+    else:
+        inside = (rounded >= 0.0) & (rounded <= TOP)
+    return tl.minimum(tl.maximum(rounded, 0.0), TOP), inside
+
+
 # -------------------------------------------------------------------------------------------- on the host
 
 
@@ -205,16 +249,20 @@ def rank_block(rank: int) -> int:
     return min(RANK_BLOCK, max(16, triton.next_power_of_2(rank)))
 
 
-def given(grid: GridWeight, zero: bool) -> tuple[tuple[Tensor | None, ...], tuple[int, int], dict[str, Any]]:
-    """(the tensors of a grid as kernels take them, the row strides of codes and residual, the constants).
+def given(
+    grid: GridWeight, zero: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[int, int, int], dict[str, Any]]:
+    """(the tensors of a grid as kernels take them, the row strides of codes, residual and mask, the
+    constants).
 
     Only what the units read is given, and the zero where it is asked for: a value that is not read must not
     ask for another compile.
     """
     low, live = grid.low, grid.live
     codes = row_dense(grid.codes)
-    wanted = grid.residual is not None and grid.residual_bits and (low or live)
+    wanted = grid.residual is not None and grid.residual_bits and (low or live or grid.delta is not None)
     residual = row_dense(grid.residual) if grid.residual is not None and wanted else None
+    mask = None if grid.mask is None else row_dense(grid.mask)
     rank = grid.a.shape[0] if grid.a is not None and low else 0
     tensors = (
         codes,
@@ -226,6 +274,7 @@ def given(grid: GridWeight, zero: bool) -> tuple[tuple[Tensor | None, ...], tupl
         dense(grid.scale),
         dense(grid.zero) if zero else None,
         dense(grid.offset) if live else None,
+        mask,
     )
     constants = {
         "UNITS_LIVE": live,
@@ -235,4 +284,4 @@ def given(grid: GridWeight, zero: bool) -> tuple[tuple[Tensor | None, ...], tupl
         "R": rank,
         "BLOCK_R": rank_block(rank),
     }
-    return tensors, (codes.stride(0), 0 if residual is None else residual.stride(0)), constants
+    return tensors, (codes.stride(0), *(0 if t is None else t.stride(0) for t in (residual, mask))), constants

@@ -88,7 +88,7 @@ def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, A
     block, strips = config["BLOCK_N"], -(-k // LANES)
     if config["form"] == "blas":
         rows = max(1, int(config["CHUNK_MB"] * 2**20) // (k * itemsize + 8 * rank))
-        return (n if rows >= n else max(block, rows // block * block)), config["SPAN"]
+        return _whole_blocks(rows, n, block), config["SPAN"]
     span = (
         min(config.get("SPAN", 32), 1 << math.ceil(math.log2(strips))) if rank <= 2 * PROJECTION_BLOCK else 1
     )
@@ -96,7 +96,17 @@ def gradient_chunk(n: int, k: int, rank: int, itemsize: int, config: dict[str, A
     # All scratch of a chunk together, per row: dW, its part of dA's partial sums and of dB's.
     per_row = k * itemsize + 4 * k * rank // block + 4 * spans * rank
     rows = max(1, int(config.get("CHUNK_MB", 24) * 2**20) // per_row)
-    return (n if rows >= n else max(block, rows // block * block)), span
+    return _whole_blocks(rows, n, block), span
+
+
+def row_chunk(moved: int, k: int, itemsize: int, config: dict[str, Any]) -> int:
+    """Chosen rows of dW in scratch at a time, of grid_row_gradients."""
+    return _whole_blocks(int(config["CHUNK_MB"] * 2**20) // (k * itemsize), moved, config["BLOCK_N"])
+
+
+def _whole_blocks(rows: int, n: int, block: int) -> int:
+    """`rows` of n as whole blocks, at least one; all n where they fit."""
+    return n if rows >= n else max(block, rows // block * block)
 
 
 def binary_rows(megabytes: int, other: int, itemsize: int, multiple: int) -> int:
@@ -139,21 +149,16 @@ def _matmul_dx(args: tuple[Any, ...], arch: int) -> int:
 
 def _codes(args: tuple[Any, ...], arch: int) -> int:
     grid, (k, _) = GridWeight(*args[: len(GridWeight._fields)]), args[len(GridWeight._fields) :]
-    if grid.delta is not None or grid.mask is not None:
-        return -1  # the reference makes them (dispatch.takes)
-    codes, bits = grid.codes, grid.bits
-    return codes.shape[0] * packed_width(k, bits) * 2
+    return grid.codes.shape[0] * packed_width(k, grid.bits) * 2
 
 
 def _gradients(args: tuple[Any, ...], arch: int) -> int:
     x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
-    if grid.mask is not None:
-        return -1
     codes, a, b, units, bits = grid.codes, grid.a, grid.b, grid.units, grid.bits
     (m, k), n, size = x.shape, codes.shape[0], x.element_size()
     rank = a.shape[0] if a is not None and b is not None else 0
     groups, strips = group_count(k, group_size), -(-k // LANES)
-    if not rank and units != "live" and groups == 1:
+    if not rank and units != "live" and groups == 1 and grid.mask is None:
         unit = torch.empty((1, n), dtype=torch.float32, device="meta")
         product = _matmul((x, codes, unit, None, None, bits, -1), arch)
         return product + 2 * m * n * 4 + m * k * 4
@@ -173,6 +178,16 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
     blocks, spans = -(-min(rows, n) // config["BLOCK_N"]), -(-strips // span)
     partial = (blocks * rank * k + spans * n * rank) * 4
     return sums + results + factors + min(rows, n) * k * size + partial
+
+
+def _row_gradients(args: tuple[Any, ...], arch: int) -> int:
+    x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
+    (m, k), moved, size = x.shape, grid.moved, x.element_size()
+    config = dispatch.config("grid_row_gradients", grid.bits, x.dtype, m, moved, k, arch)
+    rows = row_chunk(moved, k, size, config)
+    columns = 0 if grid.rows is None else m * rows * size  # of dY, where they do not lie side by side
+    results = 2 * group_count(k, group_size) * moved * 4
+    return moved * k * 4 + 2 * -(-k // LANES) * moved * 4 + rows * k * size + max(columns, results)
 
 
 def _binary(args: tuple[Any, ...], arch: int) -> int:
@@ -206,6 +221,7 @@ _RULES = {
     "packed_matmul_dx": _matmul_dx,
     "grid_codes": _codes,
     "grid_gradients": _gradients,
+    "grid_row_gradients": _row_gradients,
     "binary_matmul": _binary,
     "binary_matmul_dx": _binary_dx,
     "binary_gradients": _binary_gradients,

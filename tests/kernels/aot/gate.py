@@ -41,6 +41,7 @@ MODULES = (
     "matmul_cases_triton",
     "codes_triton",
     "gradients_cases_triton",
+    "grid_rows_triton",
     "pack_triton",
     "binary_cases_triton",
     "hadamard_triton",
