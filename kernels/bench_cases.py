@@ -15,7 +15,8 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One row of the results. bits counts sign planes for the binary ops and is 16 where nothing is
-    packed.
+    packed. rows: how many rows a dense part is of, n for all of them; masked: half of the weights are
+    held at zero.
     """
 
     op: str
@@ -25,13 +26,16 @@ class Case:
     k: int
     group: int = 128
     rank: int = 0
+    rows: int = 0
+    masked: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
-        rank = f" r{self.rank}" if self.rank else ""
+        more = f" r{self.rank}" * bool(self.rank) + f" rows{self.rows}" * bool(self.rows)
+        more += " mask" * self.masked
         return (
-            f"{self.op} {self.bits}b g{self.group}{rank} M{self.m} {self.n}x{self.k} "
+            f"{self.op} {self.bits}b g{self.group}{more} M{self.m} {self.n}x{self.k} "
             f"{str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -46,7 +50,8 @@ class Case:
             "packed_matmul_dx": 1,
             "binary_matmul": 1,
             "scale_gradient": 1,
-            "grid_step": 3,
+            "row_gradients": self.rows / self.n,
+            "grid_step": 2 + self.rows / self.n if self.rows else 3,
         }
         return 2.0 * products.get(self.op, 0) * self.m * self.n * self.k
 
@@ -59,7 +64,10 @@ class Case:
             packed *= self.bits
         packed += 2.0 * self.n * lk.group_count(self.k, self.group)
         if self.op == "grid_codes":
-            return 2 * packed + 4.0 * self.rank * (self.n + self.k)
+            return 2 * packed + 4.0 * self.rank * (self.n + self.k) + 4.0 * self.rows * self.k
+        if self.op == "row_gradients":  # of its rows alone; D is read, dD written
+            share = self.rows / self.n
+            return packed * share + 8.0 * self.rows * self.k + 2.0 * self.m * (self.rows + self.k)
         if self.op in ("quantize_pack", "dequantize"):
             return packed + 2.0 * self.n * self.k
         return packed + 2.0 * self.m * (self.n + self.k)
@@ -81,7 +89,21 @@ def targets() -> list[Case]:
         Case(op="quantize_pack", bits=4, m=1, n=big[0], k=big[1]),
         Case(op="hadamard", bits=16, m=4096, n=1, k=4096, group=-1),
     ]
-    return out
+    return out + dense_and_masked()
+
+
+def dense_and_masked() -> list[Case]:
+    """Full QAT, EfQAT of a tenth of the rows, and low rank over a mask: their codes, gradients and steps.
+    The design promises no figure for them.
+    """
+    size = {"bits": 4, "n": 4096, "k": 4096}
+    return [
+        Case(op="grid_step", m=4096, rows=4096, **size),
+        Case(op="grid_step", m=4096, rows=416, **size),
+        Case(op="grid_step", m=4096, rank=64, masked=True, **size),
+        Case(op="grid_codes", m=1, rows=4096, **size),
+        Case(op="row_gradients", m=4096, rows=4096, **size),
+    ]
 
 
 def tuned() -> list[Case]:
@@ -94,7 +116,8 @@ def tuned() -> list[Case]:
         Case(op="dequantize", bits=4, m=1, n=14336, k=4096),
         Case(op="packed_matmul_dx", bits=4, m=256, n=14336, k=4096),
     ]
-    return [*parts, *(case for case in targets() if case.op != "grid_step")]
+    # The tiles of grid_codes are asked for by rank: one case decides them.
+    return [*parts, *(case for case in targets() if case.op not in ("grid_step", "grid_codes"))]
 
 
 def everything() -> list[Case]:
@@ -121,6 +144,8 @@ def tiny(cases: list[Case]) -> list[Case]:
             k=64,
             group=32 if c.group != -1 else -1,
             rank=min(c.rank, 2),
+            rows=16 if c.rows == c.n else min(c.rows, 8),
+            masked=c.masked,
             dtype=torch.float32,
         )
         for c in cases

@@ -35,6 +35,7 @@ TUNED = {
     "packed_matmul_dx": "packed_matmul_dx",
     "binary_matmul": "binary_matmul",
     "scale_gradient": "grid_gradients",
+    "row_gradients": "grid_row_gradients",
     "quantize_pack": "quantize_pack",
     "hadamard": "hadamard",
     "dequantize": "dequantize",
@@ -101,6 +102,9 @@ def spaces(case: Case) -> list[dict[str, list[Any]]]:
             "num_stages": [3, 4],
         }
         return [{**blas, "num_stages": [1]}, fused]
+    if case.op == "row_gradients":
+        chunk = {"SPAN": [4, 8, 16], "CHUNK_MB": [24, 48], "num_stages": [1]}
+        return [{"BLOCK_N": [16, 32, 64], "num_warps": [2, 4, 8], **chunk}]
     if case.op == "hadamard":
         return [{"ROWS": [64, 128], "STEP": [64, 128], "num_warps": [4, 8], "num_stages": [1]}]
     return [{"BLOCK_N": [16, 32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [1, 2]}]
