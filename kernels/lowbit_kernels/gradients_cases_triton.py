@@ -7,9 +7,8 @@ from . import dispatch
 from .gradients_chunked_triton import chunked_kernel
 from .gradients_epilogue_triton import projection_block
 from .gradients_fused_triton import fused_kernel
-from .gradients_triton import EXACT_ROWS
 from .grid_triton import FP_OPTIONS, rank_block
-from .scratch import CHUNKED, PROJECTION_BLOCK
+from .scratch import CHUNKED, PROJECTION_BLOCK, gradient_form
 from .triton_common import launch_options
 
 
@@ -23,7 +22,8 @@ def _case(
     masked: bool = False,
 ) -> tuple:
     live = units == "live"
-    rows = min(config["BLOCK_N"], EXACT_ROWS) if exact else config["BLOCK_N"]
+    dtype = torch.float32 if exact else torch.bfloat16
+    rows = gradient_form(config | {"form": form}, rank, dtype, False, masked)["BLOCK_N"]
     fraction = 4 if rank or live else 0
     pointers = {"codes": "*i16", "scale0": "*bf16", "scale": "*fp32"} | dict.fromkeys(
         ("sum_s", "sum_t", "part_a", "part_b"), "*fp32"

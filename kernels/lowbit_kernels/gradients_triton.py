@@ -35,8 +35,6 @@ from .matmul import packed_matmul
 from .scratch import gradient_form
 from .triton_common import INTERPRETED, launch_options, plane_group
 
-EXACT_ROWS = 32  # rows of a tile for fp32 inputs: split products need twice the operands
-
 
 def _row_scale_gradients(
     x: Tensor, dy: Tensor, codes: Tensor, zero: Tensor | None, bits: int
@@ -65,16 +63,13 @@ def grid_gradients(
         ds, dt = _row_scale_gradients(x, dy, grid.codes, grid.zero, grid.bits)
         return ds, dt, *_empty(grid.a, grid.b, x.device)
     tensors, strides, constants = given(grid, zero=True)
-    config = gradient_form(config, constants["R"], x.dtype, INTERPRETED)
-    exact = x.dtype == torch.float32
-    if exact:
-        config["BLOCK_N"] = min(config["BLOCK_N"], EXACT_ROWS)
+    config = gradient_form(config, constants["R"], x.dtype, INTERPRETED, grid.mask is not None)
     constants |= {
         "CLIP_FIRST": clip_first,
         "GROUP": span,
         "BLOCK_P": projection_block(constants["R"]),
         "BLOCK_N": config["BLOCK_N"],
-        "EXACT": exact,
+        "EXACT": x.dtype == torch.float32,
         **launch_options(config),
         **FP_OPTIONS,
     }

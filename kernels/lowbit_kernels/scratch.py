@@ -19,6 +19,7 @@ from .layout import LANES, group_count, packed_width, superblock
 PROJECTION_BLOCK = (
     32  # columns of dB summed together in registers, twice; larger ranks write dB strip by strip
 )
+FEW_ROWS = 32  # rows of a tile where its operands take twice the registers, or more than there are
 # the narrowest chunk of channels that is worth a product of its own, even where it outgrows its share of L2
 COLUMNS = 256
 
@@ -66,11 +67,24 @@ def dx_columns(n: int, k: int, itemsize: int, bits: int, config: dict[str, Any],
 CHUNKED = {"form": "chunked", "BLOCK_N": 64, "CHUNK_MB": 24, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
 
 
-def gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
+def gradient_form(
+    config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool, masked: bool
+) -> dict[str, Any]:
     """The entry of the table as it is used. Without a low-rank part there is nothing to project, and dD of
     fp16 inputs may be too small for fp16: there "blas" is "chunked". On chip dB is summed over a tile in
     registers, so the rank must be one or two blocks; and fp32 inputs take the BLAS on a GPU, whose product
-    obeys the user's settings for tf32."""
+    obeys the user's settings for tf32.
+
+    Tiles have fewer rows where inputs are fp32, whose split products need twice the operands, and where a
+    mask meets a dB of two blocks, which leave no register for it."""
+    used = _gradient_form(config, rank, dtype, interpreted)
+    full = masked and used["form"] == "chunked" and PROJECTION_BLOCK < rank <= 2 * PROJECTION_BLOCK
+    if full or dtype == torch.float32:
+        return used | {"BLOCK_N": min(used["BLOCK_N"], FEW_ROWS)}
+    return used
+
+
+def _gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
     if config["form"] == "fused" and (
         rank > 2 * PROJECTION_BLOCK or (dtype == torch.float32 and not interpreted)
     ):
@@ -163,7 +177,7 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
         product = _matmul((x, codes, unit, None, None, bits, -1), arch)
         return product + 2 * m * n * 4 + m * k * 4
     config = dispatch.config("grid_gradients", bits, x.dtype, m, n, k, arch)
-    config = gradient_form(config, rank, x.dtype, arch == dispatch.INTERPRETER)
+    config = gradient_form(config, rank, x.dtype, arch == dispatch.INTERPRETER, grid.mask is not None)
     sums, results = 2 * strips * n * 4, 2 * groups * n * 4
     factors = (rank * k + n * rank) * 4
     if config["form"] == "fused":

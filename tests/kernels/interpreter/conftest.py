@@ -8,6 +8,7 @@ What the interpreter cannot show: races, asynchronous copies, 16-bit arithmetic,
 the AOT gate's (tests/kernels/aot) and the GPU tests' business.
 """
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -30,14 +31,44 @@ def the_language_is_patched_once() -> Iterator[None]:
     from triton.runtime import interpreter
 
     patch: Callable[[Any], Any] = interpreter._patch_lang
+    known: dict[int, list[Any]] = {}  # the languages that a module's globals hold
 
     def once(function: Any) -> Any:
-        languages = [m for m in function.__globals__.values() if inspect.ismodule(m) and m in (tl, tl.core)]
+        names = function.__globals__
+        if (languages := known.get(id(names))) is None:
+            found = [m for m in names.values() if inspect.ismodule(m) and m in (tl, tl.core)]
+            languages = known[id(names)] = found
         replaced = languages and not any(tl.core.is_builtin(module.load) for module in languages)
         return interpreter._LangPatchScope() if replaced else patch(function)
 
     with pytest.MonkeyPatch.context() as changes:
         changes.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_computed_that_nobody_reads() -> Iterator[None]:
+    """Beside every sum and product of integers the interpreter computes it again in 64 bits and compares; the
+    assertion that reads the comparison is there in debug mode only, so it is thrown away: a third of the
+    time. And it makes its table of dtypes anew for every tensor."""
+    from triton.runtime import interpreter
+
+    options = interpreter.interpreter_builder.options
+    assert not options.debug, "somebody reads them now"
+    plain: Callable[[Any], Any] = interpreter._get_np_dtype
+    dtypes: dict[str, Any] = {}
+
+    def kept(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = plain(dtype.scalar)
+        return dtypes[name]
+
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(
+            interpreter.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False)
+        )
+        changes.setattr(interpreter, "_get_np_dtype", kept)
         yield
 
 
