@@ -1,5 +1,5 @@
-"""What the forms of grid_gradients do with a tile of dW: put it to 0 where a weight is masked, recompute v and
-its code, mask by the clip, sum over the inputs of a group, project the masked gradient on A and B
+"""What the forms of grid_gradients do with a tile of dW: put it to 0 where a weight is locked, recompute v
+and its code, mask by the clip, sum over the inputs of a group, project the masked gradient on A and B
 (gradients_triton.py).
 
 It works on strips of 32 channels, one P16 plane, which no group splits: scale and zero are vectors over rows,

@@ -1,12 +1,12 @@
 """grid_row_gradients on a GPU: dD, dS and dT of a dense part from dW of its rows alone.
 
-As in the chunked form of grid_gradients the BLAS makes dW of a chunk of the chosen rows (R / N of a product in
-all) in scratch that stays in L2, and one pass over it recomputes v as grid_codes did, masks by the clip and
-writes dD, which is read by the optimizer and so is the one thing of size R x K in memory. Per weight the pass
-moves 4 bytes of D, 4 of dD, the packed codes and residual, and 2 + 2 of dW, which are L2's; the reference's
-passes over fp32 chunks move more than a hundred.
+As in the chunked form of grid_gradients the BLAS makes dW of a chunk of the chosen rows (R / N of a product
+in all) in scratch that stays in L2, and one pass over it recomputes v as grid_codes did, masks by the clip
+and writes dD, which is read by the optimizer and so is the one thing of size R x K in memory. Per weight the
+pass moves 4 bytes of D, 4 of dD, the packed codes and residual, and 2 + 2 of dW, which are L2's; the
+reference's passes over fp32 chunks move some 160.
 
-No form on chip: beside dW it would save these 2 + 2 bytes and cost a third kernel. Sums over a group are partial
+No form on chip: it would save the 2 + 2 bytes of dW and cost one more kernel. Sums over a group are partial
 sums over strips of 32 channels, each written by one program and added in order, so that a run gives the same
 bits again.
 """
@@ -48,8 +48,8 @@ def grid_rows_kernel(
     CLIP_FIRST: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (spans of SPAN strips, row blocks of the chunk). dw [count, K] is dW of the moved rows start and up,
-    delta and dd [moved, K] are dense; writes sum_s, sum_t [strips, moved]."""
+    """Grid (spans of SPAN strips, row blocks of the chunk). dw [count, K] is dW of the moved rows start and
+    up, delta and dd [moved, K] are dense; writes sum_s, sum_t [strips, moved]."""
     HALF: tl.constexpr = (1 << (BITS - 1)) * 1.0
     span = tl.program_id(0)
     local = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

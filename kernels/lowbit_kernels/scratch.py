@@ -84,7 +84,9 @@ def gradient_form(
     return used
 
 
-def _gradient_form(config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
+def _gradient_form(
+    config: dict[str, Any], rank: int, dtype: torch.dtype, interpreted: bool
+) -> dict[str, Any]:
     if config["form"] == "fused" and (
         rank > 2 * PROJECTION_BLOCK or (dtype == torch.float32 and not interpreted)
     ):

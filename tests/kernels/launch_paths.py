@@ -48,12 +48,14 @@ def main() -> None:
         codes_triton,
         dispatch,
         gradients_triton,
+        grid_rows_triton,
         hadamard_triton,
         launch,
         matmul_triton,
         matmul_weight_triton,
         pack_triton,
     )
+    from lowbit_kernels.grid import GridWeight
 
     n, k, g, rank = 256, 512, 128, 16
     codes = lk.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8), 4)  # before the device is pretended
@@ -77,6 +79,10 @@ def main() -> None:
     )
     a, b, wide = torch.randn(rank, k), torch.randn(n, rank), scale.float()
     grid = (codes, None, scale, None, a, b, None, None, wide, None, None, None, 1.0, "grid", 4, 0)
+    # Of every second row, each of them half masked: what codes and gradients ask for beside the base.
+    some = {"a": None, "b": None, "delta": torch.randn(n // 2, k), "rows": torch.arange(0, n, 2)}
+    some |= {"mask": torch.full((n, 32), 0x5555, dtype=torch.int16)}
+    dense = GridWeight(*grid)._replace(**some)
     calls = {
         "decode": lambda: matmul_triton.packed_matmul(x[:1], codes, scale, zero, None, 4, g),
         "fused": lambda: matmul_triton.packed_matmul(x, codes, scale, None, None, 4, g),
@@ -87,6 +93,8 @@ def main() -> None:
         ),
         "codes": lambda: codes_triton.grid_codes(*grid, k, g),
         "gradients": lambda: gradients_triton.grid_gradients(x, dy, *grid, g, False),
+        "dense codes": lambda: codes_triton.grid_codes(*dense, k, g),
+        "dense gradients": lambda: grid_rows_triton.grid_row_gradients(x, dy, *dense, g, False),
         "quantize": lambda: pack_triton.quantize_pack(torch.zeros(n, k).bfloat16(), scale, None, 4, g, 4),
         "unpack": lambda: pack_triton.unpack(codes, 4, k),
         "hadamard": lambda: hadamard_triton.hadamard(x, -1),

@@ -166,6 +166,56 @@ def test_grid_gradients(m, units):
         good(got, torch_got, want.double())
 
 
+def mask_of(n: int, k: int) -> Tensor:
+    return lk.pack((torch.rand(n, k, device="cuda") < 0.5).to(torch.uint8), 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize(("bits", "g"), [(4, 128), (3, 64), (2, -1)])
+def test_a_dense_part(bits, g, some, masked):
+    """Codes bit for bit, gradients as good as the reference's, the same in every run, in a graph too."""
+    n, k, m = 1024, 1100, 300
+    args = grid_arguments(bits, n, k, g, "grid")
+    rows = torch.randperm(n, device="cuda")[:208].sort().values if some else None
+    delta = torch.randn(n if rows is None else len(rows), k, device="cuda") * 2
+    args |= {"a": None, "b": None, "delta": delta, "rows": rows, "mask": mask_of(n, k) if masked else None}
+    got = lk.grid_codes(**args, in_features=k, group_size=g)
+    assert torch.equal(got, reference("grid_codes", *args.values(), k, g))
+    x, dy = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(m, n, device="cuda").bfloat16()
+    rest = (*args.values(), g, False)
+    made = lk.grid_row_gradients(x, dy, *rest)
+    rounded = reference("grid_row_gradients", x, dy, *rest)
+    exact = reference("grid_row_gradients", x.float(), dy.float(), *rest)
+    for value, torch_value, want in zip(made, rounded, exact, strict=True):
+        good(value, torch_value, want.double())
+    for value, again in zip(made, lk.grid_row_gradients(x, dy, *rest), strict=True):
+        assert torch.equal(value, again)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes = lk.grid_codes(**args, in_features=k, group_size=g)
+    codes.zero_()
+    graph.replay()
+    assert torch.equal(codes, got)
+
+
+@pytest.mark.parametrize("m", [16, 300])
+@pytest.mark.parametrize(("units", "rank"), [("grid", 64), ("weight", 16), ("live", 64)])
+def test_masked_weights(units, rank, m):
+    n, k, g = 512, 1100, 64
+    args = grid_arguments(4, n, k, g, units, rank) | {"mask": mask_of(n, k)}
+    zeros = lk.unpack(args["mask"], 1, k).bool()
+    codes = lk.unpack(lk.grid_codes(**args, in_features=k, group_size=g), 4, k)
+    points = args["zero"].t().repeat_interleave(g, 1)[:, :k].to(torch.uint8)
+    assert torch.equal(codes[zeros], points[zeros])
+    x, dy = torch.randn(m, k, device="cuda").bfloat16(), torch.randn(m, n, device="cuda").bfloat16()
+    rest = (*args.values(), g, False)
+    exact = reference("grid_gradients", x.float(), dy.float(), *rest)
+    rounded = reference("grid_gradients", x, dy, *rest)
+    for got, torch_got, want in zip(lk.grid_gradients(x, dy, *rest), rounded, exact, strict=True):
+        good(got, torch_got, want.double())
+
+
 @pytest.mark.parametrize("low_rank", ["factorised", "corrected"])
 @pytest.mark.parametrize("units", ["grid", "live"])
 def test_grid_estimates_and_no_wait_for_the_device(units, low_rank):

@@ -97,8 +97,8 @@ GRID_OPS = ("grid_codes", "grid_gradients", "grid_row_gradients")
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The grid ops of CPU tensors go where those of CUDA tensors go, until the test is over. The names of those
-    that were launched.
+    """The grid ops of CPU tensors go where those of CUDA tensors go, until the test is over. The names of
+    those that were launched.
     """
     seen: list[str] = []
     modules = (codes_triton, gradients_triton, grid_rows_triton)
@@ -120,8 +120,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_a_step_of_chosen_rows_is_launched_and_multiplies_their_share(launches, monkeypatch):
-    """Nothing of a step with a dense part and a mask is the reference's, and dW is of the chosen rows: R / N of
-    a product beside dX. The codes of a merge are those of the step."""
+    """Nothing of a step with a dense part and a mask is the reference's, and dW is of the chosen rows: R / N
+    of a product beside dX. The codes of a merge are those of the step."""
     k = 96
     args = exact_args("grid", k, low_rank=False)
     delta, scale = torch.randn(len(SOME), k, requires_grad=True), args["scale"].requires_grad_()

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lowbit_kernels import binary_triton, dispatch, gradients_triton, matmul_triton, packed_width
+from lowbit_kernels import (
+    binary_triton,
+    codes_triton,
+    dispatch,
+    gradients_triton,
+    grid_rows_triton,
+    matmul_triton,
+    packed_width,
+)
+from lowbit_kernels.grid import GridWeight
 from lowbit_kernels.scratch import scratch
 from triton.runtime.interpreter import GridExecutor
 
@@ -85,6 +94,39 @@ def test_gradients(rank: int, m: int, form: str) -> None:
         assert _held(gradients_triton.grid_gradients, args) == pytest.approx(
             scratch("grid_gradients", args, 0), rel=0.15
         )
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_a_dense_part(some: bool) -> None:
+    n, k, m = 512, 1024, 96
+    moved = n // 2 if some else n
+    grid = GridWeight(
+        codes=_codes(n, k, 4),
+        residual=None,
+        scale0=torch.ones(k // 32, n),
+        zero0=None,
+        a=None,
+        b=None,
+        delta=torch.randn(moved, k),
+        rows=torch.arange(0, n, 2) if some else None,
+        scale=torch.ones(k // 32, n),
+        zero=None,
+        offset=None,
+        mask=_codes(n, k, 1),
+        gain=1.0,
+        units="grid",
+        bits=4,
+        residual_bits=0,
+    )
+    calls = {
+        "grid_codes": (codes_triton.grid_codes, (*grid, k, 32)),
+        "grid_row_gradients": (
+            grid_rows_triton.grid_row_gradients,
+            (torch.randn(m, k), torch.randn(m, n), *grid, 32, False),
+        ),
+    }
+    for op, (launch, args) in calls.items():
+        assert _held(launch, args) == pytest.approx(scratch(op, args, 0), rel=0.02), op
 
 
 def test_binary() -> None:
