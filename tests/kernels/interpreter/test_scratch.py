@@ -103,13 +103,13 @@ def test_a_dense_part(some: bool) -> None:
     grid = GridWeight(
         codes=_codes(n, k, 4),
         residual=None,
-        scale0=torch.ones(k // 32, n),
+        scale0=torch.ones(k // 64, n),
         zero0=None,
         a=None,
         b=None,
         delta=torch.randn(moved, k),
         rows=torch.arange(0, n, 2) if some else None,
-        scale=torch.ones(k // 32, n),
+        scale=torch.ones(k // 64, n),
         zero=None,
         offset=None,
         mask=_codes(n, k, 1),
@@ -119,10 +119,10 @@ def test_a_dense_part(some: bool) -> None:
         residual_bits=0,
     )
     calls = {
-        "grid_codes": (codes_triton.grid_codes, (*grid, k, 32)),
+        "grid_codes": (codes_triton.grid_codes, (*grid, k, 64)),
         "grid_row_gradients": (
             grid_rows_triton.grid_row_gradients,
-            (torch.randn(m, k), torch.randn(m, n), *grid, 32, False),
+            (torch.randn(m, k), torch.randn(m, n), *grid, 64, False),
         ),
     }
     for op, (launch, args) in calls.items():
