@@ -95,8 +95,11 @@ def aot_cases() -> list[tuple]:
             for rank in (0, 16, 64)
             for units in ("grid", "live")
         ),
-        _case("chunked", 64, "grid", table, masked=True),
-        _case("fused", 64, "live", hopper, only=(90,), masked=True),
+        *(
+            _case("chunked", *what, table, masked=True)
+            for what in ((64, "grid"), (64, "live"), (32, "weight"))
+        ),
+        *(_case("fused", 64, units, hopper, only=(90,), masked=True) for units in ("grid", "live")),
         # what takes the place of the fused form: of fp32 inputs, and of a rank too large to be summed on chip
         _case("chunked", 128, "weight", CHUNKED, only=(90,)),
         _case("chunked", 16, "grid", CHUNKED, exact=True, only=(90,)),
