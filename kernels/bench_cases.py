@@ -1,6 +1,7 @@
 """What the benchmark measures: ops, shapes and numbers of rows. bench_build.py makes them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import lowbit_kernels as lk
 import torch
@@ -96,7 +97,7 @@ def dense_and_masked() -> list[Case]:
     """Full QAT, EfQAT of a tenth of the rows, and low rank over a mask: their codes, gradients and steps.
     The design promises no figure for them.
     """
-    size = {"bits": 4, "n": 4096, "k": 4096}
+    size: dict[str, Any] = {"bits": 4, "n": 4096, "k": 4096}
     return [
         Case(op="grid_step", m=4096, rows=4096, **size),
         Case(op="grid_step", m=4096, rows=416, **size),
