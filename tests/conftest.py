@@ -2,6 +2,7 @@
 wrote.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import settings
 # Two shared cores: a deadline would measure the neighbours. Derandomized: a red test is red on every machine.
 settings.register_profile("lowbit", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("lowbit")
+
+# TorchInductor starts processes that import torch and then wait for Triton kernels; a CPU has none for them.
+os.environ["TORCH_WARM_POOL"] = "0"
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,12 @@ from tests.processes import ROOT, environment
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["lowbit_ft.cli.main", "lowbit_ft.pipeline", "transformers.models.llama.modeling_llama"]
+    [
+        "lowbit_ft.cli.main",
+        "lowbit_ft.pipeline",
+        "lowbit_ft.report.plots",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 

@@ -121,15 +121,11 @@ def test_two_processes_learn_the_same_from_a_teacher_that_was_asked(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["method: lr_qat", "method: l4q, rank: 4, warmup_steps: 1"])
 def test_two_processes_train_the_same(adapter: str, tmp_path: Path) -> None:
-    """Started as torchrun starts them; once by torchrun itself."""
+    """Started as torchrun starts them (tests/train/test_launch.py has launchers that start it themselves)."""
     given = [f"adapter={{{adapter}}}", "train.gradient_accumulation_steps="]
     alone(tmp_path / "one", *given[:1], given[1] + "2")
     two = command(tmp_path / "two", *given[:1], given[1] + "1")
-    if "lr_qat" in adapter:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = run([*torchrun, *two])
-    else:
-        done = run_together(*two)
+    done = run_together(*two)
     assert done.returncode == 0, done.stderr
 
     def losses(out: Path) -> list[float]:

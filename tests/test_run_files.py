@@ -55,7 +55,7 @@ def test_the_report_never_raises(case: str, tmp_path: Path, monkeypatch: pytest.
     assert DRAWN < set(names)
     for name in sorted(names, key=lambda name: name not in DRAWN):
         if name not in DRAWN:  # the figures are those of the whole run, and most of the time
-            monkeypatch.setattr(plots, "_svg", lambda figure: "<svg></svg>")
+            monkeypatch.setattr(plots, "svg", lambda figure: "<svg></svg>")
         run = _complete(tmp_path / name)
         (run / name).write_bytes(BAD[case])
         assert 'class="verdict' in write_report(run).read_text(encoding="utf-8"), name

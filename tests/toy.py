@@ -44,15 +44,15 @@ class Toy(nn.Module):
         return SimpleNamespace(logits=y * self.log_scale.exp())
 
 
-def examples(n: int = 13, seed: int = 0) -> Examples:
-    """n windows of 6 to 16 tokens in which the next token is a fixed function of the last; half are not
-    targets.
+def examples(n: int = 13, seed: int = 0, length: int | None = None) -> Examples:
+    """n windows of 6 to 16 tokens (or of `length`) in which the next token is a fixed function of the last;
+    half are not targets.
     """
     rng = random.Random(seed)
     windows = []
     for _ in range(n):
         ids = [rng.randrange(VOCABULARY)]
-        while len(ids) < rng.randrange(6, 17):
+        while len(ids) < (length or rng.randrange(6, 17)):
             ids.append((3 * ids[-1] + 1) % VOCABULARY)
         labels = [-100 if i < len(ids) // 3 else t for i, t in enumerate(ids)]
         windows.append(Example(ids, labels, [len(ids)]))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ..export import EXPORTERS
 from ..files.atomic import write_text
 from ..model.config import read_config
 from ..plan.fixes import (
@@ -319,17 +320,16 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     _say(console, f"disk: {needs.on_disk / 1e9:.2f} GB ({parts})")
     away = f", {needs.offloaded / 1e9:.2f} of them layer inputs" if needs.offloaded else ""
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}" + (f"\n{made.cache}" if made.cache else ""))
+    if unplanned := EXPORTERS[recipe.export.format].unplanned:
+        _say(console, f"not in it: {unplanned}")
     steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
     if recipe.train.reconstruct is not None:
         _say(console, reconstruct_words(recipe, rate))
     if steps == 0:
         return
     if steps is None:
-        _say(
-            console,
-            f"{needs.tokens_per_step:,} tokens per step; the number of steps is known once the data is "
-            f"read ({recipe.train.epochs:g} epochs)",
-        )
+        said = f"{needs.tokens_per_step:,} tokens per step; their number is known once the data is read"
+        _say(console, f"{said} ({recipe.train.epochs:g} epochs)")
         return
     tokens = steps * needs.tokens_per_step
     line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens:,} tokens"

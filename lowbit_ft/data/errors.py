@@ -33,6 +33,16 @@ def kind(value: object) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+def told(value: object) -> str:
+    """A value of a row where its kind alone would not say what is wrong with it: a number or a short text as
+    it is."""
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:40]}..."
+    return kind(value)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, 200 characters at most."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

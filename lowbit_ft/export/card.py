@@ -45,6 +45,7 @@ class CardFacts:
     kv_cache: KVConfig | None = None
     chat: Mapping[str, Any] = field(default_factory=dict)
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
+    dense: tuple[str, ...] = ()  # modules trained whole (adapter.modules_to_save), as the model names them
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
 
@@ -117,6 +118,11 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         *(
             (f"{facts.zeros:.1%} of these integers stand for zero, and did in every step.",)
             if facts.zeros
+            else ()
+        ),
+        *(
+            (f"Trained whole, and not packed: {listed(shown(name) for name in facts.dense)}.",)
+            if facts.dense
             else ()
         ),
         "",

@@ -77,6 +77,10 @@ class Onnx(Exporter):
     container = "onnx"
     needs = "onnxruntime"
     writes_with = ("onnx", "onnxscript")
+    unplanned = (
+        "torch.onnx's trace of the graph: it holds no weights, but its time and what it holds of the graph "
+        "grow with the layers"
+    )
     reads_with = ("onnx", "onnxruntime")
     extra = "onnx"
     no_online = "has no operator for it"

@@ -96,7 +96,7 @@ def curves(train: Points, valid: Points, rates: Mapping[str, Points]) -> str:
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         if len(seen) > 1:
             bottom.legend(loc="upper right")
-        return _svg(figure)
+        return svg(figure)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -166,7 +166,7 @@ def layers(panels: Sequence[tuple[str, Mapping[str, float], bool]]) -> str:
                 logarithmic,
                 room,
             )
-        return _svg(figure)
+        return svg(figure)
 
 
 def _heat(
@@ -242,7 +242,7 @@ def stages(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
                 if row[column] is not None:
                     axis.text(width, y, f" {_short(width)}", va="center", fontsize=8, color=INK)
         axes[0].invert_yaxis()  # the first stage on top; shared with the right panel
-        return _svg(figure)
+        return svg(figure)
 
 
 def _short(value: float) -> str:
@@ -258,7 +258,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as SVG text, from its opening tag on (no XML prolog, no DTD, no metadata)."""
     buffer = io.StringIO()
     figure.savefig(

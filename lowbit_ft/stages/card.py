@@ -1,11 +1,14 @@
 """The model card of a folder of the run: what the recipe says of it, and what has been measured so far."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card
+from ..files.jsonfile import read_json
 from ..files.records import Evaluation, PackedBase, TaskTable
+from ..integrations.adapter_files import CONFIG_FILE
 from ..recipe.recipe import Recipe
 from ..session import Session
 from .rotations import turned_keys
@@ -37,5 +40,14 @@ def card(session: Session, format: str) -> dict[str, str]:
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
     zeros = session.run.read_json("base.json", PackedBase, PackedBase()).zeros
-    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros)
+    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros, dense=trained_whole(session))
     return {"README.md": model_card(facts, format, rows, tasks)}
+
+
+def trained_whole(session: Session) -> tuple[str, ...]:
+    """The dense modules that the adapter of the run holds beside its pairs; none before it is written."""
+    file = session.run / "adapter" / CONFIG_FILE
+    if not file.is_file():
+        return ()
+    saved = read_json(file, dict[str, Any]).get("modules_to_save")
+    return tuple(map(str, saved)) if isinstance(saved, list) else ()

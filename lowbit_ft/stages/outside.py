@@ -89,6 +89,7 @@ def export_outside(
         None,
         checkpoint.kv_cache,
         _told(checkpoint.folder / TEXT),
+        dense=tuple(dict.fromkeys(tensor.rpartition(".")[0] for tensor in model.dense)),
     )
     if (purpose := checkpoint.purpose) is not None:
         facts = replace(facts, pipeline=AUTO[purpose.auto], auto=purpose.auto)

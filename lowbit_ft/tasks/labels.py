@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..data.errors import BadRow, DataError, kind
+from ..data.errors import BadRow, DataError, told
 from ..data.mix import named, sources_of
 from ..data.read import read_rows
 from ..names import did_you_mean, listed
@@ -34,7 +34,7 @@ def label_id(value: Any, column: str, names: Sequence[str]) -> int:
             return value
         raise BadRow(f"{column!r}: got label {value}; allowed: 0 to {len(names) - 1} (task.labels)")
     if not isinstance(value, str):
-        raise BadRow(f"{column!r} must be the name or the number of a label; got {kind(value)}")
+        raise BadRow(f"{column!r} must be the name or the number of a label; got {told(value)}")
     if value not in names:
         raise BadRow(
             f"{column!r}: got label {value!r}; allowed: {listed(names[:20])} (task.labels)"

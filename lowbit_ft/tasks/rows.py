@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
-from ..data.errors import BadRow, DataError, kind
+from ..data.errors import BadRow, DataError, kind, told
 from ..data.mix import named, sources_of
 from ..data.read import read_rows
 
@@ -176,10 +176,8 @@ def number_of(row: Mapping[str, Any], column: str) -> float:
     value = of_column(row, column)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise BadRow(
-            f"{column!r} must be a number; got {kind(value) if not isinstance(value, str) else value!r}"
-        )
+        raise BadRow(f"{column!r} must be a finite number; got {told(value)}")
     return number

@@ -14,8 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUICK = "recipes/quickstart.yaml"
 SMALL = [
+    "quant.targets=['*.layers.0.*']",
     "train.max_steps=1",
     "train.micro_batch_size=1",
+    "data.sequence_len=128",
+    "eval.window=128",
     "eval.windows=1",
     "eval.generate=[]",
     "data.train.limit=16",
@@ -24,7 +27,7 @@ SMALL = [
 OURS = (
     "quickstart:",
     "data:",
-    "quantized 28 layers",
+    "quantized 7 layers",
     "trainable:",
     "verify ",
     "exported ",

@@ -5,7 +5,6 @@ says.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from lowbit_ft.cli.serve import NEEDS, serve
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
+from tests.forks import Forked
 from tests.packed_tools import int_grid, random_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def post(url: str, body: dict[str, object], timeout: float = 60) -> dict:
         return json.load(answer)
 
 
-def wait_for(url: str, process: subprocess.Popen[str]) -> None:
+def wait_for(url: str, process: Forked) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -45,11 +45,16 @@ def wait_for(url: str, process: subprocess.Popen[str]) -> None:
         except urllib.error.URLError:
             time.sleep(0.2)
     process.kill()
-    raise AssertionError(f"no server: {process.communicate()[0][-3000:]}")
+    raise AssertionError(f"no server: {''.join(process.communicate())[-3000:]}")
+
+
+# `lowbit-ft` as HF_HUB_OFFLINE=1 starts it: the hub's library reads that once, when it is imported.
+OFFLINE = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True\n"
+OFFLINE += "from lowbit_ft.cli.main import main; main()"
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(tmp_path: Path) -> Iterator[tuple[Forked, str]]:
     """(process, address) of a server of tmp_path, a run folder that ships merged/."""
     for name in NEEDS:
         pytest.importorskip(name)
@@ -64,28 +69,15 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "lowbit_ft", "serve", str(tmp_path), "--device", "cpu"]
-    server = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-    )
+    options = ["--device", "cpu", "--host", "127.0.0.1", "--port", port]
+    server = Forked(["-c", OFFLINE, "serve", tmp_path, *options], cwd=tmp_path)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server)
         yield server, f"http://127.0.0.1:{port}"
     finally:
-        if server.poll() is None:
-            server.kill()
-        server.communicate()
+        server.kill()
+        if server.folder.exists():
+            server.communicate(timeout=20)
 
 
 MESSAGES = [{"role": "user", "content": "def f(x): return x"}]
@@ -101,19 +93,23 @@ def status(url: str, body: dict[str, object]) -> int:
     return 200
 
 
-def begin(address: str, body: dict[str, object], seconds: float = 3) -> socket.socket:
-    """A client whose request is being answered: the connection, after some time of it."""
+SHORT = {"messages": MESSAGES, "max_tokens": 2}
+
+
+def begin(address: str, body: dict[str, object]) -> socket.socket:
+    """A client whose request is being answered: the connection. Another one is kept waiting by it."""
     host, _, port = address.removeprefix("http://").partition(":")
     client = socket.create_connection((host, int(port)))
     text = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
-    time.sleep(seconds)
+    with pytest.raises(TimeoutError):
+        post(f"{address}/v1/chat/completions", SHORT, timeout=2)
     return client
 
 
 @pytest.mark.slow
-def test_a_native_folder_answers_over_http(served: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+def test_a_native_folder_answers_over_http(served: tuple[Forked, str], tmp_path: Path) -> None:
     server, address = served
     body = {"model": str(tmp_path / "merged"), "messages": MESSAGES, "max_tokens": 6, "temperature": 0}
     said = post(f"{address}/v1/chat/completions", body)["choices"][0]["message"]["content"]
@@ -142,16 +138,13 @@ def test_a_native_folder_answers_over_http(served: tuple[subprocess.Popen[str], 
 
 @pytest.mark.slow
 def test_a_request_ends_when_its_client_leaves_and_a_second_signal_ends_the_server(
-    served: tuple[subprocess.Popen[str], str],
+    served: tuple[Forked, str],
 ) -> None:
     """One thread generates: a request that went on would keep all others waiting."""
     server, address = served
-    short = {"messages": MESSAGES, "max_tokens": 2}
     for stream in (False, True):
-        with begin(address, ENDLESS | {"stream": stream}):
-            with pytest.raises(TimeoutError):  # it does go on while the client is there
-                post(f"{address}/v1/chat/completions", short, timeout=1.5)
-        said = post(f"{address}/v1/chat/completions", short, timeout=30)
+        begin(address, ENDLESS | {"stream": stream}).close()
+        said = post(f"{address}/v1/chat/completions", SHORT, timeout=30)
         assert said["usage"]["completion_tokens"] == 2, f"stream: {stream}"
     with begin(address, ENDLESS):
         server.send_signal(signal.SIGTERM)

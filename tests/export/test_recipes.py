@@ -15,6 +15,7 @@ from lowbit_ft.export.folder import check_files
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from tests.export.common import ASSET, checkpoint
+from tests.line_tools import QUICK
 
 
 def problems_of(*overrides: str) -> list[str]:
@@ -81,6 +82,7 @@ def test_a_run_ends_in_a_gguf_file(
     monkeypatch.chdir(ASSET.parents[2])
     out = tmp_path / "run"
     overrides = [
+        *QUICK,
         "train.max_steps=1",
         "eval.perplexity=false",
         "eval.generate=[]",

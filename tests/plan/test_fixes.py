@@ -276,6 +276,14 @@ def test_plan_says_what_is_missing_and_takes_a_config(
     assert "fits:" in out and "150 steps of 2,048 tokens" in out and "about 5 min at 1,000 tokens/s" in out
 
 
+def test_what_is_not_planned_is_said(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    traced = changed(recipe, {"export.format": "onnx"})
+    for one, said in ((recipe, False), (traced, True)):
+        assert one is not None
+        cli_plan.show_plan(one, folder=TINY, memory_gb=24, search=False)
+        assert ("not in it: torch.onnx's trace" in capsys.readouterr().out) is said
+
+
 def test_a_small_card_is_told_what_to_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def test_the_card_and_the_report_show_the_scores(ran: Ran) -> None:
     card = (ran.folder / "exported" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "AutoModelForSequenceClassification" in card
     assert "| stage | loss | accuracy | f1 | matthews |" in card and accuracy in card
+    assert "\nTrained whole, and not packed: `bert.pooler`, `classifier`.\n" in card
     page = (ran.folder / "report.html").read_text()
     assert "What was trained is what ships: trained = merged = exported loss" in page
     assert f"{accuracy}</td>" in page and "48 answers" in page

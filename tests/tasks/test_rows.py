@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +59,8 @@ def test_the_first_token_of_a_word_carries_its_label(tmp_path: Path) -> None:
         ({"text": "sea", "label": "rad"}, "got label 'rad'; allowed: red, blue .*did you mean 'red'"),
         ({"text": "sea", "label": 2}, "got label 2; allowed: 0 to 1"),
         ({"text": "sea", "label": True}, "the name or the number of a label; got a boolean"),
+        ({"text": "sea", "label": math.nan}, "the name or the number of a label; got NaN"),
+        ({"text": "sea", "label": 1.5}, "the name or the number of a label; got 1.5"),
     ],
 )
 def test_a_malformed_row_is_named(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -73,8 +76,9 @@ def test_malformed_words_and_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be a list of 2 labels, one for each word"):
         read(tmp_path, [{"tokens": ["a", "b"], "ner_tags": [0]}], **keys)
     regression = {"labels": None, "problem_type": "regression"}
-    with pytest.raises(DataError, match="'label' must be a number; got 'much'"):
-        read(tmp_path, [{"text": "a", "label": "much"}], **regression)
+    for label, told in (("much", "'much'"), (math.nan, "NaN"), (-math.inf, "-inf"), (True, "a boolean")):
+        with pytest.raises(DataError, match=f"'label' must be a finite number; got {told}"):
+            read(tmp_path, [{"text": "a", "label": label}], **regression)
     assert read(tmp_path, [{"text": "a", "label": "2.5"}], **regression)[0]["labels"] == 2.5
     with pytest.raises(DataError, match=r"its columns are a, label, and none of the usual ones .*task.text"):
         read(tmp_path, [{"a": "a", "label": "red"}])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ from lowbit_ft import pipeline
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.train import setup as train_setup
 from lowbit_ft.train.setup import TrainError, make_accelerator
-from tests.processes import environment
+from tests.forks import Forked
 from tests.toy import section
 from tests.train.two_processes import ROOT, packed
 
@@ -39,70 +37,52 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+COMMON = [
+    "train.max_steps=2",
+    "train.micro_batch_size=1",
+    "train.eval_every=null",
+    "train.save_every=null",
+    "data.train.limit=60",
+    "data.valid.limit=3",
+    "data.sequence_len=64",
+    "quant.bits=3",
+]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("launch") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        more = ["train.gradient_accumulation_steps=2", f"output={folder}"]
+        pipeline.train(load_recipe("recipes/quickstart.yaml", [*COMMON, *more]))
+    return folder
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_the_line_by_accelerate_launch_ships_what_one_process_ships(
-    machines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machines: int, one: Path, tmp_path: Path
 ) -> None:
     """The documented configurations, their numbers given on the command line; the merged bytes are the same.
     Two machines are two launches that meet at a port."""
-    monkeypatch.chdir(ROOT)
-    common = [
-        "train.max_steps=2",
-        "train.micro_batch_size=1",
-        "train.eval_every=null",
-        "train.save_every=null",
-        "data.train.limit=60",
-        "data.valid.limit=3",
-        "data.sequence_len=64",
-        "quant.bits=3",
-    ]
-    one, two = tmp_path / "one", tmp_path / "two"
+    two = tmp_path / "two"
     config = ROOT / "docs" / "accelerate" / ("one-machine.yaml" if machines == 1 else "two-machines.yaml")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--num_processes",
-        "2",
-    ]
-    line = [
-        "-m",
-        "lowbit_ft",
-        "train",
-        "recipes/quickstart.yaml",
-        *common,
-        "train.gradient_accumulation_steps=1",
-        "train.sharding=fsdp",
-    ]
+    command = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    line = ["-m", "lowbit_ft", "train", "recipes/quickstart.yaml", *COMMON]
+    line += ["train.gradient_accumulation_steps=1", "train.sharding=fsdp"]
     place = (
         [] if machines == 1 else ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     )
-    errors = [(tmp_path / f"stderr-{rank}").open("w+") for rank in range(machines)]
     launched = [
-        subprocess.Popen(
-            [*command, *place, "--machine_rank", str(rank), *line, f"output={two}"],
-            env=environment(OMP_NUM_THREADS="1"),
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-        )
-        for rank, file in enumerate(errors)
+        Forked([*command, *place, "--machine_rank", rank, *line, f"output={two}"]) for rank in range(machines)
     ]
     try:
-        codes = [process.wait(timeout=600) for process in launched]
+        said = [process.communicate(timeout=600)[1][-4000:] for process in launched]
     finally:
         for process in launched:
             process.kill()
-        said = "".join(Path(file.name).read_text()[-4000:] for file in errors)
-        for file in errors:
-            file.close()
-    assert codes == [0] * machines, said
-    pipeline.train(
-        load_recipe(
-            "recipes/quickstart.yaml", [*common, "train.gradient_accumulation_steps=2", f"output={one}"]
-        )
-    )
+    assert [process.returncode for process in launched] == [0] * machines, said
     for path in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (one / path).read_bytes() == (two / path).read_bytes(), path
     held_by = json.loads((two / "processes.json").read_text())

@@ -9,7 +9,6 @@ exact.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,9 +143,7 @@ def test_resume_with_another_number_of_processes(done: Path) -> None:
 
 def test_kept_codes_under_ddp_and_compiled_layers_under_fsdp(done: Path, tmp_path: Path) -> None:
     assert_same(done / "kept", done / "one")
-    if shutil.which("g++") is None:
-        pytest.skip("TorchInductor needs a C++ compiler on the CPU")
-    go(tmp_path, packed(), compile=True)
+    two_processes.compiled(tmp_path, packed())
     assert_same(done / "compiled", tmp_path)
 
 

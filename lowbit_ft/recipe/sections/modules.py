@@ -65,25 +65,31 @@ def check_modules(r: Any) -> Problems:
         yield from _against_loop(r.train)
 
 
-def _against_loop(train: Any) -> Problems:
+def against_masters(train: Any, key: str, part: str) -> Problems:
+    """What trains no dense tensors beside the adapters; they are there because of `key`, which names each
+    `part` of them."""
+    name = key.rpartition(".")[2]
     if OPTIMIZERS[train.optimizer].ternary:
         yield Problem(
             ("train", "optimizer"),
-            f"got {train.optimizer!r}, whose numbers are -1, 0 and 1, with adapter.modules_to_save; leave "
-            "modules_to_save out, or choose another adapter.method",
+            f"got {train.optimizer!r}, whose numbers are -1, 0 and 1, with {key}; leave {name} out, or "
+            "choose another adapter.method",
         )
     if not train.gradient.backward:
         yield Problem(
             ("train", "gradient", "kind"),
-            f"got {train.gradient.kind!r}, which knows the step of a grid and none of a dense module, with "
-            "adapter.modules_to_save; set kind: backprop, or leave modules_to_save out",
+            f"got {train.gradient.kind!r}, which knows the step of a grid and none of a dense {part}, with "
+            f"{key}; set kind: backprop, or leave {name} out",
         )
     if train.sharding == "fsdp":
         yield Problem(
             ("train", "sharding"),
-            "got 'fsdp' with adapter.modules_to_save, whose masters are whole on every process; set "
-            "sharding: none (DDP)",
+            f"got 'fsdp' with {key}, whose masters are whole on every process; set sharding: none (DDP)",
         )
+
+
+def _against_loop(train: Any) -> Problems:
+    yield from against_masters(train, ".".join(HERE), "module")
     if train.max_steps == 0:
         yield Problem(
             HERE,

@@ -9,10 +9,10 @@ from ...model.checkpoint import Checkpoint
 from ...model.grown import tables_of, token_problems
 from ...model.tokenizer import read_tokenizer
 from ...signals import SIGNALS
-from ...train.optimizers import OPTIMIZERS
 from ..layers import local_folder
 from ..yaml import Problem
 from .base import Problems
+from .modules import against_masters
 
 HERE = ("model", "add_tokens")
 
@@ -57,24 +57,7 @@ def _against_loop(train: Any) -> Problems:
             f"got {train.signal.kind!r} with model.add_tokens: a teacher knows nothing of the new tokens, "
             "and would teach the model not to write them; set kind: labels",
         )
-    if OPTIMIZERS[train.optimizer].ternary:
-        yield Problem(
-            ("train", "optimizer"),
-            f"got {train.optimizer!r}, whose numbers are -1, 0 and 1, with model.add_tokens; remove "
-            "add_tokens, or choose another adapter.method",
-        )
-    if not train.gradient.backward:
-        yield Problem(
-            ("train", "gradient", "kind"),
-            f"got {train.gradient.kind!r}, which knows the step of a grid and none of a dense row, with "
-            "model.add_tokens; set kind: backprop, or remove add_tokens",
-        )
-    if train.sharding == "fsdp":
-        yield Problem(
-            ("train", "sharding"),
-            "got 'fsdp' with model.add_tokens, whose tables are whole on every process; set sharding: none "
-            "(DDP)",
-        )
+    yield from against_masters(train, ".".join(HERE), "row")
     if train.max_steps == 0:
         yield Problem(
             HERE,
