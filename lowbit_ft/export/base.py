@@ -144,6 +144,8 @@ class Exporter(ABC):
     kv_server: ClassVar[str | None] = None
     # The flag of its server that gives chat templates values, as JSON; None: it has none.
     chat_flag: ClassVar[str | None] = None
+    # Whether its reader in transformers leaves generation_config.json aside, where the stop tokens are.
+    drops_generation: ClassVar[bool] = False
     # What must be known before a folder is read: the first lines of its card.
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.

@@ -23,6 +23,7 @@ from ..grid import Grid
 from ..kv_cache import KVConfig
 from ..names import listed
 from . import EXPORTERS
+from .base import Exporter
 
 HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
@@ -47,6 +48,7 @@ class CardFacts:
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
+    generation: bool = False  # the folder has a generation_config.json
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
@@ -122,7 +124,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         f"## Use (format `{format}`)",
         "",
-        EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto),
+        _use(facts, EXPORTERS[format]),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
@@ -146,6 +148,16 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     if facts.recipe is not None:
         lines += ["## Recipe", "", *fenced(facts.recipe.rstrip(), "yaml")]
     return "\n".join(lines)
+
+
+def _use(facts: CardFacts, exporter: Exporter) -> str:
+    """Markdown: how Python loads the folder, with its stop tokens."""
+    code = exporter.use("PATH").replace("AutoModelForCausalLM", facts.auto)
+    if not (exporter.drops_generation and facts.generation):
+        return code
+    line = 'model.generation_config = GenerationConfig.from_pretrained("PATH")  # its stop tokens'
+    code = code.replace("AutoTokenizer\n", "AutoTokenizer, GenerationConfig\n", 1)
+    return code.replace("\ntokenizer = ", f"\n{line}\ntokenizer = ", 1)
 
 
 def fenced(text: str, language: str = "") -> list[str]:

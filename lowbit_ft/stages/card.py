@@ -6,6 +6,7 @@ from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card
 from ..files.records import Evaluation, PackedBase, TaskTable
+from ..model.config import GENERATION
 from ..recipe.recipe import Recipe
 from ..session import Session
 from .rotations import turned_keys
@@ -27,6 +28,7 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         recipe.data.chat_template_kwargs,
         pipeline=recipe.task.pipeline,
         auto=recipe.task.auto,
+        generation=(session.checkpoint.folder / GENERATION).is_file(),
     )
 
 
