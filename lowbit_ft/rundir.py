@@ -218,7 +218,15 @@ def shipped(folder: Path) -> Path:
     if not (folder / "recipe.yaml").is_file():
         return folder
     caches = (folder / "merged").is_dir() and _says_kv_cache(folder / "merged")
-    name = "exported" if (folder / "exported").is_dir() and not caches else "merged"
+    return _own(folder, "exported" if (folder / "exported").is_dir() and not caches else "merged")
+
+
+def merged_of(folder: Path) -> Path:
+    """merged/ of a run. ValueError when it is not what this run wrote."""
+    return _own(folder, "merged")
+
+
+def _own(folder: Path, name: str) -> Path:
     if is_run(folder) and (folder / name).is_dir():
         RunDir(folder).refuse_other(name)
     return folder / name
