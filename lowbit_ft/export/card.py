@@ -24,6 +24,7 @@ from ..kv_cache import KVConfig
 from ..names import listed
 from . import EXPORTERS
 from .base import Exporter
+from .servers import SERVERS
 
 HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
@@ -51,10 +52,17 @@ class CardFacts:
     generation: bool = False  # the folder has a generation_config.json
 
 
-def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
-    """How to use the folder, for the console."""
+def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = None) -> str:
+    """How to use the folder, for the console. here: of a run that was computed on a CPU, its folder, which
+    our own server takes there; None: the format's server comes first."""
     command, about = _served(facts, format, str(folder))
-    return "\n".join([f"serve it: {command}", *(f"  {what}: {text}" for what, text in about.items())])
+    lines = [f"serve it: {command}"]
+    if here is not None and facts.pipeline == WRITES and not command.startswith("lowbit-ft"):
+        vllm, exporter = SERVERS["vllm"], EXPORTERS[format]
+        why = vllm.reject_cpu(exporter, facts.grid) if exporter.name in vllm.formats else None
+        lines = [f"serve it: lowbit-ft serve {here}", f"  {'or' if why is None else 'on a GPU'}: {command}"]
+        lines += [] if why is None else [f"  on a CPU: {why}"]
+    return "\n".join([*lines, *(f"  {what}: {text}" for what, text in about.items())])
 
 
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
