@@ -32,7 +32,7 @@ from .rundir import RunDir, shipped
 from .session import resume, start
 from .stages.card import used_by
 from .stages.data import read_data
-from .stages.evaluate import measure_shipped, measure_trained
+from .stages.evaluate import first_sample, measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
 from .stages.models import check_folders, trained_model
@@ -61,6 +61,8 @@ def run(recipe: Recipe) -> Path:
         folder = export_stage(session, recipe.export.format)
         measure_shipped(session, measured)
         measure_tasks(session, tasks)
+        if (sample := first_sample(measured)) is not None:
+            session.say(sample)
         session.say(f"report: {write_report(session.run.path)}")
         session.say(used_by(session, recipe.export.format, folder))
         return folder

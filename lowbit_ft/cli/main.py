@@ -8,19 +8,16 @@ printed without a traceback and exits with 2; ctrl-C exits with 130; `--debug` s
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import __version__
+from .loading import load, refuse_what_cannot_fit, waking
 from .quiet import quiet
 from .said import said
-
-if TYPE_CHECKING:
-    from ..recipe.recipe import Recipe
 
 app = typer.Typer(
     name="lowbit-ft",
@@ -59,10 +56,11 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = Fa
     """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
     was stopped.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    loaded = _load(recipe, overrides)
-    _refuse_what_cannot_fit(loaded, anyway)
+    loaded = load(recipe, overrides)
+    refuse_what_cannot_fit(loaded, anyway)
     pipeline.run(loaded)
 
 
@@ -100,9 +98,11 @@ def plan(
     loaded.
     """
     from .plan import show_plan, write_fit  # slow: torch; --help does without
+    from .plan_checks import show_checks  # as above
 
-    loaded = _load(recipe, overrides, weights=False)
-    show_plan(
+    loaded = load(recipe, overrides, weights=False)
+    wrong = show_checks(loaded)
+    made = show_plan(
         loaded,
         folder=config,
         memory_gb=memory,
@@ -112,6 +112,10 @@ def plan(
     )
     if fit is not None:
         write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes, force=force)
+    if made is None:
+        wrong.append(f"no plan without the config.json of {loaded.model.path}; give --config FOLDER")
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 @app.command()
@@ -137,6 +141,7 @@ def quantize(
     """Pack a model: a recipe's into its run folder (base/), from which `run` and `train` go on; or MODEL, by
     these options, into a folder that from_pretrained reads.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
     from .quantize import quantize_model  # as above
 
@@ -151,16 +156,17 @@ def quantize(
         raise ValueError(
             f"{target} is a recipe, which says these itself: write quant.bits=4, output=DIR, ... behind it"
         )
-    pipeline.quantize(_load(Path(target), overrides))
+    pipeline.quantize(load(Path(target), overrides))
 
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Load, quantize, attach and train; ends with the adapter and the merged weights."""
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    loaded = _load(recipe, overrides)
-    _refuse_what_cannot_fit(loaded, anyway)
+    loaded = load(recipe, overrides)
+    refuse_what_cannot_fit(loaded, anyway)
     pipeline.train(loaded)
 
 
@@ -227,6 +233,7 @@ def evaluate(
     """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
     --stage: only tasks.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
@@ -316,37 +323,6 @@ def import_recipe(
         f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  "
         f"lowbit-ft plan {output}"
     )
-
-
-def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
-    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
-    there, not only its config.json."""
-    from ..recipe.check import notes  # slow: torch; --help does without
-    from ..recipe.recipe import load_recipe  # slow: torch; --help does without
-    from ..recipe.yaml import RecipeError  # slow: torch; --help does without
-
-    try:
-        recipe = load_recipe(path, overrides or [])
-    except RecipeError as error:
-        if weights or not all("no model.safetensors" in problem for problem in error.problems):
-            raise
-        return load_recipe(path, overrides or [], check=False)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        for note in notes(recipe):
-            typer.echo(f"note: {note}", err=True)
-    return recipe
-
-
-def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
-    """ValueError, before anything is read, for a run that plan says has no place on the device it would
-    take.
-    """
-    if anyway:
-        return
-    from .plan import refusal  # slow: torch; --help does without
-
-    if reason := refusal(recipe):
-        raise ValueError(reason)
 
 
 def _folder(path: Path) -> Path:

@@ -51,7 +51,7 @@ def export_stage(session: Session, name: str) -> Path:
             if before != name and session.run.main:
                 print(
                     f"note: {folder}: the {before} export that is here will be replaced by {name}; a run has "
-                    f"one export, and `lowbit-ft export {session.run.path} --format {before}` writes it again",
+                    f"one, and `lowbit-ft export {session.run.path} --format {before}` writes it again",
                     file=sys.stderr,
                 )
             merged = read_weights(session.run / "merged")
