@@ -16,6 +16,7 @@ import typer
 
 from .. import __version__
 from .loading import load, refuse_what_cannot_fit, waking
+from .places import refuse_existing
 from .quiet import quiet
 from .said import said
 
@@ -35,10 +36,25 @@ Anyway = Annotated[bool, typer.Option("--anyway", help="start even when plan say
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
 
 
+FORMATS = (  # without importing their table, which takes seconds; a test compares the two
+    "compressed-tensors, int-quantized, gguf, gptq, gptq_v2, awq, mlx, onnx, torchao or native"
+)
+ROWS = (
+    'rows for gptq and signround: jsonl with "messages", "prompt" and "completion", "text" or another format '
+    "of docs/data.md, a .txt file, or a hub data set"
+)
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _gigabytes(given: float | None) -> float | None:
+    if given is not None and not 0.1 <= given <= 1e6:
+        raise typer.BadParameter(f"got {given}; allowed: 0.1 to 1000000")
+    return given
 
 
 @app.callback()
@@ -77,7 +93,7 @@ def plan(
     memory: Annotated[
         float | None,
         typer.Option(
-            "--memory", min=0.1, max=1e6, help="GB to fit into; default: this machine's GPU, else 24"
+            "--memory", callback=_gigabytes, help="GB to fit into; default: this machine's GPU, else 24"
         ),
     ] = None,
     processes: Annotated[
@@ -133,9 +149,7 @@ def quantize(
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help="mse (default), gptq, ...; gptq needs --data")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="rows for gptq and signround: a file or a hub data set")
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help=ROWS)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
 ) -> None:
     """Pack a model: a recipe's into its run folder (base/), from which `run` and `train` go on; or MODEL, by
@@ -184,7 +198,7 @@ def export(
         Path, typer.Argument(help="folder of a run, packed model, or adapter", show_default=False)
     ],
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
+        str | None, typer.Option("--format", "-f", help=f"{FORMATS}; default: the recipe's")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="folder to write, where FOLDER is no run")
@@ -263,8 +277,8 @@ def serve(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
 ) -> None:
-    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
-    ...) may follow.
+    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options may follow (--host
+    localhost, --port 8000, --device auto, --dtype auto, --enable-cors, ...; all: transformers serve --help).
     """
     from .serve import serve as serve_folder  # slow: torch; --help does without
 
@@ -294,13 +308,16 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", min=0.1, max=1e6, help="GB of the card that it has to fit into"),
+        typer.Option(
+            "--memory", callback=_gigabytes, help="GB of the GPU that it is written for, here or elsewhere"
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="folder with the model's config.json, for --memory")
     ] = None,
 ) -> None:
     """Write a commented recipe for a model; with --memory, one that fits."""
+    refuse_existing(output, force, "choose another name with -o")  # before seconds of imports
     from .init import write_recipe  # slow: torch; --help does without
 
     write_recipe(model_path, output, force=force, memory_gb=memory, config=config)

@@ -130,6 +130,7 @@ class Exporter(ABC):
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    extra_note: ClassVar[str] = ""  # what must be known of that extra
     # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
     measurable: ClassVar[bool] = True
     # Whether `transformers serve` reads it, which gets a folder and nothing else.
@@ -259,7 +260,8 @@ class Exporter(ABC):
         absent = [name for name in modules if find_spec(name) is None]
         if not absent:
             return None
-        return f"needs {', '.join(absent)}, not installed here; run pip install 'lowbit-ft[{self.extra}]'"
+        hint = f"run pip install 'lowbit-ft[{self.extra}]'{self.extra_note}"
+        return f"needs {', '.join(absent)}, not installed here; {hint}"
 
     @abstractmethod
     def specs(self, layer: LayerSpec) -> TensorSpecs:

@@ -11,6 +11,7 @@ import pytest
 import lowbit_ft
 from lowbit_ft.cli import main as cli
 from lowbit_ft.cli.plan import show_plan
+from lowbit_ft.export import EXPORTERS
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.plan.stages import optimizer_bytes
 from lowbit_ft.recipe.recipe import load_recipe
@@ -96,10 +97,12 @@ def test_serve_hands_on_the_options_of_transformers(calls, tmp_path):
 
 
 def test_user_errors_are_one_message_on_stderr(calls, tmp_path, capsys):
-    assert call("run", QUICK, "train.stpes=3", "quant.bits=5") == 2
+    assert call("run", QUICK, "train.stpes=3", "quant.bits=5", "quant.group_size=512") == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
     assert "override 'train.stpes=3': train.stpes: unknown key" in err and "quant.bits: got 5" in err
+    assert "allowed: max_steps" not in err, "one name is near, thirty are not listed"
+    assert "quant.group_size: got 512; allowed: 32, 64, 128, 256, -1; the nearest is 256" in err
     assert call("run", "no-such.yaml") == 2
     assert "error: no recipe at no-such.yaml" in capsys.readouterr().err
     assert call("merge", str(tmp_path / "nothing")) == 2 and "no folder at" in capsys.readouterr().err
@@ -117,13 +120,13 @@ def test_an_error_begins_with_its_first_problem(calls, tmp_path, capsys):
     bad.write_text(good.replace("  bits: 4", "  bits: 5"))
     assert call("run", str(bad)) == 2
     err = capsys.readouterr().err
-    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8\n"
+    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4\n"
 
     bad.write_text(good.replace("  bits: 4", "  bits: 5").replace("name: quickstart", "name: a/b"))
     assert call("run", str(bad)) == 2
     first, *others = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {bad}:11: name: got 'a/b'; allowed: ")
-    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8"]
+    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(bad)
     assert str(caught.value).startswith(f"{bad}:11: name: ") and calls == []
@@ -266,3 +269,9 @@ def test_plan_does_not_print_keys_that_are_unset(
     assert line.startswith(" adapter  lr_qat, rank 8") and "None" not in line and "pattern" not in line
     (row,) = [line for line in lines if "mlp.down_proj" in line]
     assert "256 x 768" in row and "W4 g128 sym" in row and row.rstrip().endswith("│")
+
+
+def test_help_names_every_format(capsys):
+    assert sorted(cli.FORMATS.replace(" or ", ", ").split(", ")) == sorted(EXPORTERS)
+    assert call("plan", "--help") == 0 and "<=x<=" not in capsys.readouterr().out
+    assert call("plan", QUICK, "--memory", "nan") == 2 and "got nan; allowed: 0.1" in capsys.readouterr().err
