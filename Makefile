@@ -56,7 +56,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) with $(PYTHON) (torch, transformers, ...: some minutes the first time)"
 	@start=$$(date +%s) && \
 	$(PYTHON) -m venv $(VENV) && \
+	echo "  1 of 2: torch (some hundred MB)" && \
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 && \
+	echo "  2 of 2: lowbit-ft and what it needs (transformers, datasets, the tools of the tests)" && \
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' && \
 	touch $@ && \
 	echo "installed in $$(( $$(date +%s) - start )) seconds"

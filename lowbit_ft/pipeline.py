@@ -20,7 +20,6 @@ import torch
 
 from .evaluate.generate import generate as answer
 from .evaluate.tasks import load_tasks
-from .export.card import serve_line
 from .export.folder import check_if_ours
 from .export.reader import load_exported
 from .kv_cache import cache_line
@@ -31,9 +30,9 @@ from .recipe.recipe import Recipe
 from .report.page import write_report
 from .rundir import RunDir, shipped
 from .session import resume, start
-from .stages.card import card_facts
+from .stages.card import used_by
 from .stages.data import read_data
-from .stages.evaluate import measure_shipped, measure_trained
+from .stages.evaluate import first_sample, measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
 from .stages.models import check_folders, trained_model
@@ -62,8 +61,10 @@ def run(recipe: Recipe) -> Path:
         folder = export_stage(session, recipe.export.format)
         measure_shipped(session, measured)
         measure_tasks(session, tasks)
+        if (sample := first_sample(measured)) is not None:
+            session.say(sample)
         session.say(f"report: {write_report(session.run.path)}")
-        session.say(serve_line(card_facts(session, recipe), recipe.export.format, folder))
+        session.say(used_by(session, recipe.export.format, folder))
         return folder
 
 
@@ -124,7 +125,7 @@ def export(
         refuse_export(session, name)
         folder = export_stage(session, name)
         session.say(f"{name}: {folder}")
-        session.say(serve_line(card_facts(session, session.recipe), name, folder))
+        session.say(used_by(session, name, folder))
         return folder
 
 

@@ -89,28 +89,40 @@ class RunDir:
         return run
 
     def _begin(self, recipe: Recipe) -> None:
-        run, stored = self, self / "recipe.yaml"
-        if stored.exists():
-            before = read_source(stored).values
-            now = yaml.safe_load(recipe.to_yaml())
-            changed = [
-                key for key in _flat(now) | _flat(before) if _flat(now).get(key) != _flat(before).get(key)
-            ]
-            changed = sorted(
-                key for key in changed if not (f"{key}.").startswith(tuple(f"{free}." for free in FREE))
-            )
-            # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is
-            # still the right one.
-            trained = (run / "adapter").exists() or any((run / "checkpoints").glob("step-*"))
-            if changed and trained:
-                raise ValueError(
-                    f"{run.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
-                    "Give this run another `output`, or remove that folder"
-                )
+        run = self
+        # Before the first checkpoint there is nothing to protect: base/ knows by itself whether it is still
+        # the right one.
+        if (changed := run.changed(recipe)) and run.trained:
+            raise ValueError(run.refused(changed))
         here = Path.cwd()
         from_here = os.path.relpath(here, run.path.resolve())
         run.write_json(MARKER, {"writer": WRITER, "folder": str(here), "from_here": from_here})
         run.write_text("recipe.yaml", recipe.to_yaml())
+
+    def changed(self, recipe: Recipe) -> list[str]:
+        """The keys in which the recipe differs from that of the run that is here, but for those of FREE;
+        none where there is no run."""
+        if not (self / "recipe.yaml").exists():
+            return []
+        before, now = _flat(read_source(self / "recipe.yaml").values), _flat(yaml.safe_load(recipe.to_yaml()))
+        differ = [key for key in now | before if now.get(key) != before.get(key)]
+        return sorted(k for k in differ if not f"{k}.".startswith(tuple(f"{free}." for free in FREE)))
+
+    @property
+    def trained(self) -> bool:
+        """Something of the training is here."""
+        return (self / "adapter").exists() or any((self / "checkpoints").glob("step-*"))
+
+    def refused(self, changed: Sequence[str]) -> str:
+        """Why a recipe that differs in these keys is not run here."""
+        return (
+            f"{self.path} holds a run with another recipe; these keys differ: {', '.join(changed)}. "
+            "Give this run another `output`, or remove that folder"
+        )
+
+    def finished(self) -> list[str]:
+        """The stages that are done, in the order in which they were."""
+        return [row.stage for row in self.read_json("stages.json", list[StageTime], [])]
 
     def refuse_foreign(self) -> None:
         """ValueError when the folder has things in it that are not of a run: nothing there is overwritten."""
@@ -218,7 +230,15 @@ def shipped(folder: Path) -> Path:
     if not (folder / "recipe.yaml").is_file():
         return folder
     caches = (folder / "merged").is_dir() and _says_kv_cache(folder / "merged")
-    name = "exported" if (folder / "exported").is_dir() and not caches else "merged"
+    return _own(folder, "exported" if (folder / "exported").is_dir() and not caches else "merged")
+
+
+def merged_of(folder: Path) -> Path:
+    """merged/ of a run. ValueError when it is not what this run wrote."""
+    return _own(folder, "merged")
+
+
+def _own(folder: Path, name: str) -> Path:
     if is_run(folder) and (folder / name).is_dir():
         RunDir(folder).refuse_other(name)
     return folder / name

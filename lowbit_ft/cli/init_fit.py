@@ -35,9 +35,17 @@ def config_folder(model_path: str, config: Path | None) -> Path:
             f"model path: got {model_path!r}; there is no such folder; give a checkpoint folder or a hub id "
             "owner/name"
         )
-    from huggingface_hub import hf_hub_download  # slow; only a hub id needs it
+    from huggingface_hub import (  # slow; only a hub id needs it
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     try:
+        if isinstance(found := try_to_load_from_cache(model_path, "config.json"), str):
+            return Path(found).parent
+        get_hf_file_metadata(hf_hub_url(model_path, "config.json"))  # asks once; a download tries six times
         return Path(hf_hub_download(model_path, "config.json")).parent
     except Exception as error:  # OSError, ValueError or errors of the HTTP library: all for the user to solve
         detail = (str(error).strip().splitlines() or ["no detail"])[0]

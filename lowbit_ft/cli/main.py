@@ -8,19 +8,17 @@ printed without a traceback and exits with 2; ctrl-C exits with 130; `--debug` s
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import __version__
+from .loading import load, refuse_what_cannot_fit, waking
+from .places import refuse_existing
 from .quiet import quiet
 from .said import said
-
-if TYPE_CHECKING:
-    from ..recipe.recipe import Recipe
 
 app = typer.Typer(
     name="lowbit-ft",
@@ -38,10 +36,25 @@ Anyway = Annotated[bool, typer.Option("--anyway", help="start even when plan say
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run (output of the recipe)", show_default=False)]
 
 
+FORMATS = (  # without importing their table, which takes seconds; a test compares the two
+    "compressed-tensors, int-quantized, gguf, gptq, gptq_v2, awq, mlx, onnx, torchao or native"
+)
+ROWS = (
+    'rows for gptq and signround: jsonl with "messages", "prompt" and "completion", "text" or another format '
+    "of docs/data.md, a .txt file, or a hub data set"
+)
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _gigabytes(given: float | None) -> float | None:
+    if given is not None and not 0.1 <= given <= 1e6:
+        raise typer.BadParameter(f"got {given}; allowed: 0.1 to 1000000")
+    return given
 
 
 @app.callback()
@@ -59,10 +72,11 @@ def run(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = Fa
     """The whole line: load, quantize, attach, train, merge, evaluate, export, report. Continues a run that
     was stopped.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    loaded = _load(recipe, overrides)
-    _refuse_what_cannot_fit(loaded, anyway)
+    loaded = load(recipe, overrides)
+    refuse_what_cannot_fit(loaded, anyway)
     pipeline.run(loaded)
 
 
@@ -79,7 +93,7 @@ def plan(
     memory: Annotated[
         float | None,
         typer.Option(
-            "--memory", min=0.1, max=1e6, help="GB to fit into; default: this machine's GPU, else 24"
+            "--memory", callback=_gigabytes, help="GB to fit into; default: this machine's GPU, else 24"
         ),
     ] = None,
     processes: Annotated[
@@ -100,9 +114,11 @@ def plan(
     loaded.
     """
     from .plan import show_plan, write_fit  # slow: torch; --help does without
+    from .plan_checks import show_checks  # as above
 
-    loaded = _load(recipe, overrides, weights=False)
-    show_plan(
+    loaded = load(recipe, overrides, weights=False)
+    wrong = show_checks(loaded)
+    made = show_plan(
         loaded,
         folder=config,
         memory_gb=memory,
@@ -112,6 +128,10 @@ def plan(
     )
     if fit is not None:
         write_fit(loaded, fit, folder=config, memory_gb=memory, processes=processes, force=force)
+    if made is None:
+        wrong.append(f"no plan without the config.json of {loaded.model.path}; give --config FOLDER")
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 @app.command()
@@ -129,14 +149,13 @@ def quantize(
     calibrate: Annotated[
         str | None, typer.Option("--calibrate", help="mse (default), gptq, ...; gptq needs --data")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", help="rows for gptq and signround: a file or a hub data set")
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help=ROWS)] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
 ) -> None:
     """Pack a model: a recipe's into its run folder (base/), from which `run` and `train` go on; or MODEL, by
     these options, into a folder that from_pretrained reads.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
     from .quantize import quantize_model  # as above
 
@@ -151,16 +170,17 @@ def quantize(
         raise ValueError(
             f"{target} is a recipe, which says these itself: write quant.bits=4, output=DIR, ... behind it"
         )
-    pipeline.quantize(_load(Path(target), overrides))
+    pipeline.quantize(load(Path(target), overrides))
 
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None, anyway: Anyway = False) -> None:
     """Load, quantize, attach and train; ends with the adapter and the merged weights."""
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    loaded = _load(recipe, overrides)
-    _refuse_what_cannot_fit(loaded, anyway)
+    loaded = load(recipe, overrides)
+    refuse_what_cannot_fit(loaded, anyway)
     pipeline.train(loaded)
 
 
@@ -178,7 +198,7 @@ def export(
         Path, typer.Argument(help="folder of a run, packed model, or adapter", show_default=False)
     ],
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="format; default: the one of the recipe")
+        str | None, typer.Option("--format", "-f", help=f"{FORMATS}; default: the recipe's")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="folder to write, where FOLDER is no run")
@@ -227,6 +247,7 @@ def evaluate(
     """Perplexity, KL and lm-eval tasks of base, quantized, trained, merged and exported model. With --task or
     --stage: only tasks.
     """
+    waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
@@ -256,8 +277,8 @@ def serve(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="exported model or run folder", show_default=False)],
 ) -> None:
-    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options (--port, --device,
-    ...) may follow.
+    """Answer requests over HTTP as OpenAI's API does: `transformers serve`, whose options may follow (--host
+    localhost, --port 8000, --device auto, --dtype auto, --enable-cors, ...; all: transformers serve --help).
     """
     from .serve import serve as serve_folder  # slow: torch; --help does without
 
@@ -287,13 +308,16 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
     memory: Annotated[
         float | None,
-        typer.Option("--memory", min=0.1, max=1e6, help="GB of the card that it has to fit into"),
+        typer.Option(
+            "--memory", callback=_gigabytes, help="GB of the GPU that it is written for, here or elsewhere"
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="folder with the model's config.json, for --memory")
     ] = None,
 ) -> None:
     """Write a commented recipe for a model; with --memory, one that fits."""
+    refuse_existing(output, force, "choose another name with -o")  # before seconds of imports
     from .init import write_recipe  # slow: torch; --help does without
 
     write_recipe(model_path, output, force=force, memory_gb=memory, config=config)
@@ -316,37 +340,6 @@ def import_recipe(
         f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  "
         f"lowbit-ft plan {output}"
     )
-
-
-def _load(path: Path, overrides: list[str] | None, weights: bool = True) -> Recipe:
-    """The checked recipe; what is worth knowing goes to standard error. weights: the model's files must be
-    there, not only its config.json."""
-    from ..recipe.check import notes  # slow: torch; --help does without
-    from ..recipe.recipe import load_recipe  # slow: torch; --help does without
-    from ..recipe.yaml import RecipeError  # slow: torch; --help does without
-
-    try:
-        recipe = load_recipe(path, overrides or [])
-    except RecipeError as error:
-        if weights or not all("no model.safetensors" in problem for problem in error.problems):
-            raise
-        return load_recipe(path, overrides or [], check=False)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
-        for note in notes(recipe):
-            typer.echo(f"note: {note}", err=True)
-    return recipe
-
-
-def _refuse_what_cannot_fit(recipe: Recipe, anyway: bool) -> None:
-    """ValueError, before anything is read, for a run that plan says has no place on the device it would
-    take.
-    """
-    if anyway:
-        return
-    from .plan import refusal  # slow: torch; --help does without
-
-    if reason := refusal(recipe):
-        raise ValueError(reason)
 
 
 def _folder(path: Path) -> Path:

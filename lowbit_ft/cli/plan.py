@@ -3,6 +3,8 @@ Made to be read at 100 columns. GB are 10^9 bytes."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -10,13 +12,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..export import EXPORTERS
+from ..adapters import AdapterConfig
 from ..files.atomic import write_text
 from ..model.config import read_config
 from ..plan.fixes import (
     MOST_WINDOWS,
-    Fix,
     Planner,
-    _yaml,
     combination,
     fit,
     fixes,
@@ -30,7 +31,9 @@ from ..plan.turned import folded
 from ..recipe.defaults import taken
 from ..recipe.recipe import Recipe
 from .places import refuse_existing
+from .refusal import override, saved
 
+WIDE = 200  # characters, where nobody's window cuts them
 _WORDS = {
     "codes": "packed integers, the ones that ship",
     "residual": "bits of the rounding error kept while training",
@@ -62,7 +65,7 @@ def show_plan(
     search: bool = True,
 ) -> Plan | None:
     """Print the plan; returns it (None: config.json is not on this disk and no folder with one is given)."""
-    console = console or Console()
+    console = console or _console()
     _show_recipe(recipe, console)
     card = find_card(recipe, memory_gb)
     folder = folder or plan_folder(recipe)
@@ -90,6 +93,12 @@ def show_plan(
     if not made.fits:
         _show_fixes(planner, made, console)
     return made
+
+
+def _console() -> Console:
+    """Standard output; in a pipe or a file as wide as the tables are, where rich would cut them at 80."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=WIDE) if piped else Console()
 
 
 def write_fit(
@@ -134,45 +143,6 @@ def write_fit(
     return made
 
 
-def refusal(recipe: Recipe) -> str | None:
-    """Why a run of this recipe cannot fit the device that it would take here and now; None when it can, or
-    plan cannot tell.
-
-    Only the training step counts: quantizing and the last evaluation are estimates that err high, and base/
-    may be there already. On a CPU several processes share the pages of one base, which plan counts once for
-    each. Whatever goes wrong in planning never stands in the way of a run.
-    """
-    try:
-        folder = plan_folder(recipe)
-        card = find_card(recipe, in_use=True)
-        made = plan(recipe, folder, card) if folder is not None else None
-        if (
-            made is None
-            or made.stages.get("training", 0) <= card.nbytes
-            or (made.notes and made.certain <= card.nbytes)
-        ):
-            return None
-        if card.arch == 0 and made.processes > 1:
-            return None
-        planner = Planner(recipe, folder, card, made.processes)
-        known = fixes(planner, made)
-        found = combination(planner, made, known)
-    except Exception:
-        return None
-    lines = [
-        f"{recipe.name} needs {made.total / 1e9:.2f} GB at its peak ({made.stage}), and {card.name} has "
-        f"{card.nbytes / 1e9:.2f} GB.",
-        *(f"  {line}" for line in _fix_lines(made, known)),
-    ]
-    if found is not None:
-        lines.append(f"  fits ({found[1].total / 1e9:.2f} GB): {'  '.join(_override(f) for f in found[0])}")
-    lines.append(
-        "`lowbit-ft plan` on the recipe shows where the memory goes; --fit writes a recipe that fits; "
-        "--anyway starts this one all the same."
-    )
-    return "\n".join(lines)
-
-
 def _show_recipe(recipe: Recipe, console: Console) -> None:
     train, server = recipe.train, recipe.export.server
     windows = train.micro_batch_size * train.gradient_accumulation_steps
@@ -187,7 +157,7 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
             f"{recipe.quant.grid} {recipe.quant.bits} bit, group {recipe.quant.group_size}, started by "
             f"{recipe.quant.calibrate}{folded(recipe.quant)}{recipe.quant.sparsity.said}{recipe.quant.inputs}",
         ),
-        ("adapter", ", ".join(f"{key} {value}" for key, value in recipe.adapter if value is not None)),
+        ("adapter", _adapter(recipe.adapter)),
         (
             "data",
             f"{recipe.data.rows}, windows of {recipe.data.sequence_len} tokens",
@@ -202,6 +172,13 @@ def _show_recipe(recipe: Recipe, console: Console) -> None:
         *(("auto", line) for line in taken(recipe)),
     ):
         console.print(f"{label:>8}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _adapter(adapter: AdapterConfig) -> str:
+    """The method, its rank, and what else the recipe sets."""
+    shown = {"rank", "alpha"} | adapter.model_fields_set
+    others = [f"{key} {value}" for key, value in adapter if key in shown - {"method"} and value is not None]
+    return ", ".join([adapter.method, *others])
 
 
 def _show_layers(made: Plan, console: Console) -> None:
@@ -351,7 +328,7 @@ def _show_fixes(planner: Planner, made: Plan, console: Console) -> None:
         title_justify="left",
     )
     for fix in known:
-        table.add_row(str(fix).replace(", ", "\n"), _saved(made, fix), fix.cost)
+        table.add_row(str(fix).replace(", ", "\n"), saved(made, fix), fix.cost)
     if known:
         console.print(table)
     found = combination(planner, made, known)
@@ -364,30 +341,7 @@ def _show_fixes(planner: Planner, made: Plan, console: Console) -> None:
         return
     _say(
         console,
-        f"this fits ({found[1].total / 1e9:.2f} GB):  {'  '.join(_override(fix) for fix in found[0])}",
-    )
-
-
-def _saved(made: Plan, fix: Fix) -> str:
-    """What a fix saves, by stage where the stages differ."""
-    parts: dict[str, list[str]] = {}
-    for stage, size in fix.saves.items():
-        if size > 5e6:
-            parts.setdefault(f"{size / 1e9:.2f} GB", []).append(stage)
-    if len(parts) == 1 and len(next(iter(parts.values()))) == len(fix.saves):
-        return next(iter(parts))
-    return "\n".join(f"{size} ({', '.join(stages)})" for size, stages in parts.items())
-
-
-def _fix_lines(made: Plan, known: list[Fix]) -> list[str]:
-    return [f"{fix} saves {_saved(made, fix)}: {fix.cost}".replace("\n", ", ") for fix in known]
-
-
-def _override(fix: Fix) -> str:
-    """A fix as it is typed behind the recipe."""
-    return "  ".join(
-        f"--processes {value}" if key == "processes" else f"{key}={_yaml(value)}"
-        for key, value in fix.changes.items()
+        f"this fits ({found[1].total / 1e9:.2f} GB):  {'  '.join(override(fix) for fix in found[0])}",
     )
 
 
@@ -395,4 +349,4 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["Card", "refusal", "show_plan", "write_fit"]
+__all__ = ["Card", "show_plan", "write_fit"]

@@ -29,8 +29,9 @@ App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Await
 
 
 @contextmanager
-def one_model(name: str) -> Iterator[None]:
-    """For as long as this is open, `transformers serve` builds its app for the model `name` and no other."""
+def one_model(name: str, typed: str) -> Iterator[None]:
+    """For as long as this is open, `transformers serve` builds its app for the model `name` and no other.
+    typed: another name of it, as its user gave the folder."""
     from transformers.cli.serving import server  # here: it needs the extra
 
     build = server.build_server
@@ -44,6 +45,9 @@ def one_model(name: str) -> Iterator[None]:
             return manager if use_cb else Stoppable(manager)
 
         state.get_manager = get_manager
+        for handler in (*handlers, *options.values()):
+            if hasattr(handler, "_resolve_model"):
+                _also_named(handler, name, typed)
         return Leaving(close(build(*handlers, **options), name))
 
     server.build_server = build_server
@@ -51,6 +55,18 @@ def one_model(name: str) -> Iterator[None]:
         yield
     finally:
         server.build_server = build
+
+
+def _also_named(handler: Any, name: str, typed: str) -> None:
+    """Let requests to this handler name the model as it was typed, too."""
+    resolve = handler._resolve_model
+
+    def resolved(body: dict[str, Any]) -> Any:
+        if isinstance(wanted := body.get("model"), str) and wanted.rstrip("/") == typed:
+            body["model"] = name
+        return resolve(body)
+
+    handler._resolve_model = resolved
 
 
 def close(app: Any, name: str) -> Any:

@@ -3,6 +3,8 @@ of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class DataError(ValueError):
     """A data set cannot be used. `str(error)` opens with `file:row:` where a row is to blame.
@@ -18,6 +20,15 @@ class DataError(ValueError):
 
 class BadRow(ValueError):
     """A row cannot become an example; the text says which key and why, the caller adds file and row."""
+
+
+class MissingKey(BadRow):
+    """A row lacks a key that its format reads. keys: those it has, by which another format may fit."""
+
+    def __init__(self, wanted: str, row: Iterable[object]):
+        self.keys = frozenset(map(str, row))
+        listed = ", ".join(repr(key) for key in list(row)[:8]) or "none"
+        super().__init__(f"key {wanted} is missing; the row's keys are: {listed}")
 
 
 def kind(value: object) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 from .columns import unread
 from .errors import BadRow, DataError
-from .formats import Format, format_of
+from .formats import Format, format_of, told
 from .mix import mixed, named, sources_of, unmixable, weights_of
 from .pack import join, pack, pack_text
 from .read import read_rows
@@ -220,9 +220,9 @@ def _rows(
                 )
             ignored = unread(row.value, formatter.reads(row.value))
         except BadRow as error:
-            bad = DataError(str(error), row.file, row.number)
+            bad = DataError(told(error), row.file, row.number)
             if section.on_bad_row != "skip":
-                hint = f"{error} (data.on_bad_row: skip passes over such rows)"
+                hint = f"{told(error)} (data.on_bad_row: skip passes over such rows)"
                 raise DataError(hint, row.file, row.number) from error
             report.skipped += 1
             if len(report.problems) < 5:

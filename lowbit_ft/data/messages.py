@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .columns import ROLES, learn_flag
-from .errors import BadRow, kind
+from .errors import BadRow, MissingKey, kind
 
 _NOT_JSON = object()
 
@@ -36,8 +36,7 @@ def read_chat(row: Mapping[str, Any]) -> Conversation:
     """The chat of a row with `messages` or `conversations`. BadRow says what is wrong and where."""
     key = "messages" if "messages" in row else "conversations"
     if key not in row:
-        keys = ", ".join(repr(k) for k in list(row)[:8]) or "none"
-        raise BadRow(f"key 'messages' (or 'conversations') is missing; the row's keys are: {keys}")
+        raise MissingKey("'messages' (or 'conversations')", row)
     items = row[key]
     if not isinstance(items, list):
         raise BadRow(f"{key!r} must be a list of messages; got {kind(items)}")

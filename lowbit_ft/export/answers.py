@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..evaluate.generate import encode_prompt
 from ..model.chat_template import Template
+from ..model.config import CONFIG, GENERATION, stop_ids
 from .base import Exporter
 
 PROMPTS = (
@@ -102,9 +103,11 @@ def answer(logits: Logits, prompt: Tensor, stops: list[int]) -> Answer:
     return Answer(prompt, ids)
 
 
-def compare_tokens(exporter: Exporter, folder: Path, source: str | Path, own: Any) -> list[str] | None:
+def compare_tokens(
+    exporter: Exporter, folder: Path, source: str | Path, own: Any, loaded: Any
+) -> list[str] | None:
     """What the format's users get in another way than the model had it (own: its tokenizer, of the folder
-    `source`); None when the model has no tokenizer.
+    `source`; loaded: the model as its reader makes it); None when the model has no tokenizer.
     """
     source = Path(source)
     if own is None:
@@ -122,6 +125,8 @@ def compare_tokens(exporter: Exporter, folder: Path, source: str | Path, own: An
         sorted(stops),
         sorted({*exporter.stops(folder)} | ({theirs.eos_token_id} - {None})),
     )
+    if (named := _named_stops(source)) and (found := _stops_at(loaded)) is not None:
+        pairs["stop tokens of the loaded model"] = (sorted(named), sorted(found))
     # Text and special tokens apart: whether a SentencePiece tokenizer puts a space behind a special token is
     # a choice of the library (llama.cpp and older Llama tokenizers do, transformers' reader of gguf does
     # not), not of the file.
@@ -135,6 +140,22 @@ def compare_tokens(exporter: Exporter, folder: Path, source: str | Path, own: An
         if mine != other:
             problems.append(f"{name}: {_short(other)}, and the model has {_short(mine)}")
     return problems
+
+
+def _named_stops(source: Path) -> set[int]:
+    """The stop tokens that a model read from this folder has; none where its files name none."""
+    ids = stop_ids(source / GENERATION)
+    return set(stop_ids(source / CONFIG) or [] if ids is None else ids)
+
+
+def _stops_at(loaded: Any) -> set[int] | None:
+    """The tokens at which `generate` of this model ends; None for one that writes no text."""
+    if (stops := getattr(loaded, "stops", None)) is not None:  # a reader that is not torch
+        return set(stops)
+    if (settings := getattr(loaded, "generation_config", None)) is None:
+        return None
+    ids = settings.eos_token_id
+    return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def _short(value: object) -> str:

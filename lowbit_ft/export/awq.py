@@ -40,6 +40,7 @@ class Awq(Exporter):
     dense_experts = False
     reads_with = ("gptqmodel",)
     extra = "gptq"
+    extra_note = " (in an environment of its own: it wants a newer torch than constraints.txt has)"
     tolerance = 1e-2
 
     def reject(self, grid: Grid, offset: bool = False) -> str | None:

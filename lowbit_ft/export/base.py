@@ -130,6 +130,7 @@ class Exporter(ABC):
     writes_with: ClassVar[tuple[str, ...]] = ()
     reads_with: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
+    extra_note: ClassVar[str] = ""  # what must be known of that extra
     # Whether a reader in transformers makes a torch model of its folders, which is what lm-eval measures.
     measurable: ClassVar[bool] = True
     # Whether `transformers serve` reads it, which gets a folder and nothing else.
@@ -146,6 +147,8 @@ class Exporter(ABC):
     chat_flag: ClassVar[str | None] = None
     # What of writing a folder `plan` counts no memory and no time for; None: nothing that matters.
     unplanned: ClassVar[str | None] = None
+    # Whether its reader in transformers leaves generation_config.json aside, where the stop tokens are.
+    drops_generation: ClassVar[bool] = False
     # What must be known before a folder is read: the first lines of its card.
     read_first: ClassVar[str] = ""
     # What to install for the lines of `use`.
@@ -259,7 +262,8 @@ class Exporter(ABC):
         absent = [name for name in modules if find_spec(name) is None]
         if not absent:
             return None
-        return f"needs {', '.join(absent)}, not installed here; run pip install 'lowbit-ft[{self.extra}]'"
+        hint = f"run pip install 'lowbit-ft[{self.extra}]'{self.extra_note}"
+        return f"needs {', '.join(absent)}, not installed here; {hint}"
 
     @abstractmethod
     def specs(self, layer: LayerSpec) -> TensorSpecs:

@@ -23,6 +23,8 @@ from ..grid import Grid
 from ..kv_cache import KVConfig
 from ..names import listed
 from . import EXPORTERS
+from .base import Exporter
+from .servers import SERVERS
 
 HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
@@ -48,12 +50,20 @@ class CardFacts:
     dense: tuple[str, ...] = ()  # modules trained whole (adapter.modules_to_save), as the model names them
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
+    generation: bool = False  # the folder has a generation_config.json
 
 
-def serve_line(facts: CardFacts, format: str, folder: Path) -> str:
-    """How to use the folder, for the console."""
+def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = None) -> str:
+    """How to use the folder, for the console. here: of a run that was computed on a CPU, its folder, which
+    our own server takes there; None: the format's server comes first."""
     command, about = _served(facts, format, str(folder))
-    return "\n".join([f"serve it: {command}", *(f"  {what}: {text}" for what, text in about.items())])
+    lines = [f"serve it: {command}"]
+    if here is not None and facts.pipeline == WRITES and not command.startswith("lowbit-ft"):
+        vllm, exporter = SERVERS["vllm"], EXPORTERS[format]
+        why = vllm.reject_cpu(exporter, facts.grid) if exporter.name in vllm.formats else None
+        lines = [f"serve it: lowbit-ft serve {here}", f"  {'or' if why is None else 'on a GPU'}: {command}"]
+        lines += [] if why is None else [f"  on a CPU: {why}"]
+    return "\n".join([*lines, *(f"  {what}: {text}" for what, text in about.items())])
 
 
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
@@ -128,7 +138,7 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         "",
         f"## Use (format `{format}`)",
         "",
-        EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto),
+        _use(facts, EXPORTERS[format]),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
@@ -152,6 +162,16 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     if facts.recipe is not None:
         lines += ["## Recipe", "", *fenced(facts.recipe.rstrip(), "yaml")]
     return "\n".join(lines)
+
+
+def _use(facts: CardFacts, exporter: Exporter) -> str:
+    """Markdown: how Python loads the folder, with its stop tokens."""
+    code = exporter.use("PATH").replace("AutoModelForCausalLM", facts.auto)
+    if not (exporter.drops_generation and facts.generation):
+        return code
+    line = 'model.generation_config = GenerationConfig.from_pretrained("PATH")  # its stop tokens'
+    code = code.replace("AutoTokenizer\n", "AutoTokenizer, GenerationConfig\n", 1)
+    return code.replace("\ntokenizer = ", f"\n{line}\ntokenizer = ", 1)
 
 
 def fenced(text: str, language: str = "") -> list[str]:

@@ -69,6 +69,7 @@ class Gguf(Exporter):
     chat_flag = "--chat-template-kwargs"
     needs = "gguf"
     transformers_serve = False
+    drops_generation = True
     container = "gguf"
     dense_experts = False
     writes_with = ("gguf",)

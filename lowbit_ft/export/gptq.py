@@ -96,6 +96,7 @@ class Gptq(Exporter):
     dense_experts = False
     reads_with = ("gptqmodel", "optimum")
     extra = "gptq"
+    extra_note = " (in an environment of its own: it wants a newer torch than constraints.txt has)"
     tolerance = 1e-2
     less_one: ClassVar[bool] = True  # whether zero points are stored less one
 

@@ -119,7 +119,7 @@ def load_exported(
     """
     check_if_ours(folder)
     whole = read_config(folder)
-    config, options, as_served = whole.get("quantization_config"), {}, None
+    config, options, as_served, drops = whole.get("quantization_config"), {}, None, False
     kind = dtype or stored_dtype(Path(folder) / CONFIG, whole)
     method = config.get("quant_method") if isinstance(config, dict) else None
     for exporter in [e for e in EXPORTERS.values() if e.quant_method == method][:1]:
@@ -128,7 +128,7 @@ def load_exported(
         if (model := exporter.open(Path(folder), kind)) is not None:
             return model.eval()
         options = exporter.load_options(whole["quantization_config"], Path(folder))
-        as_served = exporter.as_served
+        as_served, drops = exporter.as_served, exporter.drops_generation
     refuse_irregular(Path(folder))
     stop_ids(Path(folder) / GENERATION)  # which transformers believes
     config_file = Path(folder) / CONFIG
@@ -150,8 +150,20 @@ def load_exported(
             trust_remote_code=False,
             **{"config": made, **options},  # a GGUF file brings its own
         )
+        if drops and model.can_generate():
+            model.generation_config = _generation(Path(folder), made)
     if as_served is not None:
         as_served(model, whole["quantization_config"])
     if method == Native.quant_method and device != "cpu":
         model = to_device(model, device, folder)
     return model.eval()
+
+
+def _generation(folder: Path, config: Any) -> Any:
+    """The folder's generation_config.json, or what transformers makes of its configuration without one: the
+    stop tokens, for a reader that leaves them aside."""
+    from transformers import GenerationConfig  # slow: seconds, and folders are checked without
+
+    if not (folder / GENERATION).is_file():
+        return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_pretrained(str(folder), local_files_only=True)

@@ -7,7 +7,8 @@
     logits    of the loaded model, against the packed model's on the same tokens
     answers   the packed model's greedy answers to three prompts in the chat template: the reader must choose
               the same tokens
-    tokens    special tokens, stop tokens, chat template and the prompts' ids, as the format's users get them
+    tokens    special tokens, stop tokens (those of the files and of the loaded model), chat template and the
+              prompts' ids, as the format's users get them
 
 Weights are compared bit for bit, whatever their size. Logits must be equal bit for bit on a CPU where the
 packed matmul does a layer in one piece (up to layout.CHUNK_ELEMENTS weights): both sides then make the same
@@ -216,7 +217,7 @@ def verify(
         bound,
         answers,
         len(dense or {}),
-        compare_tokens(exporter, folder, source or folder, own),
+        compare_tokens(exporter, folder, source or folder, own, loaded),
     )
     if not report.ok:
         raise ValueError(str(report))

@@ -98,12 +98,8 @@ def check(values: dict[str, Any]) -> list[Problem]:
 
 
 def notes(recipe: Any) -> list[str]:
-    """What is not wrong but worth knowing before a run: an existing run that will be continued, an inexact
-    merge.
-    """
+    """What is not wrong but worth knowing before a run: an inexact merge, a start that others beat."""
     found = []
-    if (recipe.output / "recipe.yaml").is_file():
-        found.append(f"{recipe.output} holds a run already: it is continued from what is finished there")
     if not recipe.adapter.exact_merge:
         found.append(
             f"{recipe.adapter.method} does not merge exactly: the merged weights are rounded again, and "
@@ -122,6 +118,14 @@ def notes(recipe: Any) -> list[str]:
             "nothing reads; set residual_bits: 0"
         )
     calibrator = CALIBRATORS.get(recipe.quant.calibrate)
+    usual = recipe.quant.start(rows=True)
+    if recipe.quant.bits < 4 and calibrator is not None and CALIBRATORS[usual].needs_text:
+        if not calibrator.needs_text and not calibrator.exact:
+            found.append(
+                f"quant.calibrate: {recipe.quant.calibrate} at {recipe.quant.bits} bits is a far worse start "
+                f"than {usual}, which looks at data.train (README.md has both in its table); leave calibrate "
+                f"out, or set {usual}; signround is better still and takes longer"
+            )
     if residual and recipe.adapter.reads_residual and calibrator is not None and calibrator.exact:
         found.append(
             f"quant.calibrate: {recipe.quant.calibrate} rounds nothing: what quant.residual_bits {residual} "

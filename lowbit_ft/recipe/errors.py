@@ -15,11 +15,13 @@ from pydantic_core import ErrorDetails
 from ..adapters import ADAPTERS, AdapterConfig
 from ..data.synthesis import SYNTHESIS, SynthesisConfig
 from ..gradients import GRADIENTS, USUAL, GradientConfig
+from ..grid import GRIDS
 from ..names import did_you_mean, nearest
 from ..tasks import TASKS, Task
 from ..tasks import USUAL as CAUSAL
 from .yaml import MOST_PROBLEMS, KeyPath, Problem
 
+FEW = 10  # keys that are listed beside the one that was meant
 LONGEST = 80  # characters of a wrong value that are shown
 
 
@@ -137,7 +139,8 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
         hint = f"; did you mean '{close}'?" if close else ""
         if section == "adapter" and (others := _methods_with(inside[-1])):
             hint = f" of {method}; {', '.join(others)} {'have' if len(others) > 1 else 'has'} it: remove it"
-        return Problem(path, f"unknown key{hint}; allowed: {', '.join(fields)}")
+        known = f"; allowed: {', '.join(fields)}" if len(fields) <= FEW or not hint.endswith("?") else ""
+        return Problem(path, f"unknown key{hint}{known}")
     if kind == "missing":
         about = fields[str(inside[-1])].description if inside and str(inside[-1]) in fields else ""
         return Problem(path, f"missing; add `{path[-1]}: ...`{f' ({about})' if about else ''}")
@@ -155,8 +158,12 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
         allowed = (
             [value for value in _literals(field.annotation) if value is not None] if field is not None else []
         )
+        if section == "quant" and inside == ("bits",) and isinstance(given, dict):
+            allowed = (
+                list(GRIDS[grid].widths) if (grid := str(given.get("grid", "integer"))) in GRIDS else allowed
+            )
         listed = ", ".join(map(str, allowed)) or str(context.get("expected", "")).replace("'", "")
-        return Problem(path, f"{got}; allowed: {listed}{did_you_mean(detail['input'], allowed)}")
+        return Problem(path, f"{got}; allowed: {listed}{_meant(detail['input'], allowed)}")
     if kind == "value_error":
         return Problem(path, f"got {context.get('error', detail['msg'])}")
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
@@ -178,6 +185,14 @@ def _to_problem(section: str, annotation: Any, detail: ErrorDetails, given: Any)
     )
     message = message.replace("a valid ", "a ").replace("a integer", "an integer")
     return Problem(path, f"{got}; allowed: {message}")
+
+
+def _meant(given: Any, allowed: list[Any]) -> str:
+    """What may have been meant: of numbers the nearest, of words the one that is written most alike."""
+    numbers = [value for value in allowed if isinstance(value, int) and value > 0]
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0 and numbers:
+        return f"; the nearest is {min(numbers, key=lambda value: abs(value - given))}"
+    return did_you_mean(given, allowed)
 
 
 def _literals(annotation: Any) -> list[Any]:

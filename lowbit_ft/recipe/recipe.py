@@ -143,9 +143,8 @@ def load_recipe(
     known = ", ".join(Recipe.model_fields)
     unknown = [key for key in source.values if key not in Recipe.model_fields]
     for key in unknown[:MOST_PROBLEMS]:
-        problems.append(
-            Problem((key,), f"unknown key{did_you_mean(key, Recipe.model_fields)}; allowed: {known}")
-        )
+        hint = did_you_mean(key, Recipe.model_fields) or f"; allowed: {known}"
+        problems.append(Problem((key,), f"unknown key{hint}"))
     if len(unknown) > MOST_PROBLEMS:
         problems.append(Problem((unknown[-1],), f"and {len(unknown) - MOST_PROBLEMS} more unknown keys"))
     for name, info in Recipe.model_fields.items():

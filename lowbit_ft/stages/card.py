@@ -1,14 +1,16 @@
 """The model card of a folder of the run: what the recipe says of it, and what has been measured so far."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
-from ..export.card import CardFacts, model_card
+from ..export.card import CardFacts, model_card, serve_line
 from ..files.jsonfile import read_json
 from ..files.records import Evaluation, PackedBase, TaskTable
 from ..integrations.adapter_files import CONFIG_FILE
+from ..model.config import GENERATION
 from ..recipe.recipe import Recipe
 from ..session import Session
 from .rotations import turned_keys
@@ -30,7 +32,14 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         recipe.data.chat_template_kwargs,
         pipeline=recipe.task.pipeline,
         auto=recipe.task.auto,
+        generation=(session.checkpoint.folder / GENERATION).is_file(),
     )
+
+
+def used_by(session: Session, format: str, folder: Path) -> str:
+    """What serves a folder of the run, for the console: on a CPU our own server first."""
+    here = session.run.path if session.device.type == "cpu" else None
+    return serve_line(card_facts(session, session.recipe), format, folder, here)
 
 
 def card(session: Session, format: str) -> dict[str, str]:

@@ -21,6 +21,13 @@ class Measured:
 
     rows: list[EvalRow] = field(default_factory=list)
     measure: Measure | None = None
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, session: Session, row: EvalRow) -> None:
+        """One more row, and a line of it: on a slow machine minutes lie between two."""
+        self.rows.append(row)
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.numbers.items())
+        session.say(f"evaluated {row.stage}: {numbers}")
 
 
 def measure_trained(session: Session, model: Any) -> Measured:
@@ -30,10 +37,11 @@ def measure_trained(session: Session, model: Any) -> Measured:
         if recipe.eval.perplexity:
             done.measure = measure = measure_of(session, model)
             session.say(f"evaluate: {measure.count:,} {measure.unit}, every stage")
-            done.rows += measure.reference()
+            for row in measure.reference():
+                done.add(session, row)
             with adapters_off(model):
-                done.rows.append(measure.row(model, "quantized"))
-            done.rows.append(measure.row(model, "trained"))
+                done.add(session, measure.row(model, "quantized"))
+            done.add(session, measure.row(model, "trained"))
             session.check_files()
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
@@ -41,10 +49,10 @@ def measure_trained(session: Session, model: Any) -> Measured:
                 with adapters_off(model):
                     before = generate(model, prompts, **options)
                 after = generate(model, prompts, **options)
-            samples = [
+            done.samples = [
                 {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, before, after, strict=True)
             ]
-            session.run.write_json("samples.json", samples)
+            session.run.write_json("samples.json", done.samples)
     return done
 
 
@@ -61,7 +69,7 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     with run_dir.stage("evaluate", session.device, resumable=True):
         for stage in folders:
             model = stage_model(session, stage)
-            done.rows.append(done.measure.row(model, stage))
+            done.add(session, done.measure.row(model, stage))
             del model
     run_dir.write_json(
         "evaluation.json",
@@ -72,6 +80,33 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
         },
     )
     session.say(table(done.rows))
+    if (warning := worse(done.rows)) is not None:
+        session.say(warning)
     for stage, format in folders.items():
         replace_file(run_dir / stage, "README.md", card(session, format)["README.md"])
     return done.rows
+
+
+def worse(rows: list[EvalRow]) -> str | None:
+    """A warning where training made the model worse on the rows of the table; None where it did not. A
+    teacher's student may lose on the labels and be nearer to the teacher: that is no loss."""
+    by_stage = {row.stage: row for row in rows}
+    before, after = by_stage.get("quantized"), by_stage.get("trained")
+    if before is None or after is None or after.loss <= before.loss:
+        return None
+    if before.kl is not None and after.kl is not None and after.kl < before.kl:
+        return None
+    return (
+        f"warning: training made the model worse on the rows of the table: loss {before.loss:.4f} before, "
+        f"{after.loss:.4f} after. Are they of the same kind as data.train? Fewer passes over the rows, more "
+        "rows or a lower train.learning_rate overfit less; train.keep_best with eval_every keeps the best"
+    )
+
+
+def first_sample(done: Measured) -> str | None:
+    """The first prompt of eval.generate, answered before and after, a line each; None without prompts."""
+    if not done.samples:
+        return None
+    lines = {key: " ".join(text.split()) for key, text in done.samples[0].items()}
+    cut = {key: text if len(text) <= 160 else f"{text[:157]}..." for key, text in lines.items()}
+    return "\n".join(f"{key:>8}: {text}" for key, text in cut.items())

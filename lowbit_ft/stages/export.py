@@ -48,12 +48,16 @@ def export_stage(session: Session, name: str) -> Path:
         session.run.refuse_other("merged")
         if name != "native":
             before = read_manifest(folder)["format"] if (folder / MANIFEST).is_file() else name
+            if before != name and session.run.main:
+                print(
+                    f"note: {folder}: the {before} export that is here will be replaced by {name}; a run has "
+                    f"one, and `lowbit-ft export {session.run.path} --format {before}` writes it again",
+                    file=sys.stderr,
+                )
             merged = read_weights(session.run / "merged")
             checkpoint = as_shipped(session.folded, read_trained(session.run / "merged"))
             write_model(folder, checkpoint, merged, EXPORTERS[name], extra_files=card(session, name))
             session.run.made("exported")
-            if before != name and session.run.main:
-                print(f"{folder}: the {before} export that was here is replaced by {name}", file=sys.stderr)
         if session.recipe.export.verify:
             try:
                 check_export(session, folder)

@@ -36,6 +36,7 @@ from ..integrations.adapter_files import read_adapter, refuse_other_base
 from ..kv_cache import place_kv_cache
 from ..merge import merged_weight, merged_weights
 from ..model.chat_template import defaults
+from ..model.config import GENERATION
 from ..model.linear import deployed
 from ..model.purpose import AUTO
 from ..model.shipped import Trained, as_shipped, trained_tensors
@@ -90,6 +91,7 @@ def export_outside(
         checkpoint.kv_cache,
         _told(checkpoint.folder / TEXT),
         dense=tuple(dict.fromkeys(tensor.rpartition(".")[0] for tensor in model.dense)),
+        generation=(checkpoint.folder / GENERATION).is_file(),
     )
     if (purpose := checkpoint.purpose) is not None:
         facts = replace(facts, pipeline=AUTO[purpose.auto], auto=purpose.auto)

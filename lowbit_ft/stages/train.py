@@ -3,6 +3,7 @@ written.
 """
 
 import gc
+from collections.abc import Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ..integrations.adapter_files import Head, write_adapter
 from ..model.fused import fusions_in
 from ..model.purpose import head_parameters, head_parts
 from ..model.shards import is_sharded, whole
+from ..recipe.sections.train import TrainSection
 from ..rotations import FoldedCheckpoint
 from ..session import Session
 from ..signals import Lesson
@@ -86,16 +88,13 @@ def optimize(
     if recipe.model.add_tokens is not None:
         meta["new tokens"] = recipe.model.add_tokens.model_dump(mode="json")
     with run_dir.stage("train", session.device, resumable=True):
+        size, taught = recipe.train.micro_batch_size, lesson.taught
+        drawn = batches(session, model, examples, size, shuffle=True, taught=taught)
+        if (line := passes(recipe.train, examples, total_steps(recipe.train, drawn))) is not None:
+            session.say(line)
         result = train(
             model,
-            batches(
-                session,
-                model,
-                examples,
-                recipe.train.micro_batch_size,
-                shuffle=True,
-                taught=lesson.taught,
-            ),
+            drawn,
             valid_batches(session, model, taught=lesson.signal.pairs),
             recipe.train,
             run_dir.path,
@@ -112,6 +111,14 @@ def optimize(
         raise RunStopped(
             f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
         )
+
+
+def passes(section: TrainSection, examples: Any, steps: int) -> str | None:
+    """How often training sees its windows; None for a stream, whose length nobody knows."""
+    if not isinstance(examples, Sized):
+        return None
+    each, count = section.micro_batch_size * section.gradient_accumulation_steps * world(), len(examples)
+    return f"train: {steps:,} steps of {each:,}, {steps * each / count:.3g} passes over {count:,} windows"
 
 
 def attach_adapters(session: Session, model: Any) -> None:

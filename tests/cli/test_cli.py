@@ -11,10 +11,12 @@ import pytest
 import lowbit_ft
 from lowbit_ft.cli import main as cli
 from lowbit_ft.cli.plan import show_plan
+from lowbit_ft.export import EXPORTERS
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.plan.stages import optimizer_bytes
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.rundir import RunDir
 from tests.recipe.recipe_text import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -95,10 +97,12 @@ def test_serve_hands_on_the_options_of_transformers(calls, tmp_path):
 
 
 def test_user_errors_are_one_message_on_stderr(calls, tmp_path, capsys):
-    assert call("run", QUICK, "train.stpes=3", "quant.bits=5") == 2
+    assert call("run", QUICK, "train.stpes=3", "quant.bits=5", "quant.group_size=512") == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
     assert "override 'train.stpes=3': train.stpes: unknown key" in err and "quant.bits: got 5" in err
+    assert "allowed: max_steps" not in err, "one name is near, thirty are not listed"
+    assert "quant.group_size: got 512; allowed: 32, 64, 128, 256, -1; the nearest is 256" in err
     assert call("run", "no-such.yaml") == 2
     assert "error: no recipe at no-such.yaml" in capsys.readouterr().err
     assert call("merge", str(tmp_path / "nothing")) == 2 and "no folder at" in capsys.readouterr().err
@@ -116,13 +120,13 @@ def test_an_error_begins_with_its_first_problem(calls, tmp_path, capsys):
     bad.write_text(good.replace("  bits: 4", "  bits: 5"))
     assert call("run", str(bad)) == 2
     err = capsys.readouterr().err
-    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8\n"
+    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4\n"
 
     bad.write_text(good.replace("  bits: 4", "  bits: 5").replace("name: quickstart", "name: a/b"))
     assert call("run", str(bad)) == 2
     first, *others = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {bad}:11: name: got 'a/b'; allowed: ")
-    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 1, 2, 3, 4, 8"]
+    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(bad)
     assert str(caught.value).startswith(f"{bad}:11: name: ") and calls == []
@@ -158,8 +162,41 @@ def test_plan_shows_layers_and_memory(capsys):
     out = capsys.readouterr().out
     assert "model.layers.*.mlp.down_proj" in out and "256 x 768" in out and "W4 g128 sym" in out
     assert "skipped: excluded by 'o_proj'" in out and "total" in out
-    assert call("plan", QUICK, "model.path=some-org/some-model") == 0
-    assert "not on this disk" in capsys.readouterr().out
+    assert call("plan", QUICK, "model.path=some-org/some-model") == 2
+    out, err = capsys.readouterr()
+    assert "not on this disk" in out and "give --config FOLDER" in err
+
+
+def test_plan_reads_the_rows_and_compares_the_run_that_is_there(calls, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lowbit_ft.cli.plan.show_plan", lambda *args, **options: "a plan")
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    keys = ["plan", QUICK, f"output={out}", f"data.train.path={rows}", "train.max_steps=3", "--no-search"]
+
+    rows.write_text(f"{good}\n" * 3)
+    assert call(*keys) == 0
+    out_, err = capsys.readouterr()
+    assert f"3 in {rows}, seen at least 8.0 times" in out_ and "continued" not in err
+    rows.write_text(f"{good}\n{good[:-2]}\n")
+    assert call(*keys) == 2
+    assert f"error: data.train: {rows}:2: invalid JSON" in capsys.readouterr().err
+    rows.write_text(json.dumps({"prompt": "a", "response": "b"}))
+    assert call(*keys) == 2
+    assert "format: completion, which needs 'completion' too" in capsys.readouterr().err
+
+    # A start that failed finished nothing; then a stage did; then a run of another recipe trained.
+    rows.write_text(f"{good}\n")
+    run = RunDir.start(load_recipe(QUICK, keys[2:5]))
+    run.close()
+    assert call(*keys) == 0 and "holds" not in capsys.readouterr().err
+    run.write_json("stages.json", [{"stage": "quantize", "seconds": 1.0, "peak_memory_gb": 0.1}])
+    assert call(*keys) == 0 and "continued (quantize finished there)" in capsys.readouterr().err
+    (out / "adapter").mkdir()
+    for command in ("plan", "run"):
+        assert call(command, *keys[1:5], "quant.group_size=64") == 2
+        err = capsys.readouterr().err
+        assert "holds a run with another recipe; these keys differ: quant.group_size" in err
+        assert "continued" not in err and calls == []
 
 
 def test_plan_counts_exactly():
@@ -220,9 +257,21 @@ def test_module_is_the_command():
     assert done.returncode == 0 and "quantize" in done.stdout, done.stderr
 
 
-def test_plan_does_not_print_keys_that_are_unset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_does_not_print_keys_that_are_unset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(GOOD)
+    monkeypatch.delenv("COLUMNS")  # in a pipe the tables are not cut at 80 columns
     show_plan(load_recipe(recipe))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" adapter")]
-    assert "rank 8" in line and "None" not in line
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith(" adapter")]
+    assert line.startswith(" adapter  lr_qat, rank 8") and "None" not in line and "pattern" not in line
+    (row,) = [line for line in lines if "mlp.down_proj" in line]
+    assert "256 x 768" in row and "W4 g128 sym" in row and row.rstrip().endswith("│")
+
+
+def test_help_names_every_format(capsys):
+    assert sorted(cli.FORMATS.replace(" or ", ", ").split(", ")) == sorted(EXPORTERS)
+    assert call("plan", "--help") == 0 and "<=x<=" not in capsys.readouterr().out
+    assert call("plan", QUICK, "--memory", "nan") == 2 and "got nan; allowed: 0.1" in capsys.readouterr().err

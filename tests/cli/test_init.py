@@ -91,7 +91,10 @@ def test_init_for_a_card_needs_the_model_s_config(monkeypatch: pytest.MonkeyPatc
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network here")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr(
+        "huggingface_hub.get_hf_file_metadata", offline
+    )  # once, before a download's six times
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("tried again"))
     with pytest.raises(ValueError, match="no network here.*--config FOLDER"):
         write_recipe("some-org/3-B", Path("hub.yaml"), memory_gb=8)
     monkeypatch.setattr(init_fit, "fit", lambda planner: (planner.recipe, planner()))

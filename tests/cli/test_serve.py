@@ -130,6 +130,7 @@ def test_a_native_folder_answers_over_http(served: tuple[Forked, str], tmp_path:
         (listed,) = json.load(answer)["data"]
     assert listed["id"] == str(tmp_path / "merged") and listed["object"] == "model"
     assert status(f"{address}/v1/chat/completions", body | {"model": listed["id"]}) == 200
+    assert status(f"{address}/v1/chat/completions", body | {"model": f"{tmp_path}/"}) == 200  # as typed
 
     server.send_signal(signal.SIGTERM)  # with nothing to answer, one signal is enough
     server.communicate(timeout=20)
@@ -188,7 +189,12 @@ def test_what_cannot_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_formats_that_transformers_serve_does_not_load(
-    name: str, symmetric: bool, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    symmetric: bool,
+    words: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint = Checkpoint.open(ROOT / "recipes" / "assets" / "tiny-llama")
     write_model(
@@ -211,7 +217,20 @@ def test_formats_that_transformers_serve_does_not_load(
     if words is None:
         serve(tmp_path / "m", ["--port", "1"])
         assert started == [["serve", str(tmp_path / "m"), "--port", "1"]]
+        said = capsys.readouterr().out
+        assert f"model: {tmp_path / 'm'}; a request" in said
+        assert "curl http://localhost:1/v1/chat/completions -H 'Content-Type" in said
         return
     with pytest.raises(ValueError, match=words):
         serve(tmp_path / "m", [])
     assert started == []
+    if name == "gptq":  # of a run there is merged/, which is taken, and said
+        (tmp_path / "recipe.yaml").touch()
+        (tmp_path / "m").rename(tmp_path / "exported")
+        weights = random_weights(checkpoint.empty_model(), int_grid())
+        write_model(tmp_path / "merged", checkpoint, weights, EXPORTERS["native"])
+        serve(tmp_path, ["--port=2"])
+        out, err = capsys.readouterr()
+        assert started == [["serve", str(tmp_path / "merged"), "--port=2"]]
+        assert f"(or {tmp_path}); a request" in out and "localhost:2/" in out
+        assert "note: " in err and "reading gptq needs gptqmodel" in err and "Serving " in err

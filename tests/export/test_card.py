@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_ft.evaluate.tasks import TaskRow
-from lowbit_ft.export.card import CardFacts, model_card
+from lowbit_ft.export.card import CardFacts, model_card, serve_line
 from tests.packed_tools import int_grid
 
 NAMES = [
@@ -58,3 +58,26 @@ def test_nothing_in_a_recipe_closes_its_fence() -> None:
     fence = "\n" + "`" * 6
     assert text.count(fence) == 2 and text.endswith(f"  `````{fence}\n")
     assert card("plain").endswith("\n```yaml\nname: x\n```\n")
+
+
+def test_the_lines_for_gguf_take_the_stop_tokens_of_the_folder() -> None:
+    line = 'model.generation_config = GenerationConfig.from_pretrained("PATH")'
+    for there in (True, False):  # a checkpoint may have no generation_config.json
+        facts = CardFacts("x", "base", "lr_qat", True, int_grid(), None, generation=there)
+        text = model_card(facts, "gguf", [])
+        assert (line in text) == there and text.count("GenerationConfig") == 2 * there
+        assert line not in model_card(facts, "compressed-tensors", [])
+
+
+def test_on_a_cpu_our_own_server_comes_first_and_vllms_limits_are_said() -> None:
+    def said(format: str, bits: int) -> str:
+        facts = CardFacts("x", "base", "lr_qat", True, int_grid(bits=bits), None)
+        return serve_line(facts, format, Path("RUN/exported"), Path("RUN"))
+
+    ours = "serve it: lowbit-ft serve RUN\n"
+    assert said("compressed-tensors", 4) == ours + "  or: vllm serve RUN/exported"
+    assert said("gguf", 3) == ours + "  or: llama-server -m RUN/exported/model.gguf"
+    narrow = said("compressed-tensors", 3)
+    assert narrow.startswith(
+        ours + "  on a GPU: vllm serve RUN/exported\n  on a CPU: vllm has a kernel for 4"
+    )

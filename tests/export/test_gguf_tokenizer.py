@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from lowbit_ft.export import base, gguf_tokenizer
+from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
@@ -63,7 +64,9 @@ def test_gguf_carries_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     )
 
 
-def test_stop_tokens_and_template_are_in_the_gguf_file_itself(tmp_path: Path) -> None:
+def test_stop_tokens_and_template_are_in_the_gguf_file_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = checkpoint(tmp_path / "c")
     (source.folder / "generation_config.json").write_text('{"eos_token_id": [3, 0]}')
     weights = random_weights(source.empty_model(), int_grid())
@@ -71,6 +74,12 @@ def test_stop_tokens_and_template_are_in_the_gguf_file_itself(tmp_path: Path) ->
     assert GGUF.stops(tmp_path / "m") == [0, 3]
     assert GGUF.tokenizer(tmp_path / "m").chat_template == (ASSET / "chat_template.jinja").read_text()
     assert verify(tmp_path / "m", weights, source=source.folder).tokens == []
+    # transformers' own reader takes one of them, so the model is given the folder's
+    assert load_exported(tmp_path / "m").generation_config.eos_token_id == [3, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(GGUF), "drops_generation", False)
+        with pytest.raises(ValueError, match=r"stop tokens of the loaded model: \[0\], and .* \[0, 3\]"):
+            verify(tmp_path / "m", weights, source=source.folder)
     other = shutil.copytree(source.folder, tmp_path / "other")
     (other / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     (other / "chat_template.jinja").write_text("another")

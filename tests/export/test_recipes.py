@@ -94,7 +94,7 @@ def test_a_run_ends_in_a_gguf_file(
     assert (
         folder == out / "exported"
         and (folder / "model.gguf").is_file()
-        and f"serve it: llama-server -m {folder}/model.gguf" in said
+        and f"serve it: lowbit-ft serve {out}\n  or: llama-server -m {folder}/model.gguf" in said
     )
     assert (
         "logits: largest difference 0 (must be equal)" in said

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowbit_ft.cli import plan as cli_plan
+from lowbit_ft.cli import refusal as cli_refusal
 from lowbit_ft.cli.main import main
 from lowbit_ft.plan import fixes as plan_fixes
 from lowbit_ft.plan.fixes import Planner, changed, combination, fit, fixes, largest_batch, largest_length
@@ -70,7 +71,7 @@ def _planner(recipe: Recipe, share: float) -> tuple[Planner, float]:
 
 def _typed(fix: plan_fixes.Fix) -> list[str]:
     """A fix as a user types it behind the recipe."""
-    return [text for text in cli_plan._override(fix).split("  ") if not text.startswith("--")]
+    return [text for text in cli_refusal.override(fix).split("  ") if not text.startswith("--")]
 
 
 def test_every_fix_saves_what_it_says(recipe: Recipe) -> None:
@@ -166,7 +167,7 @@ def test_a_recipe_that_cannot_fit_is_refused_before_anything(
     monkeypatch.setattr(pipeline, "run", lambda recipe: started.append("run"))
     monkeypatch.setattr(pipeline, "train", lambda recipe: started.append("train"))
     small = Card(840_000_000, "0.8 GB of RAM", 0)
-    monkeypatch.setattr(cli_plan, "find_card", lambda recipe, memory=None, in_use=False: small)
+    monkeypatch.setattr(cli_refusal, "find_card", lambda recipe, memory=None, in_use=False: small)
     for command in ("run", "train"):
         assert call(command, str(QUICK), f"output={tmp_path / 'run'}") == 2
         text = capsys.readouterr().err
@@ -185,27 +186,27 @@ def test_a_recipe_that_cannot_fit_is_refused_before_anything(
 def test_planning_never_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(QUICK)
-    assert cli_plan.refusal(recipe) is None, "the quickstart runs on this machine"
+    assert cli_refusal.refusal(recipe) is None, "the quickstart runs on this machine"
     tiny = Card(1000, "nothing", 0)
-    monkeypatch.setattr(cli_plan, "find_card", lambda *_, **__: tiny)
-    assert "nothing has 0.00 GB" in (cli_plan.refusal(recipe) or "")
+    monkeypatch.setattr(cli_refusal, "find_card", lambda *_, **__: tiny)
+    assert "nothing has 0.00 GB" in (cli_refusal.refusal(recipe) or "")
     made = plan(recipe, card=tiny)
     assert made is not None
     rough = replace(made, notes=["an estimate"])
-    monkeypatch.setattr(cli_plan, "plan", lambda *_: rough)
-    assert cli_plan.refusal(recipe) is not None, "what is certain is too much already"
+    monkeypatch.setattr(cli_refusal, "plan", lambda *_: rough)
+    assert cli_refusal.refusal(recipe) is not None, "what is certain is too much already"
     middle = Card(rough.certain + 1, "something", 0)
-    monkeypatch.setattr(cli_plan, "find_card", lambda *_, **__: middle)
-    assert rough.certain < middle.nbytes < rough.total and cli_plan.refusal(recipe) is None, (
+    monkeypatch.setattr(cli_refusal, "find_card", lambda *_, **__: middle)
+    assert rough.certain < middle.nbytes < rough.total and cli_refusal.refusal(recipe) is None, (
         "an estimate refuses nobody"
     )
 
     def broken(*_: object) -> None:
         raise RuntimeError("plan has a mistake")
 
-    monkeypatch.setattr(cli_plan, "plan", broken)
-    assert cli_plan.refusal(recipe) is None
-    assert cli_plan.refusal(load_recipe(RECIPES / "llama31-8b-w4-lr-qat.yaml", check=False)) is None, (
+    monkeypatch.setattr(cli_refusal, "plan", broken)
+    assert cli_refusal.refusal(recipe) is None
+    assert cli_refusal.refusal(load_recipe(RECIPES / "llama31-8b-w4-lr-qat.yaml", check=False)) is None, (
         "nothing is known of its model"
     )
 

@@ -1,9 +1,5 @@
 """Checks of several sections at once, and what is only noted."""
 
-import json
-from pathlib import Path
-
-from lowbit_ft.files.marker import MARKER, WRITER
 from lowbit_ft.recipe.check import notes
 from lowbit_ft.recipe.recipe import load_recipe
 from tests.recipe.recipe_text import GOOD, refused, write
@@ -19,13 +15,14 @@ def test_packages_that_are_not_installed(monkeypatch):
     assert any(missing in p for p in problems)
 
 
-def test_existing_run_is_noted_not_refused():
-    Path("runs/test").mkdir(parents=True)
-    Path("runs/test/recipe.yaml").write_text(GOOD)
-    Path("runs/test", MARKER).write_text(json.dumps({"writer": WRITER}))
-    assert any("continued" in note for note in notes(load_recipe(write(GOOD))))
-
-
 def test_lora_is_noted_as_inexact():
     recipe = load_recipe(write(GOOD), ["adapter.method=lora"])
     assert any("does not merge exactly" in note for note in notes(recipe))
+
+
+def test_a_start_that_text_beats_is_noted_at_two_and_three_bits():
+    def said(*keys: str) -> list[str]:
+        return [note for note in notes(load_recipe(write(GOOD), keys)) if "far worse start than gptq" in note]
+
+    assert len(said("quant.bits=3", "quant.calibrate=mse")) == 1
+    assert not said("quant.bits=4", "quant.calibrate=mse") and not said("quant.bits=2")

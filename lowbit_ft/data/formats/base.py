@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..chat import Span
-from ..errors import BadRow, DataError, kind
+from ..errors import BadRow, DataError, MissingKey, kind
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Format(ABC):
     @abstractmethod
     def __call__(self, row: Mapping[str, Any]) -> Tokens:
         """One row. BadRow says which key is wrong and why."""
+
+    @classmethod
+    def check(cls, row: Mapping[str, Any]) -> None:
+        """What can be said of a row without a tokenizer, for `plan`. BadRow."""
+        if cls.told_by and not any(set(columns) <= row.keys() for columns in cls.told_by):
+            raise MissingKey(repr(next(key for key in cls.told_by[0] if key not in row)), row)
 
     def reads(self, row: Mapping[str, Any]) -> Set[str]:
         """The columns that are read of this row; what else it has is counted as not read."""
@@ -150,8 +156,7 @@ def _inside(text: str, spans: list[Span], offsets: list[Span]) -> list[bool]:
 
 def string(row: Mapping[str, Any], key: str, *, filled: bool = False) -> str:
     if key not in row:
-        keys = ", ".join(repr(k) for k in list(row)[:8]) or "none"
-        raise BadRow(f"key {key!r} is missing; the row's keys are: {keys}")
+        raise MissingKey(repr(key), row)
     value = row[key]
     if not isinstance(value, str):
         raise BadRow(f"{key!r} must be a string; got {kind(value)}")

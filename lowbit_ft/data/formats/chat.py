@@ -36,6 +36,10 @@ class Chat(Format):
                 "the model will not learn to stop"
             )
 
+    @classmethod
+    def check(cls, row: Mapping[str, Any]) -> None:
+        read_chat(row)
+
     def reads(self, row: Mapping[str, Any]) -> Set[str]:
         return self.columns.keys() - ({"conversations"} if "messages" in row else set())
 

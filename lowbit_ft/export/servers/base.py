@@ -29,6 +29,10 @@ class Server(ABC):
         looked for by the recipe check (`nearest`)."""
         return None
 
+    def reject_cpu(self, exporter: Exporter, grid: Grid) -> str | None:
+        """Why it does not load this grid on a CPU, where it does elsewhere; None when it does."""
+        return None
+
     def reject_layers(self, exporter: Exporter, grids: Mapping[str, Grid | None]) -> str | None:
         """Why it does not load these linear layers together (None: dense), with the way out; None when it
         does."""

@@ -33,5 +33,10 @@ class Vllm(Server):
             f"and this grid is {grid}"
         )
 
+    def reject_cpu(self, exporter: Exporter, grid: Grid) -> str | None:
+        if exporter.name == "int-quantized" or (isinstance(grid, IntGrid) and grid.bits == 4):
+            return None
+        return f"vllm has a kernel for 4 bits only, and this grid is {grid}"
+
     def reject_layers(self, exporter: Exporter, grids: Mapping[str, Grid | None]) -> str | None:
         return fused_conflict(grids)

@@ -16,7 +16,12 @@ BAD = [
         (),
         "r.yaml:6: quant: got 4; allowed: a mapping with the keys grid, bits",
     ),
-    ("bits", ("bits: 4", "bits: 5"), (), "r.yaml:7: quant.bits: got 5; allowed: 1, 2, 3, 4, 8"),
+    (
+        "bits",
+        ("bits: 4", "bits: 5"),
+        (),
+        "r.yaml:7: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4",
+    ),
     (
         "bits of the grid",
         ("bits: 4", "bits: 1"),
