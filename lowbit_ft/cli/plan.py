@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..export import EXPORTERS
 from ..adapters import AdapterConfig
+from ..export import EXPORTERS
 from ..files.atomic import write_text
 from ..model.config import read_config
 from ..plan.fixes import (
