@@ -34,7 +34,7 @@ from ..model.kv_seam import ARGUMENTS
 from ..model.matrices import fusions_of, is_experts, stand_in
 from .base import Exporter, LayerSpec
 from .layout import Layout
-from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow
+from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
 
 # Inputs of a forward -> the names of their dimensions; text models take the first ones, images the last.
 INPUTS = {
@@ -115,11 +115,8 @@ def skeleton(
         )
     stand_in(model, layers, fusions_of(layout.matrices.values()))
     for name, spec in layers.items():
-        found, tensors = model.get_submodule(name), exporter.specs(spec)
-        if isinstance(found, nn.Embedding):
-            model.set_submodule(name, OnnxEmbedding(spec, tensors, found))
-        else:
-            model.set_submodule(name, OnnxLinear(spec, tensors, found.bias))
+        made = onnx_in_place_of(model.get_submodule(name), spec, exporter.specs(spec))
+        model.set_submodule(name, made)
     trained = {name: parameter.dtype for name, parameter in model.named_parameters()}
     seen: dict[int, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():

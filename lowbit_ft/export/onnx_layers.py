@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..activations import Activation, activation_of
 from ..grid import IntGrid
+from ..model.conv import Patches
 from ..model.linear import embedding_factor
 from .base import LayerSpec, TensorSpecs
 from .onnx import block_of, stored_bits
@@ -59,9 +60,11 @@ class OnnxLinear(nn.Module):
         if self.integer and self.activation is not None:
             y = self._integers(x, self.activation)
         else:
-            x = x if self.activation is None else on_grid(self.activation, x)
-            y = self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
+            y = self._product(x if self.activation is None else on_grid(self.activation, x))
         return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
 
     def _packed(self, x: Tensor) -> Tensor:
         sizes = {"K": self.k, "N": self.n, "bits": stored_bits(self.grid)}
@@ -108,6 +111,25 @@ class OnnxLinear(nn.Module):
         return sums.float() * (scale * self.scale[:, 0])
 
 
+class OnnxConv(OnnxLinear):
+    """[B, C, H, W] -> [B, N, H', W'], as model/conv.py has it: the patches are made in the graph."""
+
+    def __init__(
+        self, spec: LayerSpec, tensors: TensorSpecs, conv: nn.Conv1d | nn.Conv2d, bias: nn.Parameter | None
+    ):
+        super().__init__(spec, tensors, bias)
+        self.patches = Patches.of(conv)
+        self.integer = self.integer and self.patches.groups == 1
+        # For models that look at its dtype; what would multiply with it cannot be traced.
+        self.register_buffer("weight", torch.empty(conv.weight.shape, device="meta"), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.patches.answer(super().forward(self.patches.rows(x)))
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.patches.product(x, super()._product)
+
+
 class OnnxEmbedding(nn.Module):
     """ids [...] -> [..., H]."""
 
@@ -136,6 +158,16 @@ class OnnxEmbedding(nn.Module):
             version=1,
         )
         return rows if self.factor is None else rows * self.factor
+
+
+def onnx_in_place_of(dense: nn.Module, spec: LayerSpec, tensors: TensorSpecs) -> nn.Module:
+    """What stands in for a dense layer that is packed."""
+    if isinstance(dense, nn.Embedding):
+        return OnnxEmbedding(spec, tensors, dense)
+    bias: Any = getattr(dense, "bias", None)
+    if isinstance(dense, nn.Conv1d | nn.Conv2d):
+        return OnnxConv(spec, tensors, dense, bias)
+    return OnnxLinear(spec, tensors, bias)
 
 
 def on_grid(activation: Any, x: Tensor) -> Tensor:
