@@ -219,12 +219,11 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
         if not cached:
             dims = tuple("sequence_length" if dim == "total_sequence_length" else dim for dim in dims)
         if name == "pixel_values":
-            config = model.config
-            height, width = (
-                (2 * (config.image_size,))[:2] if isinstance(config.image_size, int) else config.image_size
-            )
-            inputs[name] = torch.zeros(sizes["batch_size"], config.num_channels, height, width)
-            names[name] = ("batch_size", "", "", "")
+            size = getattr(model.config, "image_size", None)
+            # A convolutional network takes images of every size.
+            names[name] = ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
+            height, width = (224, 256) if size is None else (size, size) if isinstance(size, int) else size
+            inputs[name] = torch.zeros(sizes["batch_size"], model.config.num_channels, height, width)
             continue
         made = torch.zeros([sizes[dim] for dim in dims], dtype=torch.long)
         inputs[name], names[name] = made + (name == "attention_mask"), dims

@@ -84,6 +84,16 @@ class Patches:
         turned = op(torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device))  # W^T [K, N]
         return torch.einsum("...gk,kgn->...gn", rows, turned.unflatten(-1, (self.groups, -1))).flatten(-2)
 
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, C, H, W] -> [B, N, H', W'] by torch, with a dense weight [N, K]."""
+        size = self.kernel[1:] if self.flat else self.kernel
+        pads = self.pads[:2] if self.flat else self.pads
+        x = functional.pad(x, pads, self.mode) if any(pads) else x
+        weight = weight.unflatten(1, (-1, *size))
+        one, two = functional.conv1d, functional.conv2d
+        stride, dilation = self.stride[self.flat :], self.dilation[self.flat :]
+        return (one if self.flat else two)(x, weight, bias, stride, 0, dilation, self.groups)
+
     def answer(self, y: Tensor) -> Tensor:
         """[B, H', W', N] -> [B, N, H', W']; flat [B, L', N] -> [B, N, L']."""
         return y.movedim(-1, -2 if self.flat else -3)

@@ -89,7 +89,9 @@ def plan_layers(
     """The matrices to quantize by the name of their linear (of a fused one that overrides take apart, its
     parts), and a row for everything that looks like a weight matrix and is left alone. folder: where its
     config.json is. ValueError naming every module that should be packed and cannot be."""
-    matrices = find_matrices(model)
+    found = find_matrices(model)
+    # a convolution that nobody asks for is one of the rest
+    matrices = {name: matrix for name, matrix in found.items() if quant.convolutions or not matrix.conv}
     text = text_tower(model)
     targets, skipped, refused = _choose(matrices, quant, text)
     targets = in_parts(targets, fusions(quant.overrides, targets, lambda: segments_in(folder)))
@@ -104,7 +106,7 @@ def plan_layers(
     if lines:
         raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
     if not targets:
-        convs = _kind_of(matrices, conv=True)
+        convs = _kind_of(found, conv=True)
         beside = f"; its convolutions are {some(convs)} (quant.convolutions: true)" if convs else ""
         raise ValueError(
             f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and "
@@ -170,6 +172,8 @@ def _look_at_the_rest(
         reason = quant.skip_reason(name, convolution=is_conv(module)) or (
             None if name.startswith(text) else "not part of the language model"
         )
+        if is_conv(module) and not quant.convolutions:
+            problem = reason = None
         if isinstance(module, nn.Embedding):
             skipped.append(_skip(name, "embedding", module.weight.numel()))
         elif problem is not None and reason is None:
