@@ -2,8 +2,8 @@
 
 Text passes once through the packed model, its inputs left as they come. Of every input that layers share (q,
 k and v; gate and up) the range over all tokens is kept, and ROWS of its rows. On these rows each candidate is
-judged by what it does to the products that the input goes into, relative (a row of a convolution is a patch of
-its input: model/conv.py):
+judged by what it does to the products that the input goes into, relative (the rows of a convolution are the
+patches of its input: model/conv.py):
 
     sum over the layers of ||(x^ - x) W^T||^2  /  sum over the layers of ||x W^T||^2
 

@@ -221,7 +221,9 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
         if name == "pixel_values":
             size = getattr(model.config, "image_size", None)
             # A convolutional network takes images of every size.
-            names[name] = ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
+            names[name] = (
+                ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
+            )
             height, width = (224, 256) if size is None else (size, size) if isinstance(size, int) else size
             inputs[name] = torch.zeros(sizes["batch_size"], model.config.num_channels, height, width)
             continue

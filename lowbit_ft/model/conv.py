@@ -9,7 +9,8 @@ a linear layer, over B x H' x W' rows instead of tokens. A Conv1d is one of heig
 With groups a row of W has the C / g channels of its group, and so have the patches: p [g, C / g k k]. No op
 of ours multiplies N / g rows of W with one part of the input, so W^T is read off as the op's answer to the
 identity, the same bits as in any other product, and the groups are multiplied by torch. C / g is small where
-there are groups (1 in a depthwise convolution), and so is that identity.
+there are groups (1 in a depthwise convolution), and so is that identity. A method that looks at the inputs of
+a layer (ef_qat's importance) sees it in their place.
 
 What puts the input on a grid (activations/) sees patches: a token is the patch of one place (with groups, of
 one group), which is what a server multiplies that unfolds the image into rows. A padded zero is 0 on every
@@ -55,8 +56,8 @@ class Patches:
         return cls(kernel, stride, dilation, pads, conv.groups, _PAD[conv.padding_mode], flat)
 
     def rows(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, H', W', C k k], with groups [B, H', W', g, C / g k k]; flat [B, C, L] -> [B, L',
-        C k], the same way."""
+        """[B, C, H, W] -> [B, H', W', C k k], with groups [B, H', W', g, C / g k k]; flat: [B, C, L] -> [B,
+        L', C k], the same way."""
         if x.dim() == 3 - self.flat:  # without a batch, as torch takes it too
             return self.rows(x[None])[0]
         if self.flat:

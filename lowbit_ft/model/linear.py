@@ -1,6 +1,6 @@
 """PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an
-adapter, a bias, and what its input is put through. A layer whose matrix multiplies something else than its
-input as it comes (patches of an image: conv.py) says so by `rows`, `product` and `answer`.
+adapter, a bias, and what its input is put through. One whose matrix multiplies something else than its input
+as it comes (patches of an image: conv.py) says so by `rows`, `product` and `answer`.
 
 Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict
 reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
@@ -147,8 +147,7 @@ class PackedLinear(nn.Module):
         """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
         x = self.rows(x)
         if (int8 := self._int8_for(x)) is not None and self.activation is not None:
-            y = int8_linear(*self.activation.shared_codes(x), int8, x.dtype)
-            return self._answered(y)
+            return self._answered(int8_linear(*self.activation.shared_codes(x), int8, x.dtype))
         x = self._on_grid(x)
         if self.unrounded:
             y = self.product(x, self.base.linear_unrounded)
@@ -176,8 +175,7 @@ class PackedLinear(nn.Module):
         return (self.in_features,)
 
     def rows(self, x: Tensor) -> Tensor:
-        """What the matrix multiplies, [..., K], of an input of the layer: in autocast's dtype, behind
-        `input_transform`, not yet on its grid."""
+        """What the matrix multiplies of an input, [..., K]: in autocast's dtype, not yet on its grid."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x if self.input_transform is None else self.input_transform(x)

@@ -37,8 +37,8 @@ _PLAIN_FORWARDS = frozenset({"FalconLinear"})
 class Matrix:
     """A matrix [N, K] that is multiplied with. name: the linear's; parameter: the dense model's parameter
     that it is, or (expert not None) the row of it that it is; transposed: kept there as [K, N]. embedding: it
-    is looked up, not multiplied with. rows: of a part of a fused matrix, which rows of that one it is. conv: it
-    multiplies patches (conv.py), and is kept there as [N, C / g, k, k], or without the last."""
+    is looked up, not multiplied with. rows: of a part of a fused matrix, which rows of that one it is. conv:
+    it multiplies patches (conv.py), and is kept there as [N, C / g, k, k], or without the last."""
 
     name: str
     parameter: str

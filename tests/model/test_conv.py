@@ -53,7 +53,9 @@ def image(conv: nn.Conv1d | nn.Conv2d, size: tuple[int, ...] = (9, 7)) -> Tensor
     return torch.randn(2, conv.in_channels, *size[: 2 - isinstance(conv, nn.Conv1d)])
 
 
-def packed(conv: nn.Conv1d | nn.Conv2d, grid: IntGrid = ASYMMETRIC, method: str | None = None) -> PackedConv2d:
+def packed(
+    conv: nn.Conv1d | nn.Conv2d, grid: IntGrid = ASYMMETRIC, method: str | None = None
+) -> PackedConv2d:
     n, k = matrix_of(conv.weight).shape
     base = base_of(grid, (n, k))
     layer = packed_in_place_of(conv, base, conv.bias, torch.float32)
@@ -132,7 +134,13 @@ def test_the_weights_train() -> None:
         upstream = torch.randn_like(y)
         found = torch.autograd.grad(y, parameters, upstream)
         own = (nn.functional.conv1d if isinstance(conv, nn.Conv1d) else nn.functional.conv2d)(
-            x, layer.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups  # pyright: ignore[reportArgumentType]
+            x,
+            layer.weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,  # pyright: ignore[reportArgumentType]
         )
         assert layer.weight.shape == conv.weight.shape and len(found) >= 3
         for one, other in zip(found, torch.autograd.grad(own, parameters, upstream), strict=True):
@@ -307,5 +315,7 @@ def test_statistics_of_a_batch_norm_are_held() -> None:
 
 
 def test_a_linear_is_what_it_was() -> None:
-    assert isinstance(packed_in_place_of(nn.Linear(32, 4), base_of(ASYMMETRIC, (4, 32)), None, torch.float32), PackedLinear)
+    assert isinstance(
+        packed_in_place_of(nn.Linear(32, 4), base_of(ASYMMETRIC, (4, 32)), None, torch.float32), PackedLinear
+    )
     assert Patches((3, 3)) == replace(Patches((3, 3)), groups=1) and set(ACTIVATIONS)

@@ -213,9 +213,7 @@ class QuantSection(Section):
         """The codes come with the checkpoint, which is quantized already (incoming.py)."""
         return self.calibrate == FROM_CHECKPOINT
 
-    def skip_reason(
-        self, layer_name: str, embedding: bool = False, convolution: bool = False
-    ) -> str | None:
+    def skip_reason(self, layer_name: str, embedding: bool = False, convolution: bool = False) -> str | None:
         """Why a linear layer (or an embedding, or a convolution) stays in full precision, judged by its name;
         None: it is quantized.
         """
