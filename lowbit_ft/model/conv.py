@@ -48,10 +48,8 @@ class Patches:
     @classmethod
     def of(cls, conv: nn.Conv1d | nn.Conv2d) -> Patches:
         flat = isinstance(conv, nn.Conv1d)
-        kernel, stride, dilation = (
-            ((1,) * flat) + tuple(size) for size in (conv.kernel_size, conv.stride, conv.dilation)
-        )
-        before, after = _padding(conv.padding, kernel, dilation, flat)
+        kernel, stride, dilation = map(_two, (conv.kernel_size, conv.stride, conv.dilation))
+        before, after = _padding(conv.padding, kernel, dilation)
         pads = (before[1], after[1], before[0], after[0])
         return cls(kernel, stride, dilation, pads, conv.groups, _PAD[conv.padding_mode], flat)
 
@@ -100,18 +98,22 @@ class Patches:
         return y.movedim(-1, -2 if self.flat else -3)
 
 
+def _two(size: tuple[int, ...], none: int = 1) -> tuple[int, int]:
+    """Of height and width; none: what a sequence has for its height."""
+    return (size[0], size[1]) if len(size) == 2 else (none, size[0])
+
+
 def _padding(
-    padding: str | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], flat: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    padding: str | tuple[int, ...], kernel: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """What is added before and after each of the two dimensions."""
     if padding == "valid":
         return (0, 0), (0, 0)
     if padding == "same":  # torch puts the odd one behind
-        total = tuple(step * (k - 1) for k, step in zip(kernel, dilation, strict=True))
-        before = tuple(size // 2 for size in total)
-        return before, tuple(size - first for size, first in zip(total, before, strict=True))
+        high, wide = (step * (k - 1) for k, step in zip(kernel, dilation, strict=True))
+        return (high // 2, wide // 2), (high - high // 2, wide - wide // 2)
     assert isinstance(padding, tuple)
-    both = ((0,) * flat) + padding
+    both = _two(padding, 0)
     return both, both
 
 
