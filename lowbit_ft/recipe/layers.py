@@ -118,12 +118,12 @@ class Shapes:
 
     @property
     def convolutions(self) -> list[Layer]:
-        """The convolutions over images, in the order of the model. Those over sequences have tensors of three
-        dimensions, as other modules have: from headers alone they are not known."""
+        """What headers alone show as convolutions, in the order of the model: weights of four dimensions, or,
+        over sequences, of three, where they are no stack of experts that is known."""
         found = [
             Layer(name.removesuffix(".weight"), shape[0], prod(shape[1:]), (name,), conv=True)
             for name, shape in self.tensors.items()
-            if name.endswith(".weight") and len(shape) == 4
+            if name.endswith(".weight") and len(shape) in (3, 4) and not name.endswith(tuple(_GRANITE_STACK))
         ]
         return sorted(found, key=lambda layer: natural(layer.name))
 
