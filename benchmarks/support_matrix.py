@@ -37,6 +37,14 @@ The experts of a mixture are packed and adapted one by one (`<experts>.3.gate_up
 `<experts>.3.down_proj`); all of a layer or none. A refused module can be left in full precision with the
 `quant.exclude` that the error names: the row "the rest". Of a multimodal model the text tower is tuned.
 
+**Convolutions** (`nn.Conv2d`, `nn.Conv1d`; any stride, padding, dilation, groups) stay in full precision
+unless the recipe says `quant.convolutions: true`. Then a weight [N, C, k, k] is a matrix [N, C k k] on the
+grid of the recipe, which multiplies the patches of the image and is trained by every method; `targets`,
+`exclude` and `overrides` name it as they do linears. `native` and `onnx` hold it, every other format
+refuses it by name, and so is a convolution refused that has a forward of its own, or a weight made of other
+tensors (weight norm). Batch norms keep the statistics of the checkpoint, in training too, are frozen, and
+are not folded. A ViT and a ResNet are tried (`tests/model/test_vision.py`).
+
 | model_type | class | packed | native | compressed-tensors |
 | --- | --- | --- | --- | --- |
 """

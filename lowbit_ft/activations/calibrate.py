@@ -2,7 +2,8 @@
 
 Text passes once through the packed model, its inputs left as they come. Of every input that layers share (q,
 k and v; gate and up) the range over all tokens is kept, and ROWS of its rows. On these rows each candidate is
-judged by what it does to the products that the input goes into, relative:
+judged by what it does to the products that the input goes into, relative (the rows of a convolution are the
+patches of its input: model/conv.py):
 
     sum over the layers of ||(x^ - x) W^T||^2  /  sum over the layers of ||x W^T||^2
 
@@ -60,16 +61,17 @@ class Choice:
 @dataclass
 class _Seen:
     """One input: whose it is, its ranges over all tokens (moving averages over batches) as a whole and by
-    segment (channels of each), some of its rows."""
+    segment (channels of each), some of its rows, whose last dimensions are `shape`."""
 
     layers: list[str]
     segments: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
     whole: tuple[float, float] | None = None
     parts: list[tuple[float, float]] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, most: int) -> None:
-        x = x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, *self.shape)
         if not len(x):
             return
         self.whole = _moved(self.whole, x)
@@ -139,19 +141,20 @@ def _observe(
     found: dict[str, _Seen] = {}
     given: dict[str, Tensor] = {}  # held while a batch runs, so that none is mistaken for one that was freed
     most = max(1, ROWS // max(1, batches))
+    alike = {name: (candidates[name], layer.row_key) for name, layer in layers.items()}
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, PackedLinear)
             x = args[0]
             if name not in owner:
-                same = (n for n, t in given.items() if t is x and candidates[n] == candidates[name])
+                same = (n for n, t in given.items() if t is x and alike[n] == alike[name])
                 owner[name] = next(same, name)
                 segments = next((one.segments for one in candidates[name] if one.segments), ())
-                found.setdefault(owner[name], _Seen([], segments)).layers.append(name)
+                found.setdefault(owner[name], _Seen([], segments, module.row_shape)).layers.append(name)
             given[name] = x
             if owner[name] == name:
-                found[name].add(x if module.input_transform is None else module.input_transform(x), most)
+                found[name].add(module.rows(x), most)
 
         return hook
 
@@ -178,13 +181,17 @@ def _chosen(
     rows = torch.cat(seen.rows).to(first.base.scale.device).float()
     tried: dict[str, float] = {}
     made: list[tuple[float, Scheme]] = []
-    bases = [layers[name].base for name in seen.layers]
-    size = sum(float(base.linear(rows).double().square().sum()) for base in bases)
+    own = [(layers[name], layers[name].base) for name in seen.layers]
+
+    def squares(x: Tensor) -> float:
+        return sum(float(layer.product(x, base.linear).double().square().sum()) for layer, base in own)
+
+    size = squares(rows)
     for scheme in candidates:
         if not scheme.calibrated:
             scheme = _found(scheme, rows, seen, rule, scale_dtype)
         off = activation_of(scheme).quantize(rows) - rows
-        error = sum(float(base.linear(off).double().square().sum()) for base in bases) / max(size, 1e-30)
+        error = squares(off) / max(size, 1e-30)
         made.append((error, scheme))
         tried[str(scheme)] = error
     bound = NEAR * min(error for error, _ in made)

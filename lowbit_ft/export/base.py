@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..activations import Scheme
 from ..grid import Grid, PackedWeight, Weight
 from ..model.config import stop_ids
+from ..model.conv import matrix_of
 from ..model.fused import Segment
 from ..model.matrices import Matrix
 from ..model.names import Part
@@ -221,6 +222,8 @@ class Exporter(ABC):
             if matrix.embedding
             else "the experts of a mixture"
             if matrix.expert is not None
+            else "a convolution"
+            if matrix.conv
             else "a Conv1D"
         )
         return f"{self.name} files hold linear layers, and this is {what}; set export.format: native"
@@ -315,6 +318,7 @@ class Exporter(ABC):
             return model.get_submodule(layer).weight.to(dtype)
         value = model.get_parameter(matrix.parameter)
         value = value if matrix.expert is None else value[matrix.expert]
+        value = matrix_of(value) if matrix.conv else value
         return (value.t() if matrix.transposed else value).to(dtype)
 
     def tokenizer(self, folder: Path) -> Any:

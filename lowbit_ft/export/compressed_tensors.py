@@ -141,6 +141,8 @@ class CompressedTensors(Exporter):
                 f"vLLM and SGLang read embeddings in full precision only; {native}, or leave out "
                 "quant.embeddings"
             )
+        if matrix.conv:
+            return f"vLLM and SGLang read convolutions in full precision only; {native}"
         if matrix.transposed and matrix.expert is None:
             return (
                 "a Conv1D keeps its weight turned, and compressed-tensors groups along the "

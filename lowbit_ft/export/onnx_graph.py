@@ -34,7 +34,7 @@ from ..model.kv_seam import ARGUMENTS
 from ..model.matrices import fusions_of, is_experts, stand_in
 from .base import Exporter, LayerSpec
 from .layout import Layout
-from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow
+from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
 
 # Inputs of a forward -> the names of their dimensions; text models take the first ones, images the last.
 INPUTS = {
@@ -115,11 +115,8 @@ def skeleton(
         )
     stand_in(model, layers, fusions_of(layout.matrices.values()))
     for name, spec in layers.items():
-        found, tensors = model.get_submodule(name), exporter.specs(spec)
-        if isinstance(found, nn.Embedding):
-            model.set_submodule(name, OnnxEmbedding(spec, tensors, found))
-        else:
-            model.set_submodule(name, OnnxLinear(spec, tensors, found.bias))
+        made = onnx_in_place_of(model.get_submodule(name), spec, exporter.specs(spec))
+        model.set_submodule(name, made)
     trained = {name: parameter.dtype for name, parameter in model.named_parameters()}
     seen: dict[int, nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
@@ -222,12 +219,13 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
         if not cached:
             dims = tuple("sequence_length" if dim == "total_sequence_length" else dim for dim in dims)
         if name == "pixel_values":
-            config = model.config
-            height, width = (
-                (2 * (config.image_size,))[:2] if isinstance(config.image_size, int) else config.image_size
+            size = getattr(model.config, "image_size", None)
+            # A convolutional network takes images of every size.
+            names[name] = (
+                ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
             )
-            inputs[name] = torch.zeros(sizes["batch_size"], config.num_channels, height, width)
-            names[name] = ("batch_size", "", "", "")
+            height, width = (224, 256) if size is None else (size, size) if isinstance(size, int) else size
+            inputs[name] = torch.zeros(sizes["batch_size"], model.config.num_channels, height, width)
             continue
         made = torch.zeros([sizes[dim] for dim in dims], dtype=torch.long)
         inputs[name], names[name] = made + (name == "attention_mask"), dims

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..activations import Activation, activation_of
 from ..grid import IntGrid
+from ..model.conv import Patches
 from ..model.linear import embedding_factor
 from .base import LayerSpec, TensorSpecs
 from .onnx import block_of, stored_bits
@@ -59,9 +60,11 @@ class OnnxLinear(nn.Module):
         if self.integer and self.activation is not None:
             y = self._integers(x, self.activation)
         else:
-            x = x if self.activation is None else on_grid(self.activation, x)
-            y = self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
+            y = self._product(x if self.activation is None else on_grid(self.activation, x))
         return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
 
     def _packed(self, x: Tensor) -> Tensor:
         sizes = {"K": self.k, "N": self.n, "bits": stored_bits(self.grid)}
@@ -75,7 +78,13 @@ class OnnxLinear(nn.Module):
         )
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        weight = torch.onnx.ops.symbolic(
+        return x @ self._weight().t()
+
+    def _weight(self) -> Tensor:
+        """The dense weight [N, K], made in the graph."""
+        if self.grid.bits != 8:
+            return _looked_up(self, torch.arange(self.n))[:, : self.k]
+        return torch.onnx.ops.symbolic(
             "DequantizeLinear",
             _present(self, "codes", "scale", "zero"),
             {"axis": 1, "block_size": block_of(self.grid, self.k)},
@@ -83,7 +92,6 @@ class OnnxLinear(nn.Module):
             shape=(self.n, self.k),
             version=OPSET,
         )
-        return x @ weight.t()
 
     def _integers(self, x: Tensor, activation: Any) -> Tensor:
         scheme = activation.scheme()
@@ -108,6 +116,31 @@ class OnnxLinear(nn.Module):
         return sums.float() * (scale * self.scale[:, 0])
 
 
+class OnnxConv(OnnxLinear):
+    """[B, C, H, W] -> [B, N, H', W']: ONNX's Conv with the dense weight. Where the input is on scales of its
+    patches it is the product of model/conv.py, and the patches are made in the graph."""
+
+    def __init__(
+        self, spec: LayerSpec, tensors: TensorSpecs, conv: nn.Conv1d | nn.Conv2d, bias: nn.Parameter | None
+    ):
+        super().__init__(spec, tensors, bias)
+        self.patches = Patches.of(conv)
+        self.integer = self.integer and self.patches.groups == 1
+        scheme = spec.activation  # one scale that is known puts pixels where it puts those of patches
+        self.pixels = scheme is None or (scheme.kind in ("tensor", "dual") and not scheme.dynamic)
+        # For models that look at its dtype; what would multiply with it cannot be traced.
+        self.register_buffer("weight", torch.empty(conv.weight.shape, device="meta"), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pixels:
+            return self.patches.answer(super().forward(self.patches.rows(x)))
+        x = x if self.activation is None else on_grid(self.activation, x)
+        return self.patches.convolve(x, self._weight(), self.bias)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.patches.product(x, super()._product)
+
+
 class OnnxEmbedding(nn.Module):
     """ids [...] -> [..., H]."""
 
@@ -115,27 +148,24 @@ class OnnxEmbedding(nn.Module):
 
     def __init__(self, spec: LayerSpec, tensors: TensorSpecs, embedding: nn.Embedding):
         super().__init__()
-        (self.num_embeddings, self.embedding_dim), self.grid = spec.shape, spec.grid
+        (self.num_embeddings, self.k), self.grid = spec.shape, spec.grid
         self.factor = embedding_factor(embedding)
         for name, (shape, dtype) in tensors.items():
             self.register_buffer(name, hollow(shape, dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
-        scale, *zero = _present(self, "scale", "zero")
-        rows = torch.onnx.ops.symbolic(
-            "com.microsoft::GatherBlockQuantized",
-            [self.codes.flatten(1), ids, scale, *zero],
-            {
-                "bits": stored_bits(self.grid),
-                "block_size": block_of(self.grid, self.embedding_dim),
-                "gather_axis": 0,
-                "quantize_axis": 1,
-            },
-            dtype=torch.float32,
-            shape=(*ids.shape, self.embedding_dim),
-            version=1,
-        )
+        rows = _looked_up(self, ids)
         return rows if self.factor is None else rows * self.factor
+
+
+def onnx_in_place_of(dense: nn.Module, spec: LayerSpec, tensors: TensorSpecs) -> nn.Module:
+    """What stands in for a dense layer that is packed."""
+    if isinstance(dense, nn.Embedding):
+        return OnnxEmbedding(spec, tensors, dense)
+    bias: Any = getattr(dense, "bias", None)
+    if isinstance(dense, nn.Conv1d | nn.Conv2d):
+        return OnnxConv(spec, tensors, dense, bias)
+    return OnnxLinear(spec, tensors, bias)
 
 
 def on_grid(activation: Any, x: Tensor) -> Tensor:
@@ -145,6 +175,20 @@ def on_grid(activation: Any, x: Tensor) -> Tensor:
     if zero is not None:
         values = values - activation.spread(zero.float(), x)
     return values * activation.spread(scale, x)
+
+
+def _looked_up(layer: OnnxLinear | OnnxEmbedding, ids: Tensor) -> Tensor:
+    """Rows [..., K] of a packed weight, K filled up to whole blocks."""
+    codes, scale, *zero = _present(layer, "codes", "scale", "zero")
+    codes, bits = codes.flatten(1), stored_bits(layer.grid)
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::GatherBlockQuantized",
+        [codes, ids, scale, *zero],
+        {"bits": bits, "block_size": block_of(layer.grid, layer.k), "gather_axis": 0, "quantize_axis": 1},
+        dtype=torch.float32,
+        shape=(*ids.shape, codes.shape[1] * 8 // bits),
+        version=1,
+    )
 
 
 def _present(layer: nn.Module, *names: str) -> list[Tensor]:

@@ -67,17 +67,12 @@ class LowBitLinear(nn.Module, BaseTunerLayer):
         merged = None if self.disable_adapters else self.merged_weight
         if found is None and merged is None:
             return self.base_layer(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.base_layer.seen(x)
         with in_memory(self.base_layer):
             if merged is not None:
-                y = merged.linear(x)
-            else:
-                assert found is not None
-                y = found[1](x, self.base_layer.base)
-            bias = self.base_layer.bias
-            return y if bias is None else y + bias.to(y.dtype)
+                return self.base_layer.forward_with(x, merged.linear)
+            assert found is not None
+            adapter, base = found[1], self.base_layer.base
+            return self.base_layer.forward_with(x, lambda rows: adapter(rows, base))
 
     def begin_step(self, step: int) -> list[Carried]:
         """Tell the active adapter which optimizer step (0-based) comes next; the rows that have moved for it

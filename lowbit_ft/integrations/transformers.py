@@ -39,8 +39,10 @@ from ..files.tensorfile import DTYPES, parse_header
 from ..grid import empty_weight
 from ..kv_cache import KVConfig, kv_config_of, place_kv_cache
 from ..model.fused import Fusion, check_parts, part_rows
-from ..model.linear import PackedEmbedding, PackedLinear, leave_out_of_ddp
+from ..model.kinds import matrix_shape, packed_in_place_of
+from ..model.linear import leave_out_of_ddp
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
+from ..model.statistics import hold_statistics
 from ..rotations import OnlineHadamard
 
 Spec = TypeVar("Spec")  # of a layer, or nothing
@@ -140,6 +142,7 @@ class PackedQuantizer(HfQuantizer):
                 raise ValueError(f"layer {name}: {error}") from None
         if (kv_cache := getattr(self.quantization_config, "kv_cache", None)) is not None:
             place_kv_cache(model, KVConfig.from_json(kv_cache))
+        hold_statistics(model)
         leave_out_of_ddp(model)
         return model
 
@@ -176,28 +179,13 @@ def put_empty(model: Any, layers: dict[str, LayerSpec]) -> None:
             raise ValueError(
                 f"quantization_config names the layer {name!r}, which this {type(model).__name__} has not"
             ) from None
-        found = (
-            tuple(linear.weight.shape)
-            if isinstance(linear, nn.Linear | nn.Embedding)
-            else type(linear).__name__
-        )
+        found = matrix_shape(linear) or type(linear).__name__
         if found != spec.shape:
             raise ValueError(f"quantization_config: layer {name} is {spec.shape}; this model's is {found}")
-        if isinstance(linear, nn.Embedding):
-            base = empty_weight(spec.shape, spec.grid, "meta", spec.offset)
-            packed = PackedEmbedding.in_place_of(linear, base, linear.weight.dtype)
-        else:
-            bias = linear.bias
-            packed = PackedLinear.empty(
-                spec.shape[1],
-                spec.shape[0],
-                bias is not None,
-                spec.grid,
-                "meta",
-                linear.weight.dtype if bias is None else bias.dtype,
-                spec.offset,
-            )
-            place(packed, spec.activation)
+        base, bias = empty_weight(spec.shape, spec.grid, "meta", spec.offset), getattr(linear, "bias", None)
+        bias = None if bias is None else torch.empty_like(bias, device="meta")
+        packed = packed_in_place_of(linear, base, bias, linear.weight.dtype)  # pyright: ignore[reportArgumentType]
+        place(packed, spec.activation)
         model.set_submodule(name, packed)
 
 
@@ -226,7 +214,7 @@ def fusions_for(model: Any, layers: dict[str, LayerSpec]) -> dict[str, Fusion]:
     known = find_matrices(model)
     for name, fusion in apart.items():
         matrix = known.get(name)
-        if matrix is None or matrix.expert is not None or matrix.embedding:
+        if matrix is None or matrix.expert is not None or matrix.embedding or matrix.conv:
             raise ValueError(
                 f"quantization_config.fused: {name} is no linear of this {type(model).__name__}, so it has "
                 "no parts"
@@ -282,6 +270,7 @@ def mark_packed(model: Any) -> None:
     save_pretrained then writes a native folder."""
     model.hf_quantizer = PackedQuantizer(PackedConfig.of(model), pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
+    hold_statistics(model)
     leave_out_of_ddp(model)
     model.config.quantization_config = model.hf_quantizer.quantization_config
     # Not at the top: this module is imported in the middle of transformers' own import.

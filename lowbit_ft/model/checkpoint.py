@@ -26,6 +26,7 @@ from ..files.tensorfile import CheckpointError
 from ..grid import IntGrid, PackedWeight
 from .chat_template import Template
 from .config import CONFIG, check_counts, load_config, read_config
+from .conv import matrix_of
 from .fused import Fusion, check_parts
 from .hub import locate
 from .matrices import Matrix, find_matrices
@@ -224,7 +225,7 @@ class Checkpoint(TensorFiles):
             return  # empty_model will
         for name, fusion in fusions.items():
             matrix = self._matrices.get(name)
-            if matrix is None or matrix.expert is not None or matrix.embedding:
+            if matrix is None or matrix.expert is not None or matrix.embedding or matrix.conv:
                 raise ValueError(f"{name}: the checkpoint's model has no such linear to be taken apart")
             check_parts(fusion.values(), matrix.shape[0], name)
             self._matrices |= matrix.parts(fusion)
@@ -249,6 +250,7 @@ class Checkpoint(TensorFiles):
             limit is None
             or matrix.expert is not None
             or matrix.transposed
+            or matrix.conv
             or (part is not None and part.count > 1)
             or source is None
             or source.converter is not None
@@ -281,6 +283,7 @@ class Checkpoint(TensorFiles):
         else:
             value = self._expert(matrix, device, dtype or self.dtype)
         value = value.t().contiguous() if matrix.transposed else value
+        value = matrix_of(value) if matrix.conv else value
         value = value if matrix.rows is None else matrix.rows.of(value)
         if value.shape != matrix.shape:
             raise CheckpointError(

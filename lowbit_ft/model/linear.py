@@ -1,5 +1,6 @@
 """PackedLinear: the one layer class a quantized model ever sees. Composition: a packed base, perhaps an
-adapter, a bias, and what its input is put through.
+adapter, a bias, and what its input is put through. One whose matrix multiplies something else than its input
+as it comes (patches of an image: conv.py) says so by `rows`, `product` and `answer`.
 
 Buffers carry the names of `Weight.to_tensors()` (codes, scale, zero, residual, planes, ...), so a state dict
 reads `<layer>.codes`, `<layer>.scale`, and a safetensors file of them is our native format. There is no dense
@@ -18,7 +19,7 @@ Everything else is the packed op. What is measured or compared must not change p
 it runs under `packed_op_only`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from lowbit_kernels import DECODE_ROWS, Int4Weight, Int8Weight, int4_linear, int8_linear
 from torch import Tensor, nn
 
-from ..grid import WEIGHTS, Grid, Weight, empty_weight
+from ..grid import WEIGHTS, Grid, Weight
 from .repacked import Repacked, holds_int4
 
 
@@ -89,20 +90,9 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        grid: Grid,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        offset: bool = False,
-    ) -> "PackedLinear":
-        """A layer whose tensors a checkpoint will fill."""
-        base = empty_weight((out_features, in_features), grid, device, offset)
-        return cls(base, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+    def over(self, base: Weight) -> "PackedLinear":
+        """The same layer with another weight: without adapter, and its input as it comes."""
+        return PackedLinear(base, self.bias)
 
     @property
     def packed_names(self) -> tuple[str, ...]:
@@ -155,26 +145,55 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in x's dtype (autocast's, when it is on)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = x if self.input_transform is None else self.input_transform(x)
+        x = self.rows(x)
         if (int8 := self._int8_for(x)) is not None and self.activation is not None:
-            y = int8_linear(*self.activation.shared_codes(x), int8, x.dtype)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return self._answered(int8_linear(*self.activation.shared_codes(x), int8, x.dtype))
         x = self._on_grid(x)
         if self.unrounded:
-            y = self.base.linear_unrounded(x)
-        elif self.adapter is not None:
-            y = self.adapter(x, self.base)
+            y = self.product(x, self.base.linear_unrounded)
+        elif (adapter := self.adapter) is not None:
+            base = self.base
+            y = self.product(x, lambda rows: adapter(rows, base))
         elif (int4 := self._int4_for(x)) is not None:
             y = int4_linear(x, int4)
         else:
-            y = self.base.linear(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+            y = self.product(x, self.base.linear)
+        return self._answered(y)
+
+    def forward_with(self, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer with another weight: op, rows [..., K] -> [..., N], in the place of its own product."""
+        return self._answered(self.product(self.seen(x), op))
+
+    @property
+    def row_key(self) -> object:
+        """Layers of one key make the same rows of the same input."""
+        return None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The last dimensions of what `rows` gives."""
+        return (self.in_features,)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What the matrix multiplies of an input, [..., K]: in autocast's dtype, not yet on its grid."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x if self.input_transform is None else self.input_transform(x)
+
+    def product(self, rows: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows as `rows` gives them -> [..., N]. op: x [..., K] -> x W^T."""
+        return op(rows)
+
+    def answer(self, y: Tensor) -> Tensor:
+        """[..., N] of the rows -> the output of the layer."""
+        return y
+
+    def _answered(self, y: Tensor) -> Tensor:
+        return self.answer(y if self.bias is None else y + self.bias.to(y.dtype))
 
     def seen(self, x: Tensor) -> Tensor:
-        """What the packed op multiplies with, for an input x [..., K]."""
-        return self._on_grid(x if self.input_transform is None else self.input_transform(x))
+        """The rows of an input of the layer, on their grid."""
+        return self._on_grid(self.rows(x))
 
     def _on_grid(self, x: Tensor) -> Tensor:
         return x if self.activation is None or self.unrounded else self.activation(x)
@@ -244,23 +263,39 @@ class PackedLinear(nn.Module):
         )
 
 
-class PackedEmbedding(PackedLinear):
+class PackedInDtype(PackedLinear):
+    """One that knows the dtype of the model, which `.to(dtype)` changes; `like` is an empty buffer that
+    follows it."""
+
+    like: Tensor
+
+    def __init__(self, base: Weight, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__(base, bias)
+        self.register_buffer(
+            "like", torch.empty(0, dtype=dtype, device=base.to_tensors()["scale"].device), persistent=False
+        )
+
+    def fill(self, base: Weight) -> None:
+        super().fill(base)
+        self.like = torch.empty(0, dtype=self.like.dtype, device=base.to_tensors()["scale"].device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._buffers["like"] = fn(self.like)
+        return self
+
+
+class PackedEmbedding(PackedInDtype):
     """Rows of a packed matrix [V, H], looked up. It is never adapted: its codes are those of the first
     rounding.
 
     factor multiplies what is looked up (gemma's scaled embedding); a number, because transformers builds
-    models without values. The dtype of the output is that of the model, which `.to(dtype)` changes; `like` is
-    an empty buffer that follows it.
+    models without values. The dtype of the output is that of the model.
     """
 
-    like: Tensor
-
     def __init__(self, base: Weight, dtype: torch.dtype, factor: float | None = None):
-        super().__init__(base)
+        super().__init__(base, None, dtype)
         self.factor = factor
-        self.register_buffer(
-            "like", torch.empty(0, dtype=dtype, device=base.to_tensors()["scale"].device), persistent=False
-        )
 
     @classmethod
     def in_place_of(cls, embedding: nn.Embedding, base: Weight, dtype: torch.dtype) -> "PackedEmbedding":
@@ -288,11 +323,6 @@ class PackedEmbedding(PackedLinear):
             if self.factor is None
             else rows * torch.tensor(self.factor, dtype=rows.dtype, device=rows.device)
         )
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._buffers["like"] = fn(self.like)
-        return self
 
 
 def embedding_factor(embedding: nn.Embedding) -> float | None:
@@ -348,7 +378,7 @@ def deployed(layer: PackedLinear, weight: Weight | None) -> PackedLinear:
     """The layer with `weight` (None: its own) and no residual, which only training reads."""
     with in_memory(layer):
         kept = (layer.base if weight is None else weight).without_residual()
-        made = PackedLinear(kept, layer.bias)
+        made = layer.over(kept)
         made.input_transform, made.activation = layer.input_transform, layer.activation
         return made.train(layer.training)
 

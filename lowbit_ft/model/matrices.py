@@ -1,7 +1,7 @@
 """Which matrices of a model can be packed, and the plain nn.Linear that stands in for one that is kept
 another way.
 
-Three ways of keeping a matrix occur in transformers, and all become one before anything is packed; a matrix
+Four ways of keeping a matrix occur in transformers, and all become one before anything is packed; a matrix
 that is several in one may be taken apart besides (fused.py):
 
     nn.Linear                weight [N, K]                                               as it is
@@ -11,6 +11,8 @@ that is several in one may be taken apart besides (fused.py):
                              StandIns
     parts of one of the      some rows of it                                             fused.Fused: a
     first two                                                                            StandIn for each
+    Conv1d, Conv2d           weight [N, C / g, k, k]                                     as it is: a matrix
+                                                                                         [N, C / g k k]
 
 So quantize, gptq, attach, merge and the readers see linears with names, `<experts>.3.down_proj` among them,
 and PackedLinear stays the one layer class. `find_matrices` says which parameter of the dense model each of
@@ -23,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from .conv import conv_problem, is_conv, matrix_of
 from .experts import Experts, StandIn, is_experts, projections
 from .fused import Fused, Fusion, Segment
 
@@ -34,7 +37,8 @@ _PLAIN_FORWARDS = frozenset({"FalconLinear"})
 class Matrix:
     """A matrix [N, K] that is multiplied with. name: the linear's; parameter: the dense model's parameter
     that it is, or (expert not None) the row of it that it is; transposed: kept there as [K, N]. embedding: it
-    is looked up, not multiplied with. rows: of a part of a fused matrix, which rows of that one it is."""
+    is looked up, not multiplied with. rows: of a part of a fused matrix, which rows of that one it is. conv:
+    it multiplies patches (conv.py), and is kept there as [N, C / g, k, k], or without the last."""
 
     name: str
     parameter: str
@@ -43,11 +47,12 @@ class Matrix:
     transposed: bool = False
     embedding: bool = False
     rows: Segment | None = None
+    conv: bool = False
 
     @property
     def plain(self) -> bool:
         """The parameter is the matrix."""
-        return self.expert is None and not self.transposed and self.rows is None
+        return self.expert is None and not self.transposed and self.rows is None and not self.conv
 
     @property
     def whole(self) -> str:
@@ -61,7 +66,7 @@ class Matrix:
 
     def parts(self, fusion: Fusion) -> dict[str, "Matrix"]:
         """The parts of a fused matrix, by name."""
-        assert self.expert is None and not self.embedding, self.name
+        assert self.expert is None and not self.embedding and not self.conv, self.name
         k = self.shape[1]
         made = [
             replace(self, name=f"{self.name}.{part}", shape=(rows.size, k), rows=rows)
@@ -103,6 +108,10 @@ def find_matrices(model: nn.Module) -> dict[str, Matrix]:
         elif isinstance(module, nn.Linear):
             if linear_problem(module) is None:
                 found.append(Matrix(name, f"{name}.weight", (module.out_features, module.in_features)))
+        elif is_conv(module):
+            if conv_problem(module) is None:
+                n, k = matrix_of(module.get_parameter("weight")).shape
+                found.append(Matrix(name, f"{name}.weight", (n, k), conv=True))
         elif is_conv1d(module):
             found.append(Matrix(name, f"{name}.weight", (module.nf, module.nx), transposed=True))  # pyright: ignore[reportArgumentType]
         elif is_experts(module):
@@ -147,12 +156,10 @@ def unpackable(module: nn.Module) -> str | None:
     """
     if isinstance(module, nn.Linear):
         return linear_problem(module)
-    if (
-        isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | Experts)
-        or is_experts(module)
-        or is_conv1d(module)
-    ):
-        return None  # lookups and convolutions are not linears: they stay, and are listed
+    if isinstance(module, nn.Embedding | nn.Conv3d | Experts) or is_experts(module) or is_conv1d(module):
+        return None  # lookups and convolutions of three dimensions are not linears: they stay, and are listed
+    if is_conv(module):
+        return conv_problem(module)
     held = [name for name, parameter in module.named_parameters(recurse=False) if _is_large(parameter)]
     if not held:
         return None

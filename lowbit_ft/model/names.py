@@ -63,7 +63,7 @@ def expert_keys(source: Source, expert: int, count: int) -> list[tuple[str, str]
 
 def file_parts(matrix: Matrix, source: Source, entries: dict[str, TensorEntry]) -> list[Part] | None:
     """The file tensors that, one below the other, are the matrix; None when it is kept in another way."""
-    if matrix.transposed or matrix.rows is not None:
+    if matrix.transposed or matrix.conv or matrix.rows is not None:
         return None
     keys = [key for key, _ in source.keys] if source.converter is None else None
     if source.converter is not None and matrix.expert is not None:

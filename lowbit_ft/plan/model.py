@@ -27,6 +27,7 @@ from ..adapters.base import Adapter
 from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
 from ..model.config import CONFIG, load_config
+from ..model.kinds import matrix_shape, packed_in_place_of
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
 from ..model.meta import meta_model
@@ -312,16 +313,14 @@ def _pack(module: nn.Module, grids: list[_Asked], dtype: torch.dtype) -> None:
     """PackedLinears and adapters on meta in the place of the matrices of these names."""
     for name, grid, config, scheme in grids:
         old = module.get_submodule(name)
-        if isinstance(old, nn.Embedding):
-            base = empty_weight((old.num_embeddings, old.embedding_dim), grid, "meta")
-            module.set_submodule(name, PackedEmbedding.in_place_of(old, base, dtype))
-            continue
-        assert isinstance(old, nn.Linear)
-        layer = PackedLinear.empty(
-            old.in_features, old.out_features, old.bias is not None, grid, "meta", dtype
-        )
-        place(layer, scheme)
+        shape, bias = matrix_shape(old), getattr(old, "bias", None)
+        assert shape is not None and len(shape) == 2, name
+        bias = None if bias is None else torch.empty(bias.shape, dtype=dtype, device="meta")
+        layer = packed_in_place_of(old, empty_weight(shape, grid, "meta"), bias, dtype)
         module.set_submodule(name, layer)
+        if isinstance(layer, PackedEmbedding):
+            continue
+        place(layer, scheme)
         if config is not None:
             if reason := config.reject(grid):
                 raise ValueError(f"adapter {config.method} cannot train {name}: {reason}")

@@ -19,8 +19,8 @@ def check_adopted(checkpoint: Checkpoint, model: Any, targets: dict[str, Matrix]
     keys = {name: checkpoint.packed_key(matrix.parameter) for name, matrix in targets.items()}
     if dense := [name for name, key in keys.items() if key is None]:
         raise ValueError(
-            f"{source}: {_some(dense)} are not packed there, but quant.targets and exclude choose them; "
-            "leave both out"
+            f"{source}: {_some(dense)} are not packed there, but quant.targets, exclude and convolutions "
+            "choose them; leave all three out"
         )
     if left := sorted(set(incoming.layers) - set(keys.values())):
         raise ValueError(

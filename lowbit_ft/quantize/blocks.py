@@ -68,9 +68,10 @@ class DenseBlock:
         if torch.is_grad_enabled():
             self.steps += 1
             self.told(self.steps)
-        named = {
-            f"{name.removeprefix(self.prefix)}.weight": weight.to(self.walk.dtype)
-            for name, weight in weights.items()
+        made = {f"{name.removeprefix(self.prefix)}.weight": weight for name, weight in weights.items()}
+        named = {  # a convolution has its matrix in another shape
+            key: weight.to(self.walk.dtype).view(self.layer.get_parameter(key).shape)
+            for key, weight in made.items()
         }
         layer: Callable[..., Any] = lambda *args, **kwargs: functional_call(self.layer, named, args, kwargs)  # noqa: E731
         out = self.walk.call(self.index, number, self.walk.hidden[number], layer)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from ..grid.calibrate import Curvature
+from ..model.conv import rows_key, rows_of
 from ..model.walk import LayerWalk
 from .memory import HESSIAN_BYTES
 
@@ -15,7 +16,7 @@ def passes(linears: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     part: dict[str, nn.Module] = {}
     used = 0
     for name, linear in linears.items():
-        size = 4 * int(linear.in_features) ** 2  # pyright: ignore[reportArgumentType]
+        size = 4 * linear.get_parameter("weight").shape[1:].numel() ** 2
         if part and used + size > HESSIAN_BYTES:
             yield part
             part, used = {}, 0
@@ -28,7 +29,8 @@ def passes(linears: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 def curvatures(
     walk: LayerWalk, index: int, linears: dict[str, nn.Module], tick: Callable[[float], None]
 ) -> dict[str, Curvature]:
-    """The Curvature of every linear of a layer, over all batches; those that no token reached have none.
+    """The Curvature of every linear of a layer, over all batches; those that no token reached have none, and
+    convolutions with groups, whose rows of weights see other inputs each.
     tick(share): called after every batch with the share of them that is through.
 
     Linears that are given one and the same tensor (q, k and v; gate and up) share one. Where that changes
@@ -51,16 +53,19 @@ def _pass(
     given: dict[str, Tensor] = {}  # inputs of the forward that is running; held, so that none is freed and
     # mistaken for another
     changes = False
+    kinds = {name: rows_key(linear) for name, linear in linears.items()}
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal changes
             x = args[0]
-            same = next((other for other, seen in given.items() if seen is x), name) if share else name
+            like = (other for other, seen in given.items() if seen is x and kinds[other] == kinds[name])
+            same = next(like, name) if share else name
             changes = changes or owner.setdefault(name, same) != same
             given[name] = x
             if same == name and not changes:
-                sums.setdefault(name, Curvature()).add(x.reshape(-1, x.shape[-1]))
+                if (rows := rows_of(module, x)) is not None:
+                    sums.setdefault(name, Curvature()).add(rows.reshape(-1, rows.shape[-1]))
 
         return hook
 
@@ -74,4 +79,4 @@ def _pass(
         handle.remove()
     if changes:
         return None
-    return {name: sums[owner[name]] for name in linears if name in owner and sums[owner[name]].tokens}
+    return {n: sums[owner[n]] for n in linears if owner.get(n) in sums and sums[owner[n]].tokens}

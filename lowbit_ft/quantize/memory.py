@@ -89,7 +89,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
         key = found[1] if (found := _LAYER.match(name)) else ""
         layers[key] = layers.get(key, 0) + prod(shape) * size
     outside = layers.pop("", 0)
-    packed = [layer for layer in shapes.linears if recipe.quant.skip_reason(layer.name) is None]
+    packed = shapes.packed(recipe.quant)
     largest = max((layer.out_features * layer.in_features for layer in packed), default=0)
     rows = max((min(layer.out_features, ROWS) * layer.in_features for layer in packed), default=0)
     squares: dict[str, list[int]] = {}  # decoder layer -> bytes of the Hessian of each of its linears

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lowbit_kernels.layout import group_count, row_chunks
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..export import LayerSpec
 from ..grid import Grid, IntGrid, PackedWeight, Weight, stack_rows
@@ -28,7 +28,8 @@ from ..grid.calibrate import CALIBRATORS, Calibrator, Curvature, OffGridError, S
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
 from ..model.checkpoint import Checkpoint
-from ..model.linear import PackedEmbedding, PackedLinear
+from ..model.kinds import packed_in_place_of
+from ..model.linear import PackedEmbedding
 from ..model.load import materialize
 from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
@@ -214,6 +215,7 @@ class Packing:
             if inside:
                 kind = "layer" if self.targets[name].expert is None else "expert"
                 why = f"no calibration token reached this {kind}"
+                why = "a convolution with groups" if self._grouped(name) else why
             note = f"{why}: calibrated by {grid.start}"
         locks = isinstance(grid, IntGrid) and grid.mask
         if (
@@ -236,6 +238,9 @@ class Packing:
         error = error / max(size, 1e-30)
         self._said(name, base, note, error)
         return base
+
+    def _grouped(self, name: str) -> bool:
+        return getattr(self.model.get_submodule(name), "groups", 1) > 1
 
     def _pack_block(
         self, stream: DenseStream, index: int, prefix: str, names: list[str], unit: float
@@ -317,10 +322,7 @@ class Packing:
         bias = getattr(layer, "bias", None)
         if bias is not None:
             bias = self.checkpoint.weight_for(f"{name}.bias", device=self.device, dtype=self.dtype)
-        if isinstance(layer, nn.Embedding):
-            packed = PackedEmbedding.in_place_of(layer, base, self.dtype)
-        else:
-            packed = PackedLinear(base, bias)
+        packed = packed_in_place_of(layer, base, bias, self.dtype)
         self.model.set_submodule(name, packed)
         if name in self.checkpoint.online_layers:
             self.checkpoint.online(self.model)

@@ -105,7 +105,7 @@ class _Sites:
         self.weights, self.inputs = CRITERIA[quant.rotation.criterion]
         self.layer_of: dict[str, str] = {}  # parameter -> a packed linear that it is, or is a part of
         for name, matrix in stream.matrices.items():
-            if quant.skip_reason(name, embedding=matrix.embedding) is None:
+            if quant.skip_reason(name, matrix.embedding, matrix.conv) is None:
                 self.layer_of.setdefault(matrix.parameter, name)
         self.adapts = ROTATIONS[quant.rotation.kind].needs_rows
         packed = [n for n, m in stream.matrices.items() if m.rows is None and m.parameter in self.layer_of]

@@ -4,12 +4,14 @@ Every linear layer of the model gets a row: quantized, or skipped and why. Nothi
 """
 
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..model.checkpoint import Checkpoint
+from ..model.conv import is_conv
 from ..model.experts import is_experts
 from ..model.matrices import Matrix, find_matrices, in_parts, unpackable
 from ..model.roles import is_head
@@ -87,7 +89,9 @@ def plan_layers(
     """The matrices to quantize by the name of their linear (of a fused one that overrides take apart, its
     parts), and a row for everything that looks like a weight matrix and is left alone. folder: where its
     config.json is. ValueError naming every module that should be packed and cannot be."""
-    matrices = find_matrices(model)
+    found = find_matrices(model)
+    # a convolution that nobody asks for is one of the rest
+    matrices = {name: matrix for name, matrix in found.items() if quant.convolutions or not matrix.conv}
     text = text_tower(model)
     targets, skipped, refused = _choose(matrices, quant, text)
     targets = in_parts(targets, fusions(quant.overrides, targets, lambda: segments_in(folder)))
@@ -102,12 +106,19 @@ def plan_layers(
     if lines:
         raise ValueError(f"{type(model).__name__} cannot be packed as asked:\n  " + "\n  ".join(lines))
     if not targets:
+        convs = _kind_of(found, conv=True)
+        beside = f"; its convolutions are {some(convs)} (quant.convolutions: true)" if convs else ""
         raise ValueError(
             f"{type(model).__name__}: no layer to quantize with quant.targets: {quant.targets} and "
             f"exclude: {quant.exclude}; "
-            f"its linears are {some([name for name, m in matrices.items() if not m.embedding], 8) or 'none'}"
+            f"its linears are {some(_kind_of(matrices, conv=False), 8) or 'none'}{beside}"
         )
     return targets, skipped
+
+
+def _kind_of(matrices: dict[str, Matrix], conv: bool) -> list[str]:
+    """The names of the linears, or of the convolutions."""
+    return [name for name, matrix in matrices.items() if not matrix.embedding and matrix.conv == conv]
 
 
 def _choose(
@@ -121,7 +132,7 @@ def _choose(
     refused: dict[str, str] = {}
     stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
     for name, matrix in matrices.items():
-        reason = quant.skip_reason(name, embedding=matrix.embedding)
+        reason = quant.skip_reason(name, matrix.embedding, matrix.conv)
         if (
             reason is None
             and quant.targets == "all-linear"
@@ -158,9 +169,11 @@ def _look_at_the_rest(
         if name in matrices or is_experts(module):
             continue
         problem, matrix_like = unpackable(module), [p for p in own.values() if p.dim() >= 2]
-        reason = quant.skip_reason(name) or (
+        reason = quant.skip_reason(name, convolution=is_conv(module)) or (
             None if name.startswith(text) else "not part of the language model"
         )
+        if is_conv(module) and not quant.convolutions:
+            problem = reason = None
         if isinstance(module, nn.Embedding):
             skipped.append(_skip(name, "embedding", module.weight.numel()))
         elif problem is not None and reason is None:
@@ -211,6 +224,7 @@ def check_shapes(checkpoint: Checkpoint, targets: dict[str, Matrix]) -> None:
         if len(keys) != 1 or matrix.expert is not None:
             continue  # put together from several tensors, or a stack: Checkpoint.matrix looks at those
         found, wanted = checkpoint.shape(keys[0]), matrix.shape[::-1] if matrix.transposed else matrix.shape
+        found = (found[0], prod(found[1:])) if matrix.conv else found
         if found != wanted:
             problems.append(
                 f"{checkpoint.file(keys[0])}: {keys[0]} of {name} has shape {list(found)}; config.json "

@@ -102,10 +102,7 @@ class PackingQuantizer(PackedQuantizer):
         assert self._packing is not None
         packing = self._packing()
         for name, base in packing:
-            layer = model.get_submodule(self._names[name])
-            layer.fill(base)
-            if isinstance(layer, PackedEmbedding):
-                layer.like = torch.empty(0, dtype=layer.like.dtype, device=base.scale.device)
+            model.get_submodule(self._names[name]).fill(base)
         model.lowbit_table = packing.table
         mark_packed(model)
         return model

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ _GRANITE_STACK = {"input_linear.weight": "gate_up_proj", "output_linear.weight":
 class Layer:
     """A linear layer of the checkpoint: weight [N, K] (N out features, K in features). tensors: the names in
     the files of what it is made of; expert: its number in a stack; turned: it is kept as [K, N]; whole: each
-    of its tensors is its own alone; rows: of a part of a fused one, which of its rows."""
+    of its tensors is its own alone; rows: of a part of a fused one, which of its rows; conv: a convolution,
+    kept as [N, C / g, k, k]."""
 
     name: str
     out_features: int
@@ -64,6 +66,7 @@ class Layer:
     turned: bool = False
     whole: bool = True
     rows: Segment | None = None
+    conv: bool = False
 
     def divides(self, group_size: int) -> bool:
         """Whether its rows are whole groups."""
@@ -73,7 +76,7 @@ class Layer:
     def matrix(self) -> Matrix:
         """What the exporters ask about a layer."""
         shape = (self.out_features, self.in_features)
-        return Matrix(self.name, self.name, shape, self.expert, self.turned, rows=self.rows)
+        return Matrix(self.name, self.name, shape, self.expert, self.turned, rows=self.rows, conv=self.conv)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,7 +95,9 @@ class Layer:
         """The file tensors that make it, for exporters that write one for each; their rows are not known
         here.
         """
-        return [Part(name, 0, 0) for name in self.tensors] if self.whole and not self.turned else None
+        if not self.whole or self.turned or self.conv:
+            return None
+        return [Part(name, 0, 0) for name in self.tensors]
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,26 @@ class Shapes:
         """Every matrix that is multiplied with (not embeddings), in the order of the model."""
         found = [*self._plain(), *self._experts_apart(), *self._experts_stacked()]
         return sorted(found, key=lambda found_layer: natural(found_layer.name))
+
+    @property
+    def convolutions(self) -> list[Layer]:
+        """What headers alone show as convolutions, in the order of the model: weights of four dimensions, or,
+        over sequences, of three, where they are no stack of experts that is known."""
+        found = [
+            Layer(name.removesuffix(".weight"), shape[0], prod(shape[1:]), (name,), conv=True)
+            for name, shape in self.tensors.items()
+            if name.endswith(".weight") and len(shape) in (3, 4) and not name.endswith(tuple(_GRANITE_STACK))
+        ]
+        return sorted(found, key=lambda layer: natural(layer.name))
+
+    def products(self, quant: Any) -> list[Layer]:
+        """The layers that a `quant` section may pack and that multiply: linears, and convolutions where it
+        asks for them."""
+        return self.linears + (self.convolutions if quant.convolutions else [])
+
+    def packed(self, quant: Any) -> list[Layer]:
+        """Those of `products` that it packs, whole."""
+        return [x for x in self.products(quant) if quant.skip_reason(x.name, convolution=x.conv) is None]
 
     @property
     def token_embedding(self) -> Layer | None:

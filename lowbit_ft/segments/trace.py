@@ -58,7 +58,9 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
     """The segments of every linear of a dense model (on any device, which is left as it is) that has some, by
     name in model order. ValueError where it cannot be traced."""
     model = copy.deepcopy(model).to("meta").eval()
-    names = [name for name, matrix in find_matrices(model).items() if not matrix.embedding]
+    names = [
+        name for name, matrix in find_matrices(model).items() if not matrix.embedding and not matrix.conv
+    ]
     alike = _trace_once(model)
     try:
         with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

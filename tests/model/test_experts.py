@@ -231,7 +231,8 @@ def test_headers_alone_tell_the_same_layers(name: str, tmp_path: Path) -> None:
     model.
     """
     checkpoint, quant = checkpoint_of(CONFIGS[name](), tmp_path), QuantSection()
-    seen = {x.name: (x.out_features, x.in_features) for x in read_shapes(tmp_path).linears}
+    shapes = read_shapes(tmp_path)
+    seen = {x.name: (x.out_features, x.in_features) for x in [*shapes.linears, *shapes.convolutions]}
     real = {layer: matrix.shape for layer, matrix in checkpoint.matrices.items() if not matrix.embedding}
     assert {n: s for n, s in seen.items() if quant.skip_reason(n) is None} == {
         n: s for n, s in real.items() if quant.skip_reason(n) is None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight
+from lowbit_ft.grid import BinaryGrid, IntGrid, PackedWeight, empty_weight
 from lowbit_ft.model.linear import PackedLinear, packed_op_only
 from tests.adapters.common import base_of, randomize, trained
 from tests.packed_tools import random_weight, undrawn
@@ -64,18 +64,18 @@ def test_state_dict_names(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_empty_layer_is_filled_by_a_state_dict(grid):
     layer = layer_of(grid)
-    empty = PackedLinear.empty(200, 13, True, grid, "cpu", torch.float32)
+    empty = PackedLinear(empty_weight((13, 200), grid, "cpu"), torch.empty(13))
     empty.load_state_dict(layer.state_dict())
     x = torch.randn(3, 200)
     assert empty.base.digest() == layer.base.digest() and torch.equal(empty(x), layer(x))
-    assert PackedLinear.empty(200, 13, False, grid, "meta", torch.float32).bias is None
+    assert PackedLinear(empty_weight((13, 200), grid, "meta")).bias is None
 
 
 def test_an_empty_layer_with_an_offset():
     base = base_of(IntGrid())
     merged = trained(ADAPTERS["l4q"](offset="float"), base).merge(base)
     assert isinstance(merged, PackedWeight) and merged.offset is not None
-    layer = PackedLinear.empty(200, 13, False, merged.grid, "cpu", torch.float32, offset=True)
+    layer = PackedLinear(empty_weight((13, 200), merged.grid, "cpu", True))
     layer.load_state_dict(merged.to_tensors())
     assert torch.equal(layer(torch.eye(200)), merged.dequantize().t())
 
@@ -126,7 +126,7 @@ def test_optimizer_keeps_its_parameters_over_to_dtype():
 )
 def test_memory_held_per_weight(bits: int, f: int, group_size: int, symmetric: bool):
     grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, residual_bits=f)
-    layer = PackedLinear.empty(1024, 1024, False, grid, "cpu", torch.bfloat16)
+    layer = PackedLinear(empty_weight((1024, 1024), grid, "cpu"))
     held = sum(t.untyped_storage().nbytes() for t in [*layer.buffers(), *layer.parameters()])
     assert held == layer.base.nbytes
     slack = 0.25 if (bits, group_size, symmetric) == (3, 32, False) else 0.0
@@ -136,9 +136,7 @@ def test_memory_held_per_weight(bits: int, f: int, group_size: int, symmetric: b
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_memory_held_by_binary_planes(bits: int, group_size: int):
-    layer = PackedLinear.empty(
-        1024, 1024, False, BinaryGrid(bits=bits, group_size=group_size), "cpu", torch.bfloat16
-    )
+    layer = PackedLinear(empty_weight((1024, 1024), BinaryGrid(bits=bits, group_size=group_size), "cpu"))
     groups = 1 if group_size == -1 else 1024 // group_size
     assert layer.base.nbytes * 8 == bits * (1024**2 + 16 * 1024 * groups)
 

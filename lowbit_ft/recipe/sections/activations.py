@@ -236,8 +236,8 @@ def check_activation_layers(r: Any) -> Problems:
     shapes = shapes_here(r.model.path, r.model.revision)
     packed = {}
     if shapes is not None:
-        layers = [layer for layer in shapes.linears if r.quant.skip_reason(layer.name) is None]
-        packed = {layer.name: layer.in_features for layer in layers}  # whole: parts have one input
+        # whole: parts have one input
+        packed = {layer.name: layer.in_features for layer in shapes.packed(r.quant)}
         names = list(packed)
         patterns = [] if section.targets == "all" else list(section.targets)
         for path, pattern in [(("targets",), p) for p in patterns] + [

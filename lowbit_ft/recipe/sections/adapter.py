@@ -123,7 +123,7 @@ def check_adapter_layers(r: Any) -> Problems:
     """adapter.targets against the layers that are packed, and the LoRA of adapter.init_from against them."""
     shapes = shapes_here(r.model.path, r.model.revision)
     config = r.adapter
-    packed = [] if shapes is None else [x for x in shapes.linears if r.quant.skip_reason(x.name) is None]
+    packed = [] if shapes is None else shapes.packed(r.quant)
     layers = {} if shapes is None else {x.name: x for x in layers_apart(r.quant, packed, shapes)}
     for i, pattern in enumerate(config.targets or []):
         if layers and not any(matches(pattern, name) for x in layers.values() for name in x.names):

@@ -30,7 +30,7 @@ def modules_here(r: Any) -> tuple[Checkpoint, Any, list[str], list[str]] | None:
     packed = {
         matrix.parameter.rpartition(".")[0]
         for name, matrix in checkpoint.matrices.items()
-        if r.quant.skip_reason(name, matrix.embedding) is None
+        if r.quant.skip_reason(name, matrix.embedding, matrix.conv) is None
     }
     dense = list(dense_modules(model))
     return checkpoint, model, [n for n in dense if n not in packed], [n for n in dense if n in packed]

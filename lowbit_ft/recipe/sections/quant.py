@@ -111,6 +111,11 @@ class QuantSection(Section):
     embeddings: Literal[4, 8] | None = Field(
         default=None, description="bits of the token embedding, packed and frozen; null: full precision"
     )
+    convolutions: bool = Field(
+        default=False,
+        description="pack convolutions too, as matrices [N, C k k] by the keys above, and train them "
+        "(exclude and targets name them as they do linears); false: full precision",
+    )
     rotation: RotationSection = Field(
         default_factory=lambda: RotationSection(), description="a basis in which rounding loses less"
     )
@@ -208,10 +213,12 @@ class QuantSection(Section):
         """The codes come with the checkpoint, which is quantized already (incoming.py)."""
         return self.calibrate == FROM_CHECKPOINT
 
-    def skip_reason(self, layer_name: str, embedding: bool = False) -> str | None:
-        """Why a linear layer (or an embedding) stays in full precision, judged by its name; None: it is
-        quantized.
+    def skip_reason(self, layer_name: str, embedding: bool = False, convolution: bool = False) -> str | None:
+        """Why a linear layer (or an embedding, or a convolution) stays in full precision, judged by its name;
+        None: it is quantized.
         """
+        if convolution and not self.convolutions:
+            return "a convolution, which quant.convolutions: true packs"
         if embedding:
             if self.embeddings is None or not is_token_embedding(layer_name):
                 return "embedding"
@@ -229,7 +236,7 @@ class QuantSection(Section):
                 else "not among quant.targets"
             )
         parts = layer_name.split(".")
-        if not any(part.isdecimal() for part in parts):
+        if not convolution and not any(part.isdecimal() for part in parts):
             return "not in a decoder layer"
         if parts[-1] in ("gate", "router") or "router" in parts:
             return "a router: its few weights choose the experts"
@@ -271,10 +278,10 @@ def _settings(quant: Any) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
 
 
 def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:
-    """Every matrix that will be packed: linears (or the parts of fused ones that overrides take apart), then
-    a head that is tied (no tensor of its own), then the embedding.
+    """Every matrix that will be packed: linears (or the parts of fused ones that overrides take apart) and
+    convolutions, then a head that is tied (no tensor of its own), then the embedding.
     """
-    whole = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    whole = shapes.packed(quant)
     layers = layers_apart(quant, whole, shapes)
     if quant.lm_head is not None and (head := shapes.head) is not None and head not in layers:
         layers.append(head)
@@ -330,10 +337,10 @@ def check_grid(r: Any) -> Problems:
 
 def check_layers(r: Any) -> Problems:
     """Targets, exclusions and overrides that match nothing."""
-    shapes = shapes_here(r.model.path, r.model.revision)
-    if shapes is None or not shapes.linears:
+    quant, shapes = r.quant, shapes_here(r.model.path, r.model.revision)
+    if shapes is None or not shapes.products(quant):
         return
-    quant, names = r.quant, [layer.name for layer in shapes.linears]
+    names = [layer.name for layer in shapes.products(quant)]
     for key, layer in (("lm_head", shapes.head), ("embeddings", shapes.token_embedding)):
         if getattr(quant, key) is not None and layer is None:
             yield Problem(
@@ -348,7 +355,7 @@ def check_layers(r: Any) -> Problems:
             if not any(matches(pattern, name) for name in [*names, head]) and not pattern_error(pattern):
                 near = nearest_layers(pattern, [*names, head])
                 yield Problem(("quant", key, i), f"got {pattern!r}, which matches no linear layer{near}")
-    targets = [layer for layer in shapes.linears if quant.skip_reason(layer.name) is None]
+    targets = shapes.packed(quant)
     if not targets:
         yield Problem(
             ("quant", "targets"),
@@ -360,7 +367,7 @@ def check_layers(r: Any) -> Problems:
 def check_groups(r: Any) -> Problems:
     """Group sizes that leave a shorter last group in some layer, for a format that holds no such group."""
     shapes = shapes_here(r.model.path, r.model.revision)
-    if shapes is None or not shapes.linears:
+    if shapes is None:
         return
     exporter, targets = EXPORTERS[r.export.format], packed_layers(r.quant, shapes)
     misfits: dict[tuple[int, int], list[str]] = {}

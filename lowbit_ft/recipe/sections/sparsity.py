@@ -129,7 +129,7 @@ def _against(quant: Any, kind: Any, section: Any) -> Problems:
 def _ragged(r: Any, pattern: Any) -> str | None:
     """The first matrix whose inputs the pattern does not divide."""
     shapes = shapes_here(r.model.path, r.model.revision) if hasattr(r, "model") else None
-    for layer in [] if shapes is None else shapes.linears:
-        if r.quant.skip_reason(layer.name) is None and (text := pattern.reject_width(layer.in_features)):
+    for layer in [] if shapes is None else shapes.packed(r.quant):
+        if text := pattern.reject_width(layer.in_features):
             return f"{layer.name}: {text}"
     return None
