@@ -1,0 +1,198 @@
+"""The small speech codec of recipes/assets/speech-codec: its speech, its training, its table.
+
+    python -m benchmarks.speech_codec speech DIR      WAV files of espeak-ng, with train.jsonl and valid.jsonl
+    python -m benchmarks.speech_codec train DIR OUT   the dense codec, at most --minutes of processor time
+    python -m benchmarks.speech_codec measure DIR OUT the table: codes, text, prompt, guidance; results/*.json
+    python -m benchmarks.speech_codec asset DIR OUT   bf16 weights and a few rows as mu-law WAV
+
+`speech` needs espeak-ng's library (`pip install espeakng-loader`, GPL-3: only this script loads it). Sentences
+are templates over 60 words, in 32 voices; validation sentences are none of the training ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit_ft.files.atomic import write_text
+from lowbit_ft.speech import AUTO, register
+from lowbit_ft.speech.wav import read_wav, resampled, write_mulaw, write_wav
+from lowbit_ft.tasks.speech_tokens import Frames, SpeechBatches, SpeechTokens, Utterances
+
+RATE = 8000
+WHO = "the cat,the dog,a bird,my friend,the king,a small boy,the old man,our teacher".split(",")
+DOES = "sees,likes,wants,takes,finds,makes,brings,keeps".split(",")
+WHAT = "a red box,the moon,nine apples,some water,a blue hat,the green tree,seven books,a long rope".split(",")
+WHEN = "today,now,again,at home,in the rain,every day".split(",")
+VOICES = [f"{tongue}{kind}" for tongue in ("en-us", "en", "en-gb-scotland", "en-029") for kind in (
+    "", "+m1", "+m3", "+m7", "+f1", "+f2", "+f4", "+f5")]
+
+
+class Espeak:
+    """The library, in this process."""
+
+    def __init__(self) -> None:
+        import espeakng_loader  # only this command needs it
+
+        self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.rate = self.lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)
+        self.pieces: list[np.ndarray] = []
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+        self.heard = kind(self._heard)
+        self.lib.espeak_SetSynthCallback(self.heard)
+
+    def _heard(self, samples: Any, count: int, _: Any) -> int:
+        if samples and count > 0:
+            self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def say(self, text: str, voice: str, pitch: int, speed: int) -> Tensor:
+        """Samples at RATE."""
+        self.pieces.clear()
+        if self.lib.espeak_SetVoiceByName(voice.encode()):
+            raise ValueError(f"espeak-ng has no voice {voice!r}")
+        self.lib.espeak_SetParameter(3, pitch, 0)
+        self.lib.espeak_SetParameter(1, speed, 0)
+        data = text.encode() + b"\0"
+        self.lib.espeak_Synth(data, len(data), 0, 1, 0, 1, None, None)
+        self.lib.espeak_Synchronize()
+        samples = torch.from_numpy(np.concatenate(self.pieces).astype(np.float32) / 32768)
+        loud = (samples.abs() > 0.01).nonzero().flatten()
+        samples = samples[max(0, int(loud[0]) - self.rate // 50) : int(loud[-1]) + self.rate // 25]
+        samples = resampled(samples, self.rate, RATE)
+        return samples / samples.abs().max() * 0.7
+
+
+def speech(folder: Path, count: int, held: int, seed: int) -> None:
+    """count + held utterances."""
+    draw, voice = random.Random(seed), Espeak()
+    sentences = [f"{a} {b} {c} {d}" for a in WHO for b in DOES for c in WHAT for d in WHEN]
+    draw.shuffle(sentences)
+    (folder / "wav").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, text in enumerate(sentences[: count + held]):
+        samples = voice.say(text, draw.choice(VOICES), draw.randint(30, 70), draw.randint(170, 230))
+        name = f"wav/{number:04d}.wav"
+        write_wav(folder / name, samples, RATE)
+        rows.append({"audio": name, "text": text})
+    for name, part in (("train", rows[:count]), ("valid", rows[count:])):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+
+
+def tokenizer_of() -> Any:
+    """A token for each letter."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<unk>", " ", "'", ",", "."] + [chr(ord("a") + i) for i in range(26)]
+    made = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", model_max_length=512, clean_up_tokenization_spaces=False
+    )
+
+
+def rows_of(folder: Path, name: str, task: SpeechTokens, tokenizer: Any) -> Utterances:
+    source = SimpleNamespace(path=str(folder / f"{name}.jsonl"), split=None, name=None, revision=None, limit=None, format=None)
+    section = SimpleNamespace(sequence_len=256, on_bad_row="error")
+    return task.examples(source, section, tokenizer)
+
+
+def codec(folder: Path | None = None, **values: Any) -> Any:
+    register({"model_type": "speech_codec"})
+    import transformers
+
+    from lowbit_ft.speech.codec import SpeechCodec
+    from lowbit_ft.speech.config import SpeechCodecConfig
+
+    if folder is not None:
+        return getattr(transformers, AUTO).from_pretrained(folder).float()
+    return SpeechCodec(SpeechCodecConfig(**values))
+
+
+def train(folder: Path, out: Path, minutes: float, seed: int, rate: float, batch: int, steps: int) -> None:
+    torch.manual_seed(seed)
+    tokenizer = tokenizer_of()
+    model = codec(vocab_size=len(tokenizer), intermediate_size=160)
+    plain = Frames(**{k: getattr(model.config, k) for k in Frames.model_fields} | {"mel_mean": 0.0, "mel_std": 1.0})
+    examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
+    mean, std = _normalised(examples)
+    held = rows_of(folder, "valid", SpeechTokens(frames=plain), tokenizer)
+    for row in [*examples, *held]:
+        row["mel"] = (row["mel"] - mean) / std
+    model.config.mel_mean, model.config.mel_std = mean, std
+    task = SpeechTokens()
+    batches = SpeechBatches(examples, batch, 0, seed, task=task)
+    valid = SpeechBatches(held, 32, 0, seed, shuffle=False, task=task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    begun, log = time.process_time(), []
+    for step in range(steps):
+        share = max(step / steps, (time.process_time() - begun) / (60 * minutes))
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - share))
+        found = next(batches)
+        loss = _loss(task, model, found)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            with torch.no_grad():
+                value = sum(float(_loss(task, model, b)) for b in valid.one_epoch()) / len(valid)
+            log.append({"step": step, "seconds": round(time.process_time() - begun, 1), "train": round(float(loss), 4), "valid": round(value, 4)})
+            print(json.dumps(log[-1]), flush=True)
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    write_text(out / "training.json", json.dumps({"steps": step, "seed": seed, "batch": batch, "rate": rate, "log": log}, indent=1))
+
+
+def _loss(task: SpeechTokens, model: Any, batch: dict[str, Tensor]) -> Tensor:
+    answers = {name: batch[name] for name in task.answers}
+    outputs = model(**{k: v for k, v in batch.items() if k not in answers})
+    return task.loss(outputs, answers) / task.count(batch)
+
+
+def _normalised(examples: Utterances) -> tuple[float, float]:
+    every = torch.cat([row["mel"] for row in examples])
+    return round(float(every.mean()), 3), round(float(every.std()), 3)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("command", choices=["speech", "train"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--count", type=int, default=900)
+    parser.add_argument("--held", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    if a.command == "speech":
+        speech(a.folder, a.count, a.held, a.seed)
+    else:
+        train(a.folder, a.out, a.minutes, a.seed, a.rate, a.batch, a.steps)
+
+
+if __name__ == "__main__":
+    main()
