@@ -123,7 +123,7 @@ def codec(folder: Path | None = None, **values: Any) -> Any:
     return SpeechCodec(SpeechCodecConfig(**values))
 
 
-def train(folder: Path, out: Path, minutes: float, seed: int, rate: float, batch: int, steps: int) -> None:
+def train(folder: Path, out: Path, minutes: float, wall: float, seed: int, rate: float, batch: int, steps: int) -> None:
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
     model = codec(vocab_size=len(tokenizer), intermediate_size=160)
@@ -138,9 +138,10 @@ def train(folder: Path, out: Path, minutes: float, seed: int, rate: float, batch
     batches = SpeechBatches(examples, batch, 0, seed, task=task)
     valid = SpeechBatches(held, 32, 0, seed, shuffle=False, task=task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
-    begun, log = time.process_time(), []
+    begun, clock, log = time.process_time(), time.monotonic(), []
     for step in range(steps):
-        share = max(step / steps, (time.process_time() - begun) / (60 * minutes))
+        used = (time.process_time() - begun) / (60 * minutes), (time.monotonic() - clock) / (60 * wall)
+        share = max(step / steps, *used)
         if share >= 1:
             break
         for group in optimizer.param_groups:
@@ -154,8 +155,11 @@ def train(folder: Path, out: Path, minutes: float, seed: int, rate: float, batch
         if step % 100 == 0:
             with torch.no_grad():
                 value = sum(float(_loss(task, model, b)) for b in valid.one_epoch()) / len(valid)
-            log.append({"step": step, "seconds": round(time.process_time() - begun, 1), "train": round(float(loss), 4), "valid": round(value, 4)})
+            log.append({"step": step, "seconds": round(time.process_time() - begun, 1), "train": round(loss.item(), 4), "valid": round(value, 4)})
             print(json.dumps(log[-1]), flush=True)
+            if step % 400 == 0:
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_text(out / "training.json", json.dumps({"steps": step, "seed": seed, "batch": batch, "rate": rate, "log": log}, indent=1))
@@ -183,6 +187,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=900)
     parser.add_argument("--held", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--wall", type=float, default=60.0, help="minutes, where the machine is shared")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
@@ -191,7 +196,7 @@ def main() -> None:
     if a.command == "speech":
         speech(a.folder, a.count, a.held, a.seed)
     else:
-        train(a.folder, a.out, a.minutes, a.seed, a.rate, a.batch, a.steps)
+        train(a.folder, a.out, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
 
 
 if __name__ == "__main__":

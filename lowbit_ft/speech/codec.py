@@ -126,9 +126,9 @@ class Codes(nn.Module):
         self.to_code = nn.Linear(config.hidden_size, self.code.width)
         self.from_code = nn.Linear(self.code.width, config.hidden_size)
 
-    def narrow(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, F, H] of which `counts` [B] frames are real -> (points [B, C, L], ids [B, C], the vectors
-        of real codes [n, L]), C = F / frames. The vector of 8 frames is the mean of the two in the middle, as
+    def narrow(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden [B, F, H] of which `counts` [B] frames are real -> (points [B, C, L], ids [B, C], vectors
+        [B, C, L], which of them are real [B, C]), C = F / frames. The vector of 8 frames is the mean of the two in the middle, as
         linear interpolation takes it; of a code that is cut short, the last real frame."""
         b, f, _ = hidden.shape
         last = (counts - 1).clamp_min(0)[:, None]
@@ -137,7 +137,7 @@ class Codes(nn.Module):
         h = self.to_code((_taken(hidden, low) + _taken(hidden, high)) / 2)
         points, ids = self.code.quantize(h)
         real = self.real(counts, h.shape[1])
-        return points, ids.masked_fill(~real, -1), h[real]
+        return points, ids.masked_fill(~real, -1), h, real
 
     def real(self, counts: Tensor, codes: int) -> Tensor:
         """bool [B, C]: which codes stand for real frames."""
@@ -153,6 +153,15 @@ class Codes(nn.Module):
         high = torch.minimum((place.floor() + 1).clamp_min(0).long()[None].expand(b, -1), last)
         share = (place - place.floor()).to(hidden.dtype)[None, :, None]
         return _taken(hidden, low) * (1 - share) + _taken(hidden, high) * share
+
+
+class Two(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(x)))
 
 
 class SpeechCodecBase(PreTrainedModel):
@@ -185,16 +194,16 @@ class Body(SpeechCodecBase):
         self.mel_in, self.noisy_in = nn.Linear(m, h), nn.Linear(m, h)
         self.encoder = Tower(config, config.encoder_layers, timed=False)
         self.codes = Codes(config)
-        self.code_mlp, self.text_mlp, self.time_mlp = (_two(h) for _ in range(3))
+        self.code_mlp, self.text_mlp, self.time_mlp = (Two(h) for _ in range(3))
         self.embed_tokens = nn.Embedding(config.vocab_size, h)
         self.prompt = nn.Parameter(torch.zeros(h))
         self.decoder = Tower(config, config.num_hidden_layers, timed=True)
         self.post_init()
 
     def get_decoder(self) -> nn.Module:
-        return self.decoder
+        return self  # of whose parts a recipe packs what it likes
 
-    def encode(self, mel: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, mel: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """mel [B, F, M] -> what `Codes.narrow` gives."""
         places = torch.arange(mel.shape[1], device=mel.device)[None].expand(len(mel), -1)
         hidden = self.encoder(self.mel_in(mel), frame_mask, places)
@@ -241,9 +250,9 @@ class Body(SpeechCodecBase):
         use_cache: bool = False,
     ) -> SpeechCodecOutput:
         """As SpeechCodec's; hidden frames in place of the velocity."""
-        points, ids, vectors = self.encode(mel.to(self.noisy_in.weight.dtype), frame_mask)
+        points, ids, vectors, real = self.encode(mel.to(self.noisy_in.weight.dtype), frame_mask)
         hidden = self.decode(input_ids, attention_mask, noisy, time, frame_mask, prompt_mask, points, keep)
-        term = self.codes.code.entropy(vectors.float()).loss
+        term = self.codes.code.entropy(vectors.float(), real).loss
         return SpeechCodecOutput(hidden, ids, self.config.entropy_weight * term)
 
 
@@ -257,7 +266,7 @@ class SpeechCodec(SpeechCodecBase):
         self.post_init()
 
     def get_decoder(self) -> nn.Module:
-        return self.body.decoder
+        return self.body
 
     def get_input_embeddings(self) -> nn.Module:
         return self.body.embed_tokens
@@ -280,9 +289,16 @@ class SpeechCodec(SpeechCodecBase):
         found = self.body(input_ids, attention_mask, mel, noisy, time, frame_mask, prompt_mask, keep)
         return SpeechCodecOutput(self.velocity(found.velocity), found.codes, found.code_loss)
 
-
-def _two(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+    def probe(self, input_ids: Tensor) -> Tensor:
+        """The velocity [B, F, M] for these tokens and some made-up sound, always the same: by which an export
+        is compared with what was trained."""
+        rows, frames = len(input_ids), 4 * self.config.frames_per_code
+        count = torch.arange(rows * frames * self.config.num_mel_bins, device=input_ids.device)
+        sound = torch.sin(0.37 * count.float()).view(rows, frames, -1)
+        seen = torch.ones(rows, frames, dtype=torch.bool, device=input_ids.device)
+        half = torch.full((rows,), 0.5, device=input_ids.device)
+        found = self(input_ids, torch.ones_like(input_ids), sound, sound.flip(1), half, seen, ~seen, 2 * half)
+        return found.velocity
 
 
 def _taken(values: Tensor, places: Tensor) -> Tensor:

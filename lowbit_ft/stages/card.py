@@ -27,6 +27,7 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         recipe.data.chat_template_kwargs,
         pipeline=recipe.task.pipeline,
         auto=recipe.task.auto,
+        command=recipe.task.command,
     )
 
 

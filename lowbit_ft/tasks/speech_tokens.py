@@ -72,7 +72,9 @@ class SpeechTokens(Labelled):
     pipeline: ClassVar[str] = "feature-extraction"
     auto: ClassVar[str] = AUTO
     peft: ClassVar[str | None] = None
+    command: ClassVar[str | None] = "lowbit-ft encode {folder} speech.wav speech.json"
     answers: ClassVar[tuple[str, ...]] = ("labels", "counted")
+    scored: ClassVar[bool] = False
 
     kind: Literal["speech_tokens"] = "speech_tokens"
     audio: str = Field(default="audio", description="the column of the WAV file, beside the file of the rows")

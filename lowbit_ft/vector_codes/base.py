@@ -129,18 +129,20 @@ class VectorCode(ABC):
             found.append((-self.metric * (z[..., i, None] - points) ** 2).log_softmax(-1))
         return found
 
-    def entropy(self, h: Tensor) -> Entropy:
-        """h [..., L], of which every vector counts as much (give those of real frames only). ValueError for
-        none."""
+    def entropy(self, h: Tensor, counted: Tensor | None = None) -> Entropy:
+        """h [..., L]; counted bool [...]: which vectors count, None: all. ValueError for no vector."""
         if not h.numel():
             raise ValueError("entropy: got no vector; at least one")
-        vector = codebook = h.new_zeros((), dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+        weight = h.new_ones(h.shape[:-1], dtype=dtype) if counted is None else counted.to(dtype)
+        weight = (weight / weight.sum().clamp_min(1)).flatten()
+        vector = codebook = h.new_zeros((), dtype=dtype)
         for log_p in self.log_chances(h):
+            log_p = log_p.flatten(0, -2)
             p = log_p.exp()
-            vector = vector - (p * log_p).sum(-1).mean()
-            mean = p.flatten(0, -2).mean(0)
+            vector = vector - weight @ (p * log_p).sum(-1)
             # what nobody is on has no entropy, and would have an endless gradient
-            codebook = codebook + torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
+            codebook = codebook + torch.special.entr((weight @ p).clamp_min(torch.finfo(dtype).tiny)).sum()
         return Entropy(vector, codebook)
 
     def to_json(self) -> dict[str, Any]:
