@@ -5,8 +5,8 @@
     python -m benchmarks.speech_codec measure DIR OUT the table: codes, text, prompt, guidance; results/*.json
     python -m benchmarks.speech_codec asset DIR OUT   bf16 weights and a few rows as mu-law WAV
 
-`speech` needs espeak-ng's library (`pip install espeakng-loader`, GPL-3: only this script loads it). Sentences
-are templates over 60 words, in 32 voices; validation sentences are none of the training ones.
+`speech` needs espeak-ng's library (`pip install espeakng-loader`, GPL-3: only this script loads it).
+Sentences are templates over 60 words, in 32 voices; validation sentences are none of the training ones.
 """
 
 from __future__ import annotations
@@ -27,16 +27,21 @@ from torch import Tensor
 
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.speech import AUTO, register
-from lowbit_ft.speech.wav import read_wav, resampled, write_mulaw, write_wav
+from lowbit_ft.speech.wav import resampled, write_wav
 from lowbit_ft.tasks.speech_tokens import Frames, SpeechBatches, SpeechTokens, Utterances
 
 RATE = 8000
 WHO = "the cat,the dog,a bird,my friend,the king,a small boy,the old man,our teacher".split(",")
 DOES = "sees,likes,wants,takes,finds,makes,brings,keeps".split(",")
-WHAT = "a red box,the moon,nine apples,some water,a blue hat,the green tree,seven books,a long rope".split(",")
+WHAT = "a red box,the moon,nine apples,some water,a blue hat,the green tree,seven books,a long rope".split(
+    ","
+)
 WHEN = "today,now,again,at home,in the rain,every day".split(",")
-VOICES = [f"{tongue}{kind}" for tongue in ("en-us", "en", "en-gb-scotland", "en-029") for kind in (
-    "", "+m1", "+m3", "+m7", "+f1", "+f2", "+f4", "+f5")]
+VOICES = [
+    f"{tongue}{kind}"
+    for tongue in ("en-us", "en", "en-gb-scotland", "en-029")
+    for kind in ("", "+m1", "+m3", "+m7", "+f1", "+f2", "+f4", "+f5")
+]
 
 
 class Espeak:
@@ -101,12 +106,18 @@ def tokenizer_of() -> Any:
     made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=made,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def rows_of(folder: Path, name: str, task: SpeechTokens, tokenizer: Any) -> Utterances:
-    source = SimpleNamespace(path=str(folder / f"{name}.jsonl"), split=None, name=None, revision=None, limit=None, format=None)
+    source = SimpleNamespace(
+        path=str(folder / f"{name}.jsonl"), split=None, name=None, revision=None, limit=None, format=None
+    )
     section = SimpleNamespace(sequence_len=256, on_bad_row="error")
     return task.examples(source, section, tokenizer)
 
@@ -123,11 +134,15 @@ def codec(folder: Path | None = None, **values: Any) -> Any:
     return SpeechCodec(SpeechCodecConfig(**values))
 
 
-def train(folder: Path, out: Path, minutes: float, wall: float, seed: int, rate: float, batch: int, steps: int) -> None:
+def train(
+    folder: Path, out: Path, minutes: float, wall: float, seed: int, rate: float, batch: int, steps: int
+) -> None:
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
     model = codec(vocab_size=len(tokenizer), intermediate_size=160)
-    plain = Frames(**{k: getattr(model.config, k) for k in Frames.model_fields} | {"mel_mean": 0.0, "mel_std": 1.0})
+    plain = Frames(
+        **{k: getattr(model.config, k) for k in Frames.model_fields} | {"mel_mean": 0.0, "mel_std": 1.0}
+    )
     examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
     mean, std = _normalised(examples)
     held = rows_of(folder, "valid", SpeechTokens(frames=plain), tokenizer)
@@ -155,14 +170,24 @@ def train(folder: Path, out: Path, minutes: float, wall: float, seed: int, rate:
         if step % 100 == 0:
             with torch.no_grad():
                 value = sum(float(_loss(task, model, b)) for b in valid.one_epoch()) / len(valid)
-            log.append({"step": step, "seconds": round(time.process_time() - begun, 1), "train": round(loss.item(), 4), "valid": round(value, 4)})
+            log.append(
+                {
+                    "step": step,
+                    "seconds": round(time.process_time() - begun, 1),
+                    "train": round(loss.item(), 4),
+                    "valid": round(value, 4),
+                }
+            )
             print(json.dumps(log[-1]), flush=True)
             if step % 400 == 0:
                 model.save_pretrained(out)
                 tokenizer.save_pretrained(out)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    write_text(out / "training.json", json.dumps({"steps": step, "seed": seed, "batch": batch, "rate": rate, "log": log}, indent=1))
+    write_text(
+        out / "training.json",
+        json.dumps({"steps": step, "seed": seed, "batch": batch, "rate": rate, "log": log}, indent=1),
+    )
 
 
 def _loss(task: SpeechTokens, model: Any, batch: dict[str, Tensor]) -> Tensor:

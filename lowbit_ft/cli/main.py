@@ -267,7 +267,7 @@ def serve(
     """
     from .serve import serve as serve_folder  # slow: torch; --help does without
 
-    servefolder_at(folder_at(folder), context.args)
+    serve_folder(folder_at(folder), context.args)
 
 
 @app.command()

@@ -1,5 +1,5 @@
-"""Files and folders that the user named: what is to be there, and where a command may write (where nothing is,
-unless the user insists)."""
+"""Files and folders that the user named: what is to be there, and where a command may write (where nothing
+is, unless the user insists)."""
 
 from pathlib import Path
 

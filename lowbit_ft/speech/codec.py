@@ -4,12 +4,12 @@
     decoder   text, then frames of (x_t + codes + whether it is prompt) -> velocity v [F, M], both ways
     x_t = t x + (1 - t) e,  v* = x - e                       t = 0 is noise e, t = 1 the mel x
 
-The time goes into the norms of the decoder, whose weight is 1 + W f(t) with W = 0 at the start; norms of the
-encoder have no weight. Nothing depends on padding: a row's text and frames have positions of their own, one
-behind the other, and the last code is the one that frames behind it look at.
+The time goes into the norms of the decoder, whose weight is 1 + W f(t) with W = 0 at the start; norms of
+the encoder have no weight. Nothing depends on padding: a row's text and frames have positions of their own,
+one behind the other, and the last code is the one that frames behind it look at.
 
-Of the paper's model are left out: nothing. Ours are: a vector that marks the frames of the prompt, and a row's
-own draw of what is dropped (theirs is one for a batch).
+Of the paper's model are left out: nothing. Ours are: a vector that marks the frames of the prompt, and a
+row's own draw of what is dropped (theirs is one for a batch).
 """
 
 from __future__ import annotations
@@ -128,12 +128,15 @@ class Codes(nn.Module):
 
     def narrow(self, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden [B, F, H] of which `counts` [B] frames are real -> (points [B, C, L], ids [B, C], vectors
-        [B, C, L], which of them are real [B, C]), C = F / frames. The vector of 8 frames is the mean of the two in the middle, as
-        linear interpolation takes it; of a code that is cut short, the last real frame."""
+        [B, C, L], which of them are real [B, C]), C = F / frames. The vector of 8 frames is the mean of the
+        two in the middle, as linear interpolation takes it; of a code that is cut short, the last real
+        frame."""
         b, f, _ = hidden.shape
         last = (counts - 1).clamp_min(0)[:, None]
         middle = torch.arange(f // self.frames, device=hidden.device) * self.frames + (self.frames - 1) / 2
-        low, high = (torch.minimum(m.long()[None].expand(b, -1), last) for m in (middle.floor(), middle.ceil()))
+        low, high = (
+            torch.minimum(m.long()[None].expand(b, -1), last) for m in (middle.floor(), middle.ceil())
+        )
         h = self.to_code((_taken(hidden, low) + _taken(hidden, high)) / 2)
         points, ids = self.code.quantize(h)
         real = self.real(counts, h.shape[1])

@@ -1,8 +1,8 @@
 """config.json of a speech codec: the sizes of the model, the spectrogram it was made for, its code.
 
-Sizes of the paper (arXiv 2508.16790): width 1024, 16 heads, 4096 inside, 8 layers of encoder and 16 of decoder,
-24 kHz, hop 480, 128 mels. The defaults are the small ones that are trained here (docs/speech-tokens.md).
-"""
+Sizes of the paper (arXiv 2508.16790): width 1024, 16 heads, 4096 inside, 8 layers of encoder and 16 of
+decoder, 24 kHz, hop 480, 128 mels. The defaults are the small ones that are trained here
+(docs/speech-tokens.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COUNTS = (
 
 
 class SpeechCodecConfig(PreTrainedConfig):
-    """num_hidden_layers: of the decoder. mel_mean, mel_std: by which frames are made of mean 0 and deviation 1.
+    """num_hidden_layers: of the decoder. mel_mean, mel_std: by which frames have mean 0 and deviation 1.
     code: a vector code as its `to_json` says it. ValueError for a size that cannot be."""
 
     model_type = MODEL_TYPE
@@ -77,8 +77,8 @@ class SpeechCodecConfig(PreTrainedConfig):
                 raise ValueError(f"{key}: got {value!r}; allowed is a count of at least 1")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"hidden_size: got {self.hidden_size}, and {self.num_attention_heads} heads need a multiple of "
-                f"{2 * self.num_attention_heads}"
+                f"hidden_size: got {self.hidden_size}, and {self.num_attention_heads} heads need a "
+                f"multiple of {2 * self.num_attention_heads}"
             )
         if self.n_fft < self.hop_length:
             raise ValueError(f"n_fft: got {self.n_fft}; at least hop_length, {self.hop_length}")

@@ -45,8 +45,8 @@ def read_codes(path: Path) -> CodesFile:
     size = found.samples_per_code
     if -(-found.samples // size) != len(found.codes):
         raise ValueError(
-            f"{path}: {len(found.codes)} codes of {size} samples do not fit {found.samples} samples; the file was "
-            "changed; encode the sound again"
+            f"{path}: {len(found.codes)} codes of {size} samples do not fit {found.samples} samples; the "
+            "file was changed; encode the sound again"
         )
     return found
 

@@ -35,7 +35,9 @@ class Mel:
         """samples [n] -> [ceil(n / hop), mels], frame f around sample f hop + hop / 2."""
         count = math.ceil(len(samples) / self.hop)
         left = (self.n_fft - self.hop) // 2
-        padded = F.pad(samples.float(), (left, count * self.hop - len(samples) + self.n_fft - self.hop - left))
+        padded = F.pad(
+            samples.float(), (left, count * self.hop - len(samples) + self.n_fft - self.hop - left)
+        )
         found = torch.stft(
             padded, self.n_fft, self.hop, window=self._window, center=False, return_complex=True
         ).abs()
@@ -71,7 +73,9 @@ class Mel:
         """samples [F hop] -> [bins, F], as `frames` cuts them."""
         left = (self.n_fft - self.hop) // 2
         padded = F.pad(samples, (left, self.n_fft - self.hop - left))
-        return torch.stft(padded, self.n_fft, self.hop, window=self._window, center=False, return_complex=True)
+        return torch.stft(
+            padded, self.n_fft, self.hop, window=self._window, center=False, return_complex=True
+        )
 
     def _samples(self, spectrum: Tensor) -> Tensor:
         """The inverse, by overlap-add: the samples whose spectrum is nearest, [F hop]."""

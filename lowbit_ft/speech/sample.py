@@ -1,11 +1,11 @@
 """Sound to codes and codes to sound, with a codec in memory.
 
     encode   samples -> mel -> one forward of the encoder -> codes
-    decode   noise, then N Euler steps at the middles t = (i + 1/2) / N:  x <- x + v(x, t) / N -> mel -> samples
+    decode   noise, then N Euler steps at t = (i + 1/2) / N:  x <- x + v(x, t) / N -> mel -> samples
 
-Guidance: v = v1 + g (v1 - v0), v0 without text and codes; then its deviation is drawn back to that of v1, by a
-share of `RESCALE` (arXiv 2508.16790, and its code; 2305.08891, section 3.4). A prompt is sound with its codes
-in front: its frames are given clean, and cut off at the end.
+Guidance: v = v1 + g (v1 - v0), v0 without text and codes; then its deviation is drawn back to that of v1, by
+a share of `RESCALE` (arXiv 2508.16790, and its code; 2305.08891). A prompt is sound with its
+codes in front: its frames are given clean, and cut off at the end.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Spoken:
 def decode(
     model: Any, rows: list[Spoken], steps: int = STEPS, guidance: float = GUIDANCE, seed: int = 0
 ) -> list[Tensor]:
-    """Rows of any lengths -> normalised mel [F, M] of each, the prompt's frames left out, on the CPU. Noise is
-    drawn by the row's place and the seed alone. ValueError for a code there is not."""
+    """Rows of any lengths -> normalised mel [F, M] of each, the prompt's frames left out, on the CPU. Noise
+    is drawn by the row's place and the seed alone. ValueError for a code there is not."""
     config: SpeechCodecConfig = model.config
     device, code = model.velocity.weight.device, config.vectors
     sizes = [len(row.codes) * config.frames_per_code for row in rows]

@@ -60,7 +60,9 @@ def read_wav(path: str | Path) -> Wav:
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"{path}: {rate} samples a second; allowed are {RATES[0]} to {RATES[1]}")
     if not 1 <= channels <= MOST_CHANNELS or bits % 8 or align != channels * bits // 8:
-        raise ValueError(f"{path}: {channels} channels of {bits} bits in {align} bytes; the header is damaged")
+        raise ValueError(
+            f"{path}: {channels} channels of {bits} bits in {align} bytes; the header is damaged"
+        )
     samples = _samples(body[: len(body) - len(body) % align], kind, bits, path).reshape(-1, channels).mean(1)
     if not np.isfinite(samples).all():
         raise ValueError(f"{path}: it has samples that are no numbers (NaN or Inf)")
@@ -71,7 +73,9 @@ def read_wav(path: str | Path) -> Wav:
 
 def write_wav(path: Path, samples: Tensor, rate: int) -> None:
     """samples [n], clipped to -1..1, as 16-bit PCM; the file is there whole or not at all."""
-    body = (samples.detach().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().astype("<i2").tobytes()
+    body = (
+        (samples.detach().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().astype("<i2").tobytes()
+    )
     write_bytes(path, _riff(PCM, rate, 16, body))
 
 
@@ -119,8 +123,8 @@ def _samples(body: bytes, kind: int, bits: int, path: Path) -> np.ndarray:
     if kind == MULAW and bits == 8:
         return _mulaw_table()[np.frombuffer(body, np.uint8)]
     raise ValueError(
-        f"{path}: samples of kind {kind} with {bits} bits; read are PCM of 8, 16, 24, 32 bits, floats of 32 and "
-        "64, and mu-law; convert it first"
+        f"{path}: samples of kind {kind} with {bits} bits; read are PCM of 8, 16, 24, 32 bits, floats of "
+        "32 and 64, and mu-law; convert it first"
     )
 
 

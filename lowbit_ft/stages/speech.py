@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..export.folder import check_if_ours
 from ..export.reader import load_exported
@@ -51,8 +50,8 @@ def decode_codes(
     seed: int = 0,
     device: str = "auto",
 ) -> float:
-    """Writes `output`, a WAV file at the codec's rate, and returns its seconds. ValueError for files or values
-    that are not what they should be."""
+    """Writes `output`, a WAV file at the codec's rate, and returns its seconds. ValueError for files or
+    values that are not what they should be."""
     _refuse_suffix(output, ".wav")
     if not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"--steps: got {steps}; allowed are 1 to {MOST_STEPS}")
@@ -67,7 +66,10 @@ def decode_codes(
         samples = voice.at(model.config.sample_rate)
         samples = samples[: max(1, len(samples) // given.samples_per_code) * given.samples_per_code]
         frames = frames_of(model.config, samples)
-        ids, front = torch.cat([encode(model, frames), ids]), _tokens(tokenizer, f"{prompt.text} ", "--prompt-text")
+        ids, front = (
+            torch.cat([encode(model, frames), ids]),
+            _tokens(tokenizer, f"{prompt.text} ", "--prompt-text"),
+        )
     said = Spoken(ids, front + _tokens(tokenizer, text, "--text"), frames)
     mel = decode(model, [said], steps, guidance, seed)[0]
     samples = sound_of(model.config, mel, seed)[: given.samples]
@@ -82,8 +84,8 @@ def _codec(folder: Path, device: str) -> tuple[Any, Any]:
     kind = read_config(folder).get("model_type")
     if kind != MODEL_TYPE:
         raise ValueError(
-            f"{folder} holds a {kind!r}; encode and decode take a speech codec (model_type {MODEL_TYPE}), which "
-            "task: speech_tokens trains"
+            f"{folder} holds a {kind!r}; encode and decode take a speech codec (model_type {MODEL_TYPE}), "
+            "which task: speech_tokens trains"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,8 +109,8 @@ def _sound(path: Path) -> Wav:
     found = read_wav(path)
     if found.seconds > MOST_SECONDS:
         raise ValueError(
-            f"{path}: {found.seconds:.0f} s of sound; allowed: {MOST_SECONDS:g} s; cut it into parts, each of which "
-            "is encoded by itself"
+            f"{path}: {found.seconds:.0f} s of sound; allowed: {MOST_SECONDS:g} s; cut it into parts, each "
+            "of which is encoded by itself"
         )
     return found
 
@@ -124,8 +126,8 @@ def _refuse_other(model: Any, given: CodesFile, path: Path) -> None:
     facts = (given.code, given.sample_rate, given.samples_per_code, given.encoder)
     if facts != (config.code, config.sample_rate, config.samples_per_code, encoder_digest(model)):
         raise ValueError(
-            f"{path}: its codes were made by another codec, whose encoder has other weights; decode them with that "
-            "one, or encode the sound again with this one"
+            f"{path}: its codes were made by another codec, whose encoder has other weights; decode them "
+            "with that one, or encode the sound again with this one"
         )
 
 

@@ -80,7 +80,9 @@ class SpeechTokens(Labelled):
     audio: str = Field(default="audio", description="the column of the WAV file, beside the file of the rows")
     text: str = Field(default="text", description="the column of what is said")
     max_seconds: Annotated[float, Field(gt=0)] = Field(default=20.0, description="a longer row is malformed")
-    prompt: Share = Field(default=0.25, description="the most of a row that is given clean, from its beginning")
+    prompt: Share = Field(
+        default=0.25, description="the most of a row that is given clean, from its beginning"
+    )
     drop_codes: Share = Field(default=0.2, description="the share of rows that train without their codes")
     drop_text: Share = Field(default=0.1, description="the share of rows that train without their text")
     frames: Frames | None = Field(default=None, description="what a frame is; null: as the checkpoint says")
@@ -122,7 +124,9 @@ class SpeechTokens(Labelled):
         except ValueError as error:
             raise BadRow(str(error)) from None
         if wav.seconds > self.max_seconds:
-            raise BadRow(f"{path}: {wav.seconds:.1f} s of sound; allowed: {self.max_seconds:g} (task.max_seconds)")
+            raise BadRow(
+                f"{path}: {wav.seconds:.1f} s of sound; allowed: {self.max_seconds:g} (task.max_seconds)"
+            )
         return wav.at(rate)
 
     def examples(
@@ -169,7 +173,9 @@ class SpeechTokens(Labelled):
         if not picked:
             raise DataError("no usable row to calibrate on", named(source))
         chosen = Utterances([pool[i] for i in sorted(picked)])
-        found = SpeechBatches(chosen, min(size, len(chosen)), pad_id(tokenizer), seed, shuffle=False, task=self)
+        found = SpeechBatches(
+            chosen, min(size, len(chosen)), pad_id(tokenizer), seed, shuffle=False, task=self
+        )
         return [{k: v for k, v in batch.items() if k not in self.answers} for batch in found.one_epoch()]
 
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
@@ -246,7 +252,8 @@ def mel_error(model: Any, spoken: list[Spoken], rows: Sequence[Any]) -> float:
 
 
 def use_of(code: VectorCode, ids: Tensor) -> dict[str, float]:
-    """The share of codes that are different ones, and the mean entropy of a coordinate over the most it has."""
+    """The share of codes that are different ones, and the mean entropy of a coordinate over the most it
+    has."""
     digits = code.digits_of(ids)
     found = []
     for i, levels in enumerate(code.levels):

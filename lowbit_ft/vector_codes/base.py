@@ -1,16 +1,16 @@
 """The contract of a vector code: a product of small scales, one per coordinate.
 
-    h [..., L]  --place-->  z [..., L]  --nearest-->  digits [..., L]  --ids_of-->  id = sum_i d_i prod_{j<i} n_j
-                                        <--points--                   <--digits_of--
+    h [..., L]  -place->  z [..., L]  -nearest->  digits [..., L]  -ids_of->  id = sum_i d_i prod_{j<i} n_j
+                                  <-at-                       <-digits_of-
 
 n_i levels in coordinate i, prod n_i codes, the first coordinate lowest: with two levels each, the digits are
 bits and the id is their number, lowest bit first. `quantize` is the forward of a model: the point, with the
 gradient of the identity from it to z (straight-through, arXiv 1308.3432), and the id.
 
-Entropy. A vector is softly on all codes, p(c) ~ exp(-m |z - c|^2). The distance is a sum over coordinates, so
-p is a product of small softmaxes, and its entropy a sum of theirs: exact, without a table of all codes. Of the
-mean of p over vectors only the factors are kept, which gives a bound from above (its entropy, were the bits
-independent).
+Entropy. A vector is softly on all codes, p(c) ~ exp(-m |z - c|^2). The distance is a sum over coordinates,
+so p is a product of small softmaxes, and its entropy a sum of theirs: exact, without a table of all codes. Of
+the mean of p over vectors only the factors are kept, which gives a bound from above (its entropy, were the
+bits independent).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Entropy:
 
     @property
     def loss(self) -> Tensor:
-        """What is minimised: each vector sure of its code, and all codes used (arXiv 2310.05737, eq. 4)."""
+        """What is minimised: each vector sure of its code, and all codes used (arXiv 2310.05737)."""
         return self.vector - self.codebook
 
 
@@ -101,7 +101,8 @@ class VectorCode(ABC):
             return self.ids_of(self.nearest(self.place(self._fits(h))))
 
     def decode(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ids [...] -> points [..., L], those of `quantize` bit for bit. ValueError for an id there is not."""
+        """ids [...] -> points [..., L], those of `quantize` bit for bit. ValueError for an id there is
+        not."""
         return self.scaled(self.at(self.digits_of(ids), dtype))
 
     def ids_of(self, digits: Tensor) -> Tensor:
@@ -119,7 +120,8 @@ class VectorCode(ABC):
         return ids.to(torch.int64)[..., None].div(strides, rounding_mode="floor") % levels
 
     def log_chances(self, h: Tensor) -> list[Tensor]:
-        """log p of the points of each coordinate, [..., levels_i] for each i, in fp32 (of doubles, doubles)."""
+        """log p of the points of each coordinate, [..., levels_i] for each i, in fp32 (of doubles,
+        doubles)."""
         z = self.place(self._fits(h))
         z = z if z.dtype == torch.float64 else z.float()
         found = []

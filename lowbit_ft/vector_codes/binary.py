@@ -1,10 +1,11 @@
 """bsq and lfq: a bit per coordinate, the sign.
 
-    bsq   u = h / |h|        u^ = sign(u) / sqrt(L)       on the sphere      arXiv 2406.07548, eq. 6 to 8
-    lfq                      h^ = sign(h)                 on the cube        arXiv 2310.05737, section 3.1
+    bsq   u = h / |h|        u^ = sign(u) / sqrt(L)       on the sphere      arXiv 2406.07548
+    lfq                      h^ = sign(h)                 on the cube        arXiv 2310.05737
 
-sign(0) = +1 in both. The gradient of bsq's step is that of u / sqrt(L). Of bsq |u - u^| <= sqrt(2 - 2 / sqrt(L)), so it needs no commitment loss; lfq's distance
-has no bound. p(bit i) = sigmoid(4 u_i / sqrt(L)), and of lfq sigmoid(4 h_i).
+sign(0) = +1 in both. The gradient of bsq's step is that of u / sqrt(L). Of bsq |u - u^| <= sqrt(2 - 2 /
+sqrt(L)), so it needs no commitment loss; lfq's distance has no bound. p(bit i) = sigmoid(4 u_i / sqrt(L)),
+and of lfq sigmoid(4 h_i).
 """
 
 from __future__ import annotations

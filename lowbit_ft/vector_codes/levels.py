@@ -1,4 +1,5 @@
-"""fsq: finite scalar quantization, n_i levels in coordinate i (arXiv 2309.15505, section 3.1 and appendix A.1).
+"""fsq: finite scalar quantization, n_i levels in coordinate i (arXiv 2309.15505).
+A.1).
 
     z = tanh(h + s) a - o,  a = (n - 1)(1 - eps) / 2,  o = 1/2 for even n, else 0,  s = atanh(o / a)
     z^ = round(z) / floor(n / 2)          digit = round(z) + floor(n / 2)
@@ -37,8 +38,8 @@ class FSQ(VectorCode):
         good = found and all(type(n) is int and 3 <= n <= MOST_LEVELS for n in found)
         if not good or math.prod(found) > 1 << MOST_BITS:
             raise ValueError(
-                f"counts: got {given!r}; needs a list of levels per coordinate, each 3 to {MOST_LEVELS}, at most "
-                f"2^{MOST_BITS} codes together"
+                f"counts: got {given!r}; needs a list of levels per coordinate, each 3 to {MOST_LEVELS}, "
+                f"at most 2^{MOST_BITS} codes together"
             )
         object.__setattr__(self, "counts", found)
 

@@ -41,7 +41,9 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"bsq": plain_bsq, "lfq": plain_l
 
 
 def vectors(code: VectorCode, count: int = 400, seed: int = 0) -> Tensor:
-    return 1.5 * torch.randn(count, code.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return 1.5 * torch.randn(
+        count, code.width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def test_every_member_has_its_rows() -> None:
@@ -87,7 +89,9 @@ def test_the_chances_factorise_the_softmax_over_all_codes(name: str) -> None:
         torch.testing.assert_close(product, p[:, 7 * number], rtol=1e-9, atol=1e-15)
     found = code.entropy(h)
     torch.testing.assert_close(found.vector, torch.special.entr(p).sum(-1).mean())
-    assert found.codebook >= torch.special.entr(p.mean(0)).sum() - 1e-9, "independent coordinates are the most"
+    assert found.codebook >= torch.special.entr(p.mean(0)).sum() - 1e-9, (
+        "independent coordinates are the most"
+    )
     counted = torch.arange(25) % 3 > 0
     part, wanted = code.entropy(h.view(5, 5, -1), counted.view(5, 5)), code.entropy(h[counted])
     torch.testing.assert_close((part.vector, part.codebook), (wanted.vector, wanted.codebook))
@@ -138,7 +142,9 @@ def test_bsq_has_the_figures_of_its_paper() -> None:
     u, (point, ids) = code.place(h), code.quantize(h)
     assert (u - point).norm(dim=-1).mean().item() == pytest.approx(0.6068, abs=5e-4)
     corner = torch.zeros(1, 14).index_fill_(1, torch.tensor([3]), 1.0)  # as far from all points as can be
-    assert (corner - code.quantize(corner)[0]).norm().item() == pytest.approx(math.sqrt(2 - 2 / math.sqrt(14)))
+    assert (corner - code.quantize(corner)[0]).norm().item() == pytest.approx(
+        math.sqrt(2 - 2 / math.sqrt(14))
+    )
     assert math.sqrt(2 - 2 / math.sqrt(14)) == pytest.approx(1.211, abs=5e-4)
     found = code.entropy(h)
     assert found.vector.item() == pytest.approx(9.565, abs=2e-3)
