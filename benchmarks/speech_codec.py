@@ -15,8 +15,10 @@ import argparse
 import ctypes
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +29,17 @@ from torch import Tensor
 
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.speech import AUTO, register
-from lowbit_ft.speech.wav import resampled, write_wav
-from lowbit_ft.tasks.speech_tokens import Frames, SpeechBatches, SpeechTokens, Utterances
+from lowbit_ft.speech.sample import Spoken, decode, encode, frames_of, sound_of
+from lowbit_ft.speech.wav import read_wav, resampled, write_mulaw, write_wav
+from lowbit_ft.tasks.speech_tokens import (
+    Frames,
+    SpeechBatches,
+    SpeechTokens,
+    Utterances,
+    like,
+    mel_error,
+    use_of,
+)
 
 RATE = 8000
 WHO = "the cat,the dog,a bird,my friend,the king,a small boy,the old man,our teacher".split(",")
@@ -201,17 +212,152 @@ def _normalised(examples: Utterances) -> tuple[float, float]:
     return round(float(every.mean()), 3), round(float(every.std()), 3)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {}
+@torch.no_grad()
+def flow_loss(
+    model: Any, task: SpeechTokens, rows: Utterances, change: Callable[[dict[str, Tensor]], Any]
+) -> float:
+    """Mean |v - v*| over the held-out rows, with something of each batch changed."""
+    total = count = 0.0
+    for batch in SpeechBatches(rows, 25, 0, 0, shuffle=False, task=task).one_epoch():
+        wanted, counted = batch.pop("labels"), batch.pop("counted")
+        change(batch)
+        off = (model(**batch).velocity - wanted).abs().mean(-1)
+        total, count = total + float((off * counted).sum()), count + float(counted.sum())
+    return total / count
+
+
+def _shuffled(batch: dict[str, Tensor]) -> None:
+    """The sound that is encoded is the next row's; what is to be said, and noise, stay."""
+    batch["mel"] = batch["mel"].roll(1, 0)
+
+
+def _no_prompt(batch: dict[str, Tensor]) -> None:
+    batch["prompt_mask"] = torch.zeros_like(batch["prompt_mask"])
+
+
+FLOW: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "all": lambda batch: None,
+    "no text": lambda batch: batch.update(attention_mask=0 * batch["attention_mask"]),
+    "no codes": lambda batch: batch.update(keep=0 * batch["keep"]),
+    "codes of another row": _shuffled,
+    "no text, no codes": lambda batch: batch.update(
+        attention_mask=0 * batch["attention_mask"], keep=0 * batch["keep"]
+    ),
+    "prompt not marked": _no_prompt,
+}
+
+
+@torch.no_grad()
+def measure(folder: Path, model_folder: Path, out: Path, picture: Path | None) -> None:
+    """What the codes carry, on the held-out rows: two tables, and a round trip over WAV files."""
+    model = codec(model_folder).eval()
+    config, tokenizer = model.config, tokenizer_of()
+    task = SpeechTokens(frames=Frames(**{key: getattr(config, key) for key in Frames.model_fields}))
+    rows = rows_of(folder, "valid", task, tokenizer)
+    codes = [encode(model, row["mel"]) for row in rows]
+    few = list(rows)[:24]
+    own = [Spoken(c, row["input_ids"]) for c, row in zip(codes, few, strict=False)]
+    other = [replace(one, codes=like(codes[i + 1], one.codes)) for i, one in enumerate(own)]
+    ways = {
+        "own codes": own,
+        "own codes, no text": [replace(one, text=[]) for one in own],
+        "own codes, text of another row": [replace(one, text=own[i - 1].text) for i, one in enumerate(own)],
+        "codes of another row": other,
+        "codes of another row, no text": [replace(one, text=[]) for one in other],
+    }
+    mel = {name: round(mel_error(model, spoken, few), 4) for name, spoken in ways.items()}
+    mean = torch.cat([row["mel"] for row in rows]).mean(0)
+    mel["the mean frame"] = round(
+        float(torch.cat([(row["mel"] - mean).abs() for row in few]).mean()) * config.mel_std, 4
+    )
+    steps = {}
+    for count, guidance in ((4, 1.0), (8, 1.0), (32, 1.0), (16, 0.0), (16, 2.0)):
+        steps[f"{count} steps, guidance {guidance:g}"] = round(mel_error(model, own, few, count, guidance), 4)
+    parameters = sum(p.numel() for p in model.parameters())
+    found = {
+        "model": {"parameters": parameters, "codes_per_second": config.codes_per_second},
+        "bits_per_second": config.bits_per_second,
+        "held_out_rows": len(rows),
+        "flow_l1": {name: round(flow_loss(model, task, rows, change), 4) for name, change in FLOW.items()},
+        "mel_error": mel,
+        "mel_error_own_codes": steps,
+        "codes": {"count": sum(map(len, codes)), **use_of(config.vectors, torch.cat(codes))},
+        "round_trip": _round_trip(model, few),
+    }
+    write_text(out, json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+    if picture is not None:
+        draw(
+            model,
+            few[0]["mel"],
+            {name: decode(model, [ways[name][0]])[0] for name in ("own codes", "codes of another row")},
+            picture,
+        )
+
+
+def _round_trip(model: Any, rows: list[Any]) -> dict[str, float]:
+    """Log-mel errors of sound: of Griffin-Lim alone, and of codes and Griffin-Lim, through 16-bit WAV."""
+    config, alone, whole = model.config, [], []
+    with tempfile.TemporaryDirectory() as place:
+        for row in rows[:8]:
+            made = decode(model, [Spoken(encode(model, row["mel"]), row["input_ids"])])[0]
+            for found, mel in ((alone, row["mel"]), (whole, made)):
+                path = Path(place) / "a.wav"
+                write_wav(path, sound_of(config, mel), config.sample_rate)
+                again = frames_of(config, read_wav(path).samples)
+                found.append(float((again - row["mel"]).abs().mean()) * config.mel_std)
+    return {"griffin_lim_alone": round(sum(alone) / 8, 4), "codes_and_griffin_lim": round(sum(whole) / 8, 4)}
+
+
+def draw(model: Any, mel: Tensor, made: dict[str, Tensor], path: Path) -> None:
+    """Spectrograms one above the other: what was said, and what is made of codes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {"spoken": mel, **{f"made of {name}": found for name, found in made.items()}}
+    figure, axes = pyplot.subplots(len(shown), 1, figsize=(6.4, 5.2), sharex=True, layout="constrained")
+    seconds = len(mel) * model.config.hop_length / model.config.sample_rate
+    for axis, (name, values) in zip(axes, shown.items(), strict=True):
+        log = values * model.config.mel_std + model.config.mel_mean
+        axis.imshow(
+            log.t(), origin="lower", aspect="auto", vmin=-8, vmax=2.5, extent=(0, seconds, 0, len(log[0]))
+        )
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_ylabel("mel", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[-1].set_xlabel("seconds; a code is 0.16 s", fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def asset(folder: Path, model_folder: Path, out: Path, count: int, held: int) -> None:
+    """The model in bfloat16, and the shortest rows as mu-law."""
+    model = codec(model_folder)
+    model.to(torch.bfloat16).save_pretrained(out / "speech-codec")
+    tokenizer_of().save_pretrained(out / "speech-codec")
+    sounds = out / "speech"
+    sounds.mkdir(parents=True, exist_ok=True)
+    for name, most in (("train", count), ("valid", held)):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        rows = sorted(rows, key=lambda row: (folder / row["audio"]).stat().st_size)[:most]
+        for number, row in enumerate(rows):
+            file = f"{name}-{number:02d}.wav"
+            write_mulaw(sounds / file, read_wav(folder / row["audio"]).samples, RATE)
+            row["audio"] = file
+        write_text(sounds / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["speech", "train"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("command", choices=["speech", "train", "measure", "asset"])
+    parser.add_argument("folder", type=Path, help="of the speech")
+    parser.add_argument("model", type=Path, nargs="?", help="folder of the codec")
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--count", type=int, default=900)
-    parser.add_argument("--held", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--held", type=int)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of processor time")
     parser.add_argument("--wall", type=float, default=60.0, help="minutes, where the machine is shared")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -219,9 +365,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.command == "speech":
-        speech(a.folder, a.count, a.held, a.seed)
+        speech(a.folder, a.count or 900, a.held or 100, a.seed)
+    elif a.command == "train":
+        train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
+    elif a.command == "measure":
+        measure(a.folder, a.model, a.out, a.picture)
     else:
-        train(a.folder, a.out, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
+        asset(a.folder, a.model, a.out, a.count or 14, a.held or 6)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from ..model.tokenizer import pad_id
 from ..model.walk import Batch
 from ..speech import AUTO, MODEL_TYPE
 from ..speech.mel import Mel
-from ..speech.sample import Spoken, decode, encode
+from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode
 from ..speech.wav import read_wav
 from ..vector_codes import VectorCode
 from .base import CLOSED, Dense, Feed, Measure, Task
@@ -234,7 +234,7 @@ class Speech(Answers):
             codes = [encode(model, one["mel"]) for one in self.rows]
             first = self.rows[:MADE_AGAIN]
             own = [Spoken(c, one["input_ids"]) for c, one in zip(codes, first, strict=False)]
-            others = [replace(one, codes=_like(codes[i - 1], one.codes)) for i, one in enumerate(own)]
+            others = [replace(one, codes=like(codes[i - 1], one.codes)) for i, one in enumerate(own)]
             scores = {
                 "mel_error": mel_error(model, own, first),
                 "mel_error_other_codes": mel_error(model, others, first),
@@ -244,9 +244,11 @@ class Speech(Answers):
         return replace(row, scores=scores)
 
 
-def mel_error(model: Any, spoken: list[Spoken], rows: Sequence[Any]) -> float:
+def mel_error(
+    model: Any, spoken: list[Spoken], rows: Sequence[Any], steps: int = STEPS, guidance: float = GUIDANCE
+) -> float:
     """Mean |difference| of the log-mel of what is decoded and what is there."""
-    made = decode(model, spoken)
+    made = decode(model, spoken, steps, guidance)
     off = torch.cat([(a - row["mel"]).abs() for a, row in zip(made, rows, strict=True)])
     return float(off.mean()) * model.config.mel_std
 
@@ -262,7 +264,7 @@ def use_of(code: VectorCode, ids: Tensor) -> dict[str, float]:
     return {"codes_used": len(ids.unique()) / len(ids), "bit_entropy": sum(found) / len(found)}
 
 
-def _like(codes: Tensor, other: Tensor) -> Tensor:
+def like(codes: Tensor, other: Tensor) -> Tensor:
     """codes, over and over, as many as `other` has."""
     return codes.repeat(-(-len(other) // len(codes)))[: len(other)]
 

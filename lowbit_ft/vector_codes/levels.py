@@ -1,5 +1,4 @@
 """fsq: finite scalar quantization, n_i levels in coordinate i (arXiv 2309.15505).
-A.1).
 
     z = tanh(h + s) a - o,  a = (n - 1)(1 - eps) / 2,  o = 1/2 for even n, else 0,  s = atanh(o / a)
     z^ = round(z) / floor(n / 2)          digit = round(z) + floor(n / 2)
