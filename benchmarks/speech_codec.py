@@ -42,6 +42,7 @@ from lowbit_ft.tasks.speech_tokens import (
 )
 
 RATE = 8000
+FAR = 12  # the held-out row whose codes the picture shows: another sentence than the first
 WHO = "the cat,the dog,a bird,my friend,the king,a small boy,the old man,our teacher".split(",")
 DOES = "sees,likes,wants,takes,finds,makes,brings,keeps".split(",")
 WHAT = "a red box,the moon,nine apples,some water,a blue hat,the green tree,seven books,a long rope".split(
@@ -287,12 +288,11 @@ def measure(folder: Path, model_folder: Path, out: Path, picture: Path | None) -
     write_text(out, json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
     if picture is not None:
-        draw(
-            model,
-            few[0]["mel"],
-            {name: decode(model, [ways[name][0]])[0] for name in ("own codes", "codes of another row")},
-            picture,
-        )
+        shown = {
+            "its own codes": own[0],
+            "the codes of another sentence": replace(own[0], codes=like(codes[FAR], codes[0])),
+        }
+        draw(model, few[0]["mel"], {name: decode(model, [one])[0] for name, one in shown.items()}, picture)
 
 
 def _round_trip(model: Any, rows: list[Any]) -> dict[str, float]:
@@ -315,20 +315,28 @@ def draw(model: Any, mel: Tensor, made: dict[str, Tensor], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     shown = {"spoken": mel, **{f"made of {name}": found for name, found in made.items()}}
-    figure, axes = pyplot.subplots(len(shown), 1, figsize=(6.4, 5.2), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(len(shown), 1, figsize=(6.4, 4.8), sharex=True, layout="constrained")
     seconds = len(mel) * model.config.hop_length / model.config.sample_rate
     for axis, (name, values) in zip(axes, shown.items(), strict=True):
         log = values * model.config.mel_std + model.config.mel_mean
         axis.imshow(
-            log.t(), origin="lower", aspect="auto", vmin=-8, vmax=2.5, extent=(0, seconds, 0, len(log[0]))
+            log.t(),
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
+            vmin=-8,
+            vmax=2.5,
+            extent=(0, seconds, 0, len(log[0])),
         )
         axis.set_title(name, fontsize=9, loc="left")
         axis.set_ylabel("mel", fontsize=8)
         axis.tick_params(labelsize=8)
     axes[-1].set_xlabel("seconds; a code is 0.16 s", fontsize=8)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def asset(folder: Path, model_folder: Path, out: Path, count: int, held: int) -> None:
