@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lowbit_ft.files.atomic import write_text
-from lowbit_ft.speech import AUTO, register
+from lowbit_ft.speech.names import AUTO
+from lowbit_ft.speech.register import register
 from lowbit_ft.speech.sample import Spoken, decode, encode, frames_of, sound_of
 from lowbit_ft.speech.wav import read_wav, resampled, write_mulaw, write_wav
 from lowbit_ft.tasks.speech_tokens import (

@@ -14,8 +14,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from ..speech import MODEL_TYPE
-from ..speech import register as register_speech
+from ..speech.names import MODEL_TYPE
+from ..speech.register import register as register_speech
 
 
 def register() -> None:

@@ -25,7 +25,7 @@ from ..files.atomic import write_text
 from ..files.errors import FileError
 from ..files.jsonfile import as_shape, read_json, shown
 from ..files.tensorfile import CheckpointError, TensorEntry
-from ..speech import register as register_speech
+from ..speech.register import register as register_speech
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Python files that are not run, the attention and expert kernels that a recipe or the model's class chooses

@@ -9,24 +9,5 @@ config.json and safetensors, whose linears a recipe packs, adapts and merges (ta
     wav.py     files of sound, rates, channels      mel.py    the spectrogram, and back (Griffin-Lim)
     config.py  what config.json says                codec.py  the model, TaDiCodec (arXiv 2508.16790) in small
     sample.py  encode, decode with guidance         files.py  codes in a file
+    names.py, register.py   what transformers is told of the model, and when
 """
-
-from collections.abc import Mapping
-from typing import Any
-
-MODEL_TYPE = "speech_codec"  # of config.json
-AUTO = "AutoModelForAudioTokenization"  # the auto class of transformers that builds it
-
-
-def register(config: Mapping[str, Any]) -> None:
-    """Tell transformers of our model, where this config.json is of one: asked for by who opens the folder, so
-    that nothing happens on import."""
-    if config.get("model_type") != MODEL_TYPE:
-        return
-    import transformers  # slow: seconds
-
-    from .codec import SpeechCodec  # slow: transformers
-    from .config import SpeechCodecConfig  # slow: transformers
-
-    transformers.AutoConfig.register(MODEL_TYPE, SpeechCodecConfig, exist_ok=True)
-    getattr(transformers, AUTO).register(SpeechCodecConfig, SpeechCodec, exist_ok=True)

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..vector_codes import VectorCode, vector_code
-from . import MODEL_TYPE
 from .mel import Mel
+from .names import MODEL_TYPE
 
 _COUNTS = (
     "vocab_size",

@@ -11,8 +11,8 @@ from ..export.reader import load_exported
 from ..model.config import read_config
 from ..model.tokenizer import read_tokenizer
 from ..rundir import shipped
-from ..speech import MODEL_TYPE
 from ..speech.files import CodesFile, encoder_digest, read_codes
+from ..speech.names import MODEL_TYPE
 from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode, frames_of, sound_of
 from ..speech.wav import Wav, read_wav, write_wav
 

@@ -34,8 +34,8 @@ from ..model.linear import packed_op_only
 from ..model.purpose import Purpose
 from ..model.tokenizer import pad_id
 from ..model.walk import Batch
-from ..speech import AUTO, MODEL_TYPE
 from ..speech.mel import Mel
+from ..speech.names import AUTO, MODEL_TYPE
 from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode
 from ..speech.wav import read_wav
 from ..vector_codes import VectorCode

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lowbit_ft.speech import register
 from lowbit_ft.speech.codec import SpeechCodec
 from lowbit_ft.speech.config import SpeechCodecConfig
+from lowbit_ft.speech.register import register
 
 LETTERS = ["<pad>", "<unk>", " ", *"abcdefghijklmnopqrstuvwxyz"]
 SMALL: dict[str, Any] = {
