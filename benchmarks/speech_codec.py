@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import json
 import random
 import tempfile
@@ -61,7 +62,7 @@ class Espeak:
     """The library, in this process."""
 
     def __init__(self) -> None:
-        import espeakng_loader  # only this command needs it
+        espeakng_loader = importlib.import_module("espeakng_loader")  # only this command needs it
 
         self.lib = ctypes.CDLL(espeakng_loader.get_library_path())
         self.rate = self.lib.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)
@@ -153,9 +154,8 @@ def train(
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
     model = codec(vocab_size=len(tokenizer), intermediate_size=160)
-    plain = Frames(
-        **{k: getattr(model.config, k) for k in Frames.model_fields} | {"mel_mean": 0.0, "mel_std": 1.0}
-    )
+    keys: dict[str, Any] = {key: getattr(model.config, key) for key in Frames.model_fields}
+    plain = Frames(**{**keys, "mel_mean": 0.0, "mel_std": 1.0})
     examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
     mean, std = _normalised(examples)
     held = rows_of(folder, "valid", SpeechTokens(frames=plain), tokenizer)

@@ -8,8 +8,8 @@ The time goes into the norms of the decoder, whose weight is 1 + W f(t) with W =
 the encoder have no weight. Nothing depends on padding: a row's text and frames have positions of their own,
 one behind the other, and the last code is the one that frames behind it look at.
 
-Of the paper's model are left out: nothing. Ours are: a vector that marks the frames of the prompt, and a
-row's own draw of what is dropped (theirs is one for a batch).
+Two things are ours: a vector that marks the frames of the prompt, and a row's own draw of what is dropped
+(theirs is one for a batch).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .config import SpeechCodecConfig
 

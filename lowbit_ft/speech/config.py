@@ -67,7 +67,7 @@ class SpeechCodecConfig(PreTrainedConfig):
         self.code = {"kind": "bsq", "bits": 14} if code is None else code
         self.entropy_weight, self.rms_norm_eps = entropy_weight, rms_norm_eps
         self.rope_theta, self.initializer_range = rope_theta, initializer_range
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(**{"pad_token_id": pad_token_id, **kwargs})
         self._check()
 
     def _check(self) -> None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 STEPS, GUIDANCE, RESCALE = 16, 1.0, 0.75  # steps: half of the paper's (no worse here, docs/speech-tokens.md)
 
 
-def frames_of(config: SpeechCodecConfig, samples: Tensor) -> Tensor:
-    """samples [n] at the codec's rate -> normalised mel [F, M]; silence fills the last code."""
+def frames_of(config: Any, samples: Tensor) -> Tensor:
+    """samples [n] at the codec's rate -> normalised mel [F, M]; silence fills the last code. config: the
+    codec's, or the task's keys of it."""
     whole = F.pad(samples, (0, -len(samples) % config.samples_per_code))
     return (config.mel.frames(whole) - config.mel_mean) / config.mel_std
 

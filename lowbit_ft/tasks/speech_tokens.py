@@ -36,7 +36,7 @@ from ..model.tokenizer import pad_id
 from ..model.walk import Batch
 from ..speech.mel import Mel
 from ..speech.names import AUTO, MODEL_TYPE
-from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode
+from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode, frames_of
 from ..speech.wav import read_wav
 from ..vector_codes import VectorCode
 from .base import CLOSED, Dense, Feed, Measure, Task
@@ -60,12 +60,13 @@ class Frames(BaseModel):
     mel_mean: float
     mel_std: Annotated[float, Field(gt=0)]
 
-    def of(self, samples: Tensor) -> Tensor:
-        """As speech.sample.frames_of."""
-        code = self.hop_length * self.frames_per_code
-        whole = torch.nn.functional.pad(samples, (0, -len(samples) % code))
-        mel = Mel(self.sample_rate, self.hop_length, self.n_fft, self.num_mel_bins)
-        return (mel.frames(whole) - self.mel_mean) / self.mel_std
+    @property
+    def mel(self) -> Mel:
+        return Mel(self.sample_rate, self.hop_length, self.n_fft, self.num_mel_bins)
+
+    @property
+    def samples_per_code(self) -> int:
+        return self.hop_length * self.frames_per_code
 
 
 class SpeechTokens(Labelled):
@@ -109,7 +110,7 @@ class SpeechTokens(Labelled):
         def encode(row: Mapping[str, Any]) -> Encoded:
             made = encoded_text(tokenizer, section.sequence_len, text_of(row, self.text))
             samples = self._samples(text_of(row, self.audio), folders, frames.sample_rate)
-            mel, digest = frames.of(samples), hashlib.sha256(samples.numpy().tobytes()).hexdigest()
+            mel, digest = frames_of(frames, samples), hashlib.sha256(samples.numpy().tobytes()).hexdigest()
             kept = {key: made[key] for key in ("input_ids", "attention_mask")}
             return {**kept, "cut": made["cut"], "mel": mel, "sound": digest}
 

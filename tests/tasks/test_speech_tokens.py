@@ -254,5 +254,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(line: Line
         load_recipe(recipe_of(tmp_path, tiny, line.data))
     with pytest.raises(ValueError, match="encode and decode take a speech codec"):
         pipeline.encode(tiny, line.data.parent / "0.wav", tmp_path / "a.json")
+    file = recipe_of(tmp_path, line.codec, line.data)
+    said = CliRunner().invoke(app, ["plan", str(file), "--no-search"]).output
+    assert "fits: " in said and "speech_tokens" in said and "estimate" not in said
     with pytest.raises(ValueError, match="is for AudioTokenization and writes no text"):
         pipeline.generate(line.run, "hello")
