@@ -30,6 +30,7 @@ from .recipe.recipe import Recipe
 from .report.page import write_report
 from .rundir import RunDir, shipped
 from .session import resume, start
+from .speech.sample import GUIDANCE, STEPS
 from .stages.card import used_by
 from .stages.data import read_data
 from .stages.evaluate import first_sample, measure_shipped, measure_trained
@@ -39,10 +40,12 @@ from .stages.models import check_folders, trained_model
 from .stages.outside import export_outside
 from .stages.push import push as push_folder
 from .stages.quantize import quantize_stage
+from .stages.speech import Voice, decode_codes, encode_wav
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.teacher import ready_teacher
 from .stages.train import train_stage
+from .vector_codes import vector_code
 
 
 def run(recipe: Recipe) -> Path:
@@ -180,6 +183,32 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     if (line := cache_line(model, model.dtype)) is not None:
         print(line, file=sys.stderr)
     return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
+
+
+def encode(folder: Path, wav: Path, output: Path, device: str = "auto") -> str:
+    """Write the codes of a WAV file, by the speech codec of a folder or run. Returns a line about them."""
+    found = encode_wav(folder, wav, output, device)
+    seconds, bits = found.samples / found.sample_rate, len(found.codes) * vector_code(found.code).id_bits
+    return (
+        f"{output}: {len(found.codes)} codes for {seconds:.2f} s, {bits / 8:.0f} bytes of information "
+        f"({bits / seconds:.1f} bits a second)"
+    )
+
+
+def decode(
+    folder: Path,
+    codes: Path,
+    output: Path,
+    text: str = "",
+    prompt: Voice | None = None,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """Write the speech of a file of codes, by the codec that made them. Returns a line about it."""
+    seconds = decode_codes(folder, codes, output, text, prompt, steps, guidance, seed, device)
+    return f"{output}: {seconds:.2f} s"
 
 
 def report(run_dir: Path) -> Path:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_FAMILY = {
     "sparsity.patterns.PATTERNS": "shapes that zeros may have, for one key of the members of SPARSITY",
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
+    "vector_codes.VECTOR_CODES": "config.json of a model chooses; tests/vector_codes/ takes every member",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
     "activations.calibrate.RANGES": "three rules of a line each for the static scale of a kind",
     "gradients.directions.DISTRIBUTIONS": "densities of a line each, for two keys of two members",

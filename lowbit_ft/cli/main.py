@@ -16,9 +16,10 @@ import typer
 
 from .. import __version__
 from .loading import load, refuse_what_cannot_fit, waking
-from .places import refuse_existing
+from .places import folder_at, refuse_existing
 from .quiet import quiet
 from .said import said
+from .speech import decode, encode
 
 app = typer.Typer(
     name="lowbit-ft",
@@ -189,7 +190,7 @@ def merge(run_dir: RunFolder) -> None:
     """Merge the trained adapter into the packed integers, and compare with the hash that training wrote."""
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.merge(_folder(run_dir))
+    pipeline.merge(folder_at(run_dir))
 
 
 @app.command()
@@ -210,7 +211,7 @@ def export(
     """
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.export(_folder(folder), format, output, base)
+    pipeline.export(folder_at(folder), format, output, base)
 
 
 @app.command()
@@ -222,7 +223,7 @@ def push(
     """Upload an export to the Hugging Face hub with its model card, private unless --public."""
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.push(_folder(folder), repo, public)
+    pipeline.push(folder_at(folder), repo, public)
 
 
 @app.command()
@@ -230,7 +231,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="exported model", show_de
     """Reload an exported folder through its real reader and compare codes, scales and logits."""
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.verify(_folder(folder))
+    pipeline.verify(folder_at(folder))
 
 
 @app.command(name="eval")
@@ -250,7 +251,7 @@ def evaluate(
     waking()
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    pipeline.evaluate(_folder(folder), task or [], stage or [], limit)
+    pipeline.evaluate(folder_at(folder), task or [], stage or [], limit)
 
 
 @app.command()
@@ -266,10 +267,14 @@ def generate(
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
     answer = pipeline.generate(
-        _folder(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device
+        folder_at(folder), sys.stdin.read() if prompt == "-" else prompt, max_new_tokens, device
     )
     if answer is not None:
         typer.echo(answer)
+
+
+app.command()(encode)
+app.command()(decode)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -282,7 +287,7 @@ def serve(
     """
     from .serve import serve as serve_folder  # slow: torch; --help does without
 
-    serve_folder(_folder(folder), context.args)
+    serve_folder(folder_at(folder), context.args)
 
 
 @app.command()
@@ -290,7 +295,7 @@ def report(run_dir: RunFolder) -> None:
     """Write report.html of a run again."""
     from .. import pipeline  # slow: torch, transformers; --help needs neither
 
-    typer.echo(pipeline.report(_folder(run_dir)))
+    typer.echo(pipeline.report(folder_at(run_dir)))
 
 
 @app.command()
@@ -340,14 +345,6 @@ def import_recipe(
         f"wrote {output} ({draft.trainer}): {len(draft.values)} keys set, {len(draft.left)} left; next  "
         f"lowbit-ft plan {output}"
     )
-
-
-def _folder(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"no folder at {path}; give the folder that `lowbit-ft run` wrote")
-    if not path.is_dir():
-        raise ValueError(f"got {path}, a file; give a folder")
-    return path
 
 
 STOPPED = "stopped; what was finished is kept, and the same command goes on from there"

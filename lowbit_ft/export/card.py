@@ -35,7 +35,8 @@ class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
     one that ships. method, recipe: None where a folder that no run wrote does not say them. chat: what the
     chat template is told where a request says nothing (data.chat_template_kwargs). pipeline, auto: what the
-    model is for, as the hub calls it, and the class that loads it.
+    model is for, as the hub calls it, and the class that loads it. command: what a shell does with it, with
+    {folder} in it; None: a server or a pipeline.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CardFacts:
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
     generation: bool = False  # the folder has a generation_config.json
+    command: str | None = None
 
 
 def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = None) -> str:
@@ -69,6 +71,8 @@ def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = 
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
     """The command line that runs the folder, and what to know about its chats and its cache."""
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
+    if facts.command is not None:
+        return facts.command.format(folder=folder), {}
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
         ask = f"from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"

@@ -344,11 +344,15 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
+    """A model that answers with something else than logits says by `probe` what it is asked with these
+    tokens."""
     training = model.training
     model.eval()
     try:
         with packed_op_only(model):
-            return model(ids.to(next(model.parameters()).device)).logits.float().cpu()
+            moved = ids.to(next(model.parameters()).device)
+            probe = getattr(model, "probe", None)
+            return (model(moved).logits if probe is None else probe(moved)).float().cpu()
     finally:
         model.train(training)
 

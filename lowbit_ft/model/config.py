@@ -25,6 +25,7 @@ from ..files.atomic import write_text
 from ..files.errors import FileError
 from ..files.jsonfile import as_shape, read_json, shown
 from ..files.tensorfile import CheckpointError, TensorEntry
+from ..speech.register import register as register_speech
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Python files that are not run, the attention and expert kernels that a recipe or the model's class chooses
@@ -108,6 +109,7 @@ def load_config(folder: str | Path) -> Any:
         check_counts(path, values)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    register_speech(values)
     with tempfile.TemporaryDirectory() as place, answered(path, _own_code(has_code)):
         write_text(Path(place) / CONFIG, _text(values))
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)

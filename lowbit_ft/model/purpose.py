@@ -28,6 +28,7 @@ AUTO = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForAudioTokenization": "feature-extraction",
 }
 
 

@@ -26,6 +26,7 @@ class Around:
     def __init__(self, rest: Any, count: int, task: Task) -> None:
         self.model, self.count, self.task = rest, count, task
         self.stubs = decoder_layers(rest)[1]
+        self.per_token = 1  # positions of the layers: a codec has frames beside its text
         self.fresh = False  # layers answer with a tensor of their own, as real ones do
         self.beside: tuple[None, ...] | None = (
             None  # what a layer returns beside hidden states; None: they are not in a tuple
@@ -144,6 +145,7 @@ class Around:
             for t in tensors_in(kw)
         }
         self.shape, self.dtype = tuple(x.shape), x.dtype
+        self.per_token = x.shape[1] // s.length if x.dim() == 3 and x.shape[1] % s.length == 0 else 1
         size, context = x.numel() * x.element_size(), sum(kept.values())
         return calls, context, size, max(0, live - context - size)
 

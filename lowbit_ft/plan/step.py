@@ -63,7 +63,8 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
             known[block.like] = number
             args, kwargs = calls[block.indices[0]]
             first = block.indices[0] == 0 and not made.table_bytes
-            costs[number] = _layer(module, args, kwargs, s, rules, hidden, first)
+            x_shape = _input(s, hidden, shape_of.per_token)
+            costs[number] = _layer(module, args, kwargs, s, rules, x_shape, first)
         tail = _tail(shape_of, s, rules, {} if tails is None else tails)
     ordered = tuple(costs[kind[i]] for i in range(made.layers))
     even = (
@@ -75,7 +76,7 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
 
 
 def _layer(
-    module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, hidden: int, first: bool
+    module: nn.Module, args: Any, kwargs: Any, s: Setting, rules: Any, x_shape: tuple[int, ...], first: bool
 ) -> Cost:
     """One layer forward and backward. The first one's input comes from the embedding and wants no
     gradient, unless that trains.
@@ -87,7 +88,7 @@ def _layer(
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.empty_like(p) if s.accumulate else None
-    x_shape, x_dtype = _input(args, kwargs, s, hidden)
+    x_dtype = getattr(torch, s.dtype)
     with torch.no_grad(), Counter(rules) as evaluated, autocast(s):
         module.forward(torch.empty(x_shape, dtype=x_dtype), *args, **kwargs)
     with ExitStack() as stack:
@@ -121,11 +122,10 @@ def _layer(
     )
 
 
-def _input(args: Any, kwargs: Any, s: Setting, hidden: int) -> tuple[tuple[int, ...], torch.dtype]:
-    dtype = getattr(torch, s.dtype)
-    tokens = s.windows * s.length
-    width = hidden // (tokens * dtype.itemsize)
-    return (s.windows, s.length, width), dtype
+def _input(s: Setting, hidden: int, per_token: int) -> tuple[int, ...]:
+    """The shape of what a layer is given. hidden: its bytes."""
+    positions = s.length * per_token
+    return s.windows, positions, hidden // (s.windows * positions * getattr(torch, s.dtype).itemsize)
 
 
 def _tail(around: Around, s: Setting, rules: Any, known: dict[Any, Cost]) -> Cost:
@@ -166,7 +166,7 @@ def _tail_of(around: Around, s: Setting, rules: Any, windows: int, length: int) 
             [part for part in cuttable(around.model.get_decoder()) if "forward" not in vars(part)],
             s.mlp_chunk,
         )
-    before, shape = 0, (windows, length, around.shape[-1])
+    before, shape = 0, (windows, length * around.per_token, around.shape[-1])
 
     def last(embedded: Tensor) -> Any:
         nonlocal before

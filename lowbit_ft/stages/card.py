@@ -33,6 +33,7 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         pipeline=recipe.task.pipeline,
         auto=recipe.task.auto,
         generation=(session.checkpoint.folder / GENERATION).is_file(),
+        command=recipe.task.command,
     )
 
 

@@ -8,6 +8,7 @@ the merge and the exporters are the same for all.
     causal_lm.py  a language model: windows of tokens, signals, perplexity
     rows.py       rows with answers: read, encoded, counted      batches.py  padded batches of them
     labelled.py   what the tasks with such rows share: the goal of training, the table, the head
+    speech_tokens.py  a codec of speech: rows with sound, velocities, the spectrogram that is made again
     labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
 
 A kind is a config class; its keys are the section `task` of a recipe, and `task: <kind>` is one without keys.
@@ -18,6 +19,7 @@ from .base import Task
 from .causal_lm import CausalLM
 from .masked_lm import MaskedLM
 from .sequence_classification import SequenceClassification
+from .speech_tokens import SpeechTokens
 from .token_classification import TokenClassification
 
 USUAL = "causal_lm"
@@ -27,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
     "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
+    "speech_tokens": SpeechTokens,
 }
 
 __all__ = ["TASKS", "USUAL", "Task"]

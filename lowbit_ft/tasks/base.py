@@ -76,6 +76,7 @@ class Task(BaseModel):
     pipeline: ClassVar[str]  # what the hub calls it
     auto: ClassVar[str]  # the class by which users load what ships
     peft: ClassVar[str | None]  # PEFT's word for it (TaskType)
+    command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 
     kind: str
 

@@ -41,6 +41,7 @@ class Labelled(Task):
 
     windows: ClassVar[bool] = False
     answers: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, what the model is not called with
+    scored: ClassVar[bool] = True  # by scores.py, and its libraries
 
     train_head: bool = Field(
         default=True, description="the head of the model trains, dense and whole, beside the adapters"

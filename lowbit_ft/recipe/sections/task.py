@@ -57,7 +57,7 @@ def check_task(r: Any) -> Problems:
             f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
             "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
         )
-    if isinstance(r.task, Labelled) and r.eval.perplexity and (reason := scores.missing()):
+    if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := scores.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
     if r.task.trains_head and r.model.dtype != "float32":
         yield Problem(
