@@ -34,7 +34,6 @@ from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
-from ..sparsity import SPARSITY
 from ..train.memory import release_freed
 from . import prune
 from .adopt import check_adopted
@@ -216,10 +215,7 @@ class Packing:
                 why = f"no calibration token reached this {kind}"
             note = f"{why}: calibrated by {grid.start}"
         locks = isinstance(grid, IntGrid) and grid.mask
-        if (
-            locks
-            and (zeros := prune.sparsity_of(self.quant, curvature)) is not SPARSITY[self.quant.sparsity.kind]
-        ):
+        if locks and (zeros := prune.sparsity_of(self.quant, curvature)) is not self.quant.sparsity.at_once:
             note = f"{note}{', ' if note else 'no calibration text here: '}pruned by {prune.WITHOUT_TEXT}"
         stats = self._stats(curvature)
         parts, error, size = [], 0.0, 0.0

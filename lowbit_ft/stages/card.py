@@ -5,7 +5,7 @@ from dataclasses import replace
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card
-from ..files.records import Evaluation, PackedBase, TaskTable
+from ..files.records import Evaluation, PackedBase, TaskTable, Zeros
 from ..recipe.recipe import Recipe
 from ..session import Session
 from .rotations import turned_keys
@@ -37,5 +37,7 @@ def card(session: Session, format: str) -> dict[str, str]:
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
     zeros = session.run.read_json("base.json", PackedBase, PackedBase()).zeros
-    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros)
+    if (grown := session.run.read_json("zeros.json", Zeros | None, None)) is not None:
+        zeros = grown.zeros
+    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros, grown=grown is not None)
     return {"README.md": model_card(facts, format, rows, tasks)}
