@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..export import LayerSpec
-from ..grid import Grid, IntGrid, PackedWeight, Weight, stack_rows
+from ..grid import GRIDS, Grid, IntGrid, PackedWeight, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Calibrator, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
@@ -80,6 +80,7 @@ class Packing:
         names = list(self.targets)
         if checkpoint.incoming is not None:
             check_adopted(checkpoint, self.model, self.targets)
+            self.calibrator = CALIBRATORS[GRIDS[quant.grid].start]  # of an embedding, which is dense there
         elif quant.from_checkpoint:
             raise ValueError(
                 f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of "
@@ -123,7 +124,8 @@ class Packing:
 
     def _one(self, name: str) -> Weight:
         try:
-            base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+            dense = self.checkpoint.incoming is None or self.targets[name].embedding
+            base = self._pack(name) if dense else self._adopt(name)
         except OffGridError as error:
             names = list(self.specs)
             at, grid = names.index(name), self.specs[name][1]
