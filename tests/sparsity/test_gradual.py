@@ -242,7 +242,12 @@ def test_the_recipe_says_it_and_packing_does_not_prune() -> None:
     with pytest.raises(RecipeError, match="start 0.7 is behind end 0.5"):
         load_recipe(
             "recipes/quickstart.yaml",
-            ["quant.sparsity={kind: magnitude, schedule: {start: 0.7}}", "adapter.targets=['*.q_proj']"],
+            ["quant.sparsity={kind: magnitude, schedule: {start: 0.7}}"],
+        )
+    with pytest.raises(RecipeError, match="adapter.targets leaves layers without an adapter"):
+        load_recipe(
+            "recipes/quickstart.yaml",
+            ["quant.sparsity={kind: magnitude, schedule: {}}", "adapter.targets=['*.q_proj']"],
         )
     with pytest.raises(ValueError, match="schedule: zeros that come while a recipe's run trains"):
         Direct.of({"sparsity": GROWING, "calibrate": "mse"})
