@@ -195,6 +195,8 @@ def prune_by(model: nn.Module, gradual: Gradual) -> None:
             continue
         if not isinstance(layer.adapter, Pruned):
             raise ValueError(f"{name}: {against_schedule(layer.adapter.config)}")  # pyright: ignore[reportOptionalMemberAccess]
+        if "mask" in layer.packed_names:
+            raise ValueError(f"{name}: its base has zeros that are locked, and keeps them: no others come")
         layer.adapter.prune_by(gradual)
     leave_out_of_ddp(model)
 

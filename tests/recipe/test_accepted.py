@@ -82,7 +82,8 @@ def test_every_shipped_recipe_is_valid(monkeypatch, tmp_path):
     files = sorted((ROOT / "recipes").glob("*.yaml"))
     assert len(files) >= 6
     sparse = tmp_path / "sparse"  # what the first recipe of prune-once-for-all leaves for the second
-    quantized_checkpoint(sparse, "compressed-tensors", bits=8, group_size=-1, symmetric=True)
+    whole = {"source": ROOT / "recipes" / "assets" / "tiny-llama", "symmetric": True}
+    quantized_checkpoint(sparse, "compressed-tensors", bits=8, group_size=-1, **whole)
     for file in files:
         behind = "prune-once-for-all-2" in file.name
         recipe = load_recipe(file, [f"model.path={sparse}"] if behind else [])

@@ -10,6 +10,7 @@ from typing import Any
 import lowbit_kernels as kernels
 import pytest
 import torch
+from peft import PeftModel
 
 from lowbit_ft.adapters.attach import (
     adapted_layers,
@@ -23,12 +24,16 @@ from lowbit_ft.adapters.attach import (
 from lowbit_ft.adapters.pruned import Pruned, unrounded
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.integrations.adapter_files import read_adapter, write_adapter
+from lowbit_ft.plan.model import skeleton
+from lowbit_ft.plan.pruned import choice_moments
 from lowbit_ft.quantize.direct import Direct
+from lowbit_ft.quantize.memory import PRUNE_BYTES
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.sparsity import check_schedule, check_sparsity
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.sparsity import Gradual
+from tests.checkpoint_tools import TINY
 from tests.loop_tools import digest, go, losses, stop_at
 from tests.packed_tools import adapted_llama, adapter_config
 from tests.toy import batches
@@ -164,6 +169,13 @@ def test_the_zeros_travel_in_the_adapter_folder_and_are_checked_there(pruned: An
     for (name, layer), (_, own) in zip(adapted_layers(pruned), adapted_layers(again), strict=True):
         assert layer.adapter.merge(layer.base).digest() == own.adapter.merge(own.base).digest(), name
     assert zeros_of(again) == zeros_of(pruned)
+    bare = llama("full_qat", by=None)
+    for _, layer in list(adapted_layers(bare)):
+        layer.adapter = None
+    peft = PeftModel.from_pretrained(bare, str(tmp_path / "adapter")).merge_and_unload()
+    for name, layer in adapted_layers(pruned):
+        merged = peft.get_submodule(name).base
+        assert torch.equal(merged.codes, layer.adapter.merge(layer.base).codes), name
     key = next(key for key in state if key.endswith("k_proj.lowbit_adapters.zeros"))
     for wrong, said in (
         (state[key].int(), "got torch.int32"),
@@ -251,3 +263,18 @@ def test_the_recipe_says_it_and_packing_does_not_prune() -> None:
         )
     with pytest.raises(ValueError, match="schedule: zeros that come while a recipe's run trains"):
         Direct.of({"sparsity": GROWING, "calibrate": "mse"})
+
+
+def test_plan_counts_the_bits_and_the_choice_of_zeros() -> None:
+    keys = ["quant.sparsity={kind: magnitude, schedule: {}}"]
+    with_zeros, without = (load_recipe("recipes/quickstart.yaml", more) for more in (keys, []))
+    grown, plain = (skeleton(recipe, TINY) for recipe in (with_zeros, without))
+    bits = sum(
+        2 * row.out_features * kernels.packed_width(row.in_features, 1)
+        for row in grown.rows
+        if row.reason is None
+    )
+    assert grown.held["adapters"] - plain.held["adapters"] == bits > 0 and grown.held["mask"] == 0
+    assert grown.trainable == plain.trainable
+    assert choice_moments(with_zeros, grown.largest)[0][0] == PRUNE_BYTES * 768 * 256
+    assert choice_moments(without, plain.largest) == []
