@@ -40,10 +40,15 @@ from lowbit_ft.files.atomic import write_text
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.rundir import environment
 
-WINDOW, BATCH = 32, 32
+WINDOW, INSIDE, BATCH = 32, 30, 32  # between [CLS] and [SEP]
 TOPICS, WORDS, OF_A_TOPIC, ROWS = 24, 400, 40, {"train": 600, "valid": 300}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+SIZE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+}
 AMOUNTS = {"dense": None, "85 %": 0.85, "90 %": 0.9}
 TASKS: dict[str, dict[str, Any]] = {
     "topic": {"kind": "sequence_classification", "text": ["text"], "label": "label"},
@@ -55,7 +60,7 @@ def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pretrain", type=int, default=350, help="steps of stage A")
     p.add_argument("--prune", type=int, default=100, help="steps of stage B")
-    p.add_argument("--tune", type=int, default=50, help="steps of stage C")
+    p.add_argument("--tune", type=int, default=80, help="steps of stage C")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=HERE / "results" / "prune_once.json")
     return p.parse_args()
@@ -75,7 +80,7 @@ class Language:
         return [self.chance.choice(self.topics[topic] if t == "OF" else self.words) for t in tags], tags
 
     def documents(self, count: int) -> list[str]:
-        return [" ".join(self.text(i % TOPICS, 10 * WINDOW)[0]) for i in range(count)]
+        return [" ".join(self.text(i % TOPICS, 10 * INSIDE)[0]) for i in range(count)]
 
     def rows(self, task: str, count: int) -> list[dict[str, Any]]:
         found = []
@@ -100,7 +105,8 @@ def tokenizer(language: Language) -> PreTrainedTokenizerFast:
 
 def teach(folder: Path, documents: list[str], words: Any, steps: int, seed: int) -> None:
     """Stage A: a dense encoder, saved."""
-    ids = torch.tensor(words(documents, add_special_tokens=False)["input_ids"]).view(-1, WINDOW)
+    ids = torch.tensor(words(documents, add_special_tokens=False)["input_ids"]).view(-1, INSIDE)
+    ids = F.pad(F.pad(ids, (1, 0), value=words.cls_token_id), (0, 1), value=words.sep_token_id)
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(words),
@@ -118,6 +124,7 @@ def teach(folder: Path, documents: list[str], words: Any, steps: int, seed: int)
             group["lr"] = peak * min(1, (step + 1) / 20, 2 * (steps - step) / steps)
         right = ids[torch.randint(len(ids), (BATCH,))]
         looked, drawn = torch.rand(right.shape) < 0.15, torch.rand(right.shape)
+        looked[:, [0, -1]] = False
         shown = right.masked_fill(looked & (drawn < 0.8), words.mask_token_id)
         shown = torch.where(looked & (drawn > 0.9), torch.randint_like(right, len(words)), shown)
         hidden = model.bert(input_ids=shown).last_hidden_state[looked]
@@ -198,7 +205,7 @@ class Chain:
                 "train": {
                     "max_steps": self.o.tune,
                     "scheduler": "linear",
-                    "learning_rate": 0.2,
+                    "learning_rate": 0.6,
                     "modules_learning_rate": 2e-3,
                 },
                 "export": {"format": "native"},

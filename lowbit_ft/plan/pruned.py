@@ -13,7 +13,9 @@ from ..recipe.recipe import Recipe
 def put_zeros(module: nn.Module, recipe: Recipe) -> None:
     """The bits of the layers in it that are pruned while they train."""
     gradual = recipe.quant.sparsity.gradual(1)
-    for one in module.modules() if gradual is not None else ():
+    if gradual is None:
+        return
+    for one in module.modules():
         if isinstance(one, Pruned):
             one.prune_by(gradual)
 
