@@ -9,7 +9,7 @@ its words are of the topic (which shares them with others), half of any.
 A. A small BERT is trained to fill in masked words, dense, by plain PyTorch.
 B. Of it three, as recipes/prune-once-for-all-1-prune.yaml says with task: masked_lm and no teacher: dense,
    85 % and 90 % zeros, equally many steps of full_qat on 8 bits.
-C. Each of them becomes two classifiers of a few hundred rows, as recipes/prune-once-for-all-2-task.yaml says:
+C. Each of them becomes two classifiers, of rows seen once, as recipes/prune-once-for-all-2-task.yaml says:
    zeros locked, weights, inputs and embedding in 8 bits. `topic`: of which topic a row is; `words`: of each
    word, whether it is there for the topic.
 
@@ -41,7 +41,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.rundir import environment
 
 WINDOW, INSIDE, BATCH = 32, 30, 32  # between [CLS] and [SEP]
-TOPICS, WORDS, OF_A_TOPIC, ROWS = 24, 400, 40, {"train": 600, "valid": 300}
+TOPICS, WORDS, OF_A_TOPIC, ROWS = 24, 400, 40, {"train": 4000, "valid": 300}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZE: dict[str, Any] = {
     "hidden_size": 128,
@@ -60,8 +60,12 @@ def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pretrain", type=int, default=350, help="steps of stage A")
     p.add_argument("--prune", type=int, default=100, help="steps of stage B")
-    p.add_argument("--tune", type=int, default=80, help="steps of stage C")
+    p.add_argument("--tune", type=int, default=100, help="steps of stage C")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--rate", type=float, default=2.0, help="of stage C, in steps of the grid")
+    p.add_argument(
+        "--work", type=Path, help="a folder that is kept: what it has of these stages is not done again"
+    )
     p.add_argument("--out", type=Path, default=HERE / "results" / "prune_once.json")
     return p.parse_args()
 
@@ -151,7 +155,8 @@ class Chain:
             task: {n: self.write(f"{task}-{n}", language.rows(task, count)) for n, count in ROWS.items()}
             for task in TASKS
         }
-        teach(folder / "A", text["train"], tokenizer(language), o.pretrain, o.seed)
+        if not (folder / "A").is_dir():
+            teach(folder / "A", text["train"], tokenizer(language), o.pretrain, o.seed)
 
     def write(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A source of the data section."""
@@ -192,7 +197,7 @@ class Chain:
             "calibration": {"samples": 64, "sequence_len": WINDOW},
         }
         return self.ran(
-            f"C {case} {task}",
+            f"C {case} {task} {self.o.tune} {self.o.rate:g}",
             {
                 "model": {
                     "path": str(self.folder / f"B {case}" / "exported"),
@@ -205,8 +210,8 @@ class Chain:
                 "train": {
                     "max_steps": self.o.tune,
                     "scheduler": "linear",
-                    "learning_rate": 0.6,
-                    "modules_learning_rate": 2e-3,
+                    "learning_rate": self.o.rate,
+                    "modules_learning_rate": 1e-2,
                 },
                 "export": {"format": "native"},
             },
@@ -221,7 +226,8 @@ class Chain:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(whole))
         began = time.process_time()
-        pipeline.run(load_recipe(file))
+        if not (run / "report.html").is_file():
+            pipeline.run(load_recipe(file))
         seconds = time.process_time() - began
         measured = json.loads((run / "evaluation.json").read_text())["rows"]
         stages = {row["stage"]: {"loss": row["loss"], **row["scores"]} for row in measured}
@@ -261,7 +267,7 @@ def main() -> None:
     stored["environment"] = environment()
     asked = f"{o.pretrain} + {o.prune} + {o.tune} steps of {BATCH} x {WINDOW}"
     with tempfile.TemporaryDirectory() as place:
-        chain = Chain(o, Path(place))
+        chain = Chain(o, o.work or Path(place))
 
         def keep(case: str, stage: str, row: dict[str, Any]) -> None:
             key = {"case": case, "stage": stage, "asked": asked, "seed": o.seed}
