@@ -152,20 +152,6 @@ class Table(Bench):
             }
         )
 
-    def fit(self, model: Any, section: TrainSection, folder: str) -> Any:
-        result = train(
-            model,
-            Batches(Examples(self.train), self.o.batch, 0, seed=section.seed),
-            None,
-            section,
-            folder,
-            on_step=lambda step: begin_step(model, step),
-            console=Console(quiet=True),
-        )
-        if result.stopped:
-            raise SystemExit("stopped by a signal; rows that are done are kept")
-        return result
-
     def quality(self, case: str, seed: int) -> dict[str, Any]:
         method, times, changes = CASES[case]
         changes = dict(changes)

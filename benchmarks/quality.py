@@ -53,7 +53,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.rundir import environment
-from lowbit_ft.train.loop import train
+from lowbit_ft.train.loop import TrainResult, train
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
@@ -189,6 +189,21 @@ class Bench:
         assert row.kl is not None and row.perplexity is not None
         return {"perplexity": row.perplexity, "kl": row.kl}
 
+    def fit(self, model: Any, section: TrainSection, folder: str) -> TrainResult:
+        """Train it on the training windows; its log is left in `folder`."""
+        result = train(
+            model,
+            Batches(Examples(self.train), self.o.batch, 0, seed=section.seed),
+            None,
+            section,
+            folder,
+            on_step=lambda step: begin_step(model, step),
+            console=Console(quiet=True),
+        )
+        if result.stopped:
+            raise SystemExit("stopped by a signal; rows that are done are kept")
+        return result
+
     def run(self, method: str, setting: Setting, seed: int) -> dict[str, float]:
         binary = method == "alpha_tuning"
         calibrate = {"rtn": "absmax" if setting.symmetric else "minmax", "mse": "mse", "gptq": "gptq"}.get(
@@ -230,17 +245,7 @@ class Bench:
         )
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            result = train(
-                model,
-                Batches(Examples(self.train), self.o.batch, 0, seed=seed),
-                None,
-                section,
-                folder,
-                on_step=lambda step: begin_step(model, step),
-                console=Console(quiet=True),
-            )
-        if result.stopped:
-            raise SystemExit("stopped by a signal; rows that are done are kept")
+            self.fit(model, section, folder)
         seconds = time.perf_counter() - began
         row = {"start": start, "seconds": seconds} | self.measured(model)
         row["trained"] = row["perplexity"]

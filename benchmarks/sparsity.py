@@ -15,26 +15,23 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch
 from quality import ASSETS, HERE, Bench
-from rich.console import Console
 
 from lowbit_ft.adapters import ADAPTERS
-from lowbit_ft.adapters.attach import attach, begin_step
-from lowbit_ft.data.batches import Batches
-from lowbit_ft.data.windows import Examples
+from lowbit_ft.adapters.attach import attach
 from lowbit_ft.export import EXPORTERS
 from lowbit_ft.files.atomic import write_text
-from lowbit_ft.grid import PackedWeight
+from lowbit_ft.grid import PackedWeight, Weight
 from lowbit_ft.merge import merged_weights
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.train import TrainSection
 from lowbit_ft.rundir import environment
-from lowbit_ft.train.loop import train
 
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
@@ -90,27 +87,22 @@ class Table(Bench):
         )
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            result = train(
-                model,
-                Batches(Examples(self.train), self.o.batch, 0, seed=self.o.seed),
-                None,
-                section,
-                folder,
-                on_step=lambda step: begin_step(model, step),
-                console=Console(quiet=True),
-            )
-        if result.stopped:
-            raise SystemExit("stopped by a signal; rows that are done are kept")
+            result = self.fit(model, section, folder)
         training = time.process_time() - began
         facts = {"untrained": untrained, "trained": self.perplexity(model), "steps": result.steps}
-        return {**facts, "packing_s": packing, "training_s": training, **sizes(model)}
+        return {
+            **facts,
+            "packing_s": packing,
+            "training_s": training,
+            **sizes(merged_weights(model).values()),
+        }
 
 
-def sizes(model: Any) -> dict[str, float]:
+def sizes(merged: Iterable[Weight]) -> dict[str, float]:
     """Share of weights at zero, and the bytes of the packed layers, as they are and through zstd."""
     exporter, codec = EXPORTERS["compressed-tensors"], pyarrow.Codec("zstd", LEVEL)
     zeros = weights = plain = coded = 0
-    for weight in merged_weights(model).values():
+    for weight in merged:
         assert isinstance(weight, PackedWeight)
         zeros += int((weight.dequantize() == 0).sum())
         weights += weight.shape[0] * weight.shape[1]

@@ -21,6 +21,7 @@ from ..activations.place import hosts, scheme_of
 from ..kv_cache import kv_config_of
 from ..model.fused import known_as, part_rows
 from ..model.linear import PackedEmbedding, PackedLinear, in_memory, leave_out_of_ddp
+from ..model.roles import is_head
 from ..model.rows import PEFT_KEY, row_tables, train_rows
 from ..model.whole import (
     masters_of,
@@ -30,10 +31,13 @@ from ..model.whole import (
     whole_modules,
     whole_tensors,
 )
+from ..sparsity import Gradual
 from . import Adapter, AdapterConfig
 from .carry import Carried
+from .masks import against_schedule
 from .modules import modules_of
 from .patterns import refuse_unmatched
+from .pruned import Pruned
 from .step_codes import StepCodes
 
 PEFT_PREFIX, PEFT_SLOT = "base_model.model.", "lowbit_adapters"
@@ -181,6 +185,30 @@ def begin_step(model: nn.Module, step: int) -> list[Carried]:
         carried += layer.adapter.begin_step(step, layer.base)
     drop_codes(model)
     return carried
+
+
+def prune_by(model: nn.Module, gradual: Gradual) -> None:
+    """From now on zeros come in all adapted layers but the head, by `begin_step`. ValueError for a method
+    that cannot have them."""
+    for name, layer in adapted_layers(model):
+        if is_head(name):
+            continue
+        if not isinstance(layer.adapter, Pruned):
+            raise ValueError(f"{name}: {against_schedule(layer.adapter.config)}")  # pyright: ignore[reportOptionalMemberAccess]
+        if "mask" in layer.packed_names:
+            raise ValueError(f"{name}: its base has zeros that are locked, and keeps them: no others come")
+        layer.adapter.prune_by(gradual)
+    leave_out_of_ddp(model)
+
+
+def zeros_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Layer -> (weights that are zero because they were chosen while it trained, weights)."""
+    pruned = ((name, layer.adapter) for name, layer in adapted_layers(model))
+    return {
+        name: (one.zero_count, one.shape[0] * one.shape[1])
+        for name, one in pruned
+        if isinstance(one, Pruned) and one.mask is not None
+    }
 
 
 def settle(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ class AdapterConfig(BaseModel):
     grid_name: ClassVar[str] = "integer"  # the kind of grids it trains on (IntGrid.kind)
     exact_merge: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True  # moves weights by GridArgs alone, so that a mask holds (masks.py)
+    prunes: ClassVar[bool] = False  # makes all codes anew, so that zeros may come while it trains (pruned.py)
     rounds_codes: ClassVar[bool] = True  # the forward makes codes, which train.keep_codes can keep
 
     # Those that train.scale_learning_rate is for, by the last component of their name.
@@ -133,9 +134,8 @@ class ScaleOptions(AdapterConfig):
         gt=0,
         le=1,
         description="share of the tokens, drawn anew in every backward, that scales and offsets learn from "
-        "(unbiased): the product "
-        "that their gradient costs shrinks to that share. Methods with A and B: with low_rank_gradient "
-        "factorised or corrected",
+        "(unbiased): the product that their gradient costs shrinks to that share. Methods with A and B: with "
+        "low_rank_gradient factorised or corrected",
     )
 
     def gradient_options(self) -> dict[str, Any]:
@@ -160,6 +160,7 @@ class LowRankOptions(ScaleOptions, AlphaPattern):
 
     delta_unit: ClassVar[Literal["weight", "grid"] | None] = "weight"
     code_parameters: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    prunes: ClassVar[bool] = True
     live_grid: ClassVar[bool] = False  # the base is re-gridded with the trained scale (units "live")
 
     rank: int = Field(16, ge=1, le=1024)
@@ -221,9 +222,8 @@ class LowRankOptions(ScaleOptions, AlphaPattern):
         if self.low_rank_gradient == "exact" and self.scale_grad_tokens < 1:
             raise ValueError(
                 f"scale_grad_tokens {self.scale_grad_tokens:g} with low_rank_gradient exact, whose third "
-                "GEMM is of all tokens and gives the "
-                "scales' gradient too; set low_rank_gradient: factorised (or corrected), or "
-                "scale_grad_tokens: 1"
+                "GEMM is of all tokens and gives the scales' gradient too; set low_rank_gradient: factorised "
+                "(or corrected), or scale_grad_tokens: 1"
             )
         return self
 

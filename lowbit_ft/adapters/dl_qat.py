@@ -47,5 +47,6 @@ class DLQAT(LowRank):
             gain=self.config.gain,
             units="weight",
             clip_first=self.config.clip == "clip_then_round",
+            mask=self.mask,
             **self.config.gradient_options(),
         )

@@ -13,16 +13,19 @@ It costs 16 bytes a weight beside the base (D, its gradient, two averages of Ada
 than fp32): for small models. `ef_qat` is the same for some of the rows.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..grid import GridArgs, IntGrid, PackedWeight, Weight
 from .dense import DenseAdapter, DenseOptions
+from .pruned import Pruned
 
 
 class FullQATConfig(DenseOptions):
+    prunes: ClassVar[bool] = True
+
     method: Literal["full_qat"] = "full_qat"
 
     def build(self, base: Weight, weight: Tensor | None = None) -> "FullQAT":
@@ -43,10 +46,16 @@ class FullQATConfig(DenseOptions):
         return self
 
 
-class FullQAT(DenseAdapter):
+class FullQAT(Pruned, DenseAdapter):
+    delta: nn.Parameter
+
     def __init__(self, config: FullQATConfig, base: PackedWeight):
         super().__init__(config, base)
         self.delta = config.fresh(base.shape, base.codes.device)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape[0], self.delta.shape[1]
+
     def grid_args(self, base: PackedWeight) -> GridArgs:
-        return GridArgs(scale=self.scale(base), zero=base.zero, delta=self.delta)
+        return GridArgs(scale=self.scale(base), zero=base.zero, delta=self.delta, mask=self.mask)

@@ -114,6 +114,7 @@ class L4Q(LowRank, ScaledAdapter):
             units="live",
             clip_first=self.config.clip == "clip_then_round",
             ships_offset=self.kind == "float",
+            mask=self.mask,
             **self.config.gradient_options(),
         )
 
@@ -158,7 +159,7 @@ class L4Q(LowRank, ScaledAdapter):
         if self.config.warmup_steps and step == self.config.warmup_steps:
             assert isinstance(base, PackedWeight)
             self.log_scale.copy_(torch.log(self.range_scale(base) / base.scale.float().abs()))
-        return []
+        return super().begin_step(step, base)
 
     def range_scale(self, base: PackedWeight) -> Tensor:
         """L4Qinit on the warmed-up weight: [G, N], without the sign of the scale."""

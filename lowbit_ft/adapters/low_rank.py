@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..grid import PackedWeight, Weight
 from ..segments import check_parts
 from . import latent
-from .base import Adapter, LowRankOptions
+from .base import LowRankOptions
+from .pruned import Pruned
 
 
-class LowRank(Adapter):
+class LowRank(Pruned):
     """An adapter with such a product. `config.parts` are those of its layer."""
 
     config: LowRankOptions
@@ -56,6 +57,10 @@ class LowRank(Adapter):
             for first, rows in self.pieces():
                 self._from_error(error[rows], a[first : first + self.config.rank], b, rows)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
 
     def pieces(self) -> list[tuple[int, Tensor | slice]]:
         """(first row of its A, rows of B) of every part."""

@@ -54,6 +54,7 @@ class LRQAT(LowRank, ScaledAdapter):
             units="grid" if (unit := signs(base)) is None else "weight",
             unit=unit,
             clip_first=self.config.clip == "clip_then_round",
+            mask=self.mask,
             **self.config.gradient_options(),
         )
 

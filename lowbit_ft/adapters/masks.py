@@ -1,4 +1,4 @@
-"""Zeros that stay zeros (quant.sparsity) while a method trains: who cannot keep them, and why.
+"""Zeros that stay zeros (quant.sparsity) while a method trains, and zeros that come: who cannot, and why.
 
 What moves codes through `GridArgs` needs to do nothing: the ops hold masked codes at the zero point, forward
 and backward (lowbit_kernels/codes.py). What is refused reaches a weight by another way.
@@ -26,5 +26,22 @@ def against_mask(config: Any) -> str | None:
         return (
             f"adapter.warmup_steps: {steps} runs a LoRA beside the base, which moves the zeros that "
             "quant.sparsity locks; set warmup_steps: 0"
+        )
+    return None
+
+
+def against_schedule(config: Any) -> str | None:
+    """Why a method as it is set cannot be pruned while it trains (pruned.py), with the way out."""
+    if (reason := against_mask(config)) is not None:
+        return reason
+    if not config.prunes:
+        return (
+            f"{config.method} leaves codes as the base has them, and zeros that come while it trains are of "
+            "any weight; use full_qat, lr_qat, dl_qat or l4q, or remove quant.sparsity.schedule"
+        )
+    if config.targets is not None:
+        return (
+            "adapter.targets leaves layers without an adapter, which would stay dense; remove it, and keep "
+            "layers that are not to be pruned out of the base (quant.exclude)"
         )
     return None

@@ -49,6 +49,7 @@ class CardFacts:
     chat: Mapping[str, Any] = field(default_factory=dict)
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
     dense: tuple[str, ...] = ()  # modules trained whole (adapter.modules_to_save), as the model names them
+    grown: bool = False  # these zeros came while it trained
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
     generation: bool = False  # the folder has a generation_config.json
@@ -130,7 +131,10 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
         if facts.exact_merge
         else "The adapter was trained beside the quantizer, so merging it rounded the weights once more.",
         *(
-            (f"{facts.zeros:.1%} of these integers stand for zero, and did in every step.",)
+            (
+                f"{facts.zeros:.1%} of these integers stand for zero, "
+                + ("pruned while it trained." if facts.grown else "and did in every step."),
+            )
             if facts.zeros
             else ()
         ),

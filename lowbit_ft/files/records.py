@@ -5,6 +5,7 @@ names the file.
     environment.json  Environment      versions and machine; the commit of a hub model; the device
     stages.json       [StageTime]      seconds and memory of every stage
     base.json         PackedBase       what base/ was packed from
+    zeros.json        Zeros            what was pruned while it trained
     evaluation.json   Evaluation       the table of perplexity and KL
     tasks.json        TaskTable        what lm-eval measured
     teacher.json      TeacherMeasure   how near a teacher and the model as it starts are to full precision
@@ -54,6 +55,12 @@ class PackedBase(Record):
     key: Any = None
     digest: StrictStr | None = None
     zeros: Amount | None = None  # the share of its weights that is locked at zero
+
+
+class Zeros(Record):
+    """Of a run that pruned while it trained."""
+
+    zeros: Amount  # the share of the weights of these layers that were chosen
 
 
 class Measure(BaseModel):

@@ -44,6 +44,7 @@ class GridArgs:
     units: str = "grid"
     unit: Tensor | None = None  # [G, N]: what D is counted in, of units "weight"; None: the base's scale
     clip_first: bool = False
+    mask: Tensor | None = None  # int16 [N, W_1]: zeros that came while training; None: the base's
     ships_offset: bool = False  # T is a real offset (not only a path for the zero point's gradient)
     low_rank_gradient: str = "exact"  # of A and B: see lowbit_kernels/estimates.py
     scale_grad_tokens: float = 1.0  # the share of the tokens that scales and offsets learn from
@@ -174,10 +175,11 @@ class PackedWeight(Tensors):
     def on_grid(self, args: GridArgs) -> GridWeight:
         """The weight that args ask for, as the grid ops take it."""
         codes, unit = self.codes if args.codes is None else args.codes, args.unit
+        mask = self.mask if args.mask is None else args.mask
         residual = None if args.from_codes else self.residual
         base = (codes, residual, self.scale if unit is None else unit, self.zero)
         moved = (args.a, args.b, args.delta, args.rows)
-        trained = (args.scale, args.zero, args.offset, self.mask, args.gain, args.units)
+        trained = (args.scale, args.zero, args.offset, mask, args.gain, args.units)
         return GridWeight(
             *base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits
         )

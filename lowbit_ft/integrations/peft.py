@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..activations.place import scheme_of
 from ..adapters import AdapterConfig
-from ..adapters.attach import PEFT_SLOT, base_digest, own_of
+from ..adapters.attach import PEFT_SLOT, base_digest
 from ..adapters.carry import Carried
 from ..adapters.dense import held_short
 from ..adapters.folder import refuse_pickle
@@ -53,7 +53,7 @@ from .adapter_files import (
 from .lora_names import from_lora, plain_names
 from .peft_combine import add_weighted_adapter
 from .peft_extend import extend
-from .peft_layer import LowBitLinear, one_name, outside_hosts, packed_hosts
+from .peft_layer import LowBitLinear, make_room, one_name, outside_hosts, packed_hosts
 from .peft_whole import resized_keys, settle_whole, whole_keys
 
 __all__ = ["LowBitConfig", "LowBitLinear", "LowBitModel", "read_adapter", "write_adapter"]
@@ -366,16 +366,8 @@ class LowBitModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT warns about missing tensors and goes on with untrained ones; here that is an error."""
+        misfits = make_room(model, adapter_name, state_dict)  # PEFT asks the model which keys there are
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        misfits = []
-        for name, layer in model.named_modules():
-            if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(adapter_name)):
-                prefix = f"{name}.{PEFT_SLOT}.{adapter_name}."
-                own = own_of(state, prefix)
-                if said := found[1].misfit(own):
-                    misfits.append(prefix + said)
-                    continue
-                found[1].resize({key: tuple(value.shape) for key, value in own.items()})
         held = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         needed = {key for key in held if f".{PEFT_SLOT}.{adapter_name}." in key} | whole_keys(
             model, adapter_name

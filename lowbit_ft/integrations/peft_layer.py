@@ -6,6 +6,7 @@ integers.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapters import Adapter, AdapterConfig
-from ..adapters.attach import PEFT_SLOT
+from ..adapters.attach import PEFT_PREFIX, PEFT_SLOT, own_of
 from ..adapters.carry import Carried
 from ..grid import Weight
 from ..model.linear import PackedLinear, deployed, in_memory
@@ -166,6 +167,22 @@ def one_name(names: str | list[str]) -> str | None:
     if len(several) > 1:
         raise ValueError(ONE_ACTIVE.format(names=several))
     return several[0] if several else None
+
+
+def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> list[str]:
+    """Give adapters whose buffers grow while they train those of a file that is about to be read; what cannot
+    be theirs. state: by the keys of the file, which know no name of an adapter."""
+    misfits = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowBitLinear) and (found := layer.adapter_named(adapter_name)):
+            # In the model of a PeftModel layers are called so already.
+            key = f"{PEFT_PREFIX}{name.removeprefix(PEFT_PREFIX)}.{PEFT_SLOT}."
+            own = own_of(state, key)
+            if said := found[1].misfit(own):
+                misfits.append(key + said)
+            else:
+                found[1].resize({tensor: tuple(value.shape) for tensor, value in own.items()})
+    return misfits
 
 
 def packed_hosts(model: nn.Module) -> dict[str, PackedLinear]:

@@ -40,6 +40,7 @@ from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
 from ..tasks import Task
 from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
+from .pruned import put_zeros
 from .turned import online_layers, put_online, untie
 
 # Bytes by part, in the order in which they are shown.
@@ -147,6 +148,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
             stand_in(module, own, apart)
             _pack(module, grids, dtype)
             train_whole(module, trained)
+            put_zeros(module, recipe)
             put_online(module, f"{name}.", online)
             if kv_cache is not None:
                 put_seams(module, dense.config.get_text_config(), kv_cache)

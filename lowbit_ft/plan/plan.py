@@ -30,6 +30,7 @@ from ..train.memory import free_ram
 from .costs import Setting, Step
 from .gradient import MASTERS, gradient_notes, kept_bytes, own_moments
 from .model import PARTS, PlanRow, Skeleton, cache_line, skeleton
+from .pruned import choice_moments
 from .reconstruct import reconstruct_bytes
 from .stages import (
     Needs,
@@ -265,7 +266,7 @@ def _training(
     """Bytes by part at the peak of a step, what is largest at another moment, and when the peak is."""
     train = recipe.train
     away = train.offload != "no" and card.arch > 0  # on a CPU the inputs are where they would be sent
-    moments = own_moments(recipe, step, made)
+    moments = own_moments(recipe, step, made) + choice_moments(recipe, made.largest)
     if train.gradient.backward:
         moments += _moments(recipe, step, made.trained_bytes, away and train.gradient_checkpointing)
         if table := made.table_bytes:

@@ -17,6 +17,8 @@ def check_adopted(checkpoint: Checkpoint, model: Any, targets: dict[str, Matrix]
     assert incoming is not None
     source = f"{checkpoint.source} ({incoming})"
     keys = {name: checkpoint.packed_key(matrix.parameter) for name, matrix in targets.items()}
+    # a dense embedding is packed here, where quant.embeddings says so
+    keys = {name: key for name, key in keys.items() if key is not None or not targets[name].embedding}
     if dense := [name for name, key in keys.items() if key is None]:
         raise ValueError(
             f"{source}: {_some(dense)} are not packed there, but quant.targets, exclude and convolutions "
@@ -29,12 +31,12 @@ def check_adopted(checkpoint: Checkpoint, model: Any, targets: dict[str, Matrix]
             "transformers fuses, or left out by quant.targets and exclude); they would have to become "
             "dense, which is not done"
         )
-    if turned := [name for name, matrix in targets.items() if not matrix.plain or matrix.embedding]:
+    if turned := [name for name in keys if not (matrix := targets[name]).plain or matrix.embedding]:
         raise ValueError(
             f"{source}: {_some(turned)} are packed there, but are no plain linears (a Conv1D, an "
             "embedding): not taken over"
         )
-    for name in targets:
+    for name in keys:
         stray = f"{keys[name]}.bias"
         if (
             model.get_submodule(name).bias is None

@@ -81,6 +81,11 @@ class Direct:
             raise ValueError("\n".join([*lines, *map(str, problems)])) from None
         sections = SimpleNamespace(quant=quant)
         lines += [str(problem) for check in (check_grid, check_sparsity) for problem in check(sections)]
+        if quant.sparsity.schedule is not None:
+            lines.append(
+                "quant.sparsity.schedule: zeros that come while a recipe's run trains; remove it, and "
+                "they are all chosen now"
+            )
         lines += _about_rows(quant, rows)
         if isinstance(rows, str | Path):
             text = quant.calibration.model_copy(update={"path": str(rows)})

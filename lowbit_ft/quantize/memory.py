@@ -18,7 +18,6 @@ from ..grid.calibrate.gptq import ROWS
 from ..model.config import head_width
 from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
-from ..sparsity import SPARSITY
 
 # per number of a matrix that is pruned (sparsity/): it is read whole; its scores, a copy for the one that is
 # looked for, what is moved, and the zeros
@@ -132,7 +131,7 @@ def quantize_memory(recipe: Recipe, shapes: Shapes) -> QuantizeMemory:
             else 2 * min(2 * largest, BLOCK_BYTES) + min(CHUNK_BYTES, 64 * largest)
         )
         + (FOLD_BYTES * largest if recipe.quant.folds else 0)
-        + (PRUNE_BYTES * largest if SPARSITY[recipe.quant.sparsity.kind].prunes else 0),
+        + (PRUNE_BYTES * largest if recipe.quant.sparsity.at_once.prunes else 0),
     )
 
 

@@ -20,7 +20,7 @@ WITHOUT_TEXT = "magnitude"  # in the place of what looks at text, where none cam
 
 def sparsity_of(quant: QuantSection, curvature: Curvature | None) -> Sparsity:
     """What chooses the zeros of a matrix with that curvature of its inputs."""
-    kind = SPARSITY[quant.sparsity.kind]
+    kind = quant.sparsity.at_once
     return SPARSITY[WITHOUT_TEXT] if kind.needs_text and curvature is None else kind
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..export import LayerSpec
-from ..grid import Grid, IntGrid, PackedWeight, Weight, stack_rows
+from ..grid import GRIDS, Grid, IntGrid, PackedWeight, Weight, stack_rows
 from ..grid.calibrate import CALIBRATORS, Calibrator, Curvature, OffGridError, Stats
 from ..integrations.transformers import mark_packed
 from ..kv_cache import place_kv_cache
@@ -35,7 +35,6 @@ from ..model.matrices import fusions_of, stand_in
 from ..model.roles import is_head
 from ..model.walk import Batch, LayerWalk, decoder_layers
 from ..recipe.sections.quant import QuantSection
-from ..sparsity import SPARSITY
 from ..train.memory import release_freed
 from . import prune
 from .adopt import check_adopted
@@ -82,6 +81,7 @@ class Packing:
         names = list(self.targets)
         if checkpoint.incoming is not None:
             check_adopted(checkpoint, self.model, self.targets)
+            self.calibrator = CALIBRATORS[GRIDS[quant.grid].start]  # of an embedding, which is dense there
         elif quant.from_checkpoint:
             raise ValueError(
                 f"calibrate: from_checkpoint, but {checkpoint.source} is not quantized; choose one of "
@@ -125,7 +125,8 @@ class Packing:
 
     def _one(self, name: str) -> Weight:
         try:
-            base = self._pack(name) if self.checkpoint.incoming is None else self._adopt(name)
+            dense = self.checkpoint.incoming is None or self.targets[name].embedding
+            base = self._pack(name) if dense else self._adopt(name)
         except OffGridError as error:
             names = list(self.specs)
             at, grid = names.index(name), self.specs[name][1]
@@ -218,10 +219,7 @@ class Packing:
                 why = "a convolution with groups" if self._grouped(name) else why
             note = f"{why}: calibrated by {grid.start}"
         locks = isinstance(grid, IntGrid) and grid.mask
-        if (
-            locks
-            and (zeros := prune.sparsity_of(self.quant, curvature)) is not SPARSITY[self.quant.sparsity.kind]
-        ):
+        if locks and (zeros := prune.sparsity_of(self.quant, curvature)) is not self.quant.sparsity.at_once:
             note = f"{note}{', ' if note else 'no calibration text here: '}pruned by {prune.WITHOUT_TEXT}"
         stats = self._stats(curvature)
         parts, error, size = [], 0.0, 0.0

@@ -37,7 +37,7 @@ from .sections.rotation import check_rotation
 from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
-from .sections.sparsity import check_sparsity
+from .sections.sparsity import check_schedule, check_sparsity
 from .sections.task import check_formats, check_task
 from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
@@ -64,6 +64,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("model", "quant", "export"), check_groups),
     (("model", "quant"), check_rotation),
     (("quant",), check_sparsity),
+    (("quant", "adapter", "train"), check_schedule),
     (("model", "data"), check_lengths),
     (("model", "data"), check_template),
     (("model", "data"), check_chat),

@@ -4,7 +4,7 @@ only agree.
 Leave `quant` out. What it would say (bits, group size, symmetry, scale dtype, which layers, residual_bits: 0)
 is read from the checkpoint's config.json and headers and written into the resolved recipe, with `calibrate:
 from_checkpoint`. A key that is written down and says something else is an error with its line: nothing is
-ever requantized on the way in.
+ever requantized on the way in. What is dense there and may be packed all the same is the token embedding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..incoming import Incoming
 from .layers import Shapes, local_folder, read_shapes
 from .sections.model import ModelSection
 from .sections.overrides import OverrideSection
-from .sections.quant import FROM_CHECKPOINT, QuantSection
+from .sections.quant import FROM_CHECKPOINT, CalibrationSection, QuantSection
 from .yaml import Problem
 
 
@@ -76,10 +76,15 @@ def _resolved(
                 f"got {_yaml(given)}; {name} is {incoming} with {_yaml(value)}{_why(key)}; remove the key",
             )
         )
-    for key in ("mse_p", "calibration", "lm_head", "embeddings"):
-        if getattr(quant, key) != QuantSection.model_fields[key].get_default(
-            call_default_factory=True, validated_data={}
-        ):
+    for key in ("mse_p", "calibration", "lm_head"):
+        default = QuantSection.model_fields[key].get_default(call_default_factory=True, validated_data={})
+        given = getattr(quant, key)
+        if isinstance(given, CalibrationSection):
+            # its length is cut to the model's positions (defaults.py), whoever reads it
+            given = given.model_copy(update={"sequence_len": default.sequence_len})
+            if quant.activations is not None and quant.activations.reads_text:
+                continue  # what the inputs' scales look at
+        if given != default:
             problems.append(
                 Problem(
                     ("quant", key),

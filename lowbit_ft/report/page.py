@@ -17,6 +17,7 @@ from a run is HTML-escaped.
     base/rotation.json  {"r1", "r2", "r3", "r4", "errors", "alphas"}: what was turned before packing
     teacher.json      {"kl", "student_kl"} to full precision, where the teacher is a model
     quant.json        [{"layer", "action", "reason", "bits", "group_size", "error", "parameters"}]
+    zeros.json        {"zeros": share, "layers": {layer: counts}}: pruned while it trained
     moved.json        {layer: share of its codes that training changed, "scale_change": mean |s/s0 - 1|}
     trainable.json    a list of rows, or an object of facts with its list under "rows"
     stages.json       [{"stage", "seconds", "peak_memory_gb"}]
@@ -52,7 +53,7 @@ from .preferences import preference_facts
 from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
-from .sparsity import zeros_notes
+from .sparsity import grown_notes, zeros_notes
 from .synthesis import FOLDER as SYNTHESIS
 from .synthesis import synthesis_section
 from .tasks import tasks_section
@@ -184,7 +185,7 @@ def _layers(run: RunFiles) -> str:
     others = [row for row in rows if row.get("action") != "quantized"]
     weights = number(sum(values(quantized, "parameters")))
     notes = [f"{len(quantized)} layers quantized ({weights} weights), {len(others)} left alone."]
-    notes += [*zeros_notes(quantized), *_kv_cache(run)]
+    notes += [*zeros_notes(quantized), *grown_notes(run), *_kv_cache(run)]
     panels: list[tuple[str, dict[str, float], bool]] = []
     if errors := {str(row.get("layer")): float(row["error"]) for row in rows if is_number(row.get("error"))}:
         panels.append(("relative squared error of quantization (%)", errors, True))

@@ -1,7 +1,9 @@
-"""What the report says of quant.sparsity: the zeros that quant.json counts."""
+"""What the report says of quant.sparsity: the zeros that quant.json counts, and in zeros.json those that came
+while the model trained."""
 
 from typing import Any
 
+from .files import NotShown, RunFiles
 from .html import is_number, number
 
 
@@ -16,3 +18,14 @@ def zeros_notes(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"{number(zeros)} weights of {len(locked)} layers are zero in every stage{share} (quant.sparsity)."
     ]
+
+
+def grown_notes(run: RunFiles) -> list[str]:
+    """A sentence of the weights that were pruned while the model trained; none where none were."""
+    try:
+        share, layers = map(run.json("zeros.json", "Nothing was pruned", dict).get, ("zeros", "layers"))
+    except NotShown:
+        return []
+    if not is_number(share) or not isinstance(layers, dict):
+        return []
+    return [f"{100 * share:.1f} % of the weights of {len(layers)} layers became zero while it trained."]

@@ -6,6 +6,7 @@ the zero point in every forward, in merge and so in every export, and no gradien
 touch the dense matrix that it is given and nothing else.
 
     SPARSITY       the table: a choice of quant.sparsity.kind is a file here
+    gradual.py     Gradual: how many zeros when, where they come while a model trains
     patterns.py    PATTERNS: where zeros may lie, and which of some scores are the lowest there
 
 The bit is its own, and not read off the codes: a weight that is small, and not pruned, rounds to the zero
@@ -13,6 +14,7 @@ point too, and training has to be able to move it away again.
 """
 
 from .base import Asked, Sparsity
+from .gradual import Gradual
 from .locked import Locked
 from .magnitude import Magnitude
 from .none import Dense
@@ -28,4 +30,4 @@ SPARSITY: dict[str, Sparsity] = {
     "sparsegpt": SparseGPT(),
 }
 
-__all__ = ["PATTERNS", "SPARSITY", "Asked", "Pattern", "Sparsity"]
+__all__ = ["PATTERNS", "SPARSITY", "Asked", "Gradual", "Pattern", "Sparsity"]

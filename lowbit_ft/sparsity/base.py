@@ -27,6 +27,7 @@ class Sparsity(ABC):
 
     locks: ClassVar[bool] = True  # there is a mask
     prunes: ClassVar[bool] = True  # makes zeros by `amount` and `pattern`, of the whole matrix at once
+    grows: ClassVar[bool] = False  # `zeros` can be asked again while the weights train (gradual.py)
     needs_text: ClassVar[bool] = False  # looks at the curvature of calibration text
 
     @abstractmethod

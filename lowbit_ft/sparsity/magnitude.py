@@ -6,5 +6,7 @@ from .base import Asked, Sparsity
 
 
 class Magnitude(Sparsity):
+    grows = True
+
     def zeros(self, weight: Tensor, asked: Asked) -> Tensor:
         return asked.pattern.lowest(weight.float().abs(), asked.amount)

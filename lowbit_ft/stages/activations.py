@@ -12,7 +12,7 @@ from ..activations.place import hosts
 from ..export import LayerSpec
 from ..export.folder import replace_config
 from ..export.native import activation_entry
-from ..model.attention import segment_attention, segment_inputs
+from ..model.attention import segment_inputs
 from ..model.config import read_config
 from ..model.fused import known_as, part_rows
 from ..model.roles import is_head
@@ -90,7 +90,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
         body(**moved, use_cache=False)
 
     scale_dtype = getattr(torch, recipe.quant.scale_dtype)
-    with segment_attention(model):
+    with recipe.task.goal.attention(model):
         return choose(model, candidates, len(batches), forward, section.range, scale_dtype, section.learn)
 
 

@@ -8,7 +8,7 @@ from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
 from ..export.card import CardFacts, model_card, serve_line
 from ..files.jsonfile import read_json
-from ..files.records import Evaluation, PackedBase, TaskTable
+from ..files.records import Evaluation, PackedBase, TaskTable, Zeros
 from ..integrations.adapter_files import CONFIG_FILE
 from ..model.config import GENERATION
 from ..recipe.recipe import Recipe
@@ -50,7 +50,10 @@ def card(session: Session, format: str) -> dict[str, str]:
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
     zeros = session.run.read_json("base.json", PackedBase, PackedBase()).zeros
-    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros, dense=trained_whole(session))
+    if (grown := session.run.read_json("zeros.json", Zeros | None, None)) is not None:
+        zeros = grown.zeros
+    facts = card_facts(session, session.run.recipe())
+    facts = replace(facts, zeros=zeros, grown=grown is not None, dense=trained_whole(session))
     return {"README.md": model_card(facts, format, rows, tasks)}
 
 

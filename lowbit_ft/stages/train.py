@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import merge as merging
-from ..adapters.attach import adapter_state, attach, base_digest, begin_step, train_head
+from ..adapters.attach import adapter_state, attach, base_digest, begin_step, prune_by, train_head, zeros_of
 from ..adapters.lora_start import read_lora, start_from_lora
 from ..adapters.rates import rate_for
 from ..adapters.reach import reach
@@ -87,14 +87,18 @@ def optimize(
     meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
     if recipe.model.add_tokens is not None:
         meta["new tokens"] = recipe.model.add_tokens.model_dump(mode="json")
+    size = recipe.train.micro_batch_size
+    windows = batches(session, model, examples, size, shuffle=True, taught=lesson.taught)
+    gradual = recipe.quant.sparsity.gradual(total_steps(recipe.train, windows))
+    if gradual is not None:
+        prune_by(model, gradual)
+        meta["sparsity"] = recipe.quant.sparsity.model_dump(mode="json")
     with run_dir.stage("train", session.device, resumable=True):
-        size, taught = recipe.train.micro_batch_size, lesson.taught
-        drawn = batches(session, model, examples, size, shuffle=True, taught=taught)
-        if (line := passes(recipe.train, examples, total_steps(recipe.train, drawn))) is not None:
+        if (line := passes(recipe.train, examples, total_steps(recipe.train, windows))) is not None:
             session.say(line)
         result = train(
             model,
-            drawn,
+            windows,
             valid_batches(session, model, taught=lesson.signal.pairs),
             recipe.train,
             run_dir.path,
@@ -102,6 +106,7 @@ def optimize(
             resume=True,
             on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),
+            pruned_at=0 if gradual is None else gradual.last,
             after_step=session.check_files,
             lesson=lesson,
             goal=recipe.task.goal,
@@ -111,6 +116,17 @@ def optimize(
         raise RunStopped(
             f"stopped at step {result.steps}; everything is saved. The same command goes on from there"
         )
+    if gradual is not None:
+        tell_zeros(session, model)
+
+
+def tell_zeros(session: Session, model: Any) -> None:
+    """Of a model that was pruned while it trained: how many of its weights are zero by that."""
+    counts = zeros_of(model)
+    zeros, weights = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
+    layers = {name: {"zeros": zero, "parameters": all_} for name, (zero, all_) in counts.items()}
+    session.run.write_json("zeros.json", {"zeros": zeros / weights, "layers": layers})
+    session.say(f"zeros: {zeros:,} of {weights:,} weights ({zeros / weights:.1%}), in {len(counts)} layers")
 
 
 def passes(section: TrainSection, examples: Any, steps: int) -> str | None:

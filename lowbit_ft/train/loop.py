@@ -81,6 +81,7 @@ def train(
     on_step: Callable[[int], Iterable[Carried] | None] | None = None,
     after_step: Callable[[], None] | None = None,
     choose_after: int = 0,
+    pruned_at: int = 0,
     lesson: Lesson = LABELS,
     goal: Goal = NEXT_TOKENS,
     console: Console | None = None,
@@ -95,13 +96,15 @@ def train(
     a step is computed, before it counts or is saved; what it raises ends the run at the last checkpoint.
     choose_after: steps of a warm-up that trains another model than the one that ships (l4q's warmup_steps):
     evaluations up to that step never become the best, the scale group waits until then, and the run must be
-    longer. lesson: what the loss is made of (signals/); with a teacher, what it says of itself belongs to the
-    checkpoint. goal: how a batch becomes a loss (goal.py). Raises TrainError, or ValueError from the
-    section's names.
+    longer. pruned_at: the step before which the last zeros come: evaluations up to it are of a model with
+    fewer, and never become the best. lesson: what the loss is made of (signals/); with a teacher, what it
+    says of itself belongs to the checkpoint. goal: how a batch becomes a loss (goal.py). Raises TrainError,
+    or ValueError from the section's names.
     """
     run = Run(
         model, batches, valid, section, Path(run_dir), meta or {}, accelerator, choose_after, lesson, goal
     )
+    run.pruned_at = pruned_at
     run.after_step = after_step
     try:
         run.start(resume, on_step)

@@ -63,6 +63,7 @@ class Run:
         refuse(section, model, valid, self.sharded)
         self.model, self.batches, self.valid, self.section = model, batches, valid, section
         self.run_dir, self.now = run_dir, Progress()
+        self.pruned_at = 0
         self.choose_after, self.total = choose_after, total_steps(section, batches, choose_after)
         windows = section.micro_batch_size * section.gradient_accumulation_steps * world()
         self.meta = {"optimizer": section.optimizer, "windows per step": windows, **meta}

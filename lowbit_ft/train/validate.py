@@ -54,7 +54,7 @@ def evaluate(run: Run, log: TrainLog, stop: StopSignal) -> None:
 def _count(run: Run, loss: float) -> None:
     now = run.now
     now.evaluated, now.valid_loss = now.step, loss if math.isfinite(loss) else None
-    if not run.section.keep_best or now.step <= run.choose_after:
+    if not run.section.keep_best or now.step <= max(run.choose_after, run.pruned_at):
         return
     if math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
         now.best_step, now.best_loss, now.without_gain = now.step, loss, 0

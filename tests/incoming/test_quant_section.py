@@ -52,7 +52,7 @@ def test_the_quant_section_is_the_checkpoint_s(tmp_path: Path) -> None:
         ({"scale_dtype": "bfloat16"}, "quant.scale_dtype: got 'bfloat16'; q is GPTQ v1 with 'float16'"),
         ({"mse_p": 2.0}, "quant.mse_p: set, but q is quantized already"),
         ({"lm_head": 8}, "quant.lm_head: set, but q is quantized already"),
-        ({"embeddings": 8}, "quant.embeddings: set, but q is quantized already"),
+        ({"calibration": {"samples": 9}}, "quant.calibration: set, but q is quantized already"),
         ({"exclude": ["down_proj"]}, "quant.exclude: chooses other layers than are packed in q: "),
         (
             {"overrides": [{"match": "down_proj", "bits": 8}]},
@@ -67,6 +67,8 @@ def test_a_quant_section_that_says_otherwise_is_an_error(
     problems = resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection(**given))[1]
     assert [str(problem) for problem in problems if key in str(problem)], problems
     agreeing = {"bits": 4, "group_size": 64, "symmetric": False, "residual_bits": 0, "scale_dtype": "float32"}
+    agreeing |= {"embeddings": 8}  # dense there, and packed here
+    agreeing |= {"calibration": {"samples": 9}, "activations": {"kind": "tensor", "dynamic": False}}
     assert resolve_quant(ModelSection(path=str(tmp_path / "q")), QuantSection(**agreeing))[1] == []
 
 

@@ -16,7 +16,6 @@ from ...grid.calibrate import CALIBRATORS, calibrators_of
 from ...model.roles import OTHER_TOWERS, is_head, is_token_embedding
 from ...names import did_you_mean, kinds_of, listed, matches, nearest_layers, pattern_error
 from ...rotations import ROTATIONS
-from ...sparsity import SPARSITY
 from ..errors import shown
 from ..layers import Layer, Shapes, shapes_here
 from ..values import OneOf
@@ -166,12 +165,12 @@ class QuantSection(Section):
     def reads_text(self) -> bool:
         """What packs looks at text (quant.calibration): the calibrator, or what chooses the zeros."""
         text = self.calibrate in CALIBRATORS and CALIBRATORS[self.calibrate].needs_text
-        return text or SPARSITY[self.sparsity.kind].needs_text
+        return text or self.sparsity.at_once.needs_text
 
     @property
     def locks(self) -> bool:
-        """Some weights are locked at zero."""
-        return SPARSITY[self.sparsity.kind].locks
+        """Some weights of the base are locked at zero."""
+        return self.sparsity.at_once.locks
 
     @property
     def folds(self) -> bool:

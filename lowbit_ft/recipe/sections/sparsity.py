@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ...adapters.masks import against_schedule
 from ...grid import GRIDS
 from ...grid.calibrate import CALIBRATORS
 from ...names import listed
-from ...sparsity import PATTERNS, SPARSITY
+from ...sparsity import PATTERNS, SPARSITY, Gradual, Pattern, Sparsity
 from ..layers import shapes_here
 from ..values import OneOf
 from ..yaml import Problem
-from .base import Problems, Section
+from .base import Count, Problems, Section
 
 HERE = ("quant", "sparsity", "kind")
+SCHEDULE = ("quant", "sparsity", "schedule")
 AMOUNT = 0.5
+
+
+class ScheduleSection(Section):
+    """Zeros that come while the run trains, instead of before it (sparsity/gradual.py)."""
+
+    start: float = Field(default=0.0, ge=0, lt=1, description="share of the steps before the first zeros")
+    end: float = Field(default=0.5, gt=0, le=1, description="share of the steps at which all are there")
+    every: Count = Field(default=10, description="optimizer steps from one choice of zeros to the next")
+
+    @model_validator(mode="after")
+    def _forwards(self) -> ScheduleSection:
+        if self.start > self.end:
+            raise ValueError(f"start {self.start:g} is behind end {self.end:g}; set start below end")
+        return self
 
 
 class SparsitySection(Section):
@@ -37,6 +53,23 @@ class SparsitySection(Section):
         "together)",
     )
 
+    schedule: ScheduleSection | None = Field(
+        default=None,
+        description="kind: magnitude: zeros come while the run trains, from the weights as they are then; "
+        "null: all at once, while packing",
+    )
+
+    @property
+    def at_once(self) -> Sparsity:
+        """What chooses zeros while a matrix is packed."""
+        return SPARSITY[self.kind if self.schedule is None else "none"]
+
+    def gradual(self, total: int) -> Gradual | None:
+        """How zeros come in a run of so many steps; None: they are there from the start."""
+        if self.schedule is None:
+            return None
+        return Gradual.of(self.kind, self.share, self.pattern, total, **dict(self.schedule))
+
     @property
     def share(self) -> float:
         return AMOUNT if self.amount is None else self.amount
@@ -47,6 +80,8 @@ class SparsitySection(Section):
         kind = SPARSITY[self.kind]
         if not kind.locks:
             return ""
+        if self.schedule is not None:
+            return f", up to {self.share:.0%} zeros {self.pattern} by {self.kind} while it trains"
         return (
             f", {self.share:.0%} zeros {self.pattern} by {self.kind}"
             if kind.prunes
@@ -69,6 +104,8 @@ def check_sparsity(r: Any) -> Problems:
             ("quant", "sparsity", "amount"),
             f"got {section.amount:g}; pattern {pattern.name} is {pattern.amount:g}",
         )
+    if section.schedule is not None:
+        yield from _against_growth(kind, pattern, section)
     if not kind.locks:
         if section.pattern != "unstructured":
             yield Problem(
@@ -76,13 +113,47 @@ def check_sparsity(r: Any) -> Problems:
                 f"got {section.pattern!r}, and kind: {section.kind} has no zeros; remove it",
             )
         return
-    yield from _against(quant, kind, section)
+    yield from _against(quant, section)
     if kind.prunes and pattern.width > 1 and (text := _ragged(r, pattern)):
         yield Problem(("quant", "sparsity", "pattern"), f"got {pattern.name!r}: {text}")
 
 
-def _against(quant: Any, kind: Any, section: Any) -> Problems:
+def check_schedule(r: Any) -> Problems:
+    """Zeros that come while the run trains, against what trains and how."""
+    if r.quant.sparsity.schedule is None:
+        return
+    if (reason := against_schedule(r.adapter)) is not None:
+        yield Problem(SCHEDULE, f"got a section, and {reason}")
+    if r.train.max_steps == 0:
+        yield Problem(SCHEDULE, "got a section, but train.max_steps is 0, so nothing prunes; remove it")
+    if r.train.sharding != "none":
+        yield Problem(
+            SCHEDULE,
+            f"got a section with train.sharding: {r.train.sharding}, where no process holds a whole matrix "
+            "to choose its smallest weights from; set sharding: none",
+        )
+
+
+def _against_growth(kind: Sparsity, pattern: Pattern, section: SparsitySection) -> Problems:
+    """A schedule, against the other keys of its section."""
+    if not kind.grows:
+        fits = listed(name for name, one in SPARSITY.items() if one.grows)
+        yield Problem(
+            SCHEDULE,
+            f"got a section with kind: {section.kind}, which looks at the model once; set kind: {fits}, or "
+            "remove it",
+        )
+    if pattern.amount is not None:
+        yield Problem(
+            ("quant", "sparsity", "pattern"),
+            f"got {section.pattern!r} with a schedule; {section.pattern} is {pattern.amount:g} of the "
+            "weights from the start: set pattern: unstructured or 1x4, or remove schedule",
+        )
+
+
+def _against(quant: Any, section: SparsitySection) -> Problems:
     """Other keys of quant."""
+    kind = section.at_once
     if GRIDS[quant.grid].kind != "integer":
         yield Problem(
             HERE,
