@@ -11,6 +11,7 @@ stage of a run, whenever it reads the checkpoint, has the same.
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ AUTO = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
 }
+OF_IMAGES = ("AutoModelForImageClassification",)  # of these, those whose models look at images
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,25 @@ def purpose_of(config: Any) -> Purpose | None:
         if type(config) in mapping and named in _names(mapping[type(config)]):
             return Purpose(auto, {})
     return None
+
+
+def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
+    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an image
+    that goes from black to white, [1, channels, height, width]."""
+    if purpose is not None and purpose.auto in OF_IMAGES:
+        size = config["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, config.get("num_channels", 3), height, width)
+        return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
+    return {"input_ids": torch.arange(min(32, vocabulary))[None]}
+
+
+def answer_of(outputs: Any) -> Tensor:
+    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last."""
+    if (logits := getattr(outputs, "logits", None)) is not None:
+        return logits
+    return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
 
 def _names(found: Any) -> list[str]:

@@ -9,6 +9,7 @@ the merge and the exporters are the same for all.
     rows.py       rows with answers: read, encoded, counted      batches.py  padded batches of them
     labelled.py   what the tasks with such rows share: the goal of training, the table, the head
     labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
+    spans.py      answers that are spans of a text, and SQuAD's measures
 
 A kind is a config class; its keys are the section `task` of a recipe, and `task: <kind>` is one without keys.
 To add one: a subclass of Labelled (or of Task), and a line in TASKS.
@@ -17,6 +18,7 @@ To add one: a subclass of Labelled (or of Task), and a line in TASKS.
 from .base import Task
 from .causal_lm import CausalLM
 from .masked_lm import MaskedLM
+from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .token_classification import TokenClassification
 
@@ -27,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
     "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
+    "question_answering": QuestionAnswering,
 }
 
 __all__ = ["TASKS", "USUAL", "Task"]

@@ -7,7 +7,7 @@ by name or number. The loss is the cross entropy; of several labels a binary one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -82,9 +82,9 @@ class SequenceClassification(Labelled):
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         columns = self.text or _columns(source)
 
-        def encode(row: Mapping[str, Any]) -> Encoded:
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
             made = encoded_text(tokenizer, section.sequence_len, *(text_of(row, name) for name in columns))
-            return {**made, "labels": self.answer(row)}
+            return [{**made, "labels": self.answer(row)}]
 
         return Encoder(encode, self._told, frozenset([*columns, self.label]))
 
@@ -124,7 +124,9 @@ class SequenceClassification(Labelled):
         shape = (windows, len(self.labels or UNKNOWN)) if self.several else (windows,)
         return {"labels": torch.empty(shape, dtype=torch.int64)}
 
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
         logits, right = outputs.logits.float(), labels["labels"].tolist()
         if self.regression:
             return right, logits[:, 0].tolist()

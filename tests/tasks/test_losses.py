@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"kind": "token_classification", "labels": ("O", *encoders.COLOURS)},
         encoders.tagged(9),
     ),
+    "question_answering": ({"kind": "question_answering", "stride": 2}, encoders.asked(9)),
 }
 
 
