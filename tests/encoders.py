@@ -32,7 +32,6 @@ COLOURS = {
     "grey": ["ash", "fog", "stone", "lead", "slate", "dust"],
 }
 FILLERS = ["a", "the", "of", "is", "was", "with", "and", "on"]
-QUESTIONS = {"red": "is a", "blue": "is the", "grey": "is of"}  # of words that the tokenizer has
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, *FILLERS, *(word for words in COLOURS.values() for word in words)]
 VOCABULARY = 64  # rows of the embedding; the words are fewer
@@ -119,24 +118,17 @@ def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def asked(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """{question, context, answers} as of SQuAD: which word of the text is of this colour?"""
+    """{question, context, answers} as of SQuAD: the word of the text that is of a colour."""
     chance = random.Random(seed)
     found = []
     for number in range(count):
-        colours = chance.sample(list(COLOURS), 2)
-        words = [chance.choice(COLOURS[colour]) for colour in colours]
-        words += [chance.choice(FILLERS) for _ in range(chance.randint(2, 10))]
-        answer = words[0]
+        answer = chance.choice(COLOURS[chance.choice(list(COLOURS))])
+        words = [answer, *(chance.choice(FILLERS) for _ in range(chance.randint(2, 10)))]
         chance.shuffle(words)
-        context = " ".join(words)
         begin = len(" ".join([*words[: words.index(answer)], ""]))
+        answers = {"text": [answer], "answer_start": [begin]}
         found.append(
-            {
-                "id": str(number),
-                "question": QUESTIONS[colours[0]],
-                "context": context,
-                "answers": {"text": [answer], "answer_start": [begin]},
-            }
+            {"id": str(number), "question": "is the", "context": " ".join(words), "answers": answers}
         )
     return found
 

@@ -28,6 +28,17 @@ HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
 
 
+# Of pipelines, how they are asked where that is not with a text; transformers has none of question-answering.
+ASKED = {
+    "image-classification": "from transformers import pipeline; "
+    "print(pipeline('image-classification', 'FOLDER')('IMAGE.png'))",
+    "question-answering": "from transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
+    "t = T.from_pretrained('FOLDER'); x = t('QUESTION', 'TEXT', return_tensors='pt'); "
+    "y = M.from_pretrained('FOLDER')(**x); "
+    "print(t.decode(x['input_ids'][0, y.start_logits.argmax() : y.end_logits.argmax() + 1]))",
+}
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
@@ -45,6 +56,7 @@ class CardFacts:
     kv_cache: KVConfig | None = None
     chat: Mapping[str, Any] = field(default_factory=dict)
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
+    dense: tuple[str, ...] = ()  # convolutions, which stayed as they came
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
 
@@ -60,7 +72,10 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, 
     exporter, kv_cache = EXPORTERS[format], facts.kv_cache
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
-        ask = f"from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
+        ask = ASKED.get(
+            facts.pipeline,
+            f"from transformers import pipeline; print(pipeline('{facts.pipeline}', 'FOLDER')('TEXT'))",
+        ).replace("FOLDER", folder)
         if not exporter.transformers_serve:
             ask = (
                 f"import onnxruntime; print(onnxruntime.InferenceSession('{folder}/model.onnx').get_inputs())"
@@ -119,10 +134,15 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
             if facts.zeros
             else ()
         ),
+        *(
+            (f"Convolutions are no linear layers and stayed dense, as they came: {listed(facts.dense)}.",)
+            if facts.dense
+            else ()
+        ),
         "",
         f"## Use (format `{format}`)",
         "",
-        EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto),
+        _use(facts, format),
         "",
         "From a shell, where PATH is this folder or its hub id:",
         "",
@@ -146,6 +166,14 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
     if facts.recipe is not None:
         lines += ["## Recipe", "", *fenced(facts.recipe.rstrip(), "yaml")]
     return "\n".join(lines)
+
+
+def _use(facts: CardFacts, format: str) -> str:
+    """How Python loads the folder."""
+    text = EXPORTERS[format].use("PATH").replace("AutoModelForCausalLM", facts.auto)
+    if facts.pipeline != "image-classification":
+        return text
+    return text.replace("AutoTokenizer", "AutoImageProcessor").replace("tokenizer =", "processor =")
 
 
 def fenced(text: str, language: str = "") -> list[str]:

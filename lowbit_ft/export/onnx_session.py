@@ -40,8 +40,8 @@ class OnnxModel(OutsideModel):
         pixel_values: Tensor | None = None,
         **beside: Any,
     ) -> SimpleNamespace:
-        """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L] says.
-        With position_ids and no mask as any other OutsideModel, text by text."""
+        """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L]
+        says. With position_ids and no mask as any other OutsideModel, text by text."""
         if pixel_values is not None:
             return SimpleNamespace(**self.run({"pixel_values": pixel_values}))
         assert input_ids is not None

@@ -81,8 +81,8 @@ def purpose_of(config: Any) -> Purpose | None:
 
 
 def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
-    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an image
-    that goes from black to white, [1, channels, height, width]."""
+    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
+    image that goes from black to white, [1, channels, height, width]."""
     if purpose is not None and purpose.auto in OF_IMAGES:
         size = config["image_size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -133,6 +133,19 @@ def of_another_head(model: Any, key: str) -> bool:
     first = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     body = {name for name, _ in model.base_model.named_children()}
     return first not in body and first not in {name for name, _ in model.named_children()}
+
+
+def refuse_other_body(model: Any, plan: Mapping[str, Any], config: Any, folder: Path) -> None:
+    """CheckpointError where the files have nothing of the body: transformers calls it by another name in this
+    class than in the checkpoint, and would draw all of it."""
+    head = head_parameters(model)
+    inside = [name for name, _ in model.named_parameters() if name not in head]
+    if inside and not any(name in plan for name in inside):
+        raise CheckpointError(
+            f"{folder}: {type(model).__name__} of transformers looks for {inside[0]!r}, and the files of "
+            f"this {config.model_type} have nothing of that name: it would start from random numbers. Give "
+            "the checkpoint of an encoder (bert, roberta, ...), or another task"
+        )
 
 
 def refuse_other_labels(

@@ -66,7 +66,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant",), check_sparsity),
     (("model", "data"), check_lengths),
     (("model", "data"), check_template),
-    (("model", "data"), check_chat),
+    (("model", "task", "data"), check_chat),
     (("model", "data", "train", "output"), check_offload),
     ((), check_data),
     (("data",), check_synthesis),

@@ -1,6 +1,7 @@
 """The model card of a folder of the run: what the recipe says of it, and what has been measured so far."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow
@@ -30,6 +31,12 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
     )
 
 
+def _convolutions(session: Session) -> tuple[str, ...]:
+    """Those that the table of the quantizer left alone."""
+    rows = session.run.read_json("quant.json", list[dict[str, Any]], [])
+    return tuple(str(row.get("layer")) for row in rows if str(row.get("reason")).startswith("Conv"))
+
+
 def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
     measured = session.run.read_json("evaluation.json", Evaluation, Evaluation())
@@ -37,5 +44,5 @@ def card(session: Session, format: str) -> dict[str, str]:
     table = session.run.read_json("tasks.json", TaskTable, TaskTable())
     tasks = [TaskRow(**row.model_dump()) for row in table.rows]
     zeros = session.run.read_json("base.json", PackedBase, PackedBase()).zeros
-    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros)
+    facts = replace(card_facts(session, session.run.recipe()), zeros=zeros, dense=_convolutions(session))
     return {"README.md": model_card(facts, format, rows, tasks)}

@@ -17,6 +17,7 @@ To add one: a subclass of Labelled (or of Task), and a line in TASKS.
 
 from .base import Task
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .masked_lm import MaskedLM
 from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
@@ -30,6 +31,7 @@ TASKS: dict[str, type[Task]] = {
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
     "question_answering": QuestionAnswering,
+    "image_classification": ImageClassification,
 }
 
 __all__ = ["TASKS", "USUAL", "Task"]

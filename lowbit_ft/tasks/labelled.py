@@ -221,4 +221,3 @@ class Answered(Goal):
             return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
 
         return forward
-

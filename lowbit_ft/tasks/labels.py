@@ -66,6 +66,14 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any]) -> list[st
     return known if set(known) >= seen else sorted(seen)
 
 
+def labels_in(source: Any, column: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`found_labels` for one label per row. DataError where there is but one."""
+    found = found_labels(source, column, config)
+    if len(found) < 2:
+        raise DataError(f"the only label in {column!r} is {found[0]!r}: nothing to tell apart", named(source))
+    return tuple(found)
+
+
 def known_labels(config: Mapping[str, Any]) -> list[str]:
     """The labels that a checkpoint was trained on by its config.json; none where it names none."""
     names = config.get("id2label")

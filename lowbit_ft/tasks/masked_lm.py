@@ -115,4 +115,3 @@ class Hiding:
             elif drawn < 0.9:
                 shown[place] = chance.randrange(self.vocabulary)
         return shown, labels
-

@@ -82,9 +82,11 @@ class QuestionAnswering(Labelled):
         return Encoder(encode, self._told, reads)
 
     def _answers(self, row: Mapping[str, Any], context: str) -> tuple[list[str], tuple[int, int] | None]:
-        """The right answers of a row, and the characters of the first one; None where there is none. BadRow."""
+        """The right answers of a row, and the characters of the first one (None: there is none). BadRow."""
         given = of_column(row, self.answer)
-        texts, starts = (given.get(key) for key in ("text", "answer_start")) if isinstance(given, dict) else (0, 0)
+        texts, starts = (
+            (given.get(key) for key in ("text", "answer_start")) if isinstance(given, dict) else (0, 0)
+        )
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             raise BadRow(
                 f"{self.answer!r} must be {{'text': [...], 'answer_start': [...]}}, two lists of one length; "
@@ -107,7 +109,8 @@ class QuestionAnswering(Labelled):
     def _pieces(self, tokenizer: Any, limit: int, question: str, context: str) -> list[Encoded]:
         """The question with each piece of the context. `offsets`: for every token of the context its first
         character and the one behind its last; None for other tokens. BadRow where no piece has room."""
-        room = limit - len(tokenizer(question, "", verbose=False)["input_ids"])
+        asked = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
+        room = limit - len(asked) - tokenizer.num_special_tokens_to_add(pair=True)
         if room <= self.stride:
             raise BadRow(
                 f"its question leaves {max(0, room)} of {limit} tokens for a piece of the context, and two "
@@ -155,7 +158,7 @@ class QuestionAnswering(Labelled):
     def said(
         self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
-        """Of each piece (its row, the right answers), and (score of the best span, its text, score of none)."""
+        """Of each piece (its row, right answers), and (score of the best span, its text, score of none)."""
         starts, ends = outputs.start_logits.float().cpu(), outputs.end_logits.float().cpu()
         true, said = [], []
         for piece, start, end in zip(rows, starts, ends, strict=True):

@@ -1,6 +1,6 @@
 """Rows with answers: read by data/read.py, encoded by the tokenizer, counted.
 
-    row (columns)  ->  [Encoded]: what the tokenizer makes of its text, and its answer; of a long one, its pieces
+    row (columns)  ->  [Encoded]: what the tokenizer makes of its text, and its answer; or pieces of them
 
 Nothing is dropped in silence: RowReport counts rows that were cut, skipped or had columns nobody reads.
 """
@@ -25,8 +25,8 @@ Encoded = dict[str, Any]  # input_ids [L] and friends, and the answer, as plain 
 
 @dataclass
 class RowReport:
-    """What became of the rows: rows = used + skipped (malformed). pieces: what they became, one to a row where
-    none is cut in several; tokens: 0 of images. answers: how often each is there."""
+    """What became of the rows: rows = used + skipped (malformed). pieces: what they became, one to a row
+    where none is cut in several; tokens: 0 of images. answers: how often each is there."""
 
     rows: int = 0
     used: int = 0

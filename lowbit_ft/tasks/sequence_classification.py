@@ -22,7 +22,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import UNKNOWN, found_labels, label_id, label_values
+from .labels import UNKNOWN, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, encoded_text, number_of, of_column, text_of
 
 # Columns of text, in the order in which they are looked for: those of GLUE, and the usual ones.
@@ -67,13 +67,7 @@ class SequenceClassification(Labelled):
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         if self.regression or self.labels is not None or r.data.train is None:
             return self
-        found = found_labels(r.data.train, self.label, config)
-        if len(found) < 2:
-            raise DataError(
-                f"the only label in {self.label!r} is {found[0]!r}: nothing to tell apart",
-                named(r.data.train),
-            )
-        return self.model_copy(update={"labels": tuple(found)})
+        return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
 
     def purpose(self, seed: int) -> Purpose:
         names = ("LABEL_0",) if self.regression else self.labels or UNKNOWN

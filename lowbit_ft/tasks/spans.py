@@ -16,7 +16,6 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -43,7 +42,9 @@ def of_spans(true: Sequence[Sequence[str]], said: Sequence[str]) -> dict[str, fl
     """Per row the right answers (none: it has no answer) and what was said ("": that it has none). Where rows
     without an answer are among them, also the F1 of those with one, and the share of those without that was
     said to be so."""
-    pairs = [([one for one in right if normal(one)] or [""], own) for right, own in zip(true, said, strict=True)]
+    pairs = [
+        ([one for one in right if normal(one)] or [""], own) for right, own in zip(true, said, strict=True)
+    ]
     scores = [max(f1(own, one) for one in right) for right, own in pairs]
     found = {
         "exact_match": _mean([max(exact(own, one) for one in right) for right, own in pairs]),
@@ -61,9 +62,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def best_span(start: Tensor, end: Tensor, n_best: int, longest: int) -> tuple[float, int, int] | None:
-    """(score, first token, last token): the pair of the highest sum of logits, of the `n_best` likeliest starts
-    and ends, that is in order and no longer than `longest` tokens; None where there is no such pair. start,
-    end: fp32 [L], -inf where no answer may be."""
+    """(score, first token, last token): the pair of the highest sum of logits, of the `n_best` likeliest
+    starts and ends, that is in order and no longer than `longest` tokens; None where there is no such pair.
+    start, end: fp32 [L], -inf where no answer may be."""
     count = min(n_best, len(start))
     (s, first), (e, last) = start.topk(count), end.topk(count)
     length = last[None] - first[:, None] + 1
