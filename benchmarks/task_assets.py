@@ -14,6 +14,7 @@ import io
 import json
 import random
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,24 +45,24 @@ QUESTIONS = {
 }
 
 
-def questions(split: str) -> Iterator[dict[str, Any]]:
-    """{id, question, context, answers}: a part of a short function, by one of the three questions."""
+def questions(split: str, each: bool = False) -> Iterator[dict[str, Any]]:
+    """{id, question, context, answers}: a part of a short function, by one of the questions, or by each."""
     chance = random.Random(0)
     lines = (ASSETS / "docstrings" / f"{split}.jsonl").read_text().splitlines()
-    asked = list(QUESTIONS)
     for number, line in enumerate(lines):
         context = json.loads(line)["messages"][0]["content"].partition("\n")[2].strip()
-        question = chance.choice(asked)
-        found = list(re.finditer(QUESTIONS[question], context))
-        if len(context) > LONGEST or len(found) != 1:
-            continue
-        text, begin = found[0][1], found[0].start(1)
-        yield {
-            "id": f"{split}-{number}",
-            "question": question,
-            "context": context,
-            "answers": {"text": [text], "answer_start": [begin]},
-        }
+        chosen = chance.choice(list(QUESTIONS))
+        for question in QUESTIONS if each else [chosen]:
+            found = list(re.finditer(QUESTIONS[question], context))
+            if len(context) > LONGEST or len(found) != 1:
+                continue
+            text, begin = found[0][1], found[0].start(1)
+            yield {
+                "id": f"{split}-{number}",
+                "question": question,
+                "context": context,
+                "answers": {"text": [text], "answer_start": [begin]},
+            }
 
 
 def write_questions() -> None:
@@ -98,8 +99,8 @@ def tokenizer_of(texts: list[str]) -> Any:
 
 def tiny_bert(steps: int) -> None:
     """A BERT of two layers that answers the questions, trained on all weights in float32."""
-    texts = [row["context"] for row in questions("train")]
-    tokenizer = tokenizer_of(texts)
+    rows = list(questions("train", each=True))
+    tokenizer = tokenizer_of([row["context"] for row in rows])
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -112,7 +113,11 @@ def tiny_bert(steps: int) -> None:
         attention_probs_dropout_prob=0.0,
     )
     task = TASKS["question_answering"].model_validate({"kind": "question_answering", "stride": 32})
-    fit(BertForQuestionAnswering, config, task, tokenizer, "questions/train.jsonl", steps, "tiny-bert")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"tiny-bert: {len(rows)} rows")
+        fit(BertForQuestionAnswering, config, task, tokenizer, path, steps, "tiny-bert")
 
 
 def shape(name: str, chance: random.Random) -> bytes:
@@ -171,16 +176,16 @@ def tiny_vit(steps: int) -> None:
     (place / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
     reader = read_processor(place)
-    fit(ViTForImageClassification, config, task, reader, "shapes/train.parquet", steps, "tiny-vit")
+    rows = ASSETS / "shapes" / "train.parquet"
+    fit(ViTForImageClassification, config, task, reader, rows, steps, "tiny-vit")
 
 
-def fit(kind: Any, config: Any, task: Any, reader: Any, rows: str, steps: int, name: str) -> None:
-    """Train a model from nothing on rows of the assets, and save it in bfloat16."""
+def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:
+    """Train a model from nothing on these rows, and save it in bfloat16."""
     torch.manual_seed(0)
     purpose = task.purpose(0)
     model = kind(purpose.applied(config, ASSETS))
-    path = str(ASSETS / rows)
-    source = SimpleNamespace(path=path, split="train", name=None, revision=None, limit=None)
+    source = SimpleNamespace(path=str(rows), split="train", name=None, revision=None, limit=None)
     section = SimpleNamespace(sequence_len=160, on_bad_row="error")
     feed = Feed(SimpleNamespace(train=SimpleNamespace(seed=0)), reader)
     batches = task.batches(feed, model, task.examples(source, section, reader), 32, shuffle=True)

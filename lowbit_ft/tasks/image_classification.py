@@ -27,7 +27,7 @@ from . import scores
 from .base import Task
 from .batches import Shown
 from .labelled import Labelled
-from .labels import UNKNOWN, label_id, label_values, labels_in
+from .labels import label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column
 
 
@@ -52,7 +52,7 @@ class ImageClassification(Labelled):
         return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels or UNKNOWN), seed)
+        return Purpose(self.auto, label_values(self.labels), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         names = list(self.labels or ())

@@ -19,8 +19,10 @@ UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has
 MOST = 10_000  # labels; a column of more is something else
 
 
-def label_values(names: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of labels in their order."""
+def label_values(names: Sequence[str] | None) -> dict[str, Any]:
+    """What config.json says of labels in their order; nothing new (None) where nobody has looked yet."""
+    if names is None:
+        return {}
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},

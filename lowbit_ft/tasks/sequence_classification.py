@@ -70,7 +70,7 @@ class SequenceClassification(Labelled):
         return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
 
     def purpose(self, seed: int) -> Purpose:
-        names = ("LABEL_0",) if self.regression else self.labels or UNKNOWN
+        names = ("LABEL_0",) if self.regression else self.labels
         return Purpose(self.auto, {**label_values(names), "problem_type": self.problem_type}, seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:

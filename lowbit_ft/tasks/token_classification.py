@@ -20,7 +20,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import UNKNOWN, found_labels, label_id, label_values
+from .labels import found_labels, label_id, label_values
 from .rows import Encoded, Encoder, encoded_text, of_column
 
 
@@ -45,7 +45,7 @@ class TokenClassification(Labelled):
         return self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels or UNKNOWN), seed)
+        return Purpose(self.auto, label_values(self.labels), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         if not getattr(tokenizer, "is_fast", False):
