@@ -144,17 +144,21 @@ def shape(name: str, chance: random.Random) -> bytes:
 
 
 def write_shapes() -> None:
+    (ASSETS / "shapes").mkdir(exist_ok=True)
+    for split, count in SHAPE_COUNTS.items():
+        shapes(ASSETS / "shapes" / f"{split}.parquet", split, count)
+
+
+def shapes(path: Path, seed: str, count: int) -> None:
+    """So many pictures of shapes and their names, as `datasets` writes them."""
     import datasets  # slow
 
-    (ASSETS / "shapes").mkdir(exist_ok=True)
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    for split, count in SHAPE_COUNTS.items():
-        chance = random.Random(split)
-        labels = [chance.choice(SHAPES) for _ in range(count)]
-        pictures = [{"bytes": shape(label, chance), "path": None} for label in labels]
-        path = ASSETS / "shapes" / f"{split}.parquet"
-        datasets.Dataset.from_dict({"image": pictures, "label": labels}, kinds).to_parquet(str(path))
-        print(f"{path}: {count} rows, {path.stat().st_size:,} bytes")
+    chance = random.Random(seed)
+    labels = [chance.choice(SHAPES) for _ in range(count)]
+    pictures = [{"bytes": shape(label, chance), "path": None} for label in labels]
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, kinds).to_parquet(str(path))
+    print(f"{path}: {count} rows, {path.stat().st_size:,} bytes")
 
 
 def tiny_vit(steps: int) -> None:
@@ -176,8 +180,10 @@ def tiny_vit(steps: int) -> None:
     (place / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
     reader = read_processor(place)
-    rows = ASSETS / "shapes" / "train.parquet"
-    fit(ViTForImageClassification, config, task, reader, rows, steps, "tiny-vit")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.parquet"
+        shapes(rows, "model", 32 * steps)  # every picture is seen once
+        fit(ViTForImageClassification, config, task, reader, rows, steps, "tiny-vit")
 
 
 def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:
