@@ -79,9 +79,9 @@ def topics() -> dict[str, list[dict[str, Any]]]:
             if {"test", "tests"} & set(file.relative_to(library).parts):
                 continue
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-                text = ast.get_docstring(node) if isinstance(node, kinds) else None
-                found.add(" ".join((text or "").split("\n\n")[0].split()))
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    text = ast.get_docstring(node) or ""
+                    found.add(" ".join(text.split("\n\n")[0].split()))
         chosen = sorted(text for text in found if 30 <= len(text) <= 100)
         random.Random(0).shuffle(chosen)
         rows += [{"text": text, "label": name.removesuffix(".py")} for text in chosen[:150]]

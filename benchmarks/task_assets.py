@@ -1,8 +1,8 @@
 """Rows of recipes/assets that the quickstarts of tasks learn from, made of what is at hand; and small models.
 
     python -m benchmarks.task_assets questions     rows as those of SQuAD, of the functions in docstrings/;
-                                                   and tiny-bert/, which answers them
-    python -m benchmarks.task_assets shapes        pictures of shapes; and tiny-vit/, which tells them apart
+                                                   and tiny-bert/, which has answered them
+    python -m benchmarks.task_assets shapes        pictures of shapes; and tiny-vit/, which has told them
 
 The same command gives the same rows (the same bytes of the model on the same kind of CPU).
 """
@@ -98,7 +98,7 @@ def tokenizer_of(texts: list[str]) -> Any:
 
 
 def tiny_bert(steps: int) -> None:
-    """A BERT of two layers that answers the questions, trained on all weights in float32."""
+    """A BERT of two layers that has answered the questions, trained on all weights in float32."""
     rows = list(questions("train", each=True))
     tokenizer = tokenizer_of([row["context"] for row in rows])
     config = BertConfig(
@@ -162,7 +162,7 @@ def shapes(path: Path, seed: str, count: int) -> None:
 
 
 def tiny_vit(steps: int) -> None:
-    """A ViT of two layers that tells the shapes apart, trained on all weights in float32."""
+    """A ViT of two layers that has told the shapes apart, trained on all weights in float32."""
     config = ViTConfig(
         hidden_size=64,
         num_hidden_layers=2,
@@ -187,7 +187,7 @@ def tiny_vit(steps: int) -> None:
 
 
 def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:
-    """Train a model from nothing on these rows, and save it in bfloat16."""
+    """Train a model from nothing on these rows, and save it without its head, in bfloat16."""
     torch.manual_seed(0)
     purpose = task.purpose(0)
     model = kind(purpose.applied(config, ASSETS))
@@ -206,7 +206,7 @@ def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, 
         schedule.step()
         if step % 50 == 49:
             print(f"{name}: step {step + 1}, loss {loss.item():.3f}", flush=True)
-    model.to(torch.bfloat16).save_pretrained(ASSETS / name)
+    model.base_model.to(torch.bfloat16).save_pretrained(ASSETS / name)
     if task.reads == "text":
         reader.save_pretrained(ASSETS / name)
 

@@ -164,8 +164,8 @@ class QuestionAnswering(Labelled):
         for piece, start, end in zip(rows, starts, ends, strict=True):
             offsets, cls = piece["offsets"], piece["cls"]
             outside = torch.tensor([place is None for place in offsets])
-            inner = (x[: len(offsets)].masked_fill(outside, float("-inf")) for x in (start, end))
-            best = best_span(*inner, self.n_best, self.max_answer_length)
+            begins, stops = (x[: len(offsets)].masked_fill(outside, float("-inf")) for x in (start, end))
+            best = best_span(begins, stops, self.n_best, self.max_answer_length)
             none, text, score = float(start[cls] + end[cls]), "", float("-inf")
             if best is not None:
                 score, first, last = best
