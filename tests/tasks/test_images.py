@@ -28,9 +28,9 @@ from tests import encoders, images
 PROJECTION = "vit.embeddings.patch_embeddings.projection.weight"
 
 
-def recipe(folder: Path, **changes: Any) -> Path:
-    train = str(images.folder_of(folder / "pictures", images.rows(96), "train"))
-    valid = images.parquet(folder / "valid.parquet", images.rows(32, seed=1))
+def recipe(folder: Path, count: int = 96, **changes: Any) -> Path:
+    train = str(images.folder_of(folder / "pictures", images.rows(count), "train"))
+    valid = images.parquet(folder / "valid.parquet", images.rows(count // 3, seed=1))
     data = {"train": {"path": train}, "valid": {"path": valid}, "sequence_len": 17}
     found = encoders.recipe(
         folder, images.vit(folder / "model"), "image_classification", train, data=data, **changes
@@ -55,7 +55,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
                     adapter={"method": "full_qat"},
                     train={"max_steps": 45, "micro_batch_size": 16, "learning_rate": 5e-2}
                     | {"modules_learning_rate": 2e-2},
-                    export={"format": "onnx"},
                 )
             )
         )
@@ -66,12 +65,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_it_learns_and_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
-    assert list(ran.rows) == ["base", "quantized", "trained", "merged", "exported"]
+    assert list(ran.rows) == ["base", "quantized", "trained", "merged"]
     scores = {stage: row["scores"] for stage, row in ran.rows.items()}
     assert scores["trained"]["accuracy"] > 0.85 > scores["quantized"]["accuracy"]
     assert ran.rows["merged"]["loss"] == ran.rows["trained"]["loss"]
-    assert scores["exported"] == scores["merged"] == scores["trained"]  # by ONNX Runtime
-    assert ran.rows["exported"]["loss"] == pytest.approx(ran.rows["trained"]["loss"], rel=1e-3)
+    assert scores["merged"] == scores["trained"]
     assert "96 of 96 rows used\n" in ran.said and "answers: " in ran.said and "32 images" in ran.said
 
 
@@ -83,18 +81,19 @@ def test_the_convolution_stays_as_it_came_and_is_said(ran: SimpleNamespace) -> N
     merged, came = (load_file(ran.folder / f / "model.safetensors") for f in ("run/merged", "model"))
     own = PROJECTION.removeprefix("vit.")  # as the checkpoint of a body calls it
     assert torch.equal(merged[own], came[own])
-    assert f"stayed dense, as they came: {PROJECTION}" in (ran.run / "exported" / "README.md").read_text()
+    assert f"stayed dense, as they came: {PROJECTION}" in (ran.run / "merged" / "README.md").read_text()
     assert "Conv2d: no linear layer" in (ran.run / "report.html").read_text()
 
 
 def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
-    """Transformers' pipeline on merged/, ONNX Runtime on exported/: the same labels, and logits."""
-    export_outside(ran.run / "merged", "compressed-tensors", tmp_path / "again")
+    """Transformers' pipeline on merged/, ONNX Runtime on the graph: the same labels, and logits."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_outside(ran.run / "merged", "onnx", tmp_path / "graph")
     found = images.rows(12, seed=3)
     pictures = [picture_of(row["image"]) for row in found]
-    for folder in (ran.run / "merged", tmp_path / "again"):
-        said = pipeline("image-classification", str(folder))(pictures)
-        assert sum(one[0]["label"] == row["label"] for one, row in zip(said, found, strict=True)) >= 10
+    said = pipeline("image-classification", str(ran.run / "merged"))(pictures)
+    assert sum(one[0]["label"] == row["label"] for one, row in zip(said, found, strict=True)) >= 10
     merged = AutoModelForImageClassification.from_pretrained(ran.run / "merged").eval()
     processor = AutoImageProcessor.from_pretrained(ran.run / "merged", backend="pil")
     batch = processor(pictures, return_tensors="pt")
@@ -102,9 +101,10 @@ def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
         batch["pixel_values"], torch.stack([pixels(read_processor(ran.run / "merged"), x) for x in pictures])
     )
     with torch.no_grad():
-        logits = load_exported(ran.run / "exported", dtype=torch.float32)(**batch).logits
+        logits = load_exported(tmp_path / "graph", dtype=torch.float32)(**batch).logits
+        # inputs of 8 bits may round to the other side of a tie
         torch.testing.assert_close(logits, merged(**batch).logits, rtol=1e-2, atol=1e-2)
-    card = (tmp_path / "again" / "README.md").read_text()
+    card = (ran.run / "merged" / "README.md").read_text()
     assert "AutoImageProcessor" in card and "AutoTokenizer" not in card and "IMAGE.png" in card
 
 
@@ -126,7 +126,7 @@ def test_rows_that_are_no_pictures(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    file = recipe(tmp_path, model={"add_tokens": ["<x>"]})
+    file = recipe(tmp_path, 6, model={"add_tokens": ["<x>"]})
     with pytest.raises(RecipeError, match="model.add_tokens.*it reads no tokens; set null"):
         load_recipe(file)
     config = tmp_path / "model" / "preprocessor_config.json"
