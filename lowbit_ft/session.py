@@ -22,6 +22,7 @@ from .model.chat_template import chosen
 from .model.checkpoint import Checkpoint
 from .model.config import read_config
 from .model.grown import GrownCheckpoint, add_tokens, tables_of
+from .model.images import read_processor
 from .model.load import load_tokenizer
 from .model.tokenizer import pad_id
 from .recipe.defaults import settled, taken
@@ -203,8 +204,11 @@ def _opened(run: RunDir) -> Session:
 def _with_tokenizer(
     recipe: Recipe, run: RunDir, checkpoint: Checkpoint, writes: bool = False
 ) -> tuple[Checkpoint, Any]:
-    """The checkpoint and its tokenizer, with the chat template of the recipe, which ships with it, and the
-    new tokens of model.add_tokens; writes: the folder model/ of the run, with the files of both, is made."""
+    """The checkpoint and its tokenizer (its image processor, where the task looks at images), with the chat
+    template of the recipe, which ships with it, and the new tokens of model.add_tokens; writes: the folder
+    model/ of the run, with the files of both, is made."""
+    if recipe.task.reads == "images":
+        return checkpoint, read_processor(checkpoint.folder)
     data, wanted = recipe.data, recipe.model.add_tokens
     checkpoint.chat_template = chosen(
         load_tokenizer(checkpoint), data.chat_template, data.chat_template_kwargs

@@ -117,6 +117,22 @@ def tagged(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return found
 
 
+def asked(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """{question, context, answers} as of SQuAD: the word of the text that is of a colour."""
+    chance = random.Random(seed)
+    found = []
+    for number in range(count):
+        answer = chance.choice(COLOURS[chance.choice(list(COLOURS))])
+        words = [answer, *(chance.choice(FILLERS) for _ in range(chance.randint(2, 10)))]
+        chance.shuffle(words)
+        begin = len(" ".join([*words[: words.index(answer)], ""]))
+        answers = {"text": [answer], "answer_start": [begin]}
+        found.append(
+            {"id": str(number), "question": "is the", "context": " ".join(words), "answers": answers}
+        )
+    return found
+
+
 def write(path: Path, found: list[dict[str, Any]]) -> str:
     """As a jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in found))

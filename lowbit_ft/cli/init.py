@@ -13,7 +13,7 @@ from statistics import mode
 
 from ..adapters.rates import rate_for
 from ..names import HUB_ID
-from ..recipe.layers import POSITIONS, Shapes, has_chat_template, local_folder, read_shapes
+from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.sections.quant import QuantSection
 from .init_fit import config_folder, fitted
 from .places import refuse_existing
@@ -193,7 +193,7 @@ def _render(model_path: str, output: Path, shapes: Shapes | None, card: bool = F
         group_why = f"divides the layers' inputs ({all_widths}); " + (
             "the whole row" if group == -1 else "smaller is more exact"
         )
-        window = min(window, shapes.number(*POSITIONS) or window)
+        window = min(window, shapes.positions or window)
         chat = has_chat_template(shapes.folder)
         groups = sum(x.out_features * (1 if group == -1 else x.in_features // group) for x in shapes.linears)
         packed = (weights / 2 + 2 * groups) / 1e6

@@ -10,6 +10,9 @@ for json, parquet and the hub. That is why jsonl and csv are read here and not t
 guess a type per column (the answer "42" becomes a number) and their errors do not name the line. Parquet and
 hub data sets do come through `datasets`, which since version 4 runs no code from a repository.
 
+Pictures are rows {image: the path, label: the name of the folder it lies in}, where a folder holds nothing
+else that is read; those inside parquet files and data sets stay as they are stored, {bytes, path}.
+
 Text files (.txt, .md) are one document each; from `TEXT_PIECE` characters on they are cut at a line end.
 """
 
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.regular import irregular
+from ..model.images import SUFFIXES
 from .errors import DataError, first_line, kind
 from .splits import find_files, no_such_split, refuse_remote_keys, saved_dataset
 
@@ -53,7 +57,7 @@ def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None =
     if saved_dataset(source.path):
         rows = _read_saved(source)
     else:
-        files = find_files(source, READERS, notes if notes is not None else [])
+        files = find_files(source, READERS, notes if notes is not None else [], SUFFIXES)
         rows = _read_hub(source, streaming) if files is None else _read_files(files)
     limit = getattr(source, "limit", None)
     if limit is None:
@@ -65,7 +69,8 @@ def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None =
 
 def _read_files(files: list[Path]) -> Iterator[Row]:
     for file in files:
-        reader = READERS.get(file.suffix.lower())
+        suffix = file.suffix.lower()
+        reader = _read_picture if suffix in SUFFIXES else READERS.get(suffix)
         if reader is None:
             raise DataError(f"unknown suffix {file.suffix!r}; known: {' '.join(READERS)}", str(file))
         if (what := irregular(file)) is not None:
@@ -175,6 +180,20 @@ def _read_text(file: Path) -> Iterator[Row]:
         yield Row(str(file), first, {"text": "".join(piece)})
 
 
+def _read_picture(file: Path) -> Iterator[Row]:
+    yield Row(str(file), 1, {"image": str(file), "label": file.parent.name})
+
+
+def _stored(table: Any) -> Any:
+    """A table of `datasets` whose pictures stay as they are stored."""
+    import datasets  # as below
+
+    pictures = [name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)]
+    for name in pictures:
+        table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
 def _read_parquet(file: Path) -> Iterator[Row]:
     import datasets  # slow to import, and only this reader, saved folders and the hub need it
 
@@ -183,6 +202,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         table = datasets.load_dataset(
             "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
         )
+        table = _stored(table)
         for number, value in enumerate(table, 1):
             yield _as_row(str(file), number, _given(value, table.features))
     except OSError:
@@ -229,6 +249,7 @@ def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
 
 def _numbered(table: Any, place: str) -> Iterator[Row]:
     """The rows of a table of `datasets`."""
+    table = _stored(table)
     rows = iter(table)
     number = 0
     while True:

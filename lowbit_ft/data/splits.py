@@ -25,18 +25,21 @@ from .errors import DataError, first_line
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def find_files(source: Any, suffixes: Collection[str], notes: list[str]) -> list[Path] | None:
+def find_files(
+    source: Any, suffixes: Collection[str], notes: list[str], instead: Collection[str] = ()
+) -> list[Path] | None:
     """The local files that `source` (path, split, name, revision) means, sorted; None if its path can only be
     a hub id.
 
-    `suffixes`: of the files a folder is searched for. `notes` gets a line where files belong to no split.
-    Raises DataError when nothing is found, or when a key of `source` cannot be honoured.
+    `suffixes`: of the files a folder is searched for; `instead`: of those that are meant where it has none.
+    `notes` gets a line where files belong to no split. Raises DataError when nothing is found, or when a key
+    of `source` cannot be honoured.
     """
     path = source.path
     local = Path(path).expanduser()
     try:
         if local.is_dir():
-            return _of_folder(source, local, suffixes, notes)
+            return _of_folder(source, local, suffixes, notes, instead)
         if local.exists():
             return _of_files(source, [local], local.parent, notes)
         if glob.has_magic(path):
@@ -94,22 +97,15 @@ def _beside_data() -> Collection[str]:
     return FILES_TO_IGNORE
 
 
-def _of_folder(source: Any, folder: Path, suffixes: Collection[str], notes: list[str]) -> list[Path]:
+def _of_folder(
+    source: Any, folder: Path, suffixes: Collection[str], notes: list[str], instead: Collection[str]
+) -> list[Path]:
     refuse_remote_keys(source, "revision")
-    files = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        hidden = any(part.startswith((".", "__")) for part in name.parts)
-        if (
-            file.suffix.lower() in suffixes
-            and not hidden
-            and name.name not in _beside_data()
-            and file.is_file()
-        ):
-            files[name.as_posix()] = file
+    files = _with_suffix(folder, suffixes) or _with_suffix(folder, instead)
     if not files:
         raise DataError(
-            f"the folder holds no data file; known suffixes: {' '.join(suffixes)} (README.md is none)",
+            f"the folder holds no data file; known suffixes: {' '.join([*suffixes, *instead])} (README.md is "
+            "none)",
             source.path,
         )
     declared = _declared(source, folder, list(files))
@@ -125,6 +121,22 @@ def _of_folder(source: Any, folder: Path, suffixes: Collection[str], notes: list
     if outside:
         notes.append(f"{source.path}: not read, being in no split by their names: {_few(outside)}")
     return [files[name] for name in sorted(splits[split])]
+
+
+def _with_suffix(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """The files of a folder with one of these suffixes, by their names below it."""
+    files = {}
+    for file in sorted(folder.rglob("*")) if suffixes else ():
+        name = file.relative_to(folder)
+        hidden = any(part.startswith((".", "__")) for part in name.parts)
+        if (
+            file.suffix.lower() in suffixes
+            and not hidden
+            and name.name not in _beside_data()
+            and file.is_file()
+        ):
+            files[name.as_posix()] = file
+    return files
 
 
 def _of_files(source: Any, found: list[Path], base: Path, notes: list[str]) -> list[Path]:

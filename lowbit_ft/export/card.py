@@ -30,6 +30,17 @@ HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
 
 
+# Of pipelines, how they are asked where that is not with a text; transformers has none of question-answering.
+ASKED = {
+    "image-classification": "from transformers import pipeline; "
+    "print(pipeline('image-classification', 'FOLDER')('IMAGE.png'))",
+    "question-answering": "from transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
+    "t = T.from_pretrained('FOLDER'); x = t('QUESTION', 'TEXT', return_tensors='pt'); "
+    "y = M.from_pretrained('FOLDER')(**x); "
+    "print(t.decode(x['input_ids'][0, y.start_logits.argmax() : y.end_logits.argmax() + 1]))",
+}
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a run besides its figures. base: the checkpoint, a folder or a hub id; grid: the
@@ -50,6 +61,7 @@ class CardFacts:
     zeros: float | None = None  # the share of the packed weights that quant.sparsity held at zero
     dense: tuple[str, ...] = ()  # modules trained whole (adapter.modules_to_save), as the model names them
     grown: bool = False  # these zeros came while it trained
+    convolutions: tuple[str, ...] = ()  # those that stayed dense, as they came
     pipeline: str = WRITES
     auto: str = "AutoModelForCausalLM"
     generation: bool = False  # the folder has a generation_config.json
@@ -76,7 +88,10 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, 
         return facts.command.format(folder=folder), {}
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
-        ask = f"from transformers import pipeline; print(pipeline('{facts.pipeline}', '{folder}')('TEXT'))"
+        ask = ASKED.get(
+            facts.pipeline,
+            f"from transformers import pipeline; print(pipeline('{facts.pipeline}', 'FOLDER')('TEXT'))",
+        ).replace("FOLDER", folder)
         if not exporter.transformers_serve:
             ask = (
                 f"import onnxruntime; print(onnxruntime.InferenceSession('{folder}/model.onnx').get_inputs())"
@@ -143,6 +158,11 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
             if facts.dense
             else ()
         ),
+        *(
+            (f"Convolutions, no linear layers, stayed dense, as they came: {listed(facts.convolutions)}.",)
+            if facts.convolutions
+            else ()
+        ),
         "",
         f"## Use (format `{format}`)",
         "",
@@ -175,6 +195,8 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
 def _use(facts: CardFacts, exporter: Exporter) -> str:
     """Markdown: how Python loads the folder, with its stop tokens."""
     code = exporter.use("PATH").replace("AutoModelForCausalLM", facts.auto)
+    if facts.pipeline == "image-classification":
+        return code.replace("AutoTokenizer", "AutoImageProcessor").replace("tokenizer =", "processor =")
     if not (exporter.drops_generation and facts.generation):
         return code
     line = 'model.generation_config = GenerationConfig.from_pretrained("PATH")  # its stop tokens'

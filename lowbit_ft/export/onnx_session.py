@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,37 +31,41 @@ class OnnxModel(OutsideModel):
         self.inputs = {value.name: value.shape for value in self.session.get_inputs()}
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self.run(ids)["logits"]
+        return self.run(self._text(ids, {}))["logits"]
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        **_: Any,
+        pixel_values: Tensor | None = None,
+        **beside: Any,
     ) -> SimpleNamespace:
-        """.logits of a batch that is padded as `attention_mask` [B, L] says; without one as any other
-        OutsideModel."""
-        if attention_mask is None:
+        """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L]
+        says. With position_ids and no mask as any other OutsideModel, text by text."""
+        if pixel_values is not None:
+            return SimpleNamespace(**self.run({"pixel_values": pixel_values}))
+        assert input_ids is not None
+        if position_ids is not None and beside.get("attention_mask") is None:
             return super().forward(input_ids, position_ids)
-        beside = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        return SimpleNamespace(logits=self.run(input_ids, **beside)["logits"])
+        named = ("attention_mask", "token_type_ids")
+        return SimpleNamespace(**self.run(self._text(input_ids, {name: beside.get(name) for name in named})))
 
-    def run(self, ids: Tensor, **beside: Tensor | None) -> dict[str, Tensor]:
-        """ids [B, L] -> every output by name, for a text of L tokens in each row, or what `beside` says of
-        them."""
-        ids = ids.cpu()
+    def _text(self, ids: Tensor, beside: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """ids [B, L] of a text of L tokens in each row, or what `beside` says of them -> the inputs."""
         given = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "token_type_ids": torch.zeros_like(ids),
             "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
         }
-        given |= {name: value.cpu() for name, value in beside.items() if value is not None}
+        return given | {name: value for name, value in beside.items() if value is not None}
+
+    def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs by name, those that the graph does not take too -> every output by name."""
+        given = {name: value.cpu() for name, value in given.items()}
         for name, shape in self.inputs.items():
             if name.startswith("past_key_values."):
-                given[name] = torch.zeros(len(ids), shape[1], 0, shape[3])
+                given[name] = torch.zeros(len(given["input_ids"]), shape[1], 0, shape[3])
         feed = {name: given[name].numpy() for name in self.inputs}
         names = [value.name for value in self.session.get_outputs()]
         return {

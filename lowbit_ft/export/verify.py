@@ -38,7 +38,7 @@ from ..model.chat_template import Template
 from ..model.config import load_config, read_config
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
-from ..model.purpose import purpose_of
+from ..model.purpose import answer_of, example_of, purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
@@ -185,12 +185,14 @@ def verify(
     if reason := exporter.missing(exporter.reads_with):
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     own = own_tokenizer(exporter, source or folder, chat_template)
-    expected = None if model is None else _expected(model, exporter, folder, own, input_ids)
+    purpose = purpose_of(load_config(folder))
+    given = {"input_ids": input_ids} if input_ids is not None else example_of(config, purpose)
+    # a model for something else than writing text has no greedy answers
+    prompts = prompt_ids(own) if purpose is None else []
+    expected = None if model is None else _expected(model, exporter, folder, prompts, given)
     loaded = load_exported(folder, dtype=kind, device=device)
-    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
-    ids = torch.arange(min(32, vocabulary))[None] if input_ids is None else input_ids
     # before looking at weights: some readers unpack at the first forward
-    logits = _logits(loaded, ids)
+    logits = _logits(loaded, given)
     stored = STORED[exporter.container](
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
@@ -250,7 +252,9 @@ def _compare_logits(
     largest = float(expected.logits.abs().max())
     answers = None
     if expected.answers:
-        answers = Answers.compare(lambda x: _logits(loaded, x), expected.answers, tolerance or rounding)
+        answers = Answers.compare(
+            lambda x: _logits(loaded, {"input_ids": x}), expected.answers, tolerance or rounding
+        )
     bound = tolerance * largest
     if bound == 0 and not same_call:
         bound = rounding * largest
@@ -261,18 +265,16 @@ def _expected(
     model: nn.Module | Callable[[], nn.Module],
     exporter: Exporter,
     folder: Path,
-    own: Any,
-    input_ids: Tensor | None,
+    prompts: list[Tensor],
+    given: Mapping[str, Tensor],
 ) -> _Expected:
     """Ask the packed model; one that was loaded here is gone again afterwards."""
-    # a model for something else than writing text has no greedy answers
-    prompts = prompt_ids(own) if purpose_of(load_config(folder)) is None else []
     packed: Any = model if isinstance(model, nn.Module) else model()
     if exporter.computes_in is not None and packed.dtype != exporter.computes_in:
         packed = copy.deepcopy(packed).to(exporter.computes_in)
-    logits = _logits(packed, _tokens(packed) if input_ids is None else input_ids)
+    logits = _logits(packed, given)
     stops = exporter.stops(folder)  # of a gguf file a reading of all its tokens
-    answers = [answer(lambda x: _logits(packed, x), prompt, stops) for prompt in prompts]
+    answers = [answer(lambda x: _logits(packed, {"input_ids": x}), prompt, stops) for prompt in prompts]
     return _Expected(logits, answers, next(packed.parameters()).device.type)
 
 
@@ -338,21 +340,16 @@ def _rounding(kind: torch.dtype, weights: Weights) -> float:
     return max([LOGIT_TOLERANCE[kind], *(INPUT_TOLERANCE[b] for b in bits)])
 
 
-def _tokens(model: Any) -> Tensor:
-    """The first 32 tokens of the vocabulary, [1, 32]."""
-    return torch.arange(min(32, model.get_input_embeddings().weight.shape[0]))[None]
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    """A model that answers with something else than logits says by `probe` what it is asked with these
-    tokens."""
+def _logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """A model that answers with something else than logits says by `probe` what it is asked with these."""
     training = model.training
     model.eval()
     try:
         with packed_op_only(model):
-            moved = ids.to(next(model.parameters()).device)
+            device = next(model.parameters()).device
+            moved = {name: value.to(device) for name, value in given.items()}
             probe = getattr(model, "probe", None)
-            return (model(moved).logits if probe is None else probe(moved)).float().cpu()
+            return (answer_of(model(**moved)) if probe is None else probe(**moved)).float().cpu()
     finally:
         model.train(training)
 

@@ -11,6 +11,7 @@ stage of a run, whenever it reads the checkpoint, has the same.
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ AUTO = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioTokenization": "feature-extraction",
 }
+OF_IMAGES = ("AutoModelForImageClassification",)  # of these, those whose models look at images
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,25 @@ def purpose_of(config: Any) -> Purpose | None:
     return None
 
 
+def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
+    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
+    image that goes from black to white, [1, channels, height, width]."""
+    if purpose is not None and purpose.auto in OF_IMAGES:
+        size = config["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (1, config.get("num_channels", 3), height, width)
+        return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
+    return {"input_ids": torch.arange(min(32, vocabulary))[None]}
+
+
+def answer_of(outputs: Any) -> Tensor:
+    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last."""
+    if (logits := getattr(outputs, "logits", None)) is not None:
+        return logits
+    return torch.stack([outputs.start_logits, outputs.end_logits], -1)
+
+
 def _names(found: Any) -> list[str]:
     return [one.__name__ for one in (found if isinstance(found, list | tuple) else [found])]
 
@@ -111,6 +134,19 @@ def of_another_head(model: Any, key: str) -> bool:
     first = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
     body = {name for name, _ in model.base_model.named_children()}
     return first not in body and first not in {name for name, _ in model.named_children()}
+
+
+def refuse_other_body(model: Any, plan: Mapping[str, Any], config: Any, folder: Path) -> None:
+    """CheckpointError where the files have nothing of the body: transformers calls it by another name in this
+    class than in the checkpoint, and would draw all of it."""
+    head = head_parameters(model)
+    inside = [name for name, _ in model.named_parameters() if name not in head]
+    if inside and not any(name in plan for name in inside):
+        raise CheckpointError(
+            f"{folder}: {type(model).__name__} of transformers looks for {inside[0]!r}, and the files of "
+            f"this {config.model_type} have nothing of that name: it would start from random numbers. Give "
+            "the checkpoint of an encoder (bert, roberta, ...), or another task"
+        )
 
 
 def refuse_other_labels(

@@ -11,7 +11,8 @@ from .hub import refuse_irregular
 
 def pad_id(tokenizer: Any) -> int:
     """The padding token; pads are never targets, so the end-of-text token or 0 does as well."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((i for i in ids if i is not None), 0)  # an image processor has neither
 
 
 def read_tokenizer(folder: str | Path) -> Any:

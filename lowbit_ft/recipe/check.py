@@ -67,7 +67,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("quant", "adapter", "train"), check_schedule),
     (("model", "data"), check_lengths),
     (("model", "data"), check_template),
-    (("model", "data"), check_chat),
+    (("model", "task", "data"), check_chat),
     (("model", "data", "train", "output"), check_offload),
     ((), check_data),
     (("data",), check_synthesis),

@@ -12,7 +12,7 @@ from typing import Any
 from ..adapters.rates import rate_for
 from ..data.mix import named
 from .incoming import resolve_quant
-from .layers import POSITIONS, shapes_here
+from .layers import shapes_here
 from .sections.base import Section
 from .sections.data import DataSection
 from .sections.quant import QuantSection
@@ -83,7 +83,7 @@ def _within(values: dict[str, Any]) -> dict[str, Any]:
     """The sections with the lengths that the recipe does not say cut to the positions that the model has."""
     model = values.get("model")
     shapes = shapes_here(model.path, model.revision) if model is not None else None
-    limit = shapes.number(*POSITIONS) if shapes is not None else None
+    limit = shapes.positions if shapes is not None else None
     return values if limit is None else {name: _cut(section, limit) for name, section in values.items()}
 
 

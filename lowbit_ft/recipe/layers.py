@@ -24,6 +24,7 @@ from ..incoming import Incoming, collapse
 from ..model.config import check_counts, read_config
 from ..model.fused import Fusion, Segment
 from ..model.hub import tensor_entries
+from ..model.images import patches
 from ..model.matrices import Matrix
 from ..model.names import Part
 from ..model.roles import is_head, is_token_embedding
@@ -164,6 +165,11 @@ class Shapes:
         """Tokens that the model has an embedding and a logit of; None when no tensor has such a name."""
         known = [layer.out_features for layer in (self.token_embedding, self.head) if layer is not None]
         return min(known, default=None)
+
+    @property
+    def positions(self) -> int | None:
+        """How long a window may be, or how many tokens an image is; None when config.json does not say."""
+        return self.number(*POSITIONS) or patches(self.config)
 
     def _plain(self) -> Iterator[Layer]:
         turned = _CONV1D.get(self.config.get("model_type", ""), ())

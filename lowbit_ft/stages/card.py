@@ -43,6 +43,12 @@ def used_by(session: Session, format: str, folder: Path) -> str:
     return serve_line(card_facts(session, session.recipe), format, folder, here)
 
 
+def _convolutions(session: Session) -> tuple[str, ...]:
+    """Those that the table of the quantizer left alone."""
+    rows = session.run.read_json("quant.json", list[dict[str, Any]], [])
+    return tuple(str(row.get("layer")) for row in rows if str(row.get("reason")).startswith("Conv"))
+
+
 def card(session: Session, format: str) -> dict[str, str]:
     """README.md with the table as far as it has been measured."""
     measured = session.run.read_json("evaluation.json", Evaluation, Evaluation())
@@ -53,7 +59,8 @@ def card(session: Session, format: str) -> dict[str, str]:
     if (grown := session.run.read_json("zeros.json", Zeros | None, None)) is not None:
         zeros = grown.zeros
     facts = card_facts(session, session.run.recipe())
-    facts = replace(facts, zeros=zeros, grown=grown is not None, dense=trained_whole(session))
+    facts = replace(facts, zeros=zeros, grown=grown is not None)
+    facts = replace(facts, dense=trained_whole(session), convolutions=_convolutions(session))
     return {"README.md": model_card(facts, format, rows, tasks)}
 
 

@@ -10,6 +10,7 @@ the merge and the exporters are the same for all.
     labelled.py   what the tasks with such rows share: the goal of training, the table, the head
     speech_tokens.py  a codec of speech: rows with sound, velocities, the spectrogram that is made again
     labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
+    spans.py      answers that are spans of a text, and SQuAD's measures
 
 A kind is a config class; its keys are the section `task` of a recipe, and `task: <kind>` is one without keys.
 To add one: a subclass of Labelled (or of Task), and a line in TASKS.
@@ -17,7 +18,9 @@ To add one: a subclass of Labelled (or of Task), and a line in TASKS.
 
 from .base import Task
 from .causal_lm import CausalLM
+from .image_classification import ImageClassification
 from .masked_lm import MaskedLM
+from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .speech_tokens import SpeechTokens
 from .token_classification import TokenClassification
@@ -29,6 +32,8 @@ TASKS: dict[str, type[Task]] = {
     "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
+    "question_answering": QuestionAnswering,
+    "image_classification": ImageClassification,
     "speech_tokens": SpeechTokens,
 }
 

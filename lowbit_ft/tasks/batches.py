@@ -7,7 +7,7 @@ its longest row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,37 @@ from ..data.windows import IGNORE
 from .rows import Encoded
 
 PADS = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE}  # beside input_ids
+Shown = Callable[[Any, str], Encoded]  # (a row, what decides what is drawn of it) -> what a batch shows of it
 
 
 class RowBatches(Batches):
-    """Over Rows. taken: the names of what the model takes; all else but `answers` stays out."""
+    """Over Rows, or windows. taken: the names of what the model takes; all else but `answers` stays out.
+    shown: what a batch shows of a row; its key is of the seed, the epoch and the row."""
 
-    def __init__(self, *args: Any, taken: frozenset[str], **options: Any):
+    def __init__(self, *args: Any, taken: frozenset[str], shown: Shown, **options: Any):
         super().__init__(*args, **options)
-        self.taken = taken
+        self.taken, self.shown = taken, shown
 
     def _collate(self, windows: Sequence[Any], numbers: Sequence[int]) -> dict[str, Tensor]:
-        return pad(windows, self.pad_id, self.taken)
+        rows = [
+            self.shown(window, f"{self.seed}/{self.epoch}/{number}")
+            for window, number in zip(windows, numbers, strict=True)
+        ]
+        return pad(rows, self.pad_id, self.taken)
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, taken: frozenset[str]) -> dict[str, Tensor]:
     """Encoded rows -> int64 [B, L] of each list of integers, L the longest; of answers that are one to a row
-    [B], and [B, C] in fp32 of lists of floats."""
-    length = max(len(row["input_ids"]) for row in rows)
+    [B], [B, C] in fp32 of lists of floats, and tensors stacked."""
+    length = max(len(row.get("input_ids", ())) for row in rows)
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         if name not in taken:
             continue
         values = [row[name] for row in rows]
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+            continue
         if not isinstance(values[0], list) or isinstance(values[0][0], float):  # one answer to a row
             batch[name] = torch.tensor(values)
             continue

@@ -30,7 +30,7 @@ from ..model.walk import Batch
 from ..signals import Lesson
 from ..train.goal import Goal
 from .base import Dense, Feed, Measure, Task, inputs_of
-from .batches import RowBatches, taken_by
+from .batches import RowBatches, Shown, taken_by
 from .rows import Encoder, Rows, read_encoded
 
 MEASURED_TOKENS = 4096  # of a batch that is measured
@@ -42,6 +42,8 @@ class Labelled(Task):
     windows: ClassVar[bool] = False
     answers: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, what the model is not called with
     scored: ClassVar[bool] = True  # by scores.py, and its libraries
+    inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask"})  # what calibrators look at
+    unit: ClassVar[str] = "rows"  # what is measured, in the plural
 
     train_head: bool = Field(
         default=True, description="the head of the model trains, dense and whole, beside the adapters"
@@ -64,8 +66,10 @@ class Labelled(Task):
         """How many answers a batch has, int64, a scalar."""
 
     @abstractmethod
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
-        """(right answers, the model's) of a batch, as `score` takes them."""
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """(right answers, the model's) of a batch, made of these rows, as `score` takes them."""
 
     @abstractmethod
     def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
@@ -89,6 +93,10 @@ class Labelled(Task):
     ) -> Any:
         return read_encoded(source, section, self.encoder(source, section, tokenizer), rows)
 
+    def shown(self, tokenizer: Any, model: Any) -> Shown:
+        """What a batch shows of a row. model: what it is for; None: calibrators, which see all of it."""
+        return lambda row, key: row
+
     def batches(
         self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
     ) -> Batches:
@@ -102,6 +110,7 @@ class Labelled(Task):
             world=feed.world,
             shuffle=shuffle,
             taken=taken_by(model, self.answers),
+            shown=self.shown(feed.tokenizer, model),
         )
 
     def calibration(
@@ -116,15 +125,21 @@ class Labelled(Task):
         sequence_len: int,
         size: int,
     ) -> list[Batch]:
-        """A seeded choice of the rows, padded: what their masks hide, nobody looks at."""
+        """A seeded choice of the rows (or windows), padded: what their masks hide, nobody looks at."""
         section = section.model_copy(update={"sequence_len": sequence_len})
         pool = self.examples(source, section, tokenizer, rows=rows)
         picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
         if not picked:
             raise DataError("no usable row to calibrate on", named(source))
-        chosen = Rows(pool[i] for i in sorted(picked))
-        taken = frozenset({"input_ids", "attention_mask"})
-        found = RowBatches(chosen, min(size, len(chosen)), pad_id(tokenizer), shuffle=False, taken=taken)
+        chosen = type(pool)(pool[i] for i in sorted(picked))
+        found = RowBatches(
+            chosen,
+            min(size, len(chosen)),
+            pad_id(tokenizer),
+            shuffle=False,
+            taken=self.inputs,
+            shown=self.shown(tokenizer, None),
+        )
         return list(found.one_epoch())
 
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
@@ -142,11 +157,10 @@ class Answers(Measure):
     """Loss and scores of a task."""
 
     def __init__(self, task: Labelled, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
-        self.task, self.dense, self.count = task, dense, len(chosen)
-        self.unit = "windows" if task.windows else "rows"
-        size = max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
-        found = task.batches(feed.alone, model, chosen, size, shuffle=False)
-        self.data = list(found.one_epoch())
+        self.task, self.dense, self.count, self.unit = task, dense, len(chosen), task.unit
+        self.size = max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
+        self.batches = task.batches(feed.alone, model, chosen, self.size, shuffle=False)
+        self.rows = chosen
 
     def reference(self) -> Iterator[EvalRow]:
         yield self.row(self.dense.load(), "base")
@@ -159,20 +173,21 @@ class Answers(Measure):
         true: list[Any] = []
         said: list[Any] = []
         with packed_op_only(model):
-            for batch in self.data:
+            for number, batch in enumerate(self.batches.one_epoch()):
+                rows = self.rows[number * self.size : (number + 1) * self.size]
                 moved = {name: value.to(device) for name, value in batch.items()}
                 outputs = model(**inputs_of(moved, self.task.answers), use_cache=False)
                 labels = {name: moved[name] for name in self.task.answers}
                 total += float(self.task.loss(outputs, labels))
                 count += int(self.task.count(batch))
-                right, own = self.task.said(outputs, labels)
+                right, own = self.task.said(outputs, labels, rows)
                 true += right
                 said += own
         model.train(training)
         if not count:
             raise ValueError("the evaluation data has no answers: nothing to measure (check eval.data)")
         loss = total / count
-        perplexity = math.exp(min(loss, 700.0)) if self.task.windows else None
+        perplexity = math.exp(min(loss, 700.0)) if self.task.windows else None  # of tokens
         return EvalRow(stage, loss, perplexity, None, count, self.task.score(true, said))
 
 
@@ -207,8 +222,3 @@ class Answered(Goal):
             return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
 
         return forward
-
-
-def numbered(values: Sequence[Any]) -> list[Any]:
-    """A tensor's or list's values as plain numbers."""
-    return values.tolist() if isinstance(values, Tensor) else list(values)

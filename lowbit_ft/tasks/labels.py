@@ -19,8 +19,10 @@ UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has
 MOST = 10_000  # labels; a column of more is something else
 
 
-def label_values(names: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of labels in their order."""
+def label_values(names: Sequence[str] | None) -> dict[str, Any]:
+    """What config.json says of labels in their order; nothing new (None) where nobody has looked yet."""
+    if names is None:
+        return {}
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
@@ -64,6 +66,14 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any]) -> list[st
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
     return known if set(known) >= seen else sorted(seen)
+
+
+def labels_in(source: Any, column: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`found_labels` for one label per row. DataError where there is but one."""
+    found = found_labels(source, column, config)
+    if len(found) < 2:
+        raise DataError(f"the only label in {column!r} is {found[0]!r}: nothing to tell apart", named(source))
+    return tuple(found)
 
 
 def known_labels(config: Mapping[str, Any]) -> list[str]:

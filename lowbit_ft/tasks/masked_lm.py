@@ -17,19 +17,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..data.batches import Batches
 from ..data.errors import DataError
 from ..data.examples import load_examples
 from ..data.windows import IGNORE, Example, Examples
 from ..model.purpose import Purpose
-from ..model.tokenizer import pad_id
-from ..model.walk import Batch
-from .base import Feed
+from .batches import Shown
 from .labelled import Labelled
+from .rows import Encoded
 
 
 class MaskedLM(Labelled):
     windows: ClassVar[bool] = True
+    unit: ClassVar[str] = "windows"
     pipeline: ClassVar[str] = "fill-mask"
     auto: ClassVar[str] = "AutoModelForMaskedLM"
     peft: ClassVar[str | None] = None
@@ -54,42 +53,17 @@ class MaskedLM(Labelled):
         found.report.notes = [note for note in found.report.notes if "EOS" not in note]  # nothing is written
         return found
 
-    def batches(
-        self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
-    ) -> Batches:
-        assert not taught, "refused by the recipe"
-        return MaskedBatches(
-            examples,
-            size,
-            pad_id(feed.tokenizer),
-            feed.r.train.seed,
-            rank=feed.rank,
-            world=feed.world,
-            shuffle=shuffle,
-            hide=Hiding(self.mask, feed.tokenizer, model.config.vocab_size),
-        )
+    def shown(self, tokenizer: Any, model: Any) -> Shown:
+        """Windows with some tokens hidden; nothing is hidden from calibrators."""
+        hide = None if model is None else Hiding(self.mask, tokenizer, model.config.vocab_size)
 
-    def calibration(
-        self,
-        source: Any,
-        section: Any,
-        tokenizer: Any,
-        *,
-        rows: int | None,
-        seed: int,
-        samples: int,
-        sequence_len: int,
-        size: int,
-    ) -> list[Batch]:
-        """Windows in which nothing is hidden."""
-        section = section.model_copy(update={"sequence_len": sequence_len})
-        pool = self.examples(source, section, tokenizer, rows=rows)
-        picked = sorted(random.Random(seed).sample(range(len(pool)), min(samples, len(pool))))
-        chosen = Examples(pool[i] for i in picked)
-        found = MaskedBatches(chosen, min(size, len(chosen)), pad_id(tokenizer), shuffle=False)
-        return [
-            {name: value for name, value in batch.items() if name != "labels"} for batch in found.one_epoch()
-        ]
+        def show(window: Example, key: str) -> Encoded:
+            ids, labels = window.input_ids, [IGNORE] * len(window.input_ids)
+            if hide is not None:
+                ids, labels = hide(ids, key)
+            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+        return show
 
     def first(self, examples: Any, count: int | None) -> Any:
         return Examples(examples[:count] if count is not None else examples[:])
@@ -111,7 +85,9 @@ class MaskedLM(Labelled):
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
         right = labels["labels"]
         there = right != IGNORE
         return right[there].tolist(), outputs.logits[there].argmax(-1).tolist()
@@ -139,25 +115,3 @@ class Hiding:
             elif drawn < 0.9:
                 shown[place] = chance.randrange(self.vocabulary)
         return shown, labels
-
-
-class MaskedBatches(Batches):
-    """Windows, padded; hide: None shows them as they are."""
-
-    def __init__(self, *args: Any, hide: Hiding | None = None, **options: Any):
-        super().__init__(*args, **options)
-        self.hide = hide
-
-    def _collate(self, windows: Sequence[Example], numbers: Sequence[int]) -> dict[str, Tensor]:
-        length = max(len(window.input_ids) for window in windows)
-        ids = torch.full((len(windows), length), self.pad_id)
-        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-        for b, (window, number) in enumerate(zip(windows, numbers, strict=True)):
-            shown, own = window.input_ids, [IGNORE] * len(window.input_ids)
-            if self.hide is not None:
-                shown, own = self.hide(shown, f"{self.seed}/{self.epoch}/{number}")
-            size = len(shown)
-            ids[b, :size], labels[b, :size], mask[b, :size] = (
-                torch.tensor(values) for values in (shown, own, [1] * size)
-            )
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

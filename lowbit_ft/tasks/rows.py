@@ -1,6 +1,6 @@
 """Rows with answers: read by data/read.py, encoded by the tokenizer, counted.
 
-    row (columns)  ->  Encoded: what the tokenizer makes of its text, and its answer
+    row (columns)  ->  [Encoded]: what the tokenizer makes of its text, and its answer; or pieces of them
 
 Nothing is dropped in silence: RowReport counts rows that were cut, skipped or had columns nobody reads.
 """
@@ -25,10 +25,12 @@ Encoded = dict[str, Any]  # input_ids [L] and friends, and the answer, as plain 
 
 @dataclass
 class RowReport:
-    """What became of the rows: rows = used + skipped (malformed). answers: how often each is there."""
+    """What became of the rows: rows = used + skipped (malformed). pieces: what they became, one to a row
+    where none is cut in several; tokens: 0 of images. answers: how often each is there."""
 
     rows: int = 0
     used: int = 0
+    pieces: int = 0
     skipped: int = 0
     truncated: int = 0
     tokens: int = 0
@@ -40,10 +42,11 @@ class RowReport:
     answers: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.used:,} of {self.rows:,} rows used: {self.tokens:,} tokens, the longest row "
-            f"{self.longest:,}"
-        ]
+        lines = [f"{self.used:,} of {self.rows:,} rows used"]
+        if self.tokens:
+            what = "row" if self.pieces == self.used else "piece"
+            pieces = "" if what == "row" else f"{self.pieces:,} pieces, "
+            lines[0] += f": {pieces}{self.tokens:,} tokens, the longest {what} {self.longest:,}"
         if self.answers:
             told = [f"{name} {count:,}" for name, count in self.answers.most_common(10)]
             more = f" and {len(self.answers) - 10} more" if len(self.answers) > 10 else ""
@@ -84,20 +87,25 @@ class Rows(Sequence[Encoded]):
         """sha256 over everything in them: a resumed run must be given the same data."""
         sha = hashlib.sha256()
         for row in self._rows:
-            sha.update(json.dumps(row, sort_keys=True).encode())
+            sha.update(json.dumps(row, sort_keys=True, default=_named).encode())
         return sha.hexdigest()
 
     def by_length(self) -> Rows:
         """The longest first, so that rows of a batch are alike."""
-        return Rows(sorted(self._rows, key=lambda row: -len(row["input_ids"])), self.report)
+        return Rows(sorted(self._rows, key=lambda row: -len(row.get("input_ids", ()))), self.report)
+
+
+def _named(value: Any) -> str:
+    """Bytes (of an image) by their digest."""
+    return hashlib.sha256(value).hexdigest()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a task reads a row. encode(row) -> what becomes of it, BadRow where that is nothing; answer(row) ->
-    its answer as a word for the report; reads: the columns."""
+    """How a task reads a row. encode(row) -> what becomes of it, BadRow where that is nothing; answers(piece)
+    -> its answers as words for the report; reads: the columns."""
 
-    encode: Callable[[Mapping[str, Any]], Encoded]
+    encode: Callable[[Mapping[str, Any]], list[Encoded]]
     answers: Callable[[Encoded], Iterable[str]]
     reads: frozenset[str]
 
@@ -123,7 +131,7 @@ def _encoded(
                 if row.value is None:
                     raise BadRow(row.problem or "not a row")
                 made = encoder.encode(row.value)
-                beyond = max(made["input_ids"], default=0)
+                beyond = max((max(piece.get("input_ids", ()), default=0) for piece in made), default=0)
                 if rows is not None and beyond >= rows:
                     raise BadRow(f"its token {beyond} has no row in the model's embedding of {rows}")
             except BadRow as error:
@@ -135,12 +143,14 @@ def _encoded(
                     report.problems.append(str(DataError(str(error), row.file, row.number)))
                 continue
             report.unread.update(name for name in row.value if name not in encoder.reads)
-            report.answers.update(encoder.answers(made))
             report.used += 1
-            report.truncated += bool(made.pop("cut"))
-            report.tokens += len(made["input_ids"])
-            report.longest = max(report.longest, len(made["input_ids"]))
-            yield made
+            for piece in made:
+                report.answers.update(encoder.answers(piece))
+                report.truncated += bool(piece.pop("cut", False))
+                size = len(piece.get("input_ids", ()))
+                report.pieces, report.tokens = report.pieces + 1, report.tokens + size
+                report.longest = max(report.longest, size)
+                yield piece
 
 
 def encoded_text(tokenizer: Any, limit: int, *texts: Any, **options: Any) -> Any:

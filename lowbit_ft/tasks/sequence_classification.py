@@ -7,7 +7,7 @@ by name or number. The loss is the cross entropy; of several labels a binary one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import UNKNOWN, found_labels, label_id, label_values
+from .labels import UNKNOWN, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, encoded_text, number_of, of_column, text_of
 
 # Columns of text, in the order in which they are looked for: those of GLUE, and the usual ones.
@@ -67,24 +67,18 @@ class SequenceClassification(Labelled):
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         if self.regression or self.labels is not None or r.data.train is None:
             return self
-        found = found_labels(r.data.train, self.label, config)
-        if len(found) < 2:
-            raise DataError(
-                f"the only label in {self.label!r} is {found[0]!r}: nothing to tell apart",
-                named(r.data.train),
-            )
-        return self.model_copy(update={"labels": tuple(found)})
+        return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
 
     def purpose(self, seed: int) -> Purpose:
-        names = ("LABEL_0",) if self.regression else self.labels or UNKNOWN
+        names = ("LABEL_0",) if self.regression else self.labels
         return Purpose(self.auto, {**label_values(names), "problem_type": self.problem_type}, seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         columns = self.text or _columns(source)
 
-        def encode(row: Mapping[str, Any]) -> Encoded:
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
             made = encoded_text(tokenizer, section.sequence_len, *(text_of(row, name) for name in columns))
-            return {**made, "labels": self.answer(row)}
+            return [{**made, "labels": self.answer(row)}]
 
         return Encoder(encode, self._told, frozenset([*columns, self.label]))
 
@@ -124,7 +118,9 @@ class SequenceClassification(Labelled):
         shape = (windows, len(self.labels or UNKNOWN)) if self.several else (windows,)
         return {"labels": torch.empty(shape, dtype=torch.int64)}
 
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
         logits, right = outputs.logits.float(), labels["labels"].tolist()
         if self.regression:
             return right, logits[:, 0].tolist()

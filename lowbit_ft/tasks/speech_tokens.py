@@ -213,7 +213,9 @@ class SpeechTokens(Labelled):
         )
         return self.loss(outputs, {"labels": sound[2], "counted": seen}) if loss else outputs
 
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
         return [], []  # what is measured beside the loss is of sound that is made: Speech
 
     def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:

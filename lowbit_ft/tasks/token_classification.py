@@ -6,7 +6,7 @@ its label; its other tokens, like the special ones, carry none, as in transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import UNKNOWN, found_labels, label_id, label_values
+from .labels import found_labels, label_id, label_values
 from .rows import Encoded, Encoder, encoded_text, of_column
 
 
@@ -45,7 +45,7 @@ class TokenClassification(Labelled):
         return self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels or UNKNOWN), seed)
+        return Purpose(self.auto, label_values(self.labels), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         if not getattr(tokenizer, "is_fast", False):
@@ -55,7 +55,7 @@ class TokenClassification(Labelled):
             )
         names = list(self.labels or ())
 
-        def encode(row: Mapping[str, Any]) -> Encoded:
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
             words, given = of_column(row, self.words), of_column(row, self.label)
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not words:
                 raise BadRow(f"{self.words!r} must be a list of strings, and not empty")
@@ -63,7 +63,7 @@ class TokenClassification(Labelled):
                 raise BadRow(f"{self.label!r} must be a list of {len(words)} labels, one for each word")
             numbers = [label_id(one, self.label, names) for one in given]
             made = encoded_text(tokenizer, section.sequence_len, words, is_split_into_words=True)
-            return {**made, "labels": self._carried(made.word_ids(), numbers)}
+            return [{**made, "labels": self._carried(made.word_ids(), numbers)}]
 
         return Encoder(encode, self._told, frozenset([self.words, self.label]))
 
@@ -90,7 +90,9 @@ class TokenClassification(Labelled):
     def blank(self, windows: int, length: int) -> dict[str, Tensor]:
         return {"labels": torch.empty((windows, length), dtype=torch.int64)}
 
-    def said(self, outputs: Any, labels: dict[str, Tensor]) -> tuple[list[Any], list[Any]]:
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
         right = labels["labels"]
         there = right != IGNORE
         return right[there].tolist(), outputs.logits.argmax(-1)[there].tolist()

@@ -30,6 +30,10 @@ class Goal:
         """How many answers of a micro-batch each part of the loss counts, int64 [parts], on the CPU."""
         raise AssertionError(f"{type(self).__name__} has no counts")
 
+    def size(self, batch: dict[str, Tensor]) -> int:
+        """The tokens of a micro-batch, for the pace that is told; of images, how many they are."""
+        return batch["input_ids"].numel() if "input_ids" in batch else len(batch["pixel_values"])
+
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool
     ) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _loop(
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
             counts = run.counts(micro)
-            tokens = sum(batch["input_ids"].numel() for batch in micro)
+            tokens = sum(run.goal.size(batch) for batch in micro)
 
             # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
             window = window_of(run, micro, counts)

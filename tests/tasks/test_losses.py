@@ -13,13 +13,14 @@ import transformers
 from torch import Tensor
 
 from lowbit_ft.data.windows import IGNORE
+from lowbit_ft.model.images import read_processor
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.tasks import TASKS, scores
 from lowbit_ft.tasks.base import Feed, inputs_of
 from lowbit_ft.tasks.labelled import Answered, Labelled
 from lowbit_ft.tasks.masked_lm import Hiding
 from lowbit_ft.train.losses import LABELS
-from tests import encoders
+from tests import encoders, images
 
 SECTION = SimpleNamespace(sequence_len=16, on_bad_row="error", packing=True, streaming=False, train_on="all")
 NUMBERS = [{"text": row["text"], "label": len(row["text"]) / 10} for row in encoders.rows(9)]
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"kind": "token_classification", "labels": ("O", *encoders.COLOURS)},
         encoders.tagged(9),
     ),
+    "question_answering": ({"kind": "question_answering", "stride": 2}, encoders.asked(9)),
+    "image_classification": ({"kind": "image_classification", "labels": images.LABELS}, images.rows(9)),
 }
 
 
@@ -53,18 +56,28 @@ def task_of(name: str) -> Labelled:
     return made
 
 
+def read_by(task: Labelled, path: Path) -> tuple[Any, Any]:
+    """(the configuration of a small model, what reads its rows)"""
+    if task.reads == "text":
+        return encoders.KINDS["bert"](), encoders.tokenizer()
+    folder = images.vit(path / "vit")
+    return transformers.AutoConfig.from_pretrained(folder), read_processor(folder)
+
+
 def batches_of(
-    task: Labelled, path: Path, found: list[dict[str, Any]], model: Any
+    task: Labelled, path: Path, found: list[dict[str, Any]], model: Any, tokenizer: Any
 ) -> list[dict[str, Tensor]]:
+    pictures = task.reads == "images"
     source = SimpleNamespace(
-        path=encoders.write(path / "rows.jsonl", found),
+        path=str(images.folder_of(path / "pictures", found, "train"))
+        if pictures
+        else encoders.write(path / "rows.jsonl", found),
         format="text" if task.windows else None,
         split="train",
         name=None,
         revision=None,
         limit=None,
     )
-    tokenizer = encoders.tokenizer()
     examples = task.examples(source, SECTION, tokenizer)
     feed = Feed(SimpleNamespace(train=SimpleNamespace(seed=0)), tokenizer)
     return list(task.batches(feed, model, examples, 4, shuffle=False).one_epoch())
@@ -79,11 +92,12 @@ def test_it_is_the_loss_of_transformers(name: str, tmp_path: Path) -> None:
     task = task_of(name)
     purpose = task.purpose(0)
     assert purpose is not None
-    config = purpose.applied(encoders.KINDS["bert"](), tmp_path)
+    config, tokenizer = read_by(task, tmp_path)
+    config = purpose.applied(config, tmp_path)
     torch.manual_seed(0)
     model = getattr(transformers, task.auto).from_config(config).eval()
-    found = batches_of(task, tmp_path, CASES[name][1], model)
-    lengths = {tuple(batch["input_ids"].shape) for batch in found}
+    found = batches_of(task, tmp_path, CASES[name][1], model, tokenizer)
+    lengths = {tuple(next(iter(batch.values())).shape) for batch in found}
     assert len(found) > 1 and len(lengths) > 1, "ragged"
     for batch in found:
         goal, count = Answered(task), int(task.count(batch))

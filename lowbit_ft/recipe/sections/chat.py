@@ -86,6 +86,8 @@ def _template(r: Any, fetch: bool) -> tuple[str | None, list[Problem]]:
 
 def check_chat(r: Any) -> Problems:
     """Formats of turns need a chat template."""
+    if r.task.reads != "text":
+        return
     folder = Path(r.model.path).expanduser()
     if not path_is(folder, "dir") or has_chat_template(folder):
         return  # a hub id: data/examples.py looks, once the tokenizer is there

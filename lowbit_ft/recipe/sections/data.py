@@ -16,7 +16,7 @@ from ...data.formats import FORMATS
 from ...data.mix import named, sources_of, unmixable, weights_of
 from ...data.synthesis import SYNTHESIS, SynthesisConfig
 from ...names import HUB_ID
-from ..layers import POSITIONS, shapes_here
+from ..layers import shapes_here
 from ..paths import globs, near_names, path_is
 from ..values import OneKind, OneOf
 from ..yaml import KeyPath, Problem
@@ -243,7 +243,7 @@ def check_synthesis(r: Any) -> Problems:
 def check_lengths(r: Any) -> Problems:
     """Window lengths against the positions the model has."""
     shapes = shapes_here(r.model.path, r.model.revision)
-    limit = shapes.number(*POSITIONS) if shapes else None
+    limit = shapes.positions if shapes else None
     if limit is None:
         return
     pairs = any(FORMATS[s.format].pairs for s in sources_of(r.data.train) if s.format is not None)

@@ -15,6 +15,7 @@ from ...data.mix import sources_of
 from ...export import EXPORTERS
 from ...files.tensorfile import CheckpointError
 from ...model.config import load_config
+from ...model.images import read_processor
 from ...names import listed
 from ...tasks import scores
 from ...tasks.labelled import Labelled
@@ -51,7 +52,12 @@ def check_task(r: Any) -> Problems:
     for path, got, why in _strange(r):
         yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     folder = local_folder(r.model.path, r.model.revision)
-    if folder is not None and _pads(folder) is None:
+    if folder is not None and r.task.reads == "images":
+        try:
+            read_processor(folder)
+        except CheckpointError as error:
+            yield Problem(("model", "path"), f"got {r.model.path!r}: {error}")
+    elif folder is not None and _pads(folder) is None:
         yield Problem(
             ("model", "path"),
             f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
@@ -59,12 +65,6 @@ def check_task(r: Any) -> Problems:
         )
     if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := scores.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
-    if r.task.trains_head and r.model.dtype != "float32":
-        yield Problem(
-            ("model", "dtype"),
-            f"got {r.model.dtype!r}, and the head of task: {kind} trains and ships in fp32; set float32 "
-            "(train.mixed_precision: bf16 computes in 16 bits), or task.train_head: false",
-        )
 
 
 def _pads(folder: Path) -> Any:
@@ -83,6 +83,10 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("quant", "rotation", "kind"), quant.rotation.kind, "folds are known of decoders; set none"
     if quant.smooth is not None:
         yield ("quant", "smooth"), quant.smooth, "folds are known of decoders; set null"
+    if r.task.reads == "images" and r.model.add_tokens is not None:
+        yield ("model", "add_tokens"), r.model.add_tokens.tokens, "it reads no tokens; set null"
+    if r.task.reads == "images" and (data.chat_template is not None or data.chat_template_kwargs):
+        yield ("data", "chat_template"), "a template", "it reads no text; remove it and its kwargs"
     if quant.kv_cache is not None:
         yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
     if quant.embeddings is not None and r.task.windows:

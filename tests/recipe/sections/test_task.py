@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.recipe.recipe import load_recipe
-from tests import encoders
+from tests import encoders, images
 from tests.recipe.recipe_text import GOOD, bad_recipes, refused, refused_with, write
 
 CLASSES = ("quant:\n", "task: sequence_classification\nquant:\n")
@@ -39,10 +39,10 @@ BAD = [
         "data.train.format: missing; add `format: ...`",
     ),
     (
-        "bf16",
+        "questions to a decoder",
         CLASSES,
-        (FORMAT, "model.dtype=bfloat16"),
-        "model.dtype: got 'bfloat16', and the head of task: sequence_classification trains and ships in fp32",
+        (FORMAT, "task=question_answering"),
+        "the files of this llama have nothing of that name",
     ),
     (
         "rotation",
@@ -105,3 +105,22 @@ def test_the_plan_knows_the_head_and_the_rows(tmp_path: Path) -> None:
     assert large.trainable == small.trainable + 33
     works = [made.parts["one layer"] + made.parts["saved layer inputs"] for made in (small, large)]
     assert works[1] > 2 * works[0]
+
+
+def test_the_plan_runs_questions_and_images_without_data(tmp_path: Path) -> None:
+    """Traced, not estimated; a window of images is its patches."""
+    models = {"question_answering": encoders.encoder(tmp_path / "bert"), "image_classification": None}
+    models["image_classification"] = images.vit(tmp_path / "vit")
+    rows = encoders.write(tmp_path / "rows.jsonl", encoders.rows(4))
+    for task, model in models.items():
+        changes = (
+            f"model.path={model}",
+            f"data.train={{path: {rows}}}",
+            "quant.group_size=32",
+            f"task={task}",
+        )
+        length = "data.sequence_len=17" if task == "image_classification" else LENGTH
+        found = plan(load_recipe(write(GOOD.replace(*CLASSES)), (*changes, length)))
+        assert found is not None and not found.notes and found.trainable > 0, found
+    long = refused(GOOD.replace(*CLASSES), (*changes, "data.sequence_len=18"))
+    assert any("at most the 17 positions" in problem for problem in long), long

@@ -1,0 +1,108 @@
+"""task: image_classification. A label for a picture.
+
+Rows as `datasets` has them: {image, label}, of a parquet file (the bytes of the picture in it), of a folder
+of pictures whose folders are the labels, or of any rows whose `image` is the path of a file. What is held in
+memory is the picture as it is in its file; a batch decodes its own. The checkpoint's image processor does the
+rest.
+
+What cuts a picture into patches is a convolution: it stays dense, as it came, and so do positions. Everything
+behind it is linears. Pictures are shown as they are: nothing is cropped or flipped at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ..data.errors import BadRow, kind
+from ..model.images import picture_of, pixels, problem_of
+from ..model.purpose import Purpose, example_of
+from . import scores
+from .base import Task
+from .batches import Shown
+from .labelled import Labelled
+from .labels import label_id, label_values, labels_in
+from .rows import Encoded, Encoder, of_column
+
+
+class ImageClassification(Labelled):
+    reads: ClassVar[str] = "images"
+    pipeline: ClassVar[str] = "image-classification"
+    auto: ClassVar[str] = "AutoModelForImageClassification"
+    peft: ClassVar[str | None] = None
+    inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values"})
+    unit: ClassVar[str] = "images"
+
+    kind: Literal["image_classification"] = "image_classification"
+    image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
+    label: str = Field(default="label", description="the column of the answer")
+    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+        default=None, description="the labels by name, in their order; null: those that the rows have"
+    )
+
+    def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
+        if self.labels is not None or r.data.train is None:
+            return self
+        return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
+
+    def purpose(self, seed: int) -> Purpose:
+        return Purpose(self.auto, label_values(self.labels), seed)
+
+    def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
+        names = list(self.labels or ())
+
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+            data = file_of(of_column(row, self.image), self.image)
+            if (why := problem_of(data)) is not None:
+                raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
+            return [{"image": data, "labels": label_id(of_column(row, self.label), self.label, names)}]
+
+        return Encoder(encode, lambda made: [names[made["labels"]]], frozenset([self.image, self.label]))
+
+    def shown(self, tokenizer: Any, model: Any) -> Shown:
+        """tokenizer: the image processor."""
+        return lambda row, key: {
+            "pixel_values": pixels(tokenizer, picture_of(row["image"])),
+            "labels": row["labels"],
+        }
+
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        image = example_of(model.config.to_dict(), self.purpose(0))["pixel_values"]
+        outputs = model(pixel_values=torch.empty((windows, *image.shape[1:])))
+        return self.loss(outputs, {"labels": torch.empty(windows, dtype=torch.int64)}) if loss else outputs
+
+    def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs.logits.float(), labels["labels"], reduction="sum")
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.tensor(len(batch["labels"]))
+
+    def said(
+        self, outputs: Any, labels: dict[str, Tensor], rows: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        return labels["labels"].tolist(), outputs.logits.argmax(-1).tolist()
+
+    def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
+        return scores.of_classes(true, said, len(self.labels or ()))
+
+
+def file_of(value: Any, column: str) -> bytes:
+    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path. BadRow."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str | Path) or not value:
+        raise BadRow(
+            f"{column!r} must be a picture, as datasets keeps it, or the path of one; got {kind(value)}"
+        )
+    try:
+        return Path(value).expanduser().read_bytes()
+    except OSError as error:
+        raise BadRow(f"{column!r}: {value} cannot be read: {error.strerror or error}") from error

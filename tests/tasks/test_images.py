@@ -1,0 +1,151 @@
+"""The whole line for a ViT: pictures in, integers out, and what stays dense said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from lowbit_ft import pipeline as line
+from lowbit_ft.data.errors import DataError
+from lowbit_ft.export.reader import load_exported
+from lowbit_ft.files.tensorfile import CheckpointError
+from lowbit_ft.model.images import patches, picture_of, pixels, read_processor
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.stages.outside import export_outside
+from lowbit_ft.tasks import TASKS
+from tests import encoders, images
+
+PROJECTION = "vit.embeddings.patch_embeddings.projection.weight"
+
+
+def recipe(folder: Path, count: int = 96, **changes: Any) -> Path:
+    train = str(images.folder_of(folder / "pictures", images.rows(count), "train"))
+    valid = images.parquet(folder / "valid.parquet", images.rows(count // 3, seed=1))
+    data = {"train": {"path": train}, "valid": {"path": valid}, "sequence_len": 17}
+    found = encoders.recipe(
+        folder, images.vit(folder / "model"), "image_classification", train, data=data, **changes
+    )
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(found))
+    return file
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """W4 with inputs of 8 bits; pictures of a folder are learned, those of a parquet file are measured."""
+    folder = tmp_path_factory.mktemp("vit")
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr("lowbit_ft.session.Session.say", lambda _, text: said.append(str(text)))
+        line.run(
+            load_recipe(
+                recipe(
+                    folder,
+                    quant={"calibrate": "gptq", "activations": {"kind": "token", "bits": 8}},
+                    adapter={"method": "full_qat"},
+                    train={"max_steps": 45, "micro_batch_size": 16, "learning_rate": 5e-2}
+                    | {"modules_learning_rate": 2e-2},
+                )
+            )
+        )
+    rows = json.loads((folder / "run" / "evaluation.json").read_text())["rows"]
+    return SimpleNamespace(
+        folder=folder, run=folder / "run", said="\n".join(said), rows={row["stage"]: row for row in rows}
+    )
+
+
+def test_it_learns_and_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
+    assert list(ran.rows) == ["base", "quantized", "trained", "merged"]
+    scores = {stage: row["scores"] for stage, row in ran.rows.items()}
+    assert scores["trained"]["accuracy"] > 0.85 > scores["quantized"]["accuracy"]
+    assert ran.rows["merged"]["loss"] == ran.rows["trained"]["loss"]
+    assert scores["merged"] == scores["trained"]
+    assert "96 of 96 rows used\n" in ran.said and "answers: " in ran.said and "32 images" in ran.said
+
+
+def test_the_convolution_stays_as_it_came_and_is_said(ran: SimpleNamespace) -> None:
+    table = json.loads((ran.run / "quant.json").read_text())
+    assert sum(row["action"] == "quantized" for row in table) == 12
+    reasons = {row["layer"]: row["reason"] for row in table if row["action"] != "quantized"}
+    assert reasons[PROJECTION] == "Conv2d: no linear layer, stays in float32"
+    merged, came = (load_file(ran.folder / f / "model.safetensors") for f in ("run/merged", "model"))
+    own = PROJECTION.removeprefix("vit.")  # as the checkpoint of a body calls it
+    assert torch.equal(merged[own], came[own])
+    assert f"stayed dense, as they came: {PROJECTION}" in (ran.run / "merged" / "README.md").read_text()
+    assert "Conv2d: no linear layer" in (ran.run / "report.html").read_text()
+
+
+def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
+    """Transformers' pipeline on merged/, ONNX Runtime on the graph: the same labels, and logits."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_outside(ran.run / "merged", "onnx", tmp_path / "graph")
+    found = images.rows(12, seed=3)
+    pictures = [picture_of(row["image"]) for row in found]
+    said = pipeline("image-classification", str(ran.run / "merged"))(pictures)
+    assert sum(one[0]["label"] == row["label"] for one, row in zip(said, found, strict=True)) >= 10
+    merged = AutoModelForImageClassification.from_pretrained(ran.run / "merged").eval()
+    processor = AutoImageProcessor.from_pretrained(ran.run / "merged", backend="pil")
+    batch = processor(pictures, return_tensors="pt")
+    torch.testing.assert_close(
+        batch["pixel_values"], torch.stack([pixels(read_processor(ran.run / "merged"), x) for x in pictures])
+    )
+    with torch.no_grad():
+        logits = load_exported(tmp_path / "graph", dtype=torch.float32)(**batch).logits
+        # inputs of 8 bits may round to the other side of a tie
+        torch.testing.assert_close(logits, merged(**batch).logits, rtol=1e-2, atol=1e-2)
+    card = (ran.run / "merged" / "README.md").read_text()
+    assert "AutoImageProcessor" in card and "AutoTokenizer" not in card and "IMAGE.png" in card
+
+
+def test_rows_that_are_no_pictures(tmp_path: Path) -> None:
+    task = TASKS["image_classification"].model_validate(
+        {"kind": "image_classification", "labels": images.LABELS}
+    )
+    section = SimpleNamespace(sequence_len=17, on_bad_row="error")
+    (tmp_path / "text.png").write_text("no picture")
+    for value, said in (
+        (str(tmp_path / "text.png"), "'image' is no picture that Pillow reads"),
+        (str(tmp_path / "none.png"), "none.png cannot be read: No such file"),
+        (3, "'image' must be a picture, as datasets keeps it, or the path of one; got a number"),
+    ):
+        path = encoders.write(tmp_path / "rows.jsonl", [{"image": value, "label": "across"}])
+        source = SimpleNamespace(path=path, format=None, split="train", name=None, revision=None, limit=None)
+        with pytest.raises(DataError, match=said):
+            task.examples(source, section, None)
+
+
+def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    file = recipe(tmp_path, 6, model={"add_tokens": ["<x>"]})
+    with pytest.raises(RecipeError, match="model.add_tokens.*it reads no tokens; set null"):
+        load_recipe(file)
+    config = tmp_path / "model" / "preprocessor_config.json"
+    config.write_text(config.read_text().replace("32", "16"))
+    with pytest.raises(CheckpointError, match=r"makes images of \[3, 16, 16\].*takes \[3, 32, 32\]"):
+        read_processor(tmp_path / "model")
+    config.unlink()
+    with pytest.raises(RecipeError, match="image processor cannot be loaded.*preprocessor_config.json"):
+        load_recipe(file)
+    assert patches({"image_size": 32, "patch_size": [8, 8]}) == 17 and patches({"vocab_size": 3}) is None
+
+
+def test_a_picture_is_shown_the_right_way_up() -> None:
+    """A turned JPEG says so in its EXIF data."""
+    import io
+
+    upright = Image.new("RGB", (8, 16), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    file = io.BytesIO()
+    upright.save(file, "JPEG", exif=exif)
+    assert picture_of(file.getvalue()).size == (16, 8)
