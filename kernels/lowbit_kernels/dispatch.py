@@ -287,8 +287,9 @@ def takes(arguments: dict[str, Any]) -> bool:
     multiple of 32 channels or the whole row, so that a run of 32 channels never needs two scales. The
     reference takes everything else. Nor do they know a dense part (grid.py's delta): its codes are a few
     passes over memory and its gradient a product of the BLAS. Nor a mask: the reference makes its codes and
-    gradients, in chunks of rows, and the products with these codes are the kernels' as always."""
-    if arguments.get("delta") is not None or arguments.get("mask") is not None:
+    gradients, in chunks of rows, and the products with these codes are the kernels' as always. Nor a lowest
+    code that is not 0, likewise."""
+    if arguments.get("delta") is not None or arguments.get("mask") is not None or arguments.get("lowest"):
         return False
     x = arguments.get("x", arguments.get("dy", arguments.get("weight")))
     if x is not None and x.dtype not in _DTYPES or arguments.get("dtype", torch.float32) not in _DTYPES:

@@ -139,7 +139,7 @@ def _matmul_dx(args: tuple[Any, ...], arch: int) -> int:
 
 def _codes(args: tuple[Any, ...], arch: int) -> int:
     grid, (k, _) = GridWeight(*args[: len(GridWeight._fields)]), args[len(GridWeight._fields) :]
-    if grid.delta is not None or grid.mask is not None:
+    if grid.delta is not None or grid.mask is not None or grid.lowest:
         return -1  # the reference makes them (dispatch.takes)
     codes, bits = grid.codes, grid.bits
     return codes.shape[0] * packed_width(k, bits) * 2
@@ -147,7 +147,7 @@ def _codes(args: tuple[Any, ...], arch: int) -> int:
 
 def _gradients(args: tuple[Any, ...], arch: int) -> int:
     x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
-    if grid.mask is not None:
+    if grid.mask is not None or grid.lowest:
         return -1
     codes, a, b, units, bits = grid.codes, grid.a, grid.b, grid.units, grid.bits
     (m, k), n, size = x.shape, codes.shape[0], x.element_size()

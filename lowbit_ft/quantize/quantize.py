@@ -215,6 +215,8 @@ class Packing:
                 kind = "layer" if self.targets[name].expert is None else "expert"
                 why = f"no calibration token reached this {kind}"
             note = f"{why}: calibrated by {grid.start}"
+        elif run.reject(grid) is not None:  # a head or an embedding of other bits than the layers
+            run, note = CALIBRATORS[grid.start], f"{grid.bits} bits: calibrated by {grid.start}"
         locks = isinstance(grid, IntGrid) and grid.mask
         if (
             locks

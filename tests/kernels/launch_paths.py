@@ -76,7 +76,7 @@ def main() -> None:
         torch.rand(2, k // g, n).bfloat16(),
     )
     a, b, wide = torch.randn(rank, k), torch.randn(n, rank), scale.float()
-    grid = (codes, None, scale, None, a, b, None, None, wide, None, None, None, 1.0, "grid", 4, 0)
+    grid = (codes, None, scale, None, a, b, None, None, wide, None, None, None, 1.0, "grid", 4, 0, 0)
     calls = {
         "decode": lambda: matmul_triton.packed_matmul(x[:1], codes, scale, zero, None, 4, g),
         "fused": lambda: matmul_triton.packed_matmul(x, codes, scale, None, None, 4, g),
