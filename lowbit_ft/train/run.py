@@ -175,6 +175,8 @@ class Run:
         its place in the step."""
         if self.prepared.noise is not None:
             self.prepared.noise.at(self.now.step, micro)
+        if not measured:
+            self.lesson.at(self.now.step, self.total, self.section.seed)
         # Measuring goes not through DDP's wrapper: processes may have unequal shares.
         model = self.model if measured else self.wrapped
         asked = self.goal.asked(self.model, self.lesson, batch, self.accelerator.device, measured)
@@ -187,9 +189,12 @@ class Run:
         return self.over_processes(counts)
 
     def drop_idle_gradients(self) -> None:
-        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part,
-        zeros. Zeros would fill Adam's averages: its first real steps would then be several times too long.
+        """In a warm-up the scale group has no gradient, nor what an intervention cuts off, or under DDP, where
+        every tensor must take part, zeros. Zeros would fill Adam's averages: its first real steps would then be
+        several times too long.
         """
+        for parameter in self.lesson.idle:
+            parameter.grad = None
         if self.now.step < self.choose_after:
             for group in self.raw_optimizer.param_groups:
                 for parameter in group["params"] if group["name"] == "scale" else ():
