@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import NAME as SEGMENTS
+
 NAME = "lowbit_maps"
 SEAT = "lowbit_seat"  # the attribute of a module that is looked at
 HIDDEN = -1e2  # what a mask adds to a score that nobody sees is below it
@@ -51,7 +53,7 @@ def why_no_maps(model: Any) -> str:
             "attention interface"
         )
     chosen = body.config._attn_implementation
-    if chosen not in ("sdpa", "eager", NAME):
+    if chosen not in ("sdpa", "eager", SEGMENTS, NAME):
         return f"its attention is {chosen}, which never has its scores in memory (set model.attention: sdpa)"
     return ""
 
