@@ -1,13 +1,14 @@
-"""Steps to reach a metric at ternary weights: layer-wise distillation with and without an intervening teacher.
+"""Steps to reach a metric at ternary weights: layer-wise distillation with and without an intervening
+teacher.
 
     python -m benchmarks.intervention [--steps 160] [--seeds 0 1] [--only gradual none ...] [--rate 1e-2]
 
-A BERT of two layers, 64 wide, learns in full precision to name the classes of two words that stand somewhere in
-a row, one of 36 answers: attention has to find them. That is the teacher. The student is its ternary
-base (`calibrate: ternary`, inputs of 8 bits by token), trained by full_qat on `signal: layers`, with each mode
-of intervention in the first half of the steps, and with none; `labels` learns from the rows alone. Accuracy on
-512 held-out rows, without the teacher, every 10 steps; `reaches` is the first step from which on it stays at or
-above 90 % of the teacher's. The rows go to benchmarks/results/intervention.json.
+A BERT of four layers, 32 wide, learns in full precision to name the classes of two words that stand somewhere
+in a row, one of 36 answers: attention has to find them. That is the teacher. The student is its ternary base
+(`calibrate: ternary`, whole rows, inputs of 8 bits by token), trained by full_qat on `signal: layers`, with
+each mode of intervention in the first half of the steps, and with none; `labels` learns from the rows alone.
+Accuracy on 512 held-out rows, without the teacher, every 10 steps; `reaches` is the first step from which on
+it stays at or above 90 % of the teacher's. The rows go to benchmarks/results/intervention.json.
 """
 
 from __future__ import annotations

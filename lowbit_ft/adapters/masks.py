@@ -1,5 +1,5 @@
-"""Zeros that stay zeros (quant.sparsity), and a lowest code that stays unused (quant.calibrate: ternary), while
-a method trains: who cannot keep them, and why.
+"""Zeros that stay zeros (quant.sparsity), and a lowest code that stays unused (quant.calibrate: ternary),
+while a method trains: who cannot keep them, and why.
 
 What moves codes through `GridArgs` needs to do nothing: the ops hold masked codes at the zero point, forward
 and backward (lowbit_kernels/codes.py). What is refused reaches a weight by another way.
@@ -39,16 +39,16 @@ def against_mask(config: Any) -> str | None:
 
 
 def against_narrow(config: Any) -> str | None:
-    """Why a method as it is set cannot keep the levels of a narrow grid, with the way out; None when it can."""
+    """Why a method as it is set cannot keep the levels of a narrow grid, with the way out; None: it can."""
     if not config.keeps_zeros:
         return (
-            f"{config.method} is rounded anew when it is merged, to all codes of the grid, and quant.calibrate: "
-            "ternary leaves the lowest unused; use lr_qat, dl_qat, l4q or full_qat, whose codes are those of "
-            "training"
+            f"{config.method} is rounded anew when it is merged, to all codes of the grid, and "
+            "quant.calibrate: ternary leaves the lowest unused; use lr_qat, dl_qat, l4q or full_qat, whose "
+            "codes are those of training"
         )
     if (offset := getattr(config, "offset", "none")) not in ("auto", "none"):
         return (
-            f"adapter.offset: {offset} moves the level that is 0, and quant.calibrate: ternary is for -s, 0, s; "
-            "set offset: none"
+            f"adapter.offset: {offset} moves the level that is 0, and quant.calibrate: ternary is for -s, 0, "
+            "s; set offset: none"
         )
     return None

@@ -31,8 +31,8 @@ class IntGrid:
     they never ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16
     values are exact in every format we export. mask: a bit per weight says which ones are zero and stay it
     (sparsity/); it is kept while training and never ships, because the codes say it. narrow: the lowest code
-    stays unused while codes train, so that the levels are the same to either side of 0 (at 2 bits -s, 0, s); it
-    is for training too, and does not ship.
+    stays unused while codes train, so that the levels are the same to either side of 0 (at 2 bits -s, 0, s);
+    it is for training too, and does not ship.
     """
 
     name: ClassVar[str] = "integer"
@@ -60,7 +60,9 @@ class IntGrid:
         require("mask", self.mask, (True, False))
         require("narrow", self.narrow, (True, False))
         if self.narrow and not self.symmetric:
-            raise ValueError("narrow: got true on an asymmetric grid, whose zero points are anywhere; needs symmetric")
+            raise ValueError(
+                "narrow: got true on an asymmetric grid, whose zero points are anywhere; needs symmetric"
+            )
 
     @classmethod
     def refuses(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -91,4 +93,5 @@ class IntGrid:
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}{' narrow' * self.narrow}{' masked' * self.mask}"
+        kept = " narrow" * self.narrow + " masked" * self.mask
+        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}{kept}"

@@ -1,4 +1,4 @@
-"""maps: attention that writes out its scores and its probabilities, for whoever looks at them or changes them.
+"""maps: attention that writes out its scores and its probabilities, for who looks at them or changes them.
 
     scores = q k^T scaling (+ mask)  ->  probabilities  ->  dropout  ->  context = probabilities v
 

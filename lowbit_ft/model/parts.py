@@ -27,8 +27,8 @@ READS = {  # a linear of the attention by the last part of its name -> what of q
 
 @dataclass(frozen=True)
 class LayerParts:
-    """A layer, its attention, what makes q, k and v (one matrix may make all: "qkv"), and the matrix behind the
-    context."""
+    """A layer, its attention, what makes q, k and v (one matrix may make all: "qkv"), and the matrix behind
+    the context."""
 
     name: str
     layer: nn.Module

@@ -10,8 +10,9 @@ A signal is a file with a class of `parts` and `sums`, and a line in SIGNALS. A 
 that can say its `problems`, its `costs`, its `answers` and its `facts`, and a line in TEACHERS; any other
 name in train.teacher is a folder or hub id (checkpoint.py). What is measured (validation, evaluate) stays
 the cross entropy of the labels. A signal of layers (layers.py) has the teacher's layers run beside the
-student's, one by one (lockstep.py), in whose forward they may intervene (intervention.py). A signal of pairs (preferences: pairs.py) adds up whole answers, is measured
-by itself, and may refer to the base without adapters (reference.py), which REFERENCES runs or has kept."""
+student's, one by one (lockstep.py), in whose forward they may intervene (intervention.py). A signal of pairs
+(preferences: pairs.py) adds up whole answers, is measured by itself, and may refer to the base without
+adapters (reference.py), which REFERENCES runs or has kept."""
 
 from .base import Ask, Costs, Given, Lesson, Making, Part, Signal, Sparse, Teacher, Whole
 from .cached import Cached

@@ -75,7 +75,9 @@ class Signal:
     asks: ClassVar[bool] = True  # it needs train.teacher
     refers: ClassVar[bool] = False  # its teacher is the model itself without adapters (reference.py)
     language: ClassVar[bool] = True  # it compares tokens, so it is for language models alone
-    of_layers: ClassVar[bool] = False  # it looks into the layers of a teacher that can be walked (lockstep.py)
+    of_layers: ClassVar[bool] = (
+        False  # it looks into the layers of a teacher that can be walked (lockstep.py)
+    )
     pairs: ClassVar[bool] = False  # it learns from rows of two answers, and what is measured is itself
     keys: ClassVar[frozenset[str]] = frozenset()  # of the section, beside `kind`: those it reads
 
@@ -139,8 +141,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Walked:
-    """A teacher whose layers are run one by one (lockstep.py): its model, how that is asked, what it is called
-    with for a micro-batch, and what a part of it is run in."""
+    """A teacher whose layers are run one by one (lockstep.py): its model, how that is asked, what it is
+    called with for a micro-batch, and what a part of it is run in."""
 
     model: nn.Module
     answering: Answering

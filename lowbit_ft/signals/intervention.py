@@ -29,7 +29,11 @@ from typing import Any, Literal, get_args
 
 Place = Literal["map", "context", "output"]
 PLACES: tuple[Place, ...] = get_args(Place)
-CUT_OFF: dict[Place, str] = {"map": "qk", "context": "qkv", "output": "qkv"}  # what reads h and sends nothing back
+CUT_OFF: dict[Place, str] = {
+    "map": "qk",
+    "context": "qkv",
+    "output": "qkv",
+}  # what reads h and sends nothing back
 
 
 class Mode:
@@ -39,8 +43,8 @@ class Mode:
         self.places, self.boundaries = places, tuple(boundaries)
 
     def at(self, moment: float, boundaries: Sequence[float], draw: Callable[[], float]) -> Place:
-        """moment: 0 to 1, of the intervened steps; boundaries: where the places change; draw: a number below 1
-        of this step."""
+        """moment: 0 to 1, of the intervened steps; boundaries: where the places change; draw: a number below
+        1 of this step."""
         return self.places[sum(moment >= end for end in boundaries)]
 
 

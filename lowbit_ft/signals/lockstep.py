@@ -8,8 +8,8 @@ of it that is ever in memory.
         hook behind it      outputs compared, taps forgotten
     teacher, behind its last layer          its logits
 
-The teacher may be the student itself before rounding (residual.py): then the same modules run in two roles. In
-no role, as in validation, the hooks do nothing.
+The teacher may be the student itself before rounding (residual.py): then the same modules run in two roles.
+In no role, as in validation, the hooks do nothing.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Lockstep:
             self.role, self.taps = None, {}
 
     def joined(self, sums: Tensor) -> Tensor:
-        """The sums of all parts [parts] of the forward that ran last. sums [1]: of the logits. ValueError where
-        a layer gave none."""
+        """The sums of all parts [parts] of the forward that ran last. sums [1]: of the logits. ValueError
+        where a layer gave none."""
         for name, values in self.found.items():
             if len(values) != len(self.ours):
                 raise ValueError(

@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..adapters.attach import base_digest
 from ..data.windows import Examples
 from ..evaluate.perplexity import Reference, evaluate
@@ -107,12 +109,12 @@ def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
 
 
 def refuse_drawn(teacher: str, checkpoint: Checkpoint) -> None:
-    """ValueError for a teacher whose head is not in its files: drawn at random, it has nothing to say."""
+    """ValueError for a teacher whose head is not in its files, but drawn at random."""
     if checkpoint.drawn:
         raise ValueError(
             f"train.teacher: got {teacher!r}, and {checkpoint.folder} has no head for this task "
-            f"({', '.join(checkpoint.drawn)}): its answers would be drawn at random; fine-tune it first (with "
-            "train.signal.kind: labels, or in full precision), and start from what that leaves"
+            f"({', '.join(checkpoint.drawn)}): its answers would be drawn at random; fine-tune it first "
+            "(with train.signal.kind: labels, or in full precision), and start from what that leaves"
         )
 
 
@@ -175,11 +177,15 @@ def measure(
 def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: Any) -> dict[str, Any]:
     """The fields of a measure, of a task whose rows have answers: the divergence of its own logits."""
     section = session.recipe.data
-    rows = task.first(task.examples(train_source(session), section, session.tokenizer, rows=session.rows), ROWS)
+    rows = task.first(
+        task.examples(train_source(session), section, session.tokenizer, rows=session.rows), ROWS
+    )
     (batch,) = batches(session, model, rows, ROWS, shuffle=False, alone=True).one_epoch()
     moved = {name: value.to(session.device) for name, value in batch.items()}
     inputs, labels = inputs_of(moved, task.answers), {name: moved[name] for name in task.answers}
-    dense = load_model(session.checkpoint, session.recipe.model.attention, session.device, session.dtype).eval()
+    dense = load_model(
+        session.checkpoint, session.recipe.model.attention, session.device, session.dtype
+    ).eval()
     full = dense(**inputs, use_cache=False).logits
     with resting(model), packed_op_only(model):
         ours = task.apart(model(**inputs, use_cache=False).logits, full, labels)
@@ -187,7 +193,12 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
         theirs = task.apart(other(**inputs, use_cache=False).logits, full, labels)
     count = int(task.count(batch))
     tokens = batch["input_ids"].numel()
-    return {"kl": float(theirs) / count, "student_kl": float(ours) / count, "windows": len(rows), "tokens": tokens}
+    return {
+        "kl": float(theirs) / count,
+        "student_kl": float(ours) / count,
+        "windows": len(rows),
+        "tokens": tokens,
+    }
 
 
 def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:

@@ -189,9 +189,9 @@ class Run:
         return self.over_processes(counts)
 
     def drop_idle_gradients(self) -> None:
-        """In a warm-up the scale group has no gradient, nor what an intervention cuts off, or under DDP, where
-        every tensor must take part, zeros. Zeros would fill Adam's averages: its first real steps would then be
-        several times too long.
+        """In a warm-up the scale group has no gradient, nor has what an intervention cuts off, or under DDP,
+        where every tensor must take part, zeros. Zeros would fill Adam's averages: its first real steps would
+        then be several times too long.
         """
         for parameter in self.lesson.idle:
             parameter.grad = None

@@ -52,7 +52,11 @@ def test_the_lowest_code_stays_unused_under_every_integer_method() -> None:
         names.add(config.method)
         adapter = trained(config, base)
         merged = adapter.merge(base)
-        assert isinstance(merged, PackedWeight) and merged.grid == config.shipped(GRID) and not merged.grid.narrow
+        assert (
+            isinstance(merged, PackedWeight)
+            and merged.grid == config.shipped(GRID)
+            and not merged.grid.narrow
+        )
         codes = merged.unpack_codes()
         assert int(codes.min()) == 1 and int(codes.max()) == 3, config
         assert config.method == "scale" or not torch.equal(codes, base.unpack_codes()), "nothing moved"
@@ -62,7 +66,9 @@ def test_the_lowest_code_stays_unused_under_every_integer_method() -> None:
             ends = [e for _, e in apart(base, base.on_grid(args), skip_clipped=False)]
             value = torch.cat([e.flatten(1)[:, :K] for e in ends])
             assert value.min() < -0.51, "values below the first level are pulled up to it"
-    assert names == {m for m, c in ADAPTERS.items() if c.grid_name == "integer"} - {"lora"} and len(names) >= 7
+    assert (
+        names == {m for m, c in ADAPTERS.items() if c.grid_name == "integer"} - {"lora"} and len(names) >= 7
+    )
     assert "lr_qat, dl_qat, l4q or full_qat" in str(adapter_config("lora").reject(GRID))
     for method, offset in (("l4q", "integer"), ("l4q", "float"), ("lota", "float")):
         assert "set offset: none" in str(adapter_config(method, offset=offset).reject(GRID))

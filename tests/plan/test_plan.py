@@ -149,7 +149,26 @@ def test_the_counter_counts_inside_packed_ops() -> None:
 
     def run() -> None:
         y = kernels.grid_linear(
-            x, codes, None, scale, None, a, b, None, None, s, None, None, None, 1.0, "grid", 4, 0, 0, 128, False
+            x,
+            codes,
+            None,
+            scale,
+            None,
+            a,
+            b,
+            None,
+            None,
+            s,
+            None,
+            None,
+            None,
+            1.0,
+            "grid",
+            4,
+            0,
+            0,
+            128,
+            False,
         )
         y.backward(torch.ones_like(y))
 

@@ -73,9 +73,9 @@ class QuantSection(Section):
     calibrate: str = Field(
         default=AUTO,
         description="integer: absmax, narrow_range (absmax without the lowest code: GLM-130B's), ternary "
-        "(-s, 0, s: TWN's, at 2 bits; they stay ternary), minmax, mse, gptq, signround, recover (weights that lie on the grid already); binary: greedy, alternating, "
-        "mean (LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 bits where there are rows to look at "
-        "(those of data.train do), else mse, and greedy for planes; "
+        "(-s, 0, s: TWN's, at 2 bits, and they stay it), minmax, mse, gptq, signround, recover (weights that "
+        "lie on the grid already); binary: greedy, alternating, mean (LLM-QAT's, 1 and 2 bits); auto: gptq at "
+        "2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy for planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
@@ -169,7 +169,7 @@ class QuantSection(Section):
         return SPARSITY[self.sparsity.kind].locks
 
     def kept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of a grid with what its codes keep to while they train: zeros, an unused lowest code."""
+        """The settings of a grid, with what its codes keep to while they train: zeros, no lowest code."""
         calibrator = CALIBRATORS.get(self.calibrate)
         narrow = calibrator is not None and calibrator.narrow and bool(settings["symmetric"])
         return {**settings, "mask": self.locks, "narrow": narrow}

@@ -38,7 +38,7 @@ class LossesSection(Section):
     logits: Weight = Field(default=1.0, description="the distribution of the answers")
     hidden: Weight = Field(default=1.0, description="the output of every layer")
     scores: Weight = Field(
-        default=1.0, description="of attention, before its softmax: attention is then computed as eager's is"
+        default=1.0, description="of attention before its softmax, which is then computed as eager's is"
     )
     outputs: Weight = Field(default=1.0, description="the output of every layer's attention")
 
@@ -48,14 +48,14 @@ class InterventionSection(Section):
 
     mode: Annotated[str, OneOf(MODES)] = Field(
         default="gradual",
-        description="what is the teacher's. map: the probabilities; context: their product with v; output: the "
-        "result of the output matrix; gradual: output, context, map; inverted: the other way round; "
+        description="what is the teacher's. map: the probabilities; context: their product with v; output: "
+        "the result of the output matrix; gradual: output, context, map; inverted: the other way round; "
         "stochastic: one of the three, drawn in every step",
     )
     boundaries: tuple[Share, Share] | None = Field(
         default=None,
-        description="gradual, inverted: the shares of the intervened steps at which it goes on; null: 1/6 and "
-        "1/3, or 1/3 and 2/3",
+        description="gradual, inverted: the shares of the intervened steps at which it goes on; null: 1/6 "
+        "and 1/3, or 1/3 and 2/3",
     )
     share: Share = Field(default=0.5, description="of the steps that it intervenes in, the first ones")
 
@@ -66,8 +66,8 @@ class InterventionSection(Section):
         readers = [name for name, mode in MODES.items() if mode.boundaries]
         if self.mode not in readers:
             raise ValueError(
-                f"boundaries {list(self.boundaries)}, which mode: {self.mode} does not read; remove it, or set "
-                f"mode: {' or '.join(readers)}"
+                f"boundaries {list(self.boundaries)}, which mode: {self.mode} does not read; remove it, or "
+                f"set mode: {' or '.join(readers)}"
             )
         if self.boundaries[0] > self.boundaries[1]:
             raise ValueError(f"boundaries {list(self.boundaries)}; allowed: two shares that do not fall")
@@ -218,8 +218,8 @@ def _by_layers(r: Any, train: Any) -> Problems:
     if train.teacher == "cached":
         yield Problem(
             ("train", "teacher"),
-            f"got 'cached', which keeps answers and no layers, and train.signal.kind: {kind} compares layers; "
-            "set teacher: residual, or a model of the same depth and width (model.path: full precision at 8 bits)",
+            f"got 'cached', which keeps answers and no layers, and train.signal.kind: {kind} compares "
+            "layers; set teacher: residual, or a model of the same depth and width (model.path: itself at 8 bits)",
         )
     for key, usual, why in (
         ("gradient_checkpointing", False, "a layer that is run again would ask the teacher's layer again"),
@@ -232,19 +232,20 @@ def _by_layers(r: Any, train: Any) -> Problems:
     if train.signal.intervention is not None and train.gradient.estimates:
         yield Problem(
             ("train", "gradient", "kind"),
-            f"got {train.gradient.kind!r} with an intervention, which says where the backward stops; set backprop",
+            f"got {train.gradient.kind!r} with an intervention, which says where a backward stops; set "
+            "backprop",
         )
     chosen = r.model.attention
     if signal.reads_maps(train.signal) and chosen not in ("sdpa", "eager"):
         yield Problem(
             ("model", "attention"),
-            f"got {chosen!r}, which never has the scores of attention in memory, and train.signal compares or "
-            "replaces them; set sdpa, or losses.scores: 0 and an intervention by context or output",
+            f"got {chosen!r}, which never has the scores of attention in memory, and train.signal compares "
+            "or replaces them; set sdpa, or losses.scores: 0 and an intervention by context or output",
         )
     quant = getattr(r, "quant", None)
     if quant is not None and quant.folds and train.teacher != "residual":
         yield Problem(
             ("train", "teacher"),
-            f"got {train.teacher!r}, whose layers are in the basis of the files, and quant.rotation or smooth "
-            "turns the model's; set teacher: residual, or rotation.kind: none",
+            f"got {train.teacher!r}, whose layers are in the basis of the files, and quant.rotation or "
+            "smooth turns the model's; set teacher: residual, or rotation.kind: none",
         )
