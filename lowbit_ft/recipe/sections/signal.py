@@ -219,7 +219,8 @@ def _by_layers(r: Any, train: Any) -> Problems:
         yield Problem(
             ("train", "teacher"),
             f"got 'cached', which keeps answers and no layers, and train.signal.kind: {kind} compares "
-            "layers; set teacher: residual, or a model of the same depth and width (model.path: itself at 8 bits)",
+            "layers; set teacher: residual, or a model of the same depth and width (model.path: itself at 8 "
+            "bits)",
         )
     for key, usual, why in (
         ("gradient_checkpointing", False, "a layer that is run again would ask the teacher's layer again"),
