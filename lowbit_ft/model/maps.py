@@ -46,7 +46,7 @@ def why_no_maps(model: Any) -> str:
 
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is no model of transformers"
-    body = model.base_model
+    body: Any = model.base_model
     if not body._can_set_attn_implementation():
         return (
             f"{type(model).__name__} computes its scores in code of its own, not through transformers' "
