@@ -6,9 +6,10 @@ teacher.
 A BERT of four layers, 64 wide, learns in full precision to name the classes of two words that stand somewhere
 in a row, one of 36 answers: attention has to find them. That is the teacher. The student is its ternary base
 (`calibrate: ternary`, whole rows, inputs of 8 bits by token), trained by full_qat on `signal: layers`, with
-each mode of intervention in the first half of the steps (or a quarter), and with none; `labels` learns from the rows alone.
-Accuracy on 512 held-out rows, without the teacher, every 5 steps; `reaches` is the first step from which on
-it stays at or above 90 % of the teacher's. The rows go to benchmarks/results/intervention.json.
+each mode of intervention in the first half of the steps (or a quarter), and with none; `labels` learns from
+the rows alone. Accuracy on 512 held-out rows, without the teacher, every 5 steps; `reaches` is the first step
+from which on it stays at or above 90 % of the teacher's. The rows go to a file of this name in
+benchmarks/results.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def encoder(kind: str = "bert") -> Any:
         weight.scale.mul_(8)  # of the size that attention is no longer even
     attach(set_packed(model, weights), adapter_config("full_qat"))
     with torch.no_grad():
-        model.classifier.weight.mul_(20)
+        for name, parameter in model.named_parameters():
+            if "classifier" in name and parameter.shape[0] == 2:
+                parameter.mul_(20)
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() == 2:
                 parameter.add_(0.3 * torch.randn_like(parameter))

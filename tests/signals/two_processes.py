@@ -12,7 +12,7 @@ from lowbit_ft.train.sharding import shard
 from tests.signals.common import CPU, OPTIONS, go, lesson, student
 
 TEACHERS = ("residual", "other")
-# Sharded, the reference is one more forward of all processes; an intervention leaves tensors without gradient.
+# Sharded, the reference is one more forward of all; an intervention leaves tensors without a gradient.
 OTHERS = (("fsdp", "dpo"), ("ddp", "orpo"), ("ddp", "layers"))
 
 

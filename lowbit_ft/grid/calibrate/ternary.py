@@ -4,8 +4,8 @@
 
 They are three of the four codes of two bits; the lowest stays unused while codes train too (IntGrid.narrow).
 The threshold is not half of s, so this is not rounding: the residual of a weight that is nearer to another
-level ends at the edge of its own, and one of more than 3/2 s is cut there, so that base and residual together
-are a poor teacher. TWN's groups are whole tensors; here they are the grid's. s is rounded to its dtype last.
+level ends at the edge of its own, and one of more than 3/2 s is cut there. TWN's groups are whole tensors;
+here they are the grid's. s is rounded to its dtype last.
 """
 
 from dataclasses import replace
