@@ -94,7 +94,8 @@ def teacher(folder: Path, steps: int) -> Any:
     """Trained in full precision, saved, in eval mode."""
     torch.manual_seed(0)
     size = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-    config = BertConfig(**size, vocab_size=VOCABULARY, max_position_embeddings=32, num_labels=CLASSES**2)
+    config = BertConfig(**size, vocab_size=VOCABULARY, max_position_embeddings=32)
+    config.num_labels = CLASSES**2
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     model, stream = BertForSequenceClassification(config), Stream(1)
     for name, parameter in model.named_parameters():  # drawn for long training, they would hardly matter
@@ -127,7 +128,7 @@ def student(folder: Path) -> Any:
     checkpoint = Checkpoint.open(str(folder), None, "float32", purpose=task.purpose(0))
     model, _ = quantize(checkpoint, quant)
     torch.manual_seed(0)
-    attach(model, ADAPTERS["full_qat"]())
+    attach(model, ADAPTERS["full_qat"](method="full_qat"))
     return task, model
 
 
