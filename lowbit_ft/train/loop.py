@@ -153,8 +153,7 @@ def _loop(
             window = window_of(run, micro, counts)
             sums = run.gradient.fill(window)
             if now.step in (0, lesson.free_from(total)):
-                idle = {id(parameter) for parameter in lesson.idle}
-                refuse_unreached({p: name for p, name in run.names.items() if id(p) not in idle})
+                refuse_unreached(run.learning)
             run.drop_idle_gradients()
             norm = run.clip()
             parts, norm, targets, tokens, told = run.read(sums, norm, counts, tokens, stop.requested)

@@ -188,6 +188,12 @@ class Run:
         counts = torch.stack([self.goal.counts(self.lesson, batch) for batch in micro]).sum(0)
         return self.over_processes(counts)
 
+    @property
+    def learning(self) -> dict[Tensor, str]:
+        """The names of all that trains, but of what an intervention cut off in the last forward."""
+        idle = {id(parameter) for parameter in self.lesson.idle}
+        return {p: name for p, name in self.names.items() if id(p) not in idle}
+
     def drop_idle_gradients(self) -> None:
         """In a warm-up the scale group has no gradient, nor has what an intervention cuts off, or under DDP,
         where every tensor must take part, zeros. Zeros would fill Adam's averages: its first real steps would
@@ -341,4 +347,4 @@ class Run:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    return section.model_dump() if hasattr(section, "model_dump") else dict(vars(section))
+    return section.model_dump(mode="json") if hasattr(section, "model_dump") else dict(vars(section))

@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mix": {"temperature": 2.0, "label_weight": 0.3, "on": "all", "divergence": "reverse"},
     "layers": {
         "losses": {"logits": 0.5, "hidden": 0.2, "scores": 0.1, "outputs": 0.2},
-        "intervention": {"mode": "stochastic", "share": 0.7},
+        "intervention": {"mode": "gradual", "boundaries": [0.3, 0.6], "share": 0.7},
         "temperature": 2.0,
         "on": "all",
         "divergence": "symmetric",
