@@ -8,7 +8,8 @@ BAD = [
         "kind",
         ("max_steps: 10", "max_steps: 10\n  signal: {kind: logit}"),
         (),
-        "train.signal.kind: got 'logit'; allowed: labels, logits, mix, layers, dpo, orpo; did you mean 'logits'?",
+        "train.signal.kind: got 'logit'; allowed: labels, logits, mix, layers, dpo, orpo; did you mean "
+        "'logits'?",
     ),
     (
         "no teacher",
@@ -81,7 +82,7 @@ BAD = [
         "layers that are run again",
         ("max_steps: 10", "max_steps: 10\n  signal: {kind: layers}\n  teacher: residual"),
         ("train.gradient_checkpointing=true",),
-        "train.gradient_checkpointing: got True with signal.kind: layers: a layer that is run again would ask",
+        "train.gradient_checkpointing: got True with signal.kind: layers: a layer that is run again",
     ),
     (
         "scores that flash attention has not",
@@ -109,8 +110,8 @@ BAD = [
         "an intervention of no kind",
         ("max_steps: 10", "max_steps: 10\n  signal: {kind: layers, intervention: {mode: graduel}}"),
         (),
-        "train.signal.intervention.mode: got 'graduel'; allowed: gradual, inverted, stochastic, map, context, "
-        "output; did you mean 'gradual'?",
+        "train.signal.intervention.mode: got 'graduel'; allowed: gradual, inverted, stochastic, map, "
+        "context, output; did you mean 'gradual'?",
     ),
     (
         "boundaries that nobody reads",
