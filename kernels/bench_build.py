@@ -159,6 +159,7 @@ def _grid(case: Case, x: Tensor) -> dict:
         "units": "grid",
         "bits": case.bits,
         "residual_bits": 0,
+        "lowest": 0,
         "group_size": case.group,
         "clip_first": False,
     }

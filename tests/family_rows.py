@@ -237,7 +237,7 @@ def signs_and_zeros(run: Run) -> None:
     counted = [norm**2 for norm in run.metrics("grad_norm")]
     assert len(counted) == 2 and all(n > 7 and n == pytest.approx(round(n), abs=1e-3) for n in counted)
     state = sorted((run.folder / "checkpoints").glob("step-*/state.json"))[-1]
-    assert json.loads(state.read_text())["meta"]["gradient"] == {"kind": "ternary", "cage": None}
+    assert json.loads(state.read_text())["meta"]["gradient"] == {"kind": "signed", "cage": None}
 
 
 def tiny_yaml(folder: Path, name: str) -> Path:

@@ -39,6 +39,7 @@ NO_FAMILY = {
     "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",
     "adapters.rates.RATES": "numbers for members of ADAPTERS; those without take one",
     "adapters.rates.PAPERS": "the same, of a paper",
+    "signals.intervention.MODES": "orders of three places, for one key of one member",
     "signals.dpo.DPO_LOSSES": "losses of a line each, for one key of one member",
     "signals.reference.REFERENCES": "two ways to ask one teacher, for one key of one member",
     "integrations.lora_names.WITHOUT_EFFECT": "what LoraConfig may say, not members",

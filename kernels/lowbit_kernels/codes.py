@@ -15,7 +15,10 @@ whatever v is, so the weight is S (z - z) = 0. It moves with nothing and nothing
 A dense D [R, K] (`delta`) counts grid steps and is of the rows it names; the codes of all other rows are the
 base's. Nothing is added up there, so its codes are the same on every device.
 
-    code = clip(round_half_even(v), 0, 2^bits - 1)
+    code = clip(round_half_even(v), lowest, 2^bits - 1)
+
+`lowest` is 0, or 1 on a grid that leaves its lowest code unused, so that it is the same to either side of its
+zero point (at 2 bits: ternary).
 
 `round_then_clip` and `clip_then_round` give the same code; they differ in where the gradient is cut
 (grid_linear.py). D is computed per chunk of rows by one fp32 matrix product whose chunking is fixed by
@@ -52,7 +55,7 @@ def grid_values(
     """v of some of the moved rows (`rows` of grid.moved, which lie at grid.place(rows)), before rounding:
     fp32 [n, G, g] (padded columns hold nothing of meaning).
     """
-    _, residual, scale0, zero0, a, b, _, _, scale, zero, offset, _, gain, units, bits, residual_bits = grid
+    _, residual, scale0, zero0, a, b, _, _, scale, zero, offset, _, gain, units, bits, residual_bits, _ = grid
     at = grid.place(rows)
     value = unpack_rows(grid.codes[at], bits, in_features, torch.float32)
     if residual is not None and residual_bits:
@@ -111,7 +114,7 @@ def grid_codes(
         return grid.codes.clone()
     out, top = [], (1 << grid.bits) - 1
     for rows in row_chunks(grid.moved, in_features):
-        code = grid_values(rows, grid, in_features, group_size).round_().clamp_(0, top)
+        code = grid_values(rows, grid, in_features, group_size).round_().clamp_(grid.lowest, top)
         if (zeros := locked(rows, grid, in_features, group_size)) is not None:
             z = None if grid.zero is None else per_group(grid.zero, grid.place(rows))
             code = torch.where(zeros, float(1 << (grid.bits - 1)) if z is None else z, code)

@@ -34,6 +34,7 @@ class GridWeight(NamedTuple):
     units: str  # one of codes.UNITS
     bits: int
     residual_bits: int
+    lowest: int  # the first code that is used; 0: all are
 
     @property
     def live(self) -> bool:

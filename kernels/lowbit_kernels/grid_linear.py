@@ -55,7 +55,7 @@ def grid_gradients(
     dA and dB have shape [0] without a low-rank part. Transient memory: a few fp32 chunks of
     layout.CHUNK_ELEMENTS.
     """
-    codes, _, scale0, _, a, b, delta, _, scale, zero, _, _, gain, units, bits, _ = grid
+    codes, _, scale0, _, a, b, delta, _, scale, zero, _, _, gain, units, bits, _, lowest = grid
     assert delta is None, "grid_row_gradients is its op"
     (n, k), top = (codes.shape[0], x.shape[-1]), (1 << bits) - 1
     trained = grid.live or a is not None
@@ -76,8 +76,8 @@ def grid_gradients(
         value = grid_values(rows, grid, k, group_size)
         rounded = value.round()
         inside = value if clip_first else rounded
-        mask = (inside >= 0) & (inside <= top)
-        code = rounded.clamp_(0, top)
+        mask = (inside >= lowest) & (inside <= top)
+        code = rounded.clamp_(lowest, top)
         masked = dw * mask
         if units == "live":
             # inside: q - (v - z) = code - v;  outside: q = code - z

@@ -44,9 +44,9 @@ def grid_row_gradients(
         value = grid_values(rows, grid, k, group_size)
         rounded = value.round()
         inside = value if clip_first else rounded
-        mask = (inside >= 0) & (inside <= top)
+        mask = (inside >= grid.lowest) & (inside <= top)
         z = float(1 << (grid.bits - 1)) if grid.zero is None else per_group(grid.zero, at)
-        ds[:, rows] = (dw * (rounded.clamp_(0, top) - z)).sum(-1).t()
+        ds[:, rows] = (dw * (rounded.clamp_(grid.lowest, top) - z)).sum(-1).t()
         dt[:, rows] = dw.sum(-1).t()
         dd[rows] = ungrouped(dw.mul_(mask).mul_(per_group(grid.scale, at)), k)
     return ds, dt, dd

@@ -23,7 +23,7 @@ from ..names import matches
 from ..segments import Parts
 from . import latent
 from .carry import Carried
-from .masks import against_mask
+from .masks import against_kept
 from .modules import modules_field
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
@@ -86,7 +86,7 @@ class AdapterConfig(BaseModel):
         """Why this method cannot train on this grid, with the way out; None when it can."""
         if grid.kind != self.grid_name:
             return f"{self.method} trains on {self.grid_name} grids: set quant.grid: {self.grid_name}"
-        return against_mask(self) if isinstance(grid, IntGrid) and grid.mask else None
+        return against_kept(self, grid) if isinstance(grid, IntGrid) else None
 
     def shipped(self, grid: Grid) -> Grid:
         """The grid of the merged weight (residual and mask never ship)."""

@@ -172,7 +172,7 @@ class L4Q(LowRank, ScaledAdapter):
             zero = z[:, rows].t().unsqueeze(-1) if isinstance(z, Tensor) else z
             weight = (value - zero) * args.scale[:, rows].abs().t().unsqueeze(-1)
             weight.view(weight.shape[0], -1)[:, base.shape[1] :] = 0  # the pads of a ragged last group
-            low = zero.squeeze(-1) if isinstance(zero, Tensor) else zero
+            low = (zero.squeeze(-1) if isinstance(zero, Tensor) else zero) - g.lowest
             high = (g.levels - 1) - low
             fit = torch.maximum(
                 weight.amax(-1) / torch.as_tensor(high).clamp_min(1),

@@ -61,13 +61,13 @@ def unit_of(args: GridArgs, base: PackedWeight) -> Tensor | None:
 def apart(base: PackedWeight, grid: GridWeight, skip_clipped: bool) -> Iterator[tuple[slice, Tensor]]:
     """(rows, e fp32 [n, G, g]) of the weight that `grid` says, chunk by chunk of the rows that it moves; 0 in
     the pads of a ragged last group."""
-    k, size, top = base.shape[1], base.grid.group_size, base.grid.levels - 1
+    k, size, low, top = base.shape[1], base.grid.group_size, base.grid.lowest, base.grid.levels - 1
     for rows in row_chunks(grid.moved, k):
         value = grid_values(rows, grid, k, size)
         rounded = value.round()
-        error = value - rounded.clamp(0, top)
+        error = value - rounded.clamp(low, top)
         if skip_clipped:
-            error.masked_fill_((rounded < 0) | (rounded > top), 0)
+            error.masked_fill_((rounded < low) | (rounded > top), 0)
         if (zeros := locked(rows, grid, k, size)) is not None:
             error.masked_fill_(zeros, 0)
         yield rows, grouped(ungrouped(error, k), size)

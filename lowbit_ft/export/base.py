@@ -394,3 +394,4 @@ def check_values(weight: Weight) -> None:
                 "codes; the file is damaged"
             )
         weight.check_mask()
+        weight.check_narrow()

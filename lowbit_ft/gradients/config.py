@@ -24,6 +24,7 @@ class GradientConfig(BaseModel):
 
     backward: ClassVar[bool] = True  # it runs one: activations are kept for it
     clips: ClassVar[bool] = True  # train.max_grad_norm is for it
+    estimates: ClassVar[bool] = False  # from losses of forwards, which know not where a backward would stop
     whole: ClassVar[bool] = False  # it reads or moves whole tensors, which shards are not
 
     def make(self, making: Making) -> Gradient:

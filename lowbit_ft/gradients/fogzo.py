@@ -38,6 +38,7 @@ from .zeroth_order import steps_of
 
 class FogzoConfig(GradientConfig):
     whole: ClassVar[bool] = True
+    estimates: ClassVar[bool] = True
 
     kind: Literal["fogzo"] = "fogzo"
     probes: Annotated[int, Field(ge=1)] = Field(

@@ -43,6 +43,7 @@ from .refusals import Problem, fp32_masters, no_warmup
 class ZerothOrderConfig(GradientConfig):
     backward: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    estimates: ClassVar[bool] = True
     whole: ClassVar[bool] = True
 
     kind: Literal["zeroth_order"] = "zeroth_order"

@@ -30,7 +30,9 @@ class IntGrid:
     residual_bits f keeps f more bits of every weight during training (the fraction that rounding threw away);
     they never ship. scale_dtype is the dtype scales are rounded to in the forward and shipped in: bfloat16
     values are exact in every format we export. mask: a bit per weight says which ones are zero and stay it
-    (sparsity/); it is kept while training and never ships, because the codes say it.
+    (sparsity/); it is kept while training and never ships, because the codes say it. narrow: the lowest code
+    stays unused while codes train, so that the levels are the same to either side of 0 (at 2 bits -s, 0, s);
+    it is for training too, and does not ship.
     """
 
     name: ClassVar[str] = "integer"
@@ -47,6 +49,7 @@ class IntGrid:
     residual_bits: int = 4
     scale_dtype: str = "bfloat16"
     mask: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         require("bits", self.bits, BITS)
@@ -55,6 +58,11 @@ class IntGrid:
         require("residual_bits", self.residual_bits, RESIDUAL_BITS)
         require("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         require("mask", self.mask, (True, False))
+        require("narrow", self.narrow, (True, False))
+        if self.narrow and not self.symmetric:
+            raise ValueError(
+                "narrow: got true on an asymmetric grid, whose zero points are anywhere; needs symmetric"
+            )
 
     @classmethod
     def refuses(cls, settings: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -67,16 +75,23 @@ class IntGrid:
         return 1 << self.bits
 
     @property
+    def lowest(self) -> int:
+        """The first code that is used."""
+        return int(self.narrow)
+
+    @property
     def deployed(self) -> "IntGrid":
         """The grid without what only training reads."""
-        return replace(self, residual_bits=0, mask=False)
+        return replace(self, residual_bits=0, mask=False, narrow=False)
 
     def to_json(self) -> dict[str, Any]:
         values = {"grid": self.name, **asdict(self)}
-        if not self.mask:
-            del values["mask"]  # a folder without masks is what it was before there were any
+        for late in ("mask", "narrow"):  # a folder without them is what it was before there were any
+            if not values[late]:
+                del values[late]
         return values
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}{' masked' * self.mask}"
+        kept = " narrow" * self.narrow + " masked" * self.mask
+        return f"W{self.bits} {group} {'sym' if self.symmetric else 'asym'}{kept}"

@@ -124,6 +124,11 @@ class PackedWeight(Tensors):
             if (wrong := int((zeros & (part.dequantize() != 0)).sum())) > 0:
                 raise ValueError(f"mask: {wrong} of {int(zeros.sum())} weights that it calls zero are not")
 
+    def check_narrow(self) -> None:
+        """ValueError where a narrow grid's lowest code is used."""
+        if self.grid.narrow and (wrong := int((self.unpack_codes() < self.grid.lowest).sum())) > 0:
+            raise ValueError(f"codes: {wrong} are 0, the lowest, which grid {self.grid} leaves unused")
+
     @classmethod
     def specs(
         cls, shape: tuple[int, int], grid: IntGrid, offset: bool = False
@@ -180,9 +185,8 @@ class PackedWeight(Tensors):
         base = (codes, residual, self.scale if unit is None else unit, self.zero)
         moved = (args.a, args.b, args.delta, args.rows)
         trained = (args.scale, args.zero, args.offset, mask, args.gain, args.units)
-        return GridWeight(
-            *base, *moved, *trained, self.grid.bits, 0 if residual is None else self.grid.residual_bits
-        )
+        fraction = 0 if residual is None else self.grid.residual_bits
+        return GridWeight(*base, *moved, *trained, self.grid.bits, fraction, self.grid.lowest)
 
     @torch.no_grad()
     def codes_of(self, args: GridArgs) -> Tensor:
@@ -263,7 +267,7 @@ class PackedWeight(Tensors):
         return PackedWeight(shape=(len(rows), self.shape[1]), grid=self.grid, **tensors)
 
     def without_residual(self) -> "PackedWeight":
-        """What ships: without a mask too, whose zeros are in the codes."""
+        """What ships: without what only training reads, whose effect is in the codes."""
         return replace(self, residual=None, mask=None, grid=self.grid.deployed)
 
 

@@ -60,10 +60,12 @@ class Head:
 
 class Answering:
     """A model that is asked for the logits of positions of a batch. head: None where its logits are made
-    whole, and `reason` says why."""
+    whole, and `reason` says why. whole: it is no language model, and what it is called with is its batch."""
 
-    def __init__(self, plain: Callable[..., Any], head: Head | None, reason: str = "") -> None:
-        self.plain, self.head, self.reason = plain, head, reason
+    def __init__(
+        self, plain: Callable[..., Any], head: Head | None, reason: str = "", whole: bool = False
+    ) -> None:
+        self.plain, self.head, self.reason, self.whole = plain, head, reason, whole
 
     @torch.no_grad()
     def read(self, inputs: dict[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,15 @@
 
 from dataclasses import dataclass
 
+from ..recipe.recipe import Recipe
+from ..signals import SIGNALS
+
+
+def attends(recipe: Recipe) -> str:
+    """How the model attends while it trains: a signal that reads its scores has them written out."""
+    signal = recipe.train.signal
+    return "eager" if SIGNALS[signal.kind].reads_maps(signal) else recipe.model.attention
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -40,6 +40,7 @@ from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
 from ..tasks import Task
 from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
+from .costs import attends
 from .pruned import put_zeros
 from .turned import online_layers, put_online, untie
 
@@ -111,7 +112,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     """The model of `recipe` with the config.json of `folder`. ValueError when no model can be made of it, or
     packed as asked.
     """
-    attention = "eager" if recipe.model.attention == "eager" else "sdpa"
+    attention = "eager" if attends(recipe) == "eager" else "sdpa"
     rows = grown_rows(recipe, folder)
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows, recipe.task)
     targets, skipped = plan_layers(dense, recipe.quant, folder)

@@ -27,7 +27,7 @@ from ..model.attention import without_masks
 from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from ..train.memory import free_ram
-from .costs import Setting, Step
+from .costs import Setting, Step, attends
 from .gradient import MASTERS, gradient_notes, kept_bytes, own_moments
 from .model import PARTS, PlanRow, Skeleton, cache_line, skeleton
 from .pruned import choice_moments
@@ -43,7 +43,7 @@ from .stages import (
     synthesis_bytes,
 )
 from .step import step_costs
-from .teacher import teacher_costs, teacher_notes
+from .teacher import layer_bytes, teacher_costs, teacher_notes
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
@@ -229,7 +229,7 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
         train.gradient_checkpointing,
         train.gradient_accumulation_steps > 1,
         masked and not without_masks(made.model),
-        model.attention,
+        attends(recipe),
         arch,
         train.mlp_chunk,
     )
@@ -295,7 +295,7 @@ def _training(
     if average := kept_bytes(recipe, made):
         parts["average of gradients"] = average
     if teacher.asked:
-        parts["teacher"] = teacher.held + beside
+        parts["teacher"] = teacher.held + beside + layer_bytes(recipe, made)
     parts["saved layer inputs"] = at_peak["saved layer inputs"]
     parts |= {
         "one layer": at_peak.get("one layer", 0),

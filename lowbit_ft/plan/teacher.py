@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..recipe.recipe import Recipe
 from ..signals import REFERENCES, SIGNALS, Costs, teacher_kind
 from .model import Skeleton
@@ -19,6 +21,22 @@ def teacher_costs(recipe: Recipe, made: Skeleton) -> Costs:
     beside = sum(made.held[part] for part in ("embeddings", "head", "norms and other"))
     vocabulary = getattr(made.model.config.get_text_config(), "vocab_size", 0)
     return teacher_kind(train.teacher).costs(recipe, train.teacher, weights, beside, vocabulary)
+
+
+def layer_bytes(recipe: Recipe, made: Skeleton) -> int:
+    """Of a signal of layers, beside what eager attention holds (costs.attends): the errors of every layer, in
+    fp32, for the backward, and the teacher's layer at work: its stream and taps."""
+    train = recipe.train
+    if not SIGNALS[train.signal.kind].of_layers:
+        return 0
+    config, weights = made.model.config.get_text_config(), train.signal.weights
+    tokens = train.micro_batch_size * recipe.data.sequence_len
+    size = getattr(torch, recipe.model.dtype).itemsize
+    wide = tokens * config.hidden_size
+    maps = tokens * recipe.data.sequence_len * config.num_attention_heads
+    errors = wide * (bool(weights["hidden"]) + bool(weights["outputs"])) + maps * bool(weights["scores"])
+    taps = 4 * wide + 2 * maps * SIGNALS[train.signal.kind].reads_maps(train.signal)
+    return made.layers * errors * 4 + taps * size
 
 
 def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:

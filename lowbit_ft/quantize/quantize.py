@@ -218,6 +218,8 @@ class Packing:
                 why = f"no calibration token reached this {kind}"
                 why = "a convolution with groups" if self._grouped(name) else why
             note = f"{why}: calibrated by {grid.start}"
+        elif run.reject(grid) is not None:  # a head or an embedding of other bits than the layers
+            run, note = CALIBRATORS[grid.start], f"{grid.bits} bits: calibrated by {grid.start}"
         locks = isinstance(grid, IntGrid) and grid.mask
         if locks and (zeros := prune.sparsity_of(self.quant, curvature)) is not self.quant.sparsity.at_once:
             note = f"{note}{', ' if note else 'no calibration text here: '}pruned by {prune.WITHOUT_TEXT}"

@@ -9,14 +9,17 @@ batch.
 A signal is a file with a class of `parts` and `sums`, and a line in SIGNALS. A teacher is a file with a class
 that can say its `problems`, its `costs`, its `answers` and its `facts`, and a line in TEACHERS; any other
 name in train.teacher is a folder or hub id (checkpoint.py). What is measured (validation, evaluate) stays
-the cross entropy of the labels. A signal of pairs (preferences: pairs.py) adds up whole answers, is measured
-by itself, and may refer to the base without adapters (reference.py), which REFERENCES runs or has kept."""
+the cross entropy of the labels. A signal of layers (layers.py) has the teacher's layers run beside the
+student's, one by one (lockstep.py), in whose forward they may intervene (intervention.py). A signal of pairs
+(preferences: pairs.py) adds up whole answers, is measured by itself, and may refer to the base without
+adapters (reference.py), which REFERENCES runs or has kept."""
 
 from .base import Ask, Costs, Given, Lesson, Making, Part, Signal, Sparse, Teacher, Whole
 from .cached import Cached
 from .checkpoint import OtherModel
 from .dpo import Dpo
 from .labels import Labels
+from .layers import Layers
 from .logits import Logits
 from .mix import Mix
 from .orpo import Orpo
@@ -27,6 +30,7 @@ SIGNALS: dict[str, Signal] = {
     "labels": Labels(),
     "logits": Logits(),
     "mix": Mix(),
+    "layers": Layers(),
     "dpo": Dpo(),
     "orpo": Orpo(),
 }

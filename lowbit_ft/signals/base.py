@@ -10,15 +10,18 @@ wants no gradient, and does not change while the student trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..model.heads import Answering
+
+if TYPE_CHECKING:
+    from .lockstep import Lockstep
 
 TAUGHT = ("used", "windows")  # of a batch, what is no model's business but a teacher's (see Ask)
 
@@ -71,6 +74,10 @@ class Signal:
 
     asks: ClassVar[bool] = True  # it needs train.teacher
     refers: ClassVar[bool] = False  # its teacher is the model itself without adapters (reference.py)
+    language: ClassVar[bool] = True  # it compares tokens, so it is for language models alone
+    of_layers: ClassVar[bool] = (
+        False  # it looks into the layers of a teacher that can be walked (lockstep.py)
+    )
     pairs: ClassVar[bool] = False  # it learns from rows of two answers, and what is measured is itself
     keys: ClassVar[frozenset[str]] = frozenset()  # of the section, beside `kind`: those it reads
 
@@ -88,6 +95,16 @@ class Signal:
         bool [r]: whether a part that is not on targets counts the position; given: the teacher's answers.
         """
         raise AssertionError(f"{type(self).__name__} has no sums")
+
+    def reads_maps(self, options: Any) -> bool:
+        """Whether attention has to write out its scores (model/maps.py)."""
+        return False
+
+    @contextmanager
+    def begin(self, lesson: Lesson, model: nn.Module, student: Answering) -> Iterator[None]:
+        """Inside, the lesson is ready for the forwards of `model`, which is not yet compiled or wrapped."""
+        with nullcontext() if lesson.teacher is None else lesson.teacher.begin(student):
+            yield
 
     def labels(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, L] on the CPU, not shifted: the tokens that positions are to predict, IGNORE where the loss
@@ -120,6 +137,17 @@ class Ask:
     inputs: dict[str, Any]
     device: torch.device
     measured: bool = False
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A teacher whose layers are run one by one (lockstep.py): its model, how that is asked, what it is
+    called with for a micro-batch, and what a part of it is run in."""
+
+    model: nn.Module
+    answering: Answering
+    inputs: Callable[[Ask], dict[str, Any]]
+    at_work: Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +226,10 @@ class Teacher:
         training."""
         return nullcontext()
 
+    def walked(self) -> Walked | None:
+        """Itself, to be run layer by layer, after `begin`; None: it keeps answers and no layers."""
+        return None
+
     def answers(self, ask: Ask) -> Answers:
         """Called in the student's forward, inside its autocast, before it runs itself."""
         raise AssertionError(f"{type(self).__name__} has no answers")
@@ -205,12 +237,14 @@ class Teacher:
 
 @dataclass
 class Lesson:
-    """What a run learns from: a signal, its options, and the teacher where it asks one."""
+    """What a run learns from: a signal, its options, and the teacher where it asks one. lockstep: the walk
+    through the layers of both, while a run is at work that learns from them."""
 
     signal: Signal
     options: Any
     teacher: Teacher | None = None
     parts: dict[str, Part] = field(init=False)
+    lockstep: Lockstep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         assert (self.signal.asks or self.signal.refers) == (self.teacher is not None), (
@@ -226,6 +260,20 @@ class Lesson:
     def joined(self, parts: list[float]) -> float:
         """The loss that its parts, each a mean, make."""
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+
+    def at(self, step: int, total: int, seed: int) -> None:
+        """Step `step` of `total` is about to be computed."""
+        if self.lockstep is not None:
+            self.lockstep.at(step, total, seed)
+
+    def free_from(self, total: int) -> int:
+        """The first step of a run in which no teacher intervenes."""
+        return 0 if self.lockstep is None else self.lockstep.free_from(total)
+
+    @property
+    def idle(self) -> Sequence[nn.Parameter]:
+        """What trains, and by an intervention learned nothing in the last forward."""
+        return () if self.lockstep is None else self.lockstep.idle
 
     @property
     def taught(self) -> bool:

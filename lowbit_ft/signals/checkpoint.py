@@ -21,7 +21,7 @@ from ..model.heads import Answering, find_head
 from ..model.tokenizer import read_tokenizer
 from ..model.upload import upload
 from ..names import HUB_ID
-from .base import Answers, Ask, Costs, Making, Teacher, Whole
+from .base import Answers, Ask, Costs, Making, Teacher, Walked, Whole
 
 
 def unlike(theirs: Path, ours: Path) -> str | None:
@@ -73,17 +73,25 @@ class OtherModel(Teacher):
     @contextmanager
     def begin(self, student: Answering) -> Iterator[None]:
         with ExitStack() as stack:
-            self.apart = not why_not(self.other)  # it attends by segments; else it is given a mask
-            stack.enter_context(segment_attention(self.other))
-            self.answering = Answering(self.other.forward, *find_head(self.other))
+            if student.whole:
+                self.apart, self.answering = False, Answering(self.other.forward, None, whole=True)
+            else:
+                self.apart = not why_not(self.other)  # it attends by segments; else it is given a mask
+                stack.enter_context(segment_attention(self.other))
+                self.answering = Answering(self.other.forward, *find_head(self.other))
             try:
                 yield
             finally:
                 self.answering = None
 
-    def answers(self, ask: Ask) -> Answers:
-        answering = self.answering
-        assert answering is not None, "begin() first"
+    def walked(self) -> Walked:
+        assert self.answering is not None, "begin() first"
+        return Walked(self.other, self.answering, self._inputs, nullcontext)
+
+    def _inputs(self, ask: Ask) -> dict[str, Any]:
+        """What the other model is called with."""
+        if self.answering is not None and self.answering.whole:
+            return ask.inputs
         inputs = {name: ask.inputs[name] for name in ("input_ids", "position_ids") if name in ask.inputs}
         positions = ask.batch.get("position_ids")
         if positions is not None and self.apart:
@@ -93,8 +101,13 @@ class OtherModel(Teacher):
             }
         elif positions is not None:
             inputs["attention_mask"] = block_diagonal_mask(inputs["position_ids"], self.other.dtype)
+        return inputs
+
+    def answers(self, ask: Ask) -> Answers:
+        answering = self.answering
+        assert answering is not None, "begin() first"
         with torch.no_grad():
-            read = answering.read(inputs)
+            read = answering.read(self._inputs(ask))
 
         def answer(places: Tensor) -> Whole:
             with torch.no_grad():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..grid.calibrate import CALIBRATORS
 from ..model.heads import Answering, resting
 from ..model.unrounded import unrounded
-from .base import Answers, Ask, Costs, Making, Teacher, Whole
+from .base import Answers, Ask, Costs, Making, Teacher, Walked, Whole
 
 
 class Residual(Teacher):
@@ -86,6 +86,10 @@ class Residual(Teacher):
         finally:
             self.answering = None
 
+    def walked(self) -> Walked:
+        assert self.answering is not None, "begin() first"
+        return Walked(self.student, self.answering, lambda ask: ask.inputs, _before_rounding)
+
     def answers(self, ask: Ask) -> Answers:
         answering = self.answering
         assert answering is not None, "begin() first"
@@ -98,7 +102,12 @@ class Residual(Teacher):
 
         return answer
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        with unrounded(self.student), resting(self.student):
-            yield
+    def _at_work(self) -> AbstractContextManager[None]:
+        return _before_rounding(self.student)
+
+
+@contextmanager
+def _before_rounding(part: nn.Module) -> Iterator[None]:
+    """Inside, the student, or a layer of it, is the teacher."""
+    with unrounded(part), resting(part):
+        yield

@@ -11,15 +11,22 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from ..adapters.attach import base_digest
 from ..data.windows import Examples
 from ..evaluate.perplexity import Reference, evaluate
 from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
+from ..model.heads import resting
+from ..model.linear import packed_op_only
+from ..model.load import load_model
 from ..session import Session
 from ..signals import REFERENCES, SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import unlike
+from ..tasks.base import inputs_of
+from ..tasks.labelled import Labelled
 from ..train.processes import main_process_first
 from .answers import kept_answers, refuse_other_answers
 from .data import batches, first_windows
@@ -29,6 +36,7 @@ from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
+ROWS = 32  # of a task that has rows, in one batch
 
 
 def ready_teacher(session: Session, examples: Examples) -> None:
@@ -48,8 +56,10 @@ def ready_teacher(session: Session, examples: Examples) -> None:
 
 def other_checkpoint(session: Session, source: str) -> Checkpoint:
     """The checkpoint that teaches. ValueError where there is none, or its tokens are others."""
+    recipe = session.recipe
+    purpose = recipe.task.purpose(recipe.train.seed)
     try:
-        checkpoint = Checkpoint.open(source, None, session.recipe.model.dtype)
+        checkpoint = Checkpoint.open(source, None, recipe.model.dtype, purpose=purpose)
     except ValueError as error:
         raise ValueError(
             f"train.teacher: {error}; give one of {', '.join(TEACHERS)}, or the folder or hub id of a model "
@@ -78,6 +88,8 @@ def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | No
     if not signal.asks:
         return Lesson(signal, section.signal)
     assert section.teacher is not None, "refused by the recipe"
+    if section.teacher in TEACHERS:
+        refuse_drawn(section.teacher, session.checkpoint)
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():
         measured = measure(session, model, teacher, fitted)
@@ -92,7 +104,18 @@ def pack_other(session: Session, source: str) -> tuple[Any, dict[str, Any]]:
     session.say(f"teacher: {source}, packed to 8 bits")
     checkpoint = other_checkpoint(session, source)
     model = in_8_bits(session, checkpoint, -1, exclude=session.recipe.quant.exclude)
+    refuse_drawn(source, checkpoint)
     return model, {"model": source, "files": checkpoint.revision or checkpoint.fingerprint()}
+
+
+def refuse_drawn(teacher: str, checkpoint: Checkpoint) -> None:
+    """ValueError for a teacher whose head is not in its files, but drawn at random."""
+    if checkpoint.drawn:
+        raise ValueError(
+            f"train.teacher: got {teacher!r}, and {checkpoint.folder} has no head for this task "
+            f"({', '.join(checkpoint.drawn)}): its answers would be drawn at random; fine-tune it first "
+            "(with train.signal.kind: labels, or in full precision), and start from what that leaves"
+        )
 
 
 def measure(
@@ -123,6 +146,10 @@ def measure(
     if stored is not None and stored.of == key:
         return stored
     assert session.run.main, "the main process has measured it"
+    if isinstance(recipe.task, Labelled):
+        measured = TeacherMeasure(of=key, **_of_rows(session, recipe.task, model, other, at_work))
+        session.run.write_json(FILE, measured.model_dump(mode="json"))
+        return measured
     length = min(TOKENS, recipe.data.sequence_len)
     whole = {"sequence_len": length, "train_on": "all"}
     rows = first_windows(session, train_source(session), WINDOWS, whole)
@@ -144,6 +171,34 @@ def measure(
     )
     session.run.write_json(FILE, measured.model_dump(mode="json"))
     return measured
+
+
+@torch.no_grad()
+def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: Any) -> dict[str, Any]:
+    """The fields of a measure, of a task whose rows have answers: the divergence of its own logits."""
+    section = session.recipe.data
+    rows = task.first(
+        task.examples(train_source(session), section, session.tokenizer, rows=session.rows), ROWS
+    )
+    (batch,) = batches(session, model, rows, ROWS, shuffle=False, alone=True).one_epoch()
+    moved = {name: value.to(session.device) for name, value in batch.items()}
+    inputs, labels = inputs_of(moved, task.answers), {name: moved[name] for name in task.answers}
+    dense = load_model(
+        session.checkpoint, session.recipe.model.attention, session.device, session.dtype
+    ).eval()
+    full = dense(**inputs, use_cache=False).logits
+    with resting(model), packed_op_only(model):
+        ours = task.apart(model(**inputs, use_cache=False).logits, full, labels)
+    with at_work:
+        theirs = task.apart(other(**inputs, use_cache=False).logits, full, labels)
+    count = int(task.count(batch))
+    tokens = batch["input_ids"].numel()
+    return {
+        "kl": float(theirs) / count,
+        "student_kl": float(ours) / count,
+        "windows": len(rows),
+        "tokens": tokens,
+    }
 
 
 def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:

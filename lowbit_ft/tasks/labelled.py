@@ -23,11 +23,13 @@ from ..data.batches import Batches
 from ..data.errors import DataError
 from ..data.mix import named
 from ..evaluate.perplexity import EvalRow
+from ..model.heads import Answering
 from ..model.linear import packed_op_only
 from ..model.tokenizer import pad_id
 from ..model.upload import upload
 from ..model.walk import Batch
-from ..signals import Lesson
+from ..signals import Ask, Lesson, Whole
+from ..signals.divergence import Divergence, divergence
 from ..train.goal import Goal
 from .base import Dense, Feed, Measure, Task, inputs_of
 from .batches import RowBatches, Shown, taken_by
@@ -60,6 +62,24 @@ class Labelled(Task):
     @abstractmethod
     def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
         """The sum of the losses over the answers of a batch, fp32, a scalar. outputs: of the model."""
+
+    def answering(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """The rows of logits [n, C] that the answers are made of."""
+        return logits
+
+    def apart(
+        self,
+        ours: Tensor,
+        theirs: Tensor,
+        labels: dict[str, Tensor],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """How far the logits of a model are from its teacher's, summed over the answers of a batch: a scalar,
+        differentiable in `ours`."""
+        ours, theirs = self.answering(ours, labels), self.answering(theirs, labels)
+        every = torch.ones(len(ours), dtype=torch.bool, device=ours.device)
+        return divergence(ours, Whole(theirs), every, temperature, kind)
 
     @abstractmethod
     def count(self, batch: dict[str, Tensor]) -> Tensor:
@@ -100,7 +120,7 @@ class Labelled(Task):
     def batches(
         self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
     ) -> Batches:
-        assert not taught, "refused by the recipe"
+        """taught: a teacher knows by the mask what is padding."""
         return RowBatches(
             examples,
             size,
@@ -192,33 +212,53 @@ class Answers(Measure):
 
 
 class Labels:
-    """The answers of a batch on the device; an object that wrappers of models leave as it is."""
+    """The answers of a batch on the device; an object that wrappers of models leave as it is. measured: the
+    loss of the labels is wanted, whatever is learned from."""
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.values = values
+    def __init__(self, values: dict[str, Tensor], measured: bool = False) -> None:
+        self.values, self.measured = values, measured
 
 
 class Answered(Goal):
-    """The goal of a task whose batches hold their answers; the loss has one part."""
+    """The goal of a task whose batches hold their answers. The loss is that of the answers, or of a signal
+    that compares the model with a teacher, layer by layer."""
 
     def __init__(self, task: Labelled) -> None:
         self.task = task
 
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
-        return self.task.count(batch)[None]
+        tokens = {"all": real(batch, batch["input_ids"]).sum(), "targets": self.task.count(batch)}
+        return torch.stack([tokens[part.on] for part in lesson.parts.values()])
 
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool
     ) -> dict[str, Any]:
         inputs = {k: upload(v, device) for k, v in inputs_of(batch, self.task.answers).items()}
-        return {**inputs, "labels": Labels({k: upload(batch[k], device) for k in self.task.answers})}
+        values = {k: upload(batch[k], device) for k in self.task.answers}
+        return {**inputs, "labels": Labels(values, measured)}
 
     def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
         plain = model.forward
+        changes.enter_context(lesson.signal.begin(lesson, model, Answering(plain, None, whole=True)))
 
         def forward(_: nn.Module, *args: Any, labels: Labels | None = None, **inputs: Any) -> Any:
             if labels is None:
                 return plain(*args, **inputs)
-            return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
+            lockstep = None if labels.measured else lesson.lockstep
+            if lockstep is None:
+                return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
+            ids = inputs["input_ids"]
+            ask = Ask({}, inputs, ids.device)
+            with lockstep.together(ask, real(inputs, ids)):
+                ours = plain(*args, **inputs, use_cache=False).logits
+            theirs, how = lockstep.outputs(ask).logits, lesson.options
+            off = self.task.apart(ours, theirs, labels.values, how.temperature, how.divergence)
+            return lockstep.joined(off[None])
 
         return forward
+
+
+def real(batch: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """bool [B, L]: the tokens of a batch that are no padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

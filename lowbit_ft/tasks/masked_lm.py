@@ -69,9 +69,12 @@ class MaskedLM(Labelled):
         return Examples(examples[:count] if count is not None else examples[:])
 
     def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
-        right = labels["labels"].flatten()
-        there = right != IGNORE
-        return F.cross_entropy(outputs.logits.flatten(0, 1)[there].float(), right[there], reduction="sum")
+        right = labels["labels"]
+        chosen = self.answering(outputs.logits, labels).float()
+        return F.cross_entropy(chosen, right[right != IGNORE], reduction="sum")
+
+    def answering(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        return logits.flatten(0, 1)[labels["labels"].flatten() != IGNORE]
 
     def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
         """Which positions are looked at is in data that is not there: as many of the first."""

@@ -19,6 +19,7 @@ from ..data.errors import BadRow, DataError
 from ..data.mix import named, sources_of
 from ..data.read import read_rows
 from ..model.purpose import Purpose
+from ..signals.divergence import Divergence
 from . import scores
 from .base import Task
 from .labelled import Labelled
@@ -110,6 +111,22 @@ class SequenceClassification(Labelled):
         if self.several:
             return F.binary_cross_entropy_with_logits(logits, right.float(), reduction="sum")
         return F.cross_entropy(logits, right, reduction="sum")
+
+    def apart(
+        self,
+        ours: Tensor,
+        theirs: Tensor,
+        labels: dict[str, Tensor],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """Of a number the squared error; of several labels a divergence for each, of yes from no."""
+        if self.regression:
+            return F.mse_loss(ours.float(), theirs.float(), reduction="sum")
+        if self.several:  # sigmoid(z) is the softmax of z and 0
+            pairs = [torch.stack([z.flatten(), torch.zeros_like(z.flatten())], -1) for z in (ours, theirs)]
+            return super().apart(pairs[0], pairs[1], labels, temperature, kind)
+        return super().apart(ours, theirs, labels, temperature, kind)
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor(batch["labels"].numel())

@@ -84,6 +84,9 @@ class TokenClassification(Labelled):
         logits = outputs.logits.float().flatten(0, 1)
         return F.cross_entropy(logits, labels["labels"].flatten(), reduction="sum", ignore_index=IGNORE)
 
+    def answering(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        return logits.flatten(0, 1)[labels["labels"].flatten() != IGNORE]
+
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["labels"] != IGNORE).sum()
 

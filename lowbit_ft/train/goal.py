@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.attention import segment_attention, segment_inputs
+from ..model.maps import map_attention
 from ..model.upload import upload
 from ..signals import Lesson
 from ..signals.base import TAUGHT
@@ -40,9 +41,9 @@ class Goal:
         """What the forward of `forward` is called with; measured: what is wanted is the validation's loss."""
         raise AssertionError(f"{type(self).__name__} asks nothing")
 
-    def attention(self, model: nn.Module) -> AbstractContextManager[None]:
+    def attention(self, model: nn.Module, lesson: Lesson) -> AbstractContextManager[None]:
         """How the model attends while it trains."""
-        return nullcontext()
+        return map_attention(model) if lesson.signal.reads_maps(lesson.options) else nullcontext()
 
     def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
         """The forward that is bound to the model while it trains: called with `asked` it gives the sums of
@@ -70,13 +71,14 @@ class NextTokens(Goal):
         labels = lesson.signal.labels(batch)
         return {**inputs, "labels": Targets(labels, device, every, batch, measured)}
 
-    def attention(self, model: nn.Module) -> AbstractContextManager[None]:
+    def attention(self, model: nn.Module, lesson: Lesson) -> AbstractContextManager[None]:
+        if lesson.signal.reads_maps(lesson.options):
+            return super().attention(model, lesson)
         return segment_attention(model)
 
     def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
         student = chunked_head(model)
-        if lesson.teacher is not None:
-            changes.enter_context(lesson.teacher.begin(student))
+        changes.enter_context(lesson.signal.begin(lesson, model, student))
         return loss_forward(model, section.loss, lesson, student)
 
 

@@ -155,8 +155,8 @@ def _loop(
             # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
             window = window_of(run, micro, counts)
             sums = run.gradient.fill(window)
-            if now.step == 0:
-                refuse_unreached(run.names)
+            if now.step in (0, lesson.free_from(total)):
+                refuse_unreached(run.learning)
             run.drop_idle_gradients()
             norm = run.clip()
             parts, norm, targets, tokens, told = run.read(sums, norm, counts, tokens, stop.requested)

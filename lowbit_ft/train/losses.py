@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -173,10 +174,14 @@ def loss_forward(
         if labels is None:
             return plain(*args, **inputs)
         now = measure_of(lesson) if labels.measured else lesson
-        answers = None if now.teacher is None else now.teacher.answers(labels.ask(inputs))
+        answers, beside = asked(now, labels, inputs)
         if head is not None and (labels.labels.numel() > head.at_a_time(answers) or head.fused is not None):
-            return head.loss(head.base(*args, **inputs, use_cache=False), labels, now, answers)
-        logits = plain(*args, **inputs, use_cache=False).logits
+            with beside:
+                output = head.base(*args, **inputs, use_cache=False)
+            sums = head.loss(output, labels, now, answers)
+            return sums if now.lockstep is None else now.lockstep.joined(sums)
+        with beside:
+            logits = plain(*args, **inputs, use_cache=False).logits
         if logits.numel() > heads.LOGITS_AT_A_TIME:
             size = logits.numel() * logits.element_size() / 1e9
             warnings.warn(
@@ -187,9 +192,24 @@ def loss_forward(
         tokens, every = next_tokens(labels.labels).reshape(-1), labels.everywhere
         given = None if answers is None else answers(torch.arange(len(logits), device=logits.device))
         sums = now.signal.sums(now.options, logits, tokens, every, given)
-        return now.signal.joined(now.options, [sums], labels.looked(range(len(logits))))
+        sums = now.signal.joined(now.options, [sums], labels.looked(range(len(logits))))
+        return sums if now.lockstep is None else now.lockstep.joined(sums)
 
     return forward
+
+
+def asked(
+    lesson: Lesson, labels: Targets, inputs: dict[str, Any]
+) -> tuple[Answers | None, AbstractContextManager[None]]:
+    """The answers of the teacher, which is run now, or in the context of the student's forward where the
+    lesson walks through the layers of both."""
+    if lesson.teacher is None:
+        return None, nullcontext()
+    ask = labels.ask(inputs)
+    if lesson.lockstep is None:
+        return lesson.teacher.answers(ask), nullcontext()
+    counted = labels.everywhere.view(inputs["input_ids"].shape)
+    return lesson.lockstep.late(ask), lesson.lockstep.together(ask, counted)
 
 
 def target_logits(model: nn.Module) -> Callable[[dict[str, Any], Targets], Iterator[tuple[Tensor, Tensor]]]:

@@ -49,7 +49,7 @@ class Prepared:
         self.model, self.section, self.accelerator = model, section, accelerator
         sharded = is_sharded(model)
         with ExitStack() as changes:
-            changes.enter_context(goal.attention(model))
+            changes.enter_context(goal.attention(model, lesson))
             if section.mlp_chunk is not None:
                 changes.callback(cut_mlps(model, decoder_layers(model)[1], section.mlp_chunk))
             self.offload = None

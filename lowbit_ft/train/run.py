@@ -176,6 +176,8 @@ class Run:
         its place in the step."""
         if self.prepared.noise is not None:
             self.prepared.noise.at(self.now.step, micro)
+        if not measured:
+            self.lesson.at(self.now.step, self.total, self.section.seed)
         # Measuring goes not through DDP's wrapper: processes may have unequal shares.
         model = self.model if measured else self.wrapped
         asked = self.goal.asked(self.model, self.lesson, batch, self.accelerator.device, measured)
@@ -187,10 +189,19 @@ class Run:
         counts = torch.stack([self.goal.counts(self.lesson, batch) for batch in micro]).sum(0)
         return self.over_processes(counts)
 
+    @property
+    def learning(self) -> dict[Tensor, str]:
+        """The names of all that trains, but of what an intervention cut off in the last forward."""
+        idle = {id(parameter) for parameter in self.lesson.idle}
+        return {p: name for p, name in self.names.items() if id(p) not in idle}
+
     def drop_idle_gradients(self) -> None:
-        """In a warm-up the scale group has no gradient, or under DDP, where every tensor must take part,
-        zeros. Zeros would fill Adam's averages: its first real steps would then be several times too long.
+        """In a warm-up the scale group has no gradient, nor has what an intervention cuts off, or under DDP,
+        where every tensor must take part, zeros. Zeros would fill Adam's averages: its first real steps would
+        then be several times too long.
         """
+        for parameter in self.lesson.idle:
+            parameter.grad = None
         if self.now.step < self.choose_after:
             for group in self.raw_optimizer.param_groups:
                 for parameter in group["params"] if group["name"] == "scale" else ():
@@ -337,4 +348,4 @@ class Run:
 
 
 def _plain(section: Any) -> dict[str, Any]:
-    return section.model_dump() if hasattr(section, "model_dump") else dict(vars(section))
+    return section.model_dump(mode="json") if hasattr(section, "model_dump") else dict(vars(section))

@@ -21,6 +21,7 @@ def integer_args(
     offset: bool = False,
     low_rank: bool = True,
     clip_first: bool = False,
+    lowest: int = 0,
     shape: tuple[int, int] = (N, K),
 ) -> dict:
     """Arguments of grid_linear (x aside), by name, with values that move codes and clip some."""
@@ -44,6 +45,7 @@ def integer_args(
         "units": units,
         "bits": bits,
         "residual_bits": f,
+        "lowest": lowest,
         "group_size": group_size,
         "clip_first": clip_first,
     }
@@ -77,7 +79,7 @@ def dense(args: dict, k: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         value = value + d / s0
     else:
         value = (s0 * (value - z0) + d - t) / s + z
-    low, high = torch.zeros_like(s0), torch.full_like(s0, float(top))
+    low, high = torch.full_like(s0, float(args["lowest"])), torch.full_like(s0, float(top))
     order = "clip_then_round" if args["clip_first"] else "round_then_clip"
     code = reference.quantized(value, low, high, order)
     return value.detach(), s * (code - z) + t, leaves

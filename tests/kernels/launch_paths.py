@@ -78,7 +78,7 @@ def main() -> None:
         torch.rand(2, k // g, n).bfloat16(),
     )
     a, b, wide = torch.randn(rank, k), torch.randn(n, rank), scale.float()
-    grid = (codes, None, scale, None, a, b, None, None, wide, None, None, None, 1.0, "grid", 4, 0)
+    grid = (codes, None, scale, None, a, b, None, None, wide, None, None, None, 1.0, "grid", 4, 0, 0)
     # Of every second row, each of them half masked: what codes and gradients ask for beside the base.
     some = {"a": None, "b": None, "delta": torch.randn(n // 2, k), "rows": torch.arange(0, n, 2)}
     some |= {"mask": torch.full((n, 32), 0x5555, dtype=torch.int16)}

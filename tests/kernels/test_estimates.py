@@ -280,6 +280,7 @@ def test_the_third_gemm_is_gone(case: str):
         "units": "grid",
         "bits": 4,
         "residual_bits": 0,
+        "lowest": 0,
         "group_size": 128,
         "clip_first": False,
     }
@@ -290,6 +291,7 @@ def test_the_third_gemm_is_gone(case: str):
         1.0,
         "grid",
         4,
+        0,
         0,
         k,
         128,

@@ -130,6 +130,7 @@ def grid_arguments(bits: int, n: int, k: int, g: int, units: str, rank: int = 64
         "units": units,
         "bits": bits,
         "residual_bits": 4,
+        "lowest": 0,
     }
 
 

@@ -16,7 +16,7 @@ def samples() -> dict[str, tuple]:
     x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     planes, alpha, shift = binary_args()
     state = tuple(a[n] for n in GridWeight._fields[: GridWeight._fields.index("gain")])
-    static = (0.7, "live", 3, 4)
+    static = (0.7, "live", 3, 4, 0)
     some = {"a": None, "b": None, "delta": torch.randn(4, K), "rows": torch.tensor([1, 4, 7, 12])}
     dense = GridWeight(**{n: {**a, **some}[n] for n in GridWeight._fields})[: len(state)]
     grid = (a["codes"], a["scale"], a["zero"], a["offset"], 3)
@@ -32,7 +32,7 @@ def samples() -> dict[str, tuple]:
         "packed_matmul_dx": (dy, *grid, K, 32),
         "grid_linear": (x, *train, *static, 32, True),
         "grid_gradients": (x.detach(), dy, *state, *static, 32, True),
-        "grid_row_gradients": (x.detach(), dy, *dense, 1.0, "grid", 3, 4, 32, True),
+        "grid_row_gradients": (x.detach(), dy, *dense, 1.0, "grid", 3, 4, 0, 32, True),
         # All tokens: opcheck runs an op twice and compares.
         "grid_estimates": (
             x.detach(),
@@ -95,7 +95,7 @@ def test_compiles_whole_and_knows_its_shapes(name: str):
 def test_opcheck_without_optional_tensors():
     a = integer_args(zero=False, low_rank=False, f=0)
     scale = a["scale"].requires_grad_()
-    args = (a["codes"], None, a["scale0"], *[None] * 5, scale, *[None] * 3, 1.0, "grid", 4, 0, 32, False)
+    args = (a["codes"], None, a["scale0"], *[None] * 5, scale, *[None] * 3, 1.0, "grid", 4, 0, 0, 32, False)
     torch.library.opcheck(torch.ops.lowbit.grid_linear, (torch.randn(5, K, requires_grad=True), *args))
     planes, alpha, _ = binary_args()
     torch.library.opcheck(

@@ -148,9 +148,8 @@ def test_the_counter_counts_inside_packed_ops() -> None:
     )
 
     def run() -> None:
-        y = kernels.grid_linear(
-            x, codes, None, scale, None, a, b, None, None, s, None, None, None, 1.0, "grid", 4, 0, 128, False
-        )
+        weight = (codes, None, scale, None, a, b, None, None, s, None, None, None)
+        y = kernels.grid_linear(x, *weight, 1.0, "grid", 4, 0, 0, 128, False)
         y.backward(torch.ones_like(y))
 
     for tensor in (x, a, b, s):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lowbit_ft.model import heads
 from lowbit_ft.model.heads import Answering
 from lowbit_ft.recipe.sections.signal import SignalSection
 from lowbit_ft.signals import SIGNALS, Ask, Lesson, OtherModel, Teacher, Whole
-from lowbit_ft.signals.base import Answers
+from lowbit_ft.signals.base import Answers, Walked
 from lowbit_ft.signals.reference import StepReference
 from lowbit_ft.signals.residual import Residual
 from lowbit_ft.train.loop import TrainResult, train
@@ -35,6 +35,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {},
     "logits": {"temperature": 2.0, "top_k": 5, "on": "all", "divergence": "symmetric"},
     "mix": {"temperature": 2.0, "label_weight": 0.3, "on": "all", "divergence": "reverse"},
+    "layers": {
+        "losses": {"logits": 0.5, "hidden": 0.2, "scores": 0.1, "outputs": 0.2},
+        "intervention": {"mode": "gradual", "boundaries": [0.3, 0.6], "share": 0.7},
+        "temperature": 2.0,
+        "on": "all",
+        "divergence": "symmetric",
+    },
     "dpo": {"beta": 0.7, "loss_type": "robust", "label_smoothing": 0.2},
     "orpo": {"beta": 0.3},
 }
@@ -45,6 +52,13 @@ def student(start: int = 0, **changes: Any) -> Any:
     wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
     wide |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY}
     return adapted_llama(adapter_config("lr_qat", rank=3), GRID, seed=1 + start, **(wide | changes))
+
+
+@torch.no_grad()
+def randomized(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def options(kind: str, **changes: Any) -> SignalSection:
@@ -67,14 +81,19 @@ def windows(n: int = 9, seed: int = 0) -> Examples:
 class Mirror(Teacher):
     """Answers what the student itself says: its logits, whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any = None) -> None:
         super().__init__({"teacher": "mirror"})
         self.answering: Answering | None = None
+        self.student = model
 
     @contextmanager
     def begin(self, student: Answering) -> Iterator[None]:
         self.answering = student
         yield
+
+    def walked(self) -> Walked:
+        assert self.answering is not None and self.student is not None
+        return Walked(self.student, self.answering, lambda ask: ask.inputs, lambda part: nullcontext())
 
     def answers(self, ask: Ask) -> Answers:
         assert self.answering is not None
@@ -87,17 +106,21 @@ class Mirror(Teacher):
         return answer
 
 
-def teacher_of(name: str, model: Any) -> Teacher:
-    """A teacher by name for this student. other: another random model."""
+def teacher_of(name: str, model: Any, alike: bool = False) -> Teacher:
+    """A teacher by name for this student. other: another random model; alike: of the same width."""
     if name == "residual":
         return Residual(model)
-    other = student(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
+    narrow = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    other = student(start=7, **({} if alike else narrow))
+    if alike:  # adapters at their start change nothing
+        randomized(other)
     return OtherModel(other, {"teacher": "checkpoint", "model": "another"})
 
 
 def lesson(kind: str, model: Any, teacher: str = "residual", **changes: Any) -> Lesson:
     signal = SIGNALS[kind]
-    asked = StepReference(model) if signal.refers else teacher_of(teacher, model) if signal.asks else None
+    made = teacher_of(teacher, model, signal.of_layers) if signal.asks else None
+    asked = StepReference(model) if signal.refers else made
     return Lesson(signal, options(kind, **changes), asked)
 
 

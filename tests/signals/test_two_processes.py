@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.forks import run_together
 from tests.signals import two_processes
 from tests.signals.common import OPTIONS, STEPS, go, lesson, student
-from tests.signals.two_processes import PAIRS, TEACHERS
+from tests.signals.two_processes import OTHERS, TEACHERS
 
 
 def rows(folder: Path) -> list[list[float]]:
@@ -25,10 +25,10 @@ def rows(folder: Path) -> list[list[float]]:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     ran = run_together(two_processes.__file__, tmp_path)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    ways = dict.fromkeys(TEACHERS, ("ddp", "fsdp")) | {kind: (way,) for way, kind in PAIRS}
+    ways = dict.fromkeys(TEACHERS, ("ddp", "fsdp")) | {kind: (way,) for way, kind in OTHERS}
     for name in ways:
         model = student()
-        kind, teacher = ("mix", name) if name in TEACHERS else (name, "")
+        kind, teacher = ("mix", name) if name in TEACHERS else (name, TEACHERS[0])
         go(tmp_path / name, model, lesson(kind, model, teacher, **OPTIONS[kind]))
         last = f"checkpoints/step-{STEPS:08d}/adapter.safetensors"
         one = load_file(tmp_path / name / last)

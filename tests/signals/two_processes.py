@@ -1,4 +1,4 @@
-"""What test_two_processes.py runs under torchrun: DDP and FSDP with each teacher."""
+"""What test_two_processes.py runs under torchrun: DDP and FSDP with each teacher, and other signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lowbit_ft.train.sharding import shard
 from tests.signals.common import CPU, OPTIONS, go, lesson, student
 
 TEACHERS = ("residual", "other")
-PAIRS = (("fsdp", "dpo"), ("ddp", "orpo"))  # sharded, the reference is one more forward of all processes
+# Sharded, the reference is one more forward of all; an intervention leaves tensors without a gradient.
+OTHERS = (("fsdp", "dpo"), ("ddp", "orpo"), ("ddp", "layers"))
 
 
 def together(folder: Path) -> None:
@@ -27,7 +28,7 @@ def together(folder: Path) -> None:
         mine = lesson("mix", model, teacher, **OPTIONS["mix"])
         shard(model, CPU)
         go(folder / f"fsdp-{teacher}", model, mine, rank, 2, gradient_checkpointing=True)
-    for way, kind in PAIRS:
+    for way, kind in OTHERS:
         model = student(start=0 if rank == 0 else 5)
         mine = lesson(kind, model, **OPTIONS[kind])
         if way == "fsdp":

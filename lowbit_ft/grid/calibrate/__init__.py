@@ -22,6 +22,7 @@ from .planes import alternating, greedy
 from .ranges import Stats, absmax, minmax, mse
 from .recover import Missed, OffGridError, recover
 from .signround import Block, signround, signround_block
+from .ternary import TERNARY_BITS, ternary
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Calibrator:
     makes_up: bool = (
         False  # for weights that are locked at zero, which it is given as they came, with Stats.zeros
     )
+    narrow: bool = False  # its grid's lowest code stays unused, while codes train too (IntGrid.narrow)
     exact: bool = False  # of weights that lie on the grid already; run raises OffGridError where one does not
 
     def reject(self, grid: IntGrid | BinaryGrid) -> str | None:
@@ -54,7 +56,8 @@ class Calibrator:
             return f"needs quant.symmetric: {wanted}; on this grid use one of {', '.join(others)}"
         if self.bits is not None and grid.bits not in self.bits:
             wanted = " or ".join(map(str, self.bits))
-            others = [name for name in fits if CALIBRATORS[name].bits is None]
+            signs = (None, getattr(grid, "symmetric", None))
+            others = [n for n in fits if CALIBRATORS[n].bits is None and CALIBRATORS[n].symmetric in signs]
             return f"needs quant.bits: {wanted}; at {grid.bits} use one of {', '.join(others)}"
         return None
 
@@ -62,6 +65,7 @@ class Calibrator:
 CALIBRATORS: dict[str, Calibrator] = {
     "absmax": Calibrator(absmax, "integer", symmetric=True),
     "narrow_range": Calibrator(narrow_range, "integer", symmetric=True),
+    "ternary": Calibrator(ternary, "integer", symmetric=True, bits=TERNARY_BITS, narrow=True),
     "minmax": Calibrator(minmax, "integer", symmetric=False),
     "mse": Calibrator(mse, "integer"),
     "gptq": Calibrator(gptq, "integer", needs_text=True, makes_up=True),

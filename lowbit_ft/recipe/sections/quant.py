@@ -4,7 +4,7 @@ layers of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -71,10 +71,11 @@ class QuantSection(Section):
     )
     calibrate: str = Field(
         default=AUTO,
-        description="integer: absmax, narrow_range (absmax without the lowest code: GLM-130B's), minmax, "
-        "mse, gptq, signround, recover (weights that lie on the grid already); binary: greedy, alternating, "
-        "mean (LLM-QAT's, 1 and 2 bits); auto: gptq at 2, 3 and 4 bits where there are rows to look at "
-        "(those of data.train do), else mse, and greedy for planes; "
+        description="integer: absmax, narrow_range (absmax without the lowest code: GLM-130B's), ternary "
+        "(-s, 0, s: TWN's, at 2 bits, and they stay it), minmax, mse, gptq, signround, recover (weights that "
+        "lie on the grid already); binary: greedy, alternating, mean (LLM-QAT's, 1 and 2 bits); auto: gptq "
+        "at 2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy "
+        "for planes; "
         "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
@@ -172,6 +173,12 @@ class QuantSection(Section):
         """Some weights of the base are locked at zero."""
         return self.sparsity.at_once.locks
 
+    def kept(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a grid, with what its codes keep to while they train: zeros, no lowest code."""
+        calibrator = CALIBRATORS.get(self.calibrate)
+        narrow = calibrator is not None and calibrator.narrow and bool(settings["symmetric"])
+        return {**settings, "mask": self.locks, "narrow": narrow}
+
     @property
     def folds(self) -> bool:
         """What is packed is not the checkpoint as it is, but turned or smoothed (rotations/)."""
@@ -254,8 +261,10 @@ class QuantSection(Section):
             # It is not trained, so no rounding error is kept.
             return grid_of(self.grid, dict(self) | {"bits": self.embeddings, "residual_bits": 0})
         if is_head(names[0]):  # as in the papers of sparsity, it is not pruned
-            return grid_of(self.grid, settings | ({} if self.lm_head is None else {"bits": self.lm_head}))
-        return grid_of(self.grid, settings | {"mask": self.locks})
+            if self.lm_head is not None:
+                return grid_of(self.grid, settings | {"bits": self.lm_head})
+            return grid_of(self.grid, self.kept(settings) | {"mask": False})
+        return grid_of(self.grid, self.kept(settings))
 
 
 def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
@@ -270,10 +279,10 @@ def grids(r: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _settings(quant: Any) -> Iterator[tuple[KeyPath, dict[str, Any]]]:
-    settings = dict(quant) | {"mask": quant.locks}
-    yield ("quant",), settings
+    settings = dict(quant)
+    yield ("quant",), quant.kept(settings)
     for i, override in enumerate(quant.overrides):
-        yield ("quant", "overrides", i), settings | override.given
+        yield ("quant", "overrides", i), quant.kept(settings | override.given)
 
 
 def packed_layers(quant: Any, shapes: Shapes) -> list[Layer]:

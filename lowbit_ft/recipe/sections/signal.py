@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ...names import did_you_mean, nearest
 from ...signals import REFERENCES, SIGNALS, TEACHERS, teacher_kind
 from ...signals.dpo import DPO_LOSSES
+from ...signals.intervention import MODES
 from ...train.losses import LOSSES
 from ..layers import shapes_here
 from ..paths import path_is
@@ -18,13 +20,74 @@ from ..yaml import Problem
 from .base import Count, Positive, Problems, Section, Unit
 
 
+def _fraction(value: Any) -> Any:
+    """1/6 as people write it."""
+    try:
+        return float(Fraction(value)) if isinstance(value, str) and "/" in value else value
+    except (ValueError, ZeroDivisionError):
+        return value
+
+
+Share = Annotated[float, BeforeValidator(_fraction), Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class LossesSection(Section):
+    """The weights of what layers compares; 0: it is left out (of logits: told and not learned)."""
+
+    logits: Weight = Field(default=1.0, description="the distribution of the answers")
+    hidden: Weight = Field(default=1.0, description="the output of every layer")
+    scores: Weight = Field(
+        default=1.0, description="of attention before its softmax, which is then computed as eager's is"
+    )
+    outputs: Weight = Field(default=1.0, description="the output of every layer's attention")
+
+
+class InterventionSection(Section):
+    """Tensors of the teacher in the student's attention, for the first part of the run."""
+
+    mode: Annotated[str, OneOf(MODES)] = Field(
+        default="gradual",
+        description="what is the teacher's. map: the probabilities; context: their product with v; output: "
+        "the result of the output matrix; gradual: output, context, map; inverted: the other way round; "
+        "stochastic: one of the three, drawn in every step",
+    )
+    boundaries: tuple[Share, Share] | None = Field(
+        default=None,
+        description="gradual, inverted: the shares of the intervened steps at which it goes on; null: 1/6 "
+        "and 1/3, or 1/3 and 2/3",
+    )
+    share: Share = Field(default=0.5, description="of the steps that it intervenes in, the first ones")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> InterventionSection:
+        if self.boundaries is None:
+            return self
+        readers = [name for name, mode in MODES.items() if mode.boundaries]
+        if self.mode not in readers:
+            raise ValueError(
+                f"boundaries {list(self.boundaries)}, which mode: {self.mode} does not read; remove it, or "
+                f"set mode: {' or '.join(readers)}"
+            )
+        if self.boundaries[0] > self.boundaries[1]:
+            raise ValueError(f"boundaries {list(self.boundaries)}; allowed: two shares that do not fall")
+        return self
+
+
 class SignalSection(Section):
     """What the loss compares the model with."""
 
     kind: Annotated[str, OneOf(SIGNALS)] = Field(
         default="labels",
         description="labels: the tokens of the data; logits: the teacher's next-token distribution; "
-        "mix: both; dpo, orpo: of two answers the chosen one (data.train.format: preference)",
+        "mix: both; layers: its logits and what its layers make; dpo, orpo: of two answers the chosen one "
+        "(data.train.format: preference)",
+    )
+    losses: LossesSection | None = Field(
+        default=None, description="layers: the weights of its parts; null: 1 each"
+    )
+    intervention: InterventionSection | None = Field(
+        default=None, description="layers: what of the teacher takes the student's place; null: nothing"
     )
     temperature: Positive = Field(
         default=1.0, description="of both distributions; the divergence is multiplied with its square"
@@ -57,6 +120,17 @@ class SignalSection(Section):
         description="dpo: the packed base without adapters. step: run in every micro-batch; cached: asked "
         "once before training, 16 bytes per pair in reference/ of the run",
     )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the parts of layers."""
+        return dict(self.losses or LossesSection())
+
+    @model_validator(mode="after")
+    def _compares(self) -> SignalSection:
+        if not any(self.weights.values()):
+            raise ValueError("losses are all 0, so nothing is learned; give one of them a weight above 0")
+        return self
 
     @model_validator(mode="after")
     def _smooth(self) -> SignalSection:
@@ -128,9 +202,51 @@ def check_signal(r: Any) -> Problems:
             ("train", "signal", "top_k"),
             f"got {train.signal.top_k}; allowed: at most the {tokens} tokens of the model, or null",
         )
+    if signal.of_layers:
+        yield from _by_layers(r, train)
     if LOSSES[train.loss].fuse is not None:
         yield Problem(
             ("train", "loss"),
             f"got {train.loss!r}, which makes the loss of labels and of nothing else; set loss: chunked, or "
             "train.signal.kind: labels",
+        )
+
+
+def _by_layers(r: Any, train: Any) -> Problems:
+    """What runs beside a walk through the layers of student and teacher."""
+    kind, signal = train.signal.kind, SIGNALS[train.signal.kind]
+    if train.teacher == "cached":
+        yield Problem(
+            ("train", "teacher"),
+            f"got 'cached', which keeps answers and no layers, and train.signal.kind: {kind} compares "
+            "layers; set teacher: residual, or a model of the same depth and width (model.path: itself at 8 "
+            "bits)",
+        )
+    for key, usual, why in (
+        ("gradient_checkpointing", False, "a layer that is run again would ask the teacher's layer again"),
+        ("compile", False, "the hooks that meet the teacher are no code for a compiler"),
+        ("sharding", "none", "its layers are called beside the hooks that gather them"),
+    ):
+        if (got := getattr(train, key)) != usual:
+            told = str(usual).lower()
+            yield Problem(("train", key), f"got {got!r} with signal.kind: {kind}: {why}; set {told}")
+    if train.signal.intervention is not None and train.gradient.estimates:
+        yield Problem(
+            ("train", "gradient", "kind"),
+            f"got {train.gradient.kind!r} with an intervention, which says where a backward stops; set "
+            "backprop",
+        )
+    chosen = r.model.attention
+    if signal.reads_maps(train.signal) and chosen not in ("sdpa", "eager"):
+        yield Problem(
+            ("model", "attention"),
+            f"got {chosen!r}, which never has the scores of attention in memory, and train.signal compares "
+            "or replaces them; set sdpa, or losses.scores: 0 and an intervention by context or output",
+        )
+    quant = getattr(r, "quant", None)
+    if quant is not None and quant.folds and train.teacher != "residual":
+        yield Problem(
+            ("train", "teacher"),
+            f"got {train.teacher!r}, whose layers are in the basis of the files, and quant.rotation or "
+            "smooth turns the model's; set teacher: residual, or rotation.kind: none",
         )

@@ -17,6 +17,7 @@ from ...files.tensorfile import CheckpointError
 from ...model.config import load_config
 from ...model.images import read_processor
 from ...names import listed
+from ...signals import SIGNALS
 from ...tasks import scores
 from ...tasks.labelled import Labelled
 from ..layers import local_folder
@@ -97,8 +98,10 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "streaming"), True, "its rows are held in memory; set false"
     if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
         yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
-    if train.signal.kind != "labels":
-        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels"
+    if SIGNALS[train.signal.kind].language and train.signal.kind != "labels":
+        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, or layers"
+    if train.signal.on != "targets":
+        yield ("train", "signal", "on"), train.signal.on, "its answers are where its labels are; set targets"
     if train.loss != "chunked":
         yield ("train", "loss"), train.loss, f"{language}; set chunked"
     if train.reconstruct is not None:

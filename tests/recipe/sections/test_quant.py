@@ -38,8 +38,8 @@ BAD = [
         "calibrator",
         ("bits: 4", "bits: 4\n  calibrate: gtpq"),
         (),
-        "quant.calibrate: got 'gtpq'; allowed: auto, absmax, narrow_range, minmax, mse, gptq, signround, "
-        "recover; did you",
+        "quant.calibrate: got 'gtpq'; allowed: auto, absmax, narrow_range, ternary, minmax, mse, gptq, "
+        "signround, recover; did you",
     ),
     (
         "calibrator of the other grid",
