@@ -182,8 +182,6 @@ def _look_at_the_rest(
             skipped.append(_skip(name, reason or "", module.weight.numel()))
         elif matrix_like:
             dtype = str(matrix_like[0].dtype).removeprefix("torch.")
-            if name.startswith(text) and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                reason = None  # wherever it is
             reason = reason or f"{type(module).__name__}: no linear layer, stays in {dtype}"
             skipped += [_skip(f"{name}.{key}", reason, p.numel()) for key, p in own.items() if p.dim() >= 2]
     return skipped, refused

@@ -74,9 +74,8 @@ class QuantSection(Section):
         description="integer: absmax, narrow_range (absmax without the lowest code: GLM-130B's), ternary "
         "(-s, 0, s: TWN's, at 2 bits, and they stay it), minmax, mse, gptq, signround, recover (weights that "
         "lie on the grid already); binary: greedy, alternating, mean (LLM-QAT's, 1 and 2 bits); auto: gptq "
-        "at 2, 3 and 4 bits where there are rows to look at (those of data.train do), else mse, and greedy "
-        "for planes; "
-        "from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
+        "at 2, 3 and 4 bits where there are rows to look at (those of data.train), else mse, and greedy for "
+        "planes; from_checkpoint: the codes of a checkpoint that is quantized already (set by itself)",
         json_schema_extra=lambda schema: schema.update(enum=[AUTO, *CALIBRATORS, FROM_CHECKPOINT]),
     )
     scale_dtype: Literal["bfloat16", "float16", "float32"] = Field(
