@@ -187,8 +187,8 @@ def test_inputs_on_a_grid(scheme: Scheme) -> None:
     conv = nn.Conv2d(16, 6, (2, 4), padding=(1, 2), stride=2)  # 128 inputs, rows of zeros at the edge
     x = torch.rand(2, 16, 6, 8) * 3 + 5
     x[1] -= 6
-    layer = packed(conv, IntGrid(bits=4, group_size=32, symmetric=False, residual_bits=4), "lr_qat").train()
-    place(layer, scheme)
+    layer = packed(conv, IntGrid(bits=4, group_size=32, symmetric=False, residual_bits=4), "lr_qat")
+    place(layer.train(), scheme)
     shipped = merged_weight(layer)
     assert isinstance(shipped, PackedWeight)
     rows, bias = layer.rows(x), layer.bias
