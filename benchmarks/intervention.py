@@ -93,7 +93,12 @@ def accuracy(model: Any, held: dict[str, Tensor]) -> float:
 def teacher(folder: Path, steps: int) -> Any:
     """Trained in full precision, saved, in eval mode."""
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    size: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     config = BertConfig(**size, vocab_size=VOCABULARY, max_position_embeddings=32)
     config.num_labels = CLASSES**2
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
