@@ -105,8 +105,8 @@ class OnnxLinear(nn.Module):
             shape=(*x.shape[:-1], self.n),
             version=10,
         )
-        # One after the other: of sums times a product of scales ONNX Runtime 1.32 makes something of its own when
-        # it opens the file, and is then off by 0.64 of 0.77 in the logits of a MiniLM with scales per token.
+        # One after the other: of sums times a product of scales ONNX Runtime 1.32 makes something of its own
+        # when it opens the file, off by 0.64 of 0.77 in the logits of a MiniLM with scales per token.
         return sums.float() * scale * self.scale[:, 0]
 
 
