@@ -113,7 +113,9 @@ class OnnxLinear(nn.Module):
             shape=(*x.shape[:-1], self.n),
             version=10,
         )
-        return sums.float() * (scale * self.scale[:, 0])
+        # One after the other: of sums times a product of scales ONNX Runtime 1.32 makes something of its own
+        # when it opens the file, off by 0.64 of 0.77 in the logits of a MiniLM with scales per token.
+        return sums.float() * scale * self.scale[:, 0]
 
 
 class OnnxConv(OnnxLinear):
