@@ -21,6 +21,7 @@ from ..recipe.sections.activations import ActivationsSection, carried
 from ..recipe.sections.quant import grids
 from ..segments import segments_in
 from ..session import Session
+from ..train.losses import LABELS
 from .data import calibration_batches, calibration_key
 from .models import load_packed
 
@@ -90,7 +91,7 @@ def choose_activations(session: Session, model: Any, section: ActivationsSection
         body(**moved, use_cache=False)
 
     scale_dtype = getattr(torch, recipe.quant.scale_dtype)
-    with recipe.task.goal.attention(model):
+    with recipe.task.goal.attention(model, LABELS):
         return choose(model, candidates, len(batches), forward, section.range, scale_dtype, section.learn)
 
 

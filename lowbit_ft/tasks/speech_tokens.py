@@ -107,12 +107,12 @@ class SpeechTokens(Labelled):
         assert frames is not None, "settled before rows are read"
         folders = [Path(one.path).expanduser().parent for one in sources_of(source)]
 
-        def encode(row: Mapping[str, Any]) -> Encoded:
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
             made = encoded_text(tokenizer, section.sequence_len, text_of(row, self.text))
             samples = self._samples(text_of(row, self.audio), folders, frames.sample_rate)
             mel, digest = frames_of(frames, samples), hashlib.sha256(samples.numpy().tobytes()).hexdigest()
             kept = {key: made[key] for key in ("input_ids", "attention_mask")}
-            return {**kept, "cut": made["cut"], "mel": mel, "sound": digest}
+            return [{**kept, "cut": made["cut"], "mel": mel, "sound": digest}]
 
         return Encoder(encode, lambda made: (), frozenset([self.audio, self.text]))
 
