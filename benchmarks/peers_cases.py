@@ -181,6 +181,9 @@ CONTENDERS: dict[str, Contender] = {
     "gptq, lr_qat": trained("lr_qat", "gptq"),
     "gptq, dl_qat": trained("dl_qat", "gptq"),
     "gptq, l4q": trained("l4q", "gptq"),
+    "gptq, lota": replace(
+        trained("lota", "gptq", train__scheduler="lota", train__optimizer="t_signsgd"), symmetric=False
+    ),
     "gptq, lr_qat, KL": trained("lr_qat", "gptq", **TAUGHT),
     "gptq, full QAT": trained("full_qat", "gptq"),
     "signround": start(quant__calibrate="signround", **ROUNDED, quant__calibration__steps=160),

@@ -75,7 +75,8 @@ def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = 
     lines = [f"serve it: {command}"]
     if here is not None and facts.pipeline == WRITES and not command.startswith("lowbit-ft"):
         vllm, exporter = SERVERS["vllm"], EXPORTERS[format]
-        why = vllm.reject_cpu(exporter, facts.grid) if exporter.name in vllm.formats else None
+        cached = facts.kv_cache is not None
+        why = vllm.reject_cpu(exporter, facts.grid, cached) if exporter.name in vllm.formats else None
         lines = [f"serve it: lowbit-ft serve {here}", f"  {'or' if why is None else 'on a GPU'}: {command}"]
         lines += [] if why is None else [f"  on a CPU: {why}"]
     return "\n".join([*lines, *(f"  {what}: {text}" for what, text in about.items())])

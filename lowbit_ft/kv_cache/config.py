@@ -85,7 +85,8 @@ class KVConfig:
             flag = f"--kv-cache-dtype int{self.bits}_per_token_head"
             return f"{command} {flag}", (
                 "a flag and not in the folder: without it the cache has 16 bits, which training did not see. "
-                "It is of vLLM's Triton attention, on a GPU, head_dim from 32 on; the CPU backend refuses it"
+                "It is of vLLM's Triton attention, on a GPU, head_dim from 32 on; leave it out on a CPU, "
+                "where vLLM 0.32 reads this cache as fp8"
                 + (". vLLM rotates in bfloat16 there, so codes may differ at ties" if int4 else "")
             )
         if server == "llama.cpp" and cached and self.kind == "block":

@@ -29,8 +29,9 @@ class Server(ABC):
         looked for by the recipe check (`nearest`)."""
         return None
 
-    def reject_cpu(self, exporter: Exporter, grid: Grid) -> str | None:
-        """Why it does not load this grid on a CPU, where it does elsewhere; None when it does."""
+    def reject_cpu(self, exporter: Exporter, grid: Grid, integer_cache: bool) -> str | None:
+        """Why it does not serve this grid on a CPU, or a cache of integers, where it does elsewhere; None
+        when it does."""
         return None
 
     def reject_layers(self, exporter: Exporter, grids: Mapping[str, Grid | None]) -> str | None:

@@ -33,7 +33,9 @@ class Vllm(Server):
             f"and this grid is {grid}"
         )
 
-    def reject_cpu(self, exporter: Exporter, grid: Grid) -> str | None:
+    def reject_cpu(self, exporter: Exporter, grid: Grid, integer_cache: bool) -> str | None:
+        if integer_cache:
+            return "vllm's attention reads an integer cache as fp8; leave its flag out"
         if exporter.name == "int-quantized" or (isinstance(grid, IntGrid) and grid.bits == 4):
             return None
         return f"vllm has a kernel for 4 bits only, and this grid is {grid}"
