@@ -94,8 +94,9 @@ def optimize(
         prune_by(model, gradual)
         meta["sparsity"] = recipe.quant.sparsity.model_dump(mode="json")
     with run_dir.stage("train", session.device, resumable=True):
-        if (line := passes(recipe.train, examples, total_steps(recipe.train, windows))) is not None:
-            session.say(line)
+        told = passes(recipe.train, examples, total_steps(recipe.train, windows), recipe.task.unit)
+        if told is not None:
+            session.say(told)
         result = train(
             model,
             windows,
@@ -129,12 +130,12 @@ def tell_zeros(session: Session, model: Any) -> None:
     session.say(f"zeros: {zeros:,} of {weights:,} weights ({zeros / weights:.1%}), in {len(counts)} layers")
 
 
-def passes(section: TrainSection, examples: Any, steps: int) -> str | None:
-    """How often training sees its windows; None for a stream, whose length nobody knows."""
+def passes(section: TrainSection, examples: Any, steps: int, unit: str) -> str | None:
+    """How often training sees its windows (or other `unit`); None for a stream, whose length nobody knows."""
     if not isinstance(examples, Sized):
         return None
     each, count = section.micro_batch_size * section.gradient_accumulation_steps * world(), len(examples)
-    return f"train: {steps:,} steps of {each:,}, {steps * each / count:.3g} passes over {count:,} windows"
+    return f"train: {steps:,} steps of {each:,}, {steps * each / count:.3g} passes over {count:,} {unit}"
 
 
 def attach_adapters(session: Session, model: Any) -> None:

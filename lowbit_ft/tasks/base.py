@@ -73,6 +73,7 @@ class Task(BaseModel):
 
     language: ClassVar[bool] = False  # it writes text: signals, chats, rotations, prompts, lm-eval are for it
     windows: ClassVar[bool] = True  # its rows are windows of text, by data's formats
+    unit: ClassVar[str] = "windows"  # what it learns from, in the plural
     reads: ClassVar[str] = "text"  # or images: then what is called tokenizer is an image processor
     pipeline: ClassVar[str]  # what the hub calls it
     auto: ClassVar[str]  # the class by which users load what ships

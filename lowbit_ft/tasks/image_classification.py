@@ -39,6 +39,8 @@ class ImageClassification(Labelled):
     inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values"})
     unit: ClassVar[str] = "images"
 
+    layered: ClassVar[bool] = False
+
     kind: Literal["image_classification"] = "image_classification"
     image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
     label: str = Field(default="label", description="the column of the answer")

@@ -45,7 +45,8 @@ class Labelled(Task):
     answers: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, what the model is not called with
     scored: ClassVar[bool] = True  # by scores.py, and its libraries
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask"})  # what calibrators look at
-    unit: ClassVar[str] = "rows"  # what is measured, in the plural
+    unit: ClassVar[str] = "rows"
+    layered: ClassVar[bool] = True  # a model of tokens with one set of logits: signals of layers can teach it
 
     train_head: bool = Field(
         default=True, description="the head of the model trains, dense and whole, beside the adapters"
@@ -227,8 +228,10 @@ class Answered(Goal):
         self.task = task
 
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
-        tokens = {"all": real(batch, batch["input_ids"]).sum(), "targets": self.task.count(batch)}
-        return torch.stack([tokens[part.on] for part in lesson.parts.values()])
+        def count(on: str) -> Tensor:
+            return self.task.count(batch) if on == "targets" else real(batch, batch["input_ids"]).sum()
+
+        return torch.stack([count(part.on) for part in lesson.parts.values()])
 
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool

@@ -77,6 +77,8 @@ class SpeechTokens(Labelled):
     answers: ClassVar[tuple[str, ...]] = ("labels", "counted")
     scored: ClassVar[bool] = False
 
+    layered: ClassVar[bool] = False
+
     kind: Literal["speech_tokens"] = "speech_tokens"
     audio: str = Field(default="audio", description="the column of the WAV file, beside the file of the rows")
     text: str = Field(default="text", description="the column of what is said")

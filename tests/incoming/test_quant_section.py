@@ -124,7 +124,8 @@ def test_a_section_that_chooses_dense_layers_is_refused_from_python_too(tmp_path
     quantized_checkpoint(tmp_path / "q", "gptq", names=("q_proj", "k_proj"))
     quant = resolved(tmp_path / "q").model_copy(update={"targets": ["q_proj", "k_proj", "v_proj"]})
     with pytest.raises(
-        ValueError, match="v_proj are not packed there, but quant.targets and exclude choose them"
+        ValueError,
+        match="v_proj are not packed there, but quant.targets, exclude and convolutions choose them",
     ):
         quantize(Checkpoint.open(tmp_path / "q"), quant)
 

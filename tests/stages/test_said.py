@@ -15,8 +15,8 @@ def rows(before: float, after: float, kl: tuple[float | None, float | None]) -> 
 
 def test_passes_are_counted_where_the_windows_are() -> None:
     section: Any = SimpleNamespace(micro_batch_size=4, gradient_accumulation_steps=2)
-    assert passes(section, range(4), 30) == "train: 30 steps of 8, 60 passes over 4 windows"
-    assert passes(section, iter(range(4)), 30) is None, "a stream has no length"
+    assert passes(section, range(4), 30, "rows") == "train: 30 steps of 8, 60 passes over 4 rows"
+    assert passes(section, iter(range(4)), 30, "rows") is None, "a stream has no length"
 
 
 def test_a_worse_table_is_said_unless_a_teacher_got_nearer() -> None:

@@ -100,6 +100,8 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
     if SIGNALS[train.signal.kind].language and train.signal.kind != "labels":
         yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, or layers"
+    if SIGNALS[train.signal.kind].of_layers and not r.task.layered:
+        yield ("train", "signal", "kind"), train.signal.kind, "its answer is not one of tokens; set labels"
     if train.signal.on != "targets":
         yield ("train", "signal", "on"), train.signal.on, "its answers are where its labels are; set targets"
     if train.loss != "chunked":

@@ -57,6 +57,12 @@ BAD = [
         "an encoder has none; set null",
     ),
     ("a teacher", CLASSES, (FORMAT, "train.signal={kind: mix}", "train.teacher=residual"), "set labels"),
+    (
+        "layers of what reads no tokens",
+        CLASSES,
+        (FORMAT, "task=question_answering", "train.signal={kind: layers}", "train.teacher=residual"),
+        "its answer is not one of tokens; set labels",
+    ),
     ("a loss", CLASSES, (FORMAT, "train.loss=liger"), "train.loss: got 'liger' with task: sequence"),
     ("synthesis", CLASSES, ("data.train=null", "data.synthesis={kind: self_generated}"), "cannot be written"),
     ("streaming", CLASSES, (FORMAT, "data.streaming=true"), "its rows are held in memory; set false"),
