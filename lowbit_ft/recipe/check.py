@@ -121,7 +121,7 @@ def notes(recipe: Any) -> list[str]:
     calibrator = CALIBRATORS.get(recipe.quant.calibrate)
     usual = recipe.quant.start(rows=True)
     if recipe.quant.bits < 4 and calibrator is not None and CALIBRATORS[usual].needs_text:
-        if not calibrator.needs_text and not calibrator.exact:
+        if not (calibrator.needs_text or calibrator.exact or calibrator.narrow):
             found.append(
                 f"quant.calibrate: {recipe.quant.calibrate} at {recipe.quant.bits} bits is a far worse start "
                 f"than {usual}, which looks at data.train (README.md has both in its table); leave calibrate "

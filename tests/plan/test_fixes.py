@@ -212,10 +212,12 @@ def test_planning_never_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 FOR_A_CARD = sorted(RECIPES.glob("*-*gb*.yaml"))
+# Of a model that another command makes first: plan has no config.json before.
+LATER = {RECIPES / f"{name}.yaml" for name in ("prune-once-for-all-2-task", "quickstart-ternary")}
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(RECIPES.glob("*.yaml")) - set(FOR_A_CARD)), ids=lambda path: path.stem
+    "path", sorted(set(RECIPES.glob("*.yaml")) - set(FOR_A_CARD) - LATER), ids=lambda path: path.stem
 )
 def test_plan_on_every_recipe(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -249,7 +251,7 @@ def test_plan_says_what_is_missing_and_takes_a_config(
 ) -> None:
     monkeypatch.chdir(ROOT)
     big = str(RECIPES / "llama31-8b-w4-lr-qat.yaml")
-    assert call("plan", big) == 0
+    assert call("plan", big) == 2
     assert "not on this disk" in (out := capsys.readouterr().out) and "--config FOLDER" in out
     assert call("plan", big, "--fit", str(tmp_path / "x.yaml")) == 2
     assert "--config FOLDER" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()

@@ -84,7 +84,8 @@ def batches_of(
 
 
 def test_every_task_has_a_case() -> None:
-    assert {keys["kind"] for keys, _ in CASES.values()} == set(TASKS) - {"causal_lm"} and len(CASES) >= 5
+    of_ours = {"speech_tokens"}  # no model of transformers: its loss is test_speech_tokens.py's
+    assert {keys["kind"] for keys, _ in CASES.values()} == set(TASKS) - {"causal_lm"} - of_ours
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -86,6 +86,7 @@ def test_gradients(rank: int, m: int, form: str) -> None:
         "grid",
         4,
         0,
+        0,
         32,
         False,
     )
@@ -117,6 +118,7 @@ def test_a_dense_part(some: bool) -> None:
         units="grid",
         bits=4,
         residual_bits=0,
+        lowest=0,
     )
     calls = {
         "grid_codes": (codes_triton.grid_codes, (*grid, k, 64)),
