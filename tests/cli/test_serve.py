@@ -145,7 +145,7 @@ def test_a_request_ends_when_its_client_leaves_and_a_second_signal_ends_the_serv
     server, address = served
     for stream in (False, True):
         begin(address, ENDLESS | {"stream": stream}).close()
-        said = post(f"{address}/v1/chat/completions", SHORT, timeout=30)
+        said = post(f"{address}/v1/chat/completions", SHORT, timeout=90)
         assert said["usage"]["completion_tokens"] == 2, f"stream: {stream}"
     with begin(address, ENDLESS):
         server.send_signal(signal.SIGTERM)
