@@ -41,6 +41,7 @@ def meta_model(
         said = (
             str(error) if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {error}"
         )
+        said = said.partition("\n")[0]  # behind it transformers lists all classes that it has
         raise CheckpointError(
             f"{source}: no model can be built with attention={attention!r}: {fix}{said}"
         ) from error
