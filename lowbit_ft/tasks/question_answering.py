@@ -102,7 +102,10 @@ class QuestionAnswering(Labelled):
             raise BadRow("it has no answer; set task.unanswerable: true for rows as those of SQuAD 2.0")
         first, begin = texts[0], starts[0]
         if not isinstance(begin, int) or isinstance(begin, bool) or begin < 0:
-            raise BadRow(f"{self.answer!r}: 'answer_start' must be a list of numbers of characters")
+            raise BadRow(
+                f"{self.answer!r}: 'answer_start' must be a list of places in {self.context!r}, counted in "
+                f"characters from 0; got {begin!r}"
+            )
         if not first or context[begin : begin + len(first)] != first:
             found = context[begin : begin + len(first)]
             raise BadRow(f"the answer {first!r} is not at {begin} of {self.context!r}, where {found!r} is")

@@ -97,6 +97,16 @@ def test_a_packed_modernbert_is_for_our_own_format(tmp_path: Path) -> None:
     assert recipe.eval.windows is None, "all rows"
 
 
+def test_a_mistake_in_the_task_is_told_alone(tmp_path: Path) -> None:
+    """The model is not judged as one that writes text meanwhile; a folder that is not there still is told."""
+    model = images.vit(tmp_path / "vit")
+    task = "task={kind: image_classification, lables: [a, b]}"
+    (problem,) = refused(GOOD, (f"model.path={model}", "quant.group_size=32", LENGTH, task))
+    assert "task.lables: unknown key; did you mean 'labels'?" in problem, problem
+    both = refused(GOOD, (f"model.path={tmp_path / 'other'}", task))
+    assert any("there is no such folder" in line for line in both) and len(both) == 2, both
+
+
 def test_the_plan_knows_the_head_and_the_rows(tmp_path: Path) -> None:
     """A label more is a row of the classifier more; four times the tokens take more than twice the memory."""
     model = encoders.encoder(tmp_path / "model", "bert")
