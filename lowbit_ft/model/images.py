@@ -22,7 +22,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 def read_processor(folder: str | Path) -> Any:
     """The processor of a folder. CheckpointError when none loads, or when it makes other images than the
-    model takes by its config.json."""
+    model takes by its config.json (of one that names no size, a convolutional network, any size will do), or
+    images of several sizes, which are no batch."""
     from PIL import Image  # optional: only images need it
     from transformers import AutoConfig, AutoImageProcessor  # slow
 
@@ -30,19 +31,25 @@ def read_processor(folder: str | Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
-        made = pixels(processor, Image.new("RGB", (8, 8)))
+        made, wide = (list(pixels(processor, Image.new("RGB", (x, 8))).shape) for x in (8, 16))
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
             f"{folder}: its image processor cannot be loaded ({type(error).__name__}: {error}). The folder "
             "needs preprocessor_config.json"
         ) from error
-    config = AutoConfig.from_pretrained(str(folder), **options)
-    size = config.image_size
-    wanted = [config.num_channels, *((size, size) if isinstance(size, int) else size)]
-    if list(made.shape) != wanted:
+    if made != wide:
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json makes images of {list(made.shape)} (channels, height, "
-            f"width), and the model takes {wanted} by its config.json; set size there"
+            f"{folder}: preprocessor_config.json makes images of {made} and {wide} (channels, height, width) "
+            "of pictures of two shapes, and a batch has one; set size (height and width), or do_center_crop "
+            "there"
+        )
+    config = AutoConfig.from_pretrained(str(folder), **options)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", made[0])
+    sides = made[1:] if size is None else [size, size] if isinstance(size, int) else list(size)
+    if made != [channels, *sides]:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json makes images of {made} (channels, height, width), and the "
+            f"model takes {[channels, *sides]} by its config.json; set size there"
         )
     return processor
 
@@ -53,18 +60,21 @@ def pixels(processor: Any, picture: Any) -> Tensor:
 
 
 def picture_of(data: bytes) -> Any:
-    """The picture in the bytes of a file, the right way up, in RGB."""
+    """The picture in the bytes of a file, the right way up, in RGB. ValueError for one of more than 8 bits a
+    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one."""
     from PIL import Image, ImageOps  # optional: only images need it
 
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def problem_of(data: bytes) -> str | None:
-    """Why these bytes are no picture; None when they are."""
-    from PIL import Image  # optional: only images need it
-
+    """Why these bytes are no picture; None when they are. They are decoded: a file that is cut off still has
+    a good beginning, and training would stop at it."""
     try:
-        Image.open(io.BytesIO(data)).verify()
+        picture_of(data)
     except Exception as error:  # Pillow's readers raise anything for a damaged file
         return f"{type(error).__name__}: {error}"
     return None
