@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data.errors import BadRow, kind
+from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
 from . import scores
@@ -29,6 +30,8 @@ from .batches import Shown
 from .labelled import Labelled
 from .labels import label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column
+
+MOST_BYTES = 1 << 28  # of the file of a picture
 
 
 class ImageClassification(Labelled):
@@ -105,6 +108,8 @@ def file_of(value: Any, column: str) -> bytes:
             f"{column!r} must be a picture, as datasets keeps it, or the path of one; got {kind(value)}"
         )
     try:
-        return Path(value).expanduser().read_bytes()
-    except OSError as error:
-        raise BadRow(f"{column!r}: {value} cannot be read: {error.strerror or error}") from error
+        return read_regular(Path(value).expanduser(), MOST_BYTES)
+    except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
+        raise BadRow(
+            f"{column!r}: {value} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error

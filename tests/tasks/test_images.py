@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from lowbit_ft import pipeline as line
 from lowbit_ft.data.errors import DataError
+from lowbit_ft.data.form import Form, form_of
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.files.tensorfile import CheckpointError
-from lowbit_ft.model.images import patches, picture_of, pixels, read_processor
+from lowbit_ft.model.images import patches, picture_of, pixels, problem_of, read_processor
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.stages.outside import export_outside
@@ -108,21 +111,67 @@ def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
     assert "AutoImageProcessor" in card and "AutoTokenizer" not in card and "IMAGE.png" in card
 
 
+def file_of(picture: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "GIF"])
+def test_a_picture_that_is_cut_off_is_none(kind: str) -> None:
+    """Its header is whole, and so a reader opens it."""
+    whole = file_of(Image.effect_noise((64, 64), 50).convert("RGB"), kind)
+    assert problem_of(whole) is None and problem_of(whole[: len(whole) // 2])
+
+
+def test_a_picture_of_more_than_8_bits_is_refused() -> None:
+    """As RGB nearly all of it would be white, and of floats black."""
+    for picture, kind in ((Image.new("I;16", (4, 4), 4000), "PNG"), (Image.new("F", (4, 4), 0.5), "TIFF")):
+        assert "more than 8 bits a channel" in str(problem_of(file_of(picture, kind)))
+
+
 def test_rows_that_are_no_pictures(tmp_path: Path) -> None:
     task = TASKS["image_classification"].model_validate(
         {"kind": "image_classification", "labels": images.LABELS}
     )
     section = SimpleNamespace(sequence_len=17, on_bad_row="error")
     (tmp_path / "text.png").write_text("no picture")
+    os.mkfifo(tmp_path / "pipe.png")
     for value, said in (
         (str(tmp_path / "text.png"), "'image' is no picture that Pillow reads"),
         (str(tmp_path / "none.png"), "none.png cannot be read: No such file"),
         (3, "'image' must be a picture, as datasets keeps it, or the path of one; got a number"),
+        (str(tmp_path / "pipe.png"), "pipe.png cannot be read: .*got a pipe"),
+        ("~nobody-is-called-so/a.png", "cannot be read: Could not determine home directory"),
+        ("a\0b.png", "cannot be read: embedded null byte"),
     ):
         path = encoders.write(tmp_path / "rows.jsonl", [{"image": value, "label": "across"}])
         source = SimpleNamespace(path=path, format=None, split="train", name=None, revision=None, limit=None)
         with pytest.raises(DataError, match=said):
             task.examples(source, section, None)
+
+
+def test_a_plan_counts_the_pictures_of_a_folder(tmp_path: Path) -> None:
+    folder = images.folder_of(tmp_path / "pictures", images.rows(7), "train")
+    source = SimpleNamespace(
+        path=str(folder), format=None, split="train", name=None, revision=None, limit=None
+    )
+    assert form_of(source, "error") == Form(rows=7)
+
+
+def test_a_network_that_takes_images_of_every_size(tmp_path: Path) -> None:
+    """A ResNet's config.json names none."""
+    folder = images.vit(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "resnet", "num_channels": 3}')
+    assert read_processor(folder)(Image.new("RGB", (9, 5)))["pixel_values"][0].shape == (3, 32, 32)
+    (folder / "config.json").write_text('{"model_type": "resnet", "num_channels": 1}')
+    with pytest.raises(CheckpointError, match=r"makes images of \[3, 32, 32\].*takes \[1, 32, 32\]"):
+        read_processor(folder)
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "ConvNextImageProcessor", "do_resize": false}'
+    )
+    with pytest.raises(CheckpointError, match="of pictures of two shapes, and a batch has one"):
+        read_processor(folder)
 
 
 def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -141,8 +190,6 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_a_picture_is_shown_the_right_way_up() -> None:
     """A turned JPEG says so in its EXIF data."""
-    import io
-
     upright = Image.new("RGB", (8, 16), "red")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
