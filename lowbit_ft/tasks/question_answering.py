@@ -106,10 +106,11 @@ class QuestionAnswering(Labelled):
                 f"{self.answer!r}: 'answer_start' must be a list of places in {self.context!r}, counted in "
                 f"characters from 0; got {begin!r}"
             )
-        if not first or context[begin : begin + len(first)] != first:
+        if not first.strip() or context[begin : begin + len(first)] != first:
             found = context[begin : begin + len(first)]
             raise BadRow(f"the answer {first!r} is not at {begin} of {self.context!r}, where {found!r} is")
-        return texts, (begin, begin + len(first))
+        # of the space around it there need not be a token
+        return texts, (begin + len(first) - len(first.lstrip()), begin + len(first.rstrip()))
 
     def _pieces(self, tokenizer: Any, limit: int, question: str, context: str) -> list[Encoded]:
         """The question with each piece of the context. `offsets`: for every token of the context its first
@@ -200,11 +201,10 @@ class QuestionAnswering(Labelled):
 
 
 def _place(piece: Encoded, span: tuple[int, int] | None) -> dict[str, int]:
-    """The first and the last token of the answer in a piece; CLS where it does not lie in it whole."""
+    """The first and the last token that have a part of the answer, in a piece; CLS where it does not lie in
+    it whole. Of a character that is several tokens (bytes) each says all of it: its first and its last."""
     places = [(i, *place) for i, place in enumerate(piece["offsets"]) if place is not None]
-    if span is None or not places or places[0][1] > span[0] or places[-1][2] < span[1]:
+    inside = [i for i, begin, stop in places if span is not None and begin < span[1] and stop > span[0]]
+    if span is None or not inside or places[0][1] > span[0] or places[-1][2] < span[1]:
         return {"start_positions": piece["cls"], "end_positions": piece["cls"]}
-    return {
-        "start_positions": max(i for i, begin, _ in places if begin <= span[0]),
-        "end_positions": min(i for i, _, stop in places if stop >= span[1]),
-    }
+    return {"start_positions": inside[0], "end_positions": inside[-1]}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from lowbit_ft import pipeline as line
 from lowbit_ft.data.errors import DataError
@@ -106,12 +106,25 @@ def test_a_long_text_is_cut_into_pieces_that_overlap(tmp_path: Path) -> None:
     assert len(kept) == 4 and {piece["row"] for piece in kept} == {0}
 
 
+def test_an_answer_is_all_tokens_that_have_a_part_of_it(tmp_path: Path) -> None:
+    """Four bytes of one character are four tokens with its place; and there need be no token of a space."""
+    file = encoders.write(tmp_path / "bytes.jsonl", [row("a \N{SNOWMAN} sea", "\N{SNOWMAN}")])
+    source = SimpleNamespace(path=file, format=None, split="train", name=None, revision=None, limit=None)
+    section = SimpleNamespace(sequence_len=32, on_bad_row="error")
+    (piece,) = the_task().examples(source, section, AutoTokenizer.from_pretrained(TINY))
+    of_it = [i for i, place in enumerate(piece["offsets"]) if place == [2, 3]]
+    assert len(of_it) > 1 and (piece["start_positions"], piece["end_positions"]) == (of_it[0], of_it[-1])
+    (piece,) = read(tmp_path, [row("  the sea  ice", "  the sea ")])
+    assert (piece["start_positions"], piece["end_positions"]) == (4, 5)
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
+        (row("the  sea", " ", 3), "the answer ' ' is not at 3 of 'context'"),
         (row("the sea", "sea", 3), "the answer 'sea' is not at 3 of 'context', where ' se' is"),
         (row("the sea", None), "it has no answer; set task.unanswerable: true"),
-        (row("the sea", "sea", -1), "'answer_start' must be a list of numbers of characters"),
+        (row("the sea", "sea", -1), "'answer_start' must be a list of places in 'context', counted"),
         ({**row("the sea", "sea"), "answers": ["sea"]}, "two lists of one length; got a list"),
         (row("the sea", "sea", question="is " * 12), "leaves 1 of 16 tokens .* lower task.stride"),
     ],
