@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from . import scores
 from .base import Task
 from .batches import Shown
 from .labelled import Labelled
-from .labels import label_id, label_values, labels_in
+from .labels import Names, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column
 
 MOST_BYTES = 1 << 28  # of the file of a picture
@@ -47,7 +47,7 @@ class ImageClassification(Labelled):
     kind: Literal["image_classification"] = "image_classification"
     image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
     label: str = Field(default="label", description="the column of the answer")
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+    labels: Names | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
 

@@ -7,8 +7,11 @@ calls them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from ..data.errors import BadRow, DataError, told
 from ..data.mix import named, sources_of
@@ -17,6 +20,15 @@ from ..names import did_you_mean, listed
 
 UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has looked yet
 MOST = 10_000  # labels; a column of more is something else
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} more than once; allowed: names that differ, one for each label")
+    return names
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]  # of labels
 
 
 def label_values(names: Sequence[str] | None) -> dict[str, Any]:
@@ -77,14 +89,16 @@ def labels_in(source: Any, column: str, config: Mapping[str, Any]) -> tuple[str,
 
 
 def known_labels(config: Mapping[str, Any]) -> list[str]:
-    """The labels that a checkpoint was trained on by its config.json; none where it names none."""
+    """The labels that a checkpoint was trained on by its config.json; none where it names none, or two
+    alike."""
     names = config.get("id2label")
     if not isinstance(names, Mapping) or not names:
         return []
     try:
-        return [str(names[key]) for key in sorted(names, key=int)]
+        found = [str(names[key]) for key in sorted(names, key=int)]
     except (TypeError, ValueError):
         return []
+    return found if len({*found}) == len(found) else []
 
 
 def _values(source: Any, column: str) -> Iterator[Any]:

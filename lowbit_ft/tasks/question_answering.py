@@ -81,7 +81,7 @@ class QuestionAnswering(Labelled):
             return [{**piece, **_place(piece, span), **facts} for piece in pieces]
 
         reads = frozenset([self.question, self.context, self.answer])
-        return Encoder(encode, self._told, reads)
+        return Encoder(encode, self._told, reads, filled=True)
 
     def _answers(self, row: Mapping[str, Any], context: str) -> tuple[list[str], tuple[int, int] | None]:
         """The right answers of a row, and the characters of the first one (None: there is none). BadRow."""

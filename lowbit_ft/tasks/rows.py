@@ -103,11 +103,12 @@ def _named(value: Any) -> str:
 @dataclass(frozen=True)
 class Encoder:
     """How a task reads a row. encode(row) -> what becomes of it, BadRow where that is nothing; answers(piece)
-    -> its answers as words for the report; reads: the columns."""
+    -> its answers as words for the report; reads: the columns; filled: a piece has a token at least."""
 
     encode: Callable[[Mapping[str, Any]], list[Encoded]]
     answers: Callable[[Encoded], Iterable[str]]
     reads: frozenset[str]
+    filled: bool = False
 
 
 def read_encoded(source: Any, section: Any, encoder: Encoder, rows: int | None) -> Rows:
@@ -131,6 +132,8 @@ def _encoded(
                 if row.value is None:
                     raise BadRow(row.problem or "not a row")
                 made = encoder.encode(row.value)
+                if encoder.filled and not all(piece["input_ids"] for piece in made):
+                    raise BadRow("its text has no token, so nothing of it can be looked at")
                 beyond = max((max(piece.get("input_ids", ()), default=0) for piece in made), default=0)
                 if rows is not None and beyond >= rows:
                     raise BadRow(f"its token {beyond} has no row in the model's embedding of {rows}")

@@ -23,7 +23,7 @@ from ..signals.divergence import Divergence
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import UNKNOWN, label_id, label_values, labels_in
+from .labels import UNKNOWN, Names, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, encoded_text, number_of, of_column, text_of
 
 # Columns of text, in the order in which they are looked for: those of GLUE, and the usual ones.
@@ -49,7 +49,7 @@ class SequenceClassification(Labelled):
         description="the column of text, or the two of a pair; null: those of GLUE, text, or sentence",
     )
     label: str = Field(default="label", description="the column of the answer")
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+    labels: Names | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] = Field(
@@ -81,7 +81,7 @@ class SequenceClassification(Labelled):
             made = encoded_text(tokenizer, section.sequence_len, *(text_of(row, name) for name in columns))
             return [{**made, "labels": self.answer(row)}]
 
-        return Encoder(encode, self._told, frozenset([*columns, self.label]))
+        return Encoder(encode, self._told, frozenset([*columns, self.label]), filled=True)
 
     def answer(self, row: Mapping[str, Any]) -> Any:
         """What a row says; BadRow where it says nothing."""

@@ -7,7 +7,7 @@ its label; its other tokens, like the special ones, carry none, as in transforme
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from ..model.purpose import Purpose
 from . import scores
 from .base import Task
 from .labelled import Labelled
-from .labels import found_labels, label_id, label_values
+from .labels import Names, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, encoded_text, of_column
 
 
@@ -32,7 +32,7 @@ class TokenClassification(Labelled):
     kind: Literal["token_classification"] = "token_classification"
     words: str = Field(default="tokens", description="the column with the list of words")
     label: str = Field(default="ner_tags", description="the column with the list of their labels")
-    labels: Annotated[tuple[str, ...], Field(min_length=2)] | None = Field(
+    labels: Names | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
     label_all_tokens: bool = Field(
@@ -65,7 +65,7 @@ class TokenClassification(Labelled):
             made = encoded_text(tokenizer, section.sequence_len, words, is_split_into_words=True)
             return [{**made, "labels": self._carried(made.word_ids(), numbers)}]
 
-        return Encoder(encode, self._told, frozenset([self.words, self.label]))
+        return Encoder(encode, self._told, frozenset([self.words, self.label]), filled=True)
 
     def _carried(self, words: list[int | None], numbers: list[int]) -> list[int]:
         """The label of each token; IGNORE where it carries none."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lowbit_ft.data.errors import DataError
 from lowbit_ft.data.windows import IGNORE
@@ -98,3 +99,23 @@ def test_labels_of_rows_and_of_the_checkpoint(tmp_path: Path) -> None:
         found_labels(source_of(tmp_path, [{"label": -1}]), "label", {})
     with pytest.raises(DataError, match="no row has a label in 'label'"):
         found_labels(source_of(tmp_path, [{"text": "a"}]), "label", {})
+
+
+def test_a_text_without_a_token_is_malformed(tmp_path: Path) -> None:
+    """A tokenizer that adds no special tokens makes nothing of it."""
+    bare = encoders.tokenizer()
+    bare._tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    task = TASKS["sequence_classification"].model_validate(
+        {"kind": "sequence_classification", "labels": ("red", "blue")}
+    )
+    section = SimpleNamespace(sequence_len=16, on_bad_row="error")
+    found = [{"text": "rose", "label": "red"}, {"text": "", "label": "red"}]
+    with pytest.raises(DataError, match=r"rows.jsonl:2: its text has no token"):
+        task.examples(source_of(tmp_path, found), section, bare)
+
+
+def test_labels_have_names_that_differ() -> None:
+    for kind in ("sequence_classification", "token_classification", "image_classification"):
+        with pytest.raises(ValueError, match="'red' more than once; allowed: names that differ"):
+            TASKS[kind].model_validate({"kind": kind, "labels": ["red", "blue", "red"]})
+    assert known_labels({"id2label": {"0": "red", "1": "red"}}) == []
