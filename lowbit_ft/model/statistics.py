@@ -9,36 +9,31 @@ packed weights: the scale would move the rows of codes that are there, and the s
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import nn
 
 
-class HeldBatchNorm1d(nn.BatchNorm1d):
-    def train(self, mode: bool = True) -> HeldBatchNorm1d:
-        return super().train(False)
+class Held:
+    """Put before the class of a batch norm, which may be a subclass with a forward of its own."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        return super().train(False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class HeldBatchNorm2d(nn.BatchNorm2d):
-    def train(self, mode: bool = True) -> HeldBatchNorm2d:
-        return super().train(False)
-
-
-class HeldBatchNorm3d(nn.BatchNorm3d):
-    def train(self, mode: bool = True) -> HeldBatchNorm3d:
-        return super().train(False)
-
-
-_HELD: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: HeldBatchNorm1d,
-    nn.BatchNorm2d: HeldBatchNorm2d,
-    nn.BatchNorm3d: HeldBatchNorm3d,
-}
+@functools.cache
+def _held(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Held{kind.__name__}", (Held, kind), {})
 
 
 def hold_statistics(model: nn.Module) -> int:
     """Hold every batch norm of the model that has running means; how many there are. Those that have none
     divide by the batch in inference too, and stay."""
-    found = [m for m in model.modules() if isinstance(m, tuple(_HELD)) and m.track_running_stats]
+    found = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    found = [module for module in found if module.track_running_stats]
     for module in found:
-        module.__class__ = _HELD.get(type(module), type(module))
+        if not isinstance(module, Held):
+            module.__class__ = _held(type(module))
         module.eval()
     return len(found)

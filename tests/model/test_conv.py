@@ -6,6 +6,7 @@ not the weight's business, are tried with one grid each.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -300,6 +301,13 @@ def test_what_cannot_be_packed_is_named() -> None:
         assert said is None or "convolution" in said and "native" in said
 
 
+class _Rectified(nn.BatchNorm2d):
+    """timm's BatchNormAct2d in small."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
 def test_statistics_of_a_batch_norm_are_held() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4, track_running_stats=False))
     norm = model[1]
@@ -312,3 +320,8 @@ def test_statistics_of_a_batch_norm_are_held() -> None:
     assert torch.allclose(norm(x), (x - 2) / (1 + norm.eps) ** 0.5, atol=1e-6)
     assert bool((norm.running_mean == 2).all())
     assert model[2].training, "it divides by the batch in inference too"
+    model = nn.Sequential(_Rectified(4))
+    assert hold_statistics(model) == 1
+    model.train()(x)
+    assert isinstance(model[0], _Rectified) and bool((model[0].running_mean == 0).all())
+    assert bool((model(x) >= 0).all()) and copy.deepcopy(model).train()[0].training is False
