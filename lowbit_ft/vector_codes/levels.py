@@ -57,7 +57,12 @@ class FSQ(VectorCode):
         return torch.tanh(h + torch.atanh(offset / reach)) * reach - offset
 
     def nearest(self, z: Tensor) -> Tensor:
-        return (z.round() + self._each(z, lambda n: n // 2)).long()
+        half, top = (
+            torch.tensor([of(n) for n in self.counts], device=z.device)
+            for of in (lambda n: n // 2, lambda n: n - 1)
+        )
+        # in bfloat16 the bound of many levels is rounded to one beyond the last
+        return (z.round().long() + half).clamp_min(0).minimum(top)
 
     def at(self, digits: Tensor, dtype: torch.dtype) -> Tensor:
         half = torch.tensor([n // 2 for n in self.counts], device=digits.device)

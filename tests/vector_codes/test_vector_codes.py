@@ -136,6 +136,13 @@ def test_bsq_is_the_nearest_point_of_the_sphere_and_near(bits: int, seed: int, s
     assert torch.equal(code.encode(3.5 * h), ids), "length says nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ids_of_many_levels_are_codes_in_16_bits_too(dtype: torch.dtype) -> None:
+    code = FSQ(counts=(1000, 300, 5))
+    points, ids = code.quantize((20 * vectors(code)).to(dtype))
+    assert torch.equal(code.decode(ids, dtype), points)
+
+
 def test_bsq_has_the_figures_of_its_paper() -> None:
     """At L = 14 and vectors all over the sphere."""
     code, h = BSQ(bits=14), torch.randn(100_000, 14, generator=torch.Generator().manual_seed(0))
