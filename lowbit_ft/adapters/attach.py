@@ -189,10 +189,14 @@ def begin_step(model: nn.Module, step: int) -> list[Carried]:
 
 def prune_by(model: nn.Module, gradual: Gradual) -> None:
     """From now on zeros come in all adapted layers but the head, by `begin_step`. ValueError for a method
-    that cannot have them."""
-    for name, layer in adapted_layers(model):
-        if is_head(name):
-            continue
+    that cannot have them, and where the head is all there is."""
+    layers = [(name, layer) for name, layer in adapted_layers(model) if not is_head(name)]
+    if not layers:
+        raise ValueError(
+            "quant.sparsity.schedule: no packed layer but the head, which is not pruned; give quant.targets "
+            "others, or remove schedule"
+        )
+    for name, layer in layers:
         if not isinstance(layer.adapter, Pruned):
             raise ValueError(f"{name}: {against_schedule(layer.adapter.config)}")  # pyright: ignore[reportOptionalMemberAccess]
         if "mask" in layer.packed_names:

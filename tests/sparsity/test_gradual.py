@@ -97,6 +97,12 @@ def test_the_share_is_the_cubic_one_and_ends_at_the_amount() -> None:
     assert Gradual.of("magnitude", 0.5, "1x4", 1, start=0.0, end=0.5, every=1).share(0) == 0.5
 
 
+def test_a_model_with_nothing_to_prune_is_refused_before_it_trains() -> None:
+    """Its share of zeros, told behind the last step, would be of no weights."""
+    with pytest.raises(ValueError, match="no packed layer but the head, which is not pruned"):
+        prune_by(torch.nn.Module(), BY)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_are_the_smallest_weights_of_their_step_and_what_is_trained_is_what_ships(
     method: str, tmp_path: Path
