@@ -46,8 +46,9 @@ from .triton_common import LANE, launch_options, plane_group
 def grid_codes_kernel(
     codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, delta, rows, out, gain, N, K, moved,
     codes_row, residual_row, mask_row, out_row,
-    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
-    GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
+    UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr,
+    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Grid (superblocks, blocks of the `moved` rows). *_row are row strides in half-words; GROUP a multiple
     of 32 or 0; EVEN_K: K fills its last superblock. delta [moved, K] is dense, of the rows `rows`."""
@@ -85,7 +86,7 @@ def grid_codes_kernel(
         value = grid_value(
             base, move, scale0, zero0, scale, zero, offset, at, live_rows, UNITS_LIVE, UNITS_WEIGHT, BITS
         )
-        code = code_bits(value, BITS)
+        code = code_bits(value, BITS, LOWEST)
         if mask is not None:
             point = 1 << (BITS - 1)
             if zero is not None:
@@ -148,7 +149,9 @@ def grid_codes(
 # ----------------------------------------------------------------------------------------------- what we ship
 
 
-def _case(bits: int, residual_bits: int, rank: int, units: str, also: tuple[str, ...] = ()) -> tuple:
+def _case(
+    bits: int, residual_bits: int, rank: int, units: str, also: tuple[str, ...] = (), lowest: int = 0
+) -> tuple:
     """also: of "delta" (without a rank), "rows" and "mask" those that are there."""
     config = dispatch.packaged("grid_codes", bits, torch.float32, M=rank, N=1, K=1, arch=80)
     live, asymmetric = units == "live", units == "live"
@@ -168,6 +171,7 @@ def _case(bits: int, residual_bits: int, rank: int, units: str, also: tuple[str,
         "UNITS_LIVE": live,
         "UNITS_WEIGHT": units == "weight",
         "BITS": bits,
+        "LOWEST": lowest,
         "RESIDUAL_BITS": residual_bits,
         "GROUP": 128,
         "R": rank,
@@ -176,7 +180,8 @@ def _case(bits: int, residual_bits: int, rank: int, units: str, also: tuple[str,
         "EVEN_K": True,
     }
     options = {**launch_options(config), **FP_OPTIONS}
-    name = "-".join((f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}", *also))
+    above = ("above",) if lowest else ()
+    name = "-".join((f"grid-codes-{bits}bit-f{residual_bits}-r{rank}-{units}", *also, *above))
     return (
         name,
         grid_codes_kernel,
@@ -201,4 +206,7 @@ def aot_cases() -> list[tuple]:
         _case(4, 4, 64, "live", ("mask",)),
         _case(4, 4, 0, "grid", ("delta",)),
         _case(3, 4, 0, "grid", ("delta", "rows", "mask")),
+        _case(2, 4, 32, "grid", lowest=1),
+        _case(2, 4, 64, "live", lowest=1),
+        _case(2, 4, 0, "grid", ("delta",), lowest=1),
     ]

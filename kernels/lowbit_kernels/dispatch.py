@@ -286,10 +286,7 @@ def definition(op: str) -> Any:
 def takes(arguments: dict[str, Any]) -> bool:
     """Whether the kernels can take a call. They read floats of at most 32 bits, and groups that are a
     multiple of 32 channels or the whole row, so that a run of 32 channels never needs two scales. The
-    reference takes everything else, and a lowest code that is not 0 (ternary): it makes such codes and their
-    gradients, in chunks of rows, and the products with these codes are the kernels' as always."""
-    if arguments.get("lowest"):
-        return False
+    reference takes everything else."""
     x = arguments.get("x", arguments.get("dy", arguments.get("weight")))
     if x is not None and x.dtype not in _DTYPES or arguments.get("dtype", torch.float32) not in _DTYPES:
         return False

@@ -20,6 +20,7 @@ def _case(
     exact: bool = False,
     only: tuple[int, ...] = (),
     masked: bool = False,
+    lowest: int = 0,
 ) -> tuple:
     live = units == "live"
     dtype = torch.float32 if exact else torch.bfloat16
@@ -42,6 +43,7 @@ def _case(
         "UNITS_WEIGHT": units == "weight",
         "CLIP_FIRST": live,
         "BITS": 4,
+        "LOWEST": lowest,
         "RESIDUAL_BITS": fraction,
         "GROUP": 128,
         "R": rank,
@@ -65,7 +67,7 @@ def _case(
     # weight.
     weights = None if form == "fused" else rows * 32
     case = (
-        f"gradients-{form}-r{rank}-{units}{'-mask' * masked}{'-fp32' * exact}",
+        f"gradients-{form}-r{rank}-{units}{'-mask' * masked}{'-above' * lowest}{'-fp32' * exact}",
         kernel,
         pointers | sizes | {"gain": "fp32"},
         constants,
@@ -100,6 +102,8 @@ def aot_cases() -> list[tuple]:
             for what in ((64, "grid"), (64, "live"), (32, "weight"))
         ),
         *(_case("fused", 64, units, hopper, only=(90,), masked=True) for units in ("grid", "live")),
+        *(_case("chunked", 64, units, table, lowest=1) for units in ("grid", "live")),
+        _case("fused", 64, "live", hopper, only=(90,), lowest=1),
         # what takes the place of the fused form: of fp32 inputs, and of a rank too large to be summed on chip
         _case("chunked", 128, "weight", CHUNKED, only=(90,)),
         _case("chunked", 16, "grid", CHUNKED, exact=True, only=(90,)),

@@ -23,9 +23,9 @@ def chunked_kernel(
     dw, start, rows, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s, sum_t,
     part_a, part_b, N, K, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-    PROJECT: tl.constexpr,
+    LOWEST: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    EXACT: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
     """Grid (spans of SPAN strips, row blocks of the chunk). dw [rows, K] is dW of rows start..start+rows-1.
     Without PROJECT the masked gradient dD takes its place, and what is below does not happen.
@@ -48,8 +48,8 @@ def chunked_kernel(
         masked = epilogue(
             piece, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask,
             gain, sum_s, sum_t, part_a, N, K, codes_row, residual_row, mask_row,
-            UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P, BLOCK_N,
-            EXACT, PROJECT,
+            UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, LOWEST, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P,
+            BLOCK_N, EXACT, PROJECT,
         )  # fmt: skip
         if R > 0 and not PROJECT:
             tl.store(

@@ -51,8 +51,9 @@ def epilogue(
     dw, strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s,
     sum_t, part_a, N, K, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr, PROJECT: tl.constexpr,
+    LOWEST: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    PROJECT: tl.constexpr,
 ):  # fmt: skip
     """dw fp32 [BLOCK_N, 32], zero outside the matrix, of rows rn and channels 32 * strip and up.
 
@@ -84,7 +85,7 @@ def epilogue(
         value = grid_value(
             code, delta, scale0, zero0, scale, zero, offset, at, live, UNITS_LIVE, UNITS_WEIGHT, BITS
         )
-        code, inside = clipped(value, CLIP_FIRST, BITS)
+        code, inside = clipped(value, CLIP_FIRST, BITS, LOWEST)
         masked = tl.where(inside, dw, 0.0)
         if UNITS_LIVE:
             # inside q - (v - z) = code - v, formed before the sum: the two sums cancel

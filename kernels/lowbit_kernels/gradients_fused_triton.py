@@ -37,9 +37,10 @@ def fused_kernel(
     x, dy, codes, residual, scale0, zero0, a, b, scale, zero, offset, mask, gain, sum_s, sum_t, part_a,
     part_b, M, N, K, x_row, dy_row, codes_row, residual_row, mask_row,
     UNITS_LIVE: tl.constexpr, UNITS_WEIGHT: tl.constexpr, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr,
-    RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    GROUP_N: tl.constexpr, CT: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr,
+    LOWEST: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr, CT: tl.constexpr, PRODUCT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid (channel tiles * row blocks). x [M, K], dy [M, N]; each program makes one tile of dW over all of
     M.
@@ -75,7 +76,7 @@ def fused_kernel(
             masked = epilogue(
                 pieces[i], strip, rn, row_block, codes, residual, scale0, zero0, a, b, scale, zero, offset,
                 mask, gain, sum_s, sum_t, part_a, N, K, codes_row, residual_row, mask_row,
-                UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P,
+                UNITS_LIVE, UNITS_WEIGHT, CLIP_FIRST, BITS, LOWEST, RESIDUAL_BITS, GROUP, R, BLOCK_R, BLOCK_P,
                 BLOCK_N, EXACT, True,
             )  # fmt: skip
             if R > 0:

@@ -45,8 +45,8 @@ from .triton_common import LANE, launch_options, plane_group
 def grid_rows_kernel(
     dw, delta, dd, codes, residual, scale, zero, mask, rows, sum_s, sum_t, start, count, N, K, moved,
     codes_row, residual_row, mask_row,
-    CLIP_FIRST: tl.constexpr, BITS: tl.constexpr, RESIDUAL_BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    CLIP_FIRST: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr, RESIDUAL_BITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Grid (spans of SPAN strips, row blocks of the chunk). dw [count, K] is dW of the moved rows start and
     up, delta and dd [moved, K] are dense; writes sum_s, sum_t [strips, moved]."""
@@ -72,7 +72,7 @@ def grid_rows_kernel(
             fraction, shift_f = plane_words(residual, residual_row, source, live, k0, K, RESIDUAL_BITS)
         value = base_value(words, shift, fraction, shift_f, BITS, RESIDUAL_BITS)
         value += tl.load(delta + here, mask=there, other=0.0).to(tl.float32)
-        code, inside = clipped(value, CLIP_FIRST, BITS)
+        code, inside = clipped(value, CLIP_FIRST, BITS, LOWEST)
         at = group_row(k0, K, GROUP) * N + source
         if zero is None:
             z = tl.full((BLOCK_N, 1), HALF, tl.float32)
@@ -129,6 +129,7 @@ def grid_row_gradients(
             *strides,
             CLIP_FIRST=clip_first,
             BITS=grid.bits,
+            LOWEST=grid.lowest,
             RESIDUAL_BITS=constants["RESIDUAL_BITS"],
             GROUP=span,
             BLOCK_N=config["BLOCK_N"],
@@ -144,16 +145,17 @@ def grid_row_gradients(
 
 
 def _case(bits: int, dtype: str, *also: str) -> tuple:
-    """also: of "rows", "zero" and "mask" those that are there."""
+    """also: of "rows", "zero" and "mask" those that are there; "above": the lowest code is not used."""
     config = dispatch.packaged("grid_row_gradients", bits, torch.bfloat16, 4096, 4096, 4096, 80)
     kinds = {"zero": "*u8", "mask": "*i16", "rows": "*i64"}
     pointers = {"dw": f"*{dtype}", "codes": "*i16", "residual": "*i16"}
     pointers |= dict.fromkeys(("delta", "dd", "scale", "sum_s", "sum_t"), "*fp32")
-    pointers |= {name: kinds[name] for name in also}
+    pointers |= {name: kinds[name] for name in also if name in kinds}
     sizes = ("start", "count", "N", "K", "moved", "codes_row", "residual_row", "mask_row")
     constants = {name: None for name in kinds if name not in pointers} | {
         "CLIP_FIRST": False,
         "BITS": bits,
+        "LOWEST": int("above" in also),
         "RESIDUAL_BITS": 4,
         "GROUP": 128,
         "BLOCK_N": config["BLOCK_N"],
@@ -177,4 +179,5 @@ def aot_cases() -> list[tuple]:
         _case(4, "bf16", "rows", "zero", "mask"),
         _case(3, "fp32", "mask"),
         _case(2, "bf16", "zero"),
+        _case(2, "bf16", "above"),
     ]

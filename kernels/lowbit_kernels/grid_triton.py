@@ -82,14 +82,14 @@ def float_of(field):
 
 
 @triton.jit
-def code_bits(value, BITS: tl.constexpr):
-    """clip(round_half_even(value), 0, 2^BITS - 1) in the low 22 bits of an int32; the bits above are not
+def code_bits(value, BITS: tl.constexpr, LOWEST: tl.constexpr):
+    """clip(round_half_even(value), LOWEST, 2^BITS - 1) in the low 22 bits of an int32; the bits above are not
     zero.
 
     The bounds are integers and rounding is monotone, so clipping first gives the same code and keeps any
     float, however large, inside the range where the magic number rounds.
     """
-    inside = tl.minimum(tl.maximum(value, 0.0), ((1 << BITS) - 1) * 1.0)
+    inside = tl.minimum(tl.maximum(value, LOWEST * 1.0), ((1 << BITS) - 1) * 1.0)
     return (inside + _MAGIC).to(tl.int32, bitcast=True)
 
 
@@ -213,18 +213,19 @@ def grid_value(
 
 
 @triton.jit
-def clipped(value, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr):
+def clipped(value, CLIP_FIRST: tl.constexpr, BITS: tl.constexpr, LOWEST: tl.constexpr):
     """The code of v, fp32, and whether the clip is inactive there (M of grid_linear.py).
 
     Far values are brought near first: the rounding trick holds below 2^22, and the clip decides the same.
     """
+    LOW: tl.constexpr = LOWEST * 1.0
     TOP: tl.constexpr = ((1 << BITS) - 1) * 1.0
-    rounded = round_even(tl.minimum(tl.maximum(value, -1.0), TOP + 1.0))
+    rounded = round_even(tl.minimum(tl.maximum(value, LOW - 1.0), TOP + 1.0))
     if CLIP_FIRST:
-        inside = (value >= 0.0) & (value <= TOP)
+        inside = (value >= LOW) & (value <= TOP)
     else:
-        inside = (rounded >= 0.0) & (rounded <= TOP)
-    return tl.minimum(tl.maximum(rounded, 0.0), TOP), inside
+        inside = (rounded >= LOW) & (rounded <= TOP)
+    return tl.minimum(tl.maximum(rounded, LOW), TOP), inside
 
 
 # -------------------------------------------------------------------------------------------- on the host
@@ -280,6 +281,7 @@ def given(
         "UNITS_LIVE": live,
         "UNITS_WEIGHT": grid.units == "weight",
         "BITS": grid.bits,
+        "LOWEST": grid.lowest,
         "RESIDUAL_BITS": grid.residual_bits if residual is not None else 0,
         "R": rank,
         "BLOCK_R": rank_block(rank),

@@ -86,7 +86,7 @@ def quantize_pack_kernel(
             value += (1 << (BITS - 1)) * 1.0
         else:
             value += group_values(zero, at, live, 0.0)
-        code = code_bits(value, BITS) & ((1 << BITS) - 1)
+        code = code_bits(value, BITS, 0) & ((1 << BITS) - 1)
         if codes is not None:
             word |= tl.where(mask, code, 0) << (BITS * (p % PER))
             if p % PER == PER - 1:

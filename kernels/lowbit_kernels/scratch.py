@@ -165,15 +165,11 @@ def _matmul_dx(args: tuple[Any, ...], arch: int) -> int:
 
 def _codes(args: tuple[Any, ...], arch: int) -> int:
     grid, (k, _) = GridWeight(*args[: len(GridWeight._fields)]), args[len(GridWeight._fields) :]
-    if grid.lowest:
-        return -1  # the reference makes them (dispatch.takes)
     return grid.codes.shape[0] * packed_width(k, grid.bits) * 2
 
 
 def _gradients(args: tuple[Any, ...], arch: int) -> int:
     x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
-    if grid.lowest:
-        return -1
     codes, a, b, units, bits = grid.codes, grid.a, grid.b, grid.units, grid.bits
     (m, k), n, size = x.shape, codes.shape[0], x.element_size()
     rank = a.shape[0] if a is not None and b is not None else 0

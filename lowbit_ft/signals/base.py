@@ -74,7 +74,7 @@ class Signal:
 
     asks: ClassVar[bool] = True  # it needs train.teacher
     refers: ClassVar[bool] = False  # its teacher is the model itself without adapters (reference.py)
-    language: ClassVar[bool] = True  # it compares tokens, so it is for language models alone
+    language: ClassVar[bool] = True  # it needs what only language models have
     of_layers: ClassVar[bool] = (
         False  # it looks into the layers of a teacher that can be walked (lockstep.py)
     )

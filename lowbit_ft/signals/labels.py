@@ -1,6 +1,6 @@
 """labels: the cross entropy of the next token. What fine-tuning is for: only labels know the user's task."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from .tokens import token_loss
 
 class Labels(Signal):
     asks = False
+    language: ClassVar[bool] = False
 
     def parts(self, options: Any) -> dict[str, Part]:
         return {"labels": Part(1.0)}

@@ -5,7 +5,7 @@ A teacher says more of a position than one token does, and it says it of positio
 cannot do is know the user's task: with it alone the run stays as near to the teacher as the grid allows.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ def compared(options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, give
 
 
 class Logits(Signal):
+    language: ClassVar[bool] = False
     keys = frozenset({"temperature", "top_k", "on", "divergence"})
 
     def parts(self, options: Any) -> dict[str, Part]:

@@ -1,6 +1,6 @@
 """mix: label_weight x labels + (1 - label_weight) x logits, each a mean over the positions it counts."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from .tokens import token_loss
 
 
 class Mix(Signal):
+    language: ClassVar[bool] = False
     keys = Logits.keys | {"label_weight"}
 
     def parts(self, options: Any) -> dict[str, Part]:

@@ -192,20 +192,20 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
     with at_work:
         theirs = task.apart(other(**inputs, use_cache=False).logits, full, labels)
     count = int(task.count(batch))
-    tokens = batch["input_ids"].numel()
     return {
         "kl": float(theirs) / count,
         "student_kl": float(ours) / count,
         "windows": len(rows),
-        "tokens": tokens,
+        "tokens": task.goal.size(batch),
     }
 
 
 def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:
     name = session.recipe.train.teacher
+    unit = "images" if session.recipe.task.reads == "images" else "tokens"
     session.say(
         f"teacher {name}: KL to full precision {measured.kl:.6f}, the model as it starts "
-        f"{measured.student_kl:.6f} ({measured.tokens:,} tokens)"
+        f"{measured.student_kl:.6f} ({measured.tokens:,} {unit})"
     )
     if teacher.nearest is not None and teacher.nearest * measured.kl > measured.student_kl:
         raise ValueError(

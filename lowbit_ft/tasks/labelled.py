@@ -46,7 +46,8 @@ class Labelled(Task):
     scored: ClassVar[bool] = True  # by scores.py, and its libraries
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask"})  # what calibrators look at
     unit: ClassVar[str] = "rows"
-    layered: ClassVar[bool] = True  # a model of tokens with one set of logits: signals of layers can teach it
+    taught: ClassVar[bool] = True  # its model has one set of logits, which a teacher's can be compared with
+    layered: ClassVar[bool] = True  # and layers of tokens, which signals of layers can compare
 
     train_head: bool = Field(
         default=True, description="the head of the model trains, dense and whole, beside the adapters"
@@ -222,7 +223,7 @@ class Labels:
 
 class Answered(Goal):
     """The goal of a task whose batches hold their answers. The loss is that of the answers, or of a signal
-    that compares the model with a teacher, layer by layer."""
+    that compares the model's with those of a teacher, by themselves or layer by layer."""
 
     def __init__(self, task: Labelled) -> None:
         self.task = task
@@ -247,18 +248,37 @@ class Answered(Goal):
         def forward(_: nn.Module, *args: Any, labels: Labels | None = None, **inputs: Any) -> Any:
             if labels is None:
                 return plain(*args, **inputs)
-            lockstep = None if labels.measured else lesson.lockstep
-            if lockstep is None:
+            if labels.measured or lesson.teacher is None:
                 return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
-            ids = inputs["input_ids"]
-            ask = Ask({}, inputs, ids.device)
-            with lockstep.together(ask, real(inputs, ids)):
-                ours = plain(*args, **inputs, use_cache=False).logits
-            theirs, how = lockstep.outputs(ask).logits, lesson.options
-            off = self.task.apart(ours, theirs, labels.values, how.temperature, how.divergence)
-            return lockstep.joined(off[None])
+            return self._compared(lesson, plain, inputs, labels.values)
 
         return forward
+
+    def _compared(
+        self, lesson: Lesson, plain: Any, inputs: dict[str, Any], labels: dict[str, Tensor]
+    ) -> Tensor:
+        """The sums of the parts [parts] of a signal that asks a teacher. plain: the forward of the model."""
+        ask = Ask({}, inputs, next(iter(inputs.values())).device)
+        if (lockstep := lesson.lockstep) is not None:
+            with lockstep.together(ask, real(inputs, inputs["input_ids"])):
+                ours = plain(**inputs, use_cache=False)
+            theirs = lockstep.outputs(ask)
+        else:
+            assert lesson.teacher is not None
+            walked = lesson.teacher.walked()
+            assert walked is not None, "refused by the recipe"
+            with torch.no_grad(), walked.at_work(walked.model):  # before the student, which it may be
+                theirs = walked.answering.plain(**walked.inputs(ask), use_cache=False)
+            ours = plain(**inputs, use_cache=False)
+        how = lesson.options
+        sums = {
+            "labels": lambda: self.task.loss(ours, labels),
+            "logits": lambda: self.task.apart(
+                ours.logits, theirs.logits, labels, how.temperature, how.divergence
+            ),
+        }
+        own = torch.stack([sums[name]() for name in lesson.parts if name in sums])
+        return own if lockstep is None else lockstep.joined(own)
 
 
 def real(batch: dict[str, Tensor], ids: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class QuestionAnswering(Labelled):
     answers: ClassVar[tuple[str, ...]] = ("start_positions", "end_positions")
     unit: ClassVar[str] = "pieces of rows"
 
-    layered: ClassVar[bool] = False
+    taught: ClassVar[bool] = False
 
     kind: Literal["question_answering"] = "question_answering"
     question: str = Field(default="question", description="the column of the question")

@@ -77,7 +77,7 @@ class SpeechTokens(Labelled):
     answers: ClassVar[tuple[str, ...]] = ("labels", "counted")
     scored: ClassVar[bool] = False
 
-    layered: ClassVar[bool] = False
+    taught: ClassVar[bool] = False
 
     kind: Literal["speech_tokens"] = "speech_tokens"
     audio: str = Field(default="audio", description="the column of the WAV file, beside the file of the rows")

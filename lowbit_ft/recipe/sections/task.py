@@ -98,10 +98,21 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "streaming"), True, "its rows are held in memory; set false"
     if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
         yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
-    if SIGNALS[train.signal.kind].language and train.signal.kind != "labels":
-        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, or layers"
-    if SIGNALS[train.signal.kind].of_layers and not r.task.layered:
-        yield ("train", "signal", "kind"), train.signal.kind, "its answer is not one of tokens; set labels"
+    signal = SIGNALS[train.signal.kind]
+    if signal.language:
+        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, mix or layers"
+    elif signal.asks and not r.task.taught:
+        why = "a teacher is compared by one set of logits, and its model has another answer; set labels"
+        yield ("train", "signal", "kind"), train.signal.kind, why
+    elif signal.of_layers and not r.task.layered:
+        why = "its layers are none of tokens; set labels, logits or mix"
+        yield ("train", "signal", "kind"), train.signal.kind, why
+    elif signal.asks and not signal.of_layers and train.teacher == "cached":
+        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
+        yield ("train", "teacher"), train.teacher, why
+    if train.signal.top_k is not None:
+        why = "a teacher's answers are compared whole; remove it"
+        yield ("train", "signal", "top_k"), train.signal.top_k, why
     if train.signal.on != "targets":
         yield ("train", "signal", "on"), train.signal.on, "its answers are where its labels are; set targets"
     if train.loss != "chunked":

@@ -24,17 +24,19 @@ def masked(args: dict, k: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "f", "zero", "some", "mask", "k", "dtype"),
+    ("bits", "group_size", "f", "zero", "some", "mask", "k", "dtype", "lowest"),
     [
         # 600 channels: the superblocks of codes, residual and mask end apart, and the mask's second is read.
-        (4, 32, 4, True, True, True, 600, torch.float32),
-        (3, 128, 2, False, True, False, 200, torch.bfloat16),
-        (2, -1, 1, True, False, True, 200, torch.float32),
-        (8, 64, 0, False, False, False, 100, torch.float32),
+        (4, 32, 4, True, True, True, 600, torch.float32, 0),
+        (3, 128, 2, False, True, False, 200, torch.bfloat16, 0),
+        (2, -1, 1, True, False, True, 200, torch.float32, 1),
+        (8, 64, 0, False, False, False, 100, torch.float32, 0),
+        (2, 64, 4, False, False, False, 100, torch.float32, 1),
     ],
 )
-def test_codes_and_gradients_of_a_dense_part(bits, group_size, f, zero, some, mask, k, dtype):
+def test_codes_and_gradients_of_a_dense_part(bits, group_size, f, zero, some, mask, k, dtype, lowest):
     args = integer_args(bits, group_size, f, zero=zero, low_rank=False, clip_first=mask, shape=(N, k))
+    args["lowest"] = lowest
     delta = (torch.randn(len(SOME) if some else N, k) * 2).to(dtype)
     delta[0, :2] = torch.tensor([1e9, -1e9])
     args |= {"delta": delta, "rows": SOME if some else None}
@@ -45,6 +47,9 @@ def test_codes_and_gradients_of_a_dense_part(bits, group_size, f, zero, some, ma
     assert not torch.equal(got, args["codes"]) and got.data_ptr() != args["codes"].data_ptr()
     x, dy = torch.randn(M, k), torch.randn(M, N)
     want = kernels.grid_row_gradients(x, dy, **args)
+    if lowest:
+        free = kernels.grid_row_gradients(x, dy, **{**args, "lowest": 0})
+        assert min(error(want[i], free[i].double()) for i in (0, 2)) > 1e-3, "no value is clipped from below"
     with dispatch.override("grid_row_gradients", ROWS):
         made = grid_rows_triton.grid_row_gradients(x, dy, **args)
     for value, wanted in zip(made, want, strict=True):
@@ -77,6 +82,29 @@ def test_codes_and_gradients_of_masked_weights(units: str, form: str, zero: bool
     free = kernels.grid_gradients(x, dy, **{**args, "mask": None})
     for value, wanted, other in zip(made, want, free, strict=True):
         assert error(value, wanted.double()) < 2e-6 < error(wanted, other.double())
+
+
+@pytest.mark.parametrize(
+    ("units", "form"), [("grid", "fused"), ("weight", "chunked"), ("live", "chunked"), ("live", "fused")]
+)
+def test_codes_and_gradients_where_the_lowest_code_is_unused(units: str, form: str):
+    """Ternary: three of the four codes of two bits."""
+    k = 100
+    args = exact_args(units, k, zero=False) | {"bits": 2, "mask": None, "lowest": 1}
+    args["codes"] = kernels.pack(torch.randint(1, 4, (N, k), dtype=torch.uint8), 2)
+    codes = {name: value for name, value in args.items() if name != "clip_first"}
+    got = codes_triton.grid_codes(**codes, in_features=k)
+    assert torch.equal(got, kernels.grid_codes(**codes, in_features=k))
+    assert kernels.unpack(got, 2, k).unique().tolist() == [1, 2, 3]
+    x, dy = torch.randn(M, k), torch.randn(M, N)
+    with dispatch.override("grid_gradients", FORMS[form]):
+        made = gradients_triton.grid_gradients(x, dy, **args)
+    want = kernels.grid_gradients(x, dy, **args)
+    free = kernels.grid_gradients(x, dy, **{**args, "lowest": 0})
+    for name, value, wanted, other in zip("stab", made, want, free, strict=True):
+        assert error(value, wanted.double()) < 2e-6, name
+        # the offset of a grid that is not live knows no clip
+        assert units != "live" and name == "t" or error(wanted, other.double()) > 1e-3, name
 
 
 def test_a_frozen_grid_under_a_mask_with_one_scale_per_row():
