@@ -40,8 +40,8 @@ def read_processor(folder: str | Path) -> Any:
     if made != wide:
         raise CheckpointError(
             f"{folder}: preprocessor_config.json makes images of {made} and {wide} (channels, height, width) "
-            "of pictures of two shapes, and a batch has one; set size (height and width), or do_center_crop "
-            "there"
+            "of pictures of two shapes, and a batch has one; set size (height and width), or do_center_crop, "
+            "and do_pad: false there"
         )
     config = AutoConfig.from_pretrained(str(folder), **options)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", made[0])
@@ -52,6 +52,16 @@ def read_processor(folder: str | Path) -> Any:
             f"model takes {[channels, *sides]} by its config.json; set size there"
         )
     return processor
+
+
+def made_size(folder: str | Path) -> tuple[int, int] | None:
+    """(height, width) of what the image processor of a folder makes; None where there is none."""
+    from PIL import Image  # optional: only images need it
+
+    if not (Path(folder) / "preprocessor_config.json").is_file():
+        return None
+    height, width = pixels(read_processor(folder), Image.new("RGB", (8, 8))).shape[1:]
+    return height, width
 
 
 def pixels(processor: Any, picture: Any) -> Tensor:
@@ -68,6 +78,15 @@ def picture_of(data: bytes) -> Any:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
         return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of the picture in the bytes of a file, the right way up. Only its header is read."""
+    from PIL import Image  # optional: only images need it
+
+    image = Image.open(io.BytesIO(data))
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientations on the side
+    return image.size[::-1] if turned else image.size
 
 
 def problem_of(data: bytes) -> str | None:
