@@ -43,6 +43,7 @@ from lowbit_ft.evaluate.perplexity import Reference
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.sections.train import TrainSection
+from lowbit_ft.rotations import FoldedCheckpoint, Rotation
 from lowbit_ft.rundir import environment
 from lowbit_ft.train.loop import train
 
@@ -104,6 +105,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     p.add_argument("--grid", default="2:64", help="bits:group[:inputs[:cache]]")
     p.add_argument("--start", default="gptq", help="calibrator")
+    p.add_argument("--rotate", action="store_true", help="by Hadamard matrices, r1, r2 and r4")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--batch", type=int, default=8)
@@ -123,6 +125,12 @@ def options() -> argparse.Namespace:
 
 class Table(Bench):
     """The checkpoint and its windows, and a run of a case."""
+
+    def __init__(self, o: argparse.Namespace) -> None:
+        super().__init__(o)
+        if o.rotate:
+            every = (True,) * self.checkpoint.config.num_hidden_layers
+            self.checkpoint = FoldedCheckpoint(self.checkpoint, Rotation(r1=True, r2=every, r4=every))
 
     def student(self, method: str, seed: int, **keys: Any) -> Any:
         """A fresh packed model with fresh adapters."""
@@ -230,7 +238,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
         "targets",
         "rates",
     )
-    return tuple(row.get(k) for k in named)
+    return (*(row.get(k) for k in named), row.get("rotate", False))
 
 
 def print_table(stored: dict[str, Any]) -> None:
@@ -249,6 +257,7 @@ def print_table(stored: dict[str, Any]) -> None:
                 row.get("probes"),
                 row.get("targets"),
                 row["rates"],
+                row.get("rotate", False),
             ),
             [],
         ).append(row)
@@ -295,6 +304,7 @@ def main() -> None:
                 "targets": " ".join(o.targets or []),
                 "rates": f"{o.learning_rate:g}, {o.zeroth_learning_rate:g}",
             }
+            fact |= {"rotate": True} if o.rotate else {}
             if key_of(fact) in done:
                 continue
             rows.append(fact | table.quality(case, seed))
