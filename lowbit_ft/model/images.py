@@ -88,6 +88,8 @@ def patches(config: Mapping[str, Any]) -> int | None:
         side = (value, value) if isinstance(value, int) else value
         if not isinstance(side, list | tuple) or len(side) != 2:
             return None
+        if not all(type(one) is int and one > 0 for one in side):
+            return None  # what is wrong with it, the model says that is built of it
         sides.append(side)
     (height, width), (patch_height, patch_width) = sides
     return (height // patch_height) * (width // patch_width) + 1

@@ -85,7 +85,7 @@ def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, 
     """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
     image that goes from black to white, [1, channels, height, width]."""
     if purpose is not None and purpose.auto in OF_IMAGES:
-        size = config.get("image_size", 64)  # of a convolutional network any will do
+        size = config.get("image_size") or 64  # of a convolutional network any will do
         height, width = (size, size) if isinstance(size, int) else size
         shape = (1, config.get("num_channels", 3), height, width)
         return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
