@@ -59,14 +59,17 @@ def pixels(processor: Any, picture: Any) -> Tensor:
     return processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
-def picture_of(data: bytes) -> Any:
+def picture_of(data: bytes, small: bool = False) -> Any:
     """The picture in the bytes of a file, the right way up, in RGB. ValueError for one of more than 8 bits a
-    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one."""
+    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one. small: a
+    JPEG at an eighth of its size, in less time."""
     from PIL import Image, ImageOps  # optional: only images need it
 
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
+        if small:
+            picture.draft(None, (1, 1))
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 
@@ -74,7 +77,7 @@ def problem_of(data: bytes) -> str | None:
     """Why these bytes are no picture; None when they are. They are decoded: a file that is cut off still has
     a good beginning, and training would stop at it."""
     try:
-        picture_of(data)
+        picture_of(data, small=True)
     except Exception as error:  # Pillow's readers raise anything for a damaged file
         return f"{type(error).__name__}: {error}"
     return None
