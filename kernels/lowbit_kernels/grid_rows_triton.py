@@ -101,7 +101,7 @@ def grid_row_gradients(
     delta, rows = dense(grid.delta), dense(grid.rows)
     dd = torch.empty(moved, k, dtype=torch.float32, device=x.device)
     sum_s, sum_t = torch.empty(2, strips, moved, dtype=torch.float32, device=x.device)
-    step = row_chunk(moved, k, x.element_size(), config)
+    step = max(1, row_chunk(moved, k, x.element_size(), config))  # of no rows nothing is made
     scratch = torch.empty(step, k, dtype=x.dtype, device=x.device)
     for start in range(0, moved, step):
         count = min(step, moved - start)

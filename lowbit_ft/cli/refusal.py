@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan.fixes import Fix, Planner, _yaml, combination, fixes
+from ..plan.fixes import Fix, Planner, combination, fixes, yaml_value
 from ..plan.plan import Plan, find_card, plan, plan_folder
 from ..recipe.recipe import Recipe
 
@@ -64,6 +64,6 @@ def _fix_lines(made: Plan, known: list[Fix]) -> list[str]:
 def override(fix: Fix) -> str:
     """A fix as it is typed behind the recipe."""
     return "  ".join(
-        f"--processes {value}" if key == "processes" else f"{key}={_yaml(value)}"
+        f"--processes {value}" if key == "processes" else f"{key}={yaml_value(value)}"
         for key, value in fix.changes.items()
     )

@@ -69,14 +69,17 @@ def pixels(processor: Any, picture: Any) -> Tensor:
     return processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
-def picture_of(data: bytes) -> Any:
+def picture_of(data: bytes, small: bool = False) -> Any:
     """The picture in the bytes of a file, the right way up, in RGB. ValueError for one of more than 8 bits a
-    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one."""
+    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one. small: a
+    JPEG at an eighth of its size, in less time."""
     from PIL import Image, ImageOps  # optional: only images need it
 
     with Image.open(io.BytesIO(data)) as picture:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
+        if small:
+            picture.draft(None, (1, 1))
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 
@@ -93,7 +96,7 @@ def problem_of(data: bytes) -> str | None:
     """Why these bytes are no picture; None when they are. They are decoded: a file that is cut off still has
     a good beginning, and training would stop at it."""
     try:
-        picture_of(data)
+        picture_of(data, small=True)
     except Exception as error:  # Pillow's readers raise anything for a damaged file
         return f"{type(error).__name__}: {error}"
     return None
@@ -107,6 +110,8 @@ def patches(config: Mapping[str, Any]) -> int | None:
         side = (value, value) if isinstance(value, int) else value
         if not isinstance(side, list | tuple) or len(side) != 2:
             return None
+        if not all(type(one) is int and one > 0 for one in side):
+            return None  # what is wrong with it, the model says that is built of it
         sides.append(side)
     (height, width), (patch_height, patch_width) = sides
     return (height // patch_height) * (width // patch_width) + 1

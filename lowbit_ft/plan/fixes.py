@@ -42,10 +42,10 @@ class Fix:
         return max(self.saves.values())
 
     def __str__(self) -> str:
-        return ", ".join(f"{key}: {_yaml(value)}" for key, value in self.changes.items())
+        return ", ".join(f"{key}: {yaml_value(value)}" for key, value in self.changes.items())
 
 
-def _yaml(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

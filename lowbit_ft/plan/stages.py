@@ -23,6 +23,7 @@ from ..stages.answers import windows_per_forward
 from ..stages.synthesis import writing_bytes
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
+from .exported import exported_bytes
 from .model import Skeleton
 from .teacher import teacher_costs
 
@@ -175,7 +176,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     checkpoints = (saved + int(train.keep_best)) * (masters + states)
     disk = {"base/": packed, "checkpoints/": checkpoints, "adapter/": masters, "merged/": shipped}
     if recipe.export.format != "native":
-        disk["exported/"] = shipped
+        disk["exported/"] = exported_bytes(recipe, made)
     if train.reconstruct is not None:
         disk["reconstruct/"] = masters
     if steps == 0:

@@ -23,9 +23,11 @@ VECTOR_CODES: dict[str, type[VectorCode]] = {"bsq": BSQ, "lfq": LFQ, "fsq": FSQ}
 
 def vector_code(data: Mapping[str, Any]) -> VectorCode:
     """The inverse of `to_json`. ValueError for an unknown code, key or value."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"code: got {data!r}; needs a kind ({', '.join(VECTOR_CODES)}) and its keys")
     values = dict(data)
     name = values.pop("kind", None)
-    if name not in VECTOR_CODES:
+    if not isinstance(name, str) or name not in VECTOR_CODES:
         raise ValueError(f"code: got kind {name!r}; allowed are {', '.join(VECTOR_CODES)}")
     try:
         return VECTOR_CODES[name](**values)

@@ -186,6 +186,8 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="image processor cannot be loaded.*preprocessor_config.json"):
         load_recipe(file)
     assert patches({"image_size": 32, "patch_size": [8, 8]}) == 17 and patches({"vocab_size": 3}) is None
+    for wrong in (0, -8, "8", [8], [8, "8"], [8, 0], True):
+        assert patches({"image_size": 32, "patch_size": wrong}) is None
 
 
 def test_a_picture_is_shown_the_right_way_up() -> None:

@@ -179,6 +179,8 @@ def test_a_training_step_moves_vectors_to_unused_codes() -> None:
     ("make", "said"),
     [
         (lambda: vector_code({"kind": "vq"}), "code: got kind 'vq'; allowed are bsq, lfq, fsq"),
+        (lambda: vector_code({"kind": ["bsq"]}), r"code: got kind .'bsq'.; allowed are bsq, lfq, fsq"),
+        (lambda: vector_code([1]), "code: got .1.; needs a kind"),  # pyright: ignore[reportArgumentType]
         (lambda: vector_code({"kind": "bsq", "levels": 3}), "code bsq: .*levels"),
         (lambda: BSQ(bits=0), "bits: got 0; allowed are 1 to 62"),
         (lambda: LFQ(bits=True), "bits: got True"),

@@ -57,6 +57,14 @@ def test_codes_and_gradients_of_a_dense_part(bits, group_size, f, zero, some, ma
     assert torch.equal(made[2] == 0, want[2] == 0), "the clip or the mask is another"
 
 
+def test_a_dense_part_of_no_rows() -> None:
+    args = integer_args(4, 32, 0, zero=False, low_rank=False, clip_first=False, shape=(N, 64))
+    args |= {"delta": torch.zeros(0, 64), "rows": torch.zeros(0, dtype=torch.int64)}
+    x, dy = torch.randn(M, 64), torch.randn(M, N)
+    made = grid_rows_triton.grid_row_gradients(x, dy, **args)
+    assert [t.shape for t in made] == [t.shape for t in kernels.grid_row_gradients(x, dy, **args)]
+
+
 def exact_args(units: str, k: int, **options) -> dict:
     """Small integers in A and B, so that D is exact in any order and codes are equal bit for bit."""
     args = integer_args(4, 32, 4, units, clip_first=units == "live", shape=(N, k), **options)
