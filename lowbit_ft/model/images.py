@@ -22,7 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 def read_processor(folder: str | Path) -> Any:
     """The processor of a folder. CheckpointError when none loads, or when it makes other images than the
-    model takes by its config.json."""
+    model takes by its config.json: of any size where no part of it is made for one."""
     from PIL import Image  # optional: only images need it
     from transformers import AutoConfig, AutoImageProcessor  # slow
 
@@ -36,15 +36,21 @@ def read_processor(folder: str | Path) -> Any:
             f"{folder}: its image processor cannot be loaded ({type(error).__name__}: {error}). The folder "
             "needs preprocessor_config.json"
         ) from error
-    config = AutoConfig.from_pretrained(str(folder), **options)
-    size = config.image_size
-    wanted = [config.num_channels, *((size, size) if isinstance(size, int) else size)]
+    config = AutoConfig.from_pretrained(str(folder), **options).to_dict()
+    size = config.get("image_size") if _sized(config) else list(made.shape[1:])
+    wanted = [config.get("num_channels", 3), *((size, size) if isinstance(size, int) else size or ())]
     if list(made.shape) != wanted:
         raise CheckpointError(
             f"{folder}: preprocessor_config.json makes images of {list(made.shape)} (channels, height, "
             f"width), and the model takes {wanted} by its config.json; set size there"
         )
     return processor
+
+
+def _sized(config: Mapping[str, Any]) -> bool:
+    """Whether a model is made for images of one size: one that attends. Of a convolutional network the size
+    in config.json, where there is one, is what it was trained on."""
+    return bool(config.get("num_attention_heads") or config.get("num_heads"))
 
 
 def pixels(processor: Any, picture: Any) -> Tensor:
