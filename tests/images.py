@@ -1,7 +1,8 @@
-"""A small random ViT with its image processor, as a checkpoint; and pictures of shapes that it can learn.
+"""Small random models of images with an image processor, as checkpoints; and pictures of shapes that they can
+learn.
 
-Two layers, 32 wide, 16 patches. A picture is a bar on a dark ground, of any colour and at any place; its
-label is how the bar lies.
+Two layers, 32 wide, 16 patches, or two stages. A picture is a bar on a dark ground, of any colour and at any
+place; its label is how the bar lies.
 """
 
 from __future__ import annotations
@@ -14,24 +15,49 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    BeitConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
 
 SIZE = 32
 LABELS = ("across", "upright")
 
 
-def vit(folder: Path, head: bool = False) -> Path:
-    """A checkpoint; head: with one of two labels."""
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=SIZE,
-        patch_size=8,
-    )
+_LAYERS: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": SIZE,
+    "patch_size": 8,
+}
+_STAGES: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1]}
+KINDS: dict[str, Any] = {
+    "vit": lambda: ViTConfig(**_LAYERS),
+    "deit": lambda: DeiTConfig(**_LAYERS),
+    "beit": lambda: BeitConfig(**_LAYERS, use_relative_position_bias=True),
+    "swin": lambda: SwinConfig(
+        embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=SIZE, patch_size=4
+    ),
+    "convnext": lambda: ConvNextConfig(**_STAGES, num_stages=2, layer_scale_init_value=1.0),
+    "resnet": lambda: ResNetConfig(**_STAGES, embedding_size=8, layer_type="basic"),
+}
+CONVOLUTIONAL = ("convnext", "resnet")
+
+
+def checkpoint(folder: Path, kind: str, head: bool = False) -> Path:
+    """A body as a checkpoint; head: with one of two labels."""
     torch.manual_seed(0)
-    model = (ViTForImageClassification if head else ViTModel)(config)
+    config = KINDS[kind]()
+    config.architectures = []  # transformers looks through it where it has several classes (DeiT)
+    model = (AutoModelForImageClassification if head else AutoModel).from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 or "projection.weight" in name:  # drawn for long training, they are too small
             torch.nn.init.normal_(parameter, std=0.15)
@@ -44,6 +70,10 @@ def vit(folder: Path, head: bool = False) -> Path:
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+def vit(folder: Path, head: bool = False) -> Path:
+    return checkpoint(folder, "vit", head)
 
 
 def picture(label: str, chance: random.Random) -> bytes:

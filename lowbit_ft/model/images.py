@@ -22,8 +22,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 def read_processor(folder: str | Path) -> Any:
     """The processor of a folder. CheckpointError when none loads, or when it makes other images than the
-    model takes by its config.json (of one that names no size, a convolutional network, any size will do), or
-    images of several sizes, which are no batch."""
+    model takes by its config.json (of a convolutional network, and of one that names no size, any size will
+    do), or images of several sizes, which are no batch."""
     from PIL import Image  # optional: only images need it
     from transformers import AutoConfig, AutoImageProcessor  # slow
 
@@ -43,8 +43,8 @@ def read_processor(folder: str | Path) -> Any:
             "of pictures of two shapes, and a batch has one; set size (height and width), or do_center_crop, "
             "and do_pad: false there"
         )
-    config = AutoConfig.from_pretrained(str(folder), **options)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", made[0])
+    config = AutoConfig.from_pretrained(str(folder), **options).to_dict()
+    size, channels = config.get("image_size") if _sized(config) else None, config.get("num_channels", made[0])
     sides = made[1:] if size is None else [size, size] if isinstance(size, int) else list(size)
     if made != [channels, *sides]:
         raise CheckpointError(
@@ -62,6 +62,12 @@ def made_size(folder: str | Path) -> tuple[int, int] | None:
         return None
     height, width = pixels(read_processor(folder), Image.new("RGB", (8, 8))).shape[1:]
     return height, width
+
+
+def _sized(config: Mapping[str, Any]) -> bool:
+    """Whether a model is made for images of one size: one that attends. Of a convolutional network the size
+    in config.json, where there is one, is what it was trained on."""
+    return bool(config.get("num_attention_heads") or config.get("num_heads"))
 
 
 def pixels(processor: Any, picture: Any) -> Tensor:

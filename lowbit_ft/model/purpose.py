@@ -11,6 +11,7 @@ stage of a run, whenever it reads the checkpoint, has the same.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import zlib
 from collections.abc import Collection, Mapping
@@ -65,10 +66,23 @@ class Purpose:
                 f"{folder}: transformers has no {self.auto} of model_type {config.model_type!r}; give a "
                 "checkpoint of another architecture, or another task"
             )
+        built = _built(mapping[type(config)], config)
+        taken = inspect.signature(built.forward).parameters
+        if self.auto in OF_IMAGES and "pixel_values" not in taken:
+            raise CheckpointError(
+                f"{folder}: {built.__name__} looks at {list(taken)[1]!r} and not at the pixels of an image; "
+                "give a checkpoint of another architecture"
+            )
         found = copy.deepcopy(config)
         for key, value in self.values.items():
             setattr(found, key, value)
-        found.architectures = [mapping[type(config)].__name__]
+        found.architectures = [built.__name__]
+        names = self.values.get("id2label")
+        if names is not None and found.num_labels != len(names):
+            raise CheckpointError(
+                f"{folder}: {type(config).__name__} keeps num_labels {found.num_labels} whatever its "
+                f"labels are, and these are {len(names)}; give a checkpoint of another architecture"
+            )
         return found
 
     def entries(self, config: Any) -> dict[str, Any]:
@@ -111,6 +125,14 @@ def answer_of(outputs: Any) -> Tensor:
     if (logits := getattr(outputs, "logits", None)) is not None:
         return logits
     return torch.stack([outputs.start_logits, outputs.end_logits], -1)
+
+
+def _built(found: Any, config: Any) -> Any:
+    """The class of a purpose: of several (DeiT with and without a teacher's token) the one that a
+    configuration names, else the first, as transformers takes it."""
+    several = found if isinstance(found, list | tuple) else [found]
+    named = getattr(config, "architectures", None) or []
+    return next((one for one in several if one.__name__ in named), several[0])
 
 
 def _names(found: Any) -> list[str]:

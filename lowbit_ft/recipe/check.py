@@ -38,6 +38,7 @@ from .sections.segments import check_segments, segment_notes
 from .sections.server import check_server
 from .sections.signal import check_signal
 from .sections.sparsity import check_schedule, check_sparsity
+from .sections.start import check_start
 from .sections.task import check_formats, check_task
 from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
@@ -75,6 +76,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
+    (("quant", "adapter", "train", "output"), check_start),
     (("adapter", "data", "train"), check_preference),
     (("adapter", "train"), check_gradient),
     (("eval",), check_tasks),

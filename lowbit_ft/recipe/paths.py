@@ -54,6 +54,9 @@ def globs(pattern: str) -> bool:
         return False
 
 
+PATHS = ("path", "init_from", "start_from", "teacher")  # keys that may be one
+
+
 def located(value: Any, folders: Sequence[Path]) -> Any:
     """A section whose relative paths are given from the first of `folders` that has them; a path that none
     has stays, and so does everything else. The current folder, as Path(), leaves a path as it was.
@@ -69,7 +72,7 @@ def located(value: Any, folders: Sequence[Path]) -> Any:
             moved = [located(item, folders) for item in child]
         elif name == "chat_template" and isinstance(child, str) and not is_text(child):
             moved = _from(child, folders)
-        elif name in ("path", "init_from", "teacher") and isinstance(child, str) and child not in TEACHERS:
+        elif name in PATHS and isinstance(child, str) and child not in TEACHERS:
             moved = _from(child, folders)
         elif name == "tasks":  # names of lm-eval, or files
             moved = [_from(task, folders) for task in child]

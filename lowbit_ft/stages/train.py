@@ -35,6 +35,7 @@ from ..train.sharding import held_by_rank, shard
 from .data import batches, valid_batches
 from .models import adapter_of, trained_model
 from .reconstruct import reconstruct_stage
+from .student import start_from_run
 from .teacher import lesson_of
 
 
@@ -54,12 +55,13 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     if recipe.train.max_steps != 0 and recipe.train.reconstruct is None:  # which moves codes itself
         warn_of_rate(session, model, examples)
     digest = base_digest(model)
+    started = start_from_run(session, model, digest)
     fitted = reconstruct_stage(session, model)
     # It is judged against the student as it will start.
     lesson = lesson_of(session, model, examples, fitted) if recipe.train.max_steps != 0 else None
     share_base(session, model)
     if lesson is not None:
-        optimize(session, model, examples, lesson, digest, fitted)
+        optimize(session, model, examples, lesson, {"base": digest, **_begun(started, fitted)})
     # by all processes, for the one that writes
     state = {key: whole(tensor) for key, tensor in adapter_state(model).items()}
     if not run_dir.main:
@@ -77,14 +79,20 @@ def train_stage(session: Session, model: Any, examples: Examples) -> Any:
     return trained_model(session)
 
 
+def _begun(started: str | None, fitted: str | None) -> dict[str, str]:
+    """What the adapters were before the first step, where they are not fresh: those of another run, or fitted
+    to the dense layers."""
+    return {name: said for name, said in (("start", started), ("reconstruct", fitted)) if said is not None}
+
+
 def optimize(
-    session: Session, model: Any, examples: Examples, lesson: Lesson, digest: str, fitted: str | None
+    session: Session, model: Any, examples: Examples, lesson: Lesson, begins: dict[str, str]
 ) -> None:
-    """The training steps. lesson: what the loss is made of; digest: of the base; fitted: what the adapters
-    were fitted to before, if they were. RunStopped when a signal ended it before the last step.
+    """The training steps. lesson: what the loss is made of; begins: what they begin with, which a resumed run
+    must begin with, too. RunStopped when a signal ended it before the last step.
     """
     recipe, run_dir = session.recipe, session.run
-    meta = {"base": digest, "adapter": recipe.adapter.model_dump(mode="json")}
+    meta: dict[str, Any] = {**begins, "adapter": recipe.adapter.model_dump(mode="json")}
     if recipe.model.add_tokens is not None:
         meta["new tokens"] = recipe.model.add_tokens.model_dump(mode="json")
     size = recipe.train.micro_batch_size
@@ -103,7 +111,7 @@ def optimize(
             valid_batches(session, model, taught=lesson.signal.pairs),
             recipe.train,
             run_dir.path,
-            meta=meta if fitted is None else {**meta, "reconstruct": fitted},
+            meta=meta,
             resume=True,
             on_step=partial(begin_step, model),
             choose_after=getattr(recipe.adapter, "warmup_steps", 0),

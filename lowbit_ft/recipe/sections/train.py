@@ -107,6 +107,11 @@ class TrainSection(Section):
         description="cached: folder that keeps the answers, for other runs on the same windows too; null: "
         "teacher/ of the run",
     )
+    start_from: str | None = Field(
+        default=None,
+        description="the folder of another run on the same base: what it trained, unrounded, is where this "
+        "one begins, with an optimizer of its own (a run with an intervention, then one without)",
+    )
     mlp_chunk: Annotated[int, Field(ge=16)] | None = Field(
         default=None,
         description="tokens that go through the MLP and the norms of a layer at a time; null: all. For "
