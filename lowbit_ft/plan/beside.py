@@ -34,7 +34,7 @@ def grown_rows(recipe: Recipe, folder: Path) -> int | None:
         first = len(read_tokenizer(folder))
     except CheckpointError:
         first = rows
-    return max(rows, first + len(wanted.tokens))
+    return max(rows, first + len(wanted.every))
 
 
 def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
@@ -43,9 +43,10 @@ def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
         return
     ends = [end for end in (rest.get_input_embeddings(), rest.get_output_embeddings()) if end is not None]
     names = [n for n, module in rest.named_modules() if any(module is end for end in ends)]
-    count = len(wanted.tokens)
+    count = len(wanted.every)
     tables = {n: rest.get_submodule(n) for n in names if masters_of(rest.get_submodule(n)) is None}
-    train_rows(rest, {n: range(m.weight.shape[0] - count, m.weight.shape[0]) for n, m in tables.items()})
+    last = {n: range(m.weight.shape[0] - count, m.weight.shape[0]) for n, m in tables.items()}
+    train_rows(rest, last, wanted.levels)
 
 
 def table_bytes(model: Any) -> int:
@@ -54,4 +55,5 @@ def table_bytes(model: Any) -> int:
     table = model.get_input_embeddings()
     if masters_of(table) is not None:
         return sum(p.nbytes for p in table._parameters.values() if p is not None)
-    return sum(rows.before.nbytes for _, module, rows in row_tables(model) if module is table)
+    size = table.weight.element_size()
+    return sum(rows.rows.numel() * size for _, module, rows in row_tables(model) if module is table)

@@ -29,6 +29,10 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
     if isinstance(quant, QuantSection):
         found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
+    model = values.get("model")
+    if model is not None and (new := model.add_tokens) is not None and new.audio is not None:
+        new = new.model_copy(update={"audio": new.audio.settled()})
+        found["model"] = model.model_copy(update={"add_tokens": new})
     task, measured = values.get("task"), values.get("eval")
     if task is not None and not task.windows and measured is not None and "windows" in unsaid(measured):
         found["eval"] = measured.model_copy(update={"windows": None})  # rows: all of them

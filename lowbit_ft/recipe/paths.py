@@ -15,6 +15,8 @@ from ..model.chat_template import is_text
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
+PATHS = ("path", "init_from", "teacher", "codec")  # keys of a file or folder, or of a word of TEACHERS
+
 
 def path_is(path: Path, kind: str) -> bool:
     """path.is_dir() and friends, False for text that cannot be a path (too long, a NUL in it)."""
@@ -69,7 +71,7 @@ def located(value: Any, folders: Sequence[Path]) -> Any:
             moved = [located(item, folders) for item in child]
         elif name == "chat_template" and isinstance(child, str) and not is_text(child):
             moved = _from(child, folders)
-        elif name in ("path", "init_from", "teacher") and isinstance(child, str) and child not in TEACHERS:
+        elif name in PATHS and isinstance(child, str) and child not in TEACHERS:
             moved = _from(child, folders)
         elif name == "tasks":  # names of lm-eval, or files
             moved = [_from(task, folders) for task in child]
