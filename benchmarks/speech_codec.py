@@ -93,15 +93,16 @@ class Espeak:
         return samples / samples.abs().max() * 0.7
 
 
-def speech(folder: Path, count: int, held: int, seed: int) -> None:
-    """count + held utterances."""
+def speech(folder: Path, count: int, held: int, seed: int, one: str | None = None) -> None:
+    """count + held utterances; one: the voice of all of them, at one pitch and speed."""
     draw, voice = random.Random(seed), Espeak()
     sentences = [f"{a} {b} {c} {d}" for a in WHO for b in DOES for c in WHAT for d in WHEN]
     draw.shuffle(sentences)
     (folder / "wav").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, text in enumerate(sentences[: count + held]):
-        samples = voice.say(text, draw.choice(VOICES), draw.randint(30, 70), draw.randint(170, 230))
+        manner = draw.choice(VOICES), draw.randint(30, 70), draw.randint(170, 230)
+        samples = voice.say(text, *(manner if one is None else (one, 50, 200)))
         name = f"wav/{number:04d}.wav"
         write_wav(folder / name, samples, RATE)
         rows.append({"audio": name, "text": text})
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="folder of the codec")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--voice", help="of all sentences (speech); default: a draw of 32")
     parser.add_argument("--count", type=int)
     parser.add_argument("--held", type=int)
     parser.add_argument("--minutes", type=float, default=8.0, help="of processor time")
@@ -374,7 +376,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.command == "speech":
-        speech(a.folder, a.count or 900, a.held or 100, a.seed)
+        speech(a.folder, a.count or 900, a.held or 100, a.seed, a.voice)
     elif a.command == "train":
         train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
     elif a.command == "measure":

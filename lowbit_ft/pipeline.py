@@ -189,11 +189,11 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
 def encode(folder: Path, source: Path, output: Path, device: str = "auto", plain: bool = False) -> str:
     """Write the codes of a WAV file, or of rows {audio, text} as rows for a language model (plain: without a
     chat), by the speech codec of a folder or run. Returns a line about them."""
-    if source.suffix.lower() != ".wav":
+    if output.suffix.lower() == ".jsonl":
         sizes = encode_rows(folder, source, output, plain, device)
         return f"{output}: {len(sizes):,} rows, {min(sizes)} to {max(sizes)} codes, {sum(sizes):,} in all"
     if plain:
-        raise ValueError(f"--plain: is of rows (.jsonl), and {source} is a WAV file; leave it out")
+        raise ValueError(f"--plain: is of rows (.jsonl), and {output} is of one WAV file; leave it out")
     found = encode_wav(folder, source, output, device)
     seconds, bits = found.samples / found.sample_rate, len(found.codes) * vector_code(found.code).id_bits
     return (

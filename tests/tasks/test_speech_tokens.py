@@ -252,7 +252,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(line: Line
         ValueError, match="transformers has no AutoModelForAudioTokenization of model_type 'llama'"
     ):
         load_recipe(recipe_of(tmp_path, tiny, line.data))
-    with pytest.raises(ValueError, match="encode and decode take a speech codec"):
+    with pytest.raises(ValueError, match="encode, decode and speak take a speech codec"):
         pipeline.encode(tiny, line.data.parent / "0.wav", tmp_path / "a.json")
     file = recipe_of(tmp_path, line.codec, line.data)
     said = CliRunner().invoke(app, ["plan", str(file), "--no-search"]).output
