@@ -150,11 +150,20 @@ def codec(folder: Path | None = None, **values: Any) -> Any:
 
 
 def train(
-    folder: Path, out: Path, minutes: float, wall: float, seed: int, rate: float, batch: int, steps: int
+    folder: Path,
+    out: Path,
+    minutes: float,
+    wall: float,
+    seed: int,
+    rate: float,
+    batch: int,
+    steps: int,
+    sizes: Path | None,
 ) -> None:
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
-    model = codec(vocab_size=len(tokenizer), intermediate_size=160)
+    given = {"intermediate_size": 160} if sizes is None else json.loads(sizes.read_text(encoding="utf-8"))
+    model = codec(**{**given, "vocab_size": len(tokenizer)})
     keys: dict[str, Any] = {key: getattr(model.config, key) for key in Frames.model_fields}
     plain = Frames(**{**keys, "mel_mean": 0.0, "mel_std": 1.0})
     examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
@@ -374,11 +383,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sizes", type=Path, help="config.json with the sizes of the codec (train)")
     a = parser.parse_args()
     if a.command == "speech":
         speech(a.folder, a.count or 900, a.held or 100, a.seed, a.voice)
     elif a.command == "train":
-        train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
+        train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps, a.sizes)
     elif a.command == "measure":
         measure(a.folder, a.model, a.out, a.picture)
     else:

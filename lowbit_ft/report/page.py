@@ -22,6 +22,7 @@ from a run is HTML-escaped.
     trainable.json    a list of rows, or an object of facts with its list under "rows"
     stages.json       [{"stage", "seconds", "peak_memory_gb"}]
     samples.json      [{"prompt", "before", "after"}]
+    speech.json       {"text", "seconds_per_frame", "rows": [{"stage", "mel": [[log]]}]}: spectrograms
     synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
@@ -54,6 +55,8 @@ from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
 from .sparsity import grown_notes, zeros_notes
+from .speech import FILE as SPEECH
+from .speech import speech_section
 from .synthesis import FOLDER as SYNTHESIS
 from .synthesis import synthesis_section
 from .tasks import tasks_section
@@ -291,6 +294,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("result", "Result", result_section),
     ("tasks", "Tasks", tasks_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
+    ("speech", "Speech", speech_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("activations", "Inputs of the layers", activations_section),
@@ -310,4 +314,4 @@ ON_REQUEST = {
 }
 
 # Section -> what it is of; there is none where that is not.
-ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS}
+ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS, "speech": SPEECH}

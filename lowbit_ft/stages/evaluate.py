@@ -79,6 +79,8 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
             "window": recipe.eval.window,
         },
     )
+    for name, kept in done.measure.beside().items():
+        run_dir.write_json(name, kept)
     session.say(table(done.rows))
     if (warning := worse(done.rows)) is not None:
         session.say(warning)

@@ -53,6 +53,10 @@ class Measure:
         """The row of a model in memory; it is left in its mode."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
+    def beside(self) -> dict[str, Any]:
+        """What is kept of the rows beside the table: file of the run -> its JSON."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Dense:
