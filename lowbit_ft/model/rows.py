@@ -44,7 +44,8 @@ class NewRows(nn.Module):
     """The fp32 masters of the rows `ids` of a table. off: the table is what it was.
 
     levels: of the digits of a code whose points the last ids are, in their order, so that `rows` holds a row
-    for each id before them and then the vectors that theirs are made of. These must begin alike: as e_0.
+    for each id before them and then the vectors that theirs are made of. These must begin alike, as e_0, of
+    which `before` has one.
     """
 
     ids: Tensor
@@ -57,13 +58,14 @@ class NewRows(nn.Module):
         where = torch.tensor(list(ids), dtype=torch.int64, device=table.device)
         self.levels = tuple(levels)
         self.register_buffer("ids", where, persistent=False)
-        self.register_buffer("before", table.detach()[where].clone(), persistent=False)
-        alone = len(where) - math.prod(self.levels) if self.levels else len(where)
-        shares = shares_of(alone, self.levels).to(table.device) if self.levels else None
+        self.alone = len(where) - math.prod(self.levels) if self.levels else len(where)
+        shares = shares_of(self.alone, self.levels).to(table.device) if self.levels else None
         self.register_buffer("shares", shares, persistent=False)
+        begun = where if shares is None else where[: self.alone + 1]
+        self.register_buffer("before", table.detach()[begun].clone(), persistent=False)
         rows = self.before.to(torch.float32, copy=True)
         if shares is not None:
-            rows = torch.cat([rows[: alone + 1], rows.new_zeros(shares.shape[1] - alone - 1, rows.shape[1])])
+            rows = torch.cat([rows, rows.new_zeros(shares.shape[1] - len(rows), rows.shape[1])])
         self.rows = nn.Parameter(rows)
 
     @property
@@ -71,17 +73,23 @@ class NewRows(nn.Module):
         """A row for each id [n, H], fp32; what is trained itself where nothing is made of vectors."""
         if not self.levels:
             return self.rows
-        first = len(self.rows) - sum(self.levels) + len(self.levels) - 1
+        first = self.alone
         made, place = self.rows[first : first + 1], first + 1
         for count in self.levels:  # the lowest digit first, as ids_of counts
             made = torch.cat([made, *(made + step for step in self.rows[place : place + count - 1])])
             place += count - 1
         return torch.cat([self.rows[:first], made])
 
+    @property
+    def begun(self) -> Tensor:
+        """What they were before training [n, H], as the table has it."""
+        codes = self.before[self.alone :]
+        return torch.cat([self.before[: self.alone], codes.expand(len(self.ids) - self.alone, -1)])
+
     def write(self, table: Tensor) -> Tensor:
         """The table [V, H] with these rows as they ship, in place: nothing is ever recorded of it."""
         with torch.no_grad():
-            table.data[self.ids] = (self.before if self.off else self.each).to(table.dtype)
+            table.data[self.ids] = (self.begun if self.off else self.each).to(table.dtype)
         return table
 
     def looked_up(self, tokens: Tensor) -> Tensor:
