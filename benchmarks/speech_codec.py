@@ -163,7 +163,7 @@ def train(
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
     given = {"intermediate_size": 160} if sizes is None else json.loads(sizes.read_text(encoding="utf-8"))
-    model = codec(**{**given, "vocab_size": len(tokenizer)})
+    model = codec(None, **{**given, "vocab_size": len(tokenizer)})
     keys: dict[str, Any] = {key: getattr(model.config, key) for key in Frames.model_fields}
     plain = Frames(**{**keys, "mel_mean": 0.0, "mel_std": 1.0})
     examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
