@@ -93,15 +93,16 @@ class Espeak:
         return samples / samples.abs().max() * 0.7
 
 
-def speech(folder: Path, count: int, held: int, seed: int) -> None:
-    """count + held utterances."""
+def speech(folder: Path, count: int, held: int, seed: int, one: str | None = None) -> None:
+    """count + held utterances; one: the voice of all of them, at one pitch and speed."""
     draw, voice = random.Random(seed), Espeak()
     sentences = [f"{a} {b} {c} {d}" for a in WHO for b in DOES for c in WHAT for d in WHEN]
     draw.shuffle(sentences)
     (folder / "wav").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, text in enumerate(sentences[: count + held]):
-        samples = voice.say(text, draw.choice(VOICES), draw.randint(30, 70), draw.randint(170, 230))
+        manner = draw.choice(VOICES), draw.randint(30, 70), draw.randint(170, 230)
+        samples = voice.say(text, *(manner if one is None else (one, 50, 200)))
         name = f"wav/{number:04d}.wav"
         write_wav(folder / name, samples, RATE)
         rows.append({"audio": name, "text": text})
@@ -149,11 +150,20 @@ def codec(folder: Path | None = None, **values: Any) -> Any:
 
 
 def train(
-    folder: Path, out: Path, minutes: float, wall: float, seed: int, rate: float, batch: int, steps: int
+    folder: Path,
+    out: Path,
+    minutes: float,
+    wall: float,
+    seed: int,
+    rate: float,
+    batch: int,
+    steps: int,
+    sizes: Path | None,
 ) -> None:
     torch.manual_seed(seed)
     tokenizer = tokenizer_of()
-    model = codec(vocab_size=len(tokenizer), intermediate_size=160)
+    given = {"intermediate_size": 160} if sizes is None else json.loads(sizes.read_text(encoding="utf-8"))
+    model = codec(None, **{**given, "vocab_size": len(tokenizer)})
     keys: dict[str, Any] = {key: getattr(model.config, key) for key in Frames.model_fields}
     plain = Frames(**{**keys, "mel_mean": 0.0, "mel_std": 1.0})
     examples = rows_of(folder, "train", SpeechTokens(frames=plain), tokenizer)
@@ -364,6 +374,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="folder of the codec")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--voice", help="of all sentences (speech); default: a draw of 32")
     parser.add_argument("--count", type=int)
     parser.add_argument("--held", type=int)
     parser.add_argument("--minutes", type=float, default=8.0, help="of processor time")
@@ -372,11 +383,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sizes", type=Path, help="config.json with the sizes of the codec (train)")
     a = parser.parse_args()
     if a.command == "speech":
-        speech(a.folder, a.count or 900, a.held or 100, a.seed)
+        speech(a.folder, a.count or 900, a.held or 100, a.seed, a.voice)
     elif a.command == "train":
-        train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps)
+        train(a.folder, a.model, a.minutes, a.wall, a.seed, a.rate, a.batch, a.steps, a.sizes)
     elif a.command == "measure":
         measure(a.folder, a.model, a.out, a.picture)
     else:

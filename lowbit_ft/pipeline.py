@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .evaluate.generate import generate as answer
+from .evaluate.speak import Drawing
 from .evaluate.tasks import load_tasks
 from .export.folder import check_if_ours
 from .export.reader import load_exported
@@ -30,7 +31,6 @@ from .recipe.recipe import Recipe
 from .report.page import write_report
 from .rundir import RunDir, shipped
 from .session import resume, start
-from .speech.sample import GUIDANCE, STEPS
 from .stages.card import used_by
 from .stages.data import read_data
 from .stages.evaluate import first_sample, measure_shipped, measure_trained
@@ -40,7 +40,8 @@ from .stages.models import check_folders, trained_model
 from .stages.outside import export_outside
 from .stages.push import push as push_folder
 from .stages.quantize import quantize_stage
-from .stages.speech import Voice, decode_codes, encode_wav
+from .stages.speak import encode_rows, speak_text
+from .stages.speech import Making, Voice, decode_codes, encode_wav
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.teacher import ready_teacher
@@ -185,9 +186,15 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
 
 
-def encode(folder: Path, wav: Path, output: Path, device: str = "auto") -> str:
-    """Write the codes of a WAV file, by the speech codec of a folder or run. Returns a line about them."""
-    found = encode_wav(folder, wav, output, device)
+def encode(folder: Path, source: Path, output: Path, device: str = "auto", plain: bool = False) -> str:
+    """Write the codes of a WAV file, or of rows {audio, text} as rows for a language model (plain: without a
+    chat), by the speech codec of a folder or run. Returns a line about them."""
+    if output.suffix.lower() == ".jsonl":
+        sizes = encode_rows(folder, source, output, plain, device)
+        return f"{output}: {len(sizes):,} rows, {min(sizes)} to {max(sizes)} codes, {sum(sizes):,} in all"
+    if plain:
+        raise ValueError(f"--plain: is of rows (.jsonl), and {output} is of one WAV file; leave it out")
+    found = encode_wav(folder, source, output, device)
     seconds, bits = found.samples / found.sample_rate, len(found.codes) * vector_code(found.code).id_bits
     return (
         f"{output}: {len(found.codes)} codes for {seconds:.2f} s, {bits / 8:.0f} bytes of information "
@@ -201,14 +208,31 @@ def decode(
     output: Path,
     text: str = "",
     prompt: Voice | None = None,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
+    making: Making | None = None,
     device: str = "auto",
 ) -> str:
     """Write the speech of a file of codes, by the codec that made them. Returns a line about it."""
-    seconds = decode_codes(folder, codes, output, text, prompt, steps, guidance, seed, device)
+    seconds = decode_codes(folder, codes, output, text, prompt, making, device)
     return f"{output}: {seconds:.2f} s"
+
+
+def speak(
+    folder: Path,
+    codec: Path,
+    text: str,
+    output: Path,
+    drawing: Drawing | None = None,
+    making: Making | None = None,
+    prompt: Voice | None = None,
+    plain: bool = False,
+    codes: Path | None = None,
+    device: str = "auto",
+) -> str:
+    """Write a text as speech: the codes that a language model says, made sound by their codec. Returns a line
+    about it."""
+    how = drawing or Drawing(), making or Making()
+    count, seconds = speak_text(folder, codec, text, output, *how, prompt, plain, codes, device)
+    return f"{output}: {count} codes, {seconds:.2f} s"
 
 
 def report(run_dir: Path) -> Path:

@@ -217,7 +217,8 @@ def _with_tokenizer(
     if wanted is None:
         return checkpoint, tokenizer
     key = next(iter(tables_of(checkpoint).values()))
-    new = add_tokens(tokenizer, wanted.tokens, wanted.special, wanted.copied, checkpoint.shape(key)[0])
+    rows = checkpoint.shape(key)[0]
+    new = add_tokens(tokenizer, wanted.every, wanted.special, wanted.copied, rows, wanted.levels)
     if writes and run.main:
         write_grown(run / "model", checkpoint, tokenizer, new.rows)
     return GrownCheckpoint(checkpoint, run / "model", new), tokenizer

@@ -134,7 +134,7 @@ def attach(
         tensors = {n: p.numel() for n, p in layer.adapter.named_parameters() if p.requires_grad}
         rows.append(TrainableRow(name, str(layer.grid), tensors, layer.base.nbytes))
     dense = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    rows += train_modules(model, whole) + train_tokens(model, config.token_rows)
+    rows += train_modules(model, whole) + train_tokens(model, config.token_rows, config.token_levels)
     leave_out_of_ddp(model)
     return TrainableTable(rows, packed + dense)
 
@@ -165,10 +165,14 @@ def _rows_of(model: nn.Module, found: Sequence[str]) -> list[TrainableRow]:
     return rows
 
 
-def train_tokens(model: nn.Module, tables: Mapping[str, Sequence[int]]) -> list[TrainableRow]:
-    """Let these rows of these tables train (of one that trains whole, they do anyway)."""
+def train_tokens(
+    model: nn.Module, tables: Mapping[str, Sequence[int]], levels: Sequence[int] = ()
+) -> list[TrainableRow]:
+    """Let these rows of these tables train (of one that trains whole, they do anyway). levels: of which the
+    last are made (model/rows.py)."""
     modules = dict(model.named_modules())
-    train_rows(model, {name: ids for name, ids in tables.items() if masters_of(modules[name]) is None})
+    free = {name: ids for name, ids in tables.items() if masters_of(modules[name]) is None}
+    train_rows(model, free, levels)
     return [
         TrainableRow(name, "rows of a dense table", {"rows": rows.rows.numel()}, rows.before.nbytes)
         for name, _, rows in row_tables(model)
@@ -252,7 +256,7 @@ def beside_state(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         f"{PEFT_PREFIX}{name}": master for name, (master, _) in whole_tensors(model, True).items()
     }
-    return found | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.rows for name, _, r in row_tables(model)}
+    return found | {f"{PEFT_PREFIX}{name}.{PEFT_KEY}": r.each for name, _, r in row_tables(model)}
 
 
 def adapted_names(state: Iterable[str]) -> list[str]:
@@ -285,6 +289,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             misfits.append(prefix + said)
     if not misfits:
         resize(model, state, PEFT_SLOT, PEFT_PREFIX)
+    if made := [name for name, _, rows in row_tables(model) if rows.levels]:
+        raise ValueError(
+            f"{', '.join(made)}: rows are made of vectors here, and a state has rows: attach without levels"
+        )
     current = adapter_state(model)
     problems = misfits or [f"missing: {key}" for key in current.keys() - state.keys()]
     problems += [f"unknown: {key}" for key in state.keys() - current.keys()]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lowbit_kernels import exact_exp
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from ..grid import BinaryWeight, Grid, GridArgs, IntGrid, PackedWeight, PlaneArgs, Weight
@@ -27,13 +27,14 @@ from .masks import against_kept
 from .modules import modules_field
 from .patterns import AlphaPattern
 from .step_codes import StepCodes
+from .token_rows import TokenRows
 from .uncounted import say_uncounted
 
 # Of the methods here; one with others says so in its config. log_input_*: of activations/learned.py.
 SCALE_PARAMETERS = frozenset("log_scale magnitude offset plane_scale log_input_scale log_input_clip".split())
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(TokenRows):
     """The `adapter` section of a recipe. Subclasses add their own keys; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,17 +63,6 @@ class AdapterConfig(BaseModel):
         "codes they came with",
     )
     modules_to_save: list[str] | None = modules_field()
-    # Rows of dense tables that train (model.add_tokens): module -> tokens. Of a run, not of its recipe.
-    _token_rows: dict[str, tuple[int, ...]] = PrivateAttr(default_factory=dict)
-
-    @property
-    def token_rows(self) -> dict[str, tuple[int, ...]]:
-        return self._token_rows
-
-    def with_token_rows(self, rows: Mapping[str, Sequence[int]]) -> Self:
-        made = self.model_copy()
-        made._token_rows = {name: tuple(ids) for name, ids in rows.items()}
-        return made
 
     def trains(self, *names: str) -> bool:
         """Whether the packed layer that is known by these names gets an adapter."""

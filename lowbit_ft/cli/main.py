@@ -19,7 +19,7 @@ from .loading import load, refuse_what_cannot_fit, waking
 from .places import folder_at, refuse_existing
 from .quiet import quiet
 from .said import said
-from .speech import decode, encode
+from .speech import decode, encode, speak
 
 app = typer.Typer(
     name="lowbit-ft",
@@ -275,6 +275,7 @@ def generate(
 
 app.command()(encode)
 app.command()(decode)
+app.command()(speak)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

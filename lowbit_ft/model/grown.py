@@ -31,24 +31,27 @@ PIECE = 1 << 24  # numbers of a table that are read at a time
 @dataclass(frozen=True)
 class NewTokens:
     """The ids of the new tokens, how many rows the tables have with them, and the token whose rows theirs
-    begin as (None: the mean)."""
+    begin as (None: the mean). levels: of a code whose points the last are, rows made of vectors (rows.py)."""
 
     ids: tuple[int, ...]
     rows: int
     copied: int | None = None
+    levels: tuple[int, ...] = ()
 
 
 def token_problems(tokenizer: Any, tokens: Sequence[str], copied: str | None) -> list[str]:
     """What is wrong with new tokens, a sentence each."""
     known = tokenizer.get_vocab()
-    found = []
+    found: list[str] = []
+    seen: set[str] = set()
     for i, token in enumerate(tokens):
         if not token.strip():
             found.append(f"got {token!r} as token {i}; allowed: text that is not blank")
-        elif token in tokens[:i]:
+        elif token in seen:
             found.append(f"got {token!r} twice; give it once")
         elif token in known:
             found.append(f"got {token!r}, which the tokenizer has already (id {known[token]}); leave it out")
+        seen.add(token)
     if copied is not None and copied not in known:
         found.append(
             f"init: got copy_of {copied!r}, which is no token of the vocabulary{did_you_mean(copied, known)}"
@@ -57,14 +60,19 @@ def token_problems(tokenizer: Any, tokens: Sequence[str], copied: str | None) ->
 
 
 def add_tokens(
-    tokenizer: Any, tokens: Sequence[str], special: bool, copied: str | None, rows: int
+    tokenizer: Any,
+    tokens: Sequence[str],
+    special: bool,
+    copied: str | None,
+    rows: int,
+    levels: tuple[int, ...] = (),
 ) -> NewTokens:
     """Add them to the tokenizer, in place. rows: of the model's tables now."""
     source = None if copied is None else tokenizer.convert_tokens_to_ids(copied)
     tokenizer.add_tokens(list(tokens), special_tokens=special)
     ids = tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
     assert len(set(ids)) == len(tokens), f"{tokens} became {ids}"
-    return NewTokens(ids, max(rows, max(ids) + 1), source)
+    return NewTokens(ids, max(rows, max(ids) + 1), source, levels)
 
 
 def tables_of(checkpoint: Checkpoint) -> dict[str, str]:

@@ -34,7 +34,7 @@ def grown_rows(recipe: Recipe, folder: Path) -> int | None:
         first = len(read_tokenizer(folder))
     except CheckpointError:
         first = rows
-    return max(rows, first + len(wanted.tokens))
+    return max(rows, first + len(wanted.every))
 
 
 def ends_of(model: Any) -> tuple[Any, Any]:
@@ -52,9 +52,10 @@ def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
         return
     ends = [end for end in ends_of(rest) if end is not None]
     names = [n for n, module in rest.named_modules() if any(module is end for end in ends)]
-    count = len(wanted.tokens)
+    count = len(wanted.every)
     tables = {n: rest.get_submodule(n) for n in names if masters_of(rest.get_submodule(n)) is None}
-    train_rows(rest, {n: range(m.weight.shape[0] - count, m.weight.shape[0]) for n, m in tables.items()})
+    last = {n: range(m.weight.shape[0] - count, m.weight.shape[0]) for n, m in tables.items()}
+    train_rows(rest, last, wanted.levels)
 
 
 def table_bytes(model: Any) -> int:
@@ -65,4 +66,5 @@ def table_bytes(model: Any) -> int:
         return 0
     if masters_of(table) is not None:
         return sum(p.nbytes for p in table._parameters.values() if p is not None)
-    return sum(rows.before.nbytes for _, module, rows in row_tables(model) if module is table)
+    size = table.weight.element_size()
+    return sum(rows.rows.numel() * size for _, module, rows in row_tables(model) if module is table)

@@ -27,6 +27,10 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     leaves out stays out of model_fields_set: that is how `taken` knows."""
     found = values = dict(_within(values))
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
+    model = values.get("model")
+    if model is not None and (new := model.add_tokens) is not None and new.audio is not None:
+        new = new.model_copy(update={"audio": new.audio.settled()})
+        found["model"] = model.model_copy(update={"add_tokens": new})
     task, measured = values.get("task"), values.get("eval")
     if isinstance(quant, QuantSection):
         walked = task is None or task.walked

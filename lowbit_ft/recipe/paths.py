@@ -15,6 +15,8 @@ from ..model.chat_template import is_text
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
+PATHS = ("path", "init_from", "teacher", "codec")  # keys of a file or folder, or of a word of TEACHERS
+
 
 def path_is(path: Path, kind: str) -> bool:
     """path.is_dir() and friends, False for text that cannot be a path (too long, a NUL in it)."""

@@ -24,6 +24,7 @@ from a run is HTML-escaped.
     samples.json      [{"prompt", "before", "after"}]
     boxes.json        {"names", "confidence", "pictures": [{"image": PNG in base64, "boxes": {stage: [[x0, y0,
                       x1, y1, category, score]]}}]}: what a detector found; stage true: what is right
+    speech.json       {"text", "seconds_per_frame", "rows": [{"stage", "mel": [[log]]}]}: spectrograms
     synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
@@ -58,6 +59,8 @@ from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
 from .rotation import rotation_section
 from .sparsity import grown_notes, zeros_notes
+from .speech import FILE as SPEECH
+from .speech import speech_section
 from .synthesis import FOLDER as SYNTHESIS
 from .synthesis import synthesis_section
 from .tasks import tasks_section
@@ -296,6 +299,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("tasks", "Tasks", tasks_section),
     ("boxes", "Boxes that were found", boxes_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
+    ("speech", "Speech", speech_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("activations", "Inputs of the layers", activations_section),
@@ -315,4 +319,10 @@ ON_REQUEST = {
 }
 
 # Section -> what it is of; there is none where that is not.
-ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS, "boxes": BOXES}
+ON_ITSELF = {
+    SYNTHESIS: SYNTHESIS,
+    "rotation": ROTATION,
+    "activations": ACTIVATIONS,
+    "boxes": BOXES,
+    "speech": SPEECH,
+}

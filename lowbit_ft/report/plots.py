@@ -245,6 +245,33 @@ def stages(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
         return svg(figure)
 
 
+def spectrograms(named: Mapping[str, Sequence[Sequence[float]]], seconds: float) -> str:
+    """Spectrograms one below the other, on one scale.
+
+    Args:
+        named: name -> frames, each as many logarithms, the lowest tone first.
+        seconds: of a frame.
+    Returns:
+        an SVG document.
+    """
+    every = sorted(value for frames in named.values() for frame in frames for value in frame)
+    scale = Normalize(every[len(every) // 50], every[-1])  # silence is below it
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 0.5 + 1.25 * len(named)), layout="constrained")
+        axes = figure.subplots(len(named), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (name, frames) in zip(axes, named.items(), strict=True):
+            bands = [list(band) for band in zip(*frames, strict=True)]
+            extent = (0.0, len(frames) * seconds, 0.0, float(len(bands)))
+            axis.imshow(
+                bands, origin="lower", aspect="auto", interpolation="nearest", norm=scale, extent=extent
+            )
+            axis.set_title(name)
+            axis.set_yticks([])
+            axis.grid(visible=False)
+        axes[-1].set_xlabel("seconds")
+        return svg(figure)
+
+
 def _short(value: float) -> str:
     """A number in about three characters: 0.04, 1.3, 27, 3100."""
     if value == 0:

@@ -240,21 +240,10 @@ class Body(SpeechCodecBase):
         )
         return found[:, -frames:]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        mel: Tensor,
-        noisy: Tensor,
-        time: Tensor,
-        frame_mask: Tensor,
-        prompt_mask: Tensor,
-        keep: Tensor,
-        use_cache: bool = False,
-    ) -> SpeechCodecOutput:
-        """As SpeechCodec's; hidden frames in place of the velocity."""
+    def forward(self, mel: Tensor, frame_mask: Tensor, **rest: Tensor) -> SpeechCodecOutput:
+        """Called as SpeechCodec is; hidden frames in place of the velocity. rest: what `decode` takes too."""
         points, ids, vectors, real = self.encode(mel.to(self.noisy_in.weight.dtype), frame_mask)
-        hidden = self.decode(input_ids, attention_mask, noisy, time, frame_mask, prompt_mask, points, keep)
+        hidden = self.decode(frame_mask=frame_mask, points=points, **rest)
         term = self.codes.code.entropy(vectors.float(), real).loss
         return SpeechCodecOutput(hidden, ids, self.config.entropy_weight * term)
 
@@ -289,7 +278,16 @@ class SpeechCodec(SpeechCodecBase):
         """input_ids, attention_mask int64 [B, T]: the text. mel [B, F, M]: the frames that are encoded,
         normalised; noisy [B, F, M]: x_t, of which the frames of the prompt are clean; time [B]; frame_mask,
         prompt_mask bool [B, F]; keep [B]: 0 drops the codes of a row. F is a multiple of frames_per_code."""
-        found = self.body(input_ids, attention_mask, mel, noisy, time, frame_mask, prompt_mask, keep)
+        found = self.body(
+            mel,
+            frame_mask,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            noisy=noisy,
+            time=time,
+            prompt_mask=prompt_mask,
+            keep=keep,
+        )
         return SpeechCodecOutput(self.velocity(found.velocity), found.codes, found.code_loss)
 
     def probe(self, input_ids: Tensor) -> Tensor:

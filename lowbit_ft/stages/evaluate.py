@@ -42,8 +42,7 @@ def measure_trained(session: Session, model: Any) -> Measured:
             with adapters_off(model):
                 done.add(session, measure.row(model, "quantized"))
             done.add(session, measure.row(model, "trained"))
-            for name, content in measure.files().items():
-                session.run.write_json(name, content)
+            keep_files(session, measure)
             session.check_files()
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}
@@ -81,12 +80,19 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
             "window": recipe.eval.window,
         },
     )
+    keep_files(session, done.measure)
     session.say(table(done.rows))
     if (warning := worse(done.rows)) is not None:
         session.say(warning)
     for stage, format in folders.items():
         replace_file(run_dir / stage, "README.md", card(session, format)["README.md"])
     return done.rows
+
+
+def keep_files(session: Session, measure: Measure) -> None:
+    """What the report shows of the rows so far, into the run."""
+    for name, content in measure.files().items():
+        session.run.write_json(name, content)
 
 
 def worse(rows: list[EvalRow]) -> str | None:

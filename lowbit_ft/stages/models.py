@@ -91,7 +91,8 @@ def adapter_of(session: Session) -> AdapterConfig:
     asks for them."""
     config = session.recipe.adapter
     if isinstance(checkpoint := session.checkpoint, GrownCheckpoint):
-        config = config.with_token_rows(dict.fromkeys(checkpoint.tables, checkpoint.new.ids))
+        new = checkpoint.new
+        config = config.with_token_rows(dict.fromkeys(checkpoint.tables, new.ids), new.levels)
     if not isinstance(config, LowRankOptions) or config.segments == "none":
         return config
     found = segments_in(session.checkpoint.folder)

@@ -1,10 +1,13 @@
 """encode, decode: a WAV file becomes codes in a file, and they become a WAV file, by a codec folder."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..export.folder import check_if_ours
 from ..export.reader import load_exported
@@ -29,12 +32,47 @@ class Voice:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Making:
+    """How sound is made of codes: steps and guidance of the decoder, the seed of its noise. ValueError for
+    what cannot be."""
+
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"--steps: got {self.steps}; allowed are 1 to {MOST_STEPS}")
+        if not 0 <= self.guidance <= 100:
+            raise ValueError(f"--guidance: got {self.guidance}; allowed are 0 (none) to 100")
+
+    def sound(
+        self,
+        model: Any,
+        tokenizer: Any,
+        codes: Tensor,
+        text: str,
+        voice: Voice | None = None,
+        front: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """codes int64 [C] -> samples, behind those of the voice, whose codes and frames are `front`."""
+        frames, before = None, []
+        if voice is not None and front is not None:
+            codes, frames = torch.cat([front[0], codes]), front[1]
+            before = _tokens(tokenizer, f"{voice.text} ", "--prompt-text")
+        said = Spoken(codes, before + _tokens(tokenizer, text, "--text"), frames)
+        mel = decode(model, [said], self.steps, self.guidance, self.seed)[0]
+        return sound_of(model.config, mel, self.seed)
+
+
 def encode_wav(folder: Path, wav: Path, output: Path, device: str = "auto") -> CodesFile:
     """Writes `output` and returns what is in it. ValueError for files that are not what they should be."""
-    _refuse_suffix(output, ".json")
-    sound = _sound(wav)
-    model, _ = _codec(folder, device)
-    found = _encoded(model, sound)
+    refuse_suffix(output, ".json")
+    sound = sound_in(wav)
+    model, _ = codec_in(folder, device)
+    samples = sound.at(model.config.sample_rate)
+    found = codes_of(model, encode(model, frames_of(model.config, samples)).tolist(), len(samples))
     found.write(output)
     return found
 
@@ -45,67 +83,61 @@ def decode_codes(
     output: Path,
     text: str = "",
     prompt: Voice | None = None,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    seed: int = 0,
+    making: Making | None = None,
     device: str = "auto",
 ) -> float:
     """Writes `output`, a WAV file at the codec's rate, and returns its seconds. ValueError for files or
     values that are not what they should be."""
-    _refuse_suffix(output, ".wav")
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"--steps: got {steps}; allowed are 1 to {MOST_STEPS}")
-    if not 0 <= guidance <= 100:
-        raise ValueError(f"--guidance: got {guidance}; allowed are 0 (none) to 100")
+    refuse_suffix(output, ".wav")
+    making = making or Making()
     given = read_codes(codes)
-    voice = _sound(prompt.wav) if prompt is not None else None
-    model, tokenizer = _codec(folder, device)
+    model, tokenizer = codec_in(folder, device)
     _refuse_other(model, given, codes)
-    ids, front, frames = torch.tensor(given.codes), [], None
-    if prompt is not None and voice is not None:
-        samples = voice.at(model.config.sample_rate)
-        samples = samples[: max(1, len(samples) // given.samples_per_code) * given.samples_per_code]
-        frames = frames_of(model.config, samples)
-        ids, front = (
-            torch.cat([encode(model, frames), ids]),
-            _tokens(tokenizer, f"{prompt.text} ", "--prompt-text"),
-        )
-    said = Spoken(ids, front + _tokens(tokenizer, text, "--text"), frames)
-    mel = decode(model, [said], steps, guidance, seed)[0]
-    samples = sound_of(model.config, mel, seed)[: given.samples]
+    front = spoken_by(model, prompt)
+    samples = making.sound(model, tokenizer, torch.tensor(given.codes), text, prompt, front)[: given.samples]
     write_wav(output, samples, model.config.sample_rate)
     return len(samples) / model.config.sample_rate
 
 
-def _codec(folder: Path, device: str) -> tuple[Any, Any]:
+def spoken_by(model: Any, voice: Voice | None) -> tuple[Tensor, Tensor] | None:
+    """Codes int64 [C] and frames [C frames_per_code, M] of a voice, as long as whole codes are of it."""
+    if voice is None:
+        return None
+    size = model.config.samples_per_code
+    samples = sound_in(voice.wav).at(model.config.sample_rate)
+    frames = frames_of(model.config, samples[: max(1, len(samples) // size) * size])
+    return encode(model, frames), frames
+
+
+def codec_in(folder: Path, device: str) -> tuple[Any, Any]:
     """The model of a codec folder (or of a run) on a device, and its tokenizer."""
     folder = shipped(folder)
     check_if_ours(folder)
     kind = read_config(folder).get("model_type")
     if kind != MODEL_TYPE:
         raise ValueError(
-            f"{folder} holds a {kind!r}; encode and decode take a speech codec (model_type {MODEL_TYPE}), "
-            "which task: speech_tokens trains"
+            f"{folder} holds a {kind!r}; encode, decode and speak take a speech codec (model_type "
+            f"{MODEL_TYPE}), which task: speech_tokens trains"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_exported(folder, dtype=torch.float32, device=device), read_tokenizer(folder)
 
 
-def _encoded(model: Any, sound: Wav) -> CodesFile:
+def codes_of(model: Any, codes: list[int], samples: int) -> CodesFile:
+    """Codes of a codec as a file says them. samples: of the sound they are of."""
     config = model.config
-    samples = sound.at(config.sample_rate)
     return CodesFile(
         encoder=encoder_digest(model),
         code=config.code,
         sample_rate=config.sample_rate,
         samples_per_code=config.samples_per_code,
-        samples=len(samples),
-        codes=encode(model, frames_of(config, samples)).tolist(),
+        samples=samples,
+        codes=codes,
     )
 
 
-def _sound(path: Path) -> Wav:
+def sound_in(path: Path) -> Wav:
     found = read_wav(path)
     if found.seconds > MOST_SECONDS:
         raise ValueError(
@@ -131,7 +163,7 @@ def _refuse_other(model: Any, given: CodesFile, path: Path) -> None:
         )
 
 
-def _refuse_suffix(path: Path, wanted: str) -> None:
+def refuse_suffix(path: Path, wanted: str) -> None:
     if path.suffix.lower() != wanted:
         raise ValueError(f"got {path}; what is written is a {wanted} file: give a name that ends so")
     if not path.parent.is_dir():

@@ -165,15 +165,19 @@ class Labelled(Task):
         if not picked:
             raise DataError("no usable row to calibrate on", named(source))
         chosen = type(pool)(pool[i] for i in sorted(picked))
-        found = RowBatches(
+        found = self.looked_at(chosen, min(size, len(chosen)), tokenizer, seed)
+        return [inputs_of(batch, self.answers) for batch in found.one_epoch()]
+
+    def looked_at(self, chosen: Any, size: int, tokenizer: Any, seed: int) -> Batches:
+        """The batches of rows that calibrators look at. seed: of what is drawn for a row."""
+        return RowBatches(
             chosen,
-            min(size, len(chosen)),
+            size,
             pad_id(tokenizer),
             shuffle=False,
             taken=self.inputs,
             shown=self.shown(tokenizer, None),
         )
-        return list(found.one_epoch())
 
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
         """The first eval.windows rows (null: all), the longest first."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -28,12 +27,12 @@ from torch import Tensor
 
 from ..data.batches import Batches
 from ..data.errors import BadRow, DataError
-from ..data.mix import named, sources_of
+from ..data.mix import sources_of
 from ..evaluate.perplexity import EvalRow
 from ..model.linear import packed_op_only
 from ..model.purpose import Purpose
 from ..model.tokenizer import pad_id
-from ..model.walk import Batch
+from ..report.speech import FILE as SPEECH
 from ..speech.mel import Mel
 from ..speech.names import AUTO, MODEL_TYPE
 from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode, frames_of
@@ -157,29 +156,9 @@ class SpeechTokens(Labelled):
             task=self,
         )
 
-    def calibration(
-        self,
-        source: Any,
-        section: Any,
-        tokenizer: Any,
-        *,
-        rows: int | None,
-        seed: int,
-        samples: int,
-        sequence_len: int,
-        size: int,
-    ) -> list[Batch]:
-        """A seeded choice of the rows, at times and with noise of their own."""
-        section = section.model_copy(update={"sequence_len": sequence_len})
-        pool = self.examples(source, section, tokenizer, rows=rows)
-        picked = random.Random(seed).sample(range(len(pool)), min(samples, len(pool)))
-        if not picked:
-            raise DataError("no usable row to calibrate on", named(source))
-        chosen = Utterances([pool[i] for i in sorted(picked)])
-        found = SpeechBatches(
-            chosen, min(size, len(chosen)), pad_id(tokenizer), seed, shuffle=False, task=self
-        )
-        return [{k: v for k, v in batch.items() if k not in self.answers} for batch in found.one_epoch()]
+    def looked_at(self, chosen: Any, size: int, tokenizer: Any, seed: int) -> Batches:
+        """At times and with noise of their own."""
+        return SpeechBatches(chosen, size, pad_id(tokenizer), seed, shuffle=False, task=self)
 
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
         found = self.examples(source, feed.r.data, feed.tokenizer, rows=rows)
@@ -231,6 +210,23 @@ class Speech(Answers):
     def __init__(self, task: SpeechTokens, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
         super().__init__(task, feed, chosen, model, dense)
         self.rows = list(chosen)
+        self.speech = task
+        self.heard = {
+            "spoken": self.rows[0]["mel"]
+        }  # frames [F, M] of the first row; by stage, what it makes
+        self.said = feed.tokenizer.decode(self.rows[0]["input_ids"], skip_special_tokens=True)
+
+    def files(self) -> dict[str, Any]:
+        """Spectrograms of the first row, for the report."""
+        frames = self.speech.frames
+        assert frames is not None
+        logs = {name: mel * frames.mel_std + frames.mel_mean for name, mel in self.heard.items()}
+        rows = [
+            {"stage": name, "mel": [[round(x, 2) for x in frame] for frame in mel.tolist()]}
+            for name, mel in logs.items()
+        ]
+        seconds = frames.hop_length / frames.sample_rate
+        return {SPEECH: {"text": self.said, "seconds_per_frame": seconds, "rows": rows}}
 
     def row(self, model: Any, stage: str) -> EvalRow:
         row, training = super().row(model, stage), model.training
@@ -240,8 +236,10 @@ class Speech(Answers):
             first = self.rows[:MADE_AGAIN]
             own = [Spoken(c, one["input_ids"]) for c, one in zip(codes, first, strict=False)]
             others = [replace(one, codes=like(codes[i - 1], one.codes)) for i, one in enumerate(own)]
+            made = decode(model, own)
+            self.heard[stage] = made[0]
             scores = {
-                "mel_error": mel_error(model, own, first),
+                "mel_error": off_by(model, made, first),
                 "mel_error_other_codes": mel_error(model, others, first),
                 **use_of(model.config.vectors, torch.cat(codes)),
             }
@@ -252,8 +250,12 @@ class Speech(Answers):
 def mel_error(
     model: Any, spoken: list[Spoken], rows: Sequence[Any], steps: int = STEPS, guidance: float = GUIDANCE
 ) -> float:
-    """Mean |difference| of the log-mel of what is decoded and what is there."""
-    made = decode(model, spoken, steps, guidance)
+    """Of what is decoded and what is there."""
+    return off_by(model, decode(model, spoken, steps, guidance), rows)
+
+
+def off_by(model: Any, made: list[Tensor], rows: Sequence[Any]) -> float:
+    """Mean |difference| of log-mels."""
     off = torch.cat([(a - row["mel"]).abs() for a, row in zip(made, rows, strict=True)])
     return float(off.mean()) * model.config.mel_std
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -329,3 +330,22 @@ def test_what_a_run_of_pairs_prefers(tmp_path: Path):
     text = page.text["training"]
     for words in ("chosen answers preferred", "75 %", "preferred, validation", "38 %", "0.125"):
         assert words in text
+
+
+def test_speech_has_its_spectrograms(tmp_path: Path):
+    assert "speech" not in run(tmp_path).text
+    rows: list[Any] = [
+        {"stage": s, "mel": [[0.5, -1.0], [2.0, 1.0]]} for s in ("spoken", "trained", "merged")
+    ]
+    facts = {"text": "a <b> c", "seconds_per_frame": 0.02, "rows": rows}
+    text = run(tmp_path, speech__json=facts).text["speech"]
+    assert "a <b> c: as it was spoken" in text
+    odd: list[Any] = [
+        7,
+        {"stage": "trained", "mel": [[1.0], []]},
+        {"stage": "base", "mel": [["x"]]},
+        {"mel": []},
+    ]
+    for wrong in ({**facts, "rows": odd}, {**facts, "seconds_per_frame": 0}, {"rows": "x"}):
+        text = run(tmp_path, speech__json=wrong).text["speech"]
+        assert "speech.json has no spectrogram" in text

@@ -10,10 +10,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForAudioTokenization
 
+from lowbit_ft.plan.plan import no_card, plan
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.speech.codec import SpeechCodec
 from lowbit_ft.speech.config import SpeechCodecConfig
 from lowbit_ft.speech.sample import RESCALE, Spoken, decode, encode, frames_of, sound_of
 from tests.speech.codecs import SMALL, batch, codec, write_codec
 from tests.speech.sounds import RATE, spoken
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @torch.no_grad()
@@ -141,6 +146,24 @@ def test_a_folder_is_read_by_the_auto_class_and_what_is_asked_is_always_the_same
 def test_sizes_that_cannot_be_are_said(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         SpeechCodecConfig(**{**SMALL, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_sizes_of_the_paper_are_planned_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """134 million numbers in the encoder, 303 in the decoder, 33 in the embedding of the text."""
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "recipes" / "assets" / "speech-codec-500m"
+    recipe = load_recipe("recipes/speech-codec-500m-w4.yaml")
+    with torch.device("meta"):
+        body = SpeechCodec(SpeechCodecConfig.from_pretrained(folder)).body
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in body.named_children()}
+    assert {name: round(sizes[name]) for name in ("encoder", "decoder", "embed_tokens")} == {
+        "encoder": 134,
+        "decoder": 303,
+        "embed_tokens": 33,
+    }
+    made = plan(recipe, folder, no_card())
+    assert made is not None and not made.notes and made.stages["training"] < 3e9
+    assert sum(row.base_bytes for row in made.rows) == pytest.approx(268_435_456 * (4 + 16 / 128) / 8)
 
 
 def test_other_codes_fit_the_same_codec() -> None:

@@ -21,6 +21,7 @@ from lowbit_ft.data.errors import DataError
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.model.tokenizer import read_tokenizer
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.data import DataSection
 from lowbit_ft.speech.files import read_codes
 from lowbit_ft.speech.sample import Spoken, encode
 from lowbit_ft.speech.wav import read_wav, write_wav
@@ -71,6 +72,23 @@ def test_the_loss_is_its_equation(tmp_path: Path) -> None:
     found = task.loss(outputs, {name: batch[name] for name in task.answers})
     assert found.item() == pytest.approx(total + count * outputs.code_loss.item(), rel=1e-4)
     assert outputs.code_loss.item() < 0, "14 bits in use are worth more than the doubt of a vector"
+
+
+def test_calibrators_look_at_a_seeded_choice_of_rows(tmp_path: Path) -> None:
+    task, path = task_of(), write_rows(tmp_path, TEXTS)
+    source = SimpleNamespace(
+        path=str(path), format=None, split=None, name=None, revision=None, limit=None, weight=None
+    )
+    section = DataSection.model_validate({"train": {"path": str(path)}})
+    options: dict[str, Any] = {"rows": None, "samples": 4, "sequence_len": 16, "size": 3}
+    first, again, other = (
+        task.calibration(source, section, tokenizer(), seed=seed, **options) for seed in (1, 1, 2)
+    )
+    assert [len(batch["mel"]) for batch in first] == [3, 1]
+    assert all(not set(task.answers) & batch.keys() for batch in first)
+    assert codec()(**first[0]).velocity.isfinite().all()
+    for a, b, c in zip(first, again, other, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["time"], c["time"])
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
@@ -192,6 +210,14 @@ def test_what_is_trained_is_what_ships_and_the_codes_stay(line: Line) -> None:
     )
     layers = json.loads((line.run / "trainable.json").read_text())
     assert "body.decoder.layers.0.mlp.up_proj" in json.dumps(layers) and "velocity" in json.dumps(layers)
+    heard = json.loads((line.run / "speech.json").read_text())
+    mels = {row["stage"]: torch.tensor(row["mel"]) for row in heard["rows"]}
+    assert list(mels) == ["spoken", "base", "quantized", "trained", "merged"]
+    letters = {text.replace(" ", "") for text in TEXTS}
+    assert heard["text"].replace(" ", "") in letters, "its tokenizer writes blanks between letters"
+    assert torch.equal(mels["merged"], mels["trained"]) and not torch.equal(mels["base"], mels["quantized"])
+    page = (line.run / "report.html").read_text()
+    assert '<section id="speech">' in page and "spectrograms of one sentence" in page
     card = (line.run / "merged" / "README.md").read_text()
     assert "lowbit-ft encode PATH speech.wav speech.json" in card and "AutoModelForAudioTokenization" in card
 
@@ -252,7 +278,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_made(line: Line
         ValueError, match="transformers has no AutoModelForAudioTokenization of model_type 'llama'"
     ):
         load_recipe(recipe_of(tmp_path, tiny, line.data))
-    with pytest.raises(ValueError, match="encode and decode take a speech codec"):
+    with pytest.raises(ValueError, match="encode, decode and speak take a speech codec"):
         pipeline.encode(tiny, line.data.parent / "0.wav", tmp_path / "a.json")
     file = recipe_of(tmp_path, line.codec, line.data)
     said = CliRunner().invoke(app, ["plan", str(file), "--no-search"]).output

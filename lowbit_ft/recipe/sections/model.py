@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...data.errors import DataError
 from ...data.examples import StreamedExamples
@@ -16,6 +16,7 @@ from ...files.tensorfile import CheckpointError
 from ...model.checkpoint import Checkpoint
 from ...model.tokenizer import read_tokenizer
 from ...names import HUB_ID, listed
+from ...speech.tokens import audio_tokens, code_of_codec, token_code
 from ...train.compiling import missing_compiler
 from ..layers import local_folder, read_shapes, shapes_here
 from ..paths import near_names, path_is
@@ -35,16 +36,80 @@ class CopyOf(Section):
     copy_of: str = Field(min_length=1, description="a token of the vocabulary")
 
 
+class AudioSection(Section):
+    """A token for each code of a codec, `<|audio_0|>` and so on, and two around them."""
+
+    codec: str | None = Field(
+        default=None, min_length=1, description="folder of the codec whose codes they are: its config.json"
+    )
+    code: dict[str, Any] | None = Field(
+        default=None,
+        description="in place of a codec, its vector code: {kind: bsq, bits: 14}; null: as the codec says",
+    )
+    rows: Literal["each", "factorised"] = Field(
+        default="each",
+        description="each: a row for each code; factorised: rows are sums of a vector for each digit (bit) "
+        "of the code, fewer numbers that train",
+    )
+
+    @field_validator("code")
+    @classmethod
+    def _known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if value is None else token_code(value).to_json()
+
+    @model_validator(mode="after")
+    def _some(self) -> AudioSection:
+        if self.codec is None and self.code is None:
+            raise ValueError("no code; give codec: FOLDER, or code: {kind: bsq, bits: 14}")
+        return self
+
+    @property
+    def tokens(self) -> list[str]:
+        """None of a codec that cannot be read, which the check of the recipe tells."""
+        return [] if self.code is None else audio_tokens(token_code(self.code).size)
+
+    def settled(self) -> AudioSection:
+        """With the code of the codec, where that can be read."""
+        if self.code is not None or self.codec is None:
+            return self
+        try:
+            found = code_of_codec(Path(self.codec).expanduser()).to_json()
+        except (OSError, ValueError):
+            return self
+        return self.model_copy(update={"code": found})
+
+
 class AddTokensSection(Section):
     """Tokens that the tokenizer gets, and a row each in embedding and head, which train."""
 
-    tokens: list[str] = Field(min_length=1, description="as they stand in the text")
+    tokens: list[str] = Field(default=[], description="as they stand in the text")
+    audio: AudioSection | None = Field(
+        default=None, description="tokens for the codes of a speech codec, behind those of `tokens`"
+    )
     special: bool = Field(
         default=False, description="true: control tokens, left out of decoded text (skip_special_tokens)"
     )
     init: Literal["mean"] | CopyOf = Field(
         default="mean", description="a row begins as the mean of the old ones, or {copy_of: a token}"
     )
+
+    @model_validator(mode="after")
+    def _some(self) -> AddTokensSection:
+        if not self.tokens and self.audio is None:
+            raise ValueError("no token; give tokens: [...], or audio: {codec: FOLDER}")
+        return self
+
+    @property
+    def every(self) -> list[str]:
+        """All new tokens, in the order of their ids."""
+        return self.tokens if self.audio is None else self.tokens + self.audio.tokens
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Of the digits by which the rows of the last ones are made of vectors; none: a row for each."""
+        if self.audio is None or self.audio.rows == "each" or self.audio.code is None:
+            return ()
+        return token_code(self.audio.code).levels
 
     @property
     def copied(self) -> str | None:

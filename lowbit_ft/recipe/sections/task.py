@@ -84,7 +84,7 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
     if quant.smooth is not None:
         yield ("quant", "smooth"), quant.smooth, "folds are known of decoders; set null"
     if r.task.reads == "images" and r.model.add_tokens is not None:
-        yield ("model", "add_tokens"), r.model.add_tokens.tokens, "it reads no tokens; set null"
+        yield ("model", "add_tokens"), r.model.add_tokens.every[:4], "it reads no tokens; set null"
     if r.task.reads == "images" and (data.chat_template is not None or data.chat_template_kwargs):
         yield ("data", "chat_template"), "a template", "it reads no text; remove it and its kwargs"
     if r.task.dtype is not None and r.model.dtype != r.task.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ...files.tensorfile import CheckpointError
@@ -9,6 +10,7 @@ from ...model.checkpoint import Checkpoint
 from ...model.grown import tables_of, token_problems
 from ...model.tokenizer import read_tokenizer
 from ...signals import SIGNALS
+from ...speech.tokens import code_of_codec, token_code
 from ..layers import local_folder
 from ..yaml import Problem
 from .base import Problems
@@ -22,9 +24,10 @@ def check_add_tokens(r: Any) -> Problems:
     when it is fetched.)"""
     if (wanted := r.model.add_tokens) is None:
         return
+    yield from _against_codec(wanted.audio)
     if (folder := local_folder(r.model.path, r.model.revision)) is not None:
         try:
-            found = token_problems(read_tokenizer(folder), wanted.tokens, wanted.copied)
+            found = token_problems(read_tokenizer(folder), wanted.every, wanted.copied)
         except CheckpointError:
             found = []  # check_chat, or the start of the run, tells what is missing
         yield from (Problem((*HERE, "tokens"), problem) for problem in found)
@@ -47,6 +50,23 @@ def check_add_tokens(r: Any) -> Problems:
             ("data", "synthesis"),
             "got rows that the model writes itself, with model.add_tokens: it does not write tokens that it "
             "has not learned; give data.train",
+        )
+
+
+def _against_codec(audio: Any) -> Problems:
+    """A codec that is not there is no matter once the recipe says its code (as that of a run folder does)."""
+    if audio is None or audio.codec is None:
+        return
+    try:
+        found = code_of_codec(Path(audio.codec).expanduser())
+    except ValueError as error:
+        if audio.code is None:
+            yield Problem((*HERE, "audio", "codec"), f"got {audio.codec!r}: {error}")
+        return
+    if audio.code is not None and token_code(audio.code) != found:
+        yield Problem(
+            (*HERE, "audio", "code"),
+            f"got {token_code(audio.code)}, and {audio.codec} has {found}; leave code out, or give that one",
         )
 
 
