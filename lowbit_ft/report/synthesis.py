@@ -27,16 +27,43 @@ def synthesis_section(run: RunFiles) -> str:
             ("to train on", f"{rows.get('train', 0):,} rows"),
             ("for validation", f"{rows.get('valid', 0):,} rows"),
             ("dropped", f"{rows.get('dropped', 0):,} rows"),
-            ("tokens", f"{tokens:,}"),
+            (plain(facts.get("unit", "tokens")), f"{tokens:,}"),
+            *_scores(facts),
         ]
     )
+    for warning in _list(facts.get("warnings")):
+        html += f"<p><strong>{escape(str(warning))}</strong></p>"
     if reasons:
         html += table(["why rows were dropped", "rows"], [[k, f"{v:,}"] for k, v in reasons.items()])
+    html += _counted(facts.get("answers"), "answers of the rows that were kept")
+    html += _counted(facts.get("fates"), "what became of their answers")
+    html += pictures(run, shards)
     for part, title in (("train", "some rows that were trained on"), ("dropped", "some that were dropped")):
         name = next((n for s in shards for n in s.get("files") or {} if str(n).startswith(f"{part}/")), None)
         if name is not None:
             html += folded(title, "".join(f"<pre>{escape(text)}</pre>" for text in _texts(run, str(name))))
     return html
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _scores(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measures of the model on its own rows."""
+    scores = facts.get("own_score")
+    given = scores.items() if isinstance(scores, dict) else ()
+    return [(f"{name}, by the model itself", f"{v:.3f}") for name, v in given if is_number(v)]
+
+
+def _counted(counts: Any, title: str) -> str:
+    """A histogram: words, rows, and a bar of their share."""
+    if not isinstance(counts, dict) or not counts:
+        return ""
+    numbers = {str(k): int(v) for k, v in counts.items() if is_number(v)}
+    total = sum(numbers.values()) or 1
+    rows = [[k, f"{v:,}", "#" * round(40 * v / total)] for k, v in numbers.items()]
+    return table([title, "rows", ""], rows)
 
 
 def _sums(shards: list[dict[str, Any]], key: str) -> dict[str, int]:
