@@ -3,7 +3,8 @@
     python benchmarks/task_synthesis.py --work DIR --seeds 0 1
 
 A docstring model is made first: the tiny Llama trained on recipes/assets/docstrings at full precision, all
-weights, answers alone (--teacher-steps; kept in --work). Then somebody who has that model and no row wants it
+weights, answers alone (--teacher-steps; kept in --work,
+with the rows it writes). Then somebody who has that model and no row wants it
 at 3 bits. Every source of rows is trained on from the same rounding, at equal tokens and equal steps, with
 the docstring model as the teacher (train.signal: logits, its answers cached) or with the rows' own labels:
 
@@ -73,7 +74,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, default=ASSETS / "tiny-llama")
-    p.add_argument("--work", type=Path, required=True, help="where the docstring model is kept")
+    p.add_argument("--work", type=Path, required=True, help="where the docstring model and its rows are")
     p.add_argument("--teacher-steps", type=int, default=80, help="of 8 rows, at full precision")
     p.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
     p.add_argument("--signals", nargs="+", default=["logits"], choices=["logits", "labels"])
@@ -145,10 +146,10 @@ class Bench:
                 "data": {"path": str(DOCSTRINGS / "valid.jsonl"), "format": "chat"},
                 "windows": o.valid_windows,
                 "window": 256,
-                "kl": False,
+                "kl": True,  # and with it the full-precision row
             },
             "export": {"format": "native", "verify": False},
-            "output": str(self.folder / name),
+            "output": str(sections.pop("output", self.folder / name)),
         }
         for section, values in sections.items():
             made[section] = made.get(section, {}) | values
@@ -158,7 +159,7 @@ class Bench:
 
     def written(self, name: str, synthesis: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows that the docstring model wrote, and what its folder tells of them."""
-        recipe = self.recipe(name, {"synthesis": synthesis})
+        recipe = self.recipe(name, {"synthesis": synthesis}, output=self.o.work / "written" / name)
         with start(recipe) as session:
             synthesis_stage(session)
         files = sorted((recipe.output / "synthesis" / "train").glob("*.jsonl"))
@@ -220,8 +221,14 @@ class Bench:
         )
         pipeline.run(recipe)
         table = json.loads((recipe.output / "evaluation.json").read_text())["rows"]
-        loss = {row["stage"]: row["loss"] for row in table}
-        return {"base": loss["base"], "start": loss["quantized"], "trained": loss["merged"], **told}
+        loss, kl = ({row["stage"]: row[key] for row in table} for key in ("loss", "kl"))
+        return {
+            "base": loss["base"],
+            "start": loss["quantized"],
+            "trained": loss["merged"],
+            "kl": kl["merged"],
+            **told,
+        }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..files.regular import read_regular
 from .files import NotShown, RunFiles
-from .html import escape, folded, is_number, plain, table, tiles
+from .html import escape, folded, is_number, plain, png, table, tiles
 
 FOLDER = "synthesis"
 SHOWN = 3  # rows of each part
+PICTURES, MOST_BYTES = 24, 1 << 20  # shown, and of one
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def synthesis_section(run: RunFiles) -> str:
@@ -37,7 +40,7 @@ def synthesis_section(run: RunFiles) -> str:
         html += table(["why rows were dropped", "rows"], [[k, f"{v:,}"] for k, v in reasons.items()])
     html += _counted(facts.get("answers"), "answers of the rows that were kept")
     html += _counted(facts.get("fates"), "what became of their answers")
-    html += pictures(run, shards)
+    html += _pictures(run, shards)
     for part, title in (("train", "some rows that were trained on"), ("dropped", "some that were dropped")):
         name = next((n for s in shards for n in s.get("files") or {} if str(n).startswith(f"{part}/")), None)
         if name is not None:
@@ -66,6 +69,20 @@ def _counted(counts: Any, title: str) -> str:
     return table([title, "rows", ""], rows)
 
 
+def _pictures(run: RunFiles, shards: list[dict[str, Any]]) -> str:
+    """Some of the images that the model made, as they are stored."""
+    names = [str(n) for s in shards for n in s.get("files") or {} if str(n).endswith(".png")][:PICTURES]
+    shown = []
+    for name in names:
+        try:
+            data = read_regular(run.folder / FOLDER / name, MOST_BYTES)
+        except (OSError, ValueError):
+            continue  # it went away; the table says how many there were
+        if data.startswith(PNG):
+            shown.append(png(data, name))
+    return "".join(shown) and f"<p>{' '.join(shown)}</p>"
+
+
 def _sums(shards: list[dict[str, Any]], key: str) -> dict[str, int]:
     """The counts of all shards under this key, the largest first."""
     total: dict[str, int] = {}
@@ -89,7 +106,7 @@ def _texts(run: RunFiles, name: str) -> list[str]:
             words = (
                 "\n".join(f"{t.get('role')}: {t.get('content')}" for t in turns if isinstance(t, dict))
                 if isinstance(turns, list)
-                else str(row.get("text"))
+                else str(row.get("text") or json.dumps(row))
             )
             found.append(why + words)
     return found

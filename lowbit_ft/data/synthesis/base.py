@@ -95,7 +95,8 @@ class SynthesisConfig(BaseModel):
 @dataclass(frozen=True)
 class Given:
     """What a maker has to know of the run. tokenizer: or the image processor; stops: tokens that end an
-    answer; rows: of the embedding; longest: units of a row at most; labeller: how a task of images answers."""
+    answer; rows: of the embedding; longest: units of a row at most; labeller: how a task of images answers.
+    """
 
     tokenizer: Any
     stops: Sequence[int]

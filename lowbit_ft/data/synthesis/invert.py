@@ -27,8 +27,8 @@ Revise = Callable[[int, Tensor, list[Any]], list[Any]]  # (step, images as the m
 
 
 class Frame:
-    """What an image processor does to pictures of the size that it makes: x in [0, 1] -> low + x (high - low),
-    for each channel. ValueError where it does something else to them."""
+    """What an image processor does to pictures of the size that it makes: x in [0, 1] -> low + x span, for
+    each channel. ValueError where it does something else to them."""
 
     def __init__(self, processor: Any):
         from PIL import Image  # optional: only images need it
@@ -54,7 +54,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Inversion:
-    """How images are made. prior, variation, task: the weights of the parts of L; rate: of Adam, in [0, 1]."""
+    """How images are made. prior, variation, task: the weights of the parts of L; rate: Adam's, for [0, 1]."""
 
     steps: int
     check_every: int

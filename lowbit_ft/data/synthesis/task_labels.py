@@ -51,7 +51,10 @@ class TaskLabelsConfig(TextConfig):
     chat: bool = Field(
         default=True, description="the prompt is a user's turn; false: plain text that ends with {answer}"
     )
-    until: list[Words] = Field(default_factory=list, description="texts that end an input, beside end tokens")
+    until: list[Words] = Field(
+        default_factory=list,
+        description="texts that end an input, beside end tokens; without a chat an answer too",
+    )
     input_tokens: Count = Field(default=128, description="of an input at most; one that goes on is dropped")
     answer_tokens: Count = Field(default=48, description="of an answer at most; one that goes on is dropped")
     deterministic_prefix: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
@@ -235,7 +238,9 @@ class TaskRow(Row):
         elif at < self.answered:
             ids.append(between[at - self.end])
         else:
-            ids.append(likeliest if rows.config.relabel else drawn)
+            token = likeliest if rows.config.relabel else drawn
+            cut = not rows.config.chat and rows.completes([*ids[self.answered :], token])
+            ids.append(rows.schema.end if cut else token)
             self.ended = ids[-1] in rows.ends
             return not self.ended and len(ids) - self.answered < rows.config.answer_tokens
         return True

@@ -12,9 +12,9 @@ from typing import Any
 
 from ...data.formats import FORMATS
 from ...data.mix import sources_of
+from ...data.synthesis import SYNTHESIS
 from ...export import EXPORTERS
 from ...files.tensorfile import CheckpointError
-from ...data.synthesis import SYNTHESIS
 from ...model.config import load_config, read_config
 from ...model.images import read_processor
 from ...model.purpose import purpose_of
