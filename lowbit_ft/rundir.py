@@ -3,6 +3,7 @@
     recipe.yaml (resolved)   environment.json   metrics.jsonl   quant.json   trainable.json   moved.json
     model/ (tokenizer and config.json with model.add_tokens)
     base/  checkpoints/  adapter/  merged/  exported/   evaluation.json   tasks.json   samples.json
+    boxes.json (what a detector found)
     synthesis/ (rows that the model wrote)  reconstruct/  reconstruct.json  teacher/  lora_start.json
            teacher.json (how near it is)   processes.json   stages.json   report.html
            zeros.json (pruned while it trained)   made.json (which tensors this run wrote into which folder)

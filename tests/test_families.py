@@ -33,7 +33,7 @@ NO_FAMILY = {
     "grid.packed.WEIGHTS": "what a kind of grid is made of: a grid of a known kind needs no line there",
     "vector_codes.VECTOR_CODES": "config.json of a model chooses; tests/vector_codes/ takes every member",
     "cli.import_rules.SHARED": "keys of transformers' trainer, not members",
-    "activations.calibrate.RANGES": "three rules of a line each for the static scale of a kind",
+    "activations.calibrate.RANGES": "four rules of a few lines each for the static scale of a kind",
     "gradients.directions.DISTRIBUTIONS": "densities of a line each, for two keys of two members",
     "adapters.lora_start.PLAIN": "what a LoRA file may say, not members",
     "rotations.families.FAMILIES": "what architectures look like; no recipe chooses one",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..model.linear import PackedLinear
 from . import ACTIVATIONS, activation_of
-from .base import Scheme, ranges
+from .base import Scheme, positive, ranges
 from .place import activations_off, hosts
 
 ROWS = 256  # of an input, from all batches, on the CPU
@@ -231,6 +231,17 @@ def _mse(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.d
     return min(cuts, key=lambda cut: float((activation_of(cut).quantize(rows) - rows).square().sum()))
 
 
+def _lsq(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:
+    """2 mean |x| / sqrt(Q), LSQ's start (arXiv 1902.08153, section 2.1), Q the largest code: most values on
+    few codes, the rest clipped, for who trains it (`learn`). Of dual each sign has its own mean."""
+    assert scheme.symmetric, "refused by the recipe"
+    parts = (-rows[rows < 0], rows[rows > 0]) if scheme.kind == "dual" else (rows.abs().flatten(),)
+    tops = (-scheme.lowest, scheme.highest) if scheme.kind == "dual" else (scheme.highest,)
+    means = [float(part.double().mean()) if part.numel() else 0.0 for part in parts]
+    scale = positive(torch.tensor([2 * m / top**0.5 for m, top in zip(means, tops, strict=True)]))
+    return replace(scheme, scale=tuple(scale.to(dtype).float().tolist()), zero=())
+
+
 def _static(scheme: Scheme, low: float, high: float, dtype: torch.dtype) -> Scheme:
     """The scale (and zero) that cover [low, high], in the dtype in which scales ship."""
     ends = torch.tensor([min(low, 0.0), max(high, 0.0)])
@@ -250,4 +261,5 @@ RANGES: dict[str, Callable[[Scheme, Tensor, tuple[float, float], torch.dtype], S
     "moving_average": _moving_average,
     "percentile": _percentile,
     "mse": _mse,
+    "lsq": _lsq,
 }

@@ -2,6 +2,7 @@
 dynamic ones.
 
     s = round_to_dtype(s0 exp(l))    LSQ (arXiv 1902.08153, sections 2.1 and 2.2), s0 from calibration
+                                     (its own start, 2 mean|x| / sqrt(2^(b-1) - 1), is range: lsq)
     a = min(1, a0 exp(l))            s = a max|x| / (2^(b-1) - 1), token by token: the clip of OmniQuant and
                                      ZeroQAT (arXiv 2509.00031, Eq. 5), theirs a sigmoid; ours begins anywhere
     d x^ / d s = round(x / s) - x / s   where x lies in the range; where it is clipped the code less its zero

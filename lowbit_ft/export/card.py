@@ -34,6 +34,8 @@ WRITES = "text-generation"  # the pipeline of language models, which servers run
 ASKED = {
     "image-classification": "from transformers import pipeline; "
     "print(pipeline('image-classification', 'FOLDER')('IMAGE.png'))",
+    "object-detection": "from transformers import pipeline; "
+    "print(pipeline('object-detection', 'FOLDER')('IMAGE.png'))",
     "question-answering": "from transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
     "t = T.from_pretrained('FOLDER'); x = t('QUESTION', 'TEXT', return_tensors='pt'); "
     "y = M.from_pretrained('FOLDER')(**x); "

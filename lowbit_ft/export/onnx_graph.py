@@ -30,8 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.checkpoint import Checkpoint
+from ..model.images import made_size
 from ..model.kv_seam import ARGUMENTS
 from ..model.matrices import fusions_of, is_experts, stand_in
+from ..model.purpose import SAYS, purpose_of
 from .base import Exporter, LayerSpec
 from .layout import Layout
 from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
@@ -73,7 +75,10 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
     }
     kind = type(model).__name__
     try:
-        traced, inputs, names = _Traced(model), *_example(model)
+        traced = _Traced(model)
+        # the anchors of a detector are those of one size of image: the one that its processor makes
+        size = made_size(checkpoint.folder) if traced.says is not None else None
+        inputs, names = _example(model, size)
         outputs = traced.names(inputs)
         made = _export(traced, inputs, names, outputs)
     except Exception as error:  # torch.export raises anything
@@ -133,7 +138,11 @@ def skeleton(
 
 
 def _has_sdpa(checkpoint: Checkpoint) -> bool:
-    return bool(getattr(type(checkpoint.empty_model("eager")), "_supports_sdpa", False))
+    """Whether the model has it, and every model inside of it (the backbones of detectors have not)."""
+    model = checkpoint.empty_model("eager")
+    return all(getattr(m, "_supports_sdpa", True) for m in model.modules()) and hasattr(
+        model, "_supports_sdpa"
+    )
 
 
 def _stored_buffers(model: nn.Module, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -153,6 +162,9 @@ class _Traced(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        purpose = purpose_of(model.config)
+        # a detector has what it says behind every layer, too
+        self.says = SAYS.get(purpose.auto) if purpose is not None else None
         self.cached = _cache_argument(model)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -162,7 +174,8 @@ class _Traced(nn.Module):
         given = {name: tensor for name, tensor in inputs.items() if name in INPUTS}
         if self.cached is None:
             made = self.model(**given, **({"use_cache": False} if self.model.can_generate() else {}))
-            return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+            said = self.says or made.keys()
+            return {name: made[name] for name in said if isinstance(made[name], Tensor)}
         cache = _empty_cache(self.model)
         for layer in range(len(cache.layers)):
             past = (inputs[f"past_key_values.{layer}.{part}"] for part in ("key", "value"))
@@ -200,8 +213,11 @@ def _empty_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
-def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """(inputs of a traced forward, the names of their dimensions)."""
+def _example(
+    model: Any, image: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """(inputs of a traced forward, the names of their dimensions). image: the height and width of the only
+    images that it takes; None: as config.json says."""
     taken = inspect.signature(model.forward).parameters
     cached = _cache_argument(model)
     past = SIZES["past_sequence_length"] if cached else 0
@@ -219,13 +235,14 @@ def _example(model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]
         if not cached:
             dims = tuple("sequence_length" if dim == "total_sequence_length" else dim for dim in dims)
         if name == "pixel_values":
-            size = getattr(model.config, "image_size", None)
+            size = image or getattr(model.config, "image_size", None)
             # A convolutional network takes images of every size.
             names[name] = (
                 ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
             )
             height, width = (224, 256) if size is None else (size, size) if isinstance(size, int) else size
-            inputs[name] = torch.zeros(sizes["batch_size"], model.config.num_channels, height, width)
+            channels = getattr(model.config, "num_channels", 3)
+            inputs[name] = torch.zeros(sizes["batch_size"], channels, height, width)
             continue
         made = torch.zeros([sizes[dim] for dim in dims], dtype=torch.long)
         inputs[name], names[name] = made + (name == "attention_mask"), dims

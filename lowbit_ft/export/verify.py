@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from ..grid import PackedWeight, Weight
 from ..model.chat_template import Template
 from ..model.config import load_config, read_config
+from ..model.images import made_size
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
-from ..model.purpose import answer_of, example_of, purpose_of
+from ..model.purpose import OF_IMAGES, answer_of, example_of, purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
@@ -157,6 +158,7 @@ def verify(
     source: str | Path | None = None,
     dense: Mapping[str, Trained] | None = None,
     chat_template: Template | None = None,
+    attention: str | None = None,
 ) -> VerifyReport:
     """Check a folder of `write_model` against the weights it was written from. Needs memory for the model as
     its reader holds it.
@@ -167,7 +169,8 @@ def verify(
     answers are not compared. input_ids [B, L]; default 32 tokens of the vocabulary. dtype None: that of the
     folder's config.json. source: the folder of the model's own tokenizer; None: the files beside the weights.
     dense: by parameter, what was trained beside the layers. chat_template: what the tokenizer writes chats
-    with, where that is not its own. Raises ValueError, listing what differs.
+    with, where that is not its own. attention: how the model that is read attends; None: the best that it
+    has. Raises ValueError, listing what differs.
     """
     folder = Path(folder)
     manifest = check_files(folder)
@@ -186,11 +189,12 @@ def verify(
         raise ValueError(f"{folder}: reading {exporter.name} {reason}")
     own = own_tokenizer(exporter, source or folder, chat_template)
     purpose = purpose_of(load_config(folder))
-    given = {"input_ids": input_ids} if input_ids is not None else example_of(config, purpose)
+    size = made_size(folder) if purpose is not None and purpose.auto in OF_IMAGES else None
+    given = {"input_ids": input_ids} if input_ids is not None else example_of(config, purpose, size)
     # a model for something else than writing text has no greedy answers
     prompts = prompt_ids(own) if purpose is None else []
     expected = None if model is None else _expected(model, exporter, folder, prompts, given)
-    loaded = load_exported(folder, dtype=kind, device=device)
+    loaded = load_exported(folder, dtype=kind, device=device, attention=attention)
     # before looking at weights: some readers unpack at the first forward
     logits = _logits(loaded, given)
     stored = STORED[exporter.container](

@@ -32,7 +32,14 @@ from .hub import locate
 from .matrices import Matrix, find_matrices
 from .meta import meta_model
 from .names import Part, Source, expert_keys, file_parts, weight_sources
-from .purpose import Purpose, drawn, of_another_head, refuse_other_body, refuse_other_labels
+from .purpose import (
+    Purpose,
+    drawn,
+    for_other_labels,
+    of_another_head,
+    refuse_other_body,
+    refuse_other_labels,
+)
 from .tensors import TensorFiles
 
 
@@ -123,6 +130,9 @@ class Checkpoint(TensorFiles):
         plan = weight_sources(model, self.entries, self.folder, left)
         used = {key for source in plan.values() for key, _ in source.keys}
         self.entries = {key: e for key, e in self.entries.items() if key in used or not left(key)}
+        if self.purpose.relabels and (other := for_other_labels(model, plan, self.entries)):
+            self.entries = {key: entry for key, entry in self.entries.items() if key not in other}
+            plan = weight_sources(model, self.entries, self.folder, left)
         refuse_other_body(model, plan, self.config, self.folder)
         refuse_other_labels(model, plan, self.entries, self.folder)
         self.drawn = drawn(model, plan.keys(), self.purpose, self.dtype)

@@ -37,7 +37,16 @@ def read_processor(folder: str | Path) -> Any:
             "needs preprocessor_config.json"
         ) from error
     config = AutoConfig.from_pretrained(str(folder), **options)
-    size = config.image_size
+    size = getattr(config, "image_size", None)
+    if size is None:  # it takes any; those of a batch are one tensor
+        other = list(pixels(processor, Image.new("RGB", (8, 16))).shape)
+        if other != list(made.shape):
+            raise CheckpointError(
+                f"{folder}: preprocessor_config.json makes images of {list(made.shape)} and of {other} "
+                "(channels, height, width), as the pictures are, and those of a batch must be of one size; "
+                'set "size": {"height": ..., "width": ...} there, and "do_pad": false'
+            )
+        return processor
     wanted = [config.num_channels, *((size, size) if isinstance(size, int) else size)]
     if list(made.shape) != wanted:
         raise CheckpointError(
@@ -45,6 +54,16 @@ def read_processor(folder: str | Path) -> Any:
             f"width), and the model takes {wanted} by its config.json; set size there"
         )
     return processor
+
+
+def made_size(folder: str | Path) -> tuple[int, int] | None:
+    """(height, width) of what the image processor of a folder makes; None where there is none."""
+    from PIL import Image  # optional: only images need it
+
+    if not (Path(folder) / "preprocessor_config.json").is_file():
+        return None
+    height, width = pixels(read_processor(folder), Image.new("RGB", (8, 8))).shape[1:]
+    return height, width
 
 
 def pixels(processor: Any, picture: Any) -> Tensor:
@@ -57,6 +76,15 @@ def picture_of(data: bytes) -> Any:
     from PIL import Image, ImageOps  # optional: only images need it
 
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of the picture in the bytes of a file, the right way up. Only its header is read."""
+    from PIL import Image  # optional: only images need it
+
+    image = Image.open(io.BytesIO(data))
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientations on the side
+    return image.size[::-1] if turned else image.size
 
 
 def problem_of(data: bytes) -> str | None:

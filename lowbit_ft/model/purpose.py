@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
+# And those of detectors (RT-DETR, D-FINE and their kin), which say classes and boxes behind every layer.
+PREDICTORS = ("enc_score_head", "enc_bbox_head", "denoising_class_embed", "class_embed", "bbox_embed")
 # The auto classes that a purpose may name, and what the hub calls their pipelines.
 AUTO = {
     "AutoModelForSequenceClassification": "text-classification",
@@ -31,19 +33,24 @@ AUTO = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForObjectDetection": "object-detection",
     "AutoModelForAudioTokenization": "feature-extraction",
 }
-OF_IMAGES = ("AutoModelForImageClassification",)  # of these, those whose models look at images
+# Of these, those whose models look at images.
+OF_IMAGES = ("AutoModelForImageClassification", "AutoModelForObjectDetection")
+# The outputs that a graph of a model gives, where it has more of them than anybody asks for.
+SAYS = {"AutoModelForObjectDetection": ("logits", "pred_boxes")}
 
 
 @dataclass(frozen=True)
 class Purpose:
     """auto: the auto class of transformers; values: keys of config.json that it gives other values (labels by
-    name); seed: of what is drawn."""
+    name); seed: of what is drawn. relabels: what the files have for other labels is drawn anew."""
 
     auto: str
     values: Mapping[str, Any]
     seed: int = 0
+    relabels: bool = False
 
     def auto_class(self) -> Any:
         import transformers  # slow: seconds
@@ -81,11 +88,14 @@ def purpose_of(config: Any) -> Purpose | None:
     return None
 
 
-def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
+def example_of(
+    config: Mapping[str, Any], purpose: Purpose | None, size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
-    image that goes from black to white, [1, channels, height, width]."""
+    image that goes from black to white, [1, channels, height, width]. size: (height, width) of what its image
+    processor makes, where that is known."""
     if purpose is not None and purpose.auto in OF_IMAGES:
-        size = config.get("image_size", 64)  # of a convolutional network any will do
+        size = size or config.get("image_size", 64)  # of a convolutional network any will do
         height, width = (size, size) if isinstance(size, int) else size
         shape = (1, config.get("num_channels", 3), height, width)
         return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
@@ -94,7 +104,10 @@ def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, 
 
 
 def answer_of(outputs: Any) -> Tensor:
-    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last."""
+    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last; of a
+    detector the boxes behind the logits, [B, queries, C + 4]."""
+    if (boxes := getattr(outputs, "pred_boxes", None)) is not None:
+        return torch.cat([outputs.logits, boxes.to(outputs.logits.dtype)], -1)
     if (logits := getattr(outputs, "logits", None)) is not None:
         return logits
     return torch.stack([outputs.start_logits, outputs.end_logits], -1)
@@ -106,23 +119,31 @@ def _names(found: Any) -> list[str]:
 
 def head_parts(model: Any) -> list[str]:
     """The modules of the head, by the name of the outermost that lies in no body: everything that holds
-    parameters outside of the base model, and its pooler."""
+    parameters outside of the base model, its pooler, and what predicts inside of a detector."""
     body, prefix = model.base_model, f"{model.base_model_prefix}."
     outside = [name for name, module in model.named_children() if module is not body]
     poolers = [prefix + name for name, _ in body.named_children() if name in POOLERS]
-    return [name for name in (*poolers, *outside) if any(True for _ in _own(model, name))]
+    inside = [name for name in predictors(model) if name not in outside]
+    return [name for name in (*poolers, *inside, *outside) if any(True for _ in _own(model, name))]
+
+
+def predictors(model: Any) -> list[str]:
+    """The modules of a detector that say classes and boxes, wherever they lie."""
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
 
 
 def head_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the head by name, without those that the body has too (a tied decoder)."""
+    """The parameters of the head by name, without those that the body has too (a tied decoder); one that is
+    in two of its parts by the first."""
     parts = head_parts(model)
-    inside = {id(p) for n, p in model.named_parameters() if not n.startswith(tuple(f"{x}." for x in parts))}
-    return {
-        f"{part}.{name}": parameter
-        for part in parts
-        for name, parameter in _own(model, part)
-        if id(parameter) not in inside
-    }
+    seen = {id(p) for n, p in model.named_parameters() if not n.startswith(tuple(f"{x}." for x in parts))}
+    found: dict[str, nn.Parameter] = {}
+    for part in parts:
+        for name, parameter in _own(model, part):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{part}.{name}"] = parameter
+    return found
 
 
 def _own(model: Any, part: str) -> Any:
@@ -166,11 +187,24 @@ def refuse_other_labels(
             )
 
 
+def for_other_labels(model: Any, plan: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[str]:
+    """The tensors of the files that are the head's, and of another shape: made for other labels."""
+    return [
+        plan[name].keys[0][0]
+        for name, parameter in head_parameters(model).items()
+        if name in plan
+        and plan[name].converter is None
+        and list(entries[plan[name].keys[0][0]].shape) != list(parameter.shape)
+    ]
+
+
 def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dtype) -> dict[str, Tensor]:
     """Values for the parameters of the head that are not there, by the model's own rule; each module from a
     seed of its own name. model: on meta."""
     head = head_parameters(model)
     missing = [name for name in head if name not in there]
+    if purpose.relabels and missing:
+        return _drawn_whole(model, missing, purpose, dtype)
     found: dict[str, Tensor] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in missing):
         module = copy.deepcopy(model.get_submodule(owner)).to_empty(device="cpu", recurse=False)
@@ -183,3 +217,12 @@ def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dty
             if f"{owner}.{name}" in missing:
                 found[f"{owner}.{name}"] = parameter.detach().to(dtype)
     return found
+
+
+def _drawn_whole(model: Any, names: list[str], purpose: Purpose, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same where the model's rule for its head is that of the whole model (a detector's classes begin
+    rare): it is built once, and these are kept of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(purpose.seed)
+        values = dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))
+    return {name: values[name].detach().to(dtype) for name in names}

@@ -32,6 +32,8 @@ def text_tower(model: Any) -> str:
     """The prefix of the names of everything in the decoder that reads text ("" when that is the whole model):
     a multimodal model has other towers beside it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if getattr(model, "main_input_name", "") == "pixel_values" and not model.can_generate():
+        decoder = model.base_model  # a detector's decoder is one part of the network that reads the image
     if isinstance(decoder, nn.Linear):  # what some encoders call the last matrix of their masked LM
         decoder = model.base_model
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")

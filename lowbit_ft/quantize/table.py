@@ -14,6 +14,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.conv import is_conv
 from ..model.experts import is_experts
 from ..model.matrices import Matrix, find_matrices, in_parts, unpackable
+from ..model.purpose import predictors
 from ..model.roles import is_head
 from ..model.walk import text_tower
 from ..recipe.sections.overrides import fusions
@@ -93,7 +94,7 @@ def plan_layers(
     # a convolution that nobody asks for is one of the rest
     matrices = {name: matrix for name, matrix in found.items() if quant.convolutions or not matrix.conv}
     text = text_tower(model)
-    targets, skipped, refused = _choose(matrices, quant, text)
+    targets, skipped, refused = _choose(model, matrices, quant, text)
     targets = in_parts(targets, fusions(quant.overrides, targets, lambda: segments_in(folder)))
     more, unpacked = _look_at_the_rest(model, matrices, quant, text)
     skipped += more
@@ -122,7 +123,7 @@ def _kind_of(matrices: dict[str, Matrix], conv: bool) -> list[str]:
 
 
 def _choose(
-    matrices: dict[str, Matrix], quant: QuantSection, text: str
+    model: nn.Module, matrices: dict[str, Matrix], quant: QuantSection, text: str
 ) -> tuple[dict[str, Matrix], list[QuantRow], dict[str, str]]:
     """Of the matrices that can be packed: those that are, rows for the others, and kind of module -> why it
     is refused (experts of a layer that would be packed in part).
@@ -130,6 +131,7 @@ def _choose(
     targets: dict[str, Matrix] = {}
     skipped: list[QuantRow] = []
     refused: dict[str, str] = {}
+    heads = tuple(f"{name}." for name in predictors(model))
     stacks: dict[str, dict[str, str | None]] = {}  # experts module -> its linears and why they are left alone
     for name, matrix in matrices.items():
         reason = quant.skip_reason(name, matrix.embedding, matrix.conv)
@@ -140,6 +142,8 @@ def _choose(
             and not is_head(name)
         ):
             reason = "not part of the language model"
+        if reason is None and quant.targets == "all-linear" and f"{name}.".startswith(heads):
+            reason = "part of the head"
         if matrix.expert is not None:
             stacks.setdefault(name.rsplit(".", 2)[0], {})[name] = reason
         if reason is None:

@@ -22,6 +22,8 @@ from a run is HTML-escaped.
     trainable.json    a list of rows, or an object of facts with its list under "rows"
     stages.json       [{"stage", "seconds", "peak_memory_gb"}]
     samples.json      [{"prompt", "before", "after"}]
+    boxes.json        {"names", "confidence", "pictures": [{"image": PNG in base64, "boxes": {stage: [[x0, y0,
+                      x1, y1, category, score]]}}]}: what a detector found; stage true: what is right
     synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
@@ -35,6 +37,8 @@ from typing import Any
 from ..files.atomic import write_text
 from .activations import FILE as ACTIVATIONS
 from .activations import activations_section
+from .boxes import FILE as BOXES
+from .boxes import boxes_section
 from .files import NotShown, RunFiles, points, values
 from .html import (
     STYLE,
@@ -290,6 +294,7 @@ def _environment(run: RunFiles) -> str:
 SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("result", "Result", result_section),
     ("tasks", "Tasks", tasks_section),
+    ("boxes", "Boxes that were found", boxes_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
@@ -310,4 +315,4 @@ ON_REQUEST = {
 }
 
 # Section -> what it is of; there is none where that is not.
-ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS}
+ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS, "boxes": BOXES}

@@ -42,6 +42,8 @@ def measure_trained(session: Session, model: Any) -> Measured:
             with adapters_off(model):
                 done.add(session, measure.row(model, "quantized"))
             done.add(session, measure.row(model, "trained"))
+            for name, content in measure.files().items():
+                session.run.write_json(name, content)
             session.check_files()
         if prompts := recipe.eval.generate:
             options = {"max_new_tokens": recipe.eval.max_new_tokens, "tokenizer": session.tokenizer}

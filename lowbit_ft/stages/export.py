@@ -97,6 +97,7 @@ def check_export(session: Session, folder: Path) -> None:
             source=session.checkpoint.folder,
             dense=read_trained(merged),
             chat_template=session.checkpoint.chat_template,
+            attention="eager" if session.recipe.model.attention == "eager" else None,
         )
     )
     release_freed()

@@ -11,6 +11,7 @@ the merge and the exporters are the same for all.
     speech_tokens.py  a codec of speech: rows with sound, velocities, the spectrogram that is made again
     labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
     spans.py      answers that are spans of a text, and SQuAD's measures
+    boxes.py      answers that are boxes of a picture, and COCO's measures
 
 A kind is a config class; its keys are the section `task` of a recipe, and `task: <kind>` is one without keys.
 To add one: a subclass of Labelled (or of Task), and a line in TASKS.
@@ -20,6 +21,7 @@ from .base import Task
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .masked_lm import MaskedLM
+from .object_detection import ObjectDetection
 from .question_answering import QuestionAnswering
 from .sequence_classification import SequenceClassification
 from .speech_tokens import SpeechTokens
@@ -34,6 +36,7 @@ TASKS: dict[str, type[Task]] = {
     "token_classification": TokenClassification,
     "question_answering": QuestionAnswering,
     "image_classification": ImageClassification,
+    "object_detection": ObjectDetection,
     "speech_tokens": SpeechTokens,
 }
 

@@ -54,6 +54,10 @@ class Measure:
         """The row of a model in memory; it is left in its mode."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
+    def files(self) -> dict[str, Any]:
+        """What the report shows of the rows so far, beside their numbers: JSON by the name of its file."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -79,6 +83,8 @@ class Task(BaseModel):
     pipeline: ClassVar[str]  # what the hub calls it
     auto: ClassVar[str]  # the class by which users load what ships
     peft: ClassVar[str | None]  # PEFT's word for it (TaskType)
+    dtype: ClassVar[str | None] = None  # of its model, where it has to be this one
+    walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk along
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 
     kind: str

@@ -37,17 +37,21 @@ class RowBatches(Batches):
         return pad(rows, self.pad_id, self.taken)
 
 
-def pad(rows: Sequence[Encoded], pad_id: int, taken: frozenset[str]) -> dict[str, Tensor]:
+def pad(rows: Sequence[Encoded], pad_id: int, taken: frozenset[str]) -> dict[str, Any]:
     """Encoded rows -> int64 [B, L] of each list of integers, L the longest; of answers that are one to a row
-    [B], [B, C] in fp32 of lists of floats, and tensors stacked."""
+    [B], [B, C] in fp32 of lists of floats, and tensors stacked. What is a dict of tensors, which are of
+    another length in every row, stays one: a list of B of them."""
     length = max(len(row.get("input_ids", ())) for row in rows)
-    batch: dict[str, Tensor] = {}
+    batch: dict[str, Any] = {}
     for name in rows[0]:
         if name not in taken:
             continue
         values = [row[name] for row in rows]
         if isinstance(values[0], Tensor):
             batch[name] = torch.stack(values)
+            continue
+        if isinstance(values[0], dict):
+            batch[name] = values
             continue
         if not isinstance(values[0], list) or isinstance(values[0][0], float):  # one answer to a row
             batch[name] = torch.tensor(values)

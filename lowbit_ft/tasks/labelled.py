@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,11 +27,12 @@ from ..evaluate.perplexity import EvalRow
 from ..model.heads import Answering
 from ..model.linear import packed_op_only
 from ..model.tokenizer import pad_id
-from ..model.upload import upload
+from ..model.upload import upload_each
 from ..model.walk import Batch
 from ..signals import Ask, Lesson, Whole
 from ..signals.divergence import Divergence, divergence
 from ..train.goal import Goal
+from . import scores
 from .base import Dense, Feed, Measure, Task, inputs_of
 from .batches import RowBatches, Shown, taken_by
 from .rows import Encoder, Rows, read_encoded
@@ -43,7 +45,7 @@ class Labelled(Task):
 
     windows: ClassVar[bool] = False
     answers: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, what the model is not called with
-    scored: ClassVar[bool] = True  # by scores.py, and its libraries
+    scored: ClassVar[bool] = True  # by what `missing` tells of
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask"})  # what calibrators look at
     unit: ClassVar[str] = "rows"
     layered: ClassVar[bool] = True  # a model of tokens with one set of logits: signals of layers can teach it
@@ -60,8 +62,17 @@ class Labelled(Task):
     def goal(self) -> Goal:
         return Answered(self)
 
+    def missing(self) -> str | None:
+        """Why nothing can be scored here, with the way out; None when it can."""
+        return scores.missing()
+
+    def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
+        """What a model says of the inputs of a batch. A model whose loss is its own is given the answers
+        too."""
+        return model(**inputs, use_cache=False)
+
     @abstractmethod
-    def loss(self, outputs: Any, labels: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor:
         """The sum of the losses over the answers of a batch, fp32, a scalar. outputs: of the model."""
 
     def answering(self, logits: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -177,14 +188,21 @@ class Labelled(Task):
 class Answers(Measure):
     """Loss and scores of a task."""
 
-    def __init__(self, task: Labelled, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
+    def __init__(
+        self, task: Labelled, feed: Feed, chosen: Any, model: Any, dense: Dense, size: int | None = None
+    ) -> None:
+        """size: rows of a batch; None: as many as have so many tokens."""
         self.task, self.dense, self.count, self.unit = task, dense, len(chosen), task.unit
-        self.size = max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
+        self.size = size or max(1, MEASURED_TOKENS // feed.r.data.sequence_len)
         self.batches = task.batches(feed.alone, model, chosen, self.size, shuffle=False)
         self.rows = chosen
 
     def reference(self) -> Iterator[EvalRow]:
         yield self.row(self.dense.load(), "base")
+
+    def said(self, outputs: Any, labels: dict[str, Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """(right answers, the model's) of a batch."""
+        return self.task.said(outputs, labels, rows)
 
     @torch.no_grad()
     def row(self, model: Any, stage: str) -> EvalRow:
@@ -196,12 +214,12 @@ class Answers(Measure):
         with packed_op_only(model):
             for number, batch in enumerate(self.batches.one_epoch()):
                 rows = self.rows[number * self.size : (number + 1) * self.size]
-                moved = {name: value.to(device) for name, value in batch.items()}
-                outputs = model(**inputs_of(moved, self.task.answers), use_cache=False)
+                moved = {name: upload_each(value, device) for name, value in batch.items()}
                 labels = {name: moved[name] for name in self.task.answers}
+                outputs = self.task.outputs(model, inputs_of(moved, self.task.answers), labels)
                 total += float(self.task.loss(outputs, labels))
                 count += int(self.task.count(batch))
-                right, own = self.task.said(outputs, labels, rows)
+                right, own = self.said(outputs, labels, rows)
                 true += right
                 said += own
         model.train(training)
@@ -216,7 +234,7 @@ class Labels:
     """The answers of a batch on the device; an object that wrappers of models leave as it is. measured: the
     loss of the labels is wanted, whatever is learned from."""
 
-    def __init__(self, values: dict[str, Tensor], measured: bool = False) -> None:
+    def __init__(self, values: dict[str, Any], measured: bool = False) -> None:
         self.values, self.measured = values, measured
 
 
@@ -236,8 +254,8 @@ class Answered(Goal):
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool
     ) -> dict[str, Any]:
-        inputs = {k: upload(v, device) for k, v in inputs_of(batch, self.task.answers).items()}
-        values = {k: upload(batch[k], device) for k in self.task.answers}
+        inputs = {k: upload_each(v, device) for k, v in inputs_of(batch, self.task.answers).items()}
+        values = {k: upload_each(batch[k], device) for k in self.task.answers}
         return {**inputs, "labels": Labels(values, measured)}
 
     def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
@@ -249,7 +267,8 @@ class Answered(Goal):
                 return plain(*args, **inputs)
             lockstep = None if labels.measured else lesson.lockstep
             if lockstep is None:
-                return self.task.loss(plain(*args, **inputs, use_cache=False), labels.values)[None]
+                outputs = self.task.outputs(partial(plain, *args), inputs, labels.values)
+                return self.task.loss(outputs, labels.values)[None]
             ids = inputs["input_ids"]
             ask = Ask({}, inputs, ids.device)
             with lockstep.together(ask, real(inputs, ids)):

@@ -45,11 +45,12 @@ def label_id(value: Any, column: str, names: Sequence[str]) -> int:
     return list(names).index(value)
 
 
-def found_labels(source: Any, column: str, config: Mapping[str, Any]) -> list[str]:
-    """The labels in a column of the rows: numbers by the names that the checkpoint has for them, names in
-    the checkpoint's order where it has the same ones, else sorted. DataError for a column of neither."""
+def found_labels(source: Any, column: str, config: Mapping[str, Any], within: str | None = None) -> list[str]:
+    """The labels in a column of the rows (or, within a column of objects, in a key of these): numbers by the
+    names that the checkpoint has for them, names in the checkpoint's order where it has the same ones, else
+    sorted. DataError for a column of neither."""
     seen: set[Any] = set()
-    for value in _values(source, column):
+    for value in _values(source, column, within):
         seen.add(value)
         if len(seen) > MOST:
             raise DataError(
@@ -87,10 +88,13 @@ def known_labels(config: Mapping[str, Any]) -> list[str]:
         return []
 
 
-def _values(source: Any, column: str) -> Iterator[Any]:
+def _values(source: Any, column: str, within: str | None) -> Iterator[Any]:
     """The labels in a column, those of lists one by one; malformed rows are left to the reader of rows."""
     for one in sources_of(source):
         for row in read_rows(one):
-            value = None if row.value is None else row.value.get(column)
+            value = row.value if within is None or row.value is None else row.value.get(within)
+            if isinstance(value, list):
+                value = {column: [one.get(column) for one in value if isinstance(one, dict)]}
+            value = value.get(column) if isinstance(value, dict) else None
             values: Iterable[Any] = value if isinstance(value, list) else [value]
             yield from (v for v in values if isinstance(v, int | str) and not isinstance(v, bool))

@@ -67,11 +67,25 @@ def test_every_range_covers_what_it_says() -> None:
     assert scale["moving_average"] == pytest.approx(60 / 127, rel=2**-8)
     assert scale["percentile"] == pytest.approx(3.1 / 127, rel=0.05), "0.1 % on either side of a normal"
 
+    assert scale["lsq"] == pytest.approx(float(2 * x.double().abs().mean() / 127**0.5), rel=2**-8)
+
     def off(value: float) -> float:
         scheme = Scheme(kind="tensor", bits=8, dynamic=False, scale=(value,))
         return float((activation_of(scheme).quantize(x) - x).square().sum())
 
     assert off(scale["mse"]) <= min(off(60 / 127 * i / 20) for i in range(1, 21)) * 1.01
+
+
+def test_the_start_of_lsq_has_a_mean_of_each_sign() -> None:
+    """2 mean |x| / sqrt(largest code): of dual over the negative and over the positive ones."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    x[x < 0] *= 0.1
+    narrow = Scheme(kind="dual", bits=4, dynamic=False)
+    low, high = chosen([narrow], [x], "lsq")[0].scheme.scale
+    assert low == pytest.approx(-2 * float(x[x < 0].mean()) / 8**0.5, rel=2**-8)
+    assert high == pytest.approx(2 * float(x[x > 0].mean()) / 7**0.5, rel=2**-8)
+    assert chosen([STATIC], [torch.zeros(4, 32)], "lsq")[0].scheme.scale == (1.0,)
 
 
 def test_auto_takes_the_least_output_error_and_says_why() -> None:

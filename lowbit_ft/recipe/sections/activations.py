@@ -66,7 +66,9 @@ class ActivationsSection(Section):
         "tensor and dual)",
     )
     range: Annotated[str, OneOf(RANGES)] = Field(
-        default="moving_average", description="what a static scale covers of the calibration rows"
+        default="moving_average",
+        description="what a static scale covers of the calibration rows; lsq: LSQ's start for one that "
+        "trains, 2 mean |x| / sqrt(largest code)",
     )
     learn: bool = Field(
         default=False,
@@ -300,6 +302,16 @@ def _check_options(section: ActivationsSection) -> Problems:
             (*root, "learn"),
             "got true with segments: auto; the static scales of segments stay what calibration found: drop "
             "learn, set segments: none, or dynamic: true, where the clips of segments learn",
+        )
+    if section.range == "lsq" and not all(symmetric for _, _, symmetric in given):
+        yield Problem(
+            (*root, "range"), "got 'lsq' with symmetric: false; it knows no zero point: set range: mse"
+        )
+    if section.range == "lsq" and not section.learn:
+        yield Problem(
+            (*root, "range"),
+            "got 'lsq' without learn, which is where a scale begins that trains; set learn: true, or range: "
+            "mse",
         )
     if section.dynamic and section.range != type(section).model_fields["range"].default:
         yield Problem(

@@ -20,7 +20,6 @@ from ...model.images import read_processor
 from ...model.purpose import purpose_of
 from ...names import listed
 from ...signals import SIGNALS
-from ...tasks import scores
 from ...tasks.labelled import Labelled
 from ...tasks.labels import known_labels
 from ..layers import local_folder
@@ -67,7 +66,7 @@ def check_task(r: Any) -> Problems:
             f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
             "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
         )
-    if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := scores.missing()):
+    if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := r.task.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
 
 
@@ -111,6 +110,11 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("model", "add_tokens"), r.model.add_tokens.tokens, "it reads no tokens; set null"
     if r.task.reads == "images" and (data.chat_template is not None or data.chat_template_kwargs):
         yield ("data", "chat_template"), "a template", "it reads no text; remove it and its kwargs"
+    if r.task.dtype is not None and r.model.dtype != r.task.dtype:
+        yield ("model", "dtype"), r.model.dtype, f"its loss needs more digits; set {r.task.dtype}"
+    if quant.reads_text and not r.task.walked:
+        why = "it walks along a chain of layers, which a detector is not; set mse, or absmax"
+        yield ("quant", "calibrate"), quant.calibrate, why
     if quant.kv_cache is not None:
         yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
     if quant.embeddings is not None and r.task.windows:

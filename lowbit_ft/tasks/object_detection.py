@@ -1,0 +1,252 @@
+"""task: object_detection. Boxes around the things of a picture, and what they are.
+
+Rows as `datasets` has COCO: {image, objects: {bbox: [[x, y, width, height], ...], category: [...]}}, the
+boxes in pixels of the picture; a list of such objects is the same. Names of columns are keys of the task, and
+`objects: null` is for boxes and categories that are columns themselves. A picture may have no box.
+
+The model is one of transformers' AutoModelForObjectDetection (RT-DETR, D-FINE, DETR, YOLOS), and the loss is
+its own: its queries are matched to the boxes, and class, distance and overlap are summed behind each layer,
+divided by the number of boxes in the batch. So a batch counts its boxes (one at least), and the loss of the
+global batch is the mean over them. It needs boxes in fp32, so the model computes in fp32.
+
+Every picture is made one size by the checkpoint's image processor, without regard to its sides (as RT-DETR
+does); boxes are shares of it, so they stay what they are. Pictures are shown as they are: nothing is cropped
+or flipped at random. A head for other classes in the checkpoint is drawn anew; boxes keep theirs.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..data.errors import BadRow, DataError, kind
+from ..evaluate.perplexity import EvalRow
+from ..model.hub import locate
+from ..model.images import made_size, picture_of, pixels, problem_of, size_of
+from ..model.purpose import Purpose
+from .base import Dense, Feed, Measure, Task
+from .batches import Shown
+from .boxes import Found, average_precision, checked, in_pixels, missing, shares
+from .image_classification import file_of
+from .labelled import Answers, Labelled
+from .labels import found_labels, label_id, label_values
+from .rows import Encoded, Encoder, of_column
+
+Side = Annotated[int, Field(ge=1)]
+USUAL_SIZE = (640, 640)  # of the image processors of RT-DETR and D-FINE
+AT_A_TIME = 16  # pictures that are measured together
+SHOWN, SURE = 6, 0.5  # pictures that the report draws, and how sure the model is of a box that is drawn
+
+
+class ObjectDetection(Labelled):
+    reads: ClassVar[str] = "images"
+    pipeline: ClassVar[str] = "object-detection"
+    auto: ClassVar[str] = "AutoModelForObjectDetection"
+    peft: ClassVar[str | None] = None
+    inputs: ClassVar[frozenset[str]] = frozenset({"pixel_values"})
+    unit: ClassVar[str] = "images"
+
+    layered: ClassVar[bool] = False
+    walked: ClassVar[bool] = False
+    dtype: ClassVar[str | None] = "float32"  # boxes in 16 bits are pixels off
+
+    kind: Literal["object_detection"] = "object_detection"
+    image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
+    objects: str | None = Field(
+        default="objects", description="the column of its boxes and categories; null: they are columns"
+    )
+    boxes: str = Field(default="bbox", description="the key of the boxes, in pixels")
+    label: str = Field(default="category", description="the key of their categories, by name or number")
+    box_format: Literal["xywh", "xyxy"] = Field(
+        default="xywh",
+        description="xywh: left, top, width, height (COCO); xyxy: left, top, right, bottom",
+    )
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="the categories by name, in their order; null: those that the rows have"
+    )
+    image_size: tuple[Side, Side] | None = Field(
+        default=None,
+        description="height and width of what the image processor makes; null: as the checkpoint's says",
+    )
+
+    def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
+        made = made_size(locate(str(r.model.path), r.model.revision)[0])
+        if self.image_size is not None and made is not None and made != self.image_size:
+            raise DataError(
+                f"task.image_size: got {list(self.image_size)}, and the image processor of {r.model.path} "
+                f"makes {list(made)} (height, width); leave it out, or set size in preprocessor_config.json"
+            )
+        found: dict[str, Any] = {"image_size": self.image_size or made}
+        if self.labels is None and r.data.train is not None:
+            found["labels"] = tuple(found_labels(r.data.train, self.label, config, self.objects))
+        return self.model_copy(update=found)
+
+    def purpose(self, seed: int) -> Purpose:
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
+
+    def missing(self) -> str | None:
+        return missing()
+
+    def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
+        names = list(self.labels or ())
+
+        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+            data = file_of(of_column(row, self.image), self.image)
+            if (why := problem_of(data)) is not None:
+                raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
+            width, height = size_of(data)
+            boxes, given = self._given(row)
+            corners = [checked(box, self.boxes, self.box_format, width, height) for box in boxes]
+            labels = {
+                "class_labels": [label_id(one, self.label, names) for one in given],
+                "boxes": [shares(one, width, height) for one in corners],
+            }
+            return [{"image": data, "labels": labels, "size": [width, height]}]
+
+        columns = [self.image, *([self.boxes, self.label] if self.objects is None else [self.objects])]
+        told = lambda made: [names[i] for i in made["labels"]["class_labels"]]  # noqa: E731
+        return Encoder(encode, told, frozenset(columns))
+
+    def _given(self, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        """The boxes and the categories of a row, as they are there. BadRow."""
+        found = row if self.objects is None else of_column(row, self.objects)
+        if isinstance(found, list):  # of objects, one by one
+            if not all(isinstance(one, dict) for one in found):
+                raise BadRow(f"{self.objects!r} must hold objects with {self.boxes!r} and {self.label!r}")
+            found = {key: [of_column(one, key) for one in found] for key in (self.boxes, self.label)}
+        if not isinstance(found, Mapping):
+            raise BadRow(
+                f"{self.objects!r} must be {{{self.boxes!r}: [...], {self.label!r}: [...]}}, or a list of "
+                f"such objects; got {kind(found)}"
+            )
+        boxes, given = of_column(found, self.boxes), of_column(found, self.label)
+        if not isinstance(boxes, list) or not isinstance(given, list) or len(boxes) != len(given):
+            counts = [len(v) if isinstance(v, list) else kind(v) for v in (boxes, given)]
+            raise BadRow(
+                f"{self.boxes!r} and {self.label!r} must be two lists of one length; got {counts[0]} and "
+                f"{counts[1]}"
+            )
+        return boxes, given
+
+    def shown(self, tokenizer: Any, model: Any) -> Shown:
+        """tokenizer: the image processor."""
+        return lambda row, key: {
+            "pixel_values": pixels(tokenizer, picture_of(row["image"])),
+            "labels": as_tensors(row["labels"]),
+        }
+
+    def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
+        """Up to what the loss is made of: matching looks at numbers, and there are none. The queries that
+        some models add while they train (RT-DETR's denoising) come of the boxes, and are not there."""
+        made = self.image_size or made_size(Path(model.config._name_or_path)) or USUAL_SIZE
+        outputs = model(pixel_values=torch.empty((windows, 3, *made)))
+        if not loss:
+            return outputs
+        every = [v for v in outputs.values() if isinstance(v, Tensor) and v.requires_grad]
+        return torch.stack([value.float().sum() for value in every]).sum()
+
+    def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
+        return model(**inputs, labels=labels["labels"])
+
+    def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor:
+        return outputs.loss * self.count(labels).to(outputs.loss.device)
+
+    def count(self, batch: dict[str, Any]) -> Tensor:
+        """Of the boxes, one at least: by what the models divide."""
+        return torch.tensor(max(1, sum(len(one["boxes"]) for one in batch["labels"])))
+
+    def said(self, outputs: Any, labels: dict[str, Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        return [], []  # boxes are made by the image processor: Detections
+
+    def score(self, true: list[Any], said: list[Any]) -> dict[str, float]:
+        return average_precision(true, said, len(self.labels or ()))
+
+    def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
+        found = self.examples(source, feed.r.data, feed.tokenizer, rows=rows)
+        return Detections(self, feed, self.first(found, feed.r.eval.windows), model, dense)
+
+
+class Detections(Answers):
+    """The loss, and how well boxes are found: all that the image processor makes of the model's answers."""
+
+    def __init__(self, task: ObjectDetection, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
+        super().__init__(task, feed, chosen, model, dense, AT_A_TIME)
+        self.processor, self.names = feed.tokenizer, list(task.labels or ())
+        self.seen: list[Found] = []
+        self.found = {"true": [right(row) for row in chosen[:SHOWN]]}
+
+    def said(self, outputs: Any, labels: dict[str, Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        made = detected(self.processor, outputs, [row["size"] for row in rows])
+        self.seen += made[: max(0, SHOWN - len(self.seen))]
+        return [right(row) for row in rows], made
+
+    def row(self, model: Any, stage: str) -> EvalRow:
+        self.seen = []
+        row = super().row(model, stage)
+        self.found[stage] = [one.above(SURE) for one in self.seen]
+        return row
+
+    def files(self) -> dict[str, Any]:
+        pictures = [
+            {
+                "image": _png(row["image"]),
+                "size": row["size"],
+                "boxes": {stage: _listed(some[i]) for stage, some in self.found.items()},
+            }
+            for i, row in enumerate(self.rows[:SHOWN])
+        ]
+        return {"boxes.json": {"names": self.names, "confidence": SURE, "pictures": pictures}}
+
+
+def _png(data: bytes) -> str:
+    """A picture for the report, in base64, made smaller where it is large."""
+    image, file = picture_of(data), io.BytesIO()
+    image.thumbnail((640, 640))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _listed(found: Found) -> list[list[float]]:
+    rows = zip(found.boxes.tolist(), found.classes.tolist(), found.scores.tolist(), strict=True)
+    return [[*box, category, score] for box, category, score in rows]
+
+
+def as_tensors(labels: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{class_labels: [...], boxes: [[cx, cy, w, h], ...]} -> as the models take them: int64 [n], fp32 [n,
+    4]."""
+    return {
+        "class_labels": torch.tensor(labels["class_labels"], dtype=torch.int64),
+        "boxes": torch.tensor(labels["boxes"], dtype=torch.float32).reshape(-1, 4),
+    }
+
+
+def right(row: Mapping[str, Any]) -> Found:
+    """The boxes of a row."""
+    made, (width, height) = as_tensors(row["labels"]), row["size"]
+    boxes = in_pixels(made["boxes"], width, height)
+    return Found(boxes, made["class_labels"], torch.ones(len(boxes)))
+
+
+def detected(
+    processor: Any, outputs: Any, sizes: Sequence[tuple[int, int]], confidence: float = 0.0
+) -> list[Found]:
+    """What a model found in each picture of a batch, of which it is surer than `confidence` (0 to 1), by its
+    image processor. sizes: (width, height) of the pictures, in whose pixels the boxes are."""
+    high_wide = torch.tensor([[height, width] for width, height in sizes])
+    made = processor.post_process_object_detection(outputs, confidence, high_wide.to(outputs.logits.device))
+    return [
+        Found(one["boxes"].float().cpu(), one["labels"].cpu(), one["scores"].float().cpu()) for one in made
+    ]
+
+
+def loss_of(model: Any, images: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
+    """The model's own loss of images [B, 3, H, W] (as its image processor makes them) and what is in them
+    ({class_labels [n], boxes [n, 4] as shares}), the mean over the boxes; differentiable in the images."""
+    return model(pixel_values=images, labels=labels).loss

@@ -1,0 +1,220 @@
+"""The whole line for detectors: boxes in, integers out; batch norms, other classes, and readers we did not
+write."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForObjectDetection, pipeline
+
+from lowbit_ft import pipeline as line
+from lowbit_ft.adapters.attach import packed_layers
+from lowbit_ft.data.errors import DataError
+from lowbit_ft.export.reader import load_exported
+from lowbit_ft.files.tensorfile import CheckpointError
+from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.conv import PackedConv2d
+from lowbit_ft.model.images import made_size, picture_of, read_processor, size_of
+from lowbit_ft.model.load import load_model
+from lowbit_ft.model.purpose import Purpose, head_parts
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.stages.outside import export_outside
+from lowbit_ft.tasks import TASKS
+from lowbit_ft.tasks.base import Feed
+from lowbit_ft.tasks.object_detection import as_tensors, detected, loss_of
+from tests import detectors, encoders
+
+pytest.importorskip("pycocotools")
+EAGER = {"attention": "eager"}  # transformers' backbones have no other
+LSQ = {"kind": "tensor", "bits": 8, "dynamic": False, "learn": True, "range": "lsq"}
+
+
+def recipe(folder: Path, kind: str = "rt_detr", **changes: Any) -> Path:
+    model = detectors.detector(folder / "model", kind)
+    train = detectors.write(folder / "train.jsonl", detectors.rows(16))
+    valid = detectors.write(folder / "valid.jsonl", detectors.rows(8, seed=1))
+    data = {"train": {"path": train}, "valid": {"path": valid}}
+    changes = {"model": EAGER, "data": data, **changes}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(encoders.recipe(folder, model, "object_detection", train, **changes)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """RT-DETR, W4 with its convolutions, inputs of 8 bits whose scales are LSQ's."""
+    folder = tmp_path_factory.mktemp("rt_detr")
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr("lowbit_ft.session.Session.say", lambda _, text: said.append(str(text)))
+        file = recipe(
+            folder,
+            quant={"convolutions": True, "group_size": -1, "activations": LSQ},
+            train={"max_steps": 4, "learning_rate": 2e-2, "scale_learning_rate": 1e-2},
+        )
+        line.run(load_recipe(file))
+    rows = json.loads((folder / "run" / "evaluation.json").read_text())["rows"]
+    return SimpleNamespace(
+        folder=folder, run=folder / "run", said="\n".join(said), rows={row["stage"]: row for row in rows}
+    )
+
+
+def test_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
+    assert list(ran.rows) == ["base", "quantized", "trained", "merged"]
+    assert ran.rows["merged"]["loss"] == ran.rows["trained"]["loss"] < ran.rows["quantized"]["loss"]
+    assert set(ran.rows["merged"]["scores"]) == {"map", "map50", "map75"}
+    assert ran.rows["merged"]["scores"] == ran.rows["trained"]["scores"]
+    assert "16 of 16 rows used\n" in ran.said and "8 images" in ran.said
+    config = json.loads((ran.run / "merged" / "config.json").read_text())
+    assert list(config["id2label"].values()) == list(detectors.LABELS)
+
+
+def test_its_convolutions_are_packed_and_its_head_is_not(ran: SimpleNamespace) -> None:
+    read = load_exported(ran.run / "merged", dtype=torch.float32, attention="eager")
+    layers = dict(packed_layers(read))
+    convs = [name for name, layer in layers.items() if isinstance(layer, PackedConv2d)]
+    assert len(convs) == 31 and len(layers) == 31 + 29 and "decoder.layers.1.mlp.fc1" in " ".join(layers)
+    base = load_exported(ran.run / "base", dtype=torch.float32, attention="eager")
+    before = dict(packed_layers(base))
+    moved = [n for n in layers if not torch.equal(layers[n].base.scale, before[n].base.scale)]
+    assert len(moved) == len(layers), "every scale has trained"
+    heads = tuple(f"{name}." for name in head_parts(read))
+    assert any("class_embed" in name for name in heads) and any("enc_score" in name for name in heads)
+    assert not any(f"{name}.".startswith(heads) for name in layers)
+    schemes = {layer.activation.scheme().kind for layer in layers.values() if layer.activation is not None}
+    assert schemes == {"tensor"} and all(layer.activation is not None for layer in layers.values())
+
+
+def test_batch_norms_keep_the_statistics_of_the_checkpoint(ran: SimpleNamespace) -> None:
+    """In training too: what ships has those that came, and trained with them."""
+    came, merged = (load_file(ran.folder / f / "model.safetensors") for f in ("model", "run/merged"))
+    running = [name for name in came if "running_" in name]
+    assert len(running) == 2 * 31 and all(came[name].std() > 0 for name in running)
+    assert all(torch.equal(came[name], merged[name]) for name in running)
+    read = load_exported(ran.run / "base", dtype=torch.float32, attention="eager").train()
+    norms = [m for m in read.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 31 and not any(norm.training for norm in norms)
+    before = {n: b.clone() for n, b in read.named_buffers() if "running" in n}
+    read(pixel_values=torch.rand(2, 3, 32, 32))
+    assert all(torch.equal(b, before[n]) for n, b in read.named_buffers() if n in before)
+
+
+def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
+    """Transformers' pipeline on merged/; ONNX Runtime on the graph: logits and boxes."""
+    pictures = [picture_of(row["image"]) for row in detectors.rows(3, seed=5)]
+    said = pipeline("object-detection", str(ran.run / "merged"))(pictures, threshold=0.0)
+    assert len(said) == 3 and {one["label"] for row in said for one in row} <= set(detectors.LABELS)
+    processor = read_processor(ran.run / "merged")
+    batch = processor(pictures, return_tensors="pt")
+    merged = AutoModelForObjectDetection.from_pretrained(
+        ran.run / "merged", attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        wanted = merged(**batch)
+    ours = detected(processor, wanted, [p.size for p in pictures], 0.0)
+    for mine, theirs in zip(ours, said, strict=True):
+        boxes = {(round(b[0]), round(b[3])) for b in mine.boxes.tolist()}
+        assert len(mine.boxes) == len(theirs)
+        assert sum((round(o["box"]["xmin"]), round(o["box"]["ymax"])) in boxes for o in theirs) >= 0.5 * len(
+            theirs
+        )
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export_outside(ran.run / "merged", "onnx", tmp_path / "graph")
+    graph: Any = load_exported(tmp_path / "graph", dtype=torch.float32)
+    with torch.no_grad():
+        found = graph(**{"pixel_values": batch["pixel_values"]})
+    assert set(vars(found)) == {"logits", "pred_boxes"}
+    # inputs of 8 bits may round to the other side of a tie
+    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "detr", "yolos"])
+def test_the_loss_is_the_models_own(kind: str, tmp_path: Path) -> None:
+    """Sum and count; a mean over the boxes of several batches, of which one has none; and of images, for
+    those that are made (its gradient reaches them)."""
+    folder = detectors.detector(tmp_path / "model", kind)
+    task: Any = TASKS["object_detection"].model_validate(
+        {"kind": "object_detection", "labels": detectors.LABELS}
+    )
+    path = detectors.write(tmp_path / "rows.jsonl", detectors.rows(5))
+    source = SimpleNamespace(path=path, split="train", name=None, revision=None, limit=None)
+    processor = read_processor(folder)
+    examples = task.examples(source, SimpleNamespace(sequence_len=16, on_bad_row="error"), processor)
+    model = AutoModelForObjectDetection.from_pretrained(folder, attn_implementation="eager").eval()
+    feed = Feed(SimpleNamespace(train=SimpleNamespace(seed=0)), processor)
+    batches = list(task.batches(feed, model, examples, 2, shuffle=False).one_epoch())
+    assert [len(batch["labels"]) for batch in batches] == [2, 2, 1]
+    counts = [int(task.count(batch)) for batch in batches]
+    assert counts[2] == 1 and not len(batches[2]["labels"][0]["boxes"]), "no box: one is counted"
+    for batch, count in zip(batches, counts, strict=True):
+        labels = {"labels": batch["labels"]}
+        ours = task.loss(task.outputs(model, {"pixel_values": batch["pixel_values"]}, labels), labels)
+        torch.testing.assert_close(ours / count, model(**batch).loss)
+    images = batches[0]["pixel_values"].clone().requires_grad_()
+    loss_of(model, images, batches[0]["labels"]).backward()
+    assert images.grad is not None and float(images.grad.abs().max()) > 0
+    empty = as_tensors({"class_labels": [], "boxes": []})
+    assert empty["boxes"].shape == (0, 4) and empty["class_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "detr", "yolos"])
+def test_other_classes_are_a_new_head(kind: str, tmp_path: Path) -> None:
+    """What says classes is drawn as transformers draws it, the same from the same seed; all else stays."""
+    folder = detectors.detector(tmp_path / "model", kind)
+    values = detectors.names(("cat", "dog"))
+    purpose = Purpose("AutoModelForObjectDetection", values, 3, relabels=True)
+    made, again = (
+        load_model(Checkpoint.open(folder, dtype="float32", purpose=purpose), "eager") for _ in range(2)
+    )
+    came = AutoModelForObjectDetection.from_pretrained(folder)
+    old, new = came.state_dict(), made.state_dict()
+    other = [name for name in new if new[name].shape != old[name].shape]
+    assert other and all(any(word in name for word in ("class", "score")) for name in other)
+    for name, value in new.items():
+        assert torch.equal(value, again.state_dict()[name])
+        assert name in other or torch.equal(value, old[name]), name
+    if kind == "rt_detr":  # classes begin rare: 1 in 3 of them
+        torch.testing.assert_close(new["model.enc_score_head.bias"].sigmoid(), torch.full((2,), 1 / 3))
+    strict = Purpose("AutoModelForObjectDetection", values, 3)
+    with pytest.raises((CheckpointError, ValueError)):
+        load_model(Checkpoint.open(folder, dtype="float32", purpose=strict), "eager")
+
+
+def test_pictures_of_one_size(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    model = tmp_path / "model"
+    assert made_size(model) == (32, 32) and made_size(tmp_path) is None
+    found = load_recipe(file)
+    config = json.loads((model / "config.json").read_text())
+    settled: Any = found.task.settled(found, config)
+    assert settled.image_size == (32, 32) and settled.labels == detectors.LABELS
+    wrong = load_recipe(file, ["task={kind: object_detection, image_size: [64, 64]}"])
+    with pytest.raises(DataError, match=r"image_size: got \[64, 64\].*makes \[32, 32\]"):
+        wrong.task.settled(wrong, config)
+    with pytest.raises(RecipeError, match="quant.calibrate: got 'gptq'.*a detector is not; set mse"):
+        load_recipe(file, ["quant.calibrate=gptq"])
+    processor = model / "preprocessor_config.json"
+    told = json.loads(processor.read_text()) | {"size": {"shortest_edge": 32, "longest_edge": 64}}
+    processor.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"makes images of \[3, 32, 32\] and of \[3, 64, 32\]"):
+        read_processor(model)
+
+
+def test_the_size_of_a_turned_picture() -> None:
+    exif, file = Image.Exif(), BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 16)).save(file, "JPEG", exif=exif)
+    assert size_of(file.getvalue()) == (16, 8) == picture_of(file.getvalue()).size
