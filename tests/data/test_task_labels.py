@@ -1,4 +1,4 @@
-"""data.synthesis task_labels: a task as it is asked, rows against a plain loop, what becomes of their answers."""
+"""data.synthesis task_labels: a task as it is asked, rows against a plain loop, what answers become."""
 
 from __future__ import annotations
 

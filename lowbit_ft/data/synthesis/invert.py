@@ -54,7 +54,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Inversion:
-    """How images are made. prior, variation, task: the weights of the parts of L; rate: Adam's, for [0, 1]."""
+    """How images are made. prior, variation, task: the weights of the parts of L; rate: of Adam."""
 
     steps: int
     check_every: int

@@ -156,7 +156,8 @@ class Pictures(Maker):
                 shard.lines["dropped"].append({**stored, "dropped": UNSURE})
                 continue
             stored |= labeller.columns(answer, self.frame.width, self.frame.height)
-            stored["about"] = {"fate": config.labels if first in (None, answer) else "moved"}
+            fate = config.labels if first in (None, answer) else "moved"
+            stored["about"] = {"fate": fate, "size": [self.frame.width, self.frame.height]}
             shard.files[name] = data
             self.remember(stored)
             shard.lines["valid" if number < config.valid else "train"].append(stored)
