@@ -76,7 +76,8 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
     kind = type(model).__name__
     try:
         traced = _Traced(model)
-        # the anchors of a detector are those of one size of image: the one that its processor makes
+        # A detector's anchors are those of one size of image, which its processor makes; and transformers'
+        # code takes the length of its batch for a constant, so the graph looks at one picture at a time.
         size = made_size(checkpoint.folder) if traced.says is not None else None
         inputs, names = _example(model, size)
         outputs = traced.names(inputs)
@@ -235,14 +236,16 @@ def _example(
         if not cached:
             dims = tuple("sequence_length" if dim == "total_sequence_length" else dim for dim in dims)
         if name == "pixel_values":
-            size = image or getattr(model.config, "image_size", None)
+            size, count = image or getattr(model.config, "image_size", None), sizes["batch_size"]
             # A convolutional network takes images of every size.
             names[name] = (
                 ("batch_size", "", "height", "width") if size is None else ("batch_size", "", "", "")
             )
+            if image is not None:
+                names[name], count = ("", "", "", ""), 1
             height, width = (224, 256) if size is None else (size, size) if isinstance(size, int) else size
             channels = getattr(model.config, "num_channels", 3)
-            inputs[name] = torch.zeros(sizes["batch_size"], channels, height, width)
+            inputs[name] = torch.zeros(count, channels, height, width)
             continue
         made = torch.zeros([sizes[dim] for dim in dims], dtype=torch.long)
         inputs[name], names[name] = made + (name == "attention_mask"), dims

@@ -43,7 +43,10 @@ class OnnxModel(OutsideModel):
         """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L]
         says. With position_ids and no mask as any other OutsideModel, text by text."""
         if pixel_values is not None:
-            return SimpleNamespace(**self.run({"pixel_values": pixel_values}))
+            # a graph that looks at one picture at a time says so
+            size = 1 if self.inputs["pixel_values"][0] == 1 else len(pixel_values)
+            parts = [self.run({"pixel_values": part}) for part in pixel_values.split(size)]
+            return SimpleNamespace(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         assert input_ids is not None
         if position_ids is not None and beside.get("attention_mask") is None:
             return super().forward(input_ids, position_ids)

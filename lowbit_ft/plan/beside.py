@@ -37,11 +37,20 @@ def grown_rows(recipe: Recipe, folder: Path) -> int | None:
     return max(rows, first + len(wanted.tokens))
 
 
+def ends_of(model: Any) -> tuple[Any, Any]:
+    """(what its inputs are embedded by, its output head); None for what it has not."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers knows none of a convolutional network
+        embedding = None
+    return embedding, model.get_output_embeddings()
+
+
 def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
     """The new rows of the model around its layers: the last ones (which makes no difference to a plan)."""
     if (wanted := recipe.model.add_tokens) is None:
         return
-    ends = [end for end in (rest.get_input_embeddings(), rest.get_output_embeddings()) if end is not None]
+    ends = [end for end in ends_of(rest) if end is not None]
     names = [n for n, module in rest.named_modules() if any(module is end for end in ends)]
     count = len(wanted.tokens)
     tables = {n: rest.get_submodule(n) for n in names if masters_of(rest.get_submodule(n)) is None}
@@ -51,7 +60,9 @@ def train_new_rows(recipe: Recipe, rest: Any, folder: Path) -> None:
 def table_bytes(model: Any) -> int:
     """Of the token embedding's gradient before it is fp32, where the embedding trains; 0 where it does not.
     Of new rows alone it is as many as they are."""
-    table = model.get_input_embeddings()
+    table = ends_of(model)[0]
+    if table is None:
+        return 0
     if masters_of(table) is not None:
         return sum(p.nbytes for p in table._parameters.values() if p is not None)
     return sum(rows.before.nbytes for _, module, rows in row_tables(model) if module is table)

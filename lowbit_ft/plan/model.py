@@ -39,7 +39,7 @@ from ..recipe.layers import Shapes
 from ..recipe.recipe import Recipe
 from ..segments import Segments, segments_in
 from ..tasks import Task
-from .beside import grown_rows, table_bytes, train_new_rows, trained_whole
+from .beside import ends_of, grown_rows, table_bytes, train_new_rows, trained_whole
 from .costs import attends
 from .pruned import put_zeros
 from .turned import online_layers, put_online, untie
@@ -116,7 +116,8 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     rows = grown_rows(recipe, folder)
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows, recipe.task)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
-    prefix, layers = decoder_layers(dense)
+    # of what is no chain of layers the whole network is one stretch
+    prefix, layers = decoder_layers(dense) if recipe.task.walked else ("", [])
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
     outside = []
     for name in targets:
@@ -194,7 +195,7 @@ def _counted(
     held: dict[str, int] = dict.fromkeys(PARTS, 0)
     trained: list[int] = []
     per_block: dict[str, list[int]] = {}
-    embedding, head = rest.get_input_embeddings(), rest.get_output_embeddings()
+    embedding, head = ends_of(rest)
 
     def part_of(module: nn.Module) -> str:
         return (
@@ -225,10 +226,8 @@ def _counted(
         PlanRow(row.layer, shapes[row.layer][0], shapes[row.layer][1], reason=row.reason) for row in left
     ]
     size = getattr(torch, recipe.model.dtype).itemsize
-    dense_block = (
-        max((sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(dense)[1]), default=0)
-        * size
-    )
+    layers: Any = dense.get_submodule(prefix) if prefix else [dense]
+    dense_block = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * size
     largest = max((m.shape[0] * m.shape[1] for m in targets.values()), default=0)
     whole = sum(p.numel() for p in dense.parameters()) * size
     tensors = {name: tuple(p.shape) for name, p in dense.named_parameters()}
@@ -351,19 +350,15 @@ def _matrices(dense: Any) -> dict[str, Any]:
 
 def _ends(model: Any) -> list[str]:
     """Names of the token embedding and of the output head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is not None and any(module is end for end in ends)
-    ]
+    ends = [end for end in ends_of(model) if end is not None]
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def _without_layers(model: Any, prefix: str) -> Any:
     """A copy of the model (on meta) whose decoder layers are empty modules of the same number: see step.py,
     which calls it.
     """
-    layers = model.get_submodule(prefix)
+    layers: Any = model.get_submodule(prefix) if prefix else []
     kept = {id(layer): Hollow(layer) for layer in layers}
     return copy.deepcopy(model, memo=dict(kept))
 

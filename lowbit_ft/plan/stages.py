@@ -83,7 +83,8 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     if not recipe.quant.reads_rows:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
-    largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)
+    found = [cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers]
+    largest = max(found, default=step.tail.evaluation)  # where nothing walks, its inputs are looked at
     return device + walk_activations(largest / tokens, text.samples, text.sequence_len, text.batch_tokens)
 
 

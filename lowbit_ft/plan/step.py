@@ -28,12 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.experts import Experts
 from ..model.mlp_chunks import cuttable, run_in_chunks
+from ..tasks import Task
 from .around import Around
 from .costs import Cost, Setting, Step
 from .counting import Counter
-from .fake import Begin, End, autocast, fake, quiet, rules_of
+from .fake import Begin, End, autocast, fake, quiet, rules_of, uncached
 from .model import Skeleton
 
+WHOLE = "it is no chain of layers: what a step holds is counted of the whole network at once (the loss)"
 # decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
 _MANY = 16
 
@@ -47,8 +49,10 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
     """
     rules = rules_of(s.arch)
     rest, modules = copy.deepcopy(made.model), [copy.deepcopy(block.module) for block in made.blocks]
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), uncached():
         rest, blocks = fake(rest), [fake(module) for module in modules]
+        if not blocks:
+            return Step(0, 0, 0, (), _whole(rest, made.task, s, rules), (WHOLE,))
         kind = {index: number for number, block in enumerate(made.blocks) for index in block.indices}
         shape_of = Around(rest, made.layers, made.task)
         calls, context, hidden, frame = shape_of.record(s, blocks[kind[0]], rules)
@@ -116,6 +120,35 @@ def _layer(
         kept,
         max(kept, count.peaks["backward"]),
         own or gradients,
+        evaluated.peak,
+        count.inside.get("forward", 0),
+        count.inside.get("backward", 0),
+    )
+
+
+def _whole(model: Any, task: Task, s: Setting, rules: Any) -> Cost:
+    """All of a model that is no chain of layers, forward and backward, without checkpointing. In the mode of
+    evaluation: in training transformers' detectors look for infinite numbers, and there are none at all. What
+    dropout keeps is not counted."""
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(), Counter(rules) as evaluated, autocast(s):
+        task.rehearsed(model, s.windows, s.length, False)
+    for p in trained:
+        p.grad = torch.empty_like(p) if s.accumulate else None
+    with ExitStack() as stack:
+        count = stack.enter_context(Counter(rules))
+        with autocast(s), count.phase("forward"):
+            loss = task.rehearsed(model, s.windows, s.length, True)
+        kept = count.live
+        with count.phase("backward"):
+            loss.backward()
+        del loss
+    return Cost(
+        count.peaks["forward"],
+        kept,
+        max(kept, count.peaks["backward"]),
+        sum(p.numel() * p.element_size() for p in trained),
         evaluated.peak,
         count.inside.get("forward", 0),
         count.inside.get("backward", 0),

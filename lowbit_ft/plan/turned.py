@@ -11,6 +11,7 @@ from torch import nn
 from ..recipe.recipe import Recipe
 from ..recipe.sections.quant import QuantSection
 from ..rotations import OnlineHadamard, Structure
+from .beside import ends_of
 
 
 def online_layers(recipe: Recipe, dense: Any) -> frozenset[str]:
@@ -37,7 +38,7 @@ def put_online(module: nn.Module, prefix: str, layers: frozenset[str]) -> None:
 
 def untie(recipe: Recipe, rest: Any) -> bool:
     """Give a head that is tied its own matrix, where r1 does; returns whether it did."""
-    head, embedding = rest.get_output_embeddings(), rest.get_input_embeddings()
+    embedding, head = ends_of(rest)
     turned = recipe.quant.rotation.turns and recipe.quant.rotation.sites.r1
     if not turned or head is None or head.weight is not embedding.weight:
         return False

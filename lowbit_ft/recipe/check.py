@@ -120,7 +120,8 @@ def notes(recipe: Any) -> list[str]:
         )
     calibrator = CALIBRATORS.get(recipe.quant.calibrate)
     usual = recipe.quant.start(rows=True)
-    if recipe.quant.bits < 4 and calibrator is not None and CALIBRATORS[usual].needs_text:
+    looks = recipe.task.walked and CALIBRATORS[usual].needs_text
+    if recipe.quant.bits < 4 and calibrator is not None and looks:
         if not (calibrator.needs_text or calibrator.exact or calibrator.narrow):
             found.append(
                 f"quant.calibrate: {recipe.quant.calibrate} at {recipe.quant.bits} bits is a far worse start "

@@ -27,9 +27,10 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
     leaves out stays out of model_fields_set: that is how `taken` knows."""
     found = values = dict(_within(values))
     quant, train, adapter = (values.get(name) for name in ("quant", "train", "adapter"))
-    if isinstance(quant, QuantSection):
-        found["quant"] = quant.resolved(_has_rows(values.get("data"), quant))
     task, measured = values.get("task"), values.get("eval")
+    if isinstance(quant, QuantSection):
+        walked = task is None or task.walked
+        found["quant"] = quant.resolved(walked and _has_rows(values.get("data"), quant))
     if task is not None and not task.windows and measured is not None and "windows" in unsaid(measured):
         found["eval"] = measured.model_copy(update={"windows": None})  # rows: all of them
         found["eval"].model_fields_set.discard("windows")

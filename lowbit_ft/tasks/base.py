@@ -83,6 +83,7 @@ class Task(BaseModel):
     pipeline: ClassVar[str]  # what the hub calls it
     auto: ClassVar[str]  # the class by which users load what ships
     peft: ClassVar[str | None]  # PEFT's word for it (TaskType)
+    measured: ClassVar[int | None] = None  # rows that are measured at a time; None: by their tokens
     dtype: ClassVar[str | None] = None  # of its model, where it has to be this one
     walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk along
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it

@@ -43,7 +43,6 @@ from .rows import Encoded, Encoder, of_column
 
 Side = Annotated[int, Field(ge=1)]
 USUAL_SIZE = (640, 640)  # of the image processors of RT-DETR and D-FINE
-AT_A_TIME = 16  # pictures that are measured together
 SHOWN, SURE = 6, 0.5  # pictures that the report draws, and how sure the model is of a box that is drawn
 
 
@@ -56,6 +55,7 @@ class ObjectDetection(Labelled):
     unit: ClassVar[str] = "images"
 
     layered: ClassVar[bool] = False
+    measured: ClassVar[int | None] = 16
     walked: ClassVar[bool] = False
     dtype: ClassVar[str | None] = "float32"  # boxes in 16 bits are pixels off
 
@@ -184,7 +184,7 @@ class Detections(Answers):
     """The loss, and how well boxes are found: all that the image processor makes of the model's answers."""
 
     def __init__(self, task: ObjectDetection, feed: Feed, chosen: Any, model: Any, dense: Dense) -> None:
-        super().__init__(task, feed, chosen, model, dense, AT_A_TIME)
+        super().__init__(task, feed, chosen, model, dense, task.measured)
         self.processor, self.names = feed.tokenizer, list(task.labels or ())
         self.seen: list[Found] = []
         self.found = {"true": [right(row) for row in chosen[:SHOWN]]}

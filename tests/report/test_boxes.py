@@ -1,0 +1,66 @@
+"""The boxes of the report: drawn at their places, and left out where a file of a stranger makes no sense."""
+
+from __future__ import annotations
+
+import base64
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.report.made_up_run import run
+
+
+def picture(**changes: Any) -> dict[str, Any]:
+    file = BytesIO()
+    Image.new("RGB", (8, 6), "red").save(file, "PNG")
+    boxes = {"true": [[1, 1, 4, 3, 0, 1.0]], "base": [[1, 1, 4, 3, 1, 0.75]], "trained": []}
+    return {
+        "image": base64.b64encode(file.getvalue()).decode(),
+        "size": [80, 60],
+        "boxes": boxes,
+    } | changes
+
+
+def facts(*pictures: Any) -> dict[str, Any]:
+    return {"names": ["cat<b>", "dog"], "confidence": 0.5, "pictures": list(pictures)}
+
+
+def test_a_row_for_each_stage_that_there_is(tmp_path: Path) -> None:
+    page = run(tmp_path, boxes__json=facts(picture(), picture()))
+    text = page.text["boxes"]
+    assert "surer of than 0.5" in text and "Not shown" not in text
+    source = (tmp_path / "report.html").read_text()
+    part = source[source.index('id="boxes"') : source.index('id="training"')]
+    found = re.search(r"base64,([A-Za-z0-9+/=]+)", part)
+    assert found is not None
+    svg = base64.b64decode(found[1]).decode()
+    assert svg.count("<image") == 6, "right, full precision and trained, of two pictures"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        7,
+        {},
+        picture(image="no base64!"),
+        picture(image=base64.b64encode(b"no picture").decode()),
+        picture(size=[0, 3]),
+        picture(size="large"),
+        picture(boxes=[]),
+        picture(boxes={"base": []}),
+    ],
+    ids=str,
+)
+def test_what_is_no_picture_is_left_out(tmp_path: Path, broken: Any) -> None:
+    assert "holds no picture that can be shown" in run(tmp_path, boxes__json=facts(broken)).text["boxes"]
+    assert "surer" in run(tmp_path, boxes__json=facts(broken, picture())).text["boxes"]
+
+
+def test_what_is_no_box_is_left_out(tmp_path: Path) -> None:
+    odd = [7, [1, 2], [1, 2, 3, 4, 0, "sure"], [1, 2, float("inf"), 4, 0, 1], [1, 1, 4, 3, 9, 0.9]]
+    one = picture(boxes={"true": odd, "base": "none", "trained": odd})
+    assert "surer" in run(tmp_path, boxes__json=facts(one)).text["boxes"]
