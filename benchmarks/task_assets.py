@@ -3,6 +3,7 @@
     python -m benchmarks.task_assets questions     rows as those of SQuAD, of the functions in docstrings/;
                                                    and tiny-bert/, which has answered them
     python -m benchmarks.task_assets shapes        pictures of shapes; and tiny-vit/, which has told them
+    python -m benchmarks.task_assets shape-classifier    tiny-vit-shapes/: tiny-vit with a trained head
 
 The same command gives the same rows (the same bytes of the model on the same kind of CPU).
 """
@@ -186,11 +187,36 @@ def tiny_vit(steps: int) -> None:
         fit(ViTForImageClassification, config, task, reader, rows, steps, "tiny-vit")
 
 
+def tiny_vit_shapes(steps: int) -> None:
+    """tiny-vit with the head that it lacks, both trained on other pictures: a classifier as it is shipped."""
+    place = ASSETS / "tiny-vit-shapes"
+    place.mkdir(exist_ok=True)
+    source = ASSETS / "tiny-vit"
+    (place / "preprocessor_config.json").write_bytes((source / "preprocessor_config.json").read_bytes())
+    task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
+    reader = read_processor(source)
+    config = task.purpose(0).applied(ViTConfig.from_pretrained(source), ASSETS)
+    torch.manual_seed(0)
+    model = ViTForImageClassification.from_pretrained(source, config=config, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.parquet"
+        shapes(rows, "classifier", 32 * steps)
+        train(model, task, reader, rows, steps, "tiny-vit-shapes")
+    model.to(torch.bfloat16).save_pretrained(place)
+
+
 def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:
     """Train a model from nothing on these rows, and save it without its head, in bfloat16."""
     torch.manual_seed(0)
-    purpose = task.purpose(0)
-    model = kind(purpose.applied(config, ASSETS))
+    model = kind(task.purpose(0).applied(config, ASSETS))
+    train(model, task, reader, rows, steps, name)
+    model.base_model.to(torch.bfloat16).save_pretrained(ASSETS / name)
+    if task.reads == "text":
+        reader.save_pretrained(ASSETS / name)
+
+
+def train(model: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:
+    """Train all weights of a model on these rows, in float32."""
     source = SimpleNamespace(path=str(rows), split="train", name=None, revision=None, limit=None)
     section = SimpleNamespace(sequence_len=160, on_bad_row="error")
     feed = Feed(SimpleNamespace(train=SimpleNamespace(seed=0)), reader)
@@ -206,20 +232,21 @@ def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, 
         schedule.step()
         if step % 50 == 49:
             print(f"{name}: step {step + 1}, loss {loss.item():.3f}", flush=True)
-    model.base_model.to(torch.bfloat16).save_pretrained(ASSETS / name)
-    if task.reads == "text":
-        reader.save_pretrained(ASSETS / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("questions", "shapes"))
+    parser.add_argument("what", choices=("questions", "shapes", "shape-classifier"))
     parser.add_argument("--steps", type=int, default=400, help="0: the rows alone")
     given = parser.parse_args()
-    write, train = {"questions": (write_questions, tiny_bert), "shapes": (write_shapes, tiny_vit)}[given.what]
+    write, fitted = {
+        "questions": (write_questions, tiny_bert),
+        "shapes": (write_shapes, tiny_vit),
+        "shape-classifier": (lambda: None, tiny_vit_shapes),
+    }[given.what]
     write()
     if given.steps:
-        train(given.steps)
+        fitted(given.steps)
 
 
 if __name__ == "__main__":

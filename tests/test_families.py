@@ -42,6 +42,7 @@ NO_FAMILY = {
     "signals.intervention.MODES": "orders of three places, for one key of one member",
     "signals.dpo.DPO_LOSSES": "losses of a line each, for one key of one member",
     "signals.reference.REFERENCES": "two ways to ask one teacher, for one key of one member",
+    "data.synthesis.priors.PRIORS": "two losses of an image, for one key of one member",
     "integrations.lora_names.WITHOUT_EFFECT": "what LoraConfig may say, not members",
 }
 

@@ -20,7 +20,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_serializer,
+)
 
 Number = Annotated[float, Strict()]  # an integer is one too, true and "1" are not
 Amount = Annotated[float, Strict(), Field(ge=0)]
@@ -115,13 +125,26 @@ class SynthesisShard(BaseModel):
 
 
 class Synthesis(BaseModel):
-    """The manifest of synthesis/. key: of what the rows are made; by: the model that wrote them."""
+    """The manifest of synthesis/. key: of what the rows are made; by: the model that wrote them; answers: of
+    the rows that were kept, how often each is there; fates: what became of their answers; unit: what `tokens`
+    counts; own_score: of the model on its rows, by the task's measures; warnings: of the kept rows."""
 
     model_config = ConfigDict(extra="forbid")
     key: StrictStr
     by: StrictStr | None = None
     done: StrictBool = False
     shards: dict[StrictStr, SynthesisShard] = {}
+    answers: dict[StrictStr, Count] = {}
+    fates: dict[StrictStr, Count] = {}
+    unit: StrictStr = "tokens"
+    own_score: dict[StrictStr, Number] = {}
+    warnings: list[StrictStr] = []
+
+    @model_serializer(mode="wrap")
+    def _said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what the rows of this kind do not have."""
+        without = {"answers": {}, "fates": {}, "unit": "tokens", "own_score": {}, "warnings": []}
+        return {key: v for key, v in plain(self).items() if key not in without or v != without[key]}
 
     def count(self, part: str) -> int:
         """Rows of a part (train, valid, dropped)."""
@@ -144,7 +167,7 @@ class Synthesis(BaseModel):
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in self.reasons.items())
         rows = sum(self.count(part) for part in ("train", "valid", "dropped"))
         return (
-            f"{rows:,} rows of {self.tokens:,} tokens, written by the {self.by} model: "
+            f"{rows:,} rows of {self.tokens:,} {self.unit}, written by the {self.by} model: "
             f"{self.count('train'):,} to train on, {self.count('valid'):,} for validation, "
             f"{self.count('dropped'):,} dropped" + (f" ({dropped})" if dropped else "")
         )

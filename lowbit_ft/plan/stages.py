@@ -20,7 +20,6 @@ from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
 from ..signals.tokens import FLOATS_AT_A_TIME
 from ..stages.answers import windows_per_forward
-from ..stages.synthesis import writing_bytes
 from ..train.optimizers import OPTIMIZERS
 from .costs import Cost, Step
 from .exported import exported_bytes
@@ -29,7 +28,6 @@ from .teacher import teacher_costs
 
 # bitsandbytes: tensors of fewer elements keep 32-bit states, or are not paged; 8-bit states have a float per
 # block of this many.
-ROW_BYTES = 11  # of synthesis/ per token, at most: its number with comma and blank, and its text
 _SMALLEST_8BIT, _SMALLEST_PAGED, _BLOCK = 4096, 100_000, 256
 
 
@@ -94,14 +92,14 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
 def synthesis_bytes(recipe: Recipe, made: Skeleton, room: int) -> int:
     """Of data.synthesis: the dense model that writes, or the packed one where the dense does not fit
     `room`."""
-    config, text = recipe.data.synthesis, made.model.config.get_text_config()
+    config = recipe.data.synthesis
     assert config is not None
-    size, longest = getattr(torch, recipe.model.dtype).itemsize, config.max_len or recipe.data.sequence_len
+    size, longest = getattr(torch, recipe.model.dtype).itemsize, config.longest(recipe.data.sequence_len)
     linears = sum(r.out_features * r.in_features for r in made.rows if r.reason is None)
     # packed to 8 bits: a byte, and a scale of 2 for 128 of them
     sizes = made.dense_bytes, made.dense_bytes - size * linears + linears * (128 + 2) // 128
-    dense, packed = (writing_bytes(weights, text, size, config, longest) for weights in sizes)
-    return dense if config.by == "dense" or (config.by == "auto" and dense < room) else packed
+    dense, packed = (config.working_bytes(weights, made.model.config, size, longest) for weights in sizes)
+    return dense if config.writer == "dense" or (config.writer == "auto" and dense < room) else packed
 
 
 def evaluation_bytes(recipe: Recipe, made: Skeleton, per_token: float) -> int:
@@ -185,8 +183,7 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     if (teacher := teacher_costs(recipe, made)).disk:
         disk[recipe.train.teacher_dir or "teacher/"] = teacher.disk * processes
     if (rows := recipe.data.synthesis) is not None:
-        most = rows.most_rows(getattr(made.model.config.get_text_config(), "vocab_size", 0))
-        disk["synthesis/"] = most * (rows.max_len or recipe.data.sequence_len) * ROW_BYTES
+        disk["synthesis/"] = rows.disk_bytes(made.model.config, rows.longest(recipe.data.sequence_len))
     tokens = train.micro_batch_size * recipe.data.sequence_len
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden

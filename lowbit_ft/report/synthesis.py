@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..files.regular import read_regular
 from .files import NotShown, RunFiles
-from .html import escape, folded, is_number, plain, table, tiles
+from .html import escape, folded, is_number, plain, png, table, tiles
 
 FOLDER = "synthesis"
 SHOWN = 3  # rows of each part
+PICTURES, MOST_BYTES = 24, 1 << 20  # shown, and of one
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def synthesis_section(run: RunFiles) -> str:
@@ -27,16 +30,57 @@ def synthesis_section(run: RunFiles) -> str:
             ("to train on", f"{rows.get('train', 0):,} rows"),
             ("for validation", f"{rows.get('valid', 0):,} rows"),
             ("dropped", f"{rows.get('dropped', 0):,} rows"),
-            ("tokens", f"{tokens:,}"),
+            (plain(facts.get("unit", "tokens")), f"{tokens:,}"),
+            *_scores(facts),
         ]
     )
+    for warning in _list(facts.get("warnings")):
+        html += f"<p><strong>{escape(str(warning))}</strong></p>"
     if reasons:
         html += table(["why rows were dropped", "rows"], [[k, f"{v:,}"] for k, v in reasons.items()])
+    html += _counted(facts.get("answers"), "answers of the rows that were kept")
+    html += _counted(facts.get("fates"), "what became of their answers")
+    html += _pictures(run, shards)
     for part, title in (("train", "some rows that were trained on"), ("dropped", "some that were dropped")):
         name = next((n for s in shards for n in s.get("files") or {} if str(n).startswith(f"{part}/")), None)
         if name is not None:
             html += folded(title, "".join(f"<pre>{escape(text)}</pre>" for text in _texts(run, str(name))))
     return html
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _scores(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measures of the model on its own rows."""
+    scores = facts.get("own_score")
+    given = scores.items() if isinstance(scores, dict) else ()
+    return [(f"{name}, by the model itself", f"{v:.3f}") for name, v in given if is_number(v)]
+
+
+def _counted(counts: Any, title: str) -> str:
+    """A histogram: words, rows, and a bar of their share."""
+    if not isinstance(counts, dict) or not counts:
+        return ""
+    numbers = {str(k): int(v) for k, v in counts.items() if is_number(v)}
+    total = sum(numbers.values()) or 1
+    rows = [[k, f"{v:,}", "#" * round(40 * v / total)] for k, v in numbers.items()]
+    return table([title, "rows", ""], rows)
+
+
+def _pictures(run: RunFiles, shards: list[dict[str, Any]]) -> str:
+    """Some of the images that the model made, as they are stored."""
+    names = [str(n) for s in shards for n in s.get("files") or {} if str(n).endswith(".png")][:PICTURES]
+    shown = []
+    for name in names:
+        try:
+            data = read_regular(run.folder / FOLDER / name, MOST_BYTES)
+        except (OSError, ValueError):
+            continue  # it went away; the table says how many there were
+        if data.startswith(PNG):
+            shown.append(png(data, name))
+    return "".join(shown) and f"<p>{' '.join(shown)}</p>"
 
 
 def _sums(shards: list[dict[str, Any]], key: str) -> dict[str, int]:
@@ -62,7 +106,7 @@ def _texts(run: RunFiles, name: str) -> list[str]:
             words = (
                 "\n".join(f"{t.get('role')}: {t.get('content')}" for t in turns if isinstance(t, dict))
                 if isinstance(turns, list)
-                else str(row.get("text"))
+                else str(row.get("text") or json.dumps(row))
             )
             found.append(why + words)
     return found

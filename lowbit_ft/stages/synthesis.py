@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ..data.synthesis import SynthesisConfig, Voice
+from ..data.synthesis import SynthesisConfig
+from ..data.synthesis.base import PARTS, Given, Maker
 from ..data.synthesis.folder import RowsFolder, fill, read_state, refuse_changed
 from ..export import EXPORTERS
 from ..files.atomic import visible_names
 from ..files.records import Synthesis
-from ..model.config import head_width
 from ..model.load import load_model
 from ..recipe.sections.data import DataSource
 from ..session import Session
@@ -45,30 +45,29 @@ def synthesis_stage(session: Session) -> None:
 
 
 def _write(session: Session, config: SynthesisConfig) -> None:
-    max_len = config.max_len or session.recipe.data.sequence_len
-    stops = EXPORTERS["native"].stops(session.checkpoint.folder)
-    voice = Voice(session.tokenizer, stops, max_len, session.rows)
-    rows = config.rows(voice)
     folder = RowsFolder(session.run / FOLDER, synthesis_key(session, config))
-    todo = folder.missing(-(-rows.count // config.batch_size))
+    maker = config.maker(_given(session, config))
+    todo = folder.missing(-(-maker.count // config.batch_size))
     if todo or not folder.state.done:
-        by = folder.by(lambda: config.by if config.by != "auto" else _fitting(session, config, max_len))
-        for note in rows.notes:
+        by = folder.by(lambda: config.writer if config.writer != "auto" else _fitting(session, config))
+        for note in maker.notes:
             session.say(f"synthesis: {note}")
-        left = sum(min(config.batch_size, rows.count - shard * config.batch_size) for shard in todo)
+        left = sum(min(config.batch_size, maker.count - shard * config.batch_size) for shard in todo)
         session.say(
-            f"synthesis: {config.kind}, {left:,} of {rows.count:,} rows of at most {max_len:,} tokens, "
-            f"{config.batch_size} at once, by the {by} model"
+            f"synthesis: {config.kind}, {left:,} of {maker.count:,} rows of at most {maker.longest:,} "
+            f"{maker.unit}, {config.batch_size} at once, by the {by} model"
         )
         model = writer(session, by)
-        with Told(session, left, max_len) as told:
-            fill(folder, config, rows, voice, model, told)
+        with Told(session, left, maker) as told:
+            fill(folder, maker, config.batch_size, model, told)
         del model
         gc.collect()
         release_freed()
         session.say(f"synthesis: {folder.state}")
     else:
         session.say(f"synthesis: reusing {session.run / FOLDER}: {folder.state}")
+    for warning in folder.state.warnings:
+        session.say(f"warning: synthesis: {warning}")
     if config.valid and not folder.state.count("valid"):
         session.say(
             f"synthesis: no row for validation is left of {config.valid}: there is none, as without valid"
@@ -76,9 +75,18 @@ def _write(session: Session, config: SynthesisConfig) -> None:
     if not folder.state.count("train"):
         raise ValueError(
             f"data.synthesis: no row is left to train on ({folder.state}); look at "
-            f"{session.run / FOLDER}/dropped, loosen data.synthesis.filter, or change "
-            "the temperature: lower against text that is none, higher against repetition"
+            f"{session.run / FOLDER}/dropped, {config.loosen}"
         )
+
+
+def _given(session: Session, config: SynthesisConfig) -> Given:
+    return Given(
+        session.tokenizer,
+        EXPORTERS["native"].stops(session.checkpoint.folder),
+        session.rows,
+        config.longest(session.recipe.data.sequence_len),
+        session.recipe.task.labeller(session.tokenizer),
+    )
 
 
 def writer(session: Session, by: str) -> Any:
@@ -92,13 +100,14 @@ def writer(session: Session, by: str) -> Any:
     return in_8_bits(session, session.checkpoint, 128, targets=quant.targets, exclude=quant.exclude)
 
 
-def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
+def _fitting(session: Session, config: SynthesisConfig) -> str:
     """dense where it fits what is free now; else packed."""
     model = session.checkpoint.empty_model()
     weights = sum(p.numel() for p in model.parameters()) * session.dtype.itemsize
     cuda = session.device.type == "cuda"
     free = torch.cuda.mem_get_info(session.device)[0] if cuda else free_ram()
-    needed = writing_bytes(weights, model.config.get_text_config(), session.dtype.itemsize, config, max_len)
+    longest = config.longest(session.recipe.data.sequence_len)
+    needed = config.working_bytes(weights, model.config, session.dtype.itemsize, longest)
     if needed < free:
         return "dense"
     session.say(
@@ -106,29 +115,6 @@ def _fitting(session: Session, config: SynthesisConfig, max_len: int) -> str:
         f"{free / 1e9:.1f} GB are free: packed to 8 bits"
     )
     return "packed"
-
-
-def writing_bytes(weights: int, model: Any, size: int, config: SynthesisConfig, max_len: int) -> int:
-    """Memory of writing with weights of so many bytes: the keys and values of a batch at its end, twice for a
-    layer at a time (they grow by copies, which the allocator keeps), and the distribution of a step in fp32
-    and 64 bits. model: its text configuration; size: bytes of a number of it."""
-    cache = cache_bytes(model, size) * config.batch_size * max_len
-    step = config.batch_size * getattr(model, "vocab_size", 0) * (size + 2 * 4 + 3 * 8)
-    return round(1.15 * weights) + 2 * cache + step
-
-
-def cache_bytes(config: Any, size: int) -> int:
-    """Bytes of the keys and values of one token, of `size` bytes each; too many where a model keeps less
-    (windows, latent keys)."""
-
-    def number(*names: str) -> int:
-        return next((v for v in (getattr(config, name, None) for name in names) if isinstance(v, int)), 0)
-
-    heads = number("num_attention_heads", "n_head") or 1
-    width = head_width(lambda key: getattr(config, key, None)) or number("hidden_size")
-    return (
-        2 * number("num_hidden_layers", "n_layer") * (number("num_key_value_heads") or heads) * width * size
-    )
 
 
 def train_source(session: Session) -> DataSource | Sequence[DataSource]:
@@ -161,10 +147,12 @@ def written_rows(session: Session) -> Synthesis:
 
 
 def _written(session: Session, part: str) -> DataSource:
-    folder = session.run / FOLDER
+    folder, config = session.run / FOLDER, session.recipe.data.synthesis
+    assert config is not None
     entries = [shard.files for shard in written_rows(session).shards.values()]
     files = {name: entry for files in entries for name, entry in files.items()}
-    written = {n: e for n, e in files.items() if n.startswith(f"{part}/")}
+    named = {n: e for n, e in files.items() if n.partition("/")[0] not in PARTS}  # by rows of any part
+    written = {n: e for n, e in files.items() if n.startswith(f"{part}/")} | named
     refuse_changed(folder, written, whole=True)
     for name in visible_names(folder / part):
         if f"{part}/{name}" not in written:
@@ -172,7 +160,7 @@ def _written(session: Session, part: str) -> DataSource:
                 f"{folder / part / name}: no row there is the model's, and it would be trained on; move it "
                 "away, or give rows of your own as data.train"
             )
-    return DataSource(path=str(folder / part), format="tokens")
+    return DataSource(path=str(folder / part), format=config.format)
 
 
 def rows_key(session: Session) -> Any:
@@ -188,7 +176,7 @@ def synthesis_key(session: Session, config: SynthesisConfig) -> str:
     recipe, checkpoint = session.recipe, session.checkpoint
     facts = {
         "config": config.model_dump(mode="json"),
-        "max_len": config.max_len or recipe.data.sequence_len,
+        "max_len": config.longest(recipe.data.sequence_len),
         "files": checkpoint.revision or checkpoint.fingerprint(),
         "quant": recipe.quant.model_dump(mode="json", include={"targets", "exclude"}),
         "dtype": recipe.model.dtype,
@@ -202,8 +190,9 @@ def synthesis_key(session: Session, config: SynthesisConfig) -> str:
 class Told:
     """Progress: in a terminal one line that changes, in a log a line now and then."""
 
-    def __init__(self, session: Session, rows: int, max_len: int):
-        self.session, self.total, self.longest = session, rows, rows * max_len
+    def __init__(self, session: Session, rows: int, maker: Maker):
+        self.session, self.total, self.longest = session, rows, rows * maker.longest
+        self.unit = maker.unit
         self.rows, self.tokens, self.began = 0, 0, time.monotonic()
         self.said, self.whole = self.began, 0  # tokens of the rows that are done
         self.live = session.console.status("synthesis") if session.console.is_terminal else None
@@ -236,5 +225,5 @@ class Told:
         left = spent / share - spent if share else float("inf")
         return (
             f"synthesis: row {self.rows:,} of {self.total:,}, {self.tokens / max(spent, 1e-9):,.0f} "
-            f"tokens/s, about {left:,.0f} s left"
+            f"{self.unit}/s, about {left:,.0f} s left"
         )

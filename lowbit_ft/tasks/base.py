@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..data.batches import Batches
+from ..data.synthesis.labeller import Labeller
 from ..evaluate.perplexity import EvalRow
 from ..model.purpose import Purpose
 from ..model.walk import Batch
@@ -142,6 +143,10 @@ class Task(BaseModel):
         """For planning, where tensors have no data: the forward of a batch of so many rows; loss: up to the
         loss. Not asked of language models."""
         raise AssertionError(f"{type(self).__name__} is not rehearsed")
+
+    def labeller(self, processor: Any) -> Labeller | None:
+        """How it answers, for rows that the model makes itself of images; None: such cannot be made."""
+        return None
 
     def measure(self, feed: Feed, source: Any, model: Any, dense: Dense, rows: int | None) -> Measure:
         """The table's data, of the eval section. source: rows; model: the packed one."""

@@ -11,6 +11,7 @@ behind it is linears. Pictures are shown as they are: nothing is cropped or flip
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data.errors import BadRow, kind
+from ..data.mix import sources_of
+from ..data.synthesis.labeller import Labeller
 from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
@@ -28,10 +31,12 @@ from . import scores
 from .base import Task
 from .batches import Shown
 from .labelled import Labelled
-from .labels import Names, label_id, label_values, labels_in
+from .labels import Names, known_labels, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column
 
+BESIDE = frozenset({"row", "about"})  # what a synthesis says of a row of its own
 MOST_BYTES = 1 << 28  # of the file of a picture
+TOGETHER = 32  # pictures that are measured together
 
 
 class ImageClassification(Labelled):
@@ -52,6 +57,8 @@ class ImageClassification(Labelled):
     )
 
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
+        if self.labels is None and r.data.train is None and known_labels(config):  # rows are made for them
+            return self.model_copy(update={"labels": tuple(known_labels(config))})
         if self.labels is not None or r.data.train is None:
             return self
         return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
@@ -60,15 +67,16 @@ class ImageClassification(Labelled):
         return Purpose(self.auto, label_values(self.labels), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
-        names = list(self.labels or ())
+        names, folders = list(self.labels or ()), folders_of(source)
 
         def encode(row: Mapping[str, Any]) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image)
+            data = file_of(of_column(row, self.image), self.image, folders)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             return [{"image": data, "labels": label_id(of_column(row, self.label), self.label, names)}]
 
-        return Encoder(encode, lambda made: [names[made["labels"]]], frozenset([self.image, self.label]))
+        reads = frozenset([self.image, self.label, *BESIDE])
+        return Encoder(encode, lambda made: [names[made["labels"]]], reads)
 
     def shown(self, tokenizer: Any, model: Any) -> Shown:
         """tokenizer: the image processor."""
@@ -76,6 +84,9 @@ class ImageClassification(Labelled):
             "pixel_values": pixels(tokenizer, picture_of(row["image"])),
             "labels": row["labels"],
         }
+
+    def labeller(self, processor: Any) -> Labeller:
+        return ClassLabeller(self)
 
     def rehearsed(self, model: Any, windows: int, length: int, loss: bool) -> Any:
         image = example_of(model.config.to_dict(), self.purpose(0))["pixel_values"]
@@ -97,8 +108,64 @@ class ImageClassification(Labelled):
         return scores.of_classes(true, said, len(self.labels or ()))
 
 
-def file_of(value: Any, column: str) -> bytes:
-    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path. BadRow."""
+class ClassLabeller(Labeller):
+    """An answer is the number of a label."""
+
+    def __init__(self, task: ImageClassification):
+        self.task = task
+
+    def drawn(self, number: int, chance: random.Random) -> int:
+        return number % len(self.names)  # evenly; nothing is known of how often each is there
+
+    def loss(self, model: Any, images: Tensor, answers: Sequence[int]) -> Tensor:
+        logits = model(pixel_values=images).logits.float()
+        return F.cross_entropy(logits, torch.tensor(answers, device=logits.device))
+
+    def own(self, model: Any, images: Tensor, confidence: float) -> list[int | None]:
+        sure, best = model(pixel_values=images).logits.float().softmax(-1).max(-1)
+        return [b if p >= confidence else None for b, p in zip(best.tolist(), sure.tolist(), strict=True)]
+
+    def revised(
+        self, model: Any, images: Tensor, answers: Sequence[int], confidence: float, overlap: float
+    ) -> list[int]:
+        said = self.own(model, images, confidence)
+        return [old if new is None else new for old, new in zip(answers, said, strict=True)]
+
+    def columns(self, answer: int, width: int, height: int) -> dict[str, Any]:
+        return {self.task.label: self.names[answer]}
+
+    def answer(self, row: Mapping[str, Any]) -> int:
+        return self.names.index(row[self.task.label])
+
+    @property
+    def image(self) -> str:
+        return self.task.image
+
+    def words(self, answer: int) -> list[str]:
+        return [self.names[answer]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.task.labels or ()
+
+    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[int]) -> Mapping[str, float]:
+        like, right = next(model.parameters()), 0
+        for at in range(0, len(images), TOGETHER):
+            some = torch.stack(list(images[at : at + TOGETHER])).to(like.device, like.dtype)
+            said = model(pixel_values=some).logits.argmax(-1).tolist()
+            right += sum(a == b for a, b in zip(said, answers[at : at + TOGETHER], strict=True))
+        return {"accuracy": right / max(1, len(images))}
+
+
+def folders_of(source: Any) -> list[Path]:
+    """From where the rows of a source name their pictures, beside the current folder."""
+    paths = [Path(one.path).expanduser() for one in sources_of(source)]
+    return [path if path.is_dir() else path.parent for path in paths]
+
+
+def file_of(value: Any, column: str, folders: Sequence[Path] = ()) -> bytes:
+    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path, from the
+    current folder or from one of `folders`. BadRow."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -108,7 +175,10 @@ def file_of(value: Any, column: str) -> bytes:
             f"{column!r} must be a picture, as datasets keeps it, or the path of one; got {kind(value)}"
         )
     try:
-        return read_regular(Path(value).expanduser(), MOST_BYTES)
+        path = Path(value).expanduser()
+        places = [path, *(folder / path for folder in folders)]
+        path = next((place for place in places if place.is_file()), path)
+        return read_regular(path, MOST_BYTES)
     except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
         raise BadRow(
             f"{column!r}: {value} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data.errors import BadRow, DataError, kind
+from ..data.synthesis.labeller import Labeller
 from ..evaluate.perplexity import EvalRow
 from ..model.hub import locate
 from ..model.images import made_size, picture_of, pixels, problem_of, size_of
@@ -34,9 +35,10 @@ from ..model.purpose import Purpose
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
-from .image_classification import file_of
+from .detection_labels import BoxLabeller
+from .image_classification import BESIDE, file_of, folders_of
 from .labelled import Answers, Labelled
-from .labels import found_labels, label_id, label_values
+from .labels import found_labels, known_labels, label_id, label_values
 from .rows import Encoded, Encoder, of_column
 
 Side = Annotated[int, Field(ge=1)]
@@ -86,19 +88,24 @@ class ObjectDetection(Labelled):
         found: dict[str, Any] = {"image_size": self.image_size or made}
         if self.labels is None and r.data.train is not None:
             found["labels"] = tuple(found_labels(r.data.train, self.label, config, self.objects))
+        elif self.labels is None and (known := known_labels(config)):  # rows are made for them
+            found["labels"] = tuple(known)
         return self.model_copy(update=found)
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
 
+    def labeller(self, processor: Any) -> Labeller:
+        return BoxLabeller(self, lambda outputs, sizes, sure: detected(processor, outputs, sizes, sure))
+
     def missing(self) -> str | None:
         return missing()
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
-        names = list(self.labels or ())
+        names, folders = list(self.labels or ()), folders_of(source)
 
         def encode(row: Mapping[str, Any]) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image)
+            data = file_of(of_column(row, self.image), self.image, folders)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             width, height = size_of(data)
@@ -112,7 +119,7 @@ class ObjectDetection(Labelled):
 
         columns = [self.image, *([self.boxes, self.label] if self.objects is None else [self.objects])]
         told = lambda made: [names[i] for i in made["labels"]["class_labels"]]  # noqa: E731
-        return Encoder(encode, told, frozenset(columns))
+        return Encoder(encode, told, frozenset(columns) | BESIDE)
 
     def _given(self, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
         """The boxes and the categories of a row, as they are there. BadRow."""

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 from lowbit_ft.data.errors import BadRow
 from lowbit_ft.data.formats import format_of
-from lowbit_ft.data.synthesis import SYNTHESIS, FilterConfig, Row, SynthesisConfig, Voice
+from lowbit_ft.data.synthesis import SYNTHESIS, FilterConfig, Row, TextConfig, Voice
+from lowbit_ft.data.synthesis.base import Shard
 from lowbit_ft.data.synthesis.draw import take, uniforms
 from lowbit_ft.data.synthesis.filters import longest_run, repetition, unreadable, why_dropped
-from lowbit_ft.data.synthesis.folder import RowsFolder, fill, read_state, row_name
+from lowbit_ft.data.synthesis.folder import RowsFolder, fill, read_state
+from lowbit_ft.data.synthesis.text import Pages
 from lowbit_ft.data.synthesis.write import write_rows
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.model.checkpoint import Checkpoint
@@ -46,9 +48,7 @@ def allowed(v: Voice, rows: Any, size: int = 4096) -> torch.Tensor:
     return torch.tensor([i < v.size and (i not in v.special or i in rows.drawable) for i in range(size)])
 
 
-def written(
-    model: Any, config: SynthesisConfig, v: Voice, numbers: list[int], batch: int
-) -> dict[int, list[int]]:
+def written(model: Any, config: TextConfig, v: Voice, numbers: list[int], batch: int) -> dict[int, list[int]]:
     rows, out = config.rows(v), {}
     for at in range(0, len(numbers), batch):
         some = numbers[at : at + batch]
@@ -288,7 +288,7 @@ class Killed(Exception):
     pass
 
 
-def run(folder: Path, model: Any, v: Voice, config: SynthesisConfig, stop_after: int | None = None) -> None:
+def run(folder: Path, model: Any, v: Voice, config: TextConfig, stop_after: int | None = None) -> None:
     rows, done = RowsFolder(folder, config.model_dump_json()), 0
     rows.by(lambda: "dense")
 
@@ -298,11 +298,11 @@ def run(folder: Path, model: Any, v: Voice, config: SynthesisConfig, stop_after:
         if stop_after is not None and done >= stop_after:
             raise Killed
 
-    fill(rows, config, config.rows(v), v, model, tell)
+    fill(rows, Pages(config, config.rows(v), v), config.batch_size, model, tell)
 
 
 @pytest.fixture
-def config() -> SynthesisConfig:
+def config() -> TextConfig:
     given = {
         "samples": 20,
         "valid": 6,
@@ -314,7 +314,7 @@ def config() -> SynthesisConfig:
 
 
 def test_a_stopped_folder_goes_on_to_the_same_bytes(
-    model: Any, tokenizer: Any, tmp_path: Path, config: SynthesisConfig
+    model: Any, tokenizer: Any, tmp_path: Path, config: TextConfig
 ) -> None:
     v = voice(tokenizer)
     run(tmp_path / "whole", model, v, config)
@@ -341,14 +341,12 @@ def test_a_text_may_hold_ends_of_lines(tmp_path: Path) -> None:
     """JSON escapes line feeds, but not all that Python's splitlines splits at."""
     rows = RowsFolder(tmp_path, "key")
     row = {"row": 0, "input_ids": [5, 6], "text": "a\u2028b\x85c\nd"}
-    rows.put(0, {"train": [row], "valid": [], "dropped": []}, 2)
+    rows.put(0, Shard(2, {"train": [row], "valid": [], "dropped": []}))
     again = RowsFolder(tmp_path, "key")
-    assert again.missing(1) == [] and again.names(0) == [row_name([5, 6])]
+    assert again.missing(1) == [] and again.kept(0) == [row]
 
 
-def test_what_was_changed_is_refused(
-    model: Any, tokenizer: Any, tmp_path: Path, config: SynthesisConfig
-) -> None:
+def test_what_was_changed_is_refused(model: Any, tokenizer: Any, tmp_path: Path, config: TextConfig) -> None:
     v = voice(tokenizer)
     run(tmp_path, model, v, config)
     name = next(n for n in contents(tmp_path) if n.startswith("train/"))
@@ -369,7 +367,7 @@ def test_what_was_changed_is_refused(
 
 
 def test_a_strangers_file_is_not_replaced(
-    model: Any, tokenizer: Any, tmp_path: Path, config: SynthesisConfig
+    model: Any, tokenizer: Any, tmp_path: Path, config: TextConfig
 ) -> None:
     (tmp_path / "valid").mkdir(parents=True)
     (tmp_path / "valid" / "00000.jsonl").write_text("mine\n")

@@ -23,6 +23,7 @@ class TokenIds(Format):
         "learned": "instead of labels, a list of `[start, end]`: these tokens are learned (`train_on: all`: "
         "all; `completion`: the last)",
         "row": "its number: not read",
+        "about": "what a synthesis says of it: not read",
         "text": "the same for people: not read",
         "messages": "the same for people: not read",
     }

@@ -15,7 +15,25 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 
-from .base import FilterConfig
+from pydantic import BaseModel, Field
+
+from .base import CLOSED, Count, Share
+
+
+class FilterConfig(BaseModel):
+    """What a row must be, to be trained on. What is left out is counted, by its reason, and kept aside."""
+
+    model_config = CLOSED
+
+    min_tokens: Count = Field(default=16, description="tokens that the model wrote, at least")
+    ngram: Count = Field(default=4, description="tokens of the n-grams that repetition counts")
+    max_repetition: Share = Field(
+        default=0.5, description="share of the n-grams of a row that stood in it before, at most"
+    )
+    max_run: Count = Field(default=16, description="one token so often in a row, at most")
+    max_unreadable: Share = Field(
+        default=0.1, description="share of characters that are no text (control, not decodable), at most"
+    )
 
 
 def why_dropped(wrote: Sequence[Sequence[int]], text: str, wanted: FilterConfig) -> str | None:

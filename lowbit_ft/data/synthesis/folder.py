@@ -21,18 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...files.atomic import write_bytes
 from ...files.jsonfile import as_shape
 from ...files.manifest import MANIFEST, file_entry, open_sealed, sealed
 from ...files.records import FileEntry, Synthesis, SynthesisShard
-from .base import Row, Rows, SynthesisConfig, Voice
-from .filters import why_dropped
-from .write import write_rows
+from .base import Maker, Shard, Tell
 
-PARTS = ("train", "valid", "dropped")
-SEEN = "seen before"
+MOST_ANSWERS = 20  # that are counted by name
 
 
 class RowsFolder:
@@ -54,9 +49,10 @@ class RowsFolder:
         """The shards of 0 .. shards - 1 that are to be written."""
         return [number for number in range(shards) if not self._whole(number)]
 
-    def put(self, number: int, lines: Mapping[str, Sequence[dict[str, Any]]], tokens: int) -> None:
-        """The rows of a shard: part -> rows."""
-        data = {f"{part}/{number:05}.jsonl": _jsonl(rows) for part, rows in lines.items() if rows}
+    def put(self, number: int, shard: Shard) -> None:
+        """The rows of a shard, and the files that they name."""
+        data = {f"{part}/{number:05}.jsonl": _jsonl(rows) for part, rows in shard.lines.items() if rows}
+        data |= shard.files
         for name in data:
             known = self._files(number).get(name)
             if os.path.lexists(self.folder / name) and _dump(known) != file_entry(self.folder / name):
@@ -64,18 +60,21 @@ class RowsFolder:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         self.state.shards[f"{number:05}"] = SynthesisShard(
             files={name: _entry(content) for name, content in data.items()},
-            rows={part: len(rows) for part, rows in lines.items()},
-            reasons=dict(Counter(row["dropped"] for row in lines["dropped"])),
-            tokens=tokens,
+            rows={part: len(rows) for part, rows in shard.lines.items()},
+            reasons=dict(Counter(row["dropped"] for row in shard.lines["dropped"])),
+            tokens=shard.units,
         )
         self._save()
         for name, content in data.items():
             write_bytes(self.folder / name, content)
 
-    def finish(self) -> None:
-        """All shards are there."""
-        if not self.state.done:
-            self.state.done = True
+    def finish(self, maker: Maker, score: Mapping[str, float]) -> None:
+        """All shards are there. score: of the model on their rows."""
+        before, state = self.state.model_copy(deep=True), self.state
+        state.done, state.unit = True, maker.unit
+        state.answers, state.fates = _most(maker.answers), dict(sorted(maker.fates.items()))
+        state.own_score, state.warnings = dict(score), maker.warnings()
+        if self.state != before:
             self._save()
 
     def _files(self, number: int) -> dict[str, FileEntry]:
@@ -89,15 +88,19 @@ class RowsFolder:
         refuse_changed(self.folder, files)
         return all((self.folder / name).is_file() for name in files)
 
-    def names(self, number: int) -> list[str]:
-        """Of the rows of a shard that were not dropped."""
-        found = list[str]()
+    def kept(self, number: int) -> list[dict[str, Any]]:
+        """The rows of a shard that were not dropped, in their order."""
+        found = list[dict[str, Any]]()
         for name in self._files(number):
-            if not name.startswith("dropped/"):
+            if name.partition("/")[0] in ("train", "valid"):
                 # by bytes: a text may hold what Python takes for the end of a line (U+2028)
                 with open(self.folder / name, "rb") as lines:
-                    found += [row_name(json.loads(line)["input_ids"]) for line in lines]
-        return found
+                    found += [json.loads(line) for line in lines]
+        return sorted(found, key=lambda row: row["row"])
+
+    def read(self, name: str) -> bytes:
+        """A file that rows name."""
+        return (self.folder / name).read_bytes()
 
     def _clear(self) -> None:
         """The rows of another recipe go, as far as they are what was written."""
@@ -139,71 +142,34 @@ def _dump(entry: FileEntry | None) -> Any:
     return None if entry is None else entry.model_dump()
 
 
-def row_name(ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()
-
-
-def fill(
-    folder: RowsFolder,
-    config: SynthesisConfig,
-    rows: Rows,
-    voice: Voice,
-    model: Any,
-    tell: Callable[[int, int], None],
-) -> None:
-    """Write the shards that are missing. tell(rows, tokens): so much more, after every step and shard."""
-    size, shards = config.batch_size, -(-rows.count // config.batch_size)
-    todo, seen = set(folder.missing(shards)), set[str]()
-
-    def drawable(vocabulary: int) -> torch.Tensor:
-        return torch.tensor(
-            [i < voice.size and (i not in voice.special or i in rows.drawable) for i in range(vocabulary)]
-        )
-
-    for shard in range(shards) if todo else ():
+def fill(folder: RowsFolder, maker: Maker, size: int, model: Any, tell: Tell) -> None:
+    """Write the shards of `size` rows that are missing. tell(rows, units): so much more, after every step and
+    shard."""
+    shards = -(-maker.count // size)
+    todo = set(folder.missing(shards))
+    if folder.state.done and not todo:
+        return
+    for shard in range(shards):
         if shard not in todo:
-            seen.update(folder.names(shard))
+            for row in folder.kept(shard):
+                maker.remember(row)
             continue
-        numbers = range(shard * size, min(rows.count, (shard + 1) * size))
-        batch = [rows[number] for number in numbers]
-        write_rows(
-            model,
-            batch,
-            numbers,
-            seed=config.seed,
-            max_len=voice.max_len,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            drawable=drawable,
-            tell=lambda tokens: tell(0, tokens),
-        )
-        lines: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
-        for number, row in zip(numbers, batch, strict=True):
-            part, stored = _judged(row, number, config, voice, seen)
-            lines[part].append(stored)
-        folder.put(shard, lines, sum(len(row.ids) for row in batch))
-        tell(len(batch), 0)
-    folder.finish()
-
-
-def _judged(
-    row: Row, number: int, config: SynthesisConfig, voice: Voice, seen: set[str]
-) -> tuple[str, dict[str, Any]]:
-    """The part that a row belongs to, and the row as it is stored."""
-    stored = {"row": number, "input_ids": row.ids, **row.facts()}
-    wrote = row.wrote()
-    reason = why_dropped(wrote, "".join(voice.text(part) for part in wrote), config.filter)
-    name = row_name(row.ids)
-    if reason is None and name in seen:
-        reason = SEEN
-    if reason is not None:
-        return "dropped", {**stored, "dropped": reason}
-    seen.add(name)
-    return ("valid" if number < config.valid else "train"), stored
+        numbers = range(shard * size, min(maker.count, (shard + 1) * size))
+        folder.put(shard, maker.write(numbers, model, tell))
+        tell(len(numbers), 0)
+    kept = (row for shard in range(shards) for row in folder.kept(shard))
+    folder.finish(maker, maker.score(model, kept, folder.read))
 
 
 def _entry(content: bytes) -> FileEntry:
     return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _most(answers: Mapping[str, int]) -> dict[str, int]:
+    """The most frequent answers by name, the most frequent first, and how many rows have another one."""
+    order = sorted(answers.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in order[MOST_ANSWERS:])
+    return dict(order[:MOST_ANSWERS]) | ({"(others)": rest} if rest else {})
 
 
 def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:

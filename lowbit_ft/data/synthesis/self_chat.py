@@ -12,24 +12,27 @@ padding, no mask.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ..chat import ChatTemplate
 from ..errors import BadRow
-from .base import Row, Rows, SynthesisConfig, Voice
+from .text import TextConfig
+from .voice import Row, Rows, Voice
 
 _MARKER = "Zq7WordsOfTheUserQz"
 
 
-class SelfChatConfig(SynthesisConfig):
-    needs_template: ClassVar[bool] = True
-
+class SelfChatConfig(TextConfig):
     kind: Literal["self_chat"] = "self_chat"
     system: str | None = Field(
         default=None, min_length=1, description="a system turn before each chat; null: what the template has"
     )
+
+    @property
+    def needs_template(self) -> bool:
+        return True
 
     def problem(self, max_len: int) -> tuple[str, str] | None:
         if self.samples is not None:

@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import Count, Row, Rows, SynthesisConfig, Voice
+from .base import Count
+from .text import TextConfig
+from .voice import Row, Rows, Voice
 
 
-class SelfGeneratedConfig(SynthesisConfig):
+class SelfGeneratedConfig(TextConfig):
     kind: Literal["self_generated"] = "self_generated"
     samples: Count | None = Field(
         default=1024,

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .base import Row
 from .draw import take, uniforms
+from .voice import Row
 
 
 @torch.no_grad()

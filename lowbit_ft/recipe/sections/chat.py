@@ -104,8 +104,8 @@ def check_chat(r: Any) -> Problems:
     if config is not None and config.needs_template:
         yield Problem(
             ("data", "synthesis", "kind"),
-            f"got {config.kind!r}, but {r.model.path} has no chat template; set kind: self_generated, or "
-            f"{fix}",
+            f"got {config.kind!r}, but {r.model.path} has no chat template; set "
+            f"{config.without_template}, or {fix}",
         )
     sources = sources_at(("data", "train"), r.data.train) + sources_at(("data", "valid"), r.data.valid)
     for where, source in sources:

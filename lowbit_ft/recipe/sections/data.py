@@ -218,6 +218,13 @@ def check_synthesis(r: Any) -> Problems:
     if config is None:
         return
     here = ("data", "synthesis")
+    if config.reads != "text" and getattr(getattr(r, "task", None), "language", True):
+        yield Problem(
+            (*here, "kind"),
+            f"got {config.kind!r}, whose rows are {config.reads}, with a task that reads text; set task: "
+            "image_classification, or kind: self_generated",
+        )
+        return
     if data.train is not None:
         yield Problem(
             ("data", "train"),
@@ -230,13 +237,14 @@ def check_synthesis(r: Any) -> Problems:
             f"got {config.valid} beside data.valid ({named(data.valid)!r}); set valid: 0, or remove "
             "data.valid",
         )
-    if config.max_len is not None and config.max_len > data.sequence_len:
+    longest = config.longest(data.sequence_len)
+    if config.reads == "text" and longest > data.sequence_len:
         yield Problem(
             (*here, "max_len"),
-            f"got {config.max_len}, more than a window of {data.sequence_len} tokens, which would cut what "
+            f"got {longest}, more than a window of {data.sequence_len} tokens, which would cut what "
             f"was written; set it to {data.sequence_len} or less, or raise data.sequence_len",
         )
-    if wrong := config.problem(config.max_len or data.sequence_len):
+    if wrong := config.problem(longest):
         yield Problem((*here, wrong[0]), wrong[1])
 
 

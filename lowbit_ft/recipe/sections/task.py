@@ -12,13 +12,16 @@ from typing import Any
 
 from ...data.formats import FORMATS
 from ...data.mix import sources_of
+from ...data.synthesis import SYNTHESIS
 from ...export import EXPORTERS
 from ...files.tensorfile import CheckpointError
-from ...model.config import load_config
+from ...model.config import load_config, read_config
 from ...model.images import read_processor
+from ...model.purpose import purpose_of
 from ...names import listed
 from ...signals import SIGNALS
 from ...tasks.labelled import Labelled
+from ...tasks.labels import known_labels
 from ..layers import local_folder
 from ..yaml import KeyPath, Problem
 from .base import Problems
@@ -75,6 +78,26 @@ def _pads(folder: Path) -> Any:
         return False
 
 
+def _unmade(r: Any) -> str | None:
+    """Why the model of a task cannot make its rows, and the way out; None where it can."""
+    if r.task.labeller(None) is None:
+        return "rows with answers cannot be written; remove data.synthesis"
+    if r.data.synthesis.reads != r.task.reads:
+        fit = [name for name, kind in SYNTHESIS.items() if kind.reads == r.task.reads]
+        return f"its rows are {r.task.reads}; set kind: {listed(fit)}"
+    folder = local_folder(r.model.path, r.model.revision)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config = read_config(folder)
+    purpose = purpose_of(load_config(folder))
+    if purpose is None or purpose.auto != r.task.auto or not known_labels(config):
+        return (
+            f"{r.model.path} has no head for it yet, so it has no answer to an image; give a checkpoint that "
+            "was trained for the task, or rows of your own as data.train"
+        )
+    return None
+
+
 def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
     """(key, its value, what to do) of the keys that only a language model reads."""
     quant, data, train, ev = r.quant, r.data, r.train, r.eval
@@ -96,8 +119,8 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
     if quant.embeddings is not None and r.task.windows:
         yield ("quant", "embeddings"), quant.embeddings, "they are its decoder too; set null"
-    if data.synthesis is not None:
-        yield ("data", "synthesis"), data.synthesis.kind, "rows with answers cannot be written; remove it"
+    if data.synthesis is not None and (why := _unmade(r)):
+        yield ("data", "synthesis", "kind"), data.synthesis.kind, why
     if data.streaming:
         yield ("data", "streaming"), True, "its rows are held in memory; set false"
     if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
