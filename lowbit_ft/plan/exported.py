@@ -11,6 +11,8 @@ from torch import nn
 from ..adapters.base import Adapter
 from ..export import EXPORTERS, LayerSpec
 from ..export.base import Exporter
+from ..export.planes import held
+from ..grid import Grid, IntGrid
 from ..model.linear import PackedLinear
 from ..recipe.recipe import Recipe
 from .model import Skeleton
@@ -31,6 +33,12 @@ def _bytes(module: nn.Module, exporter: Exporter, size: int, seen: set[int]) -> 
     own = sum(p.numel() for p in module.parameters(recurse=False) if id(p) not in seen) * size
     seen |= {id(p) for p in module.parameters(recurse=False)}
     if isinstance(module, PackedLinear):
-        specs = exporter.specs(LayerSpec(module.base.shape, module.base.grid.deployed))
+        specs = exporter.specs(LayerSpec(module.base.shape, held(exporter, _shipped(module))))
         own += sum(prod(shape) * dtype.itemsize for shape, dtype in specs.values())
     return own + sum(_bytes(child, exporter, size, seen) for child in module.children())
+
+
+def _shipped(layer: PackedLinear) -> Grid:
+    if layer.adapter is not None:
+        return layer.adapter.config.shipped(layer.grid)
+    return layer.grid.deployed if isinstance(layer.grid, IntGrid) else layer.grid

@@ -103,7 +103,7 @@ def test_labels_of_rows_and_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_text_without_a_token_is_malformed(tmp_path: Path) -> None:
     """A tokenizer that adds no special tokens makes nothing of it."""
-    bare = encoders.tokenizer()
+    bare: Any = encoders.tokenizer()
     bare._tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
     task = TASKS["sequence_classification"].model_validate(
         {"kind": "sequence_classification", "labels": ("red", "blue")}
