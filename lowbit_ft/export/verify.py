@@ -286,6 +286,7 @@ def _expected(
     return _Expected(logits, answers, next(packed.parameters()).device.type, moves)
 
 
+@torch.no_grad()
 def _moves(packed: Any, given: Mapping[str, Tensor], logits: Tensor, by: float) -> float:
     given = {n: x * (1 + by) if x.is_floating_point() else x for n, x in given.items()}
     with ExitStack() as stack:
