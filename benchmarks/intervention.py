@@ -7,9 +7,10 @@ A BERT of four layers, 64 wide, learns in full precision to name the classes of 
 in a row, one of 36 answers: attention has to find them. That is the teacher. The student is its ternary base
 (`calibrate: ternary`, whole rows, inputs of 8 bits by token), trained by full_qat on `signal: layers`, with
 each mode of intervention in the first half of the steps (or a quarter), and with none; `labels` learns from
-the rows alone. Accuracy on 512 held-out rows, without the teacher, every 5 steps; `reaches` is the first step
-from which on it stays at or above 90 % of the teacher's. The rows go to a file of this name in
-benchmarks/results.
+the rows alone; `two runs` are a run with the teacher in all its steps and, from what it trained, one without
+(train.start_from), each with rates and averages of its own. Accuracy on 512 held-out rows, without the
+teacher, every 5 steps; `reaches` is the first step from which on it stays at or above 90 % of the teacher's.
+The rows go to a file of this name in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ from lowbit_ft.train.loop import train
 RESULTS = Path(__file__).with_name("results") / "intervention.json"
 INTERVENTIONS = {mode: {"mode": mode, "share": 0.5} for mode in MODES}
 INTERVENTIONS["gradual, a quarter"] = {"mode": "gradual", "share": 0.25}
-CASES = ["labels", "none", *INTERVENTIONS]
+TWO_RUNS = {"two runs": 0.5, "two runs, a quarter": 0.25}  # the share of the steps that the first has
+CASES = ["labels", "none", *INTERVENTIONS, *TWO_RUNS]
 CLASSES, WORDS, PLAIN, LENGTH = 6, 4, 24, 12  # words of each kind and class; words that say nothing
 CLS, FIRST = 2, 10
 VOCABULARY = FIRST + PLAIN + 2 * CLASSES * WORDS
@@ -137,17 +140,34 @@ def student(folder: Path) -> Any:
     return task, model
 
 
-def measure(case: str, seed: int, dense: Any, folder: Path, given: Any, held: Any) -> dict[str, Any]:
-    task, model = student(folder)
-    signal: dict[str, Any] = {"kind": "labels" if case == "labels" else "layers"}
-    if case in INTERVENTIONS:
-        signal["intervention"] = INTERVENTIONS[case]
+def runs_of(case: str, steps: int) -> list[tuple[int, dict[str, Any]]]:
+    """(steps, train.signal) of each run of a case."""
+    if case == "labels":
+        return [(steps, {"kind": "labels"})]
+    plain = {"kind": "layers"}
+    if case in TWO_RUNS:
+        first = round(TWO_RUNS[case] * steps)
+        return [(first, {**plain, "intervention": {"mode": "gradual", "share": 1}}), (steps - first, plain)]
+    return [(steps, {**plain, "intervention": INTERVENTIONS[case]} if case in INTERVENTIONS else plain)]
+
+
+def one_run(
+    model: Any,
+    task: Any,
+    dense: Any,
+    stream: Stream,
+    steps: int,
+    signal: dict[str, Any],
+    rate: float,
+    seed: int,
+    look: Callable[[int], None],
+) -> None:
     section = TrainSection.model_validate(
         {
-            "max_steps": given.steps,
+            "max_steps": steps,
             "micro_batch_size": BATCH,
             "gradient_accumulation_steps": 1,
-            "learning_rate": given.rate,
+            "learning_rate": rate,
             "scheduler": "linear",
             "warmup_ratio": 0.1,
             "seed": seed,
@@ -156,17 +176,10 @@ def measure(case: str, seed: int, dense: Any, folder: Path, given: Any, held: An
     )
     chosen = SIGNALS[signal["kind"]]
     asked = OtherModel(dense, {"teacher": "dense"}) if chosen.asks else None
-    curve: list[float] = []
-
-    def look(step: int) -> None:
-        if step % EVERY == 0:
-            curve.append(accuracy(model, held))
-
-    began = time.process_time()
     with tempfile.TemporaryDirectory() as run:
         train(
             model,
-            Stream(100 + seed),
+            stream,
             None,
             section,
             run,
@@ -175,6 +188,21 @@ def measure(case: str, seed: int, dense: Any, folder: Path, given: Any, held: An
             goal=task.goal,
             console=Console(quiet=True),
         )
+
+
+def measure(case: str, seed: int, dense: Any, folder: Path, given: Any, held: Any) -> dict[str, Any]:
+    task, model = student(folder)
+    curve: list[float] = []
+    done, stream = 0, Stream(100 + seed)
+
+    def look(step: int) -> None:
+        if (done + step) % EVERY == 0:
+            curve.append(accuracy(model, held))
+
+    began = time.process_time()
+    for steps, signal in runs_of(case, given.steps):
+        one_run(model, task, dense, stream, steps, signal, given.rate, seed, look)
+        done += steps
     seconds = time.process_time() - began
     curve.append(accuracy(model, held))
     wanted = ENOUGH * accuracy(dense, held)

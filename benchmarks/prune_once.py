@@ -3,7 +3,7 @@
     python benchmarks/prune_once.py                  # minutes of one core; rows are kept as they come
     python benchmarks/prune_once.py --prune 400      # nearer to the paper, which prunes as long as it trains
 
-The language is made up, so that an encoder learns it in a minute: a document has one of 24 topics, half of
+The language is made up, so that an encoder learns it in a minute: a document has one of 12 topics, half of
 its words are of the topic (which shares them with others), half of any.
 
 A. A small BERT is trained to fill in masked words, dense, by plain PyTorch.
@@ -41,7 +41,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.rundir import environment
 
 WINDOW, INSIDE, BATCH = 32, 30, 32  # between [CLS] and [SEP]
-TOPICS, WORDS, OF_A_TOPIC, ROWS = 24, 400, 40, {"train": 4000, "valid": 300}
+TOPICS, WORDS, OF_A_TOPIC, ROWS = 12, 200, 20, {"train": 6400, "valid": 300}
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZE: dict[str, Any] = {
     "hidden_size": 128,
@@ -58,9 +58,9 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pretrain", type=int, default=350, help="steps of stage A")
-    p.add_argument("--prune", type=int, default=100, help="steps of stage B")
-    p.add_argument("--tune", type=int, default=100, help="steps of stage C")
+    p.add_argument("--pretrain", type=int, default=1000, help="steps of stage A")
+    p.add_argument("--prune", type=int, default=200, help="steps of stage B")
+    p.add_argument("--tune", type=int, default=200, help="steps of stage C")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rate", type=float, default=2.0, help="of stage C, in steps of the grid")
     p.add_argument(

@@ -1,5 +1,4 @@
-"""train.start_from: the student of another run as the start of this one, with an optimizer and a signal of
-its own.
+"""train.start_from: the student of another run as the start of this one, which has an optimizer of its own.
 
 What is handed over is all that trained there, unrounded, from its adapter/: on the same packed base, by the
 same method. (merged/ has the codes alone: what lies between two of them would be lost.) So a run in which a
