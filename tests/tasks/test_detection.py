@@ -144,8 +144,8 @@ def test_onnx_runtime_finds_the_same_boxes(tmp_path: Path) -> None:
     folder = detectors.detector(tmp_path / "model", "detr")
     purpose = Purpose("AutoModelForObjectDetection", {})
     checkpoint = Checkpoint.open(folder, dtype="float32", purpose=purpose)
-    section = QuantSection.model_validate({"bits": 4, "group_size": 16, "calibrate": "absmax"})
-    model, _ = quantize(checkpoint, section, dtype=torch.float32, attention="eager")
+    keys = {"bits": 4, "group_size": -1, "residual_bits": 0, "calibrate": "absmax"}
+    model, _ = quantize(checkpoint, QuantSection.model_validate(keys), dtype=torch.float32, attention="eager")
     write_model(tmp_path / "onnx", checkpoint, base_weights(model), exporter)
     graph: Any = load_exported(tmp_path / "onnx", dtype=torch.float32)
     images = torch.rand(3, 3, 32, 32)
