@@ -6,8 +6,9 @@
     python -m benchmarks.speak measure DIR OUT [--picture PNG]      results/speak.json
 
 The loss of codes is that of code tokens alone, on held-out sentences; a uniform choice of codes has 14 ln 2 =
-9.704. Sound that is spoken is compared with what the codec makes of the true codes, frame by frame of the
-shorter one; so is sound of another sentence's codes, and of the same codes with other noise.
+9.704. Sound that is spoken is compared with what the codec makes of the true codes, the mean of four draws of
+noise each, frame by frame of the shorter one; so is sound of another sentence's codes, and of the same codes
+with other noise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CASES = {
     "each": ["model.add_tokens.audio.rows=each"],
     "factorised": ["model.add_tokens.audio.rows=factorised"],
 }
-SPOKEN = 12  # held-out sentences that are spoken
+SPOKEN, NOISES = 12, 4  # held-out sentences that are spoken, draws of noise each
 
 
 def train(folder: Path, out: Path, names: Sequence[str], overrides: Sequence[str]) -> None:
@@ -77,7 +78,8 @@ def code_loss(model: Any, tokenizer: Any, rows: Sequence[tuple[str, list[int]]])
 
 
 @torch.no_grad()
-def measure(folder: Path, out: Path, result: Path, picture: Path | None) -> None:
+def measure(folder: Path, out: Path, names: Sequence[str], result: Path, picture: Path | None) -> None:
+    """Adds to what `result` has of other cases."""
     maker = codec(CODEC).eval()
     task = SpeechTokens(frames=Frames(**{key: getattr(maker.config, key) for key in Frames.model_fields}))
     parts: dict[str, list[Any]] = {}
@@ -86,22 +88,21 @@ def measure(folder: Path, out: Path, result: Path, picture: Path | None) -> None
         rows = rows_of(folder, part, task, read_tokenizer(CODEC))
         codes = [encode(maker, row["mel"]) for row in rows[:100]]
         parts[part] = list(zip(texts, codes, [row["input_ids"] for row in rows], strict=False))
-    found: dict[str, Any] = {"held_out_sentences": len(parts["valid"]), "uniform": round(14 * 0.693147, 4)}
+    sound = rows[0]["mel"]  # of the first held-out sentence
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    found |= {"held_out_sentences": len(parts["valid"]), "uniform": round(14 * 0.693147, 4)}
     found["codes"] = {part: sum(len(c) for _, c, _ in rows) for part, rows in parts.items()}
     few = parts["valid"][:SPOKEN]
     own = [Spoken(c, ids) for _, c, ids in few]
-    true = decode(maker, own)
-    other = decode(maker, [Spoken(few[i - 1][1], ids) for i, (_, _, ids) in enumerate(few)])
-    noise = decode(maker, own, seed=1)
-    scale = maker.config.mel_std
+    true = heard(maker, own)
+    other = heard(maker, [Spoken(few[i - 1][1], ids) for i, (_, _, ids) in enumerate(few)])
     found["mel_error_to_codec"] = {
-        "other noise": apart(noise, true, scale),
-        "codes of another sentence": apart(other, true, scale),
+        "other noise": apart(heard(maker, own, first=NOISES), true, maker.config.mel_std),
+        "codes of another sentence": apart(other, true, maker.config.mel_std),
     }
-    for name in CASES:
-        if not (out / name / "merged").is_dir():
-            continue
+    for name in names:
         entry: dict[str, Any] = {}
+        shown = {"its own codes": decode(maker, own[:1])[0]}
         for stage in ("base", "merged"):  # base: packed, before training
             model, tokenizer = load_exported(out / name / stage).eval(), read_tokenizer(out / name / stage)
             for part, rows in parts.items():
@@ -111,15 +112,22 @@ def measure(folder: Path, out: Path, result: Path, picture: Path | None) -> None
         how = {"likeliest": Drawing(least=4, temperature=0.0), "drawn": Drawing(least=4)}
         for word, drawing in how.items():
             said = [torch.tensor(speak(model, tokenizer, audio, t, drawing)) for t, _, _ in few]
-            made = decode(maker, [Spoken(c, ids) for c, (_, _, ids) in zip(said, few, strict=True)])
-            entry[f"mel error, {word}"] = apart(made, true, scale)
+            rows = [Spoken(c, ids) for c, (_, _, ids) in zip(said, few, strict=True)]
+            shown[f"codes that the model says, {word}"] = decode(maker, rows[:1])[0]
+            entry[f"mel error, {word}"] = apart(heard(maker, rows), true, maker.config.mel_std)
             entry[f"codes said, {word}"] = [len(c) for c in said]
         found[name] = entry
         found["codes there"] = [len(c) for _, c, _ in few]
         write_text(result, json.dumps(found, indent=2) + "\n")
         if picture is not None:
-            draw(maker, true[0], {"the codes that the model says": made[0]}, picture)
+            draw(maker, sound, shown, picture)
     print(json.dumps(found, indent=2))
+
+
+def heard(maker: Any, rows: list[Spoken], first: int = 0) -> list[Tensor]:
+    """The mean log-mel of each over NOISES draws of noise."""
+    draws = [decode(maker, rows, seed=first + seed) for seed in range(NOISES)]
+    return [torch.stack(list(one)).mean(0) for one in zip(*draws, strict=True)]
 
 
 def apart(some: list[Tensor], others: list[Tensor], scale: float) -> float:
@@ -141,7 +149,7 @@ def main() -> None:
     if a.command == "train":
         train(a.folder, a.out, a.cases, a.set)
     else:
-        measure(a.folder, a.out, a.result, a.picture)
+        measure(a.folder, a.out, a.cases, a.result, a.picture)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     boxes.json (what a detector found)
     synthesis/ (rows that the model wrote)  reconstruct/  reconstruct.json  teacher/  lora_start.json
            teacher.json (how near it is)   processes.json   stages.json   report.html
-           zeros.json (pruned while it trained)   made.json (which tensors this run wrote into which folder)
+           zeros.json (pruned while it trained)   speech.json (spectrograms)
+           made.json (which tensors this run wrote into which folder)
     started.json       the mark of a run folder, written first; the folder that relative paths are from
     .lowbit_ft.lock    held by the process that writes (files/lock.py)
 
