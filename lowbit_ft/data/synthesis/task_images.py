@@ -17,13 +17,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from ...model.images import picture_of, pixels
+from ...model.images import made_size, picture_of, pixels
 from .base import CLOSED, Count, Given, Maker, Shard, Share, SynthesisConfig, Tell
 from .invert import Frame, Inversion, Revise, invert, noise
 from .labeller import Labeller
@@ -95,9 +96,9 @@ class TaskImagesConfig(SynthesisConfig):
         return self.steps * (2 if self.labels == "adaptive" else 1)
 
     def working_bytes(self, weights: int, model: Any, size: int, longest: int) -> int:
-        """The activations of a forward and a backward, by 60 numbers to a pixel and channel: a bound for the
-        models that were looked at, for nothing of them is known here."""
-        return round(1.15 * weights) + 60 * 4 * self.batch_size * _numbers(model)
+        """What a forward keeps for the backward, and the backward beside it: a small ViT keeps 7 numbers to a
+        pixel and channel, a small RT-DETR 27; twice the larger is counted."""
+        return round(1.15 * weights) + 2 * 27 * 4 * self.batch_size * _numbers(model)
 
     def disk_bytes(self, model: Any, longest: int) -> int:
         """A PNG of noise is as long as its pixels."""
@@ -112,8 +113,8 @@ class TaskImagesConfig(SynthesisConfig):
 
 
 def _numbers(model: Any) -> int:
-    """Numbers of an image, by config.json; where it says no size, of 640 x 640."""
-    size = getattr(model, "image_size", None) or 640
+    """Numbers of an image, by config.json, or by the image processor beside it; else of 640 x 640."""
+    size = getattr(model, "image_size", None) or made_size(Path(model._name_or_path)) or 640
     height, width = (size, size) if isinstance(size, int) else size
     return 3 * height * width
 

@@ -1,0 +1,383 @@
+"""data.synthesis task_images: priors against their equations in float64, inversion, what is stored, adaptive
+labels, and a line to which no real row comes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from lowbit_ft import pipeline
+from lowbit_ft.data import read
+from lowbit_ft.data.synthesis import SYNTHESIS
+from lowbit_ft.data.synthesis.base import Given
+from lowbit_ft.data.synthesis.folder import RowsFolder, fill, read_state
+from lowbit_ft.data.synthesis.invert import Frame, Inversion, invert, noise, stored, variation
+from lowbit_ft.data.synthesis.priors import BatchNorms, Patches, entropy, prior_of, similarities
+from lowbit_ft.export.reader import read_weights
+from lowbit_ft.model.images import picture_of, pixels, read_processor
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.tasks import TASKS
+from lowbit_ft.tasks.detection_labels import BoxLabeller, iou, moved
+
+ROOT = Path(__file__).resolve().parents[2]
+VIT = ROOT / "recipes" / "assets" / "tiny-vit-shapes"
+SHAPES = ("circle", "square", "triangle", "cross")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return read_processor(VIT)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import AutoModelForImageClassification
+
+    found = AutoModelForImageClassification.from_pretrained(VIT, dtype=torch.float32).eval()
+    return found.requires_grad_(False)
+
+
+def labeller() -> Any:
+    task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
+    return task.labeller(None)
+
+
+def maker(processor: Any, **keys: Any) -> Any:
+    given = {"kind": "task_images", "samples": 6, "batch_size": 4, "steps": 6, "check_every": 3, **keys}
+    config = SYNTHESIS["task_images"].model_validate(given)
+    return config.maker(Given(processor, [], None, config.longest(0), labeller()))
+
+
+# ------------------------------------------------------------------------------------------------ priors
+
+
+def test_entropy_is_that_of_another_density() -> None:
+    """scipy's Gaussian kernels with the same width, the integral by numpy."""
+    stats = pytest.importorskip("scipy.stats")
+    x = torch.rand(3, 45, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for row, found in zip(x.numpy(), entropy(x).numpy(), strict=True):
+        at = np.linspace(row.min(), row.max(), 10)
+        p = stats.gaussian_kde(row, bw_method=1.06 * len(row) ** -0.2)(at)
+        assert found == pytest.approx(np.trapezoid(-p * np.log(p + 1e-4), at), abs=1e-6)
+
+
+def test_patches_that_differ_have_more_entropy_than_alike_ones() -> None:
+    draw = torch.Generator().manual_seed(0)
+    alike = torch.ones(1, 16, 8) + 1e-3 * torch.randn(1, 16, 8, generator=draw)
+    two = torch.cat([torch.eye(8)[:1].expand(8, 8), torch.eye(8)[1:2].expand(8, 8)])[None]
+    two = two + 0.2 * torch.randn(1, 16, 8, generator=draw)
+    assert float(entropy(similarities(two))) > float(entropy(similarities(alike))) + 0.2
+
+
+def test_patches_of_a_vit_are_its_heads_mean_of_attention(model: Any, processor: Any) -> None:
+    """By attention computed here, in float64, from the layer's own weights."""
+    images = noise(0, range(2), Frame(processor), 0)
+    prior = Patches(model)
+    with prior.watched(), torch.no_grad():
+        hidden = model(pixel_values=images, output_hidden_states=True).hidden_states
+        found = prior.loss()
+    wanted = 0.0
+    for x, layer in zip(hidden, model.vit.layers, strict=False):
+        x, at = layer.layernorm_before(x), layer.attention
+        q, k, v = (
+            linear(x).double().unflatten(-1, (4, 16)).transpose(1, 2)
+            for linear in (at.q_proj, at.k_proj, at.v_proj)
+        )
+        said = ((q @ k.transpose(2, 3)) / 4).softmax(-1) @ v  # [B, heads, T, d]
+        wanted -= float(entropy(similarities(said.mean(1)[:, 1:])).mean())
+    assert float(found) == pytest.approx(wanted, abs=1e-3)
+    assert not any(m._forward_pre_hooks for m in model.modules()), "a hook stayed"
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), batch=st.integers(1, 4), channels=st.integers(1, 5))
+def test_batch_norms_compare_moments(seed: int, batch: int, channels: int) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU()).eval()
+    norm = net[1]
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(batch, 3, 6, 7)
+    prior = prior_of("auto", net)
+    assert isinstance(prior, BatchNorms)
+
+    def loss() -> float:
+        with prior.watched(), torch.no_grad():
+            net(x)
+            return float(prior.loss())
+
+    given = net[0](x).double().transpose(0, 1).flatten(1)
+    off = (given.mean(1) - norm.running_mean).norm() + (given.var(1, correction=0) - norm.running_var).norm()
+    assert loss() == pytest.approx(float(off.detach()), rel=1e-4)
+    norm.running_mean.copy_(given.mean(1))
+    norm.running_var.copy_(given.var(1, correction=0))
+    assert loss() == pytest.approx(0, abs=1e-4), "images that are what it remembers have a loss"
+
+
+def test_a_model_without_what_a_prior_looks_at_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="no batch norm that remembers.*prior: patches"):
+        prior_of("batch_norm", nn.Sequential(nn.BatchNorm2d(3)))
+    net = nn.Sequential(nn.Linear(3, 3))
+    net.config = SimpleNamespace()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="no attention over the patches.*prior: batch_norm"):
+        prior_of("auto", net)
+
+
+def test_variation_is_its_sum() -> None:
+    x = torch.rand(2, 3, 5, 4, dtype=torch.float64)
+    total = 0.0
+    for image in x.numpy():
+        for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+            squares = [
+                (image[c, y + dy, z + dx] - image[c, y, z]) ** 2
+                for c in range(3)
+                for y in range(5 - dy)
+                for z in range(4)
+                if 0 <= z + dx < 4
+            ]
+            total += sum(squares) ** 0.5 / 2
+    assert float(variation(x)) == pytest.approx(total)
+
+
+# ------------------------------------------------------------------------------------------------ inversion
+
+
+def test_what_the_processor_does_is_undone(processor: Any) -> None:
+    frame = Frame(processor)
+    x = stored(torch.rand(3, 32, 32)).float() / 255
+    picture = Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy())
+    assert torch.allclose(frame(x), pixels(processor, picture), atol=1e-5)
+
+    class Cut:  # makes 32 x 32 of whatever it gets, its middle enlarged
+        def __call__(self, picture: Any, **_: Any) -> Any:
+            return processor(picture.crop((2, 2, picture.width - 2, picture.height - 2)), return_tensors="pt")
+
+    with pytest.raises(ValueError, match="resizes or cuts even pictures of the size that it makes"):
+        Frame(Cut())
+
+
+def test_the_best_iterate_is_kept(model: Any, processor: Any) -> None:
+    frame, seen = Frame(processor), []
+    how = Inversion(steps=9, check_every=3, rate=0.3, prior=1.0, variation=0.1, task=1.0)
+    prior, by = Patches(model), labeller()
+
+    def revise(step: int, images: torch.Tensor, answers: list[Any]) -> list[Any]:
+        seen.append(images.clone())
+        return answers
+
+    wanted = [0, 1, 2]
+    with prior.watched():
+        best, _ = invert(
+            model, noise(0, range(3), frame, 0), frame, how, prior, by, wanted, lambda n: None, revise
+        )
+
+        def loss(image: torch.Tensor) -> float:
+            with torch.no_grad():
+                prior.seen.clear()
+                task = by.loss(model, frame(image), wanted)
+                return float(prior.loss() + 0.1 * variation(image) + task)
+
+        checked = [stored((seen[i - 1] - frame.low) / frame.span).float() / 255 for i in (3, 6, 9)]
+        losses = [loss(x) for x in checked]
+        assert loss(best.float() / 255) == pytest.approx(min(losses), abs=1e-5)
+        assert min(losses) < loss(noise(0, range(3), frame, 0))
+
+
+def test_images_are_made_for_labels_and_stored_as_rows(model: Any, processor: Any, tmp_path: Path) -> None:
+    """What the task reads of the folder is what was made; a stopped folder goes on to the same bytes; images
+    that only the prior shapes have the label that the model says of their file."""
+
+    class Stopped(Exception):
+        pass
+
+    def run(folder: Path, stop: bool = False, **keys: Any) -> None:
+        def tell(rows: int, steps: int) -> None:
+            if stop and rows:
+                raise Stopped
+
+        rows = RowsFolder(folder, "key")
+        rows.by(lambda: "dense")
+        fill(rows, maker(processor, **keys), 4, model, tell)
+
+    drawn = {"labels": "drawn", "steps": 24, "weights": {"prior": 0.1, "variation": 0.0}}
+    run(tmp_path / "whole", valid=1, **drawn)
+    state = read_state(tmp_path / "whole")
+    assert (state.count("train"), state.count("valid"), state.unit) == (5, 1, "image steps")
+    assert state.own_score["accuracy"] == 1.0 and state.answers["circle"] == 2
+    with pytest.raises(Stopped):
+        run(tmp_path / "part", stop=True, valid=1, **drawn)
+    run(tmp_path / "part", valid=1, **drawn)
+    whole = {p.relative_to(tmp_path / "whole"): p.read_bytes() for p in (tmp_path / "whole").rglob("*.*")}
+    assert len(whole) == 6 + 2 + 1 + 1  # images, two shards of train, one of valid, the manifest
+    assert all((tmp_path / "part" / name).read_bytes() == data for name, data in whole.items())
+    task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
+    section = SimpleNamespace(sequence_len=8, on_bad_row="error")
+    rows = task.examples(
+        SimpleNamespace(path=str(tmp_path / "whole" / "train"), split="train"), section, None
+    )
+    assert [row["labels"] for row in rows] == [1, 2, 3, 0, 1] and not rows.report.unread
+
+    run(tmp_path / "own", samples=4)
+    lines = [json.loads(x) for x in (tmp_path / "own" / "train" / "00000.jsonl").open()]
+    for row in lines:
+        picture = picture_of((tmp_path / "own" / "train" / row["image"]).read_bytes())
+        with torch.no_grad():
+            said = model(pixel_values=pixels(processor, picture)[None]).logits.argmax(-1)
+        assert row["label"] == SHAPES[int(said)]
+    run(tmp_path / "none", samples=4, confidence=1.0)
+    assert read_state(tmp_path / "none").reasons == {"the model is not sure": 4}
+
+
+def test_an_image_begins_alike_in_any_company(processor: Any) -> None:
+    frame = Frame(processor)
+    together = noise(3, range(5), frame, 0)
+    assert torch.equal(together[2], noise(3, [2], frame, 0)[0])
+    assert not torch.equal(together[2], noise(3, [2], frame, 1)[0])
+    assert abs(float(together.mean()) - 0.5) < 0.01 and abs(float(together.std()) - 0.24) < 0.02
+
+
+WRONG = [
+    ({"samples": None}, "give a number"),
+    ({"weights": {"prior": 0, "task": 1}}, "nothing shapes an image"),
+    ({"labels": "adaptive", "steps": 40}, "adapt.begin 60 of 40 steps"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG)
+def test_keys_that_make_no_image_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        SYNTHESIS["task_images"].model_validate({"kind": "task_images", **change})
+    assert words in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ boxes
+
+
+def boxes_of(**keys: Any) -> BoxLabeller:
+    given = {"kind": "object_detection", "labels": ["a", "b"], **keys}
+    found = TASKS["object_detection"].model_validate(given).labeller(None)
+    assert isinstance(found, BoxLabeller)
+    return found
+
+
+Box = st.tuples(st.floats(0.25, 0.75), st.floats(0.25, 0.75), st.floats(0.1, 0.5), st.floats(0.1, 0.5))
+Answers = st.lists(st.tuples(st.integers(0, 1), Box), min_size=1, max_size=4).map(
+    lambda pairs: (tuple(c for c, _ in pairs), tuple(b for _, b in pairs))
+)
+
+
+def plain_iou(a: Any, b: Any) -> float:
+    def sides(box: Any) -> tuple[float, float, float, float]:
+        x, y, w, h = box
+        return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+    (ax, ay, aX, aY), (bx, by, bX, bY) = sides(a), sides(b)
+    both = max(0.0, min(aX, bX) - max(ax, bx)) * max(0.0, min(aY, bY) - max(ay, by))
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+@settings(max_examples=80, deadline=None)
+@given(old=Answers, seen=Answers, overlap=st.sampled_from([0.2, 0.35, 0.6]))
+def test_boxes_move_by_the_rule(old: Any, seen: Any, overlap: float) -> None:
+    """Add, drop, keep the best: the rule, box by box; one box is left at least."""
+    found = moved(old, seen, overlap)
+    table = [[plain_iou(d, y) for y in old[1]] for d in seen[1]]
+    near = [abs(v - overlap) < 1e-4 for row in table for v in row]
+    if any(near):
+        return  # the two roundings may differ there
+    best = [max(row[j] for row in table) for j in range(len(old[1]))]
+    kept = [j for j in range(len(best)) if len(best) == 1 or best[j] >= overlap]
+    kept = kept or [best.index(max(best))]
+    new = [i for i, row in enumerate(table) if max(row) < overlap and seen[1][i][2] * seen[1][i][3] > 0.01]
+    assert found[1] == tuple([*(old[1][j] for j in kept), *(seen[1][i] for i in new)])
+    assert len(found[0]) == len(found[1]) >= 1
+    assert moved(old, ((), ()), overlap) == old
+
+
+@settings(max_examples=30, deadline=None)
+@given(answer=Answers, form=st.sampled_from(["xywh", "xyxy"]), objects=st.sampled_from(["objects", None]))
+def test_boxes_are_read_as_they_were_stored(answer: Any, form: str, objects: str | None) -> None:
+    by = boxes_of(box_format=form, objects=objects)
+    classes, boxes = by.answer({**by.columns(answer, 64, 48), "about": {"size": [64, 48]}})
+    assert classes == answer[0] and np.allclose(boxes, answer[1], atol=1e-4)
+
+
+def test_random_boxes_lie_in_the_image() -> None:
+    made = [boxes_of().drawn(n, random.Random(n))[1][0] for n in range(300)]
+    corners = torch.tensor([[x - w / 2, y - h / 2, x + w / 2, y + h / 2] for x, y, w, h in made])
+    assert 0 <= corners.min() and corners.max() <= 1
+    assert all(0.2 <= side <= 0.8 for box in made for side in box[2:])
+    assert torch.allclose(iou(corners, corners).diagonal(), torch.ones(300))
+
+
+# ------------------------------------------------------------------------------------------------ the line
+
+
+def test_no_real_row_comes_to_it_and_codes_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe of a detector, in short: a reader that refuses every row that the model did not make; an
+    adapter without codes; one box at least in each image."""
+    monkeypatch.chdir(ROOT)
+    run, plain = tmp_path / "run", read._read_files
+
+    def watched(files: list[Path]) -> Any:
+        for file in files:
+            assert (run / "synthesis") in file.parents, f"{file} is a real row"
+        return plain(files)
+
+    monkeypatch.setattr(read, "_read_files", watched)
+    with pytest.raises(AssertionError, match="is a real row"):
+        list(read.read_rows(SimpleNamespace(path="recipes/assets/boxes/valid.parquet", split="train")))
+    short = ["data.synthesis.samples=6", "data.synthesis.valid=2", "data.synthesis.batch_size=3"]
+    short += ["data.synthesis.steps=2", "data.synthesis.labels=adaptive", "data.synthesis.adapt.begin=1"]
+    short += ["data.synthesis.adapt.every=1", "train.max_steps=2", "train.micro_batch_size=2"]
+    short += ["train.eval_every=2", "quant.calibration.samples=2", f"output={run}"]
+    recipe = load_recipe(ROOT / "recipes/quickstart-image-data-free.yaml", short)
+    pipeline.train(recipe)
+    assert "task_images, 6 of 6 rows" in capsys.readouterr().out
+    base, merged = read_weights(run / "base"), read_weights(run / "merged")
+    assert base.keys() == merged.keys() and len(base) > 20
+    for name in base:
+        assert torch.equal(base[name].unpack_codes(), merged[name].unpack_codes()), name
+    state = read_state(run / "synthesis")
+    assert "map" in state.own_score and state.count("train") == 4
+    lines = [json.loads(x) for f in (run / "synthesis").glob("[tv]*/*.jsonl") for x in f.open()]
+    assert len(lines) == 6 and all(row["objects"]["bbox"] for row in lines)
+    pipeline.report(run)
+    assert "data:image/png" in (run / "report.html").read_text()
+
+
+REFUSED = [
+    ("task=image_classification", "model.path=recipes/assets/tiny-vit", "has no head for it yet"),
+    ("data.synthesis.kind=task_imagse", "output=x", "did you mean 'task_images'?"),
+    ("data.synthesis={kind: self_generated}", "output=x", "its rows are images; set kind: task_images"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "words"), REFUSED)
+def test_tasks_that_cannot_answer_are_refused(
+    first: str, second: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError) as error:
+        load_recipe(ROOT / "recipes/quickstart-image-data-free.yaml", [first, second])
+    assert words in str(error.value), str(error.value)
+
+
+def test_images_are_not_for_a_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="whose rows are images, with a task that reads text"):
+        load_recipe(ROOT / "recipes/quickstart-data-free.yaml", ["data.synthesis={kind: task_images}"])
