@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files.tensorfile import CheckpointError
+from .config import load_config
 from .hub import refuse_irregular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
@@ -24,9 +25,12 @@ def read_processor(folder: str | Path) -> Any:
     """The processor of a folder. CheckpointError when none loads, or when it makes other images than the
     model takes by its config.json."""
     from PIL import Image  # optional: only images need it
-    from transformers import AutoConfig, AutoImageProcessor  # slow
+    from transformers import AutoImageProcessor  # slow
 
     refuse_irregular(Path(folder))
+    config = load_config(folder)
+    if (own := getattr(config, "pictures", None)) is not None:  # of diffusers: config.json says what it takes
+        return own()
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
@@ -36,7 +40,6 @@ def read_processor(folder: str | Path) -> Any:
             f"{folder}: its image processor cannot be loaded ({type(error).__name__}: {error}). The folder "
             "needs preprocessor_config.json"
         ) from error
-    config = AutoConfig.from_pretrained(str(folder), **options)
     size = config.image_size
     wanted = [config.num_channels, *((size, size) if isinstance(size, int) else size)]
     if list(made.shape) != wanted:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion import names as diffusion
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
@@ -32,8 +33,8 @@ AUTO = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioTokenization": "feature-extraction",
+    diffusion.AUTO: "unconditional-image-generation",
 }
-OF_IMAGES = ("AutoModelForImageClassification",)  # of these, those whose models look at images
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,43 @@ def purpose_of(config: Any) -> Purpose | None:
 
 
 def example_of(config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
-    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
-    image that goes from black to white, [1, channels, height, width]."""
-    if purpose is not None and purpose.auto in OF_IMAGES:
-        size = config.get("image_size", 64)  # of a convolutional network any will do
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (1, config.get("num_channels", 3), height, width)
-        return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], an
+    image that goes from black to white, [1, channels, height, width], or what a diffusion transformer sees.
+    """
+    return EXAMPLES.get("" if purpose is None else purpose.auto, _tokens)(config)
+
+
+def _image(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    size = config.get("image_size", 64)  # of a convolutional network any will do
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, config.get("num_channels", 3), height, width)
+    return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+
+
+def _noisy(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    from ..diffusion.transformer import example  # slow: transformers
+
+    return example(config)
+
+
+def _tokens(config: Mapping[str, Any]) -> dict[str, Tensor]:
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
     return {"input_ids": torch.arange(min(32, vocabulary))[None]}
 
 
+# Of the auto classes, those whose models look at something else than tokens.
+EXAMPLES: dict[str, Callable[[Mapping[str, Any]], dict[str, Tensor]]] = {
+    "AutoModelForImageClassification": _image,
+    diffusion.AUTO: _noisy,
+}
+
+
 def answer_of(outputs: Any) -> Tensor:
-    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last."""
-    if (logits := getattr(outputs, "logits", None)) is not None:
-        return logits
+    """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last; the
+    sample of a diffusion transformer."""
+    for name in ("logits", "sample"):
+        if (said := getattr(outputs, name, None)) is not None:
+            return said
     return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
 
@@ -108,7 +131,8 @@ def head_parts(model: Any) -> list[str]:
     """The modules of the head, by the name of the outermost that lies in no body: everything that holds
     parameters outside of the base model, and its pooler."""
     body, prefix = model.base_model, f"{model.base_model_prefix}."
-    outside = [name for name, module in model.named_children() if module is not body]
+    # A model that is its own body has none.
+    outside = [name for name, module in model.named_children() if body is not model and module is not body]
     poolers = [prefix + name for name, _ in body.named_children() if name in POOLERS]
     return [name for name in (*poolers, *outside) if any(True for _ in _own(model, name))]
 

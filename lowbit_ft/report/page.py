@@ -22,6 +22,7 @@ from a run is HTML-escaped.
     trainable.json    a list of rows, or an object of facts with its list under "rows"
     stages.json       [{"stage", "seconds", "peak_memory_gb"}]
     samples.json      [{"prompt", "before", "after"}]
+    pictures/<stage>.png  what a model of images makes, stage by stage from the same noise
     synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
@@ -49,6 +50,8 @@ from .html import (
     tiles,
     words,
 )
+from .pictures import FOLDER as PICTURES
+from .pictures import pictures_section
 from .preferences import preference_facts
 from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
@@ -291,6 +294,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("result", "Result", result_section),
     ("tasks", "Tasks", tasks_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
+    (PICTURES, "Pictures", pictures_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("activations", "Inputs of the layers", activations_section),
@@ -310,4 +314,4 @@ ON_REQUEST = {
 }
 
 # Section -> what it is of; there is none where that is not.
-ON_ITSELF = {SYNTHESIS: SYNTHESIS, "rotation": ROTATION, "activations": ACTIVATIONS}
+ON_ITSELF = {SYNTHESIS: SYNTHESIS, PICTURES: PICTURES, "rotation": ROTATION, "activations": ACTIVATIONS}

@@ -79,6 +79,8 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
             "window": recipe.eval.window,
         },
     )
+    for name, data in done.measure.files():
+        run_dir.write_file(name, data)
     session.say(table(done.rows))
     if (warning := worse(done.rows)) is not None:
         session.say(warning)

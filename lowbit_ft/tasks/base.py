@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,10 @@ class Measure:
         """The row of a model in memory; it is left in its mode."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """What the rows leave in the run beside the table: (path in the run's folder, content)."""
+        return iter(())
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -78,12 +82,18 @@ class Task(BaseModel):
     pipeline: ClassVar[str]  # what the hub calls it
     auto: ClassVar[str]  # the class by which users load what ships
     peft: ClassVar[str | None]  # PEFT's word for it (TaskType)
+    segmented: ClassVar[bool] = False  # its adapters may be in the parts of fused matrices
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 
     kind: str
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+    def unfit(self, config: Mapping[str, Any]) -> str | None:
+        """Why a checkpoint of this config.json is none for it, or what is missing to build it; None: nothing
+        is known against it."""
+        return None
 
     def settled(self, r: Any, config: Any) -> Task:
         """With what only the rows and the checkpoint say (labels). config: its config.json."""
