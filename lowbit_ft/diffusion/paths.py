@@ -1,8 +1,8 @@
 """Paths from a picture to noise, what a model says on the way, and the way back.
 
     velocity   x_t = (1 - t) x + t e            v* = e - x       t in 0 .. 1, the model is told 1000 t
-    noise      x_k = a_k x + b_k e              e* = e           k = 0 .. 999, a_k^2 = prod (1 - beta), b_k^2 =
-                                                                 1 - a_k^2, beta from 1e-4 to 2e-2 in even steps
+    noise      x_k = a_k x + b_k e              e* = e           k = 0 .. 999
+               a_k^2 = product of 1 - beta up to k, b_k^2 = 1 - a_k^2, beta from 1e-4 to 2e-2 in even steps
 
 velocity is rectified flow (arXiv 2209.03003) as SD3 and Flux are trained, noise is DDPM (2006.11239) as DiT
 is; both in diffusers' direction and units (FlowMatchEulerDiscreteScheduler, DDIMScheduler), so its schedulers

@@ -37,14 +37,13 @@ class OnnxModel(OutsideModel):
         self,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         **beside: Any,
     ) -> SimpleNamespace:
-        """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L]
+        """Every output by name, of images (by the names of their inputs), or of a batch of texts that is padded as `attention_mask` [B, L]
         says. With position_ids and no mask as any other OutsideModel, text by text."""
-        if pixel_values is not None:
-            return SimpleNamespace(**self.run({"pixel_values": pixel_values}))
-        assert input_ids is not None
+        if input_ids is None:
+            given = {name: value for name, value in beside.items() if name in self.inputs}
+            return SimpleNamespace(**self.run(given))
         if position_ids is not None and beside.get("attention_mask") is None:
             return super().forward(input_ids, position_ids)
         named = ("attention_mask", "token_type_ids")
