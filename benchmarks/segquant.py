@@ -2,14 +2,15 @@
 precision, with weights rounded and inputs on static scales. docs/diffusion.md shows it.
 
     python -m benchmarks.segquant                  # all rows, kept in --out as they come; resumable
-    python -m benchmarks.segquant --times          # also where on the way calibration looked, W8A8
+    python -m benchmarks.segquant --beside         # also other ranges, and other times looked at, W8A8
 
     base     one symmetric scale per input         dual   or a scale per sign, where the error is less
     seg      or a scale per segment of the input   asym   or a zero point
     all      any of these, each input the one with the least error of its layers' output
 
-Weights: one scale per row, `mse`, or groups of 32; 6 bits are no grid of ours, and 6-bit inputs no choice of
-the recipe. error = |v - v_full| / |v_full| over the validation pictures, at times spread over 0 .. 1.
+The scales cover what calibration saw (quant.activations.range: minmax). Weights: one scale per row, `mse`, or
+groups of 32; 6 bits are no grid of ours, and 6-bit inputs no choice of the recipe. error = |v - v_full| /
+|v_full| over the validation pictures, at times spread over 0 .. 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit_ft.activations import Scheme
-from lowbit_ft.activations.calibrate import choose
+from lowbit_ft.activations.calibrate import RANGES, choose
 from lowbit_ft.activations.place import hosts, place_activations
 from lowbit_ft.files.atomic import write_text
 from lowbit_ft.model.checkpoint import Checkpoint
@@ -44,7 +45,8 @@ ASSETS = HERE.parent / "recipes" / "assets"
 GRIDS = {"W8 rows": (8, -1), "W4 rows": (4, -1), "W4 g32": (4, 32)}
 BITS = (8, 4)  # of the inputs
 CASES = ("base", "seg", "dual", "seg dual", "asym", "all")
-KEYS = ("weights", "input_bits", "case", "calibrated_at")
+KEYS = ("weights", "input_bits", "case", "calibrated_at", "range")
+RULE = "minmax"
 SAMPLES = 64
 
 
@@ -126,7 +128,7 @@ class Bed:
         }
         return [{k: v[i : i + 16] for k, v in whole.items()} for i in range(0, SAMPLES, 16)]
 
-    def measured(self, model: Any, case: str, bits: int, at: float | None) -> dict[str, Any]:
+    def measured(self, model: Any, case: str, bits: int, at: float | None, rule: str) -> dict[str, Any]:
         wanted = {}
         for name, _ in hosts(model):
             widths = self.segments[name].widths if name in self.segments else ()
@@ -136,7 +138,7 @@ class Bed:
         def forward(number: int) -> None:
             model(**batches[number])
 
-        made = choose(model, wanted, len(batches), forward)
+        made = choose(model, wanted, len(batches), forward, rule)
         schemes = {name: one.scheme for one in made for name in one.layers}
         place_activations(model, schemes)
         error = self.error(model)
@@ -154,24 +156,26 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ASSETS / "tiny-dit")
     parser.add_argument("--rows", type=Path, default=ASSETS / "small-shapes")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "segquant.json")
-    parser.add_argument("--times", action="store_true")
+    parser.add_argument("--beside", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(0)
     bed, kept = Bed(given.model, given.rows), _kept(given.out)
-    asked = [(grid, bits, case, None) for grid, bits, case in product(GRIDS, BITS, CASES)]
-    if given.times:
-        asked += [("W8 rows", 8, case, at) for case, at in product(("base", "all"), (0.02, 0.5, 0.98))]
+    asked = [(grid, bits, case, None, RULE) for grid, bits, case in product(GRIDS, BITS, CASES)]
+    if given.beside:
+        two = ("base", "all")
+        asked += [("W8 rows", 8, case, at, RULE) for case, at in product(two, (0.02, 0.5, 0.98))]
+        asked += [("W8 rows", 8, case, None, rule) for case, rule in product(two, RANGES) if rule != RULE]
     save = partial(_save, given.out, kept)
     for grid in GRIDS:
         todo = [one for one in asked if one[0] == grid and not any(_is(row, one) for row in kept)]
         if not todo:
             continue
         model = bed.packed(*GRIDS[grid])
-        alone = (grid, None, "weights alone", None)
+        alone = (grid, None, "weights alone", None, RULE)
         if not any(_is(row, alone) for row in kept):
             save(alone, {"error": bed.error(model), "inputs": {}})
         for one in todo:
-            save(one, bed.measured(model, one[2], one[1], one[3]))
+            save(one, bed.measured(model, one[2], one[1], one[3], one[4]))
     table(kept)
 
 
@@ -195,7 +199,7 @@ def table(rows: list[dict[str, Any]]) -> None:
     for grid, bits in product(GRIDS, BITS):
         cells = []
         for case in ("weights alone", *CASES):
-            key = (grid, None if case == "weights alone" else bits, case, None)
+            key = (grid, None if case == "weights alone" else bits, case, None, RULE)
             found = [row["error"] for row in rows if _is(row, key)]
             cells.append(f"{100 * found[0]:.2f} %" if found else "")
         print(f"| {grid} A{bits} | " + " | ".join(cells) + " |")

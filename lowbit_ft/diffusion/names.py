@@ -4,7 +4,6 @@ here."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
 MODEL_TYPE = "diffusers_transformer"  # of config.json, where diffusers itself has none
@@ -14,8 +13,7 @@ KEY = "_class_name"
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls its files of tensors
 EXTRA = "diffusion"
 
-# Class -> what its forward takes, and what of it training is given: all of a transformer of classes; of one
-# that looks at the states of a text encoder, nothing.
+# Class -> whether rows have all that it looks at: not of one that sees the states of a text encoder.
 CLASSES: dict[str, bool] = {
     "DiTTransformer2DModel": True,
     "SD3Transformer2DModel": False,
@@ -23,14 +21,17 @@ CLASSES: dict[str, bool] = {
 }
 
 
-def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a transformer of diffusers."""
-    return KEY in config
+# What older files call it, by (class, norm_type): as diffusers itself reads them.
+FORMER = {("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel"}
 
 
 def recognised(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with the model_type that diffusers does not write; any other as it is."""
-    return config | {"model_type": MODEL_TYPE} if is_ours(config) else config
+    """A config.json of diffusers with the model_type that it does not write; any other as it is."""
+    if KEY not in config:
+        return config
+    name, norm = config[KEY], config.get("norm_type")
+    former = FORMER.get((name, norm), name) if isinstance(name, str) and isinstance(norm, str) else name
+    return config | {KEY: former, "model_type": MODEL_TYPE}
 
 
 def missing() -> str | None:

@@ -93,7 +93,7 @@ class Noise(Path):
         each = STEPS_OF_NOISE // steps
         for k in reversed(range(0, each * steps, each)):
             found = says(x, torch.full((len(x),), float(k), device=x.device)).double()
-            now, then = float(table[k]), float(table[k - each]) if k else float(table[0])
+            now, then = float(table[k]), float(table[k - each]) if k else 1.0
             clean = (x.double() - (1 - now) ** 0.5 * found) / now**0.5
             x = (then**0.5 * clean + (1 - then) ** 0.5 * found).to(noise.dtype)
         return x

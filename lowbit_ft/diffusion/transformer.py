@@ -48,6 +48,11 @@ class DiffusersTransformer(PreTrainedModel):
         for part in self.modules():
             if hasattr(part, "token_drop"):
                 part.dropout_prob = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        if self.walks:  # its end is modulated by the time and the label as its first layer embeds them
+            first = self.get_submodule("transformer_blocks.0")
+            seen = nn.Module()
+            seen.add_module("emb", first.get_submodule("norm1.emb"))
+            first.__dict__["seen_from_outside"] = {"norm1": seen}
         self.post_init()
 
     @property
@@ -59,7 +64,8 @@ class DiffusersTransformer(PreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("a transformer of images has no embedding of tokens")
+        """What cuts a picture into tokens."""
+        return self._modules.get("x_embedder") or self.get_submodule("pos_embed")
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **_: Any

@@ -39,8 +39,9 @@ class OnnxModel(OutsideModel):
         position_ids: Tensor | None = None,
         **beside: Any,
     ) -> SimpleNamespace:
-        """Every output by name, of images (by the names of their inputs), or of a batch of texts that is padded as `attention_mask` [B, L]
-        says. With position_ids and no mask as any other OutsideModel, text by text."""
+        """Every output by name, of images (by the names of their inputs), or of a batch of texts that is
+        padded as `attention_mask` [B, L] says. With position_ids and no mask as any other OutsideModel, text
+        by text."""
         if input_ids is None:
             given = {name: value for name, value in beside.items() if name in self.inputs}
             return SimpleNamespace(**self.run(given))

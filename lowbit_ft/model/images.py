@@ -74,13 +74,13 @@ def problem_of(data: bytes) -> str | None:
 
 
 def patches(config: Mapping[str, Any]) -> int | None:
-    """Tokens that config.json says an image becomes, with the one that stands for all of it; None where it
-    says nothing of images."""
-    sides = []
-    for value in (config.get("image_size"), config.get("patch_size")):
+    """Tokens that config.json says an image becomes, with the one that stands for all of it, which a model of
+    diffusers (sample_size) has not; None where it says nothing of images."""
+    sides, own = [], config.get("image_size")
+    for value in (config.get("sample_size") if own is None else own, config.get("patch_size")):
         side = (value, value) if isinstance(value, int) else value
         if not isinstance(side, list | tuple) or len(side) != 2:
             return None
         sides.append(side)
     (height, width), (patch_height, patch_width) = sides
-    return (height // patch_height) * (width // patch_width) + 1
+    return (height // patch_height) * (width // patch_width) + (own is not None)

@@ -32,7 +32,9 @@ BAD = [
     row("dual zero", "{kind: dual, symmetric: false}", "kind: got 'dual' with symmetric: false"),
     row("static clip", "{kind: tensor, dynamic: false, clip: 0.9}", "clip: got 0.9 with dynamic: false"),
     row("range", "{range: mse}", "range: got 'mse' with dynamic: true"),
-    row("range name", "{kind: tensor, dynamic: false, range: max}", "moving_average, percentile, mse"),
+    row(
+        "range name", "{kind: tensor, dynamic: false, range: max}", "moving_average, minmax, percentile, mse"
+    ),
     row("segments", "{segments: heads}", "activations.segments: got 'heads'; allowed: auto, none"),
     row("group segments", "{kind: group, segments: auto}", "got 'auto' with kind: group, whose groups have"),
     row("static", "{kind: tensor, dynamic: false}", "raise on static inputs; set dynamic: true, or export"),
