@@ -7,6 +7,7 @@ precision, with weights rounded and inputs on static scales. docs/diffusion.md s
     base     one symmetric scale per input         dual   or a scale per sign, where the error is less
     seg      or a scale per segment of the input   asym   or a zero point
     all      any of these, each input the one with the least error of its layers' output
+    token    dynamic: a symmetric scale per token          token all   any of these per token
 
 The scales cover what calibration saw (quant.activations.range: minmax). Weights: one scale per row, `mse`, or
 groups of 32; 6 bits are no grid of ours, and 6-bit inputs no choice of the recipe. error = |v - v_full| /
@@ -44,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
 GRIDS = {"W8 rows": (8, -1), "W4 rows": (4, -1), "W4 g32": (4, 32)}
 BITS = (8, 4)  # of the inputs
-CASES = ("base", "seg", "dual", "seg dual", "asym", "all")
+CASES = ("base", "seg", "dual", "seg dual", "asym", "all", "token", "token all")
 KEYS = ("weights", "input_bits", "case", "calibrated_at", "range")
 RULE = "minmax"
 SAMPLES = 64
@@ -52,11 +53,15 @@ SAMPLES = 64
 
 def candidates(case: str, bits: int, widths: tuple[int, ...]) -> list[Scheme]:
     """What a case may put an input on."""
-    plain = Scheme(kind="tensor", bits=bits, dynamic=False)
+    dynamic = case.startswith("token")
+    plain, every = (
+        Scheme(kind="token" if dynamic else "tensor", bits=bits, dynamic=dynamic),
+        case.endswith("all"),
+    )
     found = [plain]
-    found += [Scheme(kind="dual", bits=bits, dynamic=False)] if "dual" in case or case == "all" else []
-    found += [replace(plain, symmetric=False)] if case in ("asym", "all") else []
-    if widths and ("seg" in case or case == "all"):
+    found += [replace(plain, kind="dual")] if "dual" in case or every else []
+    found += [replace(plain, symmetric=False)] if case == "asym" or every else []
+    if widths and ("seg" in case or every):
         found += [replace(one, segments=widths) for one in list(found)]
     return found
 

@@ -171,6 +171,7 @@ def asset(folder: Path, out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config.pop("_name_or_path", None)
     config["id2label"] = dict(enumerate(SHAPES))  # as a pipeline's model_index.json has them
+    config["prediction"] = "velocity"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in sorted(out.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")

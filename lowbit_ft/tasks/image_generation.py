@@ -55,6 +55,7 @@ class ImageGeneration(Labelled):
     scored: ClassVar[bool] = False
     layered: ClassVar[bool] = False
     segmented: ClassVar[bool] = True
+    command: ClassVar[str | None] = "lowbit-ft draw {folder} pictures.png"
 
     kind: Literal["image_generation"] = "image_generation"
     train_head: Literal[False] = Field(default=False, description="it has no head of its own")
@@ -99,6 +100,8 @@ class ImageGeneration(Labelled):
                 f"task: {self.kind} trains a transformer of classes ({KEY}: {fit}), and this {KEY} is "
                 f"{name!r}{f', which {beside}: its segments and its plan are known' if beside else ''}"
             )
+        if (trained := config.get("prediction", self.prediction)) != self.prediction:
+            return f"it was trained to say {trained!r} (its config.json); set task.prediction: {trained}"
         classes = config.get("num_embeds_ada_norm", 1000)
         if self.labels is not None and isinstance(classes, int) and len(self.labels) > classes:
             return (
@@ -115,7 +118,7 @@ class ImageGeneration(Labelled):
         return made
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed)
+        return Purpose(self.auto, {**label_values(self.labels), "prediction": self.prediction}, seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         """tokenizer: Pictures."""

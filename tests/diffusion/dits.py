@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 8
 LABELS = ("dark", "light", "red")
 DIT = {

@@ -12,10 +12,12 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lowbit_ft import pipeline
 from lowbit_ft.adapters import ADAPTERS
 from lowbit_ft.adapters.attach import attach
+from lowbit_ft.cli.main import app
 from lowbit_ft.data.errors import DataError
 from lowbit_ft.diffusion.paths import PATHS
 from lowbit_ft.diffusion.pictures import Pictures
@@ -27,6 +29,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.stages.draw import draw_pictures
 from lowbit_ft.tasks.base import Feed
 from lowbit_ft.tasks.image_generation import ImageGeneration
 from tests.diffusion import dits
@@ -121,10 +124,10 @@ def test_rows_that_cannot_be_are_named(tmp_path: Path) -> None:
             task_of().examples(source(path), SECTION, PICTURES)
 
 
-def recipe(folder: Path, model: Path, **changes: Any) -> Path:
+def recipe(folder: Path, checkpoint: Path, **changes: Any) -> Path:
     found: dict[str, Any] = {
         "name": "toy",
-        "model": {"path": str(model), "dtype": "float32", "device": "cpu"},
+        "model": {"path": str(checkpoint), "dtype": "float32", "device": "cpu"},
         "task": {"kind": "image_generation", "samples": 1, "sample_steps": 2},
         "quant": {
             "group_size": 32,
@@ -212,6 +215,27 @@ def test_onnxruntime_says_the_same(ran: SimpleNamespace, tmp_path: Path) -> None
         torch.testing.assert_close(graph(**given).sample, merged(**given).sample, atol=1e-2, rtol=1e-2)
 
 
+def test_draw_repeats_itself_and_says_what_there_is(ran: SimpleNamespace, tmp_path: Path) -> None:
+    runner, command = CliRunner(), ["draw", str(ran.run), "", "--count", "2", "--steps", "3"]
+    sheets = []
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", "1"]), ("d", ["--label", "red"])):
+        command[2] = str(tmp_path / f"{name}.png")
+        done = runner.invoke(app, [*command, *more])
+        assert done.exit_code == 0 and done.stdout == f"{command[2]}: {2 if name == 'd' else 6} pictures\n"
+        sheets.append((tmp_path / f"{name}.png").read_bytes())
+    assert sheets[0] == sheets[1] and len(set(sheets)) == 3
+    for options, said in (
+        ({"labels": ["rad"]}, "--label: got 'rad'; allowed: dark, light, red; did you mean 'red'"),
+        ({"steps": 0}, "--steps: got 0; allowed are 1 to 1000"),
+        ({"count": 100}, "--count: got 100 of 3 labels; allowed are 256 pictures"),
+        ({"guidance": -1.0}, "--guidance"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            draw_pictures(ran.run, tmp_path / "e.png", **options)
+    with pytest.raises(ValueError, match="draw takes what task: image_generation trained"):
+        draw_pictures(dits.ROOT / "recipes" / "assets" / "tiny-llama", tmp_path / "e.png")
+
+
 INTEGER = sorted(name for name, config in ADAPTERS.items() if config.grid_name == "integer")
 
 
@@ -251,12 +275,15 @@ def test_what_does_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> 
     sd3 = dits.write(tmp_path / "sd3", "SD3Transformer2DModel")
     with pytest.raises(RecipeError, match="looks at the states of a text encoder, which no row has"):
         load_recipe(recipe(tmp_path, sd3))
-    dit = dits.write(tmp_path / "dit")
+    dit, noisy = (dits.write(tmp_path / name) for name in ("dit", "noisy"))
+    values = json.loads((noisy / "config.json").read_text())
+    (noisy / "config.json").write_text(json.dumps(values | {"prediction": "noise"}))
     for changes, said in (
         ({"quant": {"smooth": {"alpha": 0.5}, "activations": None}}, "quant.smooth"),
         ({"quant": {"rotation": {"kind": "hadamard"}, "activations": None}}, "quant.rotation.kind"),
         ({"task": {"labels": ["a", "b", "c", "d"]}}, r"knows 3 classes \(num_embeds_ada_norm\)"),
         ({"task": {"train_head": True}}, "task.train_head"),
+        ({"model": {"path": str(noisy)}}, "trained to say 'noise'.*set task.prediction: noise"),
         ({"export": {"format": "gguf"}}, "export.format"),
         ({"train": {"signal": {"kind": "layers"}}}, "train.signal.kind"),
     ):
