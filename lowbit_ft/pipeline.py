@@ -15,6 +15,7 @@ one reads base/ again and puts what was trained on it.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from .rundir import RunDir, shipped
 from .session import resume, start
 from .stages.card import used_by
 from .stages.data import read_data
+from .stages.draw import draw_pictures
 from .stages.evaluate import first_sample, measure_shipped, measure_trained
 from .stages.export import check_export, export_stage, refuse_export
 from .stages.merge import compare_merge, merge_stage
@@ -184,6 +186,12 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128, device: str =
     if (line := cache_line(model, model.dtype)) is not None:
         print(line, file=sys.stderr)
     return answer(model, [prompt], max_new_tokens=max_new_tokens, tokenizer=tokenizer)[0]
+
+
+def draw(folder: Path, output: Path, labels: Sequence[str] = (), **options: Any) -> str:
+    """Write a sheet of pictures, by the diffusion transformer of a folder or run; options as draw_pictures
+    has them. Returns a line about it."""
+    return f"{output}: {draw_pictures(folder, output, labels, **options)} pictures"
 
 
 def encode(folder: Path, source: Path, output: Path, device: str = "auto", plain: bool = False) -> str:

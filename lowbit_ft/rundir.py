@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 
-from .files.atomic import visible_names, write_text
+from .files.atomic import visible_names, write_bytes, write_text
 from .files.jsonfile import read_json
 from .files.lock import FolderLock
 from .files.manifest import MANIFEST, identity
@@ -197,6 +197,12 @@ class RunDir:
     def write_text(self, name: str, text: str) -> None:
         if self.main:
             write_text(self / name, text)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """One that may lie in a folder of its own."""
+        if self.main:
+            (self / name).parent.mkdir(exist_ok=True)
+            write_bytes(self / name, data)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")

@@ -58,16 +58,20 @@ class Choice:
         return f"within {NEAR - 1:.0%} of the least output error, which {least} has, and cheaper to serve"
 
 
+# Of all tokens: the moving averages over batches of the least and the largest value, and these values.
+Ends = tuple[float, float, float, float]
+
+
 @dataclass
 class _Seen:
-    """One input: whose it is, its ranges over all tokens (moving averages over batches) as a whole and by
-    segment (channels of each), some of its rows, whose last dimensions are `shape`."""
+    """One input: whose it is, its ranges as a whole and by segment (channels of each), some of its rows,
+    whose last dimensions are `shape`."""
 
     layers: list[str]
     segments: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
-    whole: tuple[float, float] | None = None
-    parts: list[tuple[float, float]] = field(default_factory=list)
+    whole: Ends | None = None
+    parts: list[Ends] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, most: int) -> None:
@@ -81,12 +85,13 @@ class _Seen:
         self.rows.append(x[:: max(1, -(-len(x) // most))].detach().cpu())
 
 
-def _moved(seen: tuple[float, float] | None, x: Tensor) -> tuple[float, float]:
-    """The moving average of a range (None: there is none yet) with the values of one more batch."""
+def _moved(seen: Ends | None, x: Tensor) -> Ends:
+    """A range (None: there is none yet) with the values of one more batch."""
     low, high = (float(value) for value in x.float().aminmax())
     if seen is None:
-        return low, high
-    return KEEP * seen[0] + (1 - KEEP) * low, KEEP * seen[1] + (1 - KEEP) * high
+        return low, high, low, high
+    moved = KEEP * seen[0] + (1 - KEEP) * low, KEEP * seen[1] + (1 - KEEP) * high
+    return *moved, min(seen[2], low), max(seen[3], high)
 
 
 def needs_rows(candidates: Mapping[str, Sequence[Scheme]]) -> bool:
@@ -214,18 +219,22 @@ def _found(scheme: Scheme, rows: Tensor, seen: _Seen, rule: str, dtype: torch.dt
     return replace(scheme, scale=tuple(scale), zero=tuple(zero))
 
 
-def _moving_average(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:
-    return _static(scheme, *seen, dtype)
+def _moving_average(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme:
+    return _static(scheme, *seen[:2], dtype)
 
 
-def _percentile(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:
+def _minmax(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme:
+    return _static(scheme, *seen[2:], dtype)
+
+
+def _percentile(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme:
     flat = rows.flatten()
     flat = flat[:: max(1, -(-flat.numel() // (1 << 24)))]  # as many as quantile takes
     low, high = torch.quantile(flat, torch.tensor([1 - PERCENT, PERCENT], device=rows.device)).tolist()
     return _static(scheme, low, high, dtype)
 
 
-def _mse(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:
+def _mse(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme:
     low, high = float(rows.min()), float(rows.max())
     cuts = [_static(scheme, low * i / STEPS, high * i / STEPS, dtype) for i in range(1, STEPS + 1)]
     return min(cuts, key=lambda cut: float((activation_of(cut).quantize(rows) - rows).square().sum()))
@@ -255,10 +264,10 @@ def _static(scheme: Scheme, low: float, high: float, dtype: torch.dtype) -> Sche
     return replace(scheme, scale=kept, zero=zeros)
 
 
-# What a static scale covers. rows fp32 [R, K]; seen: moving averages, over batches, of the least and the
-# largest value of all tokens; dtype: in which scales ship.
-RANGES: dict[str, Callable[[Scheme, Tensor, tuple[float, float], torch.dtype], Scheme]] = {
+# What a static scale covers. rows fp32 [R, K]; dtype: in which scales ship.
+RANGES: dict[str, Callable[[Scheme, Tensor, Ends, torch.dtype], Scheme]] = {
     "moving_average": _moving_average,
+    "minmax": _minmax,
     "percentile": _percentile,
     "mse": _mse,
     "lsq": _lsq,

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .draw import draw
 from .loading import load, refuse_what_cannot_fit, waking
 from .places import folder_at, refuse_existing
 from .quiet import quiet
@@ -273,6 +274,7 @@ def generate(
         typer.echo(answer)
 
 
+app.command()(draw)
 app.command()(encode)
 app.command()(decode)
 app.command()(speak)

@@ -34,18 +34,25 @@ from ..model.images import made_size
 from ..model.kv_seam import ARGUMENTS
 from ..model.matrices import fusions_of, is_experts, stand_in
 from ..model.meta import uncached
-from ..model.purpose import SAYS, purpose_of
+from ..model.purpose import SAYS, example_of, purpose_of
 from .base import Exporter, LayerSpec
 from .layout import Layout
 from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
 
-# Inputs of a forward -> the names of their dimensions; text models take the first ones, images the last.
-INPUTS = {
+# Inputs of a forward -> the names of their dimensions; text models take the first ones, then images, and
+# diffusion transformers the last.
+NOISY = {
+    "hidden_states": ("batch_size", "", "", ""),
+    "timestep": ("batch_size",),
+    "class_labels": ("batch_size",),
+}
+INPUTS: dict[str, tuple[str, ...]] = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
     "token_type_ids": ("batch_size", "sequence_length"),
     "position_ids": ("batch_size", "sequence_length"),
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
+    **NOISY,
 }
 KEYS = ("batch_size", "", "past_sequence_length", "")  # of one past_key_values.N.key
 SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}  # of the traced example
@@ -224,7 +231,10 @@ def _example(
     cached = _cache_argument(model)
     past = SIZES["past_sequence_length"] if cached else 0
     sizes = SIZES | {"total_sequence_length": SIZES["sequence_length"] + past}
-    wanted = [name for name in INPUTS if name in taken]
+    if model.main_input_name in NOISY:
+        one = example_of(model.config.to_dict(), purpose_of(model.config))
+        return {k: v.repeat_interleave(sizes["batch_size"], 0) for k, v in one.items()}, dict(NOISY)
+    wanted = [name for name in INPUTS if name in taken and name not in NOISY]
     if model.main_input_name == "pixel_values":
         wanted = ["pixel_values"]
     if model.can_generate() and "token_type_ids" in wanted:

@@ -37,21 +37,25 @@ class OnnxModel(OutsideModel):
         self,
         input_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
         **beside: Any,
     ) -> SimpleNamespace:
-        """Every output by name, of images, or of a batch of texts that is padded as `attention_mask` [B, L]
-        says. With position_ids and no mask as any other OutsideModel, text by text."""
-        if pixel_values is not None:
-            # a graph that looks at one picture at a time says so
-            size = 1 if self.inputs["pixel_values"][0] == 1 else len(pixel_values)
-            parts = [self.run({"pixel_values": part}) for part in pixel_values.split(size)]
-            return SimpleNamespace(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        assert input_ids is not None
+        """Every output by name, of images (by the names of their inputs), or of a batch of texts that is
+        padded as `attention_mask` [B, L] says. With position_ids and no mask as any other OutsideModel, text
+        by text."""
+        if input_ids is None:
+            return SimpleNamespace(**self._by_rows({n: v for n, v in beside.items() if n in self.inputs}))
         if position_ids is not None and beside.get("attention_mask") is None:
             return super().forward(input_ids, position_ids)
         named = ("attention_mask", "token_type_ids")
         return SimpleNamespace(**self.run(self._text(input_ids, {name: beside.get(name) for name in named})))
+
+    def _by_rows(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """run(), one row at a time where the graph was made for one."""
+        alone = any(self.inputs[name][0] == 1 for name in given)
+        rows = len(next(iter(given.values())))
+        parts = [{name: value[i : i + 1] for name, value in given.items()} for i in range(rows)]
+        made = [self.run(part) for part in (parts if alone else [given])]
+        return {name: torch.cat([part[name] for part in made]) for name in made[0]}
 
     def _text(self, ids: Tensor, beside: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """ids [B, L] of a text of L tokens in each row, or what `beside` says of them -> the inputs."""

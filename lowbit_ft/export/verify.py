@@ -41,7 +41,7 @@ from ..model.config import load_config, read_config
 from ..model.images import made_size
 from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
-from ..model.purpose import OF_IMAGES, TRAINING_ONLY, Purpose, answer_of, example_of, purpose_of
+from ..model.purpose import TRAINING_ONLY, Purpose, answer_of, example_of, purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
 from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
@@ -236,8 +236,7 @@ def verify(
 
 def _example(folder: Path, config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
     """What the models are asked with: of images, of the size that the folder's image processor makes."""
-    looks = purpose is not None and purpose.auto in OF_IMAGES
-    return example_of(config, purpose, made_size(folder) if looks else None)
+    return example_of(config, purpose, made_size(folder))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from ..diffusion import names as diffusion
+from ..diffusion.register import register as register_diffusion
 from ..speech.names import MODEL_TYPE
 from ..speech.register import register as register_speech
 
@@ -26,20 +28,22 @@ def register() -> None:
         "transformers.quantizers.auto", lambda: importlib.import_module("lowbit_ft.integrations.transformers")
     )
     after_import("peft", lambda: importlib.import_module("lowbit_ft.integrations.peft"))
-    after_import("transformers.models.auto.modeling_auto", _speech)
-    after_import("transformers.modeling_layers", _speech)
+    after_import("transformers.models.auto.modeling_auto", _models)
+    after_import("transformers.modeling_layers", _models)
 
 
-def _speech() -> None:
-    """Our own model, for the auto classes. transformers' layers import these before they have anything, and
+def _models() -> None:
+    """Our own models, for the auto classes. transformers' layers import these before they have anything, and
     our model imports the layers: what is halfway there has its turn when it is done."""
     awaited = {
         "transformers.modeling_layers": "GradientCheckpointingLayer",
         "lowbit_ft.speech.codec": "SpeechCodec",
+        "lowbit_ft.diffusion.transformer": diffusion.ARCHITECTURE,
     }
     there = {name: sys.modules[name] for name in awaited if name in sys.modules}
     if all(hasattr(module, awaited[name]) for name, module in there.items()):
         register_speech({"model_type": MODEL_TYPE})
+        register_diffusion({"model_type": diffusion.MODEL_TYPE})
 
 
 def after_import(name: str, callback: Callable[[], object]) -> None:

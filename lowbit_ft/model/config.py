@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
 
+from ..diffusion.names import recognised
+from ..diffusion.register import register as register_diffusion
 from ..files.atomic import write_text
 from ..files.errors import FileError
 from ..files.jsonfile import as_shape, read_json, shown
@@ -89,12 +91,13 @@ def head_width(number: Callable[[str], Any], values: bool = False) -> int | None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder, without what is never followed. ValueError naming the file."""
+    """config.json of a model folder, without what is never followed; of diffusers, with a model_type.
+    ValueError naming the file."""
     path = Path(folder) / CONFIG
     fix = "give the folder of a Hugging Face checkpoint (with config.json and *.safetensors)"
     values = read_json(path, dict[str, Any], fix, _MAX_CONFIG)
     as_shape(values, _Read, str(path))
-    return _kept(values)
+    return recognised(_kept(values))
 
 
 def load_config(folder: str | Path) -> Any:
@@ -110,6 +113,7 @@ def load_config(folder: str | Path) -> Any:
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     register_speech(values)
+    register_diffusion(values)
     with tempfile.TemporaryDirectory() as place, answered(path, _own_code(has_code)):
         write_text(Path(place) / CONFIG, _text(values))
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)

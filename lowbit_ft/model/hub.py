@@ -14,11 +14,13 @@ from typing import Any
 
 from pydantic import BaseModel, StrictStr
 
+from ..diffusion.names import WEIGHTS
 from ..files.jsonfile import read_json
 from ..files.regular import irregular
 from ..files.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
 
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+STEMS = ("model", WEIGHTS)  # of the files of tensors: transformers', diffusers'
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*\.safetensors")
 
 
@@ -63,9 +65,10 @@ def contained_file(folder: Path, name: Any) -> Path:
 
 def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
     """{shard file name: tensor names the index promises in it}."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_symlink() or (folder / "model.safetensors").exists():
-        return {"model.safetensors": []}
+    stem = next((stem for stem in STEMS if any(folder.glob(f"{stem}.safetensors*"))), STEMS[0])
+    index, single = folder / f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+    if (folder / single).is_symlink() or (folder / single).exists():
+        return {single: []}
     if index.exists():
         try:
             weight_map = read_json(index, _Index).weight_map
@@ -129,7 +132,9 @@ def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
     folder = _fetch(source, revision, _SMALL_FILES)
     indexed = [name for name in shards_of(folder, []) if isinstance(name, str)]
     # Only the shards of the index: some repositories hold a second copy of the weights.
-    folder = _fetch(source, folder.name, _SMALL_FILES + (indexed or ["model.safetensors"]))
+    folder = _fetch(
+        source, folder.name, _SMALL_FILES + (indexed or [f"{stem}.safetensors" for stem in STEMS])
+    )
     return folder.resolve(), folder.name
 
 

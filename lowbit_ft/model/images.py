@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files.tensorfile import CheckpointError
+from .config import load_config
 from .hub import refuse_irregular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
@@ -25,9 +26,12 @@ def read_processor(folder: str | Path) -> Any:
     model takes by its config.json (of a convolutional network, and of one that names no size, any size will
     do), or images of several sizes, which are no batch."""
     from PIL import Image  # optional: only images need it
-    from transformers import AutoConfig, AutoImageProcessor  # slow
+    from transformers import AutoImageProcessor  # slow
 
     refuse_irregular(Path(folder))
+    config = load_config(folder)
+    if (own := getattr(config, "pictures", None)) is not None:  # of diffusers: config.json says what it takes
+        return own()
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
@@ -43,8 +47,8 @@ def read_processor(folder: str | Path) -> Any:
             "of pictures of two shapes, and a batch has one; set size (height and width), or do_center_crop, "
             "and do_pad: false there"
         )
-    config = AutoConfig.from_pretrained(str(folder), **options).to_dict()
-    size, channels = config.get("image_size") if _sized(config) else None, config.get("num_channels", made[0])
+    known = config.to_dict()
+    size, channels = known.get("image_size") if _sized(known) else None, known.get("num_channels", made[0])
     sides = made[1:] if size is None else [size, size] if isinstance(size, int) else list(size)
     if made != [channels, *sides]:
         raise CheckpointError(
@@ -109,10 +113,10 @@ def problem_of(data: bytes) -> str | None:
 
 
 def patches(config: Mapping[str, Any]) -> int | None:
-    """Tokens that config.json says an image becomes, with the one that stands for all of it; None where it
-    says nothing of images."""
-    sides = []
-    for value in (config.get("image_size"), config.get("patch_size")):
+    """Tokens that config.json says an image becomes, with the one that stands for all of it, which a model of
+    diffusers (sample_size) has not; None where it says nothing of images."""
+    sides, own = [], config.get("image_size")
+    for value in (config.get("sample_size") if own is None else own, config.get("patch_size")):
         side = (value, value) if isinstance(value, int) else value
         if not isinstance(side, list | tuple) or len(side) != 2:
             return None
@@ -120,4 +124,4 @@ def patches(config: Mapping[str, Any]) -> int | None:
             return None  # what is wrong with it, the model says that is built of it
         sides.append(side)
     (height, width), (patch_height, patch_width) = sides
-    return (height // patch_height) * (width // patch_width) + 1
+    return (height // patch_height) * (width // patch_width) + (own is not None)

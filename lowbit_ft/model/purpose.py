@@ -14,7 +14,7 @@ import copy
 import inspect
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion import names as diffusion
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
@@ -37,9 +38,8 @@ AUTO = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForObjectDetection": "object-detection",
     "AutoModelForAudioTokenization": "feature-extraction",
+    diffusion.AUTO: "unconditional-image-generation",
 }
-# Of these, those whose models look at images.
-OF_IMAGES = ("AutoModelForImageClassification", "AutoModelForObjectDetection")
 # The outputs that a graph of a model gives, where it has more of them than anybody asks for.
 SAYS = {"AutoModelForObjectDetection": ("logits", "pred_boxes")}
 
@@ -103,28 +103,50 @@ def purpose_of(config: Any) -> Purpose | None:
     return None
 
 
-def example_of(
-    config: Mapping[str, Any], purpose: Purpose | None, size: tuple[int, int] | None = None
-) -> dict[str, Tensor]:
-    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], or an
-    image that goes from black to white, [1, channels, height, width]. size: (height, width) of what its image
-    processor makes, where that is known."""
-    if purpose is not None and purpose.auto in OF_IMAGES:
-        size = size or config.get("image_size") or 64  # of a convolutional network any will do
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (1, config.get("num_channels", 3), height, width)
-        return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+Size = tuple[int, int] | None
+
+
+def example_of(config: Mapping[str, Any], purpose: Purpose | None, size: Size = None) -> dict[str, Tensor]:
+    """Something that a model can be called with, by its config.json: the first 32 tokens, [1, 32], an image
+    that goes from black to white, [1, channels, height, width], or what a diffusion transformer sees. size:
+    (height, width) of what its image processor makes, where that is known."""
+    return EXAMPLES.get("" if purpose is None else purpose.auto, _tokens)(config, size)
+
+
+def _image(config: Mapping[str, Any], size: Size) -> dict[str, Tensor]:
+    found = size or config.get("image_size") or 64  # of a convolutional network any will do
+    height, width = (found, found) if isinstance(found, int) else found
+    shape = (1, config.get("num_channels", 3), height, width)
+    return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
+
+
+def _noisy(config: Mapping[str, Any], size: Size) -> dict[str, Tensor]:
+    from ..diffusion.transformer import example  # slow: transformers
+
+    return example(config)
+
+
+def _tokens(config: Mapping[str, Any], size: Size) -> dict[str, Tensor]:
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)
     return {"input_ids": torch.arange(min(32, vocabulary))[None]}
 
 
+# Of the auto classes, those whose models look at something else than tokens.
+EXAMPLES: dict[str, Callable[[Mapping[str, Any], Size], dict[str, Tensor]]] = {
+    "AutoModelForImageClassification": _image,
+    "AutoModelForObjectDetection": _image,
+    diffusion.AUTO: _noisy,
+}
+
+
 def answer_of(outputs: Any) -> Tensor:
     """What a model says, in one tensor: its logits; of a question [B, L, 2], those of first and last; of a
-    detector the boxes behind the logits, [B, queries, C + 4]."""
+    detector the boxes behind the logits, [B, queries, C + 4]; the sample of a diffusion transformer."""
     if (boxes := getattr(outputs, "pred_boxes", None)) is not None:
         return torch.cat([outputs.logits, boxes.to(outputs.logits.dtype)], -1)
-    if (logits := getattr(outputs, "logits", None)) is not None:
-        return logits
+    for name in ("logits", "sample"):
+        if (said := getattr(outputs, name, None)) is not None:
+            return said
     return torch.stack([outputs.start_logits, outputs.end_logits], -1)
 
 
@@ -144,7 +166,8 @@ def head_parts(model: Any) -> list[str]:
     """The modules of the head, by the name of the outermost that lies in no body: everything that holds
     parameters outside of the base model, its pooler, and what predicts inside of a detector."""
     body, prefix = model.base_model, f"{model.base_model_prefix}."
-    outside = [name for name, module in model.named_children() if module is not body]
+    # A model that is its own body has none.
+    outside = [name for name, module in model.named_children() if body is not model and module is not body]
     poolers = [prefix + name for name, _ in body.named_children() if name in POOLERS]
     inside = [name for name in predictors(model) if name not in outside]
     return [name for name in (*poolers, *inside, *outside) if any(True for _ in _own(model, name))]

@@ -220,7 +220,7 @@ def _counted(
         trained_bytes += own_bytes * len(block.indices)
         per_block[block.name] = [sum(size for part, size in own if part != "adapters"), sum(masters)]
     rows = [_row(name, matrix, recipe, rest, blocks, prefix) for name, matrix in targets.items()]
-    shapes = {name: matrix.shape for name, matrix in _matrices(dense).items()}
+    shapes = {name: matrix.shape for name, matrix in find_matrices(dense).items()}
     left = [row for row in skipped if row.layer in shapes and row.reason != "embedding"]
     rows += [
         PlanRow(row.layer, shapes[row.layer][0], shapes[row.layer][1], reason=row.reason) for row in left
@@ -344,10 +344,6 @@ def _start_free(config: Any) -> Any:
     return config.model_copy(update=changes)
 
 
-def _matrices(dense: Any) -> dict[str, Any]:
-    return find_matrices(dense)
-
-
 def _ends(model: Any) -> list[str]:
     """Names of the token embedding and of the output head."""
     ends = [end for end in ends_of(model) if end is not None]
@@ -365,7 +361,7 @@ def _without_layers(model: Any, prefix: str) -> Any:
 
 class Hollow(nn.Module):
     """Stands for a decoder layer: no tensors, but what the model looks at on a layer before calling it (its
-    kind of attention).
+    kind of attention), or computes with itself (`seen_from_outside`).
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -373,6 +369,8 @@ class Hollow(nn.Module):
         for key, value in vars(layer).items():
             if isinstance(value, str | int | float | bool) and key != "training":
                 setattr(self, key, value)
+        for key, part in vars(layer).get("seen_from_outside", {}).items():
+            setattr(self, key, part)
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden

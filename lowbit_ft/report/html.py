@@ -49,10 +49,12 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def image(svg: str, words: str) -> str:
-    """An SVG document inside the page. As an image it has its own ids, so pictures cannot mix them up."""
-    data = base64.b64encode(svg.encode()).decode()
-    return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(words)}">'
+def image(picture: str | bytes, words: str) -> str:
+    """An SVG document, or a PNG file, inside the page. As an image an SVG has its own ids, so pictures cannot
+    mix them up."""
+    kind = "svg+xml" if isinstance(picture, str) else "png"
+    data = base64.b64encode(picture.encode() if isinstance(picture, str) else picture).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{escape(words)}">'
 
 
 def png(data: bytes, words: str) -> str:

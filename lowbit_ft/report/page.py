@@ -25,6 +25,7 @@ from a run is HTML-escaped.
     boxes.json        {"names", "confidence", "pictures": [{"image": PNG in base64, "boxes": {stage: [[x0, y0,
                       x1, y1, category, score]]}}]}: what a detector found; stage true: what is right
     speech.json       {"text", "seconds_per_frame", "rows": [{"stage", "mel": [[log]]}]}: spectrograms
+    pictures/<stage>.png  what a model of images makes, stage by stage from the same noise
     synthesis/lowbit_ft.json  {"by", "shards": {n: {"rows", "reasons", "files", "tokens"}}}
     environment.json  one object of versions and machine facts
 """
@@ -54,6 +55,8 @@ from .html import (
     tiles,
     words,
 )
+from .pictures import FOLDER as PICTURES
+from .pictures import pictures_section
 from .preferences import preference_facts
 from .result import headline, result_section, verdict_of
 from .rotation import FOLDER as ROTATION
@@ -300,6 +303,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("boxes", "Boxes that were found", boxes_section),
     (SYNTHESIS, "Rows that the model wrote", synthesis_section),
     ("speech", "Speech", speech_section),
+    (PICTURES, "Pictures", pictures_section),
     ("training", "Training", _training),
     ("layers", "Layers", _layers),
     ("activations", "Inputs of the layers", activations_section),
@@ -321,6 +325,7 @@ ON_REQUEST = {
 # Section -> what it is of; there is none where that is not.
 ON_ITSELF = {
     SYNTHESIS: SYNTHESIS,
+    PICTURES: PICTURES,
     "rotation": ROTATION,
     "activations": ACTIVATIONS,
     "boxes": BOXES,

@@ -109,7 +109,7 @@ def inputs_of(given: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
     node = given
     while True:
         name, before = name_of(node), [a for a in node.all_input_nodes if "val" in a.meta]
-        if name in VIEWS | KEEPS and before and name not in ("index", "expand", "getitem"):
+        if name in VIEWS | KEEPS and before and name not in ("index", "expand"):
             chain.append(node)
             node = before[0]
         elif name == "mul" and (same := [a for a in before if _shape(a) == _shape(node)]):
@@ -199,6 +199,12 @@ def _joined(node: Node, shape: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).view(view).expand(shape)
 
 
+def _side_by_side(node: Node) -> bool:
+    """Whether a concatenation puts channels beside channels, and not tokens behind tokens."""
+    shape, axis = _shape(node), node.args[1] if len(node.args) > 1 else 0
+    return shape is not None and isinstance(axis, int) and axis % len(shape) == len(shape) - 1
+
+
 def _united(parts: dict[tuple[int, ...], list[Node]]) -> list[tuple[tuple[int, ...], list[Node]]]:
     """The parts with their nodes, those that are concatenated later on as one."""
     found = list(parts)
@@ -214,7 +220,7 @@ def _united(parts: dict[tuple[int, ...], list[Node]]) -> list[tuple[tuple[int, .
                     seen.add(user)
                     waiting.append(user)
     for node in reached:
-        if name_of(node) == "cat":
+        if name_of(node) == "cat" and _side_by_side(node):
             together = [reached[a] for a in node.all_input_nodes if a in reached]
             if len(together) > 1:
                 for number in set[int]().union(*together):

@@ -28,6 +28,7 @@ from torch.fx import Node
 from ..model.config import CONFIG, load_config
 from ..model.matrices import find_matrices
 from ..model.meta import meta_model
+from ..model.purpose import example_of, purpose_of
 from ..model.walk import decoder_layers, kind_of
 from .channels import Segments, inputs_of, outputs_of
 from .roles import names_of
@@ -40,7 +41,7 @@ def segments_of(config: Any, source: Path = Path(CONFIG)) -> dict[str, Segments]
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # the dense model's; which layers are packed does not matter here
-    return find_segments(meta_model(config, torch.float32, "eager", source))
+    return find_segments(meta_model(config, torch.float32, "eager", source, purpose_of(config)))
 
 
 def segments_in(folder: Path) -> dict[str, Segments]:
@@ -65,8 +66,7 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
     try:
         with _quiet(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             fake = model.to_empty(device="cpu")
-            inputs = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long), "use_cache": False}
-            traced = torch.export.export(fake, (), inputs, strict=False)
+            traced = torch.export.export(fake, (), _example(fake), strict=False)
         constants, found = _constants(traced), dict[str, Segments]()
         for name, (given, made) in _linears(traced.graph.nodes, set(names)).items():
             parts = outputs_of(made, constants)
@@ -90,8 +90,18 @@ def find_segments(model: nn.Module) -> dict[str, Segments]:
     return {name: found[name] for name in names if name in found}
 
 
+def _example(model: Any) -> dict[str, Any]:
+    """What is sent through: a few tokens, or what a model for something else is called with."""
+    purpose = purpose_of(model.config)
+    if purpose is None:
+        return {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long), "use_cache": False}
+    return example_of(model.config.to_dict(), purpose)
+
+
 def _trace_once(model: Any) -> dict[str, str]:
     """Let every decoder layer that is like one before it hand its input on; its name -> that one's."""
+    if not getattr(model, "walks", True):
+        return {}
     try:
         prefix, layers = decoder_layers(model)
     except ValueError:

@@ -6,6 +6,7 @@ decoder, 24 kHz, hop 480, 128 mels. The defaults are the small ones that are tra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -27,6 +28,15 @@ _COUNTS = (
     "num_mel_bins",
     "frames_per_code",
 )
+MOST = 1 << 24  # of any of them: what is beyond cannot be held, and is a mistake in the file
+_NUMBERS = {  # key -> what it is above
+    "mel_mean": -math.inf,
+    "mel_std": 0.0,
+    "rms_norm_eps": 0.0,
+    "rope_theta": 0.0,
+    "initializer_range": 0.0,
+    "entropy_weight": -math.inf,
+}
 
 
 class SpeechCodecConfig(PreTrainedConfig):
@@ -73,8 +83,8 @@ class SpeechCodecConfig(PreTrainedConfig):
     def _check(self) -> None:
         for key in _COUNTS:
             value = getattr(self, key)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{key}: got {value!r}; allowed is a count of at least 1")
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise ValueError(f"{key}: got {value!r}; allowed is a count of 1 to {MOST}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, and {self.num_attention_heads} heads need a "
@@ -82,8 +92,12 @@ class SpeechCodecConfig(PreTrainedConfig):
             )
         if self.n_fft < self.hop_length:
             raise ValueError(f"n_fft: got {self.n_fft}; at least hop_length, {self.hop_length}")
-        if not (isinstance(self.mel_std, int | float) and self.mel_std > 0):
-            raise ValueError(f"mel_std: got {self.mel_std!r}; allowed is a number above 0")
+        for key, least in _NUMBERS.items():
+            value = getattr(self, key)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value <= least:
+                above = f" above {least:g}" if math.isfinite(least) else ""
+                raise ValueError(f"{key}: got {value!r}; allowed is a finite number{above}")
         vector_code(self.code)
 
     @property

@@ -18,6 +18,17 @@ from ..files.atomic import write_text
 from ..files.jsonfile import read_json
 
 MOST_CODES = 1 << 20
+# of a codec's config.json, what codes depend on beside its encoder's weights
+HEARD = (
+    "code",
+    "sample_rate",
+    "hop_length",
+    "n_fft",
+    "num_mel_bins",
+    "frames_per_code",
+    "mel_mean",
+    "mel_std",
+)
 ENCODER = ("body.mel_in.", "body.encoder.", "body.codes.to_code.")
 
 
@@ -53,7 +64,8 @@ def read_codes(path: Path) -> CodesFile:
 
 def encoder_digest(model: Any) -> str:
     """sha256 over what makes the codes, as numbers of fp32 or integers, whatever the files keep them in."""
-    sha = hashlib.sha256(json.dumps(model.config.code, sort_keys=True).encode())
+    heard = {key: getattr(model.config, key) for key in HEARD}
+    sha = hashlib.sha256(json.dumps(heard, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if name.startswith(ENCODER):
             value = value.detach().cpu()

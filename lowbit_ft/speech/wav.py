@@ -23,6 +23,7 @@ from ..files.jsonfile import read_bytes
 MOST_BYTES = 1 << 30
 RATES = (4000, 192_000)  # samples a second, the least and the most
 MOST_CHANNELS = 64
+LOUDEST = 1e3  # of floats, whose full scale is 1
 PCM, FLOAT, MULAW, EXTENSIBLE = 1, 3, 7, 0xFFFE
 _TAPS = 24  # zero crossings of the resampling filter, on each side
 
@@ -59,13 +60,15 @@ def read_wav(path: str | Path) -> Wav:
         (kind,) = struct.unpack("<H", form[24:26])
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"{path}: {rate} samples a second; allowed are {RATES[0]} to {RATES[1]}")
-    if not 1 <= channels <= MOST_CHANNELS or bits % 8 or align != channels * bits // 8:
+    if not 1 <= channels <= MOST_CHANNELS or not bits or bits % 8 or align != channels * bits // 8:
         raise ValueError(
             f"{path}: {channels} channels of {bits} bits in {align} bytes; the header is damaged"
         )
     samples = _samples(body[: len(body) - len(body) % align], kind, bits, path).reshape(-1, channels).mean(1)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{path}: it has samples that are no numbers (NaN or Inf)")
+    if not np.isfinite(samples).all() or (len(samples) and np.abs(samples).max() > LOUDEST):
+        raise ValueError(
+            f"{path}: it has samples that are no sound (NaN, Inf or beyond {LOUDEST:g}; full scale is 1)"
+        )
     if not len(samples):
         raise ValueError(f"{path}: it has no sample")
     return Wav(torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), rate, channels)

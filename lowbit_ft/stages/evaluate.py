@@ -92,7 +92,10 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
 def keep_files(session: Session, measure: Measure) -> None:
     """What the report shows of the rows so far, into the run."""
     for name, content in measure.files().items():
-        session.run.write_json(name, content)
+        if isinstance(content, bytes):
+            session.run.write_file(name, content)
+        else:
+            session.run.write_json(name, content)
 
 
 def worse(rows: list[EvalRow]) -> str | None:

@@ -91,6 +91,8 @@ def decode_codes(
     refuse_suffix(output, ".wav")
     making = making or Making()
     given = read_codes(codes)
+    if (seconds := given.samples / given.sample_rate) > MOST_SECONDS:
+        raise ValueError(f"{codes}: codes of {seconds:.0f} s of sound; allowed: {MOST_SECONDS:g} s at a time")
     model, tokenizer = codec_in(folder, device)
     _refuse_other(model, given, codes)
     front = spoken_by(model, prompt)

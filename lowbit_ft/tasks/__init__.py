@@ -9,6 +9,7 @@ the merge and the exporters are the same for all.
     rows.py       rows with answers: read, encoded, counted      batches.py  padded batches of them
     labelled.py   what the tasks with such rows share: the goal of training, the table, the head
     speech_tokens.py  a codec of speech: rows with sound, velocities, the spectrogram that is made again
+    image_generation.py  a diffusion transformer: pictures on their way to noise, sheets of samples
     labels.py     the names of the labels      scores.py  accuracy, F1, Matthews and their kin
     spans.py      answers that are spans of a text, and SQuAD's measures
     boxes.py      answers that are boxes of a picture, and COCO's measures
@@ -20,6 +21,7 @@ To add one: a subclass of Labelled (or of Task), and a line in TASKS.
 from .base import Task
 from .causal_lm import CausalLM
 from .image_classification import ImageClassification
+from .image_generation import ImageGeneration
 from .masked_lm import MaskedLM
 from .object_detection import ObjectDetection
 from .question_answering import QuestionAnswering
@@ -37,6 +39,7 @@ TASKS: dict[str, type[Task]] = {
     "question_answering": QuestionAnswering,
     "image_classification": ImageClassification,
     "object_detection": ObjectDetection,
+    "image_generation": ImageGeneration,
     "speech_tokens": SpeechTokens,
 }
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,8 +54,9 @@ class Measure:
         """The row of a model in memory; it is left in its mode."""
         raise AssertionError(f"{type(self).__name__} measures nothing")
 
-    def files(self) -> dict[str, Any]:
-        """What the report shows of the rows so far, beside their numbers: JSON by the name of its file."""
+    def files(self) -> Mapping[str, Any]:
+        """What the report shows of the rows so far, beside their numbers: path in the run's folder -> bytes,
+        or what its JSON says."""
         return {}
 
 
@@ -86,12 +87,18 @@ class Task(BaseModel):
     measured: ClassVar[int | None] = None  # rows that are measured at a time; None: by their tokens
     dtype: ClassVar[str | None] = None  # of its model, where it has to be this one
     walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk along
+    segmented: ClassVar[bool] = False  # its adapters may be in the parts of fused matrices
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 
     kind: str
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+    def unfit(self, config: Mapping[str, Any]) -> str | None:
+        """Why a checkpoint of this config.json is none for it, or what is missing to build it; None: nothing
+        is known against it."""
+        return None
 
     def settled(self, r: Any, config: Any) -> Task:
         """With what only the rows and the checkpoint say (labels). config: its config.json."""

@@ -232,7 +232,10 @@ class Answers(Measure):
             raise ValueError("the evaluation data has no answers: nothing to measure (check eval.data)")
         loss = total / count
         perplexity = math.exp(min(loss, 700.0)) if self.task.windows else None  # of tokens
-        return EvalRow(stage, loss, perplexity, None, count, self.task.score(true, said))
+        return EvalRow(stage, loss, perplexity, None, count, self.scores(stage, true, said))
+
+    def scores(self, stage: str, true: list[Any], said: list[Any]) -> dict[str, float]:
+        return self.task.score(true, said)
 
 
 class Labels:

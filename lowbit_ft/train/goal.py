@@ -33,7 +33,7 @@ class Goal:
 
     def size(self, batch: dict[str, Tensor]) -> int:
         """The tokens of a micro-batch, for the pace that is told; of images, how many they are."""
-        return batch["input_ids"].numel() if "input_ids" in batch else len(batch["pixel_values"])
+        return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
 
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,10 @@ def test_static_scales_by_hand() -> None:
     mean = 0.9 * 127 + 0.1 * 64  # the moving average of the largest
     wanted = torch.tensor([mean / 127, 2 * mean / 127]).bfloat16().float().tolist()
     assert [one.scheme.scale for one in made] == [(wanted[0],), (wanted[1],)]
+    whole = chosen([STATIC], [second, first], "minmax")  # what the largest batch had, wherever it came
+    assert [one.scheme.scale for one in whole] == [(1.0,), (2.0,)]
+    halves = chosen([replace(STATIC, segments=(32, 32))], [second, first.roll(32, 1)], "minmax")
+    assert halves[0].scheme.scale == tuple((torch.tensor([64.0, 127.0]) / 127).bfloat16().tolist())
     asymmetric = chosen([Scheme(kind="tensor", bits=8, dynamic=False, symmetric=False)], [first])[0].scheme
     assert asymmetric.scale == (torch.tensor(128 / 255).bfloat16().item(),) and asymmetric.zero == (-126,)
     dual = chosen([Scheme(kind="dual", bits=8, dynamic=False)], [first])[0].scheme

@@ -14,6 +14,7 @@ from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.speech.codec import SpeechCodec
 from lowbit_ft.speech.config import SpeechCodecConfig
+from lowbit_ft.speech.files import encoder_digest
 from lowbit_ft.speech.sample import RESCALE, Spoken, decode, encode, frames_of, sound_of
 from tests.speech.codecs import SMALL, batch, codec, write_codec
 from tests.speech.sounds import RATE, spoken
@@ -140,12 +141,22 @@ def test_a_folder_is_read_by_the_auto_class_and_what_is_asked_is_always_the_same
         ({"encoder_layers": 0}, "encoder_layers: got 0"),
         ({"hop_length": 4000}, "n_fft: got 640; at least hop_length"),
         ({"mel_std": 0}, "mel_std: got 0"),
+        ({"mel_std": float("inf")}, "mel_std: got inf; allowed is a finite number above 0"),
+        ({"mel_mean": "loud"}, "mel_mean: got 'loud'; allowed is a finite number"),
+        ({"sample_rate": 10**12}, "sample_rate: got 1000000000000; allowed is a count of 1 to"),
         ({"code": {"kind": "vq"}}, "code: got kind 'vq'"),
     ],
 )
 def test_sizes_that_cannot_be_are_said(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         SpeechCodecConfig(**{**SMALL, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_the_digest_names_what_the_codes_depend_on() -> None:
+    """The same weights behind another spectrogram make other codes; what only the decoder reads changes none."""
+    whole = encoder_digest(codec())
+    assert encoder_digest(codec(mel_mean=-4.0)) != whole and encoder_digest(codec(n_fft=800)) != whole
+    assert encoder_digest(codec(entropy_weight=0.2)) == whole
 
 
 def test_the_sizes_of_the_paper_are_planned_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,12 @@ def damaged(change: str) -> bytes:
         return bytes(data[:44])
     if change == "no data":
         data[36:40] = b"junk"
+    if change == "no bits":
+        data[32:36] = struct.pack("<HH", 0, 0)
+    if change == "loud":
+        file = io.BytesIO()
+        wavfile.write(file, 8000, np.array([0.0, 1e300], np.float64))
+        return file.getvalue()
     if change == "nan":
         file = io.BytesIO()
         wavfile.write(file, 8000, np.array([0.0, np.nan], np.float32))
@@ -96,7 +102,9 @@ def damaged(change: str) -> bytes:
         ("channels", "0 channels"),
         ("empty", "it has no sample"),
         ("no data", "without its fmt and data"),
-        ("nan", "no numbers"),
+        ("nan", "no sound"),
+        ("loud", "no sound"),
+        ("no bits", "1 channels of 0 bits"),
     ],
 )
 def test_a_damaged_file_is_said(change: str, said: str, tmp_path: Path) -> None:

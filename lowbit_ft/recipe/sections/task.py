@@ -55,7 +55,9 @@ def check_task(r: Any) -> Problems:
     for path, got, why in _strange(r):
         yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     folder = local_folder(r.model.path, r.model.revision)
-    if folder is not None and r.task.reads == "images":
+    if (why := _unfit(r.task, folder)) is not None:
+        yield Problem(("model", "path"), f"got {r.model.path!r}: {why}")
+    elif folder is not None and r.task.reads == "images":
         try:
             read_processor(folder)
         except CheckpointError as error:
@@ -68,6 +70,13 @@ def check_task(r: Any) -> Problems:
         )
     if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := r.task.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
+
+
+def _unfit(task: Any, folder: Path | None) -> str | None:
+    try:
+        return None if folder is None else task.unfit(read_config(folder))
+    except ValueError:
+        return None  # check_model tells
 
 
 def _pads(folder: Path) -> Any:
@@ -156,7 +165,7 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("train", "compile"), True, "batches of changing lengths are compiled anew each; set false"
     if train.neftune_alpha is not None:
         yield ("train", "neftune_alpha"), train.neftune_alpha, f"{language}; set null"
-    if getattr(r.adapter, "segments", "none") != "none":
+    if getattr(r.adapter, "segments", "none") != "none" and not r.task.segmented:
         yield ("adapter", "segments"), r.adapter.segments, f"{language}; set none"
     if ev.tasks:
         yield ("eval", "tasks"), ev.tasks[0], "lm-eval measures language models; remove it"

@@ -32,7 +32,11 @@ BAD = [
     row("dual zero", "{kind: dual, symmetric: false}", "kind: got 'dual' with symmetric: false"),
     row("static clip", "{kind: tensor, dynamic: false, clip: 0.9}", "clip: got 0.9 with dynamic: false"),
     row("range", "{range: mse}", "range: got 'mse' with dynamic: true"),
-    row("range name", "{kind: tensor, dynamic: false, range: max}", "moving_average, percentile, mse, lsq"),
+    row(
+        "range name",
+        "{kind: tensor, dynamic: false, range: max}",
+        "moving_average, minmax, percentile, mse, lsq",
+    ),
     row("lsq alone", "{kind: tensor, dynamic: false, range: lsq}", "got 'lsq' without learn"),
     row(
         "lsq zero",
