@@ -69,7 +69,7 @@ class Purpose:
             )
         built = _built(mapping[type(config)], config)
         taken = inspect.signature(built.forward).parameters
-        if self.auto in OF_IMAGES and "pixel_values" not in taken:
+        if EXAMPLES.get(self.auto) is _image and "pixel_values" not in taken:
             raise CheckpointError(
                 f"{folder}: {built.__name__} looks at {list(taken)[1]!r} and not at the pixels of an image; "
                 "give a checkpoint of another architecture"
