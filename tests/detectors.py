@@ -81,7 +81,7 @@ def config_of(kind: str, labels: tuple[str, ...] = LABELS) -> Any:
         small: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
         own: Any = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
         return transformers.DetrConfig(
-            backbone_config=transformers.ResNetConfig(**small, out_features=["stage2"]),
+            backbone_config=transformers.ResNetConfig(**small),
             **own,
             d_model=16,
             encoder_layers=1,
