@@ -30,6 +30,7 @@ CONFIG = {  # recipe -> whose shapes
     "qwen25-14b": "qwen25_14b",
     "qwen25-32b": "qwen25_32b",
     "glm-130b": "glm_130b",
+    "rtdetr": "rtdetr_r50vd",
 }
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 

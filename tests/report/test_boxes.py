@@ -64,3 +64,16 @@ def test_what_is_no_box_is_left_out(tmp_path: Path) -> None:
     odd = [7, [1, 2], [1, 2, 3, 4, 0, "sure"], [1, 2, float("inf"), 4, 0, 1], [1, 1, 4, 3, 9, 0.9]]
     one = picture(boxes={"true": odd, "base": "none", "trained": odd})
     assert "surer" in run(tmp_path, boxes__json=facts(one)).text["boxes"]
+
+
+@pytest.mark.parametrize(("found", "state"), [(0.74, "good"), (0.7, "bad")])
+def test_a_reader_without_a_loss_is_compared_by_its_score(tmp_path: Path, found: float, state: str) -> None:
+    rows = [
+        {"stage": "trained", "loss": 3.5, "scores": {"map": 0.74}},
+        {"stage": "merged", "loss": 3.5, "scores": {"map": 0.74}},
+        {"stage": "exported", "loss": None, "scores": {"map": found}},
+    ]
+    page = run(tmp_path, evaluation__json={"rows": rows}, recipe__yaml="export: {format: onnx}")
+    assert any(a.get("class") == f"verdict {state}" for _, a in page.tags)
+    said = {"good": "trained = merged = exported map = 0.7400", "bad": "the values of map differ"}
+    assert said[state] in page.text["head"]
