@@ -59,9 +59,9 @@ def tokenizer() -> Any:
 
 
 def pages(tokenizer: Any, keys: dict[str, Any], max_len: int = 96) -> Pages:
-    config = SYNTHESIS["task_labels"].model_validate(keys)
+    config: Any = SYNTHESIS["task_labels"].model_validate(keys)
     voice = Voice(tokenizer, STOPS, max_len, 4096)
-    return Pages(config, config.rows(voice), voice)  # pyright: ignore[reportArgumentType]
+    return Pages(config, config.rows(voice), voice)
 
 
 def made(model: Any, tokenizer: Any, keys: dict[str, Any]) -> dict[int, dict[str, Any]]:
