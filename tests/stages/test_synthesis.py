@@ -154,7 +154,10 @@ BAD = [
         "data.synthesis.kind=self_generatd",
         "got 'self_generatd'; allowed: kind: self_generated, self_chat, task_labels, task_images; did you",
     ),
-    ("data.synthesis={samples: 4}", "data.synthesis: got no kind; allowed: kind: self_generated, self_chat, task_"),
+    (
+        "data.synthesis={samples: 4}",
+        "data.synthesis: got no kind; allowed: kind: self_generated, self_chat, task_",
+    ),
     ("data.synthesis.sampels=4", "data.synthesis.sampels: unknown key; did you mean 'samples'?"),
     ("data.synthesis.filter.min_token=4", "filter.min_token: unknown key; did you mean 'min_tokens'?"),
     ("data.synthesis.temperature=0", "data.synthesis.temperature: got 0"),
