@@ -32,11 +32,11 @@ STAGES = ("base", "quantized", "trained", "merged", "exported")
 class EvalRow:
     """One line of the table. kl is None where there is no reference (or for the reference itself: 0);
     perplexity where tokens are not predicted; tokens: what the loss is a mean over, answers of another task;
-    scores: what such a task measures beside the loss.
+    scores: what such a task measures beside the loss, which is None of a reader that computes none.
     """
 
     stage: str
-    loss: float
+    loss: float | None
     perplexity: float | None
     kl: float | None
     tokens: int

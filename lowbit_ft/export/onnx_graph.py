@@ -33,6 +33,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.images import made_size
 from ..model.kv_seam import ARGUMENTS
 from ..model.matrices import fusions_of, is_experts, stand_in
+from ..model.meta import uncached
 from ..model.purpose import SAYS, purpose_of
 from .base import Exporter, LayerSpec
 from .layout import Layout
@@ -192,7 +193,7 @@ class _Traced(nn.Module):
         """Of the outputs, without computing them."""
         from torch._subclasses.fake_tensor import FakeTensorMode  # heavy
 
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), uncached():
             return list(self._outputs(dict(inputs)))
 
 

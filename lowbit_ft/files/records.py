@@ -78,7 +78,7 @@ class Measure(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     stage: StrictStr
-    loss: Number
+    loss: Number | None
     perplexity: Number | None
     kl: Number | None
     tokens: Count

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,20 @@ def meta_model(
             if re.search(rf"(^|\.){re.escape(pattern).replace(chr(92) + '*', '.*')}(\.|$)", name):
                 parameter.data = parameter.data.to(kept)
     return model
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Inside, transformers makes its tables (anchors, positions of a size) each time. It caches them, and a
+    table of tensors without data must not be what a model with data gets from there."""
+    from transformers import pytorch_utils
+
+    before = pytorch_utils.is_torchdynamo_compiling
+    pytorch_utils.is_torchdynamo_compiling = lambda: True  # what its caches ask
+    try:
+        yield
+    finally:
+        pytorch_utils.is_torchdynamo_compiling = before
 
 
 def model_class(config: Any) -> Any:

@@ -26,6 +26,7 @@ from ..files.tensorfile import CheckpointError, TensorEntry
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
 # And those of detectors (RT-DETR, D-FINE and their kin), which say classes and boxes behind every layer.
 PREDICTORS = ("enc_score_head", "enc_bbox_head", "denoising_class_embed", "class_embed", "bbox_embed")
+TRAINING_ONLY = ("denoising_class_embed",)  # of these, what a forward without labels does not read
 # The auto classes that a purpose may name, and what the hub calls their pipelines.
 AUTO = {
     "AutoModelForSequenceClassification": "text-classification",

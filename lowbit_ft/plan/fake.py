@@ -17,7 +17,6 @@ import torch
 from lowbit_kernels.scratch import scratch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import pytorch_utils
 from transformers.utils import logging
 
 from ..model.experts import Experts
@@ -103,18 +102,6 @@ def rules_of(arch: int) -> Callable[[str, tuple[Any, ...]], int]:
     CPU.
     """
     return reference_workspace((lambda name, args: scratch(name, args, arch)) if arch else None)
-
-
-@contextmanager
-def uncached() -> Iterator[None]:
-    """Inside, transformers makes its tables (anchors, positions of a size) each time. It caches them, and a
-    table without data must not be what the run gets from there."""
-    before = pytorch_utils.is_torchdynamo_compiling
-    pytorch_utils.is_torchdynamo_compiling = lambda: True  # by which its caches ask
-    try:
-        yield
-    finally:
-        pytorch_utils.is_torchdynamo_compiling = before
 
 
 @contextmanager

@@ -27,12 +27,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from ..model.experts import Experts
+from ..model.meta import uncached
 from ..model.mlp_chunks import cuttable, run_in_chunks
 from ..tasks import Task
 from .around import Around
 from .costs import Cost, Setting, Step
 from .counting import Counter
-from .fake import Begin, End, autocast, fake, quiet, rules_of, uncached
+from .fake import Begin, End, autocast, fake, quiet, rules_of
 from .model import Skeleton
 
 WHOLE = "it is no chain of layers: what a step holds is counted of the whole network at once (the loss)"

@@ -92,7 +92,7 @@ def _drawn(pictures: list[Picture], titles: dict[str, str], names: list[str]) ->
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    from .plots import STYLE, svg
+    from .plots import STYLE, svg  # slow: matplotlib
 
     width = 9.2 / len(pictures)
     with matplotlib.rc_context(STYLE):

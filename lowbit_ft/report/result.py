@@ -19,9 +19,13 @@ def scores_of(row: dict[str, Any]) -> dict[str, float]:
 
 
 def measure_of(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """By which number of a row stages are compared, and its plural."""
-    scored = any(scores_of(row) for row in rows.values())
-    return ("loss", "losses") if scored else ("perplexity", "perplexities")
+    """By which number of a row stages are compared, and its plural: of a task with scores the loss, or, where
+    a reader computes none, the first score."""
+    scores = [name for row in rows.values() for name in scores_of(row)]
+    if not scores:
+        return "perplexity", "perplexities"
+    known = all(is_number(rows[stage].get("loss")) for stage in SHIPPED if stage in rows)
+    return ("loss", "losses") if known else (scores[0], f"values of {scores[0]}")
 
 
 def verdict_of(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
@@ -40,7 +44,7 @@ def verdict_of(run: RunFiles, recipe: dict[str, Any]) -> tuple[str, str]:
             "Not shown: the evaluation did not run, so trained, merged and exported are not compared.",
         )
     name, plural = measure_of(rows)
-    found = {stage: rows.get(stage, {}).get(name) for stage in shipped}
+    found = {stage: (row := rows.get(stage, {})).get(name, scores_of(row).get(name)) for stage in shipped}
     printed = {stage: number(value, DIGITS) for stage, value in found.items() if is_number(value)}
     if len(set(printed.values())) > 1:
         listed = ", ".join(f"{stage} {value}" for stage, value in printed.items())

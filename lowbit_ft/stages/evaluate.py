@@ -94,7 +94,9 @@ def worse(rows: list[EvalRow]) -> str | None:
     teacher's student may lose on the labels and be nearer to the teacher: that is no loss."""
     by_stage = {row.stage: row for row in rows}
     before, after = by_stage.get("quantized"), by_stage.get("trained")
-    if before is None or after is None or after.loss <= before.loss:
+    if before is None or after is None or before.loss is None or after.loss is None:
+        return None
+    if after.loss <= before.loss:
         return None
     if before.kl is not None and after.kl is not None and after.kl < before.kl:
         return None

@@ -200,6 +200,10 @@ class Answers(Measure):
     def reference(self) -> Iterator[EvalRow]:
         yield self.row(self.dense.load(), "base")
 
+    def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor | None:
+        """The sum of the losses of a batch; None where the reader of the model computes none."""
+        return self.task.loss(outputs, labels)
+
     def said(self, outputs: Any, labels: dict[str, Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """(right answers, the model's) of a batch."""
         return self.task.said(outputs, labels, rows)
@@ -208,7 +212,8 @@ class Answers(Measure):
     def row(self, model: Any, stage: str) -> EvalRow:
         device, training = next(model.parameters()).device, model.training
         model.eval()
-        total, count = 0.0, 0
+        count = 0
+        total: float | None = 0.0
         true: list[Any] = []
         said: list[Any] = []
         with packed_op_only(model):
@@ -217,7 +222,8 @@ class Answers(Measure):
                 moved = {name: upload_each(value, device) for name, value in batch.items()}
                 labels = {name: moved[name] for name in self.task.answers}
                 outputs = self.task.outputs(model, inputs_of(moved, self.task.answers), labels)
-                total += float(self.task.loss(outputs, labels))
+                loss = self.loss(outputs, labels)
+                total = None if loss is None or total is None else total + float(loss)
                 count += int(self.task.count(batch))
                 right, own = self.said(outputs, labels, rows)
                 true += right
@@ -225,9 +231,10 @@ class Answers(Measure):
         model.train(training)
         if not count:
             raise ValueError("the evaluation data has no answers: nothing to measure (check eval.data)")
-        loss = total / count
-        perplexity = math.exp(min(loss, 700.0)) if self.task.windows else None  # of tokens
-        return EvalRow(stage, loss, perplexity, None, count, self.task.score(true, said))
+        mean = None if total is None else total / count
+        # of tokens
+        perplexity = None if mean is None or not self.task.windows else math.exp(min(mean, 700.0))
+        return EvalRow(stage, mean, perplexity, None, count, self.task.score(true, said))
 
 
 class Labels:

@@ -194,6 +194,10 @@ class Detections(Answers):
         self.seen += made[: max(0, SHOWN - len(self.seen))]
         return [right(row) for row in rows], made
 
+    def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor | None:
+        """A graph has logits and boxes, and no loss."""
+        return self.task.loss(outputs, labels) if hasattr(outputs, "loss") else None
+
     def row(self, model: Any, stage: str) -> EvalRow:
         self.seen = []
         row = super().row(model, stage)
