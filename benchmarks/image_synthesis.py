@@ -208,9 +208,9 @@ class Bench:
         scores = {row["stage"]: row["scores"]["map"] for row in table}
         return {"base": scores["base"], "start": scores["quantized"], "trained": scores["merged"], **told}
 
-    def draw(self, path: Path, seed: int, across: int = 12, side: int = 96) -> None:
+    def draw(self, path: Path, seed: int, across: int = 8, side: int = 96) -> None:
         """Some images of each source, a line for each, with their boxes."""
-        made = [s for s in self.o.sources if s != "real"]
+        made = [source for source in self.o.sources if source in LABELS]
         sheet = Image.new("RGB", (across * (side + 4), len(made) * (side + 4)), "white")
         for line, source in enumerate(made):
             place, _ = self.images(source, seed)
@@ -224,7 +224,7 @@ class Bench:
                     pen.rectangle([round(n * scale) for n in (x, y, x + w - 1, y + h - 1)], outline="yellow")
                 sheet.paste(image, (column * (side + 4), line * (side + 4)))
         data = io.BytesIO()
-        sheet.save(data, "PNG", optimize=True)
+        sheet.quantize(64).save(data, "PNG", optimize=True)
         path.write_bytes(data.getvalue())
 
 

@@ -195,14 +195,15 @@ def tiny_vit_shapes(steps: int) -> None:
     (place / "preprocessor_config.json").write_bytes((source / "preprocessor_config.json").read_bytes())
     task = TASKS["image_classification"].model_validate({"kind": "image_classification", "labels": SHAPES})
     reader = read_processor(source)
-    config = task.purpose(0).applied(ViTConfig.from_pretrained(source), ASSETS)
+    purpose: Any = task.purpose(0)
+    config = purpose.applied(ViTConfig.from_pretrained(source), ASSETS)
     torch.manual_seed(0)
     model = ViTForImageClassification.from_pretrained(source, config=config, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.parquet"
         shapes(rows, "classifier", 32 * steps)
         train(model, task, reader, rows, steps, "tiny-vit-shapes")
-    model.to(torch.bfloat16).save_pretrained(place)
+    model.bfloat16().save_pretrained(place)
 
 
 def fit(kind: Any, config: Any, task: Any, reader: Any, rows: Path, steps: int, name: str) -> None:

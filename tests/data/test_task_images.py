@@ -130,7 +130,7 @@ def test_a_model_without_what_a_prior_looks_at_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no batch norm that remembers.*prior: patches"):
         prior_of("batch_norm", nn.Sequential(nn.BatchNorm2d(3)))
     net = nn.Sequential(nn.Linear(3, 3))
-    net.config = SimpleNamespace()  # pyright: ignore[reportAttributeAccessIssue]
+    net.config = SimpleNamespace()  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no attention over the patches.*prior: batch_norm"):
         prior_of("auto", net)
 

@@ -22,6 +22,9 @@ from lowbit_ft.data.synthesis.task_labels import TaskRows
 from lowbit_ft.data.synthesis.text import Pages
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
+from lowbit_ft.report.files import RunFiles
+from lowbit_ft.report.html import escape
+from lowbit_ft.report.synthesis import synthesis_section
 from tests.data_tools import TINY
 
 STOPS = (0, 3)
@@ -59,9 +62,9 @@ def tokenizer() -> Any:
 
 
 def pages(tokenizer: Any, keys: dict[str, Any], max_len: int = 96) -> Pages:
-    config = SYNTHESIS["task_labels"].model_validate(keys)
+    config: Any = SYNTHESIS["task_labels"].model_validate(keys)
     voice = Voice(tokenizer, STOPS, max_len, 4096)
-    return Pages(config, config.rows(voice), voice)  # pyright: ignore[reportArgumentType]
+    return Pages(config, config.rows(voice), voice)
 
 
 def made(model: Any, tokenizer: Any, keys: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -197,8 +200,12 @@ def test_a_stopped_folder_goes_on_to_the_same_bytes(model: Any, tokenizer: Any, 
 
         fill(rows, maker, 5, model, tell)
 
-    run(tmp_path / "whole")
+    run(tmp_path / "synthesis")
+    (tmp_path / "whole").symlink_to(tmp_path / "synthesis")
     state = read_state(tmp_path / "whole")
+    page = synthesis_section(RunFiles(tmp_path))
+    assert "answers of the rows that were kept" in page and "what became of their answers" in page
+    assert all(f">{fate}<" in page for fate in state.fates) and all(escape(w) in page for w in state.warnings)
     assert state.reasons.get("seen before"), "nothing overlapped"
     kept = state.count("train")
     assert sum(state.answers.values()) == kept == sum(state.fates.values())

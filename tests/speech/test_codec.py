@@ -153,7 +153,7 @@ def test_sizes_that_cannot_be_are_said(changes: dict[str, object], said: str) ->
 
 
 def test_the_digest_names_what_the_codes_depend_on() -> None:
-    """The same weights behind another spectrogram make other codes; what only training reads, the same."""
+    """The same weights behind another spectrogram make other codes; what just training reads, the same."""
     whole = encoder_digest(codec())
     assert encoder_digest(codec(mel_mean=-4.0)) != whole and encoder_digest(codec(n_fft=800)) != whole
     assert encoder_digest(codec(entropy_weight=0.2)) == whole

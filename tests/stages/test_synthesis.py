@@ -122,6 +122,27 @@ def test_where_the_dense_model_does_not_fit_it_is_packed(
     assert "packed to 8 bits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["logits", "layers"])
+def test_rows_of_a_task_are_taught_by_a_teacher(tmp_path: Path, kind: str) -> None:
+    """Their answers alone carry the loss; what layers make is compared everywhere."""
+    task = "{kind: task_labels, prompt: 'Name it. def {input}', samples: 16, batch_size: 16, input_tokens: 20, "
+    task += "answer_tokens: 8, p_low: 0.0, until: ['(', ' '], answers: [good, bad], filter: {min_tokens: 1}}"
+    signal = "{kind: layers, losses: {logits: 1, hidden: 1, outputs: 1}}" if kind == "layers" else kind
+    given = [
+        f"data.synthesis={task}",
+        "quant.calibrate=mse",
+        "train.teacher=residual",
+        "train.eval_every=null",
+    ]
+    given.append(f"train.signal={signal}" if kind == "layers" else "train.signal={kind: logits}")
+    pipeline.train(recipe(tmp_path / "run", *given, "quant.targets=all-linear", "train.max_steps=1"))
+    (first,) = [r for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if "loss" in r]
+    names = {"logits_loss", "hidden_loss", "outputs_loss"} if kind == "layers" else {"logits_loss"}
+    assert all(first[name] > 0 for name in names if kind == "layers") and first["loss"] > 0
+    state = read_state(tmp_path / "run" / "synthesis")
+    assert state.count("train") and set(state.answers) <= {"good", "bad"}
+
+
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no row is left to train on .*repetition 24.*loosen"):
         nothing_twice = "data.synthesis.filter={min_tokens: 1, ngram: 1, max_repetition: 0.001}"
@@ -152,9 +173,12 @@ def _shards(manifest: Path) -> dict[str, object]:
 BAD = [
     (
         "data.synthesis.kind=self_generatd",
-        "got 'self_generatd'; allowed: kind: self_generated, self_chat; did you",
+        "got 'self_generatd'; allowed: kind: self_generated, self_chat, task_labels, task_images; did you",
     ),
-    ("data.synthesis={samples: 4}", "data.synthesis: got no kind; allowed: kind: self_generated, self_chat"),
+    (
+        "data.synthesis={samples: 4}",
+        "data.synthesis: got no kind; allowed: kind: self_generated, self_chat, task_",
+    ),
     ("data.synthesis.sampels=4", "data.synthesis.sampels: unknown key; did you mean 'samples'?"),
     ("data.synthesis.filter.min_token=4", "filter.min_token: unknown key; did you mean 'min_tokens'?"),
     ("data.synthesis.temperature=0", "data.synthesis.temperature: got 0"),

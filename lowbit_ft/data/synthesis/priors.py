@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,14 +108,11 @@ class Patches(Prior):
         return int(own or self.config.num_attention_heads)
 
     def hooks(self) -> list[Any]:
-        return [
-            last.register_forward_pre_hook(lambda _, inputs, heads=heads: self._look(inputs[0], heads))
-            for last, heads in self.places
-        ]
+        return [last.register_forward_pre_hook(partial(self._look, heads)) for last, heads in self.places]
 
-    def _look(self, x: Tensor, heads: int) -> None:
-        """x [B, T, heads * d]: what the heads say, before they are mixed."""
-        count = self.count
+    def _look(self, heads: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """inputs: [B, T, heads * d], what the heads say, before they are mixed."""
+        x, count = inputs[0], self.count
         assert count is not None
         before = 0 if x.shape[1] == count else 1 + int(getattr(self.config, "num_register_tokens", 0))
         if x.shape[1] < before + count:
