@@ -53,6 +53,12 @@ FACTS = (
 )  # fmt: skip
 
 
+def loss_of(model: Any, valid: Any) -> float:
+    found = evaluate(model, valid, "").loss
+    assert found is not None, "a language model"
+    return found
+
+
 class Bed:
     """One checkpoint: its tasks as windows, its bases, and one training run on one of them."""
 
@@ -102,7 +108,7 @@ class Bed:
         model, key = self.base(quant, fact["task"])
         train_rows, valid = self.data[fact["task"]]
         if key not in self.starts:
-            self.starts[key] = evaluate(model, valid, "").loss
+            self.starts[key] = loss_of(model, valid)
         torch.manual_seed(fact["seed"])
         fields = ADAPTERS[fact["method"]].model_fields
         options = {k: fact[k] for k in ("rank", "alpha") if fact[k] is not None and k in fields}
@@ -122,7 +128,7 @@ class Bed:
         if result.stopped:
             raise SystemExit("stopped by a signal; rows that are done are kept")
         seconds = time.process_time() - began
-        return {"start": self.starts[key], "loss": evaluate(model, valid, "").loss, "seconds": seconds}
+        return {"start": self.starts[key], "loss": loss_of(model, valid), "seconds": seconds}
 
 
 def _trained(model: Any, rows: Examples, section: TrainSection, folder: str) -> Any:

@@ -240,7 +240,7 @@ def _mse(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme
     return min(cuts, key=lambda cut: float((activation_of(cut).quantize(rows) - rows).square().sum()))
 
 
-def _lsq(scheme: Scheme, rows: Tensor, seen: tuple[float, float], dtype: torch.dtype) -> Scheme:
+def _lsq(scheme: Scheme, rows: Tensor, seen: Ends, dtype: torch.dtype) -> Scheme:
     """2 mean |x| / sqrt(Q), LSQ's start (arXiv 1902.08153, section 2.1), Q the largest code: most values on
     few codes, the rest clipped, for who trains it (`learn`). Of dual each sign has its own mean."""
     assert scheme.symmetric, "refused by the recipe"

@@ -39,6 +39,6 @@ def _bytes(module: nn.Module, exporter: Exporter, size: int, seen: set[int]) -> 
 
 
 def _shipped(layer: PackedLinear) -> Grid:
-    if layer.adapter is not None:
-        return layer.adapter.config.shipped(layer.grid)
+    if isinstance(adapter := layer.adapter, Adapter):
+        return adapter.config.shipped(layer.grid)
     return layer.grid.deployed if isinstance(layer.grid, IntGrid) else layer.grid

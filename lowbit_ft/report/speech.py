@@ -20,8 +20,8 @@ def speech_section(run: RunFiles) -> str:
     rows = facts.get("rows")
     found: dict[str, list[list[float]]] = {}
     for row in rows if isinstance(rows, list) else []:
-        stage = row.get("stage") if isinstance(row, dict) else None
-        if stage in FROM_THE_RUN and _is_picture(mel := row.get("mel")):
+        stage, mel = (row.get("stage"), row.get("mel")) if isinstance(row, dict) else (None, None)
+        if stage in FROM_THE_RUN and mel is not None and _is_picture(mel):
             found[stage] = mel
     seconds = facts.get("seconds_per_frame")
     if not found or not is_number(seconds) or not seconds > 0:
