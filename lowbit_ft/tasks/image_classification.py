@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data.errors import BadRow, kind
-from ..data.mix import sources_of
 from ..data.synthesis.labeller import Labeller
 from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
@@ -32,7 +31,7 @@ from .base import Task
 from .batches import Shown
 from .labelled import Labelled
 from .labels import Names, known_labels, label_id, label_values, labels_in
-from .rows import Encoded, Encoder, of_column
+from .rows import Encoded, Encoder, of_column, place_of
 
 BESIDE = frozenset({"row", "about"})  # what a synthesis says of a row of its own
 MOST_BYTES = 1 << 28  # of the file of a picture
@@ -67,10 +66,10 @@ class ImageClassification(Labelled):
         return Purpose(self.auto, label_values(self.labels), seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
-        names, folders = list(self.labels or ()), folders_of(source)
+        names = list(self.labels or ())
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folders)
+        def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
+            data = file_of(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             return [{"image": data, "labels": label_id(of_column(row, self.label), self.label, names)}]
@@ -157,15 +156,9 @@ class ClassLabeller(Labeller):
         return {"accuracy": right / max(1, len(images))}
 
 
-def folders_of(source: Any) -> list[Path]:
-    """From where the rows of a source name their pictures, beside the current folder."""
-    paths = [Path(one.path).expanduser() for one in sources_of(source)]
-    return [path if path.is_dir() else path.parent for path in paths]
-
-
-def file_of(value: Any, column: str, folders: Sequence[Path] = ()) -> bytes:
-    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path, from the
-    current folder or from one of `folders`. BadRow."""
+def file_of(value: Any, column: str, folder: Path) -> bytes:
+    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path, as place_of
+    takes it from the folder of its row. BadRow."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -175,10 +168,7 @@ def file_of(value: Any, column: str, folders: Sequence[Path] = ()) -> bytes:
             f"{column!r} must be a picture, as datasets keeps it, or the path of one; got {kind(value)}"
         )
     try:
-        path = Path(value).expanduser()
-        places = [path, *(folder / path for folder in folders)]
-        path = next((place for place in places if place.is_file()), path)
-        return read_regular(path, MOST_BYTES)
+        return read_regular(place_of(value, folder), MOST_BYTES)
     except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
         raise BadRow(
             f"{column!r}: {value} cannot be read: {getattr(error, 'strerror', None) or error}"

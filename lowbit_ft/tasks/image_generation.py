@@ -13,6 +13,7 @@ evenly over 0 .. 1: a static scale has seen all of them.
 from __future__ import annotations
 
 import hashlib
+import pathlib
 import random
 from collections.abc import Mapping
 from functools import partial
@@ -124,8 +125,8 @@ class ImageGeneration(Labelled):
         """tokenizer: Pictures."""
         names = list(self.labels or ())
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image)
+        def encode(row: Mapping[str, Any], folder: pathlib.Path) -> list[Encoded]:
+            data = file_of(of_column(row, self.image), self.image, folder)
             try:
                 tokenizer.values(data)
             except ValueError as error:

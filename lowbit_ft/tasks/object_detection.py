@@ -36,7 +36,7 @@ from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
 from .detection_labels import BoxLabeller
-from .image_classification import BESIDE, file_of, folders_of
+from .image_classification import BESIDE, file_of
 from .labelled import Answers, Labelled
 from .labels import found_labels, known_labels, label_id, label_values
 from .rows import Encoded, Encoder, of_column
@@ -102,10 +102,10 @@ class ObjectDetection(Labelled):
         return missing()
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
-        names, folders = list(self.labels or ()), folders_of(source)
+        names = list(self.labels or ())
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folders)
+        def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
+            data = file_of(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             width, height = size_of(data)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -73,7 +74,7 @@ class QuestionAnswering(Labelled):
             )
         numbers = itertools.count()
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+        def encode(row: Mapping[str, Any], _: Path) -> list[Encoded]:
             question, context = text_of(row, self.question).lstrip(), text_of(row, self.context)
             right, span = self._answers(row, context)
             facts = {"row": next(numbers), "context": context, "right": right}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, overload
 
 from ..data.errors import BadRow, DataError, kind, told
@@ -102,10 +103,11 @@ def _named(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a task reads a row. encode(row) -> what becomes of it, BadRow where that is nothing; answers(piece)
-    -> its answers as words for the report; reads: the columns; filled: a piece has a token at least."""
+    """How a task reads a row. encode(row, folder of its file) -> what becomes of it, BadRow where that is
+    nothing; answers(piece) -> its answers as words for the report; reads: the columns; filled: a piece has a
+    token at least."""
 
-    encode: Callable[[Mapping[str, Any]], list[Encoded]]
+    encode: Callable[[Mapping[str, Any], Path], list[Encoded]]
     answers: Callable[[Encoded], Iterable[str]]
     reads: frozenset[str]
     filled: bool = False
@@ -131,7 +133,7 @@ def _encoded(
             try:
                 if row.value is None:
                     raise BadRow(row.problem or "not a row")
-                made = encoder.encode(row.value)
+                made = encoder.encode(row.value, Path(row.file).parent)
                 if encoder.filled and not all(piece["input_ids"] for piece in made):
                     raise BadRow("its text has no token, so nothing of it can be looked at")
                 beyond = max((max(piece.get("input_ids", ()), default=0) for piece in made), default=0)
@@ -175,6 +177,14 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{column!r} must be a string; got {kind(value)}")
     return value
+
+
+def place_of(name: str | Path, folder: Path) -> Path:
+    """A file that a row names: from the folder of the row's own file, or, where it is not there, the current
+    one. RuntimeError for "~who" of nobody."""
+    path = Path(name).expanduser()
+    beside = folder / path
+    return path if path.is_file() and not beside.is_file() else beside
 
 
 def of_column(row: Mapping[str, Any], column: str) -> Any:

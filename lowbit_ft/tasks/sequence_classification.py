@@ -8,6 +8,7 @@ by name or number. The loss is the cross entropy; of several labels a binary one
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -77,7 +78,7 @@ class SequenceClassification(Labelled):
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         columns = self.text or _columns(source)
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+        def encode(row: Mapping[str, Any], _: Path) -> list[Encoded]:
             made = encoded_text(tokenizer, section.sequence_len, *(text_of(row, name) for name in columns))
             return [{**made, "labels": self.answer(row)}]
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..data.batches import Batches
 from ..data.errors import BadRow, DataError
-from ..data.mix import sources_of
 from ..evaluate.perplexity import EvalRow
 from ..model.linear import packed_op_only
 from ..model.purpose import Purpose
@@ -40,7 +39,7 @@ from ..speech.wav import read_wav
 from ..vector_codes import VectorCode
 from .base import CLOSED, Dense, Feed, Measure, Task
 from .labelled import Answers, Labelled
-from .rows import Encoded, Encoder, Rows, encoded_text, read_encoded, text_of
+from .rows import Encoded, Encoder, Rows, encoded_text, place_of, read_encoded, text_of
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MADE_AGAIN = 16  # rows of the table that are decoded, for the error of the spectrogram
@@ -106,24 +105,21 @@ class SpeechTokens(Labelled):
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         frames = self.frames
         assert frames is not None, "settled before rows are read"
-        folders = [Path(one.path).expanduser().parent for one in sources_of(source)]
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+        def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
             made = encoded_text(tokenizer, section.sequence_len, text_of(row, self.text))
-            samples = self._samples(text_of(row, self.audio), folders, frames.sample_rate)
+            samples = self._samples(text_of(row, self.audio), folder, frames.sample_rate)
             mel, digest = frames_of(frames, samples), hashlib.sha256(samples.numpy().tobytes()).hexdigest()
             kept = {key: made[key] for key in ("input_ids", "attention_mask")}
             return [{**kept, "cut": made["cut"], "mel": mel, "sound": digest}]
 
         return Encoder(encode, lambda made: (), frozenset([self.audio, self.text]))
 
-    def _samples(self, name: str, folders: Sequence[Path], rate: int) -> Tensor:
+    def _samples(self, name: str, folder: Path, rate: int) -> Tensor:
         """The sound of a row. BadRow."""
-        places = [folder / name for folder in folders]
-        path = next((place for place in places if place.exists()), places[0])
         try:
-            wav = read_wav(path)
-        except ValueError as error:
+            wav = read_wav(path := place_of(name, folder))
+        except (ValueError, RuntimeError) as error:
             raise BadRow(str(error)) from None
         if wav.seconds > self.max_seconds:
             raise BadRow(

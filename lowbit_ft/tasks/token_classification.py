@@ -7,6 +7,7 @@ its label; its other tokens, like the special ones, carry none, as in transforme
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,7 +56,7 @@ class TokenClassification(Labelled):
             )
         names = list(self.labels or ())
 
-        def encode(row: Mapping[str, Any]) -> list[Encoded]:
+        def encode(row: Mapping[str, Any], _: Path) -> list[Encoded]:
             words, given = of_column(row, self.words), of_column(row, self.label)
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not words:
                 raise BadRow(f"{self.words!r} must be a list of strings, and not empty")

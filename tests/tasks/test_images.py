@@ -23,6 +23,7 @@ from lowbit_ft.export.reader import load_exported
 from lowbit_ft.files.tensorfile import CheckpointError
 from lowbit_ft.model.images import patches, picture_of, pixels, problem_of, read_processor
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.sections.data import DataSource
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.stages.outside import export_outside
 from lowbit_ft.tasks import TASKS
@@ -198,3 +199,23 @@ def test_a_picture_is_shown_the_right_way_up() -> None:
     file = io.BytesIO()
     upright.save(file, "JPEG", exif=exif)
     assert picture_of(file.getvalue()).size == (16, 8)
+
+
+def test_a_row_names_its_picture_from_the_folder_of_its_own_file(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two sources with files of one name; what lies in the current folder is taken where there is none."""
+    sources = []
+    for color in ("red", "blue"):
+        folder = tmp_path / color
+        folder.mkdir()
+        Image.new("RGB", (8, 8), color).save(folder / "x.png")
+        rows = [{"image": "x.png", "label": "across"}, {"image": "here.png", "label": "upright"}]
+        encoders.write(folder / "rows.jsonl", rows)
+        sources.append(DataSource(path=str(folder / "rows.jsonl")))
+    Image.new("RGB", (8, 8), "lime").save(tmp_path / "here.png")
+    monkeypatch.chdir(tmp_path)
+    task = TASKS["image_classification"].model_validate(
+        {"kind": "image_classification", "labels": images.LABELS}
+    )
+    found = task.examples(sources, SimpleNamespace(sequence_len=17, on_bad_row="error"), None)
+    middles = [picture_of(row["image"]).getpixel((4, 4)) for row in found]
+    assert middles == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 0)]
