@@ -125,7 +125,9 @@ def test_where_the_dense_model_does_not_fit_it_is_packed(
 @pytest.mark.parametrize("kind", ["logits", "layers"])
 def test_rows_of_a_task_are_taught_by_a_teacher(tmp_path: Path, kind: str) -> None:
     """Their answers alone carry the loss; what layers make is compared everywhere."""
-    task = "{kind: task_labels, prompt: 'Name it. def {input}', samples: 16, batch_size: 16, input_tokens: 20, "
+    task = (
+        "{kind: task_labels, prompt: 'Name it. def {input}', samples: 16, batch_size: 16, input_tokens: 20, "
+    )
     task += "answer_tokens: 8, p_low: 0.0, until: ['(', ' '], answers: [good, bad], filter: {min_tokens: 1}}"
     signal = "{kind: layers, losses: {logits: 1, hidden: 1, outputs: 1}}" if kind == "layers" else kind
     given = [
