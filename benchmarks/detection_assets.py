@@ -92,12 +92,13 @@ def write_boxes(folder: Path) -> None:
 
 def configuration() -> RTDetrConfig:
     """0.43 million parameters: a ResNet of three stages, two levels of features, two layers that decode."""
+    levels_of: Any = {"out_indices": [2, 3]}
     backbone = RTDetrResNetConfig(
+        **levels_of,
         embedding_size=24,  # as wide as the first stage, which has no shortcut of its own
         hidden_sizes=[24, 48, 64],
         depths=[1, 1, 1],
         layer_type="basic",
-        out_indices=[2, 3],
     )
     width, levels = 64, 2
     return RTDetrConfig(
@@ -140,7 +141,7 @@ def batch(chance: random.Random, count: int) -> tuple[Tensor, list[dict[str, Ten
 def train(folder: Path, steps: int, rate: float, save: bool = True) -> Any:
     """All weights, in float32; saved in bfloat16 with its image processor."""
     torch.manual_seed(0)
-    model = RTDetrForObjectDetection(configuration()).train()
+    model: Any = RTDetrForObjectDetection(configuration()).train()
     print(f"tiny-rtdetr: {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)

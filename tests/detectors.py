@@ -27,8 +27,8 @@ def names(labels: tuple[str, ...] = LABELS) -> dict[str, Any]:
 
 
 def _resnet(**keys: Any) -> Any:
-    small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    return transformers.RTDetrResNetConfig(**small, **keys)
+    small: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return transformers.RTDetrResNetConfig(**(small | keys))
 
 
 def _rt_detr(**keys: Any) -> dict[str, Any]:
@@ -59,7 +59,9 @@ def config_of(kind: str, labels: tuple[str, ...] = LABELS) -> Any:
     if kind == "rt_detr":
         return transformers.RTDetrConfig(backbone_config=_resnet(out_indices=[1, 2]), **_rt_detr(**found))
     if kind == "d_fine":
+        stages: Any = {"out_indices": [1, 2]}
         backbone = transformers.HGNetV2Config(
+            **stages,
             embedding_size=8,
             hidden_sizes=[16, 16, 16, 16],
             depths=[1, 1, 1, 1],
@@ -72,19 +74,15 @@ def config_of(kind: str, labels: tuple[str, ...] = LABELS) -> Any:
             stage_light_block=[False, False, True, True],
             stage_kernel_size=[3, 3, 3, 3],
             stage_numb_of_layers=[1, 1, 1, 1],
-            out_indices=[1, 2],
         )
         keys = {**_rt_detr(**found), "encoder_in_channels": [16, 16], "decoder_n_points": [2, 2]}
         return transformers.DFineConfig(backbone_config=backbone, **keys)
     if kind == "detr":
-        backbone = transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-        )
+        small: Any = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        own: Any = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
         return transformers.DetrConfig(
-            backbone_config=backbone,
-            use_timm_backbone=False,
-            backbone=None,
-            use_pretrained_backbone=False,
+            backbone_config=transformers.ResNetConfig(**small),
+            **own,
             d_model=16,
             encoder_layers=1,
             decoder_layers=2,

@@ -84,7 +84,8 @@ def size_of(data: bytes) -> tuple[int, int]:
 
     image = Image.open(io.BytesIO(data))
     turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientations on the side
-    return image.size[::-1] if turned else image.size
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def problem_of(data: bytes) -> str | None:

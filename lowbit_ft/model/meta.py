@@ -60,8 +60,9 @@ def meta_model(
 def uncached() -> Iterator[None]:
     """Inside, transformers makes its tables (anchors, positions of a size) each time. It caches them, and a
     table of tensors without data must not be what a model with data gets from there."""
-    from transformers import pytorch_utils
+    import transformers.pytorch_utils
 
+    pytorch_utils: Any = transformers.pytorch_utils
     before = pytorch_utils.is_torchdynamo_compiling
     pytorch_utils.is_torchdynamo_compiling = lambda: True  # what its caches ask
     try:

@@ -96,8 +96,8 @@ def example_of(
     image that goes from black to white, [1, channels, height, width]. size: (height, width) of what its image
     processor makes, where that is known."""
     if purpose is not None and purpose.auto in OF_IMAGES:
-        size = size or config.get("image_size", 64)  # of a convolutional network any will do
-        height, width = (size, size) if isinstance(size, int) else size
+        made: Any = size or config.get("image_size", 64)  # of a convolutional network any will do
+        height, width = (made, made) if isinstance(made, int) else made
         shape = (1, config.get("num_channels", 3), height, width)
         return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).view(shape)}
     vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 32)

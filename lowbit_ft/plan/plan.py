@@ -180,12 +180,10 @@ def plan(
     held = sum(made.held.values())
     kept = sum(parts[name] for name in (*PARTS, "optimizer states") if name in parts)
     kept += teacher_costs(recipe, made).held + kept_bytes(recipe, made)
-    layer = max((cost.evaluation for cost in step.layers), default=0)
+    layer = max(cost.evaluation for cost in step.layers)
     forward = kept + step.context + max(step.frame + layer, step.tail.evaluation)
     stages["evaluation while training"] = forward + context + parts.get("gathered layers", 0)
-    per_token = (layer if step.layers else step.tail.evaluation) / (
-        recipe.train.micro_batch_size * recipe.data.sequence_len
-    )
+    per_token = layer / (recipe.train.micro_batch_size * recipe.data.sequence_len)
     if recipe.train.max_steps == 0:
         stages = {}  # parts and moments still say what a step would hold
     if recipe.train.reconstruct is not None:
@@ -194,7 +192,7 @@ def plan(
     if recipe.data.synthesis is not None:
         stages["writing rows"] = synthesis_bytes(recipe, made, card.nbytes - context) + context
     if recipe.eval.perplexity and (rows := recipe.task.measured) is not None:
-        at_once = step.tail.evaluation * rows // recipe.train.micro_batch_size
+        at_once = layer * rows // recipe.train.micro_batch_size
         stages["evaluation at the end"] = held + made.dense_bytes + at_once + context
     elif recipe.eval.perplexity:
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context

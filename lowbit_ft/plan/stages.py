@@ -83,8 +83,7 @@ def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     if not recipe.quant.reads_rows:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
-    found = [cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers]
-    largest = max(found, default=step.tail.evaluation)  # where nothing walks, its inputs are looked at
+    largest = max(cost.backward if recipe.quant.by_block else cost.evaluation for cost in step.layers)
     return device + walk_activations(largest / tokens, text.samples, text.sequence_len, text.batch_tokens)
 
 

@@ -36,7 +36,7 @@ from .counting import Counter
 from .fake import Begin, End, autocast, fake, quiet, rules_of
 from .model import Skeleton
 
-WHOLE = "it is no chain of layers: what a step holds is counted of the whole network at once (the loss)"
+WHOLE = "it is no chain of layers: what a step holds is counted of the whole network at once (layer 0)"
 # decoder layers from which the first one, whose input wants no gradient, is taken to be like the others
 _MANY = 16
 
@@ -53,7 +53,7 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
     with FakeTensorMode(allow_non_fake_inputs=True), quiet(), uncached():
         rest, blocks = fake(rest), [fake(module) for module in modules]
         if not blocks:
-            return Step(0, 0, 0, (), _whole(rest, made.task, s, rules), (WHOLE,))
+            return Step(0, 0, 0, (_whole(rest, made.task, s, rules),), Cost(0, 0, 0, 0, 0), (WHOLE,))
         kind = {index: number for number, block in enumerate(made.blocks) for index in block.indices}
         shape_of = Around(rest, made.layers, made.task)
         calls, context, hidden, frame = shape_of.record(s, blocks[kind[0]], rules)

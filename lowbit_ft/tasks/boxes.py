@@ -107,7 +107,7 @@ def average_precision(true: Sequence[Found], said: Sequence[Found], classes: int
     for number, row in enumerate(right, 1):
         row |= {"id": number, "iscrowd": 0}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        data = COCO()
+        data: Any = COCO()
         data.dataset = {
             "info": {},
             "images": [{"id": i} for i in range(len(true))],

@@ -30,6 +30,7 @@ CONFIG = {  # recipe -> whose shapes
     "qwen25-14b": "qwen25_14b",
     "qwen25-32b": "qwen25_32b",
     "glm-130b": "glm_130b",
+    "rtdetr": "rtdetr_r50vd",
 }
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 
@@ -232,8 +233,11 @@ def test_plan_on_every_recipe(
     assert "fits:" in out and "NOT fit" not in out and "an estimate" not in out
     table = [line for line in out.splitlines() if line[:1] in tuple("┏┃┡│└")]
     assert len(table) > 3 and max(map(len, table)) <= 100, "tables keep to the width of the terminal"
-    saved = load_recipe(path, check=False).train.gradient.backward
-    assert ("saved layer inputs" in out) == saved and ("and no backward" in out) != saved
+    recipe = load_recipe(path, check=False)
+    saved = recipe.train.gradient.backward
+    assert ("and no backward" in out) != saved
+    # of what is no chain of layers they are a part of its one
+    assert ("saved layer inputs" in out) == saved or not recipe.task.walked
     for word in (
         "codes",
         "adapters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lowbit_ft.report.boxes import FILE, boxes_section
+from lowbit_ft.report.files import NotShown, RunFiles
 from tests.report.made_up_run import run
 
 
@@ -27,6 +30,11 @@ def picture(**changes: Any) -> dict[str, Any]:
 
 def facts(*pictures: Any) -> dict[str, Any]:
     return {"names": ["cat<b>", "dog"], "confidence": 0.5, "pictures": list(pictures)}
+
+
+def section(folder: Path, *pictures: Any) -> str:
+    (folder / FILE).write_text(json.dumps(facts(*pictures)))
+    return boxes_section(RunFiles(folder))
 
 
 def test_a_row_for_each_stage_that_there_is(tmp_path: Path) -> None:
@@ -53,14 +61,31 @@ def test_a_row_for_each_stage_that_there_is(tmp_path: Path) -> None:
         picture(boxes=[]),
         picture(boxes={"base": []}),
     ],
-    ids=str,
+    ids=("number", "empty", "no base64", "no PNG", "no size", "size", "no boxes", "nothing right"),
 )
 def test_what_is_no_picture_is_left_out(tmp_path: Path, broken: Any) -> None:
-    assert "holds no picture that can be shown" in run(tmp_path, boxes__json=facts(broken)).text["boxes"]
-    assert "surer" in run(tmp_path, boxes__json=facts(broken, picture())).text["boxes"]
+    with pytest.raises(NotShown, match="holds no picture that can be shown"):
+        section(tmp_path, broken)
+
+
+def test_the_others_are_shown(tmp_path: Path) -> None:
+    assert "surer" in section(tmp_path, 7, picture(size=[0, 3]), picture())
 
 
 def test_what_is_no_box_is_left_out(tmp_path: Path) -> None:
     odd = [7, [1, 2], [1, 2, 3, 4, 0, "sure"], [1, 2, float("inf"), 4, 0, 1], [1, 1, 4, 3, 9, 0.9]]
     one = picture(boxes={"true": odd, "base": "none", "trained": odd})
-    assert "surer" in run(tmp_path, boxes__json=facts(one)).text["boxes"]
+    assert "surer" in section(tmp_path, one)
+
+
+@pytest.mark.parametrize(("found", "state"), [(0.74, "good"), (0.7, "bad")])
+def test_a_reader_without_a_loss_is_compared_by_its_score(tmp_path: Path, found: float, state: str) -> None:
+    rows = [
+        {"stage": "trained", "loss": 3.5, "scores": {"map": 0.74}},
+        {"stage": "merged", "loss": 3.5, "scores": {"map": 0.74}},
+        {"stage": "exported", "loss": None, "scores": {"map": found}},
+    ]
+    page = run(tmp_path, evaluation__json={"rows": rows}, recipe__yaml="export: {format: onnx}")
+    assert any(a.get("class") == f"verdict {state}" for _, a in page.tags)
+    said = {"good": "trained = merged = exported map = 0.7400", "bad": "the values of map differ"}
+    assert said[state] in page.text["head"]

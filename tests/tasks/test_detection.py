@@ -88,7 +88,7 @@ def test_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
 
 def test_its_convolutions_are_packed_and_its_head_is_not(ran: SimpleNamespace) -> None:
     read = load_exported(ran.run / "merged", dtype=torch.float32, attention="eager")
-    layers = dict(packed_layers(read))
+    layers: dict[str, Any] = dict(packed_layers(read))
     convs = [name for name, layer in layers.items() if isinstance(layer, PackedConv2d)]
     assert len(convs) == 31 and len(layers) == 31 + 29 and "decoder.layers.1.mlp.fc1" in " ".join(layers)
     base = load_exported(ran.run / "base", dtype=torch.float32, attention="eager")
@@ -108,7 +108,7 @@ def test_batch_norms_keep_the_statistics_of_the_checkpoint(ran: SimpleNamespace)
     running = [name for name in came if "running_" in name]
     assert len(running) == 2 * 31 and all(came[name].std() > 0 for name in running)
     assert all(torch.equal(came[name], merged[name]) for name in running)
-    read = load_exported(ran.run / "base", dtype=torch.float32, attention="eager").train()
+    read: Any = load_exported(ran.run / "base", dtype=torch.float32, attention="eager").train()
     norms = [m for m in read.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 31 and not any(norm.training for norm in norms)
     before = {n: b.clone() for n, b in read.named_buffers() if "running" in n}
@@ -246,7 +246,9 @@ def test_the_plan_counts_the_whole_network(tmp_path: Path) -> None:
     )
     assert small is not None and large is not None and small.notes == large.notes == [WHOLE]
     assert small.trainable == large.trainable > 0
-    assert large.parts["loss"] > 2 * small.parts["loss"] > 0
+    parts = ("one layer", "saved layer inputs")
+    works = [sum(made.parts[name] for name in parts) for made in (small, large)]
+    assert works[1] > 2 * works[0] > 0
     ends = [made.stages["evaluation at the end"] for made in (small, large)]
     assert ends[0] == pytest.approx(ends[1], rel=1e-3), "as many pictures at a time, whatever trains"
     image = torch.rand(1, 3, 32, 32)  # tables of the plan's tensors are nowhere in transformers' caches
