@@ -184,6 +184,8 @@ def synthesis_key(session: Session, config: SynthesisConfig) -> str:
     }
     if config.needs_template and recipe.data.chat:
         facts["chat"] = recipe.data.chat
+    if config.reads == "images":  # whose labels and columns rows have
+        facts["task"] = recipe.task.model_dump(mode="json")
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -163,7 +163,7 @@ class TaskRows(Rows):
     def completes(self, ids: Sequence[int]) -> bool:
         """Whether the last token of an input completes a text that ends it."""
         until = self.config.until
-        tail = ids[-2 - max(map(len, until), default=0) :]  # a token has a character at least
+        tail = ids[-1 - 4 * max(map(len, until), default=0) :]  # a token has a byte, a character up to four
         return bool(until) and any(text in self.voice.text(tail) for text in until)
 
     def judge(self, model: Any, rows: Sequence[Row]) -> list[str | None]:
