@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 SHAPES = ("circle", "square", "triangle", "cross")
 SIDE, FINE = 16, 4  # pixels of a side; drawn so many times larger and averaged
+KIND = "DiTTransformer2DModel"
 SIZES = {
     "num_attention_heads": 4,
     "attention_head_dim": 24,
@@ -97,10 +98,10 @@ def tensor_of(found: list[Image.Image]) -> Tensor:
 def fresh() -> Any:
     """The transformer with the start of the paper (arXiv 2212.09748): what modulates, and what comes out, is
     zero."""
-    from diffusers import DiTTransformer2DModel  # optional, slow
+    import diffusers  # optional, slow
 
     torch.manual_seed(0)
-    model: Any = DiTTransformer2DModel(**SIZES)
+    model: Any = getattr(diffusers, KIND)(**SIZES)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -164,9 +165,9 @@ def flow_loss(model: Any, x: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -
 
 
 def asset(folder: Path, out: Path) -> None:
-    from diffusers import DiTTransformer2DModel  # optional, slow
+    import diffusers  # optional, slow
 
-    model: Any = DiTTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    model: Any = getattr(diffusers, KIND).from_pretrained(folder, torch_dtype=torch.bfloat16)
     model.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     config.pop("_name_or_path", None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .config import DiffusersConfig
 
@@ -36,18 +36,19 @@ class DiffusersTransformer(PreTrainedModel):
     main_input_name = "hidden_states"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    made: Any  # diffusers' own
 
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         made = config.kind()(**config.options())
-        self.__dict__["made"] = made  # no part of this module: its parts are
+        vars(self)["made"] = made  # no part of this module: its parts are
         for name, part in made.named_children():
             self.add_module(name, part)
         assert not made._parameters and not made._buffers, f"{config.class_name} has tensors of its own"
         made._modules = self._modules
         for part in self.modules():
             if hasattr(part, "token_drop"):
-                part.dropout_prob = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+                part.dropout_prob = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         if self.walks:  # its end is modulated by the time and the label as its first layer embeds them
             first = self.get_submodule("transformer_blocks.0")
             seen = nn.Module()
@@ -77,9 +78,9 @@ class DiffusersTransformer(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Positions are computed, and in no file."""
-        if isinstance(getattr(module, "pos_embed", None), Tensor) and hasattr(module, "base_size"):
-            if "pos_embed" in module._non_persistent_buffers_set:
-                init.copy_(module.pos_embed, positions(module))
+        table = getattr(module, "pos_embed", None)
+        if isinstance(table, Tensor) and "pos_embed" in module._non_persistent_buffers_set:
+            init.copy_(table, positions(module))
 
     def forward(
         self,

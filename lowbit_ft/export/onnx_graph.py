@@ -46,7 +46,7 @@ NOISY = {
     "timestep": ("batch_size",),
     "class_labels": ("batch_size",),
 }
-INPUTS: dict[str, tuple[str, ...]] = {
+INPUTS = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
     "token_type_ids": ("batch_size", "sequence_length"),
