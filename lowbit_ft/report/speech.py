@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from .files import STAGES, NotShown, RunFiles
 from .html import image, is_number, note, plain
@@ -34,7 +34,7 @@ def speech_section(run: RunFiles) -> str:
     )
 
 
-def _is_picture(mel: Any) -> bool:
+def _is_picture(mel: Any) -> TypeGuard[list[list[float]]]:
     """Frames of equally many numbers."""
     if not isinstance(mel, list) or not mel or not all(isinstance(frame, list) for frame in mel):
         return False
