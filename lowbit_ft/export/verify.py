@@ -23,9 +23,7 @@ chosen another token, the two must be as close as the tolerance of the logits. T
 does not stop at the first tie.
 """
 
-import copy
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,29 +37,17 @@ from ..grid import PackedWeight, Weight
 from ..model.chat_template import Template
 from ..model.config import load_config, read_config
 from ..model.images import made_size
-from ..model.linear import packed_op_only
 from ..model.matrices import Matrix, find_matrices
-from ..model.purpose import TRAINING_ONLY, Purpose, answer_of, example_of, purpose_of
+from ..model.purpose import TRAINING_ONLY, Purpose, example_of, purpose_of
 from ..model.shipped import Trained
 from . import EXPORTERS
-from .answers import Answers, answer, compare_tokens, own_tokenizer, prompt_ids
+from .answers import Answers, compare_tokens, own_tokenizer, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
 from .planes import as_integers
 from .reader import load_exported
 from .stored import STORED, tensor_files
-
-# Only where the two sides do not make the same call. fp32 rounding over a few dozen layers stays below 1e-4
-# of the largest logit, bf16 below 3e-2; a wrong code or scale in one layer gives more than that, and the
-# exact comparison of weights has found it before.
-LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# The same where inputs are quantized, by their bits: a sum that rounds otherwise in its last bit may move the
-# input of the next layer over a tie, and then by a whole step. Measured on the tiny Llama: from 1e-6 to 5e-4
-# at 8 bits, to a third of the largest logit at 4.
-INPUT_TOLERANCE = {8: 5e-2, 4: 0.5}
-# Some models fall further: two bits, 8-bit inputs and sharp answers (a MiniLM for questions: 9 % of the
-# largest). How far, the packed model says itself, where what enters its first layer is off by so much.
-NUDGES = [sign * size * 2.0**-21 for size in (1, 2, 3, 4) for sign in (1, -1)]
+from .verify_logits import compare_logits, expected_of, logits_of
 
 OFFSET_ROUNDING = 2.0**-23  # of a vector that was stored as 1 + w in fp32
 
@@ -197,10 +183,10 @@ def verify(
     given = {"input_ids": input_ids} if input_ids is not None else _example(folder, config, purpose)
     # a model for something else than writing text has no greedy answers
     prompts = prompt_ids(own) if purpose is None else []
-    expected = None if model is None else _expected(model, exporter, folder, prompts, given)
+    expected = None if model is None else expected_of(model, exporter, folder, prompts, given)
     loaded = load_exported(folder, dtype=kind, device=device, attention=attention)
     # before looking at weights: some readers unpack at the first forward
-    logits = _logits(loaded, given)
+    logits = logits_of(loaded, given)
     stored = STORED[exporter.container](
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
@@ -215,7 +201,7 @@ def verify(
     if expected is not None:
         on_cpu = {torch.device(device).type, expected.device} == {"cpu"}
         same = on_cpu and _same_call(loaded, weights, matrices)
-        difference, bound, answers = _compare_logits(expected, loaded, logits, exporter, weights, kind, same)
+        difference, bound, answers = compare_logits(expected, loaded, logits, exporter, weights, kind, same)
     elements = sum(spec.elements for spec in weights.specs.values())
     report = VerifyReport(
         str(folder),
@@ -237,71 +223,6 @@ def verify(
 def _example(folder: Path, config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
     """What the models are asked with: of images, of the size that the folder's image processor makes."""
     return example_of(config, purpose, made_size(folder))
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What the packed model says: logits, its greedy answers, and the kind of device that computed them.
-    moves: by how much NUDGES move the logits."""
-
-    logits: Tensor
-    answers: list[Any]
-    device: str
-    moves: float
-
-
-def _compare_logits(
-    expected: _Expected,
-    loaded: nn.Module,
-    logits: Tensor,
-    exporter: Exporter,
-    weights: Weights,
-    kind: torch.dtype,
-    same_call: bool,
-) -> tuple[float, float, Answers | None]:
-    """(largest difference of logits, what is allowed, the answers). same_call: the reader makes the very call
-    of the packed model."""
-    rounding = _rounding(kind, weights)
-    # A reader with an arithmetic of its own rounds to 16 bits at other places than we do.
-    tolerance = exporter.tolerance and max(exporter.tolerance, 2 * LOGIT_TOLERANCE[kind], rounding)
-    largest = float(expected.logits.abs().max())
-    answers = None
-    if expected.answers:
-        answers = Answers.compare(
-            lambda x: _logits(loaded, {"input_ids": x}), expected.answers, tolerance or rounding
-        )
-    bound = max(tolerance * largest, 2 * expected.moves)
-    if bound == 0 and not same_call:
-        bound = rounding * largest
-    return float((logits - expected.logits).abs().max()), bound, answers
-
-
-def _expected(
-    model: nn.Module | Callable[[], nn.Module],
-    exporter: Exporter,
-    folder: Path,
-    prompts: list[Tensor],
-    given: Mapping[str, Tensor],
-) -> _Expected:
-    """Ask the packed model; one that was loaded here is gone again afterwards."""
-    packed: Any = model if isinstance(model, nn.Module) else model()
-    if exporter.computes_in is not None and packed.dtype != exporter.computes_in:
-        packed = copy.deepcopy(packed).to(exporter.computes_in)
-    logits = _logits(packed, given)
-    stops = exporter.stops(folder)  # of a gguf file a reading of all its tokens
-    answers = [answer(lambda x: _logits(packed, {"input_ids": x}), prompt, stops) for prompt in prompts]
-    moves = max(_moves(packed, given, logits, by) for by in NUDGES) if exporter.tolerance else 0.0
-    return _Expected(logits, answers, next(packed.parameters()).device.type, moves)
-
-
-@torch.no_grad()
-def _moves(packed: Any, given: Mapping[str, Tensor], logits: Tensor, by: float) -> float:
-    given = {n: x * (1 + by) if x.is_floating_point() else x for n, x in given.items()}
-    with ExitStack() as stack:
-        if "input_ids" in given:
-            hook = packed.get_input_embeddings().register_forward_hook(lambda m, a, out: out * (1 + by))
-            stack.callback(hook.remove)
-        return float((_logits(packed, given) - logits).abs().max())
 
 
 def _check_layer(
@@ -360,26 +281,6 @@ def _same_call(loaded: Any, weights: Weights, matrices: Mapping[str, Matrix]) ->
         for name, m in matrices.items()
         if name in weights and m.plain
     )
-
-
-def _rounding(kind: torch.dtype, weights: Weights) -> float:
-    """By which share of the largest logit two sides may differ that add in another order."""
-    bits = {spec.activation.bits for spec in weights.specs.values() if spec.activation is not None}
-    return max([LOGIT_TOLERANCE[kind], *(INPUT_TOLERANCE[b] for b in bits)])
-
-
-def _logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
-    """A model that answers with something else than logits says by `probe` what it is asked with these."""
-    training = model.training
-    model.eval()
-    try:
-        with packed_op_only(model):
-            device = next(model.parameters()).device
-            moved = {name: value.to(device) for name, value in given.items()}
-            probe = getattr(model, "probe", None)
-            return (answer_of(model(**moved)) if probe is None else probe(**moved)).float().cpu()
-    finally:
-        model.train(training)
 
 
 def _differences(a: Tensor | None, b: Tensor | None) -> int:

@@ -17,7 +17,8 @@ from lowbit_ft.export.base import Weights
 from lowbit_ft.export.onnx_graph import trace
 from lowbit_ft.export.onnx_layers import OnnxLinear
 from lowbit_ft.export.reader import load_exported
-from lowbit_ft.export.verify import NUDGES, _compare_logits, _Expected, _logits, _moves, verify
+from lowbit_ft.export.verify import verify
+from lowbit_ft.export.verify_logits import NUDGES, Expected, compare_logits, logits_of, moves_of
 from lowbit_ft.export.writer import check_writable, write_model
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.model.checkpoint import Checkpoint
@@ -76,12 +77,12 @@ def test_onnx_runtime_computes_what_was_trained(written: Any, tmp_path: Path) ->
     found, wanted = model(ids).logits, packed(ids).logits
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
     # What is allowed beyond a share of the largest is twice what nudges do, which leave nothing behind.
-    own = _logits(packed, {"input_ids": ids})
-    moves = max(_moves(packed, {"input_ids": ids}, own, by) for by in NUDGES)
-    assert 0 < moves < 0.1 * own.abs().max() and torch.equal(_logits(packed, {"input_ids": ids}), own)
+    own = logits_of(packed, {"input_ids": ids})
+    moves = max(moves_of(packed, {"input_ids": ids}, own, by) for by in NUDGES)
+    assert 0 < moves < 0.1 * own.abs().max() and torch.equal(logits_of(packed, {"input_ids": ids}), own)
     for off, fits in ((1.9, True), (2.1, False)):
-        wide = _Expected(own, [], "cpu", float(own.abs().max()))
-        found = _compare_logits(wide, model, own + off * own.abs().max(), ONNX, weights, torch.float32, False)
+        wide = Expected(own, [], "cpu", float(own.abs().max()))
+        found = compare_logits(wide, model, own + off * own.abs().max(), ONNX, weights, torch.float32, False)
         assert (found[0] <= found[1]) == fits
     # Texts that share a row do not see each other, and an answer ends.
     places = torch.cat([torch.arange(9), torch.arange(8)])[None]
