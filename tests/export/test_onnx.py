@@ -174,7 +174,7 @@ def test_inputs_are_on_the_grid_of_training() -> None:
 
     eye = random_weight((64, 64), int_grid(bits=4, group_size=64))
     ones = PackedLinear(
-        type(eye).quantize(torch.eye(64), torch.ones(1, 64), None, eye.grid)  # pyright: ignore[reportAttributeAccessIssue]
+        type(eye).quantize(torch.eye(64), torch.ones(1, 64), None, eye.grid)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     )
     eye = ones.base.without_residual()
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))

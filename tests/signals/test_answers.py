@@ -114,7 +114,8 @@ def test_an_encoder_loses_its_weights_beside_its_own_base(tmp_path: Path) -> Non
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(found))
     recipe = load_recipe(file)
-    assert any("signal mix, teacher residual" in note for note in plan(recipe).notes)
+    planned = plan(recipe)
+    assert planned is not None and any("signal mix, teacher residual" in note for note in planned.notes)
     pipeline.run(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first = lines[0]
