@@ -62,8 +62,8 @@ def table_bytes(model: Any) -> int:
     """Of the token embedding's gradient before it is fp32, where the embedding trains; 0 where it does not.
     Of new rows alone it is as many as they are."""
     table = ends_of(model)[0]
-    if table is None:
-        return 0
+    if getattr(table, "weight", None) is None:
+        return 0  # of images: what cuts them into patches holds its table inside
     if masters_of(table) is not None:
         return sum(p.nbytes for p in table._parameters.values() if p is not None)
     size = table.weight.element_size()

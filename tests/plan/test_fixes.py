@@ -31,6 +31,8 @@ CONFIG = {  # recipe -> whose shapes
     "qwen25-32b": "qwen25_32b",
     "glm-130b": "glm_130b",
     "rtdetr": "rtdetr_r50vd",
+    "dit-xl": "dit_xl_2_256",
+    "speech-codec-500m": "../../recipes/assets/speech-codec-500m",
 }
 SHORT = ["eval.perplexity=false", "train.micro_batch_size=4", "data.sequence_len=256"]
 
