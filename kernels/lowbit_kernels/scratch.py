@@ -132,7 +132,7 @@ def binary_rows(megabytes: int, other: int, itemsize: int, multiple: int) -> int
 
 def scratch(op: str, args: tuple[Any, ...], arch: int) -> int:
     """Bytes that the Triton launcher of `op` holds at its peak beyond its arguments, on architecture `arch`;
-    -1: no rule, or a call that the reference takes.
+    -1: no rule.
 
     args: the op's arguments; only shapes and dtypes of the tensors are read.
     """
@@ -198,8 +198,6 @@ def _gradients(args: tuple[Any, ...], arch: int) -> int:
 
 def _row_gradients(args: tuple[Any, ...], arch: int) -> int:
     x, grid, group_size = args[0], GridWeight(*args[2 : 2 + len(GridWeight._fields)]), args[-2]
-    if grid.lowest:
-        return -1
     (m, k), moved, size = x.shape, grid.moved, x.element_size()
     config = dispatch.config("grid_row_gradients", grid.bits, x.dtype, m, moved, k, arch)
     rows = row_chunk(moved, k, size, config)

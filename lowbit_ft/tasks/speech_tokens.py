@@ -210,7 +210,7 @@ class Speech(Answers):
         self.heard = {
             "spoken": self.rows[0]["mel"]
         }  # frames [F, M] of the first row; by stage, what it makes
-        self.said = feed.tokenizer.decode(self.rows[0]["input_ids"], skip_special_tokens=True)
+        self.words = feed.tokenizer.decode(self.rows[0]["input_ids"], skip_special_tokens=True)
 
     def files(self) -> dict[str, Any]:
         """Spectrograms of the first row, for the report."""
@@ -222,7 +222,7 @@ class Speech(Answers):
             for name, mel in logs.items()
         ]
         seconds = frames.hop_length / frames.sample_rate
-        return {SPEECH: {"text": self.said, "seconds_per_frame": seconds, "rows": rows}}
+        return {SPEECH: {"text": self.words, "seconds_per_frame": seconds, "rows": rows}}
 
     def row(self, model: Any, stage: str) -> EvalRow:
         row, training = super().row(model, stage), model.training

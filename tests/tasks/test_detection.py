@@ -227,7 +227,7 @@ def test_pictures_of_one_size(tmp_path: Path) -> None:
     processor = model / "preprocessor_config.json"
     told = json.loads(processor.read_text()) | {"size": {"shortest_edge": 32, "longest_edge": 64}}
     processor.write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match=r"makes images of \[3, 32, 32\] and of \[3, 64, 32\]"):
+    with pytest.raises(CheckpointError, match=r"makes images of \[3, 32, 32\] and \[3, 32, 64\]"):
         read_processor(model)
 
 
@@ -260,7 +260,8 @@ def test_the_report_draws_the_boxes(ran: SimpleNamespace) -> None:
     facts = json.loads((ran.run / "boxes.json").read_text())
     assert facts["names"] == list(detectors.LABELS) and len(facts["pictures"]) == 6
     first = facts["pictures"][0]
-    assert set(first["boxes"]) == {"true", "base", "quantized", "trained"} and first["size"] == [48, 40]
+    assert set(first["boxes"]) == {"true", "base", "quantized", "trained", "merged"}
+    assert first["size"] == [48, 40]
     wanted = detectors.rows(8, seed=1)[0]["objects"]["bbox"][0]
     x, y, wide, high = wanted
     assert first["boxes"]["true"][0][:4] == pytest.approx([x, y, x + wide, y + high], abs=1e-3)

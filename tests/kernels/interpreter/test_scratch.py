@@ -129,9 +129,10 @@ def test_a_dense_part(some: bool) -> None:
     }
     for op, (launch, args) in calls.items():
         assert _held(launch, args) == pytest.approx(scratch(op, args, 0), rel=0.02), op
-    ternary = grid._replace(lowest=1)  # which the reference makes (dispatch.takes)
-    assert scratch("grid_codes", (*ternary, k, 64), 0) == -1
-    assert scratch("grid_row_gradients", (*calls["grid_row_gradients"][1][:2], *ternary, 64, False), 0) == -1
+    # A lowest code that is not used costs nothing.
+    args = calls["grid_row_gradients"][1]
+    ternary = (*args[:2], *grid._replace(lowest=1), 64, False)
+    assert scratch("grid_row_gradients", ternary, 0) == scratch("grid_row_gradients", args, 0) > 0
 
 
 def test_binary() -> None:
