@@ -68,7 +68,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 LOW_RANK = {"rank": 16, "alpha": 32}
 METHODS: dict[str, dict[str, Any]] = {"lr_qat": LOW_RANK, "l4q": LOW_RANK, "full_qat": {}}
 CASES = [f"{grid}/{method}" for grid in GRIDS for method in METHODS]
-LEAST = {"W8A8": 4, "W4A8": 12, "W2A8": 32, "ternary": 32}  # steps
+LEAST = {"W8A8": 32, "W4A8": 32, "W2A8": 32, "ternary": 32}  # steps
 
 
 def topics() -> dict[str, list[dict[str, Any]]]:
@@ -155,10 +155,15 @@ def fine_tuned(task: str, model: str, folder: Path) -> Path:
     return place
 
 
+def run_of(folder: Path, task: str, case: str) -> Path:
+    """The run of a case, of so many steps: one that is there is not made again."""
+    return folder / f"{task}-{case.replace('/', '-')}-{LEAST[case.partition('/')[0]]}"
+
+
 def measure(case: str, model: str, task: str, folder: Path) -> dict[str, Any]:
     """The table of one case, by stage."""
     grid, _, method = case.partition("/")
-    run, steps = folder / f"{task}-{case.replace('/', '-')}", LEAST[grid]
+    run, steps = run_of(folder, task, case), LEAST[grid]
     recipe = {
         "name": "encoders",
         "model": {"path": str(fine_tuned(task, model, folder)), "dtype": "float32", "device": "cpu"},
@@ -231,7 +236,7 @@ def latency(task: str, model: str, folder: Path) -> list[dict[str, Any]]:
         files.write(place, Weights({}, lambda name: AssertionError(name)))  # pyright: ignore[reportArgumentType]
     places = {"fp32": place}
     for case in CASES:
-        if (made := folder / f"{task}-{case.replace('/', '-')}" / "onnx").is_dir():
+        if (made := run_of(folder, task, case) / "onnx").is_dir():
             places.setdefault(case.partition("/")[0], made)
     sessions = {name: OnnxModel(path / FILE, []) for name, path in places.items()}
     found = []
