@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from lowbit_ft import pipeline
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.session import resume
 from lowbit_ft.stages import synthesis
@@ -143,6 +146,25 @@ def test_rows_of_a_task_are_taught_by_a_teacher(tmp_path: Path, kind: str) -> No
     assert all(first[name] > 0 for name in names if kind == "layers") and first["loss"] > 0
     state = read_state(tmp_path / "run" / "synthesis")
     assert state.count("train") and set(state.answers) <= {"good", "bad"}
+
+
+def test_rows_are_made_anew_for_another_image_processor(tmp_path: Path) -> None:
+    """It is in none of the files of weights, and a picture that was made for one is another for the next."""
+    folder = Path(shutil.copytree(ROOT / "recipes/assets/tiny-rtdetr", tmp_path / "model"))
+    changes = [f"model.path={folder}", f"output={tmp_path / 'run'}"]
+    recipe = load_recipe(ROOT / "recipes/quickstart-image-data-free.yaml", changes)
+
+    def key() -> str:
+        checkpoint = Checkpoint.open(folder, purpose=recipe.task.purpose(0))
+        config = recipe.data.synthesis
+        assert config is not None
+        return synthesis.synthesis_key(SimpleNamespace(recipe=recipe, checkpoint=checkpoint), config)  # pyright: ignore[reportArgumentType]
+
+    before, file = key(), folder / "preprocessor_config.json"
+    (folder / "README.md").write_text("a card")
+    assert key() == before
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_rescale": False}))
+    assert key() != before
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:
