@@ -49,8 +49,8 @@ def synthesis_stage(session: Session) -> None:
 
 
 def _write(session: Session, config: SynthesisConfig) -> None:
+    maker = config.maker(_given(session, config))  # may refuse, before rows of another recipe go
     folder = RowsFolder(session.run / FOLDER, synthesis_key(session, config))
-    maker = config.maker(_given(session, config))
     todo = folder.missing(-(-maker.count // config.batch_size))
     if todo or not folder.state.done:
         by = folder.by(lambda: config.writer if config.writer != "auto" else _fitting(session, config))

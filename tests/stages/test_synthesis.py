@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from lowbit_ft import pipeline
+from lowbit_ft.data.synthesis.base import Shard
+from lowbit_ft.data.synthesis.folder import RowsFolder
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.recipe.recipe import load_recipe
-from lowbit_ft.session import resume
+from lowbit_ft.session import resume, start
 from lowbit_ft.stages import synthesis
 from lowbit_ft.stages.synthesis import read_state, train_source, valid_source, writer
 from tests.forks import Forked, run
@@ -165,6 +167,21 @@ def test_rows_are_made_anew_for_another_image_processor(tmp_path: Path) -> None:
     assert key() == before
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_rescale": False}))
     assert key() != before
+
+
+def test_a_recipe_that_makes_no_rows_leaves_those_there(tmp_path: Path) -> None:
+    """Rows of another recipe go when theirs can be made, and not before."""
+    session = start(recipe(tmp_path / "run", "data.synthesis.starts=100000"))
+    try:
+        shard = Shard(3)
+        shard.lines["train"].append({"row": 0, "input_ids": [1, 2, 3]})
+        RowsFolder(session.run / "synthesis", "of another recipe").put(0, shard)
+        before = files(tmp_path)
+        with pytest.raises(ValueError, match="starts: got 100000"):
+            synthesis.synthesis_stage(session)
+        assert before and files(tmp_path) == before
+    finally:
+        session.run.close()
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:
