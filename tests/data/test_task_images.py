@@ -362,6 +362,8 @@ def test_no_real_row_comes_to_it_and_codes_stay(
 
 REFUSED = [
     ("task=image_classification", "model.path=recipes/assets/tiny-vit", "has no head for it yet"),
+    ("task={kind: object_detection, labels: [cat, dog]}", "output=x", "leave labels out"),
+    ("task={kind: object_detection, labels: [square, circle, triangle]}", "output=x", "leave labels out"),
     ("data.synthesis.kind=task_imagse", "output=x", "did you mean 'task_images'?"),
     ("data.synthesis={kind: self_generated}", "output=x", "its rows are images; set kind: task_images"),
 ]
