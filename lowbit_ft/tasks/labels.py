@@ -28,7 +28,8 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]  # of labels
+Distinct = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+Names = Annotated[Distinct, Field(min_length=2)]  # of labels
 
 
 def label_values(names: Sequence[str] | None) -> dict[str, Any]:

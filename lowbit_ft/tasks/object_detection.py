@@ -38,7 +38,7 @@ from .boxes import Found, average_precision, checked, in_pixels, missing, shares
 from .detection_labels import BoxLabeller
 from .image_classification import BESIDE, file_of
 from .labelled import Answers, Labelled
-from .labels import found_labels, known_labels, label_id, label_values
+from .labels import Distinct, found_labels, known_labels, label_id, label_values
 from .rows import Encoded, Encoder, of_column
 
 Side = Annotated[int, Field(ge=1)]
@@ -70,7 +70,7 @@ class ObjectDetection(Labelled):
         default="xywh",
         description="xywh: left, top, width, height (COCO); xyxy: left, top, right, bottom",
     )
-    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    labels: Annotated[Distinct, Field(min_length=1)] | None = Field(
         default=None, description="the categories by name, in their order; null: those that the rows have"
     )
     image_size: tuple[Side, Side] | None = Field(
