@@ -15,7 +15,8 @@ suppression of those that overlap a surer one):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -91,12 +92,14 @@ class BoxLabeller(Labeller):
     def names(self) -> tuple[str, ...]:
         return self.task.labels or ()
 
-    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[Answer]) -> Mapping[str, float]:
-        like, said = next(model.parameters()), list[Found]()
-        sizes = [(image.shape[2], image.shape[1]) for image in images]
-        for at in range(0, len(images), TOGETHER):
-            some = torch.stack(list(images[at : at + TOGETHER])).to(like.device, like.dtype)
-            said += self.detect(model(pixel_values=some), sizes[at : at + TOGETHER], 0.0)
+    def score(self, model: Any, images: Iterable[Tensor], answers: Sequence[Answer]) -> Mapping[str, float]:
+        like, said, sizes = next(model.parameters()), list[Found](), list[tuple[int, int]]()
+        left = iter(images)
+        while several := list(islice(left, TOGETHER)):
+            here = [(image.shape[2], image.shape[1]) for image in several]
+            some = torch.stack(several).to(like.device, like.dtype)
+            said += self.detect(model(pixel_values=some), here, 0.0)
+            sizes += here
         right = [
             Found(in_pixels(torch.tensor(boxes), *size), torch.tensor(classes), torch.ones(len(classes)))
             for (classes, boxes), size in zip(answers, sizes, strict=True)
