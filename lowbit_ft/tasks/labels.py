@@ -76,6 +76,12 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
         if min(seen) < 0:
             raise DataError(f"{column!r} holds the label {min(seen)}: rows without an answer", named(source))
         count = max(seen) + 1
+        if count > MOST:
+            raise DataError(
+                f"{column!r} holds the label {max(seen)}, and labels are counted from 0: more than {MOST:,}; "
+                "name them in task.labels, or give another column (task.label)",
+                named(source),
+            )
         return known if len(known) >= count else [f"LABEL_{i}" for i in range(count)]
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))

@@ -204,3 +204,12 @@ def test_the_names_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"objects": [{"category": 2}, {"category": 0}]}))
     source.path = str(tmp_path / "one.jsonl")
     assert found_labels(source, "category", {}, "objects") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_stray_number_makes_no_labels(tmp_path: Path) -> None:
+    """Of 10**9 a name for each number below it was made."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"objects": {"category": [0, 10**9]}}))
+    source = SimpleNamespace(path=str(tmp_path / "one.jsonl"), split="train", name=None, revision=None)
+    source.limit = None
+    with pytest.raises(DataError, match="holds the label 1000000000, and labels are counted from 0"):
+        found_labels(source, "category", {}, "objects")
