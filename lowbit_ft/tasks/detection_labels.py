@@ -15,7 +15,8 @@ suppression of those that overlap a surer one):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -47,7 +48,8 @@ class BoxLabeller(Labeller):
 
     def loss(self, model: Any, images: Tensor, answers: Sequence[Answer]) -> Tensor:
         """The model's own loss; it is the mean over the boxes."""
-        return model(pixel_values=images, labels=[_tensors(one, images.device) for one in answers]).loss
+        with own_count():
+            return model(pixel_values=images, labels=[_tensors(one, images.device) for one in answers]).loss
 
     def found(self, model: Any, images: Tensor, confidence: float) -> list[Answer]:
         """What the model is sure of in each image; no box where that is nothing."""
@@ -105,6 +107,21 @@ class BoxLabeller(Labeller):
             for (classes, boxes), size in zip(answers, sizes, strict=True)
         ]
         return average_precision(right, said, len(self.names))
+
+
+@contextmanager
+def own_count() -> Iterator[None]:
+    """Inside, a model divides its loss by the boxes of its own batch. DETR and its kin divide by those of all
+    processes where accelerate knows of some: not what a task counts, and a wait for processes that do not
+    evaluate."""
+    from accelerate import PartialState
+
+    before = PartialState.__dict__["_shared_state"]
+    PartialState._shared_state = {}  # what their loss asks
+    try:
+        yield
+    finally:
+        PartialState._shared_state = before
 
 
 def _tensors(answer: Answer, device: torch.device) -> dict[str, Tensor]:
