@@ -56,9 +56,7 @@ def missing() -> str | None:
 def checked(value: Any, column: str, form: str, width: int, height: int) -> list[float]:
     """A box of a row -> [x0, y0, x1, y1] in pixels, inside the picture. BadRow for what is no box of it."""
     numbers = value if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    ):
+    if len(numbers) != 4 or not all(map(_finite, numbers)):
         raise BadRow(f"{column!r}: a box is four finite numbers ({form}, in pixels); got {_box(value)}")
     x0, y0, x1, y1 = map(float, numbers)
     if form == "xywh":
@@ -74,6 +72,15 @@ def checked(value: Any, column: str, form: str, width: int, height: int) -> list
     if x1 <= x0 or y1 <= y0:
         raise BadRow(f"{column!r}: nothing of the box {_box(value)} lies in its picture")
     return [x0, y0, x1, y1]
+
+
+def _finite(number: Any) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _box(value: Any) -> str:
@@ -123,9 +130,11 @@ def average_precision(true: Sequence[Found], said: Sequence[Found], classes: int
 
 
 def _rows(picture: int, found: Found) -> list[dict[str, Any]]:
-    """COCO's rows of the boxes of a picture."""
-    size = found.boxes[:, 2:] - found.boxes[:, :2]
-    rows = torch.cat([found.boxes[:, :2], size], 1).double().tolist()
+    """COCO's rows of the boxes of a picture. One that is no number is nowhere: COCO's evaluation takes an
+    overlap that is none for a match, with every box."""
+    known = found.boxes.isfinite().all(1, keepdim=True)
+    boxes = found.boxes.where(known, 0.0)
+    rows = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
     return [
         {"image_id": picture, "category_id": category, "bbox": box, "area": box[2] * box[3], "score": score}
         for box, category, score in zip(rows, found.classes.tolist(), found.scores.tolist(), strict=True)

@@ -12,7 +12,8 @@ behind it is linears. Pictures are shown as they are: nothing is cropped or flip
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -147,13 +148,13 @@ class ClassLabeller(Labeller):
     def names(self) -> tuple[str, ...]:
         return self.task.labels or ()
 
-    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[int]) -> Mapping[str, float]:
-        like, right = next(model.parameters()), 0
-        for at in range(0, len(images), TOGETHER):
-            some = torch.stack(list(images[at : at + TOGETHER])).to(like.device, like.dtype)
-            said = model(pixel_values=some).logits.argmax(-1).tolist()
-            right += sum(a == b for a, b in zip(said, answers[at : at + TOGETHER], strict=True))
-        return {"accuracy": right / max(1, len(images))}
+    def score(self, model: Any, images: Iterable[Tensor], answers: Sequence[int]) -> Mapping[str, float]:
+        like, said, left = next(model.parameters()), list[int](), iter(images)
+        while several := list(islice(left, TOGETHER)):
+            some = torch.stack(several).to(like.device, like.dtype)
+            said += model(pixel_values=some).logits.argmax(-1).tolist()
+        right = sum(a == b for a, b in zip(said, answers, strict=True))
+        return {"accuracy": right / max(1, len(said))}
 
 
 def file_of(value: Any, column: str, folder: Path) -> bytes:

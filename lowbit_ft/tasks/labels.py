@@ -28,7 +28,8 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]  # of labels
+Distinct = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+Names = Annotated[Distinct, Field(min_length=2)]  # of labels
 
 
 def label_values(names: Sequence[str] | None) -> dict[str, Any]:
@@ -75,6 +76,12 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
         if min(seen) < 0:
             raise DataError(f"{column!r} holds the label {min(seen)}: rows without an answer", named(source))
         count = max(seen) + 1
+        if count > MOST:
+            raise DataError(
+                f"{column!r} holds the label {max(seen)}, and labels are counted from 0: more than {MOST:,}; "
+                "name them in task.labels, or give another column (task.label)",
+                named(source),
+            )
         return known if len(known) >= count else [f"LABEL_{i}" for i in range(count)]
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))

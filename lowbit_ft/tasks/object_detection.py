@@ -35,10 +35,10 @@ from ..model.purpose import Purpose
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
-from .detection_labels import BoxLabeller
+from .detection_labels import BoxLabeller, own_count
 from .image_classification import BESIDE, file_of
 from .labelled import Answers, Labelled
-from .labels import found_labels, known_labels, label_id, label_values
+from .labels import Distinct, found_labels, known_labels, label_id, label_values
 from .rows import Encoded, Encoder, of_column
 
 Side = Annotated[int, Field(ge=1)]
@@ -70,7 +70,7 @@ class ObjectDetection(Labelled):
         default="xywh",
         description="xywh: left, top, width, height (COCO); xyxy: left, top, right, bottom",
     )
-    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    labels: Annotated[Distinct, Field(min_length=1)] | None = Field(
         default=None, description="the categories by name, in their order; null: those that the rows have"
     )
     image_size: tuple[Side, Side] | None = Field(
@@ -160,7 +160,8 @@ class ObjectDetection(Labelled):
         return torch.stack([value.float().sum() for value in every]).sum()
 
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
-        return model(**inputs, labels=labels["labels"])
+        with own_count():
+            return model(**inputs, labels=labels["labels"])
 
     def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor:
         return outputs.loss * self.count(labels).to(outputs.loss.device)
@@ -255,9 +256,3 @@ def detected(
     return [
         Found(one["boxes"].float().cpu(), one["labels"].cpu(), one["scores"].float().cpu()) for one in made
     ]
-
-
-def loss_of(model: Any, images: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
-    """The model's own loss of images [B, 3, H, W] (as its image processor makes them) and what is in them
-    ({class_labels [n], boxes [n, 4] as shares}), the mean over the boxes; differentiable in the images."""
-    return model(pixel_values=images, labels=labels).loss

@@ -38,7 +38,7 @@ from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.tasks import TASKS
 from lowbit_ft.tasks.base import Feed
-from lowbit_ft.tasks.object_detection import as_tensors, detected, loss_of
+from lowbit_ft.tasks.object_detection import as_tensors, detected
 from tests import detectors, encoders
 
 pytest.importorskip("pycocotools")
@@ -179,10 +179,39 @@ def test_the_loss_is_the_models_own(kind: str, tmp_path: Path) -> None:
         ours = task.loss(task.outputs(model, {"pixel_values": batch["pixel_values"]}, labels), labels)
         torch.testing.assert_close(ours / count, model(**batch).loss)
     images = batches[0]["pixel_values"].clone().requires_grad_()
-    loss_of(model, images, batches[0]["labels"]).backward()
+    made = [(one["class_labels"].tolist(), one["boxes"].tolist()) for one in batches[0]["labels"]]
+    whole = task.labeller(processor).loss(model, images, made)
+    torch.testing.assert_close(whole, model(**batches[0]).loss)
+    whole.backward()
     assert images.grad is not None and float(images.grad.abs().max()) > 0
     empty = as_tensors({"class_labels": [], "boxes": []})
     assert empty["boxes"].shape == (0, 4) and empty["class_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["detr", "yolos"])
+def test_a_process_counts_its_own_boxes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among several processes DETR's loss asks all of them, and one that evaluates alone would wait."""
+    from accelerate import PartialState
+    from transformers.loss import loss_for_object_detection as theirs
+
+    folder = detectors.detector(tmp_path / "model", kind)
+    model = AutoModelForObjectDetection.from_pretrained(folder, attn_implementation="eager").eval()
+    labels = [as_tensors({"class_labels": [0], "boxes": [[0.5, 0.5, 0.4, 0.4]]})]
+    images = torch.zeros(1, 3, *made_size(folder))
+    alone = model(pixel_values=images, labels=labels).loss
+
+    def reduce(*_: Any) -> Any:
+        raise AssertionError("other processes are asked")
+
+    monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
+    monkeypatch.setattr(theirs, "reduce", reduce)
+    with pytest.raises(AssertionError, match="are asked"):
+        model(pixel_values=images, labels=labels)
+    task: Any = TASKS["object_detection"].model_validate({"kind": "object_detection"})
+    assert torch.equal(task.outputs(model, {"pixel_values": images}, {"labels": labels}).loss, alone)
+    answer = ((0,), ((0.5, 0.5, 0.4, 0.4),))
+    assert torch.equal(task.labeller(None).loss(model, images, [answer]), alone)
+    assert PartialState._shared_state == {"num_processes": 2}
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "detr", "yolos"])

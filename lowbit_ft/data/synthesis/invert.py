@@ -103,7 +103,7 @@ def invert(
 ) -> tuple[Tensor, list[Any] | None]:
     """x [B, 3, H, W] in [0, 1], on the model's device, changed step by step -> (the best images, uint8; the
     answers, which `revise` may have moved). prior: None where its weight is 0; answers: None where no label
-    is asked for. tell(n): n steps of images more."""
+    is asked for. tell(n): n steps of images more. ValueError where the loss is no number."""
     x = x.clone().requires_grad_(True)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     optimizer = torch.optim.Adam([x], lr=how.rate)
@@ -136,4 +136,9 @@ def invert(
                 if now < least:
                     best, least = stored(x), now
         tell(len(x))
+    if least == math.inf:  # and NaN is not less: `best` is the noise that was given
+        raise ValueError(
+            "data.synthesis: the loss of the images is no number at any step that was looked at; lower "
+            "data.synthesis.weights or learning_rate, or set model.dtype: float32"
+        )
     return best, answers

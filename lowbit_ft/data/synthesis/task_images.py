@@ -232,9 +232,9 @@ class Pictures(Maker):
     ) -> Mapping[str, float]:
         if self.config.labels == "own":
             return {}  # 1 by construction
-        kept = list(rows)
-        names = [str(row[self.labeller.image]).removeprefix("../") for row in kept]
-        images = [pixels(self.processor, picture_of(read(name))) for name in names]
+        kept = list(rows)  # the images come one by one: they need not fit in memory together
+        names = (str(row[self.labeller.image]).removeprefix("../") for row in kept)
+        images = (pixels(self.processor, picture_of(read(name))) for name in names)
         return self.labeller.score(model, images, [self.labeller.answer(row) for row in kept])
 
     def warnings(self) -> list[str]:

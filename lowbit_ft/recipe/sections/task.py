@@ -97,12 +97,22 @@ def _unmade(r: Any) -> str | None:
     folder = local_folder(r.model.path, r.model.revision)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    config = read_config(folder)
-    purpose = purpose_of(load_config(folder))
-    if purpose is None or purpose.auto != r.task.auto or not known_labels(config):
+    try:
+        known, purpose = known_labels(read_config(folder)), purpose_of(load_config(folder))
+    except ValueError:
+        return None  # check_model tells
+    if purpose is None or purpose.auto != r.task.auto or not known:
         return (
             f"{r.model.path} has no head for it yet, so it has no answer to an image; give a checkpoint that "
             "was trained for the task, or rows of your own as data.train"
+        )
+    if (given := r.task.labels) is not None and (
+        len(given) != len(known) or (set(given) == set(known) and list(given) != known)
+    ):
+        return (
+            f"{r.model.path} answers {listed(known[:20])}, in this order, and task.labels says "
+            f"{listed(given[:20])}: nothing but rows of your own (data.train) teaches it those; leave labels "
+            "out, or give other names for the same ones"
         )
     return None
 
