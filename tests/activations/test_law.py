@@ -1,6 +1,6 @@
 """The law of activations: codes(x) and an integer product over the shipped codes are the training forward.
 
-For every kind, 4 and 8 bits, symmetric and not, dynamic and static, over weights of 2, 3, 4 and 8 bits in
+For every kind, 3, 4, 6 and 8 bits, symmetric and not, dynamic and static, over weights of 2, 3, 4 and 8 bits in
 groups and rows with trained adapters in them; and x^ against its equation, written plainly in float64.
 """
 
@@ -16,6 +16,7 @@ from lowbit_kernels import has_int8
 from torch import Tensor
 
 from lowbit_ft.activations import ACTIVATIONS, Scheme, activation_of, read_scheme
+from lowbit_ft.activations.base import BITS
 from lowbit_ft.activations.place import place
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.merge import merged_weight
@@ -220,4 +221,5 @@ def test_a_server_rule_by_hand() -> None:
 
 def test_every_kind_is_in_the_law() -> None:
     assert {scheme.kind for scheme in SEGMENTED} == {k for k, v in ACTIVATIONS.items() if v.in_segments}
+    assert {scheme.bits for scheme in SCHEMES} == {scheme.bits for scheme in SEGMENTED} == set(BITS)
     assert {scheme.kind for scheme in SCHEMES} == set(ACTIVATIONS) and len(SCHEMES) == len(set(SCHEMES))

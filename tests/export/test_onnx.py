@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,8 @@ KINDS = [
     Scheme(kind="dual", bits=8),
     Scheme(kind="tensor", bits=8),
     Scheme(kind="tensor", bits=4, symmetric=False, dynamic=False, scale=(0.2,), zero=(-3,)),
+    Scheme(kind="tensor", bits=3, dynamic=False, scale=(0.5,)),
+    Scheme(kind="token", bits=6, symmetric=False),
 ]
 
 
@@ -203,7 +206,11 @@ def test_a_product_of_integers_keeps_its_bias() -> None:
     chance = torch.Generator().manual_seed(3)
     weight = random_weight((48, 64), int_grid(bits=8, group_size=-1))
     bias = nn.Parameter(10 * torch.randn(48, generator=chance), requires_grad=False)
-    schemes = (TOKEN, Scheme(kind="tensor", bits=8), STATIC)
+    narrow = (
+        replace(TOKEN, bits=3),
+        replace(STATIC, bits=6, scale=(0.05,)),
+    )  # clipped in front of their bytes
+    schemes = (TOKEN, Scheme(kind="tensor", bits=8), STATIC, *narrow)
 
     class Layers(nn.Module):
         def __init__(self) -> None:
