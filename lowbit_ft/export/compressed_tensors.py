@@ -2,7 +2,7 @@
 lossless.
 
     weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first
-                       (3 bit straddles words)
+                       (3 and 6 bit straddle words)
     weight_scale       fp32  [N, G]                bf16-valued (fp16-valued over a GPTQ or AWQ base)
     weight_zero_point  int32 [ceil(N b / 32), G]   asymmetric only; the same bit stream, along N
     weight_shape       int64 [2]                   (N, K)
