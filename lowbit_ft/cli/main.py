@@ -143,7 +143,7 @@ def quantize(
         typer.Argument(metavar="RECIPE|MODEL", help="recipe YAML, or a folder or hub id", show_default=False),
     ],
     overrides: Overrides = None,
-    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default) or 8")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default), 6 or 8")] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="inputs that share a scale; default 128")
     ] = None,
