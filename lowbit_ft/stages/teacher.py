@@ -190,13 +190,13 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
 
     def student() -> Any:
         with resting(model), packed_op_only(model):
-            return task.answer(model, inputs)
+            return task.reply(model, inputs)
 
     def teacher() -> Any:
         with at_work:
-            return task.answer(other, inputs)
+            return task.reply(other, inputs)
 
-    full, said, taught = task.beside(lambda: task.answer(dense, inputs), student, teacher)
+    full, said, taught = task.beside(lambda: task.reply(dense, inputs), student, teacher)
     ours, theirs = (task.between(one, full, labels) for one in (said, taught))
     count = int(task.count(batch))
     return {

@@ -71,9 +71,9 @@ class Labelled(Task):
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
         """What a model says of the inputs of a batch. A model whose loss is its own is given the answers
         too."""
-        return self.answer(model, inputs)
+        return self.reply(model, inputs)
 
-    def answer(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    def reply(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """What a model says of the inputs of a batch, whose answers it never sees: a teacher."""
         return model(**inputs, use_cache=False)
 
@@ -107,7 +107,7 @@ class Labelled(Task):
         temperature: float = 1.0,
         kind: Divergence = "forward",
     ) -> Tensor:
-        """The same of all that the two said, as `answer` gives it; of most it is the logits."""
+        """The same of all that the two said, as `reply` gives it; of most it is the logits."""
         return self.apart(ours.logits, theirs.logits, labels, temperature, kind)
 
     def beside(self, first: Callable[[], Any], *others: Callable[[], Any]) -> list[Any]:
@@ -325,7 +325,7 @@ class Answered(Goal):
 
         def student() -> Any:
             seen = "labels" in lesson.parts
-            return task.outputs(plain, inputs, labels) if seen else task.answer(plain, inputs)
+            return task.outputs(plain, inputs, labels) if seen else task.reply(plain, inputs)
 
         if (lockstep := lesson.lockstep) is not None:
             with lockstep.together(ask, real(inputs, inputs["input_ids"])):
@@ -338,7 +338,7 @@ class Answered(Goal):
 
             def teacher() -> Any:
                 with torch.no_grad(), walked.at_work(walked.model):
-                    return task.answer(walked.answering.plain, walked.inputs(ask))
+                    return task.reply(walked.answering.plain, walked.inputs(ask))
 
             theirs, ours = task.beside(teacher, student)  # before the student, which it may be
         sums = self.sums(lesson, ours, theirs, labels)

@@ -171,7 +171,7 @@ class ObjectDetection(Labelled):
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
         return model(**inputs, labels=labels["labels"])
 
-    def answer(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    def reply(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
     def between(

@@ -175,9 +175,7 @@ def _untaught(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield kind, chosen.kind, "its model has no answer that a teacher's could be compared with; set labels"
     elif signal.of_layers and task.states:
         if several := [name for name in ("scores", "outputs") if chosen.weights[name]]:
-            why = (
-                "only hidden states of its model are compared; set losses: {hidden: 1, scores: 0, outputs: 0}"
-            )
+            why = "only its hidden states are compared; set losses: {hidden: 1, scores: 0, outputs: 0}"
             yield ("train", "signal", "losses"), several, why
         if chosen.intervention is not None:
             why = "its layers are no chain that a teacher could be put into; remove it"
