@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.tensorfile import CheckpointError
@@ -77,6 +78,16 @@ def _sized(config: Mapping[str, Any]) -> bool:
 def pixels(processor: Any, picture: Any) -> Tensor:
     """A picture of Pillow -> fp32 [C, H, W], as the model takes it."""
     return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+def alike(processor: Any, other: Any) -> bool:
+    """Whether two processors make the same numbers of a picture."""
+    from PIL import Image  # optional: only images need it
+
+    if not (callable(processor) and callable(other)):
+        return processor == other  # of diffusers
+    picture = Image.linear_gradient("L").convert("RGB").crop((0, 0, 200, 180))
+    return torch.equal(pixels(processor, picture), pixels(other, picture))
 
 
 def picture_of(data: bytes, small: bool = False) -> Any:

@@ -162,15 +162,18 @@ def _names(found: Any) -> list[str]:
     return [one.__name__ for one in (found if isinstance(found, list | tuple) else [found])]
 
 
-def head_parts(model: Any) -> list[str]:
+def head_parts(model: Any, labels: bool = True) -> list[str]:
     """The modules of the head, by the name of the outermost that lies in no body: everything that holds
-    parameters outside of the base model, its pooler, and what predicts inside of a detector."""
+    parameters outside of the base model, its pooler, and what predicts inside of a detector. labels: a
+    forward sees some; else without what only such a forward reads."""
     body, prefix = model.base_model, f"{model.base_model_prefix}."
     # A model that is its own body has none.
     outside = [name for name, module in model.named_children() if body is not model and module is not body]
     poolers = [prefix + name for name, _ in body.named_children() if name in POOLERS]
     inside = [name for name in predictors(model) if name not in outside]
-    return [name for name in (*poolers, *inside, *outside) if any(True for _ in _own(model, name))]
+    unread = () if labels else TRAINING_ONLY
+    found = [n for n in (*poolers, *inside, *outside) if n.rpartition(".")[2] not in unread]
+    return [name for name in found if any(True for _ in _own(model, name))]
 
 
 def predictors(model: Any) -> list[str]:
@@ -178,10 +181,10 @@ def predictors(model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
 
 
-def head_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the head by name, without those that the body has too (a tied decoder); one that is
-    in two of its parts by the first."""
-    parts = head_parts(model)
+def head_parameters(model: Any, labels: bool = True) -> dict[str, nn.Parameter]:
+    """The parameters of the head (`head_parts`) by name, without those that the body has too (a tied
+    decoder); one that is in two of its parts by the first."""
+    parts = head_parts(model, labels)
     seen = {id(p) for n, p in model.named_parameters() if not n.startswith(tuple(f"{x}." for x in parts))}
     found: dict[str, nn.Parameter] = {}
     for part in parts:

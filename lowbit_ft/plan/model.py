@@ -164,7 +164,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
     train_new_rows(recipe, rest, folder)
     if recipe.task.trains_head:
-        train_parameters(rest, head_parameters(rest))
+        train_parameters(rest, head_parameters(rest, recipe.train.signal.learns_labels))
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )

@@ -87,6 +87,7 @@ class Task(BaseModel):
     measured: ClassVar[int | None] = None  # rows that are measured at a time; None: by their tokens
     dtype: ClassVar[str | None] = None  # of its model, where it has to be this one
     walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk along
+    states: ClassVar[bool] = False  # its hidden states have any shape, and are compared whole (states.py)
     segmented: ClassVar[bool] = False  # its adapters may be in the parts of fused matrices
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 

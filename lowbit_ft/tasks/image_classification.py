@@ -27,12 +27,14 @@ from ..data.synthesis.labeller import Labeller
 from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
+from ..train.goal import Goal
 from . import scores
 from .base import Task
 from .batches import Shown
 from .labelled import Labelled
 from .labels import Names, known_labels, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column, place_of
+from .states import States
 
 BESIDE = frozenset({"row", "about"})  # what a synthesis says of a row of its own
 MOST_BYTES = 1 << 28  # of the file of a picture
@@ -48,6 +50,7 @@ class ImageClassification(Labelled):
     unit: ClassVar[str] = "images"
 
     layered: ClassVar[bool] = False
+    states: ClassVar[bool] = True
 
     kind: Literal["image_classification"] = "image_classification"
     image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
@@ -55,6 +58,10 @@ class ImageClassification(Labelled):
     labels: Names | None = Field(
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
+
+    @property
+    def goal(self) -> Goal:
+        return States(self)
 
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         if self.labels is None and r.data.train is None and known_labels(config):  # rows are made for them

@@ -34,6 +34,7 @@ from ..model.linear import packed_op_only
 from ..model.purpose import Purpose, example_of
 from ..model.walk import Batch
 from ..names import listed
+from ..signals.divergence import Divergence
 from .base import Dense, Feed, Measure, Task
 from .batches import RowBatches
 from .image_classification import file_of
@@ -54,6 +55,7 @@ class ImageGeneration(Labelled):
     inputs: ClassVar[frozenset[str]] = frozenset({"hidden_states", "timestep", "class_labels"})
     unit: ClassVar[str] = "images"
     scored: ClassVar[bool] = False
+    likely: ClassVar[bool] = False
     layered: ClassVar[bool] = False
     segmented: ClassVar[bool] = True
     command: ClassVar[str | None] = "lowbit-ft draw {folder} pictures.png"
@@ -143,7 +145,6 @@ class ImageGeneration(Labelled):
     def batches(
         self, feed: Feed, model: Any, examples: Any, size: int, *, shuffle: bool, taught: bool = False
     ) -> Batches:
-        assert not taught, "refused by the recipe"
         return RowBatches(
             examples,
             size,
@@ -213,6 +214,18 @@ class ImageGeneration(Labelled):
         wanted = labels["labels"]
         off = answer(outputs.sample.float(), wanted.shape[1]) - wanted
         return off.square().flatten(1).mean(1).sum()
+
+    def between(
+        self,
+        ours: Any,
+        theirs: Any,
+        labels: dict[str, Any],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """The squared error: what the teacher says of a picture on its way stands for the answer."""
+        channels = labels["labels"].shape[1]
+        return self.loss(ours, {"labels": answer(theirs.sample.float(), channels)})
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         return torch.tensor(len(batch["labels"]))

@@ -32,6 +32,8 @@ from ..evaluate.perplexity import EvalRow
 from ..model.hub import locate
 from ..model.images import made_size, picture_of, pixels, problem_of, size_of
 from ..model.purpose import Purpose
+from ..signals.divergence import Divergence
+from ..train.goal import Goal
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
@@ -39,7 +41,9 @@ from .detection_labels import BoxLabeller, own_count
 from .image_classification import BESIDE, file_of
 from .labelled import Answers, Labelled
 from .labels import Distinct, found_labels, known_labels, label_id, label_values
+from .queries import followed, kept, queries_apart
 from .rows import Encoded, Encoder, of_column
+from .states import States
 
 Side = Annotated[int, Field(ge=1)]
 USUAL_SIZE = (640, 640)  # of the image processors of RT-DETR and D-FINE
@@ -55,6 +59,7 @@ class ObjectDetection(Labelled):
     unit: ClassVar[str] = "images"
 
     layered: ClassVar[bool] = False
+    states: ClassVar[bool] = True
     measured: ClassVar[int | None] = 16
     walked: ClassVar[bool] = False
     dtype: ClassVar[str | None] = "float32"  # boxes in 16 bits are pixels off
@@ -91,6 +96,10 @@ class ObjectDetection(Labelled):
         elif self.labels is None and (known := known_labels(config)):  # rows are made for them
             found["labels"] = tuple(known)
         return self.model_copy(update=found)
+
+    @property
+    def goal(self) -> Goal:
+        return States(self)
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
@@ -162,6 +171,30 @@ class ObjectDetection(Labelled):
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
         with own_count():
             return model(**inputs, labels=labels["labels"])
+
+    def reply(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        return model(**inputs)
+
+    def between(
+        self,
+        ours: Any,
+        theirs: Any,
+        labels: dict[str, Any],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """Of classes and boxes, query by query (queries.py)."""
+        softmax = theirs.logits.shape[-1] > len(self.labels or ())  # one class more: no object
+        return queries_apart(ours, theirs, softmax, temperature, kind)
+
+    def beside(self, first: Callable[[], Any], *others: Callable[[], Any]) -> list[Any]:
+        choices: list[Tensor] = []
+        with kept(choices):
+            said = [first()]
+        for other in others:
+            with followed(choices):
+                said.append(other())
+        return said
 
     def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor:
         return outputs.loss * self.count(labels).to(outputs.loss.device)

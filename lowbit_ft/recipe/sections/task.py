@@ -144,18 +144,7 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "streaming"), True, "its rows are held in memory; set false"
     if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
         yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
-    signal = SIGNALS[train.signal.kind]
-    if signal.language:
-        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, mix or layers"
-    elif signal.asks and not r.task.taught:
-        why = "a teacher is compared by one set of logits, and its model has another answer; set labels"
-        yield ("train", "signal", "kind"), train.signal.kind, why
-    elif signal.of_layers and not r.task.layered:
-        why = "its layers are none of tokens; set labels, logits or mix"
-        yield ("train", "signal", "kind"), train.signal.kind, why
-    elif signal.asks and not signal.of_layers and train.teacher == "cached":
-        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
-        yield ("train", "teacher"), train.teacher, why
+    yield from _untaught(r)
     if train.signal.top_k is not None:
         why = "a teacher's answers are compared whole; remove it"
         yield ("train", "signal", "top_k"), train.signal.top_k, why
@@ -183,3 +172,31 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("eval", "generate"), "prompts", "it writes no text; remove them"
     if (why := EXPORTERS[r.export.format].language_only) is not None:
         yield ("export", "format"), r.export.format, f"{why}; set native, or compressed-tensors"
+
+
+def _untaught(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
+    """The same of signals, and of what a task has that a teacher's can be compared with."""
+    task, train = r.task, r.train
+    chosen, signal = train.signal, SIGNALS[train.signal.kind]
+    kind = ("train", "signal", "kind")
+    if signal.language:
+        yield kind, chosen.kind, "it is for language models; set labels, mix or layers"
+    elif signal.asks and not task.taught:
+        yield kind, chosen.kind, "its model has no answer that a teacher's could be compared with; set labels"
+    elif signal.of_layers and task.states:
+        if several := [name for name in ("scores", "outputs") if chosen.weights[name]]:
+            why = "only its hidden states are compared; set losses: {hidden: 1, scores: 0, outputs: 0}"
+            yield ("train", "signal", "losses"), several, why
+        if chosen.intervention is not None:
+            why = "its layers are no chain that a teacher could be put into; remove it"
+            yield ("train", "signal", "intervention"), chosen.intervention.mode, why
+    elif signal.of_layers and not task.layered:
+        yield kind, chosen.kind, "its layers are none of tokens; set labels, logits or mix"
+    elif signal.asks and not signal.of_layers and train.teacher == "cached":
+        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
+        yield ("train", "teacher"), train.teacher, why
+    if signal.asks and not task.likely:
+        for key, usual in (("temperature", 1.0), ("divergence", "forward")):
+            if (got := getattr(chosen, key)) != usual:
+                why = f"its answers are numbers, of which the squared error is taken; set {usual}"
+                yield ("train", "signal", key), got, why
