@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from ..data.errors import BadRow, DataError, told
 from ..data.mix import named, sources_of
-from ..data.read import read_rows
+from ..data.read import categories, read_rows
 from ..names import did_you_mean, listed
 
 UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has looked yet
@@ -86,6 +86,23 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
     return known if set(known) >= seen else sorted(seen)
+
+
+def categories_of(source: Any) -> list[str] | None:
+    """The categories that annotation files of COCO name, in the order of their ids; None where a source is
+    something else. DataError."""
+    found: dict[str, None] = {}
+    for one in sources_of(source):
+        if (names := categories(one)) is None:
+            return None
+        found |= dict.fromkeys(names)
+    return list(found) or None
+
+
+def ordered(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """Labels that somebody has named, in the order that a checkpoint has them in where it knows them all."""
+    known = known_labels(config)
+    return known if set(known) >= {*names} else list(names)
 
 
 def labels_in(source: Any, column: str, config: Mapping[str, Any]) -> tuple[str, ...]:

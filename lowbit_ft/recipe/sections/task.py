@@ -38,6 +38,11 @@ def check_formats(r: Any) -> Problems:
     if hasattr(r, "eval"):
         places += [(("eval", "data"), one) for one in sources_of(r.eval.data)]
     for where, source in places:
+        if task.windows and source.media_dir is not None:
+            yield Problem(
+                (*where, "media_dir"),
+                f"got {source.media_dir!r} with task: {task.kind}, whose rows name no files; remove it",
+            )
         if task.windows and source.format is None:
             yield Problem((*where, "format"), f"missing; add `format: ...` ({listed(FORMATS)})")
         if not task.windows and source.format is not None:
