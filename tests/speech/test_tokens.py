@@ -222,6 +222,14 @@ def test_only_new_rows_train_and_ordinary_rows_ship(ran: Path) -> None:
     assert tokenizer.convert_tokens_to_ids(audio_tokens(code.size)) == list(range(OLD, OLD + 2 + code.size))
 
 
+def test_a_codec_is_found_beside_the_recipe_as_every_other_path_is(ran: Path) -> None:
+    """From whatever folder the command is given."""
+    made = load_recipe(recipe_of(ran, ran / "no"), ["model.add_tokens.audio.codec=codec"])
+    audio = made.model.add_tokens.audio  # pyright: ignore[reportOptionalMemberAccess]
+    assert audio is not None and audio.codec == str(ran / "codec")
+    assert audio.code == BSQ(bits=BITS).to_json()
+
+
 def test_plan_counts_the_vectors(ran: Path) -> None:
     def planned(*overrides: str) -> Any:
         return skeleton(load_recipe(recipe_of(ran, ran / "no"), list(overrides)), ran / "model")
