@@ -19,6 +19,7 @@ from ..files.tensorfile import CheckpointError
 from .config import load_config
 from .hub import refuse_irregular
 
+MOST_SIDE = 1 << 13  # pixels of what an image processor makes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 
@@ -36,6 +37,7 @@ def read_processor(folder: str | Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+        _refuse_huge(processor)
         made, wide = (list(pixels(processor, Image.new("RGB", (x, 8))).shape) for x in (8, 16))
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
@@ -57,6 +59,14 @@ def read_processor(folder: str | Path) -> Any:
             f"model takes {[channels, *sides]} by its config.json; set size there"
         )
     return processor
+
+
+def _refuse_huge(processor: Any) -> None:
+    """ValueError for a side of which even one picture would not fit in memory."""
+    for key in ("size", "crop_size", "pad_size"):
+        for name, side in dict(getattr(processor, key, None) or {}).items():
+            if isinstance(side, int | float) and not 0 <= side <= MOST_SIDE:
+                raise ValueError(f"{key}: {name} is {side}; allowed: up to {MOST_SIDE:,} pixels")
 
 
 def made_size(folder: str | Path) -> tuple[int, int] | None:

@@ -26,15 +26,10 @@ from ..diffusion import names as diffusion
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
-# And those of detectors (RT-DETR, D-FINE, RF-DETR and their kin), which say classes and boxes behind every layer.
+# And those of detectors (RT-DETR, D-FINE and their kin), which say classes and boxes behind every layer.
 PREDICTORS = (
-    "enc_score_head",
-    "enc_bbox_head",
-    "enc_out_class_embed",
-    "enc_out_bbox_embed",
-    "denoising_class_embed",
-    "class_embed",
-    "bbox_embed",
+    *("enc_score_head", "enc_bbox_head", "denoising_class_embed", "class_embed", "bbox_embed"),
+    *("enc_out_class_embed", "enc_out_bbox_embed"),  # of LW-DETR and RF-DETR
 )
 TRAINING_ONLY = ("denoising_class_embed",)  # of these, what a forward without labels does not read
 # The auto classes that a purpose may name, and what the hub calls their pipelines.
@@ -85,8 +80,8 @@ class Purpose:
             )
         if self.auto in OWN_LOSS and "labels" not in taken:
             raise CheckpointError(
-                f"{folder}: {built.__name__} takes no labels, so it has no loss to train by; give a checkpoint "
-                "of another architecture (rt_detr, d_fine, detr, ...)"
+                f"{folder}: {built.__name__} takes no labels, so it has no loss to train by; give a "
+                "checkpoint of another architecture (rt_detr, d_fine, detr, ...)"
             )
         found = copy.deepcopy(config)
         for key, value in self.values.items():

@@ -291,6 +291,11 @@ WRONG = [
     ({"samples": None}, "give a number"),
     ({"weights": {"prior": 0, "task": 1}}, "nothing shapes an image"),
     ({"labels": "adaptive", "steps": 40}, "adapt.begin 60 of 40 steps"),
+    ({"labels": "drawn", "weights": {"task": 0}}, "weights.task: got 0 with labels: drawn"),
+    (
+        {"labels": "adaptive", "steps": 80, "adapt": {"begin": 10, "every": 100}},
+        "the first look at the labels is at step 100",
+    ),
 ]
 
 

@@ -29,7 +29,7 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.conv import PackedConv2d
 from lowbit_ft.model.images import made_size, picture_of, read_processor, size_of
 from lowbit_ft.model.load import load_model
-from lowbit_ft.model.purpose import Purpose, head_parts
+from lowbit_ft.model.purpose import Purpose, head_parameters, head_parts
 from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.plan.step import WHOLE
 from lowbit_ft.quantize.quantize import quantize
@@ -235,6 +235,29 @@ def test_other_classes_are_a_new_head(kind: str, tmp_path: Path) -> None:
     strict = Purpose("AutoModelForObjectDetection", values, 3)
     with pytest.raises((CheckpointError, ValueError)):
         load_model(Checkpoint.open(folder, dtype="float32", purpose=strict), "eager")
+
+
+@pytest.mark.parametrize("kind", ["LwDetr", "RfDetr", "RTDetrV2", "Deimv2"])
+def test_the_head_is_all_that_goes_by_the_labels(kind: str) -> None:
+    """By the shapes of models of 3 and of 5 labels, without data: what is no part of the head would be
+    packed, and not fit the files where the labels are others."""
+    import transformers
+
+    model, config = (getattr(transformers, f"{kind}{of}") for of in ("ForObjectDetection", "Config"))
+    few, more = (detectors.names(tuple("abcde"[:count])) for count in (3, 5))
+    with torch.device("meta"):
+        built = [model(config(**names)) for names in (few, more)]
+    ours, theirs = (dict(model.named_parameters()) for model in built)
+    other = {name for name, value in ours.items() if value.shape != theirs[name].shape}
+    assert other and other <= head_parameters(built[0]).keys()
+
+
+def test_a_model_without_a_loss_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.PPOCRV5MobileDetConfig()
+    with pytest.raises(CheckpointError, match="PPOCRV5MobileDetForObjectDetection takes no labels"):
+        Purpose("AutoModelForObjectDetection", {}).applied(config, tmp_path)
 
 
 def test_pictures_of_one_size(tmp_path: Path) -> None:

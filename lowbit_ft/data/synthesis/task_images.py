@@ -6,8 +6,8 @@
                       that image is thrown away, and another one made for the labels (arXiv 2507.16782)
 
 `own` comes first because it was as good as the others where they were measured. An image is stored as a PNG
-of the size that the image processor makes, and answered as it will be read: from that file. A row of which
-the model is not sure enough is dropped.
+of the size that the image processor makes, and answered as it will be read: from that file. With `own` a row
+of which the model is not sure enough is dropped.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ class AdaptConfig(BaseModel):
     confidence: Share = Field(default=0.2, description="of what the model sees, to become a label")
     overlap: Share = Field(default=0.35, description="IoU from which on two boxes are one")
 
+    @property
+    def first(self) -> int:
+        """The first step of a look."""
+        return max(1, -(-self.begin // self.every)) * self.every
+
 
 class TaskImagesConfig(SynthesisConfig):
     reads: ClassVar[str] = "images"
@@ -88,8 +93,18 @@ class TaskImagesConfig(SynthesisConfig):
             )
         if not (self.weights.prior or (self.weights.task and self.labels != "own")):
             raise ValueError("weights: nothing shapes an image; set prior, or task with labels: drawn")
+        if self.labels != "own" and not self.weights.task:
+            raise ValueError(
+                f"weights.task: got 0 with labels: {self.labels}, and nothing else puts labels into images; "
+                "raise it, or set labels: own"
+            )
         if self.labels == "adaptive" and self.adapt.begin >= self.steps:
             raise ValueError(f"adapt.begin {self.adapt.begin} of {self.steps} steps; lower it")
+        if self.labels == "adaptive" and self.adapt.first > self.steps:
+            raise ValueError(
+                f"adapt: the first look at the labels is at step {self.adapt.first} (a multiple of every, "
+                f"from begin on) of {self.steps}; lower adapt.every"
+            )
         return self
 
     def longest(self, sequence_len: int) -> int:
