@@ -84,8 +84,9 @@ def _step(
                 )
             else:
                 s, z, o = scales[run], zeros[run], offsets[run]
-                at = place_of(BITS, (run * RUN + i) % PLANES)
-                w = weight_operand(code, s, z, o, at, BITS, ZERO, OFFSET, CT, ASM)
+                w = weight_operand(
+                    code, s, z, o, place_of(BITS, (run * RUN + i) % PLANES), BITS, ZERO, OFFSET, CT, ASM
+                )
             part = tl.dot(w, x, part, input_precision="ieee")
         if ON_ACC and GROUP != 0:
             scale = scales[run].to(tl.float32)
