@@ -17,6 +17,8 @@ from .pictures import Pictures
 from .texts import Texts
 from .traits import TRAITS, Traits
 
+SIZES, MOST = ("text_tokens", "picture_size"), 1 << 16  # what training here adds to config.json
+
 
 class DiffusersConfig(PreTrainedConfig):
     """class_name: of diffusers, one of TRAITS. ValueError for another."""
@@ -27,6 +29,9 @@ class DiffusersConfig(PreTrainedConfig):
         self.class_name = str(kwargs.pop(KEY, kwargs.pop("class_name", next(iter(TRAITS)))))
         if self.class_name not in TRAITS:
             raise ValueError(f"{KEY}: got {self.class_name!r}; allowed: {listed(TRAITS)}")
+        for name in SIZES:
+            if (size := kwargs.get(name)) is not None and not (type(size) is int and 0 < size <= MOST):
+                raise ValueError(f"{name}: got {size!r}; allowed: whole numbers of 1 to {MOST}")
         kwargs.pop("architectures", None)
         super().__init__(architectures=[ARCHITECTURE], **kwargs)
 

@@ -64,6 +64,8 @@ class DiffusersTransformer(PreTrainedModel):
         """Whether a layer is given the hidden states first and returns nothing else."""
         return self.config.traits.chain
 
+    streams = ("encoder_hidden_states", "hidden_states")  # what layers hand on that are no chain
+
     def get_decoder(self) -> nn.Module:
         return self
 

@@ -89,6 +89,17 @@ def test_it_computes_what_diffusers_computes_and_its_plan_is_known(name: str, tm
     assert found == wanted
 
 
+def test_blocks_that_are_alike_have_the_segments_of_the_first(tmp_path: Path) -> None:
+    """Only the first of a kind is traced; a text that two blocks hand on arrives at the third."""
+    deep = {"num_layers": 3}
+    for name in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        folder = dits.write(tmp_path / name, name, **deep)
+        found = segments_in(folder)
+        for key in (key for key in found if key.startswith("transformer_blocks.0.")):
+            assert found[key.replace(".0.", ".1.", 1)] == found[key]
+        assert f"transformer_blocks.{1 if name.startswith('SD3') else 2}.attn.to_add_out" in found
+
+
 def test_what_older_files_call_it(tmp_path: Path) -> None:
     folder = dits.write(tmp_path)
     values = json.loads((folder / "config.json").read_text()) | {"_class_name": "Transformer2DModel"}

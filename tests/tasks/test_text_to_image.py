@@ -23,6 +23,8 @@ from lowbit_ft.diffusion.pictures import Pictures
 from lowbit_ft.diffusion.texts import Texts
 from lowbit_ft.diffusion.traits import TRAITS
 from lowbit_ft.export.reader import load_exported
+from lowbit_ft.files.tensorfile import CheckpointError
+from lowbit_ft.model.config import load_config
 from lowbit_ft.model.linear import packed_op_only
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
@@ -254,6 +256,15 @@ def test_draw_takes_texts(ran: SimpleNamespace, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code and said in str(done.exception or "") + done.output
+
+
+def test_sizes_of_a_config_are_not_trusted(tmp_path: Path) -> None:
+    folder = dits.write(tmp_path, SD3)
+    values = json.loads((folder / "config.json").read_text())
+    for wrong in ("many", 0, 1 << 30, True):
+        (folder / "config.json").write_text(json.dumps(values | {"text_tokens": wrong}))
+        with pytest.raises(CheckpointError, match="text_tokens: got .*; allowed: whole numbers of 1 to"):
+            load_config(folder)
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> None:
