@@ -39,6 +39,7 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.segments import segments_in
+from lowbit_ft.tasks.base import inputs_of
 from lowbit_ft.tasks.image_generation import ImageGeneration
 
 HERE = Path(__file__).resolve().parent
@@ -94,10 +95,7 @@ class Bed:
     def said(self, model: Any) -> Tensor:
         with packed_op_only(model):
             return torch.cat(
-                [
-                    model(**{name: batch[name] for name in self.task.inputs}).sample.double()
-                    for batch in self.shown
-                ]
+                [model(**inputs_of(batch, self.task.answers)).sample.double() for batch in self.shown]
             )
 
     def error(self, model: Any) -> float:

@@ -18,6 +18,7 @@ from ..model.heads import LOGITS_AT_A_TIME
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
+from ..rotations import modulated
 from ..signals.tokens import FLOATS_AT_A_TIME
 from ..stages.answers import windows_per_forward
 from ..train.optimizers import OPTIMIZERS
@@ -78,9 +79,12 @@ def walk_activations(per_token: float, windows: int, length: int, batch: int = 4
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). With text: a batch
-    of activations too, and back where whole layers are rounded together.
+    of activations too, and back where whole layers are rounded together; smoothed where norms are modulated:
+    the whole dense model.
     """
     device = quantize_memory(recipe, made.shapes).device
+    if recipe.quant.smooth is not None and modulated(made.model.config) is not None:
+        device = max(device, made.dense_bytes)
     if not recipe.quant.reads_rows:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len

@@ -99,8 +99,8 @@ class Rows(Sequence[Encoded]):
 
 
 def _named(value: Any) -> str:
-    """Bytes (of an image) by their digest."""
-    return hashlib.sha256(value).hexdigest()
+    """Bytes (of an image) by their digest, and so a file that is kept."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value.digest
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ no key-value cache. What is said here is refused by name, with the way out, befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def check_task(r: Any) -> Problems:
     if r.task.language:
         return
     kind = r.task.kind
-    for path, got, why in _strange(r):
-        yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     folder = local_folder(r.model.path, r.model.revision)
+    for path, got, why in _strange(r, _config(folder)):
+        yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     if (why := _unfit(r.task, folder)) is not None:
         yield Problem(("model", "path"), f"got {r.model.path!r}: {why}")
     elif folder is not None and r.task.reads == "images":
@@ -78,10 +78,16 @@ def check_task(r: Any) -> Problems:
 
 
 def _unfit(task: Any, folder: Path | None) -> str | None:
+    config = _config(folder)
+    return task.unfit(config) if config else None
+
+
+def _config(folder: Path | None) -> Mapping[str, Any]:
+    """config.json of a folder; {} where it is not known, or cannot be read: check_model tells."""
     try:
-        return None if folder is None else task.unfit(read_config(folder))
+        return {} if folder is None else read_config(folder)
     except ValueError:
-        return None  # check_model tells
+        return {}
 
 
 def _pads(folder: Path) -> Any:
@@ -122,13 +128,13 @@ def _unmade(r: Any) -> str | None:
     return None
 
 
-def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
+def _strange(r: Any, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, Any, str]]:
     """(key, its value, what to do) of the keys that only a language model reads."""
     quant, data, train, ev = r.quant, r.data, r.train, r.eval
     language = "it is for language models"
     if quant.rotation.kind != "none":
         yield ("quant", "rotation", "kind"), quant.rotation.kind, "folds are known of decoders; set none"
-    if quant.smooth is not None:
+    if quant.smooth is not None and not r.task.smooths:
         yield ("quant", "smooth"), quant.smooth, "folds are known of decoders; set null"
     if r.task.reads == "images" and r.model.add_tokens is not None:
         yield ("model", "add_tokens"), r.model.add_tokens.every[:4], "it reads no tokens; set null"
@@ -136,8 +142,8 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "chat_template"), "a template", "it reads no text; remove it and its kwargs"
     if r.task.dtype is not None and r.model.dtype != r.task.dtype:
         yield ("model", "dtype"), r.model.dtype, f"its loss needs more digits; set {r.task.dtype}"
-    if quant.reads_text and not r.task.walked:
-        why = "it walks along a chain of layers, which a detector is not; set mse, or absmax"
+    if quant.reads_text and not r.task.walks(config):
+        why = "it walks along a chain of layers, which this model is not; set mse, or absmax"
         yield ("quant", "calibrate"), quant.calibrate, why
     if quant.kv_cache is not None:
         yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
