@@ -113,6 +113,7 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     for changes, words in (
         (["train.signal={kind: layers}"], r"losses: got \['scores', 'outputs'\].*only its hidden states"),
         (["train.signal={kind: logits}", "train.teacher=cached"], "set residual, or a model with this head"),
+        (["train.teacher=cached"], "set residual, or a model with this head"),
         (
             ["train.signal={kind: layers, losses: {scores: 0, outputs: 0}, intervention: {mode: output}}"],
             "no chain that a teacher could be put into",
@@ -161,7 +162,7 @@ def test_queries_that_are_learned_from_the_base_before_rounding(tmp_path: Path) 
 
 
 def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
-    """A ViT, its hidden states too."""
+    """A ViT, its hidden states too, its layers run again."""
     model = images.vit(tmp_path / "model", head=True)
     rows = images.parquet(tmp_path / "rows.parquet", images.rows(12))
     file = recipe(
@@ -171,7 +172,7 @@ def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
         rows,
         "residual",
         quant={"bits": 3, "group_size": 32, "residual_bits": 4, "calibrate": "mse"},
-        train={"signal": {"kind": "layers", "losses": STATES}},
+        train={"signal": {"kind": "layers", "losses": STATES}, "gradient_checkpointing": True},
     )
     pipeline.run(load_recipe(file))
     first = lines(tmp_path / "run")[0]
