@@ -9,6 +9,7 @@ from the same rounding, at equal images and steps:
     random       images made for one random box each (labels: drawn)
     own          images that only the prior shapes, with what the detector sees (labels: own)
     adaptive     images made for boxes that moved to what it sees (labels: adaptive)
+    adaptive small  the same, the boxes found in images of half the sides (adapt.scale)
     true labels  images made for the boxes of real pictures
     real         the real pictures
 
@@ -52,7 +53,7 @@ from lowbit_ft.tasks.detection_labels import BoxLabeller
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
-SOURCES = ("noise", "random", "own", "adaptive", "true labels", "real")
+SOURCES = ("noise", "random", "own", "adaptive", "adaptive small", "true labels", "real")
 KEY = ("source", "method", "signal", "grid", "seed", "images", "synthesis_steps", "steps", "batch")
 APART = {"scores": 0, "outputs": 0}
 SIGNALS: dict[str, dict[str, Any]] = {  # all but labels ask the model itself, at 8 bits
@@ -62,7 +63,14 @@ SIGNALS: dict[str, dict[str, Any]] = {  # all but labels ask the model itself, a
     "layers": {"kind": "layers", "losses": APART},
     "layers and labels": {"kind": "layers", "losses": {"labels": 1, **APART}},
 }
-LABELS = {"noise": "own", "random": "drawn", "own": "own", "adaptive": "adaptive", "true labels": "drawn"}
+LABELS = {
+    "noise": "own",
+    "random": "drawn",
+    "own": "own",
+    "adaptive": "adaptive",
+    "adaptive small": "adaptive",
+    "true labels": "drawn",
+}
 
 
 def options() -> argparse.Namespace:
@@ -140,13 +148,17 @@ class Bench:
             "weights": {"prior": 0.2, "variation": 0.01, "task": 1.0},
             "adapt": {"begin": 20, "every": 10},
         }
+        if source == "adaptive small":
+            given["adapt"]["scale"] = 0.5
         config = SYNTHESIS["task_images"].model_validate(given)
         labeller = self.task.labeller(self.processor)
         if source == "true labels":
             labeller = Real(labeller, self.real(), (64, 64))
         asked = Given(self.processor, [], None, config.longest(0), labeller)
         maker = (Noise if source == "noise" else Pictures)(config, asked)  # pyright: ignore[reportArgumentType]
-        place = o.work / f"{source}-{seed}-{o.images}-{o.synthesis_steps}".replace(" ", "-")
+        place = o.work / f"{source}-{seed}-{o.images}-{o.synthesis_steps}".replace(", ", "-").replace(
+            " ", "-"
+        )
         folder = RowsFolder(place, json.dumps([source, given]))
         folder.by(lambda: "dense")
         fill(folder, maker, 32, self.teacher(), lambda rows, steps: None)

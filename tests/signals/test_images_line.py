@@ -113,6 +113,7 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     for changes, words in (
         (["train.signal={kind: layers}"], r"losses: got \['scores', 'outputs'\].*only its hidden states"),
         (["train.signal={kind: logits}", "train.teacher=cached"], "set residual, or a model with this head"),
+        (["train.teacher=cached"], "set residual, or a model with this head"),
         (
             ["train.signal={kind: layers, losses: {scores: 0, outputs: 0}, intervention: {mode: output}}"],
             "no chain that a teacher could be put into",
@@ -138,8 +139,30 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
         load_recipe(ran.file, [f"train.teacher={other}"])
 
 
+def test_queries_that_are_learned_from_the_base_before_rounding(tmp_path: Path) -> None:
+    """DETR, whose classes are a softmax, by its residual, its convolutions too."""
+    model = detectors.detector(tmp_path / "model", "detr")
+    rows = detectors.write(tmp_path / "rows.jsonl", detectors.rows(8))
+    file = recipe(
+        tmp_path,
+        model,
+        "object_detection",
+        rows,
+        "residual",
+        quant={"bits": 3, "group_size": -1, "residual_bits": 4, "calibrate": "mse", "convolutions": True},
+        train={"signal": {"kind": "mix"}, "max_steps": 1},
+        eval={"perplexity": False},
+    )
+    pipeline.run(load_recipe(file))
+    (first,) = lines(tmp_path / "run")
+    want = (first["labels_loss"] + first["logits_loss"]) / 2
+    assert first["loss"] == pytest.approx(want, rel=1e-5) and first["logits_loss"] > 0
+    measured = json.loads((tmp_path / "run" / "teacher.json").read_text())
+    assert 0 < 4 * measured["kl"] < measured["student_kl"]
+
+
 def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
-    """A ViT, its hidden states too."""
+    """A ViT, its hidden states too, its layers run again."""
     model = images.vit(tmp_path / "model", head=True)
     rows = images.parquet(tmp_path / "rows.parquet", images.rows(12))
     file = recipe(
@@ -149,7 +172,7 @@ def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
         rows,
         "residual",
         quant={"bits": 3, "group_size": 32, "residual_bits": 4, "calibrate": "mse"},
-        train={"signal": {"kind": "layers", "losses": STATES}},
+        train={"signal": {"kind": "layers", "losses": STATES}, "gradient_checkpointing": True},
     )
     pipeline.run(load_recipe(file))
     first = lines(tmp_path / "run")[0]

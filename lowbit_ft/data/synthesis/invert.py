@@ -10,6 +10,7 @@ is the one with the least L of those looked at, every few steps and after the la
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Frame:
                 f"({self.width} x {self.height}), so none can be made for it; set size (and crop_size) in "
                 "preprocessor_config.json to that"
             )
+
+    def scaled(self, scale: float) -> Frame:
+        """The same of images whose sides are this share of the processor's (0 to 1)."""
+        made = copy.copy(self)
+        made.height, made.width = (max(1, round(scale * side)) for side in (self.height, self.width))
+        made.low, made.span = (t[:, : made.height, : made.width] for t in (self.low, self.span))
+        return made
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., 3, H, W] in [0, 1] -> as the model takes it."""

@@ -55,6 +55,11 @@ class AdaptConfig(BaseModel):
     begin: Annotated[int, Field(ge=0)] = Field(default=60, description="the first step of a look")
     confidence: Share = Field(default=0.2, description="of what the model sees, to become a label")
     overlap: Share = Field(default=0.35, description="IoU from which on two boxes are one")
+    scale: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="sides of the images that labels are found in, by those of the images that are made: for "
+        "models that take images of any size",
+    )
 
     @property
     def first(self) -> int:
@@ -158,6 +163,7 @@ class Pictures(Maker):
             chances = [random.Random(f"{config.seed}/{number}") for number in numbers]
             drawn = answers = [labeller.drawn(n, c) for n, c in zip(numbers, chances, strict=True)]
         if config.labels == "adaptive":
+            self._refuse_small(model)
             _, answers = self._make(numbers, 0, model, prior, answers, self._revise(model), tell)
         made, _ = self._make(numbers, 1, model, prior, answers, None, tell)
         files = [_png(image) for image in made]
@@ -198,12 +204,13 @@ class Pictures(Maker):
             weights.variation,
             weights.task,
         )
-        x = noise(config.seed, numbers, self.frame, stage).to(next(model.parameters()).device)
+        frame = self.frame if stage else self.frame.scaled(config.adapt.scale)
+        x = noise(config.seed, numbers, frame, stage).to(next(model.parameters()).device)
         with prior.watched() if prior is not None else nullcontext():
             return invert(
                 model,
                 x,
-                self.frame,
+                frame,
                 how,
                 prior,
                 self.labeller,
@@ -211,6 +218,18 @@ class Pictures(Maker):
                 lambda images: tell(0, images),
                 revise,
             )
+
+    @torch.no_grad()
+    def _refuse_small(self, model: Any) -> None:
+        """ValueError where the model does not take images as small as labels are found in."""
+        frame, like = self.frame.scaled(self.config.adapt.scale), next(model.parameters())
+        try:
+            model(pixel_values=frame.low[None].to(like.device, like.dtype))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"data.synthesis.adapt.scale: got {self.config.adapt.scale:g}, and the model takes no images "
+                f"of {frame.width} x {frame.height} ({error}); raise it, or leave it out"
+            ) from error
 
     def _revise(self, model: Any) -> Revise:
         adapt = self.config.adapt

@@ -208,7 +208,7 @@ def check_signal(r: Any) -> Problems:
             ("train", "signal", "top_k"),
             f"got {train.signal.top_k}; allowed: at most the {tokens} tokens of the model, or null",
         )
-    if signal.of_layers:
+    if signal.of_layers and not r.task.states:
         yield from _by_layers(r, train)
     if LOSSES[train.loss].fuse is not None:
         yield Problem(

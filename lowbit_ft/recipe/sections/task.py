@@ -189,23 +189,23 @@ def _untaught(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
     """The same of signals, and of what a task has that a teacher's can be compared with."""
     task, train = r.task, r.train
     chosen, signal = train.signal, SIGNALS[train.signal.kind]
-    kind = ("train", "signal", "kind")
+    kind, walks = ("train", "signal", "kind"), signal.of_layers and not task.states
     if signal.language:
         yield kind, chosen.kind, "it is for language models; set labels, mix or layers"
     elif signal.asks and not task.taught:
         yield kind, chosen.kind, "its model has no answer that a teacher's could be compared with; set labels"
-    elif signal.of_layers and task.states:
+    elif walks and not task.layered:
+        yield kind, chosen.kind, "its layers are none of tokens; set labels, logits or mix"
+    elif signal.asks and not walks and train.teacher == "cached":
+        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
+        yield ("train", "teacher"), train.teacher, why
+    elif signal.of_layers and not walks:
         if several := [name for name in ("scores", "outputs") if chosen.weights[name]]:
             why = "only its hidden states are compared; set losses: {hidden: 1, scores: 0, outputs: 0}"
             yield ("train", "signal", "losses"), several, why
         if chosen.intervention is not None:
             why = "its layers are no chain that a teacher could be put into; remove it"
             yield ("train", "signal", "intervention"), chosen.intervention.mode, why
-    elif signal.of_layers and not task.layered:
-        yield kind, chosen.kind, "its layers are none of tokens; set labels, logits or mix"
-    elif signal.asks and not signal.of_layers and train.teacher == "cached":
-        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
-        yield ("train", "teacher"), train.teacher, why
     if signal.asks and not task.likely:
         for key, usual in (("temperature", 1.0), ("divergence", "forward")):
             if (got := getattr(chosen, key)) != usual:
