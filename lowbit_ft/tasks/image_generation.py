@@ -34,6 +34,7 @@ from ..model.linear import packed_op_only
 from ..model.purpose import Purpose, example_of
 from ..model.walk import Batch
 from ..names import listed
+from ..train.goal import IMAGES, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import RowBatches
 from .image_classification import file_of
@@ -117,6 +118,10 @@ class ImageGeneration(Labelled):
         if config and (reason := made.unfit(config)) is not None:
             raise DataError(f"{r.model.path}: {reason}")
         return made
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, {**label_values(self.labels), "prediction": self.prediction}, seed)

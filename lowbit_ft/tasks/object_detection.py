@@ -36,6 +36,7 @@ from ..evaluate.perplexity import EvalRow
 from ..model.hub import locate
 from ..model.images import made_size, picture_of, pixels, problem_of, size_of
 from ..model.purpose import Purpose
+from ..train.goal import IMAGES, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
@@ -104,6 +105,10 @@ class ObjectDetection(Labelled):
         elif self.labels is None and (known := known_labels(config)):  # rows are made for them
             found["labels"] = tuple(known)
         return self.model_copy(update=found)
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
