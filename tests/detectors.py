@@ -63,17 +63,17 @@ def config_of(kind: str, labels: tuple[str, ...] = LABELS) -> Any:
         backbone = transformers.HGNetV2Config(
             **stages,
             embedding_size=8,
-            hidden_sizes=[16, 16, 16, 16],
-            depths=[1, 1, 1, 1],
+            hidden_sizes=[16, 16],
+            depths=[1, 1],
             stem_channels=[3, 8, 8],
-            stage_in_channels=[8, 16, 16, 16],
-            stage_mid_channels=[8, 8, 8, 8],
-            stage_out_channels=[16, 16, 16, 16],
-            stage_num_blocks=[1, 1, 1, 1],
-            stage_downsample=[False, True, True, True],
-            stage_light_block=[False, False, True, True],
-            stage_kernel_size=[3, 3, 3, 3],
-            stage_numb_of_layers=[1, 1, 1, 1],
+            stage_in_channels=[8, 16],
+            stage_mid_channels=[8, 8],
+            stage_out_channels=[16, 16],
+            stage_num_blocks=[1, 1],
+            stage_downsample=[False, True],
+            stage_light_block=[False, True],
+            stage_kernel_size=[3, 3],
+            stage_numb_of_layers=[1, 1],
         )
         keys = {**_rt_detr(**found), "encoder_in_channels": [16, 16], "decoder_n_points": [2, 2]}
         return transformers.DFineConfig(backbone_config=backbone, **keys)

@@ -102,7 +102,8 @@ def plan(
         int, typer.Option("--processes", min=1, help="of a distributed run", envvar="WORLD_SIZE")
     ] = 1,
     tokens_per_second: Annotated[
-        float | None, typer.Option("--tokens-per-second", min=0.001, help="for an estimate of the time")
+        float | None,
+        typer.Option("--tokens-per-second", min=0.001, help="or images, for an estimate of the time"),
     ] = None,
     fit: Annotated[
         Path | None, typer.Option("--fit", help="write the recipe to this file, changed so that it fits")

@@ -30,6 +30,7 @@ POOLERS = ("pooler",)  # parts of a base model that belong to the head
 PREDICTORS = (
     *("enc_score_head", "enc_bbox_head", "denoising_class_embed", "class_embed", "bbox_embed"),
     *("enc_out_class_embed", "enc_out_bbox_embed"),  # of LW-DETR and RF-DETR
+    *("pre_bbox_head", "lqe_layers"),  # of D-FINE: the first boxes, and by how good a box is, its scores
 )
 TRAINING_ONLY = ("denoising_class_embed",)  # of these, what a forward without labels does not read
 # The auto classes that a purpose may name, and what the hub calls their pipelines.
@@ -42,6 +43,12 @@ AUTO = {
     "AutoModelForObjectDetection": "object-detection",
     "AutoModelForAudioTokenization": "feature-extraction",
     diffusion.AUTO: "unconditional-image-generation",
+}
+# By which attribute of its class transformers says that a model has an attention; all have eager.
+_ATTENTION = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
 }
 # The outputs that a graph of a model gives, where it has more of them than anybody asks for.
 SAYS = {"AutoModelForObjectDetection": ("logits", "pred_boxes")}
@@ -94,6 +101,23 @@ class Purpose:
                 f"labels are, and these are {len(names)}; give a checkpoint of another architecture"
             )
         return found
+
+    def without(self, config: Any, attention: str) -> str | None:
+        """The class of transformers in the model of a configuration (itself, or its backbone) that has no
+        such attention; None: each has it, or it is not known which they are."""
+        import transformers  # slow: seconds
+
+        flag = _ATTENTION.get(attention)
+        of = [
+            (self.auto_class(), config),
+            (transformers.AutoBackbone, getattr(config, "backbone_config", None)),
+        ]
+        for auto, one in of if flag is not None else ():
+            if type(one) in auto._model_mapping:
+                built = _built(auto._model_mapping[type(one)], one)
+                if not getattr(built, flag, True):
+                    return built.__name__
+        return None
 
     def entries(self, config: Any) -> dict[str, Any]:
         """What config.json of a folder says of it. config: as `applied` made it."""

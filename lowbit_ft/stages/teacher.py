@@ -203,16 +203,15 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
         "kl": float(theirs) / count,
         "student_kl": float(ours) / count,
         "windows": len(rows),
-        "tokens": task.goal.size(batch),
+        "tokens": task.pace.count(batch),
     }
 
 
 def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:
     name = session.recipe.train.teacher
-    unit = "images" if session.recipe.task.reads == "images" else "tokens"
     session.say(
         f"teacher {name}: KL to full precision {measured.kl:.6f}, the model as it starts "
-        f"{measured.student_kl:.6f} ({measured.tokens:,} {unit})"
+        f"{measured.student_kl:.6f} ({measured.tokens:,} {session.recipe.task.pace.word})"
     )
     if teacher.nearest is not None and teacher.nearest * measured.kl > measured.student_kl:
         raise ValueError(

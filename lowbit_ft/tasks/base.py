@@ -18,7 +18,7 @@ from ..data.synthesis.labeller import Labeller
 from ..evaluate.perplexity import EvalRow
 from ..model.purpose import Purpose
 from ..model.walk import Batch
-from ..train.goal import Goal
+from ..train.goal import TOKENS, Goal, Pace
 
 CLOSED = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -123,6 +123,11 @@ class Task(BaseModel):
     def goal(self) -> Goal:
         """How a batch becomes the loss of training."""
         raise AssertionError(f"{type(self).__name__} has no goal")
+
+    @property
+    def pace(self) -> Pace:
+        """What it counts to say how fast a run is."""
+        return TOKENS
 
     def examples(
         self, source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None

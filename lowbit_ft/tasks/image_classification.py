@@ -27,7 +27,7 @@ from ..data.synthesis.labeller import Labeller
 from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
-from ..train.goal import Goal
+from ..train.goal import IMAGES, Goal, Pace
 from . import scores
 from .base import Task
 from .batches import Shown
@@ -69,6 +69,10 @@ class ImageClassification(Labelled):
         if self.labels is not None or r.data.train is None:
             return self
         return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed)

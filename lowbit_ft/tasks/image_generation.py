@@ -39,6 +39,7 @@ from ..model.purpose import Purpose
 from ..model.walk import Batch
 from ..names import listed
 from ..signals.divergence import Divergence
+from ..train.goal import IMAGES, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import RowBatches
 from .generated import Generated
@@ -197,6 +198,10 @@ class ImageGeneration(Labelled):
         tokens = self.text_tokens or config.get("text_tokens") or seen.text_tokens
         size = self.size or config.get("picture_size") or config.get("sample_size", seen.size)
         return self.model_copy(update={"label": None, "text_tokens": tokens, "size": size})
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         sizes = {

@@ -31,7 +31,7 @@ from ..model.upload import upload_each
 from ..model.walk import Batch
 from ..signals import Ask, Lesson, Whole
 from ..signals.divergence import Divergence, divergence
-from ..train.goal import Goal
+from ..train.goal import Goal, Pace
 from . import scores
 from .base import Dense, Feed, Measure, Task, inputs_of
 from .batches import RowBatches, Shown, taken_by
@@ -280,6 +280,10 @@ class Answered(Goal):
 
     def __init__(self, task: Labelled) -> None:
         self.task = task
+
+    @property
+    def pace(self) -> Pace:
+        return self.task.pace
 
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
         def count(on: str) -> Tensor:

@@ -37,7 +37,7 @@ from ..model.hub import locate
 from ..model.images import made_size, picture_of, pixels, problem_of, size_of
 from ..model.purpose import Purpose
 from ..signals.divergence import Divergence
-from ..train.goal import Goal
+from ..train.goal import IMAGES, Goal, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
@@ -113,6 +113,10 @@ class ObjectDetection(Labelled):
     @property
     def goal(self) -> Goal:
         return States(self)
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed, relabels=True)

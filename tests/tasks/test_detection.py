@@ -81,6 +81,9 @@ def test_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
     assert ran.rows["merged"]["loss"] == ran.rows["trained"]["loss"] < ran.rows["quantized"]["loss"]
     assert set(ran.rows["merged"]["scores"]) == {"map", "map50", "map75"}
     assert ran.rows["merged"]["scores"] == ran.rows["trained"]["scores"]
+    last = json.loads((ran.run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["images"] == 4 * 8 and last["images_per_s"] > 0 and "tokens" not in last
+    assert "images per second, median" in (ran.run / "report.html").read_text()
     assert "16 of 16 rows used\n" in ran.said and "8 images" in ran.said
     config = json.loads((ran.run / "merged" / "config.json").read_text())
     assert list(config["id2label"].values()) == list(detectors.LABELS)

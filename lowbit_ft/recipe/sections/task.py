@@ -73,8 +73,22 @@ def check_task(r: Any) -> Problems:
             f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
             "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
         )
+    if (built := _unattended(r, folder)) is not None:
+        yield Problem(
+            ("model", "attention"),
+            f"got {r.model.attention!r}, and {built} of transformers has no such attention; set eager",
+        )
     if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := r.task.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
+
+
+def _unattended(r: Any, folder: Path | None) -> str | None:
+    """The class of the model that has no attention of the recipe's kind; None: none is known."""
+    purpose = r.task.purpose(0)
+    try:
+        return None if folder is None else purpose.without(load_config(folder), r.model.attention)
+    except CheckpointError:
+        return None  # check_model tells
 
 
 def _unfit(task: Any, folder: Path | None) -> str | None:
