@@ -21,7 +21,7 @@ from ..data.formats import FORMATS
 from ..data.read import read_rows
 from ..names import did_you_mean
 from ..recipe.sections.data import DataSource
-from ..recipe.sections.quant import CalibrationSection
+from ..recipe.sections.calibration import CalibrationSection
 
 
 def window_batch(text: CalibrationSection) -> int:

@@ -17,7 +17,8 @@ from ..incoming import Incoming
 from .layers import Shapes, local_folder, read_shapes
 from .sections.model import ModelSection
 from .sections.overrides import OverrideSection
-from .sections.quant import FROM_CHECKPOINT, CalibrationSection, QuantSection
+from .sections.calibration import CalibrationSection
+from .sections.quant import FROM_CHECKPOINT, QuantSection
 from .yaml import Problem
 
 
