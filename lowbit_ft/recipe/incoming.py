@@ -15,9 +15,9 @@ from typing import Any
 
 from ..incoming import Incoming
 from .layers import Shapes, local_folder, read_shapes
+from .sections.calibration import CalibrationSection
 from .sections.model import ModelSection
 from .sections.overrides import OverrideSection
-from .sections.calibration import CalibrationSection
 from .sections.quant import FROM_CHECKPOINT, QuantSection
 from .yaml import Problem
 
