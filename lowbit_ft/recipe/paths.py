@@ -15,7 +15,8 @@ from ..model.chat_template import is_text
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
-PATHS = ("path", "init_from", "teacher", "codec")  # keys of a file or folder, or of a word of TEACHERS
+# keys of a file or folder, or of a word of TEACHERS
+PATHS = ("path", "init_from", "start_from", "teacher", "codec")
 
 
 def path_is(path: Path, kind: str) -> bool:
@@ -54,9 +55,6 @@ def globs(pattern: str) -> bool:
         return any(True for _ in glob.iglob(pattern, recursive=True))
     except (OSError, ValueError, RecursionError, re.error):
         return False
-
-
-PATHS = ("path", "init_from", "start_from", "teacher")  # keys that may be one
 
 
 def located(value: Any, folders: Sequence[Path]) -> Any:
