@@ -15,9 +15,13 @@ from ..names import listed
 from .names import ARCHITECTURE, CLASSES, KEY, MODEL_TYPE, missing
 from .pictures import Pictures
 
+# Of what is trained: how many of each there are, which diffusers always writes.
+COUNTS = ("sample_size", "in_channels", "patch_size", "num_embeds_ada_norm")
+MOST = 1 << 20  # of any of them: what is beyond cannot be held, and is a mistake in the file
+
 
 class DiffusersConfig(PreTrainedConfig):
-    """class_name: of diffusers, one of CLASSES. ValueError for another."""
+    """class_name: of diffusers, one of CLASSES. ValueError for another, and for a wrong count."""
 
     model_type = MODEL_TYPE
 
@@ -25,6 +29,12 @@ class DiffusersConfig(PreTrainedConfig):
         self.class_name = str(kwargs.pop(KEY, kwargs.pop("class_name", next(iter(CLASSES)))))
         if self.class_name not in CLASSES:
             raise ValueError(f"{KEY}: got {self.class_name!r}; allowed: {listed(CLASSES)}")
+        for key in COUNTS:
+            value = kwargs.get(key)
+            # transformers makes one of nothing, too, to compare with
+            needed = CLASSES[self.class_name] and bool(kwargs)
+            if (value is not None or needed) and not (type(value) is int and 1 <= value <= MOST):
+                raise ValueError(f"{key}: got {value!r}; allowed is a count of 1 to {MOST}")
         kwargs.pop("architectures", None)
         super().__init__(architectures=[ARCHITECTURE], **kwargs)
 

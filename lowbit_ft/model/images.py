@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files.picture import picture_of
 from ..files.tensorfile import CheckpointError
 from .config import load_config
 from .hub import refuse_irregular
@@ -77,20 +78,6 @@ def _sized(config: Mapping[str, Any]) -> bool:
 def pixels(processor: Any, picture: Any) -> Tensor:
     """A picture of Pillow -> fp32 [C, H, W], as the model takes it."""
     return processor(picture, return_tensors="pt")["pixel_values"][0]
-
-
-def picture_of(data: bytes, small: bool = False) -> Any:
-    """The picture in the bytes of a file, the right way up, in RGB. ValueError for one of more than 8 bits a
-    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one. small: a
-    JPEG at an eighth of its size, in less time."""
-    from PIL import Image, ImageOps  # optional: only images need it
-
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
-        if small:
-            picture.draft(None, (1, 1))
-        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:

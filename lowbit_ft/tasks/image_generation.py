@@ -20,7 +20,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..data.batches import Batches
@@ -38,7 +38,7 @@ from .base import Dense, Feed, Measure, Task
 from .batches import RowBatches
 from .image_classification import file_of
 from .labelled import Answers, Labelled
-from .labels import label_id, label_values, labels_in
+from .labels import Classes, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, Rows, of_column
 
 FOLDER = "pictures"  # of the run: a sheet of samples of each stage
@@ -66,7 +66,7 @@ class ImageGeneration(Labelled):
         ".safetensors file of one tensor",
     )
     label: str | None = Field(default="label", description="the column of the class; null: none has one")
-    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    labels: Classes | None = Field(
         default=None, description="the classes by name, in their order; null: those that the rows have"
     )
     prediction: Literal["velocity", "noise"] = Field(
@@ -85,6 +85,14 @@ class ImageGeneration(Labelled):
     guidance: Annotated[float, Field(ge=0, le=100)] = Field(
         default=1.0, description="of these pictures: 1 is none, more holds to the label"
     )
+
+    @model_validator(mode="after")
+    def _labelled(self) -> ImageGeneration:
+        if self.label is None and self.labels is not None:
+            raise ValueError(
+                f"label: null, so no row has a class, and labels names {len(self.labels)}; remove one of both"
+            )
+        return self
 
     @property
     def path(self) -> Path:
@@ -113,13 +121,14 @@ class ImageGeneration(Labelled):
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         made = self
         if self.label is not None and self.labels is None and r.data.train is not None:
-            made = self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
+            made = self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
         if config and (reason := made.unfit(config)) is not None:
             raise DataError(f"{r.model.path}: {reason}")
         return made
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, {**label_values(self.labels), "prediction": self.prediction}, seed)
+        names = () if self.label is None else self.labels  # none: `draw` asks for none either
+        return Purpose(self.auto, {**label_values(names), "prediction": self.prediction}, seed)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         """tokenizer: Pictures."""

@@ -29,6 +29,9 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Names = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]  # of labels
+Classes = Annotated[
+    tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)
+]  # that are not told apart
 
 
 def label_values(names: Sequence[str] | None) -> dict[str, Any]:
