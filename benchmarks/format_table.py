@@ -18,7 +18,7 @@ from lowbit_ft.files.atomic import write_text
 from lowbit_ft.grid import BinaryGrid, IntGrid
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing-a-format.md"
-BITS, GROUPS = (2, 3, 4, 8), (32, 64, 128, 256, -1)
+BITS, GROUPS = (2, 3, 4, 6, 8), (32, 64, 128, 256, -1)
 WIDTH = 1024  # inputs of the layer that reject_width is asked about; a multiple of every group size
 
 # What runs a folder of the format. "tested" says what our own tests load it with; the rest is said by the

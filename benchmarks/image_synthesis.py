@@ -9,6 +9,7 @@ from the same rounding, at equal images and steps:
     random       images made for one random box each (labels: drawn)
     own          images that only the prior shapes, with what the detector sees (labels: own)
     adaptive     images made for boxes that moved to what it sees (labels: adaptive)
+    adaptive small  the same, the boxes found in images of half the sides (adapt.scale)
     true labels  images made for the boxes of real pictures
     real         the real pictures
 
@@ -20,6 +21,7 @@ seen. Rows are kept in --out as they come (JSON), so a stopped run goes on; so a
 
 import argparse
 import io
+import itertools
 import json
 import random
 import tempfile
@@ -51,9 +53,24 @@ from lowbit_ft.tasks.detection_labels import BoxLabeller
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
-SOURCES = ("noise", "random", "own", "adaptive", "true labels", "real")
-KEY = ("source", "method", "grid", "seed", "images", "synthesis_steps", "steps", "batch")
-LABELS = {"noise": "own", "random": "drawn", "own": "own", "adaptive": "adaptive", "true labels": "drawn"}
+SOURCES = ("noise", "random", "own", "adaptive", "adaptive small", "true labels", "real")
+KEY = ("source", "method", "signal", "grid", "seed", "images", "synthesis_steps", "steps", "batch")
+APART = {"scores": 0, "outputs": 0}
+SIGNALS: dict[str, dict[str, Any]] = {  # all but labels ask the model itself, at 8 bits
+    "labels": {},
+    "logits": {"kind": "logits"},
+    "mix": {"kind": "mix"},
+    "layers": {"kind": "layers", "losses": APART},
+    "layers and labels": {"kind": "layers", "losses": {"labels": 1, **APART}},
+}
+LABELS = {
+    "noise": "own",
+    "random": "drawn",
+    "own": "own",
+    "adaptive": "adaptive",
+    "adaptive small": "adaptive",
+    "true labels": "drawn",
+}
 
 
 def options() -> argparse.Namespace:
@@ -63,6 +80,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--work", type=Path, required=True, help="where the images are kept")
     p.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
     p.add_argument("--methods", nargs="+", default=["scale"], help="scale: frozen codes; lr_qat")
+    p.add_argument("--signals", nargs="+", default=["labels"], choices=SIGNALS, help="of train.signal")
     p.add_argument("--grid", default="3:8", help="bits of weights : of inputs")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--images", type=int, default=64)
@@ -130,13 +148,17 @@ class Bench:
             "weights": {"prior": 0.2, "variation": 0.01, "task": 1.0},
             "adapt": {"begin": 20, "every": 10},
         }
+        if source == "adaptive small":
+            given["adapt"]["scale"] = 0.5
         config = SYNTHESIS["task_images"].model_validate(given)
         labeller = self.task.labeller(self.processor)
         if source == "true labels":
             labeller = Real(labeller, self.real(), (64, 64))
         asked = Given(self.processor, [], None, config.longest(0), labeller)
         maker = (Noise if source == "noise" else Pictures)(config, asked)  # pyright: ignore[reportArgumentType]
-        place = o.work / f"{source}-{seed}-{o.images}-{o.synthesis_steps}".replace(" ", "-")
+        place = o.work / f"{source}-{seed}-{o.images}-{o.synthesis_steps}".replace(", ", "-").replace(
+            " ", "-"
+        )
         folder = RowsFolder(place, json.dumps([source, given]))
         folder.by(lambda: "dense")
         fill(folder, maker, 32, self.teacher(), lambda rows, steps: None)
@@ -161,11 +183,11 @@ class Bench:
             "own_map": score.get("map"),
         }
 
-    def run(self, source: str, method: str, seed: int, folder: Path) -> dict[str, Any]:
+    def run(self, source: str, method: str, signal: str, seed: int, folder: Path) -> dict[str, Any]:
         o = self.o
         path, told = self.images(source, seed)
         bits, inputs = (int(v) for v in o.grid.split(":"))
-        name = f"{source}-{method}-{seed}".replace(" ", "-")
+        name = f"{source}-{method}-{signal}-{seed}".replace(" ", "-")
         made = {
             "name": name,
             "model": {"path": str(o.model), "dtype": "float32", "attention": "eager", "device": "cpu"},
@@ -201,6 +223,8 @@ class Bench:
         if method == "scale":
             made["quant"]["residual_bits"] = 0
             made["train"]["scale_learning_rate"] = o.learning_rate
+        if signal != "labels":
+            made["train"] |= {"signal": SIGNALS[signal], "teacher": str(o.model)}
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(made))
         pipeline.run(load_recipe(file))
@@ -229,14 +253,14 @@ class Bench:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| images | method | classes | boxes | width | own mAP | rounded | trained |")
-    print("| --- | --- | --- | --: | --: | --: | --: | --: |")
+    print("| images | method | signal | classes | boxes | width | own mAP | rounded | trained |")
+    print("| --- | --- | --- | --- | --: | --: | --: | --: | --: |")
     for r in rows:
         shares = " ".join(f"{v:.2f}" for v in r["classes"].values())
         own = "" if r["own_map"] is None else f"{r['own_map']:.3f}"
         print(
-            f"| {r['source']} | {r['method']} | {shares} | {r['boxes']:.2f} | {r['width']:.2f} | {own} | "
-            f"{r['start']:.3f} | {r['trained']:.3f} |"
+            f"| {r['source']} | {r['method']} | {r['signal']} | {shares} | {r['boxes']:.2f} | "
+            f"{r['width']:.2f} | {own} | {r['start']:.3f} | {r['trained']:.3f} |"
         )
 
 
@@ -246,18 +270,19 @@ def main() -> None:
     o.work.mkdir(parents=True, exist_ok=True)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = json.loads(o.out.read_text()) if o.out.exists() else {}
-    rows: list[dict[str, Any]] = kept.get("rows", [])
+    rows: list[dict[str, Any]] = [{"signal": "labels", **row} for row in kept.get("rows", [])]
     kept.setdefault("environment", environment())
     done = {tuple(row[key] for key in KEY) for row in rows}
     bench = Bench(o)
     with tempfile.TemporaryDirectory() as folder:
         for seed in o.seeds:
             for method in o.methods:
-                for source in o.sources:
-                    values = (source, method, o.grid, seed, o.images, o.synthesis_steps, o.steps, o.batch)
+                for signal, source in itertools.product(o.signals, o.sources):
+                    made = (o.images, o.synthesis_steps, o.steps, o.batch)
+                    values = (source, method, signal, o.grid, seed, *made)
                     if values in done:
                         continue
-                    found = bench.run(source, method, seed, Path(folder))
+                    found = bench.run(source, method, signal, seed, Path(folder))
                     rows.append(dict(zip(KEY, values, strict=True)) | found)
                     write_text(o.out, json.dumps({**kept, "rows": rows}, indent=1) + "\n")
     if o.picture is not None:

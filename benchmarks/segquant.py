@@ -10,7 +10,7 @@ precision, with weights rounded and inputs on static scales. docs/diffusion.md s
     token    dynamic: a symmetric scale per token          token all   any of these per token
 
 The scales cover what calibration saw (quant.activations.range: minmax). Weights: one scale per row, `mse`, or
-groups of 32; 6 bits are no grid of ours, and 6-bit inputs no choice of the recipe. error = |v - v_full| /
+groups of 32. error = |v - v_full| /
 |v_full| over the validation pictures, at times spread over 0 .. 1.
 """
 
@@ -39,12 +39,14 @@ from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rundir import environment
 from lowbit_ft.segments import segments_in
+from lowbit_ft.tasks.base import inputs_of
 from lowbit_ft.tasks.image_generation import ImageGeneration
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
-GRIDS = {"W8 rows": (8, -1), "W4 rows": (4, -1), "W4 g32": (4, 32)}
-BITS = (8, 4)  # of the inputs
+GRIDS = {"W8 rows": (8, -1), "W4 rows": (4, -1), "W4 g32": (4, 32), "W6 rows": (6, -1)}
+BITS = (8, 4)  # of the inputs, but for W6A6
+PAIRS = [*product(list(GRIDS)[:3], BITS), ("W6 rows", 6)]
 CASES = ("base", "seg", "dual", "seg dual", "asym", "all", "token", "token all")
 KEYS = ("weights", "input_bits", "case", "calibrated_at", "range")
 RULE = "minmax"
@@ -93,10 +95,7 @@ class Bed:
     def said(self, model: Any) -> Tensor:
         with packed_op_only(model):
             return torch.cat(
-                [
-                    model(**{name: batch[name] for name in self.task.inputs}).sample.double()
-                    for batch in self.shown
-                ]
+                [model(**inputs_of(batch, self.task.answers)).sample.double() for batch in self.shown]
             )
 
     def error(self, model: Any) -> float:
@@ -165,7 +164,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     bed, kept = Bed(given.model, given.rows), _kept(given.out)
-    asked = [(grid, bits, case, None, RULE) for grid, bits, case in product(GRIDS, BITS, CASES)]
+    asked = [(*pair, case, None, RULE) for pair, case in product(PAIRS, CASES)]
     if given.beside:
         two = ("base", "all")
         asked += [("W8 rows", 8, case, at, RULE) for case, at in product(two, (0.02, 0.5, 0.98))]
@@ -201,7 +200,7 @@ def _save(path: Path, kept: list[dict[str, Any]], key: tuple[Any, ...], found: d
 
 def table(rows: list[dict[str, Any]]) -> None:
     print("| | " + " | ".join(("weights alone", *CASES)) + " |")
-    for grid, bits in product(GRIDS, BITS):
+    for grid, bits in PAIRS:
         cells = []
         for case in ("weights alone", *CASES):
             key = (grid, None if case == "weights alone" else bits, case, None, RULE)

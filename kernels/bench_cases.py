@@ -77,7 +77,7 @@ class Case:
 def targets() -> list[Case]:
     """The cases the targets of the design name, the most telling first."""
     big = (14336, 4096)
-    out = [Case(op="packed_matmul", bits=b, m=1, n=big[0], k=big[1]) for b in (4, 2, 3)]
+    out = [Case(op="packed_matmul", bits=b, m=1, n=big[0], k=big[1]) for b in (4, 2, 3, 6)]
     out += [Case(op="packed_matmul", bits=4, m=m, n=big[0], k=big[1]) for m in (16, 4096, 64, 256)]
     out += [
         Case(op="packed_matmul_dx", bits=4, m=4096, n=big[0], k=big[1]),

@@ -28,8 +28,12 @@ HALFWORD = 16
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """P16 by its definition: bit-field p of half-word j of superblock t is channel t * S + 32 p + j. int16
-    [N, W] -> int64 [N, K].
+    [N, W] -> int64 [N, K]. Of 6 bits: three lines of half-words, the first two of 4 bits, the third of 2.
     """
+    if bits == 6:
+        lines = packed.view(len(packed), -1, 3, 32)
+        low, high = lines[:, :, :2].reshape(len(packed), -1), lines[:, :, 2].reshape(len(packed), -1)
+        return unpack(low, 4, columns) + 16 * unpack(high, 2, columns)
     per_word = HALFWORD // bits
     k = torch.arange(columns)
     block, inside = k // (32 * per_word), k % (32 * per_word)

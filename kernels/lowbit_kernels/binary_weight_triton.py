@@ -10,10 +10,10 @@ import math
 import triton
 import triton.language as tl
 
-from .layout import CODES_PER_HALFWORD, LANES, superblock
+from .layout import LANES, PLANES, superblock
 from .triton_common import LANE, fma16, mul16, signs
 
-_FIELDS = CODES_PER_HALFWORD[1]
+_FIELDS = PLANES[1]
 FIELDS = tl.constexpr(_FIELDS)  # sign fields per half-word
 BLOCK = tl.constexpr(superblock(1))  # channels per superblock
 

@@ -39,7 +39,7 @@ from .grid_triton import (
 )
 from .launch import cdiv, launch
 from .layout import packed_width, superblock
-from .triton_common import LANE, launch_options, plane_group
+from .triton_common import LANE, launch_options, lines_of, plane_group
 
 
 @triton.jit
@@ -52,20 +52,21 @@ def grid_codes_kernel(
 ):  # fmt: skip
     """Grid (superblocks, blocks of the `moved` rows). *_row are row strides in half-words; GROUP a multiple
     of 32 or 0; EVEN_K: K fills its last superblock. delta [moved, K] is dense, of the rows `rows`."""
-    PLANES: tl.constexpr = 16 // BITS
     S: tl.constexpr = channels_of(BITS)
+    PLANES: tl.constexpr = S // 32
+    LINES: tl.constexpr = lines_of(BITS)
     block = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     live_rows = rn < moved
     source = source_rows(rows, rn, live_rows)
     far = source.to(tl.int64)[:, None]  # a row offset passes 2^31 in a large layer
-    words = tl.load(
-        codes + far * codes_row + (block * LANE + lane)[None, :], mask=live_rows[:, None], other=0
-    )
+    line = (block * LINES * LANE + lane)[None, :]
+    words = tl.load(codes + far * codes_row + line, mask=live_rows[:, None], other=0)
     words = words.to(tl.int32)
     place = 1
     packed = tl.zeros((BLOCK_N, LANE), tl.int32)
+    high = tl.zeros((BLOCK_N, LANE), tl.int32)
     for p in range(
         PLANES
     ):  # a loop, not unrolled: half the registers, and the next plane's loads can be in flight
@@ -74,7 +75,11 @@ def grid_codes_kernel(
         fraction, shift_f = words, 0
         if RESIDUAL_BITS:
             fraction, shift_f = plane_words(residual, residual_row, source, live_rows, k0, K, RESIDUAL_BITS)
-        base = base_value(words, BITS * p, fraction, shift_f, BITS, RESIDUAL_BITS)
+        if BITS == 6:
+            own, _ = plane_words(codes, codes_row, source, live_rows, k0, K, BITS)
+            base = base_value(own, 0, fraction, shift_f, BITS, RESIDUAL_BITS)
+        else:
+            base = base_value(words, BITS * p, fraction, shift_f, BITS, RESIDUAL_BITS)
         move = None
         if R > 0:
             move = low_rank(a, b, gain, rn, kk, N, K, R, BLOCK_R, BLOCK_N, LANE)
@@ -94,12 +99,22 @@ def grid_codes_kernel(
             code = tl.where(locked(mask, mask_row, source, live_rows, k0, K), point, code)
         if not EVEN_K:
             code = tl.where((kk < K)[None, :], code, 0)
-        # One multiply-add: what code_bits leaves above the code lies above bit 16 and is lost in the store.
-        packed += code * place
-        place *= 1 << BITS
-    tl.store(
-        out + far * out_row + (block * LANE + lane)[None, :], packed.to(tl.int16), mask=live_rows[:, None]
-    )
+        if BITS == 6:
+            packed |= (code & 15) << (p % 4 * 4)
+            high |= ((code >> 4) & 3) << (p * 2)
+            if p % 4 == 3:
+                low = out + far * out_row + line + p // 4 * LANE
+                tl.store(low, packed.to(tl.int16), mask=live_rows[:, None])
+                packed = tl.zeros((BLOCK_N, LANE), tl.int32)
+        else:
+            # One multiply-add: what code_bits leaves above the code lies above bit 16, lost in the store.
+            packed += code * place
+            place *= 1 << BITS
+    to = out + far * out_row + line
+    if BITS == 6:
+        tl.store(to + 2 * LANE, high.to(tl.int16), mask=live_rows[:, None])
+    else:
+        tl.store(to, packed.to(tl.int16), mask=live_rows[:, None])
 
 
 # --------------------------------------------------------------------------------------------------- launcher
@@ -122,7 +137,7 @@ def grid_codes(
     state, strides, constants = given(grid, zero=grid.live or grid.mask is not None)
     # Only the rank is told to the table: see the file's head.
     config = dispatch.config("grid_codes", bits, torch.float32, M=max(1, constants["R"]), N=1, K=1)
-    blocks = (out.shape[1] // 32, cdiv(grid.moved, config["BLOCK_N"]))
+    blocks = (cdiv(in_features, superblock(bits)), cdiv(grid.moved, config["BLOCK_N"]))
     launch(
         grid_codes_kernel,
         blocks,
@@ -202,6 +217,7 @@ def aot_cases() -> list[tuple]:
         _case(3, 4, 64, "grid"),
         _case(2, 4, 32, "grid"),
         _case(8, 0, 64, "grid"),
+        _case(6, 4, 64, "grid"),
         _case(4, 4, 64, "grid", ("mask",)),
         _case(4, 4, 64, "live", ("mask",)),
         _case(4, 4, 0, "grid", ("delta",)),

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .grid import GridWeight
-from .triton_common import LANE, round_even
+from .layout import LANES, PLANES
+from .triton_common import LANE, lines_of, round_even
 
 RANK_BLOCK = 32  # at 64 the operands of one product take more registers than a thread has
 # v = c + D / s0 must round twice, as the reference does.
@@ -34,7 +35,7 @@ _MAGIC = tl.constexpr(
 @triton.constexpr_function
 def channels_of(bits):
     """Channels of a superblock; of no use for 0 bits, which have none."""
-    return 32 * (16 // int(bits)) if bits else 32
+    return LANES * PLANES[int(bits)] if bits else LANES
 
 
 @triton.jit
@@ -52,9 +53,19 @@ def plane_words(packed, row, source, live_rows, k0, K, BITS: tl.constexpr):
     plane in them (from L1); a plane of padding may lie past the end of the shorter one.
     """
     S: tl.constexpr = channels_of(BITS)
-    at = packed + source.to(tl.int64)[:, None] * row + (k0 // S * LANE + tl.arange(0, LANE))[None, :]
-    words = tl.load(at, mask=live_rows[:, None] & (k0 < K), other=0).to(tl.int32)
-    return words, k0 % S // LANE * BITS
+    line = k0 // S * lines_of(BITS) * LANE
+    at = packed + source.to(tl.int64)[:, None] * row + (line + tl.arange(0, LANE))[None, :]
+    there = live_rows[:, None] & (k0 < K)
+    plane = k0 % S // LANE
+    if BITS == 6:
+        low = tl.load(at + plane // 4 * LANE, mask=there, other=0).to(tl.int32)
+        high = tl.load(at + 2 * LANE, mask=there, other=0).to(tl.int32)
+        words = bit_field(low, plane % 4 * 4, 4) | (bit_field(high, plane * 2, 2) << 4)
+        shift = plane * 0
+    else:
+        words = tl.load(at, mask=there, other=0).to(tl.int32)
+        shift = plane * BITS
+    return words, shift
 
 
 @triton.jit

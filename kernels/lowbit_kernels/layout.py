@@ -6,10 +6,13 @@ plane (one bit-field of all 32 half-words) is 32 consecutive channels: a group w
 never splits a plane, x needs no permutation, and the same buffer feeds W and W^T tiles. K is padded to S in
 storage with code 0; N never is.
 
-    bits        1     2     3     4     8
-    P          16     8     5     4     2      codes per half-word (3 bit: 15 of 16 bits used, 3.2 bits per
-               weight)
-    S         512   256   160   128    64
+    bits        1     2     3     4     6     8
+    P          16     8     5     4     8     2      codes per half-word (3 bit: 15 of 16 bits used, 3.2 bits
+               per weight; 6 bit: per three half-words)
+    S         512   256   160   128   256    64
+
+6 does not divide 16. A superblock of 6 bits is three lines of 32 half-words: the low four bits of planes 0 to
+3, those of planes 4 to 7, and the high two bits of all eight, each packed as codes of so many bits are.
 
 Letters in this package: M rows of x, N out features, K in features, g group size, G = ceil(K / g) groups, r
 rank. Group tensors (scale, zero, offset) are [G, N]. Codes are unsigned; the weight a code stands for is
@@ -31,7 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LANES = 32
-CODES_PER_HALFWORD = {1: 16, 2: 8, 3: 5, 4: 4, 8: 2}
+PLANES = {1: 16, 2: 8, 3: 5, 4: 4, 6: 8, 8: 2}  # of a superblock
+LINES = {bits: 3 if bits == 6 else 1 for bits in PLANES}  # of LANES half-words, that hold them
 
 # Rows of W handled at once by the reference ops: 2^22 elements, 16 MB in fp32, which bounds the transient
 # memory of every op and stays near the L2/L3 sizes of current CPUs. The low-rank product is computed per
@@ -58,14 +62,14 @@ def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
 
 def superblock(bits: int) -> int:
     """Channels per superblock."""
-    if bits not in CODES_PER_HALFWORD:
-        raise ValueError(f"bits={bits}: P16 packs {sorted(CODES_PER_HALFWORD)} bits")
-    return LANES * CODES_PER_HALFWORD[bits]
+    if bits not in PLANES:
+        raise ValueError(f"bits={bits}: P16 packs {sorted(PLANES)} bits")
+    return LANES * PLANES[bits]
 
 
 def packed_width(in_features: int, bits: int) -> int:
     """Half-words per row for K = in_features, superblock padding included."""
-    return -(-in_features // superblock(bits)) * LANES
+    return -(-in_features // superblock(bits)) * LANES * LINES[bits]
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -82,7 +86,11 @@ def row_chunks(rows: int, in_features: int) -> list[slice]:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """[n, K] integer codes in 0..2^bits-1 -> [n, packed_width] int16."""
     n, k = codes.shape
-    block, planes = superblock(bits), CODES_PER_HALFWORD[bits]
+    if bits == 6:
+        padded = torch.nn.functional.pad(codes, (0, -k % superblock(bits)))
+        low, high = pack_rows(padded & 15, 4).view(n, -1, 2, LANES), pack_rows(padded >> 4, 2)
+        return torch.cat((low, high.view(n, -1, 1, LANES)), 2).view(n, packed_width(k, bits))
+    block, planes = superblock(bits), PLANES[bits]
     width = packed_width(k, bits)
     padded = torch.nn.functional.pad(codes, (0, width // LANES * block - k)).view(n, -1, planes, LANES)
     words = padded[:, :, 0].to(torch.int32)
@@ -95,12 +103,16 @@ def unpack_rows(packed: Tensor, bits: int, in_features: int, dtype: torch.dtype)
     """[n, packed_width] int16 -> [n, K] codes in the asked dtype (floats are exact: codes are at most
     255).
     """
-    n, planes, mask = packed.shape[0], CODES_PER_HALFWORD[bits], (1 << bits) - 1
-    words = packed.view(n, -1, LANES)
-    out = torch.empty(n, words.shape[1], planes, LANES, dtype=dtype, device=packed.device)
+    n, planes, mask = packed.shape[0], PLANES[bits], (1 << bits) - 1
+    lines = packed.view(n, -1, LINES[bits], LANES)
+    out = torch.empty(n, lines.shape[1], planes, LANES, dtype=dtype, device=packed.device)
     for plane in range(planes):
         # int16 >> is arithmetic; the mask drops the sign copies, since bits * (plane + 1) <= 16.
-        out[:, :, plane] = (words >> (bits * plane)) & mask
+        if bits == 6:
+            low = (lines[:, :, plane // 4] >> (plane % 4 * 4)) & 15
+            out[:, :, plane] = low.bitwise_or_(((lines[:, :, 2] >> (plane * 2)) & 3) << 4)
+        else:
+            out[:, :, plane] = (lines[:, :, 0] >> (bits * plane)) & mask
     return out.view(n, -1)[:, :in_features]
 
 

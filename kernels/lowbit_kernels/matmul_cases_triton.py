@@ -95,7 +95,7 @@ def _table_kernels() -> dict[tuple, list[int]]:
     """
     found: dict[tuple, list[int]] = {}
     for op, bits, m, arch in itertools.product(
-        ("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 8), (1, 16, 32, 64, 128, 512), _GATED
+        ("packed_matmul", "packed_matmul_dx"), (2, 3, 4, 6, 8), (1, 16, 32, 64, 128, 512), _GATED
     ):
         config = dispatch.packaged(op, bits, torch.bfloat16, m, 4096, 4096, arch)
         if config["regime"] != "two_stage":
@@ -134,7 +134,11 @@ def aot_cases() -> list[tuple]:
             )
     config = dispatch.packaged("packed_matmul_dx", 4, torch.bfloat16, 16, 4096, 4096, 80)
     cases.append(_case("dx", 4, "bf16", "fp32", "float", 128, config, dx_tile(config, 4, 80)))
-    for bits, dtype, scale, zero in ((4, "bf16", "bf16", ""), (3, "fp32", "fp32", "float")):
+    for bits, dtype, scale, zero in (
+        (4, "bf16", "bf16", ""),
+        (6, "bf16", "bf16", ""),
+        (3, "fp32", "fp32", "float"),
+    ):
         config = dispatch.packaged("dequantize", bits, torch.bfloat16, 4096, 4096, 4096, 80)
         cases.append(
             _case("dequantize", bits, dtype, scale, zero, 128, config, {"BLOCK_N": config["BLOCK_N"]})

@@ -17,7 +17,7 @@ from .launch import launch
 from .layout import superblock
 from .matmul_weight_triton import Weight, grid_of, options_of, run_of
 from .scratch import COLUMNS, dx_columns, forward_rows
-from .triton_common import COMPUTE, LANE, codes_raw, use_asm
+from .triton_common import COMPUTE, LANE, codes_raw, lines_of, place_of, plane_codes, use_asm
 
 
 @triton.jit(do_not_specialize=["N", "blocks", "first_block", "groups"])
@@ -40,13 +40,20 @@ def dequantize_kernel(
     lane = tl.arange(0, LANE)
     in_n = rn < N
     rows = rn.to(tl.int64)
-    q = tl.load(codes + rows[:, None] * stride_w + block * LANE + lane[None, :], mask=in_n[:, None], other=0)
+    words = codes + rows[:, None] * stride_w + block * lines_of(BITS) * LANE + lane[None, :]
+    q = tl.load(words, mask=in_n[:, None], other=0)
+    high = q
+    if BITS == 6:
+        high = tl.load(words + 2 * LANE, mask=in_n[:, None], other=0)
     scales, zeros, offsets = grid_of(
         scale, zero, offset, block * PLANES, rn, in_n, SCALE_ROWS, groups - 1,
         PLANES, GROUP, RUN, ZERO, OFFSET,
     )  # fmt: skip
     for plane in tl.static_range(PLANES):
-        value = codes_raw(q, plane, BITS, CT, ASM).to(tl.float32)
+        if BITS == 6 and plane == 4:
+            q = tl.load(words + LANE, mask=in_n[:, None], other=0)
+        code = plane_codes(q, high, plane, BITS)
+        value = codes_raw(code, place_of(BITS, plane), BITS, CT, ASM).to(tl.float32)
         if ZERO == 0:
             value -= 1 << (BITS - 1)
         else:

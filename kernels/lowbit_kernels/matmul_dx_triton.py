@@ -18,7 +18,7 @@ from .launch import cdiv, launch
 from .layout import superblock
 from .matmul_weight_triton import Weight, options_of, run_of, weight_operand, workspace
 from .scratch import split
-from .triton_common import COMPUTE, LANE, fields, store_parts, use_asm
+from .triton_common import COMPUTE, LANE, fields, lines_of, place_of, plane_codes, store_parts, use_asm
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _join(planes, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _dx_step(
-    acc, wp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
+    acc, wp, hp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
     COUNT: tl.constexpr, BITS: tl.constexpr, RUN: tl.constexpr, ZERO: tl.constexpr, OFFSET: tl.constexpr,
     CT: tl.constexpr, ASM: tl.constexpr, JOIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def _dx_step(
     N.
 
     Those read row N-1 (finite) with scale, zero and dY 0. `right`: bits to drop, where a program has not the
-    first planes.
+    first planes; of 6 bits those of the high two, read at hp.
     """
     at = n + rows
     if TAIL:
@@ -63,7 +63,10 @@ def _dx_step(
     else:
         dy = tl.load(yp, mask=in_m[None, :], other=0.0).to(CT)
     q = tl.load(wp + at.to(tl.int64)[:, None] * stride_w)
-    if right is not None:
+    high = q
+    if BITS == 6:
+        high = tl.load(hp + at.to(tl.int64)[:, None] * stride_w) >> right
+    elif right is not None:
         q = q >> right
     s, z, o = 0.0, 0.0, 0.0
     planes = ()
@@ -76,7 +79,8 @@ def _dx_step(
                 z = tl.load(zero + group)
             if OFFSET:
                 o = tl.load(offset + group)
-        w = weight_operand(q, s, z, o, i, BITS, ZERO, OFFSET, CT, ASM)
+        code = plane_codes(q, high, i, BITS)
+        w = weight_operand(code, s, z, o, place_of(BITS, i), BITS, ZERO, OFFSET, CT, ASM)
         if JOIN:
             planes = planes + (w,)
         else:
@@ -113,7 +117,10 @@ def dx_kernel(
     if CHUNKS > 1:
         chunk = piece % CHUNKS
         first_plane += chunk * COUNT
-        right = (chunk * (COUNT * BITS)).to(tl.int16)
+        if BITS == 6:
+            right = (chunk * (COUNT * 2)).to(tl.int16)
+        else:
+            right = (chunk * (COUNT * BITS)).to(tl.int16)
     group_rows = ()
     for run in tl.static_range(COUNT // RUN):
         if GROUP == 0:
@@ -127,7 +134,10 @@ def dx_kernel(
     rows = tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     in_m = rm < M
-    wp = codes + block * LANE + lane[None, :]
+    wp = codes + block * lines_of(BITS) * LANE + lane[None, :]
+    hp = wp + 2 * LANE
+    if BITS == 6:
+        wp += chunk * LANE
     first = part * per_part * BLOCK_N
     stop = tl.minimum(first + per_part * BLOCK_N, N)
     if JOIN:
@@ -142,14 +152,14 @@ def dx_kernel(
     main = first + tl.maximum(stop - first, 0) // BLOCK_N * BLOCK_N
     for n in range(first, main, BLOCK_N):
         acc = _dx_step(
-            acc, wp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
+            acc, wp, hp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
             COUNT, BITS, RUN, ZERO, OFFSET, CT, ASM, JOIN, False,
         )  # fmt: skip
         yp += BLOCK_N
     if not EVEN_N:
         if main < stop:
             acc = _dx_step(
-                acc, wp, yp, scale, zero, offset, group_rows, right, rows, main, N, in_m, stride_w,
+                acc, wp, hp, yp, scale, zero, offset, group_rows, right, rows, main, N, in_m, stride_w,
                 COUNT, BITS, RUN, ZERO, OFFSET, CT, ASM, JOIN, True,
             )  # fmt: skip
 
@@ -208,4 +218,6 @@ def dx_tile(config: dict, bits: int, arch: int) -> dict:
     # power of two.
     join = config.get("JOIN", arch // 10 in (9, 10)) and planes != 5
     count = 5 if planes == 5 else min(config.get("PLANES", 4), planes)
+    if bits == 6:
+        count = 4  # those of one line
     return {"COUNT": count, "JOIN": join, "BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"]}

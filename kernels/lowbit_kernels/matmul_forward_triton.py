@@ -27,7 +27,16 @@ from .matmul_weight_triton import (
     workspace,
 )
 from .scratch import forward_split
-from .triton_common import COMPUTE, INTERPRETED, LANE, store_parts, use_asm
+from .triton_common import (
+    COMPUTE,
+    INTERPRETED,
+    LANE,
+    lines_of,
+    place_of,
+    plane_codes,
+    store_parts,
+    use_asm,
+)
 
 
 @triton.jit
@@ -43,14 +52,23 @@ def _step(
     channels may lie beyond K.
     """
     lane = tl.arange(0, LANE)
+    LINES: tl.constexpr = lines_of(BITS)
     q = tl.load(wp)
+    high = q
+    if BITS == 6:
+        high = tl.load(wp + 2 * LANE)
     for run in tl.static_range(COUNT // RUN):
         part = acc
         if ON_ACC and GROUP != 0:
             part = tl.zeros_like(acc)
         for i in tl.static_range(RUN):
             if (run * RUN + i) % PLANES == 0 and run * RUN + i > 0:
-                q = tl.load(wp + (run * RUN + i) // PLANES * LANE)
+                q = tl.load(wp + (run * RUN + i) // PLANES * LINES * LANE)
+                if BITS == 6:
+                    high = tl.load(wp + ((run * RUN + i) // PLANES * LINES + 2) * LANE)
+            if BITS == 6 and (run * RUN + i) % PLANES == 4:
+                q = tl.load(wp + ((run * RUN + i) // PLANES * LINES + 1) * LANE)
+            code = plane_codes(q, high, (run * RUN + i) % PLANES, BITS)
             mask = None
             if ON_ACC:
                 mask = in_m[None, :]  # not read at all: with one row of sixteen this is traffic that counts
@@ -61,10 +79,14 @@ def _step(
             else:
                 x = tl.load(xp + (run * RUN + i) * LANE, mask=mask, other=0.0).to(CT)
             if ON_ACC:
-                w = code_operand(q, zeros[run], (run * RUN + i) % PLANES, BITS, ZERO, CT, ASM)
+                w = code_operand(
+                    code, zeros[run], place_of(BITS, (run * RUN + i) % PLANES), BITS, ZERO, CT, ASM
+                )
             else:
                 s, z, o = scales[run], zeros[run], offsets[run]
-                w = weight_operand(q, s, z, o, (run * RUN + i) % PLANES, BITS, ZERO, OFFSET, CT, ASM)
+                w = weight_operand(
+                    code, s, z, o, place_of(BITS, (run * RUN + i) % PLANES), BITS, ZERO, OFFSET, CT, ASM
+                )
             part = tl.dot(w, x, part, input_precision="ieee")
         if ON_ACC and GROUP != 0:
             scale = scales[run].to(tl.float32)
@@ -127,7 +149,7 @@ def _left_over(
                 acc, wp, xp, xsum, s_tail, z_tail, o_tail, plane, rm, in_m, K, groups, last_group,
                 BITS, PLANES, PLANES, GROUP, SHORT, ZERO, OFFSET, CT, ASM, ON_ACC, True,
             )  # fmt: skip
-            wp += LANE
+            wp += lines_of(BITS) * LANE
             xp += PLANES * LANE
     return acc
 
@@ -162,7 +184,7 @@ def forward_kernel(
     whole = K // S
     stop = tl.minimum(first + per_part, tl.cdiv(K, S))
     main = first + (tl.maximum(tl.minimum(stop, whole) - first, 0) // UNROLL) * UNROLL
-    wp = codes + rows[:, None] * stride_w + first * LANE + lane[None, :]
+    wp = codes + rows[:, None] * stride_w + first * lines_of(BITS) * LANE + lane[None, :]
     xp = x + x_rows[None, :] * stride_x + first * S + lane[:, None]
     last_group = groups - 1
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -193,7 +215,7 @@ def forward_kernel(
         )  # fmt: skip
         if ON_ACC:
             scales, zeros, offsets = s_next, z_next, o_next
-        wp += UNROLL * LANE
+        wp += UNROLL * lines_of(BITS) * LANE
         xp += UNROLL * S
     acc = _left_over(
         acc, wp, xp, xsum, scale, zero, offset, scales, zeros, offsets, main, stop, rm, rn, in_m, in_n,

@@ -38,7 +38,7 @@ from .grid_triton import (
 )
 from .launch import cdiv, launch
 from .layout import packed_width, superblock
-from .triton_common import LANE, launch_options, plane_group
+from .triton_common import LANE, launch_options, lines_of, place_of, plane_codes, plane_group
 
 # Planes one program may unroll; above it quantize_pack makes codes and residual in two launches.
 _MOST_PLANES = 24
@@ -74,6 +74,7 @@ def quantize_pack_kernel(
     live = rn < N
     rows = rn.to(tl.int64)[:, None]
     word = tl.zeros((BLOCK_N, LANE), tl.int32)
+    high = word
     rest = tl.zeros((BLOCK_N, LANE), tl.int32)
     for p in tl.static_range(PLANES):
         k0 = (first + p) * 32
@@ -87,7 +88,21 @@ def quantize_pack_kernel(
         else:
             value += group_values(zero, at, live, 0.0)
         code = code_bits(value, BITS, 0) & ((1 << BITS) - 1)
-        if codes is not None:
+        if codes is not None and BITS == 6:
+            kept = tl.where(mask, code, 0)
+            word |= (kept & 15) << (p % 4 * 4)
+            high |= (kept >> 4) << (p % PER * 2)
+            if p % 4 == 3:
+                half = ((first + p) // PER * 3 + p % PER // 4) * LANE + lane
+                there = live[:, None] & (half < W)[None, :]
+                tl.store(codes + rows * W + half[None, :], word.to(tl.int16), mask=there)
+                word = tl.zeros((BLOCK_N, LANE), tl.int32)
+            if p % PER == PER - 1:
+                half = ((first + p) // PER * 3 + 2) * LANE + lane
+                there = live[:, None] & (half < W)[None, :]
+                tl.store(codes + rows * W + half[None, :], high.to(tl.int16), mask=there)
+                high = tl.zeros((BLOCK_N, LANE), tl.int32)
+        elif codes is not None:
             word |= tl.where(mask, code, 0) << (BITS * (p % PER))
             if p % PER == PER - 1:
                 half = (first + p) // PER * LANE + lane
@@ -115,33 +130,52 @@ def quantize_pack_kernel(
 @triton.jit
 def pack_kernel(codes, out, N, K, codes_row, W, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """uint8 [N, K] -> int16 [N, W]. Grid (superblocks, row blocks)."""
-    PER: tl.constexpr = 16 // BITS
+    PER: tl.constexpr = channels_of(BITS) // 32
     block = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     live = (rn < N)[:, None]
     rows = rn.to(tl.int64)[:, None]
     word = tl.zeros((BLOCK_N, LANE), tl.int32)
+    high = word
+    to = out + rows * W + (block * lines_of(BITS) * LANE + lane)[None, :]
     for p in tl.static_range(PER):
         kk = block * (PER * 32) + 32 * p + lane
         code = tl.load(codes + rows * codes_row + kk[None, :], mask=live & (kk < K)[None, :], other=0)
-        word |= code.to(tl.int32) << (BITS * p)
-    tl.store(out + rows * W + (block * LANE + lane)[None, :], word.to(tl.int16), mask=live)
+        if BITS == 6:
+            word |= (code.to(tl.int32) & 15) << (p % 4 * 4)
+            high |= (code.to(tl.int32) >> 4) << (p * 2)
+            if p == 3:
+                tl.store(to, word.to(tl.int16), mask=live)
+                word = tl.zeros((BLOCK_N, LANE), tl.int32)
+        else:
+            word |= code.to(tl.int32) << (BITS * p)
+    if BITS == 6:
+        tl.store(to + LANE, word.to(tl.int16), mask=live)
+        tl.store(to + 2 * LANE, high.to(tl.int16), mask=live)
+    else:
+        tl.store(to, word.to(tl.int16), mask=live)
 
 
 @triton.jit
 def unpack_kernel(packed, out, N, K, packed_row, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """int16 [N, W] -> uint8 [N, K]. Grid (superblocks that hold channels below K, row blocks)."""
-    PER: tl.constexpr = 16 // BITS
+    PER: tl.constexpr = channels_of(BITS) // 32
     block = tl.program_id(0)
     rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     live = (rn < N)[:, None]
     rows = rn.to(tl.int64)[:, None]
-    word = tl.load(packed + rows * packed_row + (block * LANE + lane)[None, :], mask=live, other=0)
+    at = packed + rows * packed_row + (block * lines_of(BITS) * LANE + lane)[None, :]
+    word = tl.load(at, mask=live, other=0)
+    high = word
+    if BITS == 6:
+        high = tl.load(at + 2 * LANE, mask=live, other=0)
     for p in tl.static_range(PER):
         kk = block * (PER * 32) + 32 * p + lane
-        code = bit_field(word, BITS * p, BITS).to(tl.uint8)
+        if BITS == 6 and p == 4:
+            word = tl.load(at + LANE, mask=live, other=0)
+        code = bit_field(plane_codes(word, high, p, BITS), BITS * place_of(BITS, p), BITS).to(tl.uint8)
         tl.store(out + rows * K + kk[None, :], code, mask=live & (kk < K)[None, :])
 
 
@@ -202,7 +236,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = row_dense(codes)
     out = torch.empty(n, packed_width(k, bits), dtype=torch.int16, device=codes.device)
     options = _options(dispatch.config("pack", bits, torch.float32, M=1, N=n, K=k))
-    grid = (out.shape[1] // 32, cdiv(n, options["BLOCK_N"]))
+    grid = (cdiv(k, superblock(bits)), cdiv(n, options["BLOCK_N"]))
     launch(pack_kernel, grid, codes, out, n, k, codes.stride(0), out.shape[1], BITS=bits, **options)
     return out
 
@@ -261,6 +295,7 @@ def aot_cases() -> list[tuple]:
         _case(4, 4, True),
         _case(4, 0, False),
         _case(3, 4, False),
+        _case(6, 4, False),
         _case(2, 1, True),
         _plain_case("pack", pack_kernel, {"codes": "*u8", "out": "*i16", "codes_row": "i32", "W": "i32"}),
         _plain_case("unpack", unpack_kernel, {"packed": "*i16", "out": "*u8", "packed_row": "i32"}),

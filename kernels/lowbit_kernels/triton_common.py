@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import CODES_PER_HALFWORD, LANES
+from .layout import LANES, LINES, PLANES
 
 # Whether this process interprets kernels on the CPU. Triton decides it when a kernel is decorated, so it is
 # read once.
@@ -52,8 +52,8 @@ def launch_options(config: dict) -> dict:
 
 
 def fields(bits: int) -> int:
-    """P: codes per half-word, hence planes per superblock."""
-    return CODES_PER_HALFWORD[bits]
+    """Planes per superblock."""
+    return PLANES[bits]
 
 
 def plane_group(group_size: int, in_features: int) -> int:
@@ -73,7 +73,7 @@ def plane_group(group_size: int, in_features: int) -> int:
 def supported(bits: int, group_size: int, in_features: int) -> bool:
     """Whether the kernels can read this grid; the reference can read every one."""
     whole_row = group_size == -1 or group_size >= in_features
-    return bits in CODES_PER_HALFWORD and (whole_row or (group_size > 0 and group_size % LANES == 0))
+    return bits in PLANES and (whole_row or (group_size > 0 and group_size % LANES == 0))
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -191,6 +191,32 @@ def _fma_text(bf16):
 # ------------------------------------------------------------------------------------------------ in kernels
 
 
+@triton.constexpr_function
+def lines_of(bits):
+    """Lines of LANE half-words that a superblock has."""
+    return LINES[int(bits)]
+
+
+@triton.constexpr_function
+def place_of(bits, plane):
+    """Which field of `plane_codes` a plane is."""
+    return 0 if int(bits) == 6 else int(plane)
+
+
+@triton.jit
+def plane_codes(q, high, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """Half-words that hold plane PLANE at field `place_of`: q as it is; of 6 bits the plane alone, put
+    together from q, the line of its low four bits, and `high`, the line of the high two of all planes."""
+    if BITS == 6:
+        low = (q >> (PLANE % 4 * 4)) & 15
+        if PLANE < 2:
+            return low | ((high << (4 - PLANE * 2)) & 48)
+        else:
+            return low | ((high >> (PLANE * 2 - 4)) & 48)
+    else:
+        return q
+
+
 @triton.jit
 def round_even(v):
     """Round half to even, as torch.round, for |v| < 2^22 (fp32): adding 1.5 * 2^23 leaves no fraction bits.
@@ -208,7 +234,7 @@ def field(q, PLANE: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def codes_symmetric(q, PLANE: tl.constexpr, BITS: tl.constexpr, CT: tl.constexpr, ASM: tl.constexpr):
     """Plane PLANE of half-words q (int16, any shape) as code - 2^(BITS-1), exact, in CT. All planes of 1, 2,
-    3, 4, 8 bits.
+    3, 4, 6, 8 bits.
     """
     if ASM:
         text: tl.constexpr = _magic_text(BITS, PLANE, 1 << (BITS - 1), _bf16(CT))

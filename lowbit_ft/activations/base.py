@@ -1,6 +1,6 @@
 """Scheme and Activation: what the input of a packed layer is put on, between x and the packed op.
 
-    q  = clamp(round(x (1 / s) + z), -2^(b-1), 2^(b-1) - 1)    int8 codes, signed also where b = 4
+    q  = clamp(round(x (1 / s) + z), -2^(b-1), 2^(b-1) - 1)    int8 codes, signed also where b < 8
     x^ = s (q - z)                                             z = 0 when symmetric
 
 1 / s is rounded before it multiplies, as in vLLM's kernels: the symmetric codes per token are theirs bit for
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from ..model.linear import InputGrid
+
+BITS = (3, 4, 6, 8)  # of a code; each is an int8, of which narrower ones use the middle
 
 _KEPT = "_lowbit_quantized"  # the attribute of x that holds its x^, by scheme
 _CODES = "_lowbit_codes"  # and the one that holds its codes

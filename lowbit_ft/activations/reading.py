@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from .base import Activation, Scheme
+from .base import BITS, Activation, Scheme
 
 
 def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Scheme:
@@ -17,8 +17,8 @@ def scheme_from_json(entry: Any, kinds: Mapping[str, type[Activation]]) -> Schem
     kind, bits, group = entry["kind"], entry["bits"], entry.get("group_size", -1)
     if kind not in kinds:
         raise ValueError(f"kind: got {kind!r}; allowed: {', '.join(kinds)}")
-    if type(bits) is not int or bits not in (4, 8):
-        raise ValueError(f"bits: got {bits!r}; allowed: 4, 8")
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits: got {bits!r}; allowed: {', '.join(map(str, BITS))}")
     if type(group) is not int or group < 1 and group != -1:
         raise ValueError(f"group_size: got {group!r}; needs a positive number, or -1")
     for key in ("symmetric", "dynamic"):

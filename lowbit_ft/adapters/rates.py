@@ -21,6 +21,7 @@ RATES: dict[str, dict[int, float]] = {
     "ef_qat": {2: 8e-3, 3: 4e-3, 4: 4e-3},
 }
 PAPERS: dict[str, float] = {"lota": 0.05}  # arXiv 2505.18724
+BETWEEN = {6: 4}  # widths that were not tried: the width below, whose rate and OTHERS' theirs is between
 OTHERS = 1e-3  # methods and widths that were not tried
 
 
@@ -28,6 +29,13 @@ def rate_for(method: str, bits: int) -> tuple[float, str]:
     """The rate, and where it is from, for the line that says so."""
     if method in PAPERS:
         return PAPERS[method], f"the paper's for {method}; none was searched here"
+    if bits in BETWEEN and BETWEEN[bits] in RATES.get(method, {}):
+        near = BETWEEN[bits]
+        rate = (RATES[method][near] + OTHERS) / 2
+        return (
+            rate,
+            f"midway between {method}'s at {near} bits and the general one; none was searched at {bits}",
+        )
     if bits in RATES.get(method, {}):
         return RATES[method][bits], f"tried for {method} at {bits} bits on one small model"
     return OTHERS, f"the general one; none was searched for {method} at {bits} bits"

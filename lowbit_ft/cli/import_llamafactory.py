@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..grid.integer import BITS
 from .import_chat import factory_loss, factory_stage, factory_template, factory_thinking
 from .import_draft import Draft, Trainer
 from .import_rows import factory_mixture, factory_rows
@@ -51,10 +52,10 @@ def _resized(draft: Draft, key: str, value: Any) -> None:
 
 
 def _bits(draft: Draft, key: str, value: Any) -> None:
-    if value in (2, 3, 4, 8):
+    if value in BITS:
         draft.set("quant.bits", value, key)
     else:
-        draft.leave(key, "quant.bits is one of 2, 3, 4, 8")
+        draft.leave(key, f"quant.bits is one of {', '.join(map(str, BITS))}")
 
 
 def _finish(draft: Draft) -> None:

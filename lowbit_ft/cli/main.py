@@ -102,7 +102,8 @@ def plan(
         int, typer.Option("--processes", min=1, help="of a distributed run", envvar="WORLD_SIZE")
     ] = 1,
     tokens_per_second: Annotated[
-        float | None, typer.Option("--tokens-per-second", min=0.001, help="for an estimate of the time")
+        float | None,
+        typer.Option("--tokens-per-second", min=0.001, help="or images, for an estimate of the time"),
     ] = None,
     fit: Annotated[
         Path | None, typer.Option("--fit", help="write the recipe to this file, changed so that it fits")
@@ -143,7 +144,7 @@ def quantize(
         typer.Argument(metavar="RECIPE|MODEL", help="recipe YAML, or a folder or hub id", show_default=False),
     ],
     overrides: Overrides = None,
-    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default) or 8")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", help="of MODEL: 2, 3, 4 (default), 6 or 8")] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="inputs that share a scale; default 128")
     ] = None,

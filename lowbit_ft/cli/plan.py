@@ -299,20 +299,23 @@ def _show_needs(recipe: Recipe, made: Plan, console: Console, tokens_per_second:
     _say(console, f"RAM: about {needs.ram / 1e9:.1f} GB{away}" + (f"\n{made.cache}" if made.cache else ""))
     if unplanned := EXPORTERS[recipe.export.format].unplanned:
         _say(console, f"not in it: {unplanned}")
-    steps, rate = needs.steps, tokens_per_second or throughput(recipe.output)
+    pace, each = recipe.task.pace, needs.counted_per_step
+    steps, rate = needs.steps, tokens_per_second or throughput(recipe.output, pace.key)
     if recipe.train.reconstruct is not None:
         _say(console, reconstruct_words(recipe, rate))
     if steps == 0:
         return
+    if each is None:  # of sound nobody knows how long it is
+        _say(console, f"{recipe.train.epochs:g} epochs" if steps is None else f"{steps:,} steps")
+        return
     if steps is None:
-        said = f"{needs.tokens_per_step:,} tokens per step; their number is known once the data is read"
+        said = f"{each:,} {pace.word} per step; their number is known once the data is read"
         _say(console, f"{said} ({recipe.train.epochs:g} epochs)")
         return
-    tokens = steps * needs.tokens_per_step
-    line = f"{steps:,} steps of {needs.tokens_per_step:,} tokens: {tokens:,} tokens"
+    line = f"{steps:,} steps of {each:,} {pace.word}: {steps * each:,} {pace.word}"
     if rate:
         source = "given" if tokens_per_second else f"measured in {recipe.output}"
-        line += f", about {duration(tokens / rate)} at {rate:,.0f} tokens/s ({source})"
+        line += f", about {duration(steps * each / rate)} at {rate:,.0f} {pace.word}/s ({source})"
     else:
         line += "; --tokens-per-second, or an earlier run in the same output folder, gives the time"
     _say(console, line)

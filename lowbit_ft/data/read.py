@@ -10,6 +10,8 @@ for json, parquet and the hub. That is why jsonl and csv are read here and not t
 guess a type per column (the answer "42" becomes a number) and their errors do not name the line. Parquet and
 hub data sets do come through `datasets`, which since version 4 runs no code from a repository.
 
+A .json file that is COCO's own (images, annotations, categories) is joined to rows (coco.py).
+
 Pictures are rows {image: the path, label: the name of the folder it lies in}, where a folder holds nothing
 else that is read; those inside parquet files and data sets stay as they are stored, {bytes, path}.
 
@@ -23,12 +25,13 @@ import glob
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..files.regular import irregular
 from ..model.images import SUFFIXES
+from . import coco
 from .errors import DataError, first_line, kind
 from .splits import find_files, no_such_split, refuse_remote_keys, saved_dataset
 
@@ -38,12 +41,18 @@ TEXT_PIECE = 1 << 20  # characters; keeps one tokenizer call in tens of megabyte
 @dataclass(frozen=True)
 class Row:
     """One row of a data set: `value` (column -> value), or None and the `problem` that kept it from being
-    read."""
+    read. folder: where the files that it names lie; None: beside its own."""
 
     file: str
     number: int
     value: dict[str, Any] | None = None
     problem: str | None = None
+    folder: Path | None = None
+
+    @property
+    def beside(self) -> Path:
+        """The folder that names of files in it start from."""
+        return Path(self.file).parent if self.folder is None else self.folder
 
 
 def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None = None) -> Iterator[Row]:
@@ -59,12 +68,26 @@ def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None =
     else:
         files = find_files(source, READERS, notes if notes is not None else [], SUFFIXES)
         rows = _read_hub(source, streaming) if files is None else _read_files(files)
+    if (media := getattr(source, "media_dir", None)) is not None:
+        rows = (replace(row, folder=Path(media).expanduser()) for row in rows)
     limit = getattr(source, "limit", None)
     if limit is None:
         yield from rows
         return
     for _, row in zip(range(limit), rows, strict=False):
         yield row
+
+
+def categories(source: Any) -> list[str] | None:
+    """The categories that a source of COCO's own files names, in the order of their ids (of several files, as
+    they come); None where one of its files is no such. DataError."""
+    files = None if saved_dataset(source.path) else find_files(source, READERS, [], SUFFIXES)
+    found: dict[str, None] = {}
+    for file in files or ():
+        if irregular(file) is not None or (names := coco.categories_of(file)) is None:
+            return None
+        found |= dict.fromkeys(names)
+    return list(found) or None
 
 
 def _read_files(files: list[Path]) -> Iterator[Row]:
@@ -111,8 +134,15 @@ def _as_row(file: str, number: int, value: object) -> Row:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """A list of objects; an object whose only list holds them ({"data": [...]}); or JSON lines under this
-    suffix."""
+    """A list of objects; an object whose only list holds them ({"data": [...]}); COCO's tables; or JSON lines
+    under this suffix."""
+    if (joined := coco.rows_of(file)) is not None:
+        folder: Path | None = None
+        for number, (value, problem) in enumerate(joined, 1):
+            if folder is None and value is not None:
+                folder = coco.pictures_of(file, value["image"])
+            yield Row(str(file), number, value, problem, folder)
+        return
     raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         value = json.loads(raw.decode("utf-8"))

@@ -1,5 +1,4 @@
-"""Which classes of diffusers are read, by the `_class_name` of their config.json; and what they are called
-here."""
+"""What a config.json of diffusers is called by here, and what its class was called before."""
 
 from __future__ import annotations
 
@@ -12,14 +11,6 @@ AUTO = "AutoModelForImageToImage"  # the auto class of transformers that builds 
 KEY = "_class_name"
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls its files of tensors
 EXTRA = "diffusion"
-
-# Class -> whether rows have all that it looks at: not of one that sees the states of a text encoder.
-CLASSES: dict[str, bool] = {
-    "DiTTransformer2DModel": True,
-    "SD3Transformer2DModel": False,
-    "FluxTransformer2DModel": False,
-}
-
 
 # What older files call it, by (class, norm_type): as diffusers itself reads them.
 FORMER = {("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel"}

@@ -25,6 +25,11 @@ import torch
 from torch import Tensor
 
 STEPS_OF_NOISE = 1000
+# Where training looks: a chance of 0 .. 1 -> t. middle: a logit-normal time, as SD3 was trained (2403.03206).
+TIMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "even": lambda chance: chance,
+    "middle": lambda chance: torch.special.ndtri(chance).sigmoid(),
+}
 GOLDEN = 0.6180339887498949  # multiples of it fill 0 .. 1 evenly, however many there are
 
 
@@ -114,20 +119,24 @@ def answer(sample: Tensor, channels: int) -> Tensor:
     return sample[:, :channels]
 
 
+Told = dict[str, Tensor]  # what a model is told of pictures: their labels, or the states of their texts
+
+
 @torch.no_grad()
 def sampled(
-    model: Any, path: Path, labels: Tensor, noise: Tensor, steps: int, guidance: float = 1.0
+    model: Any, path: Path, told: Told, without: Told, noise: Tensor, steps: int, guidance: float = 1.0
 ) -> Tensor:
-    """Pictures [B, C, H, W] of these labels int64 [B] from this noise, on the CPU."""
-    device, none = next(model.parameters()).device, model.config.classes
-    labels, channels = labels.to(device), noise.shape[1]
-    without = torch.full_like(labels, none)
+    """Pictures [B, C, H, W] of what is told of them from this noise, on the CPU. without: what stands for
+    nothing told, of as many."""
+    device, channels, seen = next(model.parameters()).device, noise.shape[1], model.config.traits
+    told, without = ({name: value.to(device) for name, value in one.items()} for one in (told, without))
 
     def says(x: Tensor, time: Tensor) -> Tensor:
-        def one(label: Tensor) -> Tensor:
-            return answer(model(x, timestep=time, class_labels=label).sample.float(), channels)
+        def one(given: Told) -> Tensor:
+            said = model(seen.packed(x), timestep=time / seen.per, **given).sample.float()
+            return answer(seen.unpacked(said), channels)
 
-        found = one(labels)
+        found = one(told)
         return found if guidance == 1 else (base := one(without)) + guidance * (found - base)
 
     return path.back(says, noise.to(device), steps).cpu()

@@ -9,23 +9,28 @@ others         the latents of an autoencoder, made before: a .safetensors file o
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..files.picture import picture_of
+from .texts import Texts
+from .traits import Traits
 
 GAP = 2  # pixels between pictures of a sheet
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """channels, size, and how many classes there are, of the model. Takes the place of an image processor."""
+    """channels, size, and how many classes there are, of the model; texts: the states that it is told, of one
+    that knows no classes. Takes the place of an image processor."""
 
     channels: int
     size: int
     classes: int
+    texts: Texts | None = None
+    traits: Traits = field(default_factory=Traits)
 
     @property
     def latent(self) -> bool:

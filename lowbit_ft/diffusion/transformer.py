@@ -20,6 +20,9 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from .config import DiffusersConfig
+from .traits import TRAITS, shapes
+
+DISTILLED = 3.5  # the guidance that FluxPipeline tells a model that was distilled with one
 
 
 @dataclass
@@ -59,7 +62,9 @@ class DiffusersTransformer(PreTrainedModel):
     @property
     def walks(self) -> bool:
         """Whether a layer is given the hidden states first and returns nothing else."""
-        return self.config.class_name == "DiTTransformer2DModel"
+        return self.config.traits.chain
+
+    streams = ("encoder_hidden_states", "hidden_states")  # what layers hand on that are no chain
 
     def get_decoder(self) -> nn.Module:
         return self
@@ -95,7 +100,21 @@ class DiffusersTransformer(PreTrainedModel):
         use_cache: bool = False,
     ) -> DiffusersOutput:
         """hidden_states [B, C, H, W] (Flux: [B, tokens, C]); timestep [B], in the model's own units;
-        class_labels int64 [B]. What is None is not given to the model."""
+        class_labels int64 [B]. What is None is not given to the model; places of Flux (img_ids, txt_ids) and
+        the guidance that it was distilled with are made where they are None."""
+        traits, dtype = self.config.traits, next(p.dtype for p in self.parameters() if p.is_floating_point())
+        if traits.texts:
+            assert encoder_hidden_states is not None and pooled_projections is not None
+            encoder_hidden_states = encoder_hidden_states.to(dtype)
+            pooled_projections = pooled_projections.to(dtype)
+        if traits.patch > 1:
+            assert encoder_hidden_states is not None
+            device, tokens = hidden_states.device, encoder_hidden_states.shape[1]
+            img_ids = traits.places(hidden_states.shape[1], device) if img_ids is None else img_ids
+            txt_ids = torch.zeros(tokens, 3, device=device) if txt_ids is None else txt_ids
+            if guidance is None and self.config.guidance_embeds:
+                told = getattr(self.config, "distilled_guidance", DISTILLED)
+                guidance = torch.full_like(timestep, told, dtype=torch.float32)
         given = {
             "class_labels": class_labels,
             "encoder_hidden_states": encoder_hidden_states,
@@ -105,7 +124,6 @@ class DiffusersTransformer(PreTrainedModel):
             "guidance": guidance,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         self.made.training = self.training
         found = self.made(
             hidden_states=hidden_states.to(dtype), timestep=timestep, return_dict=False, **given
@@ -130,30 +148,12 @@ def positions(embed: Any) -> Tensor:
 
 def example(config: Any) -> dict[str, Tensor]:
     """What a model can be called with, by its config.json (a dict): one image that goes from black to white,
-    half way to noise, and states of a text of six tokens where it takes such. Flux sees 4 x 4 patches."""
-    channels, size = config.get("in_channels", 4), config.get("sample_size", 4)
-    half = {"timestep": torch.full((1,), 500.0)}
-    if config["_class_name"] == "DiTTransformer2DModel":
-        return {
-            "hidden_states": _ramp(1, channels, size, size),
-            **half,
-            "class_labels": torch.zeros(1, dtype=torch.int64),
-        }
-    text = {
-        "encoder_hidden_states": _ramp(1, 6, config.get("joint_attention_dim", 4096)),
-        "pooled_projections": _ramp(1, config.get("pooled_projection_dim", 768)),
-    }
-    if config["_class_name"] == "SD3Transformer2DModel":
-        return {"hidden_states": _ramp(1, channels, size, size), **half, **text}
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
-    found = {
-        "hidden_states": _ramp(1, 16, channels),
-        "timestep": torch.full((1,), 0.5),
-        "img_ids": grid,
-        "txt_ids": torch.zeros(6, 3),
-    }
-    guided = {"guidance": torch.ones(1)} if config.get("guidance_embeds") else {}
-    return {**found, **text, **guided}
+    half way to noise, with the label 0, or states of a text."""
+    found = {name: _ramp(*shape) for name, shape in shapes(config).items()}
+    if (label := found.get("class_labels")) is not None:
+        found["class_labels"] = torch.zeros_like(label, dtype=torch.int64)
+    half = 500.0 / TRAITS[config["_class_name"]].per
+    return {"hidden_states": found.pop("hidden_states"), "timestep": torch.full((1,), half), **found}
 
 
 def _ramp(*shape: int) -> Tensor:

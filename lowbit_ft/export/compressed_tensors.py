@@ -2,7 +2,7 @@
 lossless.
 
     weight_packed      int32 [N, ceil(K b / 32)]   unsigned codes as one bit stream along K, lowest bit first
-                       (3 bit straddles words)
+                       (3 and 6 bit straddle words)
     weight_scale       fp32  [N, G]                bf16-valued (fp16-valued over a GPTQ or AWQ base)
     weight_zero_point  int32 [ceil(N b / 32), G]   asymmetric only; the same bit stream, along N
     weight_shape       int64 [2]                   (N, K)
@@ -62,6 +62,7 @@ from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, che
 # Their _init_weights in transformers reads the dense weight of a packed linear and fails; decoded while
 # loading, there is one.
 _INIT_READS_WEIGHTS = frozenset({"falcon", "gpt_bigcode", "mamba2"})
+_INPUT_BITS = (4, 8)  # what vLLM's integer products take
 
 
 class CompressedTensors(Exporter):
@@ -95,6 +96,11 @@ class CompressedTensors(Exporter):
         out = "or export.format: native, which lowbit-ft serve computes"
         if not scheme.dynamic:
             return f"its integer kernels (vLLM) raise on static inputs; set dynamic: true, {out}"
+        if scheme.bits not in _INPUT_BITS:
+            return (
+                f"its integer kernels (vLLM) take inputs of 8 or 4 bits, not {scheme.bits}; set "
+                f"activations.bits: 8 or 4, {out}"
+            )
         if len(set(scheme.segments)) > 1:
             return (
                 f"it has inputs per token or per group of one width, and segments of {scheme.segments} "

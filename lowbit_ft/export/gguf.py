@@ -2,6 +2,8 @@
 per layer.
 
     W8                       Q8_0   32 codes and a float16 scale in 34 bytes
+    W6                       Q8_0   the same: a 6-bit code is an 8-bit code too
+    W6, g256 or whole row    Q6_K   256 codes and a float16 scale in 210 bytes
     W4, W3, W2               Q4_0   32 codes and a float16 scale in 18 bytes: a 2- or 3-bit code is a 4-bit
                              code too
     W3, g256 or whole row    Q3_K   256 codes and a float16 scale in 110 bytes
@@ -46,19 +48,20 @@ class BlockType:
 
 Q8_0, Q4_0 = BlockType("Q8_0", 32, 34, 128), BlockType("Q4_0", 32, 18, 8)
 Q3_K, Q2_K = BlockType("Q3_K", 256, 110, 4), BlockType("Q2_K", 256, 84, 2)
+Q6_K = BlockType("Q6_K", 256, 210, 32)
 _K_SCALES = {
     "Q3_K": (0x11,) * 8 + (0xAA,) * 4,
     "Q2_K": (0x21,) * 16,
+    "Q6_K": (1,) * 16,
 }  # the second level: 1 everywhere (and a minimum of 2)
 
 
 def block_type(grid: Grid, in_features: int) -> BlockType:
     """The smallest type that holds a grid this format accepts."""
     assert isinstance(grid, IntGrid)
-    if grid.bits == 8:
-        return Q8_0
     whole = in_features % 256 == 0 and (grid.group_size == -1 or grid.group_size % 256 == 0)
-    return {2: Q2_K, 3: Q3_K}.get(grid.bits, Q4_0) if whole else Q4_0
+    small = Q8_0 if grid.bits > 4 else Q4_0
+    return {2: Q2_K, 3: Q3_K, 6: Q6_K}.get(grid.bits, small) if whole else small
 
 
 class Gguf(Exporter):
@@ -237,6 +240,13 @@ def _fields(kind: BlockType, q: Tensor, d: Tensor) -> list[Tensor]:
         return [d, q ^ 0x80]  # two's complement of q - 128
     if kind is Q4_0:
         return [d, q[..., :16] | q[..., 16:] << 4]
+    if kind is Q6_K:
+        fours = q.view(*q.shape[:2], 2, 4, 32)  # two halves of 128, each four times 32
+        low, top = fours & 15, fours >> 4
+        nibbles = low[..., :2, :] | low[..., 2:, :] << 4
+        twos = top[..., 0, :] | top[..., 1, :] << 2 | top[..., 2, :] << 4 | top[..., 3, :] << 6
+        ones = torch.tensor(_K_SCALES[kind.name], dtype=torch.uint8).expand(*q.shape[:2], -1)
+        return [nibbles.flatten(2), twos.flatten(2), ones, d]
     low = (q & 3).view(*q.shape[:2], 2, 4, 32)  # two halves of 128, each four times 32
     two = low[..., 0, :] | low[..., 1, :] << 2 | low[..., 2, :] << 4 | low[..., 3, :] << 6
     second = torch.tensor(_K_SCALES[kind.name], dtype=torch.uint8).expand(*q.shape[:2], -1)
@@ -255,6 +265,11 @@ def _values(kind: BlockType, blocks: Tensor) -> Tensor:
         return blocks[..., 2:] ^ 0x80
     if kind is Q4_0:
         return torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], dim=-1)
+    if kind is Q6_K:
+        nibbles = blocks[..., :128].unflatten(-1, (2, 2, 32))
+        low = torch.cat([nibbles & 15, nibbles >> 4], dim=-2)
+        twos = blocks[..., 128:192].unflatten(-1, (2, 1, 32))
+        return (low | (twos >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1) & 3) << 4).flatten(2)
     at = 16 if kind is Q2_K else 32
     two = blocks[..., at : at + 64].unflatten(-1, (2, 1, 32))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
@@ -267,7 +282,7 @@ def _values(kind: BlockType, blocks: Tensor) -> Tensor:
 
 def _scale_places(kind: BlockType) -> tuple[int, ...]:
     """Where the float16 numbers of a block begin."""
-    return {"Q8_0": (0,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82)}[kind.name]
+    return {"Q8_0": (0,), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82), "Q6_K": (208,)}[kind.name]
 
 
 def _scale_bytes(kind: BlockType, blocks: Tensor) -> Tensor:

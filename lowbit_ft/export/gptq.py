@@ -30,6 +30,7 @@ from ..model.matrices import Matrix
 from .base import Exporter, LayerSpec, ReadBack, TensorSpecs, check_tensors, check_values, with_versions
 from .gguf import float16_scale
 
+BITS = (2, 3, 4, 8)
 OTHERS = "set export.format: compressed-tensors or native"
 
 
@@ -106,6 +107,8 @@ class Gptq(Exporter):
                 "gptq (version 1) cannot store a zero point of 0; set export.format: gptq_v2, "
                 "compressed-tensors or native"
             )
+        if isinstance(grid, IntGrid) and grid.bits not in BITS:
+            return f"{self.name} holds 2, 3, 4 and 8 bits, not {grid.bits}; set quant.bits, or {OTHERS}"
         return reject_float16(self.name, grid, offset)
 
     def reject_width(self, grid: Grid, in_features: int) -> str | None:

@@ -1,8 +1,8 @@
-"""mlx: the affine layout of Apple's MLX, for mlx-lm and LM Studio on a Mac. Symmetric grids of 2, 3, 4 and 8
-bits, lossless.
+"""mlx: the affine layout of Apple's MLX, for mlx-lm and LM Studio on a Mac. Symmetric grids of 2, 3, 4, 6
+and 8 bits, lossless.
 
-    weight  uint32 [N, K b / 32]   unsigned codes, a bit stream along K, lowest bit first (3 bit straddles
-            words)
+    weight  uint32 [N, K b / 32]   unsigned codes, a bit stream along K, lowest bit first (3 and 6 bit
+            straddle words)
     scales  [N, G]                 in the dtype of our scales
     biases  [N, G]                 -scale * 2^(b-1): W = scale * code + bias
 

@@ -4,6 +4,7 @@
     W3            the same: a 3-bit code is a 4-bit code too, and 3 bits have no kernel
     W2            MatMulNBits of 2 bits
     W8            DequantizeLinear in blocks, then MatMul
+    W6            the same: 6-bit codes in bytes
     W8 row, inputs on one symmetric scale        MatMulInteger: the sums of training, in int32
     embeddings    GatherBlockQuantized of as many bits
 
@@ -17,7 +18,7 @@ MatMulInteger 330: hence the table.
 
     codes  uint8 [N, blocks, block bits / 8]   lowest bits first; 8 bits [N, K]
     scale  fp32  [N, blocks]
-    zero   uint8 [N, ceil(blocks bits / 8)]    with zero points, and always at 8 bits
+    zero   uint8 [N, ceil(blocks bits / 8)]    with zero points, and always where codes are bytes
 
 A block is a group; a whole row (or a group beyond it) is blocks of up to 256 that repeat its scale. The graph
 computes in fp32, whatever the model was trained in: 16-bit values are fp32 values too.
@@ -47,7 +48,7 @@ BLOCK = 256  # the widest that all widths have
 
 
 def stored_bits(grid: Grid) -> int:
-    return 4 if grid.bits == 3 else grid.bits
+    return {3: 4, 6: 8}.get(grid.bits, grid.bits)
 
 
 def block_of(grid: Grid, in_features: int) -> int:
@@ -66,7 +67,7 @@ def shift_of(grid: Grid) -> int:
 def has_zero(grid: Grid) -> bool:
     """Whether zero points are stored: DequantizeLinear's own zero is 0, not 128."""
     assert isinstance(grid, IntGrid)
-    return not grid.symmetric or grid.bits == 8
+    return not grid.symmetric or stored_bits(grid) == 8
 
 
 class Onnx(Exporter):
@@ -148,7 +149,7 @@ class Onnx(Exporter):
         }
         if has_zero(grid):
             zero = (
-                torch.full((n, blocks), grid.levels // 2, dtype=torch.uint8)
+                torch.full((n, blocks), 1 << (bits - 1), dtype=torch.uint8)
                 if weight.zero is None
                 else weight.zero.t()[:, of]
             )
@@ -166,10 +167,8 @@ class Onnx(Exporter):
         first = [of.index(group) for group in range(kernels.group_count(k, grid.group_size))]
         zero = _codes(tensors["zero"], bits)[:, :blocks] if has_zero(grid) else None
         if grid.symmetric and zero is not None:
-            if not bool((zero == grid.levels // 2).all()):
-                raise ValueError(
-                    f"{layer}: has zero points other than {grid.levels // 2}; not a file of ours"
-                )
+            if not bool((zero == 1 << (bits - 1)).all()):
+                raise ValueError(f"{layer}: has zero points other than {1 << (bits - 1)}; not a file of ours")
             zero = None
         weight = PackedWeight(
             codes=kernels.pack(codes.to(torch.uint8), grid.bits),

@@ -40,12 +40,11 @@ from .layout import Layout
 from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
 
 # Inputs of a forward -> the names of their dimensions; text models take the first ones, then images, and
-# diffusion transformers the last.
-NOISY = {
-    "hidden_states": ("batch_size", "", "", ""),
-    "timestep": ("batch_size",),
-    "class_labels": ("batch_size",),
-}
+# diffusion transformers the last, of batches of any size.
+NOISY = dict.fromkeys(
+    ("hidden_states", "timestep", "class_labels", "encoder_hidden_states", "pooled_projections"),
+    ("batch_size",),
+)
 INPUTS = {
     "input_ids": ("batch_size", "sequence_length"),
     "attention_mask": ("batch_size", "total_sequence_length"),
@@ -233,7 +232,8 @@ def _example(
     sizes = SIZES | {"total_sequence_length": SIZES["sequence_length"] + past}
     if model.main_input_name in NOISY:
         one = example_of(model.config.to_dict(), purpose_of(model.config))
-        return {k: v.repeat_interleave(sizes["batch_size"], 0) for k, v in one.items()}, dict(NOISY)
+        dims = {name: NOISY[name] + ("",) * (value.dim() - 1) for name, value in one.items()}
+        return {k: v.repeat_interleave(sizes["batch_size"], 0) for k, v in one.items()}, dims
     wanted = [name for name in INPUTS if name in taken and name not in NOISY]
     if model.main_input_name == "pixel_values":
         wanted = ["pixel_values"]

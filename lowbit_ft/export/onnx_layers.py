@@ -50,7 +50,7 @@ class OnnxLinear(nn.Module):
         self.bias = bias
         self.activation = None if spec.activation is None else activation_of(spec.activation)
         self.integer = (
-            self.grid.bits == 8
+            stored_bits(self.grid) == 8
             and (self.grid.group_size == -1 or self.grid.group_size >= self.k)
             and isinstance(self.activation, Activation)
             and self.activation.one_scale
@@ -64,7 +64,7 @@ class OnnxLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _product(self, x: Tensor) -> Tensor:
-        return self._dequantized(x) if self.grid.bits == 8 else self._packed(x)
+        return self._dequantized(x) if stored_bits(self.grid) == 8 else self._packed(x)
 
     def _packed(self, x: Tensor) -> Tensor:
         sizes = {"K": self.k, "N": self.n, "bits": stored_bits(self.grid)}
@@ -82,7 +82,7 @@ class OnnxLinear(nn.Module):
 
     def _weight(self) -> Tensor:
         """The dense weight [N, K], made in the graph."""
-        if self.grid.bits != 8:
+        if stored_bits(self.grid) != 8:
             return _looked_up(self, torch.arange(self.n))[:, : self.k]
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",

@@ -17,7 +17,12 @@ from lowbit_kernels.layout import grouped, per_group, ungrouped
 from ..grid import BinaryGrid, BinaryWeight, Grid, IntGrid, PackedWeight, Weight
 from .base import Exporter, LayerSpec, Weights
 
-_BITS = {1: 2, 2: 3, 3: 4, 4: 8}  # planes -> bits of the narrowest grid with 2^q - 1 on both sides of zero
+_BITS = {
+    1: 2,
+    2: 3,
+    3: 4,
+    4: 8,
+}  # planes -> bits of a grid that formats have, with 2^q - 1 on both sides of 0
 
 
 def integer_grid(grid: BinaryGrid) -> IntGrid:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 RESIDUAL_BITS = (0, 1, 2, 4)
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
@@ -40,7 +40,7 @@ class IntGrid:
     widths: ClassVar[tuple[int, ...]] = BITS
     start: ClassVar[str] = "mse"  # quant.calibrate: auto, without text or at other bits than text_bits
     text_start: ClassVar[str] = "gptq"  # the same where there is calibration text, at
-    text_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)  # 8 bits round to nothing worth the time (LOG.md)
+    text_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)  # 6 and 8 bits round to nothing worth the time (LOG.md)
     packs_tables: ClassVar[bool] = True  # quant.lm_head and quant.embeddings
 
     bits: int = 4

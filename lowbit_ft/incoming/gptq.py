@@ -22,9 +22,11 @@ from torch import Tensor
 from ..files.jsonfile import as_shape
 from ..files.tensorfile import TensorEntry
 from ..grid.bitstream import unpack_stream
+from ..grid.integer import require
 from .base import Codes, PackedLayer, Reader, expect, integer_grid, refuse_order, stored_scale_dtype
 
 FORMATS = ("gptq", "gptq_v2")
+BITS = (2, 3, 4, 8)  # that AutoGPTQ and GPTQModel write
 
 
 class _Config(BaseModel):
@@ -65,9 +67,11 @@ class GPTQ(Reader):
         self._grid(config, "float16")
 
     def _grid(self, config: Mapping[str, Any], scale_dtype: str) -> Any:
+        what, bits = "quantization_config of this GPTQ checkpoint", config.get("bits")
+        require(f"{what}: bits", bits, BITS)  # the grid has one more
         return integer_grid(
-            "quantization_config of this GPTQ checkpoint",
-            bits=config.get("bits"),
+            what,
+            bits=bits,
             group_size=config.get("group_size", 128),
             symmetric=config.get("sym", True),
             scale_dtype=scale_dtype,

@@ -19,7 +19,7 @@ from ..files.jsonfile import read_json
 from ..files.regular import irregular
 from ..files.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
 
-_SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 STEMS = ("model", WEIGHTS)  # of the files of tensors: transformers', diffusers'
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]*\.safetensors")
 
@@ -129,12 +129,10 @@ def locate(source: str, revision: str | None) -> tuple[Path, str | None]:
         return local.resolve(), None
     if local.exists():
         raise CheckpointError(f"{source}: a file; give the folder that has config.json and *.safetensors")
-    folder = _fetch(source, revision, _SMALL_FILES)
+    folder = _fetch(source, revision, SMALL_FILES)
     indexed = [name for name in shards_of(folder, []) if isinstance(name, str)]
     # Only the shards of the index: some repositories hold a second copy of the weights.
-    folder = _fetch(
-        source, folder.name, _SMALL_FILES + (indexed or [f"{stem}.safetensors" for stem in STEMS])
-    )
+    folder = _fetch(source, folder.name, SMALL_FILES + (indexed or [f"{stem}.safetensors" for stem in STEMS]))
     return folder.resolve(), folder.name
 
 
@@ -145,7 +143,7 @@ def locate_small(source: str, *, fetch: bool = True) -> Path | None:
     if local.is_dir():
         return local.resolve()
     if fetch:
-        return _fetch(source, None, _SMALL_FILES).resolve()
+        return _fetch(source, None, SMALL_FILES).resolve()
     from huggingface_hub import try_to_load_from_cache  # slow to import
 
     found = try_to_load_from_cache(source, "tokenizer_config.json")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.picture import picture_of
@@ -19,6 +20,7 @@ from ..files.tensorfile import CheckpointError
 from .config import load_config
 from .hub import refuse_irregular
 
+MOST_SIDE = 1 << 13  # pixels of what an image processor makes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 
 
@@ -36,6 +38,7 @@ def read_processor(folder: str | Path) -> Any:
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", **options)
+        _refuse_huge(processor)
         made, wide = (list(pixels(processor, Image.new("RGB", (x, 8))).shape) for x in (8, 16))
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
@@ -59,6 +62,14 @@ def read_processor(folder: str | Path) -> Any:
     return processor
 
 
+def _refuse_huge(processor: Any) -> None:
+    """ValueError for a side of which even one picture would not fit in memory."""
+    for key in ("size", "crop_size", "pad_size"):
+        for name, side in dict(getattr(processor, key, None) or {}).items():
+            if isinstance(side, int | float) and not 0 <= side <= MOST_SIDE:
+                raise ValueError(f"{key}: {name} is {side}; allowed: up to {MOST_SIDE:,} pixels")
+
+
 def made_size(folder: str | Path) -> tuple[int, int] | None:
     """(height, width) of what the image processor of a folder makes; None where there is none."""
     from PIL import Image  # optional: only images need it
@@ -78,6 +89,16 @@ def _sized(config: Mapping[str, Any]) -> bool:
 def pixels(processor: Any, picture: Any) -> Tensor:
     """A picture of Pillow -> fp32 [C, H, W], as the model takes it."""
     return processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+def alike(processor: Any, other: Any) -> bool:
+    """Whether two processors make the same numbers of a picture."""
+    from PIL import Image  # optional: only images need it
+
+    if not (callable(processor) and callable(other)):
+        return processor == other  # of diffusers
+    picture = Image.linear_gradient("L").convert("RGB").crop((0, 0, 200, 180))
+    return torch.equal(pixels(processor, picture), pixels(other, picture))
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -26,15 +26,11 @@ from ..diffusion import names as diffusion
 from ..files.tensorfile import CheckpointError, TensorEntry
 
 POOLERS = ("pooler",)  # parts of a base model that belong to the head
-# And those of detectors (RT-DETR, D-FINE, RF-DETR and their kin), which say classes and boxes behind every layer.
+# And those of detectors (RT-DETR, D-FINE and their kin), which say classes and boxes behind every layer.
 PREDICTORS = (
-    "enc_score_head",
-    "enc_bbox_head",
-    "enc_out_class_embed",
-    "enc_out_bbox_embed",
-    "denoising_class_embed",
-    "class_embed",
-    "bbox_embed",
+    *("enc_score_head", "enc_bbox_head", "denoising_class_embed", "class_embed", "bbox_embed"),
+    *("enc_out_class_embed", "enc_out_bbox_embed"),  # of LW-DETR and RF-DETR
+    *("pre_bbox_head", "lqe_layers"),  # of D-FINE: the first boxes, and by how good a box is, its scores
 )
 TRAINING_ONLY = ("denoising_class_embed",)  # of these, what a forward without labels does not read
 # The auto classes that a purpose may name, and what the hub calls their pipelines.
@@ -47,6 +43,12 @@ AUTO = {
     "AutoModelForObjectDetection": "object-detection",
     "AutoModelForAudioTokenization": "feature-extraction",
     diffusion.AUTO: "unconditional-image-generation",
+}
+# By which attribute of its class transformers says that a model has an attention; all have eager.
+_ATTENTION = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
 }
 # The outputs that a graph of a model gives, where it has more of them than anybody asks for.
 SAYS = {"AutoModelForObjectDetection": ("logits", "pred_boxes")}
@@ -85,8 +87,8 @@ class Purpose:
             )
         if self.auto in OWN_LOSS and "labels" not in taken:
             raise CheckpointError(
-                f"{folder}: {built.__name__} takes no labels, so it has no loss to train by; give a checkpoint "
-                "of another architecture (rt_detr, d_fine, detr, ...)"
+                f"{folder}: {built.__name__} takes no labels, so it has no loss to train by; give a "
+                "checkpoint of another architecture (rt_detr, d_fine, detr, ...)"
             )
         found = copy.deepcopy(config)
         for key, value in self.values.items():
@@ -99,6 +101,23 @@ class Purpose:
                 f"labels are, and these are {len(names)}; give a checkpoint of another architecture"
             )
         return found
+
+    def without(self, config: Any, attention: str) -> str | None:
+        """The class of transformers in the model of a configuration (itself, or its backbone) that has no
+        such attention; None: each has it, or it is not known which they are."""
+        import transformers  # slow: seconds
+
+        flag = _ATTENTION.get(attention)
+        of = [
+            (self.auto_class(), config),
+            (transformers.AutoBackbone, getattr(config, "backbone_config", None)),
+        ]
+        for auto, one in of if flag is not None else ():
+            if type(one) in auto._model_mapping:
+                built = _built(auto._model_mapping[type(one)], one)
+                if not getattr(built, flag, True):
+                    return built.__name__
+        return None
 
     def entries(self, config: Any) -> dict[str, Any]:
         """What config.json of a folder says of it. config: as `applied` made it."""
@@ -176,15 +195,18 @@ def _names(found: Any) -> list[str]:
     return [one.__name__ for one in (found if isinstance(found, list | tuple) else [found])]
 
 
-def head_parts(model: Any) -> list[str]:
+def head_parts(model: Any, labels: bool = True) -> list[str]:
     """The modules of the head, by the name of the outermost that lies in no body: everything that holds
-    parameters outside of the base model, its pooler, and what predicts inside of a detector."""
+    parameters outside of the base model, its pooler, and what predicts inside of a detector. labels: a
+    forward sees some; else without what only such a forward reads."""
     body, prefix = model.base_model, f"{model.base_model_prefix}."
     # A model that is its own body has none.
     outside = [name for name, module in model.named_children() if body is not model and module is not body]
     poolers = [prefix + name for name, _ in body.named_children() if name in POOLERS]
     inside = [name for name in predictors(model) if name not in outside]
-    return [name for name in (*poolers, *inside, *outside) if any(True for _ in _own(model, name))]
+    unread = () if labels else TRAINING_ONLY
+    found = [n for n in (*poolers, *inside, *outside) if n.rpartition(".")[2] not in unread]
+    return [name for name in found if any(True for _ in _own(model, name))]
 
 
 def predictors(model: Any) -> list[str]:
@@ -192,10 +214,10 @@ def predictors(model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in PREDICTORS]
 
 
-def head_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the head by name, without those that the body has too (a tied decoder); one that is
-    in two of its parts by the first."""
-    parts = head_parts(model)
+def head_parameters(model: Any, labels: bool = True) -> dict[str, nn.Parameter]:
+    """The parameters of the head (`head_parts`) by name, without those that the body has too (a tied
+    decoder); one that is in two of its parts by the first."""
+    parts = head_parts(model, labels)
     seen = {id(p) for n, p in model.named_parameters() if not n.startswith(tuple(f"{x}." for x in parts))}
     found: dict[str, nn.Parameter] = {}
     for part in parts:

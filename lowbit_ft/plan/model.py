@@ -26,7 +26,7 @@ from ..adapters import AdapterConfig
 from ..adapters.base import Adapter
 from ..grid import empty_weight
 from ..kv_cache import bytes_per_token, put_seams, reject_model, said
-from ..model.config import CONFIG, load_config
+from ..model.config import CONFIG, load_config, read_config
 from ..model.kinds import matrix_shape, packed_in_place_of
 from ..model.linear import PackedEmbedding, PackedLinear
 from ..model.matrices import Matrix, find_matrices, fusions_of, stand_in
@@ -117,7 +117,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     dense = _dense(str(folder), _stamp(folder), recipe.model.dtype, attention, rows, recipe.task)
     targets, skipped = plan_layers(dense, recipe.quant, folder)
     # of what is no chain of layers the whole network is one stretch
-    prefix, layers = decoder_layers(dense) if recipe.task.walked else ("", [])
+    prefix, layers = decoder_layers(dense) if recipe.task.walks(read_config(folder)) else ("", [])
     inside: dict[int, list[str]] = {i: [] for i in range(len(layers))}
     outside = []
     for name in targets:
@@ -164,7 +164,7 @@ def skeleton(recipe: Recipe, folder: Path) -> Skeleton:
     train_whole(rest, [n for n in whole if not n.startswith(f"{prefix}.")])
     train_new_rows(recipe, rest, folder)
     if recipe.task.trains_head:
-        train_parameters(rest, head_parameters(rest))
+        train_parameters(rest, head_parameters(rest, recipe.train.signal.learns_labels))
     tied = getattr(dense.config.get_text_config(), "tie_word_embeddings", False) and not any(
         n in targets for n in _ends(dense)
     )

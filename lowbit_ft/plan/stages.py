@@ -18,6 +18,7 @@ from ..model.heads import LOGITS_AT_A_TIME
 from ..quantize.memory import quantize_memory
 from ..recipe.recipe import Recipe
 from ..report.files import MAX_TEXT
+from ..rotations import modulated
 from ..signals.tokens import FLOATS_AT_A_TIME
 from ..stages.answers import windows_per_forward
 from ..train.optimizers import OPTIMIZERS
@@ -34,14 +35,14 @@ _SMALLEST_8BIT, _SMALLEST_PAGED, _BLOCK = 4096, 100_000, 256
 @dataclass(frozen=True)
 class Needs:
     """Bytes on the disk by folder of the run, and of RAM beside the device's memory; steps (None: unknown
-    before the data is read) and tokens of a step; offloaded: of the RAM, what waits there between forward and
-    backward."""
+    before the data is read) and what a step counts by the pace of its task (None: as unknown); offloaded: of
+    the RAM, what waits there between forward and backward."""
 
     disk: dict[str, int]
     ram: int
     offloaded: int
     steps: int | None
-    tokens_per_step: int
+    counted_per_step: int | None
 
     @property
     def on_disk(self) -> int:
@@ -78,9 +79,12 @@ def walk_activations(per_token: float, windows: int, length: int, batch: int = 4
 
 def quantize_bytes(recipe: Recipe, made: Skeleton, step: Step) -> int:
     """Peak of quantizing on the device; no packed layer stays there (quantize/memory.py). With text: a batch
-    of activations too, and back where whole layers are rounded together.
+    of activations too, and back where whole layers are rounded together; smoothed where norms are modulated:
+    the whole dense model.
     """
     device = quantize_memory(recipe, made.shapes).device
+    if recipe.quant.smooth is not None and modulated(made.model.config) is not None:
+        device = max(device, made.dense_bytes)
     if not recipe.quant.reads_rows:
         return device
     text, tokens = recipe.quant.calibration, recipe.train.micro_batch_size * recipe.data.sequence_len
@@ -183,7 +187,6 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
         disk[recipe.train.teacher_dir or "teacher/"] = teacher.disk * processes
     if (rows := recipe.data.synthesis) is not None:
         disk["synthesis/"] = rows.disk_bytes(made.model.config, rows.longest(recipe.data.sequence_len))
-    tokens = train.micro_batch_size * recipe.data.sequence_len
     if train.offload == "disk" and arch:
         disk["layer inputs"] = len(step.layers) * step.hidden
     away = len(step.layers) * step.hidden if train.offload == "cpu" and arch else 0
@@ -191,18 +194,20 @@ def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int)
     # While a checkpoint is written, adapters and states are copied; a tensor is read through a buffer of its
     # own size.
     ram = 3_000_000_000 + away + paged + max(masters + states, waiting, 4 * made.largest)
-    return Needs(disk, ram, away, steps, tokens * train.gradient_accumulation_steps * processes)
+    counted = recipe.task.pace.planned(train.micro_batch_size, recipe.data.sequence_len)
+    more = train.gradient_accumulation_steps * processes
+    return Needs(disk, ram, away, steps, None if counted is None else counted * more)
 
 
-def throughput(run: Path) -> float | None:
-    """Tokens per second of an earlier run of the recipe: the median of the second half of its metrics.jsonl;
-    None without one.
+def throughput(run: Path, counted: str = "tokens") -> float | None:
+    """How many a second an earlier run of the recipe had of what it counts (Pace.key): the median of the
+    second half of its metrics.jsonl; None without one.
     """
     try:
         lines = read_regular(run / "metrics.jsonl", MAX_TEXT).decode().splitlines()
         rows = [parse_json(line.encode(), "metrics.jsonl", dict[str, Any]) for line in lines]
     except (OSError, ValueError):
         return None
-    found = [row.get("tokens_per_s") for row in rows]
+    found = [row.get(f"{counted}_per_s") for row in rows]
     rates = [rate for rate in found if isinstance(rate, int | float) and not isinstance(rate, bool)]
     return statistics.median(rates[len(rates) // 2 :]) if rates else None

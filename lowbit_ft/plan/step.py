@@ -128,10 +128,12 @@ def _layer(
 
 
 def _whole(model: Any, task: Task, s: Setting, rules: Any) -> Cost:
-    """All of a model that is no chain of layers, forward and backward, without checkpointing. In the mode of
-    evaluation: in training transformers' detectors look for infinite numbers, and there are none at all. What
-    dropout keeps is not counted."""
+    """All of a model that is no chain of layers, forward and backward. In the mode of evaluation: in training
+    transformers' detectors look for infinite numbers, and there are none at all; they checkpoint nothing
+    then, diffusers' transformers do. What dropout keeps is not counted."""
     model.eval()
+    if s.checkpointing and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad(), Counter(rules) as evaluated, autocast(s):
         task.rehearsed(model, s.windows, s.length, False)

@@ -27,7 +27,7 @@ def layer_bytes(recipe: Recipe, made: Skeleton) -> int:
     """Of a signal of layers, beside what eager attention holds (costs.attends): the errors of every layer, in
     fp32, for the backward, and the teacher's layer at work: its stream and taps."""
     train = recipe.train
-    if not SIGNALS[train.signal.kind].of_layers:
+    if not SIGNALS[train.signal.kind].of_layers or recipe.task.states:
         return 0
     config, weights = made.model.config.get_text_config(), train.signal.weights
     tokens = train.micro_batch_size * recipe.data.sequence_len
@@ -52,4 +52,7 @@ def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:
     train = recipe.train
     refers = SIGNALS[train.signal.kind].refers
     asked = f"reference {train.signal.reference}" if refers else f"teacher {train.teacher}"
-    return [f"signal {train.signal.kind}, {asked}: {costs.note}{share}"]
+    notes = [f"signal {train.signal.kind}, {asked}: {costs.note}{share}"]
+    if SIGNALS[train.signal.kind].of_layers and recipe.task.states:
+        notes.append("the hidden states of the teacher, which wait for the loss, are not counted")
+    return notes

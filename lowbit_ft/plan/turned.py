@@ -10,7 +10,7 @@ from torch import nn
 
 from ..recipe.recipe import Recipe
 from ..recipe.sections.quant import QuantSection
-from ..rotations import OnlineHadamard, Structure
+from ..rotations import OnlineHadamard, structure_of
 from .beside import ends_of
 
 
@@ -20,7 +20,7 @@ def online_layers(recipe: Recipe, dense: Any) -> frozenset[str]:
     quant = recipe.quant
     if not quant.folds:
         return frozenset()
-    structure, sites = Structure.of(dense, dense.config), quant.rotation.sites
+    structure, sites = structure_of(dense, dense.config), quant.rotation.sites
     on = [quant.rotation.turns and wanted for wanted in (sites.r1, sites.r2, sites.r4)]
     if problems := structure.problems(*on, smooth=quant.smooth is not None):
         raise ValueError("\n".join(problems))

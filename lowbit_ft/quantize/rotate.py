@@ -26,16 +26,26 @@ from ..grid import Grid
 from ..grid.calibrate import CALIBRATORS, Stats
 from ..model.checkpoint import Checkpoint
 from ..model.kv_seam import Seam, attention_modules, set_seam
+from ..model.load import load_model
 from ..model.walk import Batch, LayerWalk
 from ..recipe.sections.overrides import fusions
 from ..recipe.sections.quant import QuantSection
 from ..recipe.sections.rotation import CRITERIA
-from ..rotations import ROTATIONS, SITES, Asked, FoldedCheckpoint, Rotation, Site, SiteErrors, Turn
+from ..rotations import (
+    ROTATIONS,
+    SITES,
+    Asked,
+    FoldedCheckpoint,
+    ModulatedStructure,
+    Rotation,
+    Site,
+    SiteErrors,
+    Turn,
+)
 from ..rotations.sites import Layer, Norm
 from ..segments import segments_in
+from .smooth import Reader, Seen, Smoother, look
 
-ALPHAS = (0.25, 0.5, 0.75, 0.0)  # of smooth: auto, and none at all
-SAMPLE = 256  # rows of x per norm on which smooth: auto compares outputs
 Quantizer = Callable[[str], Activation | None]  # linear -> what its input is put on
 
 
@@ -73,7 +83,10 @@ def plan_rotation(
     found = _Found()
     if kind.needs_rows or quant.smooth is not None:
         sites = _Sites(stream, whole, quant, activation)
-        found = sites.walked(calibration(), pad_id, device, dtype, attention)
+        if isinstance(stream.structure, ModulatedStructure):
+            found = sites.looked(calibration(), device, dtype, attention)
+        else:
+            found = sites.walked(calibration(), pad_id, device, dtype, attention)
     r1, chosen = kind.choose(Asked(count, wanted.r1, asked, found.errors))
     return Rotation(
         seed=start.seed,
@@ -220,22 +233,47 @@ class _Sites:
 
     def _smooth(self, tap: _Channels, found: _Found) -> None:
         """Factors for a norm, if something packed reads it."""
-        readers = [name for name in tap.norm.readers if self.stream.structure.weight(name) in self.layer_of]
-        if not readers or tap.largest is None:
+        x, structure = torch.cat(tap.seen.rows) if tap.seen.rows else None, self.stream.structure
+        if x is None or tap.seen.largest is None:
             return
-        weights = {name: self._reader(name) for name in tap.norm.readers}
-        across = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
-        x, choice = torch.cat(tap.rows), self.quant.smooth
-        assert choice is not None
-        if choice == "auto":
-            losses: dict[float | None, float] = {None: self._loss(x, readers, weights, None)}
-            for alpha in ALPHAS:
-                factors = smoothing(tap.largest, across, alpha)
-                losses[alpha] = self._loss(x, readers, weights, factors)
-            choice = min(losses, key=lambda alpha: losses[alpha])
-        if choice is not None:
-            found.factors[tap.norm.name] = smoothing(tap.largest, across, choice).cpu()
-            found.alphas[tap.norm.name] = choice
+        readers = [
+            Reader(self._reader(name), x, self.layer_of.get(structure.weight(name) or ""))
+            for name in tap.norm.readers
+        ]
+        self._take(found, tap.norm.name, self._smoother().chosen(tap.seen.largest, readers))
+
+    def _smoother(self, capped: bool = False) -> Smoother:
+        assert self.quant.smooth is not None
+        return Smoother(self.quant.smooth, self.activation, self._rounded, capped)
+
+    def _take(self, found: _Found, name: str, chosen: tuple[Tensor, float] | None) -> None:
+        if chosen is not None:
+            found.factors[name], found.alphas[name] = chosen
+
+    def looked(
+        self, batches: list[Batch], device: torch.device, dtype: torch.dtype, attention: str
+    ) -> _Found:
+        """The factors of a model whose norms are modulated, which is run whole."""
+        found, self.device = _Found(), device
+        structure = self.stream.structure
+        assert isinstance(structure, ModulatedStructure)
+        model = load_model(self.stream, attention, device, dtype).eval()
+        seen = look(model, structure.scaled, batches, device)
+        del model
+        for site in structure.scaled:
+            if self.layer_of.keys().isdisjoint(f"{name}.weight" for name, _ in site.readers):
+                continue
+            readers, largest = [], None
+            for name, first in site.readers:
+                own = seen[name if site.scale is None else site.readers[0][0]]
+                assert own.largest is not None
+                top = own.largest[first : first + site.width]
+                largest = top if largest is None else torch.maximum(largest, top)
+                linear = self.layer_of.get(f"{name}.weight")
+                readers.append(Reader(self._reader(name), torch.cat(own.rows), linear, first))
+            assert largest is not None
+            self._take(found, site.name, self._smoother(site.scale is not None).chosen(largest, readers))
+        return found
 
     def _reader(self, name: str) -> Tensor:
         """The weight of a reader [T, H], experts one below the other."""
@@ -244,23 +282,6 @@ class _Sites:
         value = self.stream.weight_for(parameter, device=self.device, dtype=torch.float32)
         value = value.transpose(-1, -2) if parameter in self.stream.structure.turned else value
         return value.reshape(-1, value.shape[-1])
-
-    def _loss(
-        self, x: Tensor, readers: list[str], weights: dict[str, Tensor], factors: Tensor | None
-    ) -> float:
-        """Squared error of what the packed readers make of x, relative to it."""
-        error = power = 0.0
-        for name in readers:
-            parameter = self.stream.structure.weight(name)
-            assert parameter is not None
-            linear, want = self.layer_of[parameter], x @ weights[name].t()
-            s = torch.ones_like(x[0]) if factors is None else factors.to(x)
-            quantizer, seen = self.activation(linear), x / s
-            seen = seen if quantizer is None else quantizer(seen)
-            made = seen @ self._rounded(linear, weights[name] * s).t()
-            error += float((made - want).square().sum(dtype=torch.float64))
-            power += float(want.square().sum(dtype=torch.float64))
-        return error / max(power, 1e-30)
 
 
 class _Tap:
@@ -335,35 +356,20 @@ class _Pass:
 
 
 class _Channels(_Tap):
-    """max|x| of every channel behind a norm [H], and SAMPLE rows of x."""
+    """What comes out of a norm."""
 
     def __init__(self, norm: Norm, module: nn.Module):
-        self.norm, self.kept = norm, 0
-        self.rows: list[Tensor] = []
-        self.largest: Tensor | None = None
+        self.norm, self.seen = norm, Seen()
         self.handle = module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
-        x = _tokens(out, self.mask)
-        top = x.abs().amax(0)
-        self.largest = top if self.largest is None else torch.maximum(self.largest, top)
-        if self.kept < SAMPLE:
-            step = max(1, len(x) * 4 // SAMPLE)  # spread over a batch, over several batches
-            self.rows.append(x[::step][: SAMPLE - self.kept])
-            self.kept += len(self.rows[-1])
+        self.seen.add(_tokens(out, self.mask))
 
 
 def full_range(weight: Tensor, grid: Grid) -> Tensor:
     """W^ [N, K] by the simplest calibrator of the grid: its whole range."""
     run = next(c for c in CALIBRATORS.values() if c.reject(grid) is None and not c.needs_text)  # pyright: ignore[reportArgumentType]
     return run.run(weight, grid, Stats()).dequantize()
-
-
-def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """max|x|^alpha / max|W|^(1 - alpha) per channel, float64 [H], three digits of it; 1 where either is 0."""
-    factors = inputs.double().pow(alpha) / weights.double().pow(1 - alpha)
-    factors = torch.where((inputs > 0) & (weights > 0), factors, 1.0)
-    return torch.tensor([float(f"{value:.3g}") for value in factors.tolist()], dtype=torch.float64)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:

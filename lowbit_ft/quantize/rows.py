@@ -20,8 +20,8 @@ from ..data.errors import DataError
 from ..data.formats import FORMATS
 from ..data.read import read_rows
 from ..names import did_you_mean
+from ..recipe.sections.calibration import CalibrationSection
 from ..recipe.sections.data import DataSource
-from ..recipe.sections.quant import CalibrationSection
 
 
 def window_batch(text: CalibrationSection) -> int:

@@ -122,7 +122,9 @@ def notes(recipe: Any) -> list[str]:
         )
     calibrator = CALIBRATORS.get(recipe.quant.calibrate)
     usual = recipe.quant.start(rows=True)
-    looks = recipe.task.walked and CALIBRATORS[usual].needs_text
+    shapes = shapes_here(recipe.model.path, recipe.model.revision)
+    walks = recipe.task.walks({} if shapes is None else shapes.config)
+    looks = walks and CALIBRATORS[usual].needs_text
     if recipe.quant.bits < 4 and calibrator is not None and looks:
         if not (calibrator.needs_text or calibrator.exact or calibrator.narrow):
             found.append(

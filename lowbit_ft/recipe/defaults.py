@@ -33,7 +33,8 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         found["model"] = model.model_copy(update={"add_tokens": new})
     task, measured = values.get("task"), values.get("eval")
     if isinstance(quant, QuantSection):
-        walked = task is None or task.walked
+        shapes = None if task is None or model is None else shapes_here(model.path, model.revision)
+        walked = task is None or task.walks({} if shapes is None else shapes.config)
         found["quant"] = quant.resolved(walked and _has_rows(values.get("data"), quant))
     if task is not None and not task.windows and measured is not None and "windows" in unsaid(measured):
         found["eval"] = measured.model_copy(update={"windows": None})  # rows: all of them

@@ -15,9 +15,10 @@ from typing import Any
 
 from ..incoming import Incoming
 from .layers import Shapes, local_folder, read_shapes
+from .sections.calibration import CalibrationSection
 from .sections.model import ModelSection
 from .sections.overrides import OverrideSection
-from .sections.quant import FROM_CHECKPOINT, CalibrationSection, QuantSection
+from .sections.quant import FROM_CHECKPOINT, QuantSection
 from .yaml import Problem
 
 

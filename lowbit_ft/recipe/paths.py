@@ -15,8 +15,8 @@ from ..model.chat_template import is_text
 from ..names import did_you_mean
 from ..signals import TEACHERS
 
-# keys of a file or folder, or of a word of TEACHERS
-PATHS = ("path", "init_from", "start_from", "teacher", "codec")
+# Keys of a file or folder, or of a word of TEACHERS.
+PATHS = ("path", "media_dir", "init_from", "start_from", "teacher", "codec")
 
 
 def path_is(path: Path, kind: str) -> bool:

@@ -16,6 +16,7 @@ from .html import image, is_number, note
 
 FILE = "boxes.json"
 MOST, SIDE = 8, 4096  # pictures that are drawn, and pixels of a side of one
+BOXES, NAMED = 100, 24  # boxes of a picture and a stage that are drawn, and categories in the legend
 COLOURS = (
     "#ffb000",
     "#4cc9f0",
@@ -47,9 +48,11 @@ def boxes_section(run: RunFiles) -> str:
     stages = [s for s in STAGES if all(s in one.boxes for one in found)]
     titles = {"true": "right", **{stage: STAGES[stage] for stage in stages}}
     sure = facts.get("confidence")
+    cut = any(len(some) > BOXES for one in found for some in one.boxes.values())
+    more = f" Of a picture the first {BOXES} are drawn." if cut else ""
     said = f" Boxes of the model are those that it is surer of than {sure:g}." if is_number(sure) else ""
     return image(_drawn(found, titles, names), "boxes that are right, and that were found, by stage") + note(
-        f"The first pictures that the table is measured on.{said} Numbers are how sure the model is."
+        f"The first pictures that the table is measured on.{said}{more} Numbers are how sure the model is."
     )
 
 
@@ -73,17 +76,25 @@ def _picture(row: Any) -> Picture | None:
         pixels = picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, binascii.Error):  # Pillow raises all of these
         return None
-    kept = {stage: [box for one in _list(some) if (box := _box(one))] for stage, some in boxes.items()}
-    return Picture(pixels, (float(size[0]), float(size[1])), kept) if "true" in kept else None
+    wide, high = map(float, size)
+    kept = {s: [b for one in _list(some) if (b := _box(one, wide, high))] for s, some in boxes.items()}
+    return Picture(pixels, (wide, high), kept) if "true" in kept else None
 
 
-def _box(values: Any) -> Box | None:
+def _box(values: Any, wide: float, high: float) -> Box | None:
+    """A box that leaves the picture is cut a little beyond it."""
     if not isinstance(values, list) or len(values) != 6:
         return None
     if not all(is_number(value) and math.isfinite(value) for value in values):
         return None
-    x0, y0, x1, y1, category, score = map(float, values)
-    return x0, y0, x1, y1, int(category), score
+    x0, x1 = (min(max(float(values[i]), -wide), 2 * wide) for i in (0, 2))
+    y0, y1 = (min(max(float(values[i]), -high), 2 * high) for i in (1, 3))
+    return x0, y0, x1, y1, int(values[4]), float(values[5])
+
+
+def _plainly(name: str) -> str:
+    """A name, for matplotlib, which reads mathematics between two $ and leaves out what begins with _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _drawn(pictures: list[Picture], titles: dict[str, str], names: list[str]) -> str:
@@ -106,20 +117,21 @@ def _drawn(pictures: list[Picture], titles: dict[str, str], names: list[str]) ->
                 axis.set(xticks=[], yticks=[])
                 axis.grid(visible=False)
                 axis.spines[:].set_visible(False)
-                for x0, y0, x1, y1, category, score in picture.boxes[stage]:
+                for x0, y0, x1, y1, category, score in picture.boxes[stage][:BOXES]:
                     colour = COLOURS[category % len(COLOURS)]
                     axis.add_patch(
                         Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4)
                     )
                     if stage != "true":
                         axis.text(x0, y0, f"{score:.2f}", fontsize=5.5, color=colour, va="bottom")
-        shown = sorted({box[4] for one in pictures for some in one.boxes.values() for box in some})
+        every = {box[4] for one in pictures for some in one.boxes.values() for box in some[:BOXES]}
+        shown = sorted(every)[:NAMED]
         figure.legend(
             handles=[
                 Rectangle((0, 0), 1, 1, fill=False, edgecolor=COLOURS[i % len(COLOURS)], linewidth=1.4)
                 for i in shown
             ],
-            labels=[names[i] if 0 <= i < len(names) else str(i) for i in shown],
+            labels=[_plainly(names[i]) if 0 <= i < len(names) else str(i)[:20] for i in shown],
             loc="outside lower center",
             ncols=max(1, min(6, len(shown))),
             fontsize=8,

@@ -11,7 +11,8 @@ from a run is HTML-escaped.
     tasks.json        {"rows": [{"stage", "task", "metric", "value", "stderr", "higher_is_better",
                       "samples"}]}
     metrics.jsonl     {"step", "loss", "lr", "scale_lr", "tokens", "tokens_per_s", "memory_gb"} and
-                      {"step", "valid_loss"}; of pairs also {"rewards/accuracies", "rewards/margins"}
+                      {"step", "valid_loss"}; of pairs also {"rewards/accuracies", "rewards/margins"};
+                      instead of tokens what the task counts (images, sound_seconds)
     kv_cache.json     {"grid", "bytes", "dense"}: of a token in all layers, as cached and in 16 bits
     activations.json  {"rows": [{"layers", "scheme", "error", "tried", "why"}]}: what inputs are on
     base/rotation.json  {"r1", "r2", "r3", "r4", "errors", "alphas"}: what was turned before packing
@@ -148,10 +149,14 @@ def _training(run: RunFiles) -> str:
     if valid:
         facts.append(("last validation loss", number(valid[-1][1], 4)))
     facts += preference_facts(rows)
-    if speeds := sorted(values(rows, "tokens_per_s")):
-        facts.append(("tokens per second, median", number(speeds[len(speeds) // 2])))
-    if tokens := values(rows, "tokens"):
-        facts.append(("tokens", number(max(tokens))))
+    for key in dict.fromkeys(key for row in rows for key in row if key.endswith("_per_s")):
+        counted = key.removesuffix("_per_s")  # tokens, or what the task counts
+        words = counted.replace("_", " ")
+        if speeds := sorted(values(rows, key)):
+            fine = 0 if counted == "tokens" else 1
+            facts.append((f"{words} per second, median", number(speeds[len(speeds) // 2], fine)))
+        if totals := values(rows, counted):
+            facts.append((words, number(max(totals))))
     if memory := values(rows, "memory_gb"):
         facts.append(("peak memory", f"{max(memory):.2f} GB"))
     picture = report_plots.curves(train, valid, rates)

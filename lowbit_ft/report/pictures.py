@@ -27,4 +27,4 @@ def pictures_section(run: RunFiles) -> str:
         found.append(f"<h3>{escape(name)}</h3>{image(sheet, f'pictures of the model: {name}')}")
     if not found:
         raise NotShown(f"No sheet of pictures was made ({FOLDER}/ has none).")
-    return "".join(found) + note("A row is a class; every stage starts from the same noise.")
+    return "".join(found) + note("A row is a class, or a text; every stage starts from the same noise.")

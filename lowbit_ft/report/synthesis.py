@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+from pathlib import PurePath
 from typing import Any
 
 from ..files.regular import read_regular
@@ -42,10 +43,17 @@ def synthesis_section(run: RunFiles) -> str:
     html += _counted(facts.get("fates"), "what became of their answers")
     html += _pictures(run, shards)
     for part, title in (("train", "some rows that were trained on"), ("dropped", "some that were dropped")):
-        name = next((n for s in shards for n in s.get("files") or {} if str(n).startswith(f"{part}/")), None)
+        name = next((name for name in _files(shards) if name.startswith(f"{part}/")), None)
         if name is not None:
-            html += folded(title, "".join(f"<pre>{escape(text)}</pre>" for text in _texts(run, str(name))))
+            html += folded(title, "".join(f"<pre>{escape(text)}</pre>" for text in _texts(run, name)))
     return html
+
+
+def _files(shards: list[dict[str, Any]]) -> list[str]:
+    """The files of the shards, without those that lie in another folder than this."""
+    listed = [shard["files"] for shard in shards if isinstance(shard.get("files"), dict)]
+    inside = (name for files in listed for name in files if ".." not in PurePath(name).parts)
+    return [name for name in inside if not PurePath(name).is_absolute()]
 
 
 def _list(value: Any) -> list[Any]:
@@ -71,9 +79,8 @@ def _counted(counts: Any, title: str) -> str:
 
 def _pictures(run: RunFiles, shards: list[dict[str, Any]]) -> str:
     """Some of the images that the model made, as they are stored."""
-    names = [str(n) for s in shards for n in s.get("files") or {} if str(n).endswith(".png")][:PICTURES]
     shown = []
-    for name in names:
+    for name in [name for name in _files(shards) if name.endswith(".png")][:PICTURES]:
         try:
             data = read_regular(run.folder / FOLDER / name, MOST_BYTES)
         except (OSError, ValueError):

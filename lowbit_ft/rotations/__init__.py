@@ -7,6 +7,7 @@ dense values of the checkpoint and the slot `input_transform` of a PackedLinear,
     ROTATIONS      the table: a choice of quant.rotation.kind is a file here
     families.py    where stream, heads and MLP are, by architecture; what is not written there is refused
     sites.py       the same in one model: the fold of every parameter
+    modulation.py modulated.py   the same of diffusion transformers, whose norms are modulated by the time
     folds.py turn.py    the arithmetic
     plan.py        Rotation: the choice, as rotation.json keeps it
 """
@@ -16,6 +17,8 @@ from .base import Asked, Chosen, Kind, nowhere
 from .checkpoint import FoldedCheckpoint
 from .families import FAMILIES
 from .hadamard import everywhere
+from .modulated import ModulatedStructure, Scaled, structure_of
+from .modulation import MODULATED, modulated
 from .none import none
 from .plan import FILE, SITES, Rotation, RotationFile, Site, SiteErrors
 from .sites import Structure, family_problems
@@ -30,19 +33,24 @@ ROTATIONS: dict[str, Kind] = {
 __all__ = [
     "FAMILIES",
     "FILE",
+    "MODULATED",
     "ROTATIONS",
     "SITES",
     "Asked",
     "Chosen",
     "FoldedCheckpoint",
     "Kind",
+    "ModulatedStructure",
     "OnlineHadamard",
     "Rotation",
+    "Scaled",
     "RotationFile",
     "Site",
     "SiteErrors",
     "Structure",
     "Turn",
     "family_problems",
+    "modulated",
     "nowhere",
+    "structure_of",
 ]

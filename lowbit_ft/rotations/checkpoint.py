@@ -26,6 +26,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.fused import Fusion
 from ..model.linear import PackedLinear
 from .folds import Fold, WeightFold
+from .modulated import ModulatedStructure, structure_of
 from .plan import Rotation
 from .sites import Structure
 from .turn import OnlineHadamard
@@ -55,7 +56,7 @@ class FoldedCheckpoint(Checkpoint):
         model = self.raw.empty_model("eager")
         self.__dict__.update({key: value for key, value in vars(self.raw).items()})
         self.untied = tied is not None
-        self.structure = Structure.of(model, self.config)
+        self.structure: Structure | ModulatedStructure = structure_of(model, self.config)
         self.folds: dict[str, Fold] = self.structure.folds(rotation)
         self.online_layers = tuple(
             name
@@ -116,7 +117,7 @@ class FoldedCheckpoint(Checkpoint):
         fold, matrix = self.fold_of(layer), self.matrices[layer]
         if fold is None:
             return self.raw.matrix(layer, device=device, dtype=dtype, rows=rows)
-        if fold.left is not None and matrix.rows is not None:  # outputs are turned in the whole
+        if fold.whole and matrix.rows is not None:  # outputs are turned in the whole
             return matrix.rows.of(self.matrix(matrix.whole, device=device, dtype=dtype))
         value = self.raw.matrix(layer, device=device, dtype=torch.float32, rows=rows)
         return fold.matrix(value, self.gain).to(dtype or self.dtype)
@@ -137,8 +138,7 @@ class FoldedCheckpoint(Checkpoint):
     def row_blocks(self, layer: str, limit: int | None) -> list[tuple[int, int] | None]:
         """One whose outputs are turned is read whole: each of its rows is made of all."""
         fold = self.fold_of(layer)
-        whole = fold is not None and fold.left is not None
-        return [None] if whole else self.raw.row_blocks(layer, limit)
+        return [None] if fold is not None and fold.whole else self.raw.row_blocks(layer, limit)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.raw.shape(name)
@@ -179,7 +179,7 @@ class FoldedCheckpoint(Checkpoint):
     def _pieces(self, parameter: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """Of a table (embedding, head) some rows at a time."""
         fold, shape = self.folds[parameter], self.structure.parameters[parameter]
-        by_rows = isinstance(fold, WeightFold) and fold.left is None and not fold.turned and len(shape) == 2
+        by_rows = isinstance(fold, WeightFold) and not fold.whole and not fold.turned and len(shape) == 2
         step = max(1, PIECE // shape[-1]) if by_rows else shape[0]
         for first in range(0, shape[0], step):
             rows = (first, min(first + step, shape[0])) if step < shape[0] else None

@@ -1,6 +1,8 @@
-"""What becomes of one parameter when it is read: four kinds, each in float64, the result in float32.
+"""What becomes of one parameter when it is read: five kinds, each in float64, the result in float32.
 
-    WeightFold   W [.., N, K]  ->  R_out^T W diag(g) R_in diag(s)      g the gain of the norm before it
+    WeightFold   W [.., N, K]  ->  R_out^T W diag(g) R_in diag(s)      g the gain of the norm before it; or
+                                   diag(1 / o) W diag(s)
+    BiasFold     b [N]         ->  b / o + p
     VectorFold   b [.., N]     ->  b R_out
     GainFold     g             ->  1 / s, or g / s where the gain stays
     ShiftFold    t             ->  (t / g) R / s, or t / s             the bias of a LayerNorm
@@ -23,14 +25,21 @@ Gain = Callable[[str], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class WeightFold:
     """norm: whose gain is taken in. right: turns the inputs, scale [K] multiplies them afterwards; left:
-    turns the outputs, of them only `rows` where these are given. turned: the parameter is [.., K, N]."""
+    turns the outputs, of them only `rows` where these are given; over [N]: what they are divided by. turned:
+    the parameter is [.., K, N]."""
 
     norm: str | None = None
     right: Turn | None = None
     scale: Tensor | None = None
     left: Turn | None = None
     rows: Tensor | None = None
+    over: Tensor | None = None
     turned: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Rows of the matrix cannot be made some at a time, without knowing which."""
+        return self.left is not None or self.over is not None
 
     def inputs(self, value: Tensor, gain: Gain) -> Tensor:
         """value [T, K] -> value diag(g) R_in diag(s), fp32: of rows of a weight, or of A of a LoRA."""
@@ -46,7 +55,9 @@ class WeightFold:
     def outputs(self, value: Tensor) -> Tensor:
         """value [T, N] -> value R_out, fp32: of columns of a weight, or of B of a LoRA."""
         if self.left is None:
-            return value.float()
+            return (
+                value.float() if self.over is None else (value.double() / self.over.to(value.device)).float()
+            )
         out = value.to(torch.float32, copy=True)
         for rows in row_chunks(*value.shape):
             if self.rows is None:
@@ -61,7 +72,7 @@ class WeightFold:
     def matrix(self, value: Tensor, gain: Gain) -> Tensor:
         """value [N, K], or some of its rows where outputs stay as they are."""
         value = self.inputs(value, gain)
-        return value if self.left is None else self.outputs(value.t()).t().contiguous()
+        return self.outputs(value.t()).t().contiguous() if self.whole else value
 
     def parameter(self, value: Tensor, gain: Gain) -> Tensor:
         """The parameter as the model keeps it: turned, or a stack of matrices."""
@@ -81,6 +92,18 @@ class VectorFold:
     def parameter(self, value: Tensor, gain: Gain) -> Tensor:
         flat = value.reshape(-1, value.shape[-1])
         return WeightFold(left=self.left, rows=self.rows).outputs(flat).view(value.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasFold:
+    """A bias [N] of a linear whose outputs are divided by `over`, and of which `plus` is then added."""
+
+    over: Tensor
+    plus: Tensor | None = None
+
+    def parameter(self, value: Tensor, gain: Gain) -> Tensor:
+        made = value.double() / self.over.to(value.device)
+        return (made if self.plus is None else made + self.plus.to(value.device)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,4 +144,4 @@ class ShiftFold:
         return (shift if self.scale is None else shift / self.scale.to(shift)).float()
 
 
-Fold = WeightFold | VectorFold | GainFold | ShiftFold
+Fold = WeightFold | VectorFold | BiasFold | GainFold | ShiftFold

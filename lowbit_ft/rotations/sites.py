@@ -18,6 +18,7 @@ from ..model.config import head_width
 from ..model.matrices import find_matrices
 from .families import FAMILIES, Family
 from .folds import Fold, GainFold, ShiftFold, VectorFold, WeightFold
+from .modulation import MODULATED
 from .plan import Rotation
 from .turn import Turn
 
@@ -251,10 +252,17 @@ def family_of(model_type: str) -> Family:
     return family
 
 
+def modulated_problems(name: str, turns: bool) -> list[str]:
+    """Why a class of MODULATED cannot be turned."""
+    return [f"quant.rotation: {name} is modulated by the time; set quant.rotation.kind: none"] * turns
+
+
 def family_problems(
     model_type: str, hidden: int | None, head_dim: int | None, r1: bool, r2: bool, smooth: bool
 ) -> list[str]:
     """What config.json alone tells against these sites. None: a size that is not known."""
+    if model_type in MODULATED:
+        return modulated_problems(model_type, r1 or r2)
     try:
         family = family_of(model_type)
     except ValueError as error:

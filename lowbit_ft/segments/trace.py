@@ -15,7 +15,7 @@ import copy
 import functools
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def _example(model: Any) -> dict[str, Any]:
 
 def _trace_once(model: Any) -> dict[str, str]:
     """Let every decoder layer that is like one before it hand its input on; its name -> that one's."""
-    if not getattr(model, "walks", True):
-        return {}
+    if (streams := getattr(model, "streams", ())) and not model.walks:
+        return _streams_once(model, streams)
     try:
         prefix, layers = decoder_layers(model)
     except ValueError:
@@ -118,6 +118,19 @@ def _trace_once(model: Any) -> dict[str, str]:
             continue
         alike[f"{prefix}.{index}"] = f"{prefix}.{first[kind]}"
         layer.forward = lambda hidden, *_, **__: (hidden,) if gave[0] else hidden
+    return alike
+
+
+def _streams_once(model: Any, streams: Sequence[str]) -> dict[str, str]:
+    """The same where layers are called by name and hand several streams on, the inputs of these names."""
+    first: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    for prefix, layers in model.named_children():
+        for index, layer in enumerate(layers if isinstance(layers, nn.ModuleList) else ()):
+            kind, name = repr(kind_of(layer)), f"{prefix}.{index}"
+            if first.setdefault(kind, name) != name:
+                alike[name] = first[kind]
+                layer.forward = lambda **given: tuple(given[stream] for stream in streams)
     return alike
 
 

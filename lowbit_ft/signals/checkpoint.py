@@ -1,5 +1,5 @@
-"""train.teacher: a folder or hub id. Another model with the same tokens, packed to 8 bits, forward beside the
-student.
+"""train.teacher: a folder or hub id. Another model with the same tokens (or image processor), packed to 8
+bits, forward beside the student.
 
 With the path of the run's own model it is full precision at 8 bits, whatever start the student's codes had.
 It is packed by the same code as the base, to rows of absmax, held frozen, and never written: made again, it
@@ -7,7 +7,7 @@ is the same bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,23 @@ from torch import Tensor, nn
 from ..model.attention import block_diagonal_mask, segment_attention, segment_inputs, why_not
 from ..model.config import read_config
 from ..model.heads import Answering, find_head
+from ..model.images import alike, read_processor
 from ..model.tokenizer import read_tokenizer
 from ..model.upload import upload
 from ..names import HUB_ID
 from .base import Answers, Ask, Costs, Making, Teacher, Walked, Whole
 
 
-def unlike(theirs: Path, ours: Path) -> str | None:
-    """Why the model in one folder cannot teach that in another: it is quantized, or its tokens are not the
-    same; None when it can. Reads config.json and tokenizers."""
+def unlike(theirs: Path, ours: Path, reads: str = "text") -> str | None:
+    """Why the model in one folder cannot teach that in another: it is quantized, or what it reads (text or
+    images, as of Task.reads) is not the same; None when it can. Reads config.json, tokenizers and image
+    processors."""
     if read_config(theirs).get("quantization_config"):
         return "it is quantized already; give the dense checkpoint that it was made of"
+    return UNLIKE[reads](theirs, ours)
+
+
+def _other_tokens(theirs: Path, ours: Path) -> str | None:
     mine, other = read_tokenizer(ours).get_vocab(), read_tokenizer(theirs).get_vocab()
     if mine == other:
         return None
@@ -38,6 +44,20 @@ def unlike(theirs: Path, ours: Path) -> str | None:
         f"{other.get(odd[0])} there, {mine.get(odd[0])} here), so its probabilities are of other things; "
         "give a model of the same family"
     )
+
+
+def _other_images(theirs: Path, ours: Path) -> str | None:
+    mine, other = read_processor(ours), read_processor(theirs)
+    if alike(mine, other):
+        return None
+    return (
+        "its image processor makes other numbers of a picture (size, or mean and deviation in "
+        "preprocessor_config.json), and it would be shown those that the model's makes; give a model of the "
+        "same family"
+    )
+
+
+UNLIKE: dict[str, Callable[[Path, Path], str | None]] = {"text": _other_tokens, "images": _other_images}
 
 
 class OtherModel(Teacher):
@@ -52,7 +72,7 @@ class OtherModel(Teacher):
         if not folder.is_dir():
             return [] if HUB_ID.fullmatch(name) else ["there is no such folder, and no hub id looks like it"]
         try:
-            reason = unlike(folder, ours) if ours.is_dir() else None
+            reason = unlike(folder, ours, recipe.task.reads) if ours.is_dir() else None
         except (OSError, ValueError) as error:
             return [str(error)]
         return [reason] if reason else []

@@ -2,14 +2,16 @@
 Intervention, arXiv 2302.11812).
 
     logits    T^2 KL(teacher, student), at the answers              (of a number: the squared error)
+    labels    the loss of the rows' own answers; left out unless it is asked for
     hidden    the output of every layer, squared error
     scores    q k^T / sqrt(d) of every layer, before mask and softmax, squared error over what is visible
     outputs   the output of every layer's attention, squared error
 
-The last three are means over the numbers of a token and over the layers (the papers sum the layers, and count
-padding), so that a weight means the same in models of any depth; they are summed over the tokens that are no
-padding. The embedding is frozen, so its part of the papers' loss is a constant, and left out. With an
-intervention (intervention.py) the losses are taken behind what is the teacher's, as in the paper.
+Those of layers are means over the numbers of a token and over the layers (the papers sum the layers, and
+count padding), so that a weight means the same in models of any depth; they are summed over the tokens that
+are no padding. A task of images takes the hidden states that its model gives, and sums over pictures
+(tasks/states.py). The embedding is frozen, so its part of the papers' loss is a constant, and left out. With
+an intervention (intervention.py) the losses are taken behind what is the teacher's, as in the paper.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .base import Given, Lesson, Part, Signal
 from .intervention import MODES
 from .lockstep import Lockstep
 from .logits import compared
+from .tokens import token_loss
 
 OF_LAYERS = ("hidden", "scores", "outputs")
 
@@ -37,14 +40,16 @@ class Layers(Signal):
 
     def parts(self, options: Any) -> dict[str, Part]:
         weights = options.weights
+        labels = {"labels": Part(weights["labels"])} if weights["labels"] else {}
         layers = {name: Part(weights[name], "all") for name in OF_LAYERS if weights[name]}
-        return {"logits": Part(weights["logits"], options.on), **layers}
+        return {**labels, "logits": Part(weights["logits"], options.on), **layers}
 
     def sums(
         self, options: Any, logits: Tensor, tokens: Tensor, counted: Tensor, given: Given | None
     ) -> tuple[Tensor, ...]:
-        """Of the first part; those of the layers are the lockstep's."""
-        return (compared(options, logits, tokens, counted, given),)
+        """Of labels and logits; those of the layers are the lockstep's."""
+        labels = (token_loss(logits, tokens),) if options.weights["labels"] else ()
+        return (*labels, compared(options, logits, tokens, counted, given))
 
     def reads_maps(self, options: Any) -> bool:
         places = () if options.intervention is None else MODES[options.intervention.mode].places

@@ -83,8 +83,8 @@ class Lockstep:
             self.role, self.taps = None, {}
 
     def joined(self, sums: Tensor) -> Tensor:
-        """The sums of all parts [parts] of the forward that ran last. sums [1]: of the logits. ValueError
-        where a layer gave none."""
+        """The sums of all parts [parts] of the forward that ran last. sums: of those that are of no layer,
+        which stand first. ValueError where a layer gave none."""
         for name, values in self.found.items():
             if len(values) != len(self.ours):
                 raise ValueError(

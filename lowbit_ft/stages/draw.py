@@ -1,4 +1,5 @@
-"""draw: pictures of a diffusion transformer in a folder, as one sheet."""
+"""draw: pictures of a diffusion transformer in a folder, as one sheet: of classes by name, or of texts by
+what an encoder said of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 import torch
 
 from ..diffusion.names import KEY, MODEL_TYPE
-from ..diffusion.paths import PATHS, sampled
+from ..diffusion.paths import PATHS, Told, sampled
+from ..diffusion.texts import MOST as MOST_TEXT
+from ..diffusion.texts import Texts
 from ..export.reader import load_exported
 from ..files.atomic import write_bytes
+from ..files.regular import read_regular
 from ..model.config import read_config
 from ..model.linear import packed_op_only
 from ..names import did_you_mean, listed
@@ -29,9 +33,13 @@ def draw_pictures(
     guidance: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    texts: Sequence[Path] = (),
+    no_text: Path | None = None,
 ) -> int:
-    """Writes `output`, a PNG file with a row of `count` pictures for each label (none: the first ones), and
-    returns how many. ValueError for files or values that are not what they should be."""
+    """Writes `output`, a PNG file with a row of `count` pictures for each label (none: the first ones), or
+    for each of the texts, and returns how many. texts, no_text: files as rows name them (diffusion/texts.py);
+    the second stands for no text (None: zeros). ValueError for files or values that are not what they should
+    be."""
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise ValueError(f"got {output}; what is written is a .png file in a folder that is there")
     for name, got, most in (("count", count, MOST), ("steps", steps, MOST_STEPS)):
@@ -48,20 +56,50 @@ def draw_pictures(
         )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = load_exported(folder, dtype=torch.float32, device=device)
-    wanted = _numbers(model.config, labels).repeat_interleave(count)
-    if len(wanted) > MOST:
-        raise ValueError(
-            f"--count: got {count} of {len(wanted) // count} labels; allowed are {MOST} pictures"
-        )
+    told, without = _asked(model.config, labels, texts, no_text)
+    rows = len(next(iter(told.values())))
+    if count * rows > MOST:
+        raise ValueError(f"--count: got {count} of {rows} labels; allowed are {MOST} pictures")
+    told, without = (
+        {name: value.repeat_interleave(count, 0) for name, value in one.items()} for one in (told, without)
+    )
     pictures = model.config.pictures()
     noise = torch.randn(
-        len(wanted), pictures.channels, pictures.size, pictures.size,
+        count * rows, pictures.channels, pictures.size, pictures.size,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     with packed_op_only(model):
-        made = sampled(model, PATHS[values["prediction"]], wanted, noise, steps, guidance)
+        made = sampled(model, PATHS[values["prediction"]], told, without, noise, steps, guidance)
     write_bytes(output, pictures.sheet(made, count))
     return len(made)
+
+
+def _asked(
+    config: Any, labels: Sequence[str], texts: Sequence[Path], no_text: Path | None
+) -> tuple[Told, Told]:
+    """What is told of a picture of each row, and what stands for nothing, of as many."""
+    takes = config.texts
+    if takes is None:
+        if texts or no_text is not None:
+            raise ValueError(f"--text: got {[*map(str, texts)]}, and this model is told classes; use --label")
+        numbers = _numbers(config, labels)
+        return {"class_labels": numbers}, {"class_labels": torch.full_like(numbers, config.classes)}
+    if labels or not texts:
+        raise ValueError(
+            f"--label: got {list(labels)}, and this model is told texts; give --text FILE, a .safetensors "
+            f"file of {takes.shapes}, as the rows that it was trained on name them"
+        )
+    read = [_states(takes, place) for place in texts]
+    none = takes.without(None if no_text is None else str(no_text))
+    told = {name: torch.stack([one[name] for one in read]) for name in takes.shapes}
+    return told, {name: value[None].expand(len(read), *value.shape) for name, value in none.items()}
+
+
+def _states(takes: Texts, place: Path) -> Told:
+    try:
+        return takes.values(read_regular(place, MOST_TEXT))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--text: {place}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _numbers(config: Any, labels: Sequence[str]) -> torch.Tensor:

@@ -116,7 +116,7 @@ def trained_model(session: Session) -> Any:
     beside = {"modules_to_save": session.recipe.adapter.modules_to_save}  # without the head of the task
     attach(model, config.model_copy(update={**start, **beside}))
     if session.recipe.task.trains_head:
-        train_head(model, head_parameters(model))
+        train_head(model, head_parameters(model, session.recipe.train.signal.learns_labels))
     load_adapter_state(model, state)
     return model.eval()
 

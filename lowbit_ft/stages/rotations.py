@@ -64,7 +64,7 @@ def told(rotation: Rotation, untied: bool, activations: bool) -> list[str]:
     if rotation.alphas:
         used = sorted(set(rotation.alphas.values()))
         lines.append(
-            f"smooth: {len(rotation.alphas)} norms, alpha {', '.join(f'{alpha:g}' for alpha in used)}"
+            f"smooth: {len(rotation.alphas)} sites, alpha {', '.join(f'{alpha:g}' for alpha in used)}"
         )
     return lines
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from ..data.synthesis.base import PARTS, Given, Maker
 from ..data.synthesis.folder import RowsFolder, fill, read_state, refuse_changed
 from ..export import EXPORTERS
 from ..files.atomic import visible_names
+from ..files.manifest import file_entry
 from ..files.records import Synthesis
+from ..model.config import CONFIG
+from ..model.hub import SMALL_FILES
 from ..model.load import load_model
 from ..recipe.sections.data import DataSource
 from ..session import Session
@@ -45,8 +49,8 @@ def synthesis_stage(session: Session) -> None:
 
 
 def _write(session: Session, config: SynthesisConfig) -> None:
+    maker = config.maker(_given(session, config))  # may refuse, before rows of another recipe go
     folder = RowsFolder(session.run / FOLDER, synthesis_key(session, config))
-    maker = config.maker(_given(session, config))
     todo = folder.missing(-(-maker.count // config.batch_size))
     if todo or not folder.state.done:
         by = folder.by(lambda: config.writer if config.writer != "auto" else _fitting(session, config))
@@ -177,7 +181,7 @@ def synthesis_key(session: Session, config: SynthesisConfig) -> str:
     facts = {
         "config": config.model_dump(mode="json"),
         "max_len": config.longest(recipe.data.sequence_len),
-        "files": checkpoint.revision or checkpoint.fingerprint(),
+        "files": checkpoint.revision or [*checkpoint.fingerprint(), *beside_weights(checkpoint.folder)],
         "quant": recipe.quant.model_dump(mode="json", include={"targets", "exclude"}),
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
@@ -187,6 +191,17 @@ def synthesis_key(session: Session, config: SynthesisConfig) -> str:
     if config.reads == "images":  # whose labels and columns rows have
         facts["task"] = recipe.task.model_dump(mode="json")
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def beside_weights(folder: Path) -> list[list[str]]:
+    """[name, sha256] of the small files of a model folder that rows depend on: the tokenizer or the image
+    processor, the chat template, the tokens that end a text."""
+    names = {path.name for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return [
+        [name, file_entry(folder / name)["sha256"]]
+        for name in sorted(names)
+        if name != CONFIG and not name.endswith(".index.json")  # in the fingerprint; of no row
+    ]
 
 
 class Told:

@@ -22,6 +22,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.heads import resting
 from ..model.linear import packed_op_only
 from ..model.load import load_model
+from ..model.upload import upload_each
 from ..session import Session
 from ..signals import REFERENCES, SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import unlike
@@ -65,7 +66,7 @@ def other_checkpoint(session: Session, source: str) -> Checkpoint:
             f"train.teacher: {error}; give one of {', '.join(TEACHERS)}, or the folder or hub id of a model "
             "with the same tokens"
         ) from error
-    if reason := unlike(checkpoint.folder, session.checkpoint.folder):
+    if reason := unlike(checkpoint.folder, session.checkpoint.folder, recipe.task.reads):
         raise ValueError(f"train.teacher: got {source!r}, but {reason}")
     return checkpoint
 
@@ -181,31 +182,36 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
         task.examples(train_source(session), section, session.tokenizer, rows=session.rows), ROWS
     )
     (batch,) = batches(session, model, rows, ROWS, shuffle=False, alone=True).one_epoch()
-    moved = {name: value.to(session.device) for name, value in batch.items()}
+    moved = {name: upload_each(value, session.device) for name, value in batch.items()}
     inputs, labels = inputs_of(moved, task.answers), {name: moved[name] for name in task.answers}
     dense = load_model(
         session.checkpoint, session.recipe.model.attention, session.device, session.dtype
     ).eval()
-    full = dense(**inputs, use_cache=False).logits
-    with resting(model), packed_op_only(model):
-        ours = task.apart(model(**inputs, use_cache=False).logits, full, labels)
-    with at_work:
-        theirs = task.apart(other(**inputs, use_cache=False).logits, full, labels)
+
+    def student() -> Any:
+        with resting(model), packed_op_only(model):
+            return task.reply(model, inputs)
+
+    def teacher() -> Any:
+        with at_work:
+            return task.reply(other, inputs)
+
+    full, said, taught = task.beside(lambda: task.reply(dense, inputs), student, teacher)
+    ours, theirs = (task.between(one, full, labels) for one in (said, taught))
     count = int(task.count(batch))
     return {
         "kl": float(theirs) / count,
         "student_kl": float(ours) / count,
         "windows": len(rows),
-        "tokens": task.goal.size(batch),
+        "tokens": task.pace.count(batch),
     }
 
 
 def _judge(session: Session, teacher: Teacher, measured: TeacherMeasure) -> None:
     name = session.recipe.train.teacher
-    unit = "images" if session.recipe.task.reads == "images" else "tokens"
     session.say(
         f"teacher {name}: KL to full precision {measured.kl:.6f}, the model as it starts "
-        f"{measured.student_kl:.6f} ({measured.tokens:,} {unit})"
+        f"{measured.student_kl:.6f} ({measured.tokens:,} {session.recipe.task.pace.word})"
     )
     if teacher.nearest is not None and teacher.nearest * measured.kl > measured.student_kl:
         raise ValueError(

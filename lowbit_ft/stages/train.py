@@ -156,7 +156,8 @@ def attach_adapters(session: Session, model: Any) -> None:
     session.folded.take_apart(fusions_in(model))
     rows = attach(model, config, lambda layer: session.folded.matrix(layer, dtype=torch.float32))
     if recipe.task.trains_head:
-        rows = replace(rows, rows=[*rows.rows, *train_head(model, head_parameters(model))])
+        head = head_parameters(model, recipe.train.signal.learns_labels)
+        rows = replace(rows, rows=[*rows.rows, *train_head(model, head)])
     if drawn := session.checkpoint.drawn:
         session.say(
             f"head: drawn by train.seed, for the checkpoint has none of it ({', '.join(drawn)}); so it is "
@@ -174,8 +175,8 @@ def attach_adapters(session: Session, model: Any) -> None:
 
 def _head(session: Session, model: Any) -> Head:
     """What the adapter folder says of the model beside the packed layers."""
-    task = session.recipe.task
-    modules = [part for part in head_parts(model)] if task.trains_head else []
+    task, signal = session.recipe.task, session.recipe.train.signal
+    modules = head_parts(model, signal.learns_labels) if task.trains_head else []
     return Head(task.peft, task.auto, modules)
 
 

@@ -18,7 +18,7 @@ from ..data.synthesis.labeller import Labeller
 from ..evaluate.perplexity import EvalRow
 from ..model.purpose import Purpose
 from ..model.walk import Batch
-from ..train.goal import Goal
+from ..train.goal import TOKENS, Goal, Pace
 
 CLOSED = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -86,7 +86,9 @@ class Task(BaseModel):
     peft: ClassVar[str | None]  # PEFT's word for it (TaskType)
     measured: ClassVar[int | None] = None  # rows that are measured at a time; None: by their tokens
     dtype: ClassVar[str | None] = None  # of its model, where it has to be this one
-    walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk along
+    walked: ClassVar[bool] = True  # its model is a chain of layers that a calibrator can walk (see walks)
+    states: ClassVar[bool] = False  # its hidden states have any shape, and are compared whole (states.py)
+    smooths: ClassVar[bool] = False  # it is known where its model takes the factors of quant.smooth in
     segmented: ClassVar[bool] = False  # its adapters may be in the parts of fused matrices
     command: ClassVar[str | None] = None  # what a shell does with a {folder} that ships; None: serves it
 
@@ -99,6 +101,10 @@ class Task(BaseModel):
         """Why a checkpoint of this config.json is none for it, or what is missing to build it; None: nothing
         is known against it."""
         return None
+
+    def walks(self, config: Mapping[str, Any]) -> bool:
+        """`walked`, of a checkpoint of this config.json ({}: not known yet)."""
+        return self.walked
 
     def settled(self, r: Any, config: Any) -> Task:
         """With what only the rows and the checkpoint say (labels). config: its config.json."""
@@ -117,6 +123,11 @@ class Task(BaseModel):
     def goal(self) -> Goal:
         """How a batch becomes the loss of training."""
         raise AssertionError(f"{type(self).__name__} has no goal")
+
+    @property
+    def pace(self) -> Pace:
+        """What it counts to say how fast a run is."""
+        return TOKENS
 
     def examples(
         self, source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None

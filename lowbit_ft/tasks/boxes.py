@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.coco import finite
 from ..data.errors import BadRow, told
 
 SLACK = 1.0  # pixels by which a box may leave the picture: annotations are rounded; what is beyond is cut off
@@ -32,15 +32,18 @@ FORMATS = ("xywh", "xyxy")
 @dataclass(frozen=True)
 class Found:
     """Boxes of one picture, xyxy in pixels [n, 4] fp32, their classes [n] int64, and of a model how sure it
-    is of each, [n] fp32 (ones where they are the right ones)."""
+    is of each, [n] fp32 (ones where they are the right ones). crowd: which are regions of many things, [n]
+    bool; None: none."""
 
     boxes: Tensor
     classes: Tensor
     scores: Tensor
+    crowd: Tensor | None = None
 
     def above(self, confidence: float) -> Found:
         kept = self.scores > confidence
-        return Found(self.boxes[kept], self.classes[kept], self.scores[kept])
+        crowd = None if self.crowd is None else self.crowd[kept]
+        return Found(self.boxes[kept], self.classes[kept], self.scores[kept], crowd)
 
 
 def missing() -> str | None:
@@ -56,9 +59,7 @@ def missing() -> str | None:
 def checked(value: Any, column: str, form: str, width: int, height: int) -> list[float]:
     """A box of a row -> [x0, y0, x1, y1] in pixels, inside the picture. BadRow for what is no box of it."""
     numbers = value if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    ):
+    if len(numbers) != 4 or not all(map(finite, numbers)):
         raise BadRow(f"{column!r}: a box is four finite numbers ({form}, in pixels); got {_box(value)}")
     x0, y0, x1, y1 = map(float, numbers)
     if form == "xywh":
@@ -95,7 +96,8 @@ def in_pixels(boxes: Tensor, width: int, height: int) -> Tensor:
 
 def average_precision(true: Sequence[Found], said: Sequence[Found], classes: int) -> dict[str, float]:
     """map, map50 and map75 over pictures; 0 where nothing is found. Classes that no picture has do not
-    count; where none has a box at all, 0."""
+    count; where none has a box at all, 0. What lies in a region of many things (of the right ones, `crowd`)
+    is neither right nor wrong, and nothing is missed there."""
     from pycocotools.coco import COCO  # optional: only measuring needs it
     from pycocotools.cocoeval import COCOeval
 
@@ -105,7 +107,7 @@ def average_precision(true: Sequence[Found], said: Sequence[Found], classes: int
     if not right or not given:
         return zeros
     for number, row in enumerate(right, 1):
-        row |= {"id": number, "iscrowd": 0}
+        row["id"] = number
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         data: Any = COCO()
         data.dataset = {
@@ -123,10 +125,21 @@ def average_precision(true: Sequence[Found], said: Sequence[Found], classes: int
 
 
 def _rows(picture: int, found: Found) -> list[dict[str, Any]]:
-    """COCO's rows of the boxes of a picture."""
-    size = found.boxes[:, 2:] - found.boxes[:, :2]
-    rows = torch.cat([found.boxes[:, :2], size], 1).double().tolist()
+    """COCO's rows of the boxes of a picture. One that is no number is nowhere: COCO's evaluation takes an
+    overlap that is none for a match, with every box."""
+    known = found.boxes.isfinite().all(1, keepdim=True)
+    boxes = found.boxes.where(known, 0.0)
+    rows = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double().tolist()
+    crowd = [0] * len(rows) if found.crowd is None else found.crowd.long().tolist()
+    given = zip(rows, found.classes.tolist(), found.scores.tolist(), crowd, strict=True)
     return [
-        {"image_id": picture, "category_id": category, "bbox": box, "area": box[2] * box[3], "score": score}
-        for box, category, score in zip(rows, found.classes.tolist(), found.scores.tolist(), strict=True)
+        {
+            "image_id": picture,
+            "category_id": category,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "score": score,
+            "iscrowd": many,
+        }
+        for box, category, score, many in given
     ]

@@ -15,7 +15,9 @@ suppression of those that overlap a surer one):
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ class BoxLabeller(Labeller):
 
     def loss(self, model: Any, images: Tensor, answers: Sequence[Answer]) -> Tensor:
         """The model's own loss; it is the mean over the boxes."""
-        return model(pixel_values=images, labels=[_tensors(one, images.device) for one in answers]).loss
+        with own_count():
+            return model(pixel_values=images, labels=[_tensors(one, images.device) for one in answers]).loss
 
     def found(self, model: Any, images: Tensor, confidence: float) -> list[Answer]:
         """What the model is sure of in each image; no box where that is nothing."""
@@ -91,17 +94,34 @@ class BoxLabeller(Labeller):
     def names(self) -> tuple[str, ...]:
         return self.task.labels or ()
 
-    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[Answer]) -> Mapping[str, float]:
-        like, said = next(model.parameters()), list[Found]()
-        sizes = [(image.shape[2], image.shape[1]) for image in images]
-        for at in range(0, len(images), TOGETHER):
-            some = torch.stack(list(images[at : at + TOGETHER])).to(like.device, like.dtype)
-            said += self.detect(model(pixel_values=some), sizes[at : at + TOGETHER], 0.0)
+    def score(self, model: Any, images: Iterable[Tensor], answers: Sequence[Answer]) -> Mapping[str, float]:
+        like, said, sizes = next(model.parameters()), list[Found](), list[tuple[int, int]]()
+        left = iter(images)
+        while several := list(islice(left, TOGETHER)):
+            here = [(image.shape[2], image.shape[1]) for image in several]
+            some = torch.stack(several).to(like.device, like.dtype)
+            said += self.detect(model(pixel_values=some), here, 0.0)
+            sizes += here
         right = [
             Found(in_pixels(torch.tensor(boxes), *size), torch.tensor(classes), torch.ones(len(classes)))
             for (classes, boxes), size in zip(answers, sizes, strict=True)
         ]
         return average_precision(right, said, len(self.names))
+
+
+@contextmanager
+def own_count() -> Iterator[None]:
+    """Inside, a model divides its loss by the boxes of its own batch. DETR and its kin divide by those of all
+    processes where accelerate knows of some: not what a task counts, and a wait for processes that do not
+    evaluate."""
+    from accelerate import PartialState
+
+    before = PartialState.__dict__["_shared_state"]
+    PartialState._shared_state = {}  # what their loss asks
+    try:
+        yield
+    finally:
+        PartialState._shared_state = before
 
 
 def _tensors(answer: Answer, device: torch.device) -> dict[str, Tensor]:

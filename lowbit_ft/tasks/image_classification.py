@@ -12,7 +12,8 @@ behind it is linears. Pictures are shown as they are: nothing is cropped or flip
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,12 +27,14 @@ from ..data.synthesis.labeller import Labeller
 from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
+from ..train.goal import IMAGES, Goal, Pace
 from . import scores
 from .base import Task
 from .batches import Shown
 from .labelled import Labelled
 from .labels import Names, known_labels, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, of_column, place_of
+from .states import States
 
 BESIDE = frozenset({"row", "about"})  # what a synthesis says of a row of its own
 MOST_BYTES = 1 << 28  # of the file of a picture
@@ -47,6 +50,7 @@ class ImageClassification(Labelled):
     unit: ClassVar[str] = "images"
 
     layered: ClassVar[bool] = False
+    states: ClassVar[bool] = True
 
     kind: Literal["image_classification"] = "image_classification"
     image: str = Field(default="image", description="the column of the picture: its bytes, or a path")
@@ -55,12 +59,20 @@ class ImageClassification(Labelled):
         default=None, description="the labels by name, in their order; null: those that the rows have"
     )
 
+    @property
+    def goal(self) -> Goal:
+        return States(self)
+
     def settled(self, r: Any, config: Mapping[str, Any]) -> Task:
         if self.labels is None and r.data.train is None and known_labels(config):  # rows are made for them
             return self.model_copy(update={"labels": tuple(known_labels(config))})
         if self.labels is not None or r.data.train is None:
             return self
         return self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed)
@@ -147,13 +159,13 @@ class ClassLabeller(Labeller):
     def names(self) -> tuple[str, ...]:
         return self.task.labels or ()
 
-    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[int]) -> Mapping[str, float]:
-        like, right = next(model.parameters()), 0
-        for at in range(0, len(images), TOGETHER):
-            some = torch.stack(list(images[at : at + TOGETHER])).to(like.device, like.dtype)
-            said = model(pixel_values=some).logits.argmax(-1).tolist()
-            right += sum(a == b for a, b in zip(said, answers[at : at + TOGETHER], strict=True))
-        return {"accuracy": right / max(1, len(images))}
+    def score(self, model: Any, images: Iterable[Tensor], answers: Sequence[int]) -> Mapping[str, float]:
+        like, said, left = next(model.parameters()), list[int](), iter(images)
+        while several := list(islice(left, TOGETHER)):
+            some = torch.stack(several).to(like.device, like.dtype)
+            said += model(pixel_values=some).logits.argmax(-1).tolist()
+        right = sum(a == b for a, b in zip(said, answers, strict=True))
+        return {"accuracy": right / max(1, len(said))}
 
 
 def file_of(value: Any, column: str, folder: Path) -> bytes:

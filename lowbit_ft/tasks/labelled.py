@@ -12,7 +12,7 @@ import math
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from ..model.upload import upload_each
 from ..model.walk import Batch
 from ..signals import Ask, Lesson, Whole
 from ..signals.divergence import Divergence, divergence
-from ..train.goal import Goal
+from ..train.goal import Goal, Pace
 from . import scores
 from .base import Dense, Feed, Measure, Task, inputs_of
 from .batches import RowBatches, Shown, taken_by
@@ -48,8 +48,9 @@ class Labelled(Task):
     scored: ClassVar[bool] = True  # by what `missing` tells of
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask"})  # what calibrators look at
     unit: ClassVar[str] = "rows"
-    taught: ClassVar[bool] = True  # its model has one set of logits, which a teacher's can be compared with
-    layered: ClassVar[bool] = True  # and layers of tokens, which signals of layers can compare
+    taught: ClassVar[bool] = True  # what its model says can be compared with what a teacher says (`between`)
+    likely: ClassVar[bool] = True  # and that is a distribution: temperature and divergence mean something
+    layered: ClassVar[bool] = True  # it has layers of tokens, which signals of layers can compare
 
     train_head: bool = Field(
         default=True, description="the head of the model trains, dense and whole, beside the adapters"
@@ -70,6 +71,10 @@ class Labelled(Task):
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
         """What a model says of the inputs of a batch. A model whose loss is its own is given the answers
         too."""
+        return self.reply(model, inputs)
+
+    def reply(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """What a model says of the inputs of a batch, whose answers it never sees: a teacher."""
         return model(**inputs, use_cache=False)
 
     @abstractmethod
@@ -93,6 +98,22 @@ class Labelled(Task):
         ours, theirs = self.answering(ours, labels), self.answering(theirs, labels)
         every = torch.ones(len(ours), dtype=torch.bool, device=ours.device)
         return divergence(ours, Whole(theirs), every, temperature, kind)
+
+    def between(
+        self,
+        ours: Any,
+        theirs: Any,
+        labels: dict[str, Any],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """The same of all that the two said, as `reply` gives it; of most it is the logits."""
+        return self.apart(ours.logits, theirs.logits, labels, temperature, kind)
+
+    def beside(self, first: Callable[[], Any], *others: Callable[[], Any]) -> list[Any]:
+        """What several models say of one batch, in this order, so that it can be compared: where a model
+        chooses what it answers about, all answer about what the first one chose."""
+        return [first(), *(other() for other in others)]
 
     @abstractmethod
     def count(self, batch: dict[str, Tensor]) -> Tensor:
@@ -260,6 +281,10 @@ class Answered(Goal):
     def __init__(self, task: Labelled) -> None:
         self.task = task
 
+    @property
+    def pace(self) -> Pace:
+        return self.task.pace
+
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
         def count(on: str) -> Tensor:
             return self.task.count(batch) if on == "targets" else real(batch, batch["input_ids"]).sum()
@@ -273,9 +298,17 @@ class Answered(Goal):
         values = {k: upload_each(batch[k], device) for k in self.task.answers}
         return {**inputs, "labels": Labels(values, measured)}
 
+    def begun(self, lesson: Lesson, model: nn.Module, student: Answering) -> AbstractContextManager[None]:
+        """Inside, the lesson is ready."""
+        return lesson.signal.begin(lesson, model, student)
+
+    def beside(self, lesson: Lesson) -> dict[str, Any]:
+        """What both models are called with beside the inputs."""
+        return {}
+
     def forward(self, model: nn.Module, section: Any, lesson: Lesson, changes: ExitStack) -> Any:
         plain = model.forward
-        changes.enter_context(lesson.signal.begin(lesson, model, Answering(plain, None, whole=True)))
+        changes.enter_context(self.begun(lesson, model, Answering(plain, None, whole=True)))
 
         def forward(_: nn.Module, *args: Any, labels: Labels | None = None, **inputs: Any) -> Any:
             if labels is None:
@@ -291,27 +324,46 @@ class Answered(Goal):
         self, lesson: Lesson, plain: Any, inputs: dict[str, Any], labels: dict[str, Tensor]
     ) -> Tensor:
         """The sums of the parts [parts] of a signal that asks a teacher. plain: the forward of the model."""
+        task, inputs = self.task, {**inputs, **self.beside(lesson)}
         ask = Ask({}, inputs, next(iter(inputs.values())).device)
+
+        def student() -> Any:
+            seen = "labels" in lesson.parts
+            return task.outputs(plain, inputs, labels) if seen else task.reply(plain, inputs)
+
         if (lockstep := lesson.lockstep) is not None:
             with lockstep.together(ask, real(inputs, inputs["input_ids"])):
-                ours = plain(**inputs, use_cache=False)
+                ours = student()
             theirs = lockstep.outputs(ask)
         else:
             assert lesson.teacher is not None
             walked = lesson.teacher.walked()
             assert walked is not None, "refused by the recipe"
-            with torch.no_grad(), walked.at_work(walked.model):  # before the student, which it may be
-                theirs = walked.answering.plain(**walked.inputs(ask), use_cache=False)
-            ours = plain(**inputs, use_cache=False)
-        how = lesson.options
-        sums = {
-            "labels": lambda: self.task.loss(ours, labels),
-            "logits": lambda: self.task.apart(
-                ours.logits, theirs.logits, labels, how.temperature, how.divergence
-            ),
-        }
+
+            def teacher() -> Any:
+                with torch.no_grad(), walked.at_work(walked.model):
+                    return task.reply(walked.answering.plain, walked.inputs(ask))
+
+            theirs, ours = task.beside(teacher, student)  # before the student, which it may be
+        sums = self.sums(lesson, ours, theirs, labels)
         own = torch.stack([sums[name]() for name in lesson.parts if name in sums])
         return own if lockstep is None else lockstep.joined(own)
+
+    def sums(
+        self, lesson: Lesson, ours: Any, theirs: Any, labels: dict[str, Any]
+    ) -> dict[str, Callable[[], Tensor]]:
+        """By part, its sum over a batch, of what the model and its teacher said."""
+        how = lesson.options
+        return {
+            "labels": lambda: self.task.loss(ours, labels),
+            "logits": lambda: self.task.between(ours, theirs, labels, how.temperature, how.divergence),
+        }
+
+
+def yes_or_no(logits: Tensor) -> Tensor:
+    """Logits of sigmoids, of any shape [n] -> [n, 2]: sigmoid(z) is the softmax of z and 0."""
+    flat = logits.flatten()
+    return torch.stack([flat, torch.zeros_like(flat)], -1)
 
 
 def real(batch: dict[str, Tensor], ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from ..data.errors import BadRow, DataError, told
 from ..data.mix import named, sources_of
-from ..data.read import read_rows
+from ..data.read import categories, read_rows
 from ..names import did_you_mean, listed
 
 UNKNOWN = ("LABEL_0", "LABEL_1")  # as transformers calls them, where nobody has looked yet
@@ -28,10 +28,8 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Names = Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_distinct)]  # of labels
-Classes = Annotated[
-    tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)
-]  # that are not told apart
+Distinct = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+Names = Annotated[Distinct, Field(min_length=2)]  # of labels
 
 
 def label_values(names: Sequence[str] | None) -> dict[str, Any]:
@@ -78,10 +76,33 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
         if min(seen) < 0:
             raise DataError(f"{column!r} holds the label {min(seen)}: rows without an answer", named(source))
         count = max(seen) + 1
+        if count > MOST:
+            raise DataError(
+                f"{column!r} holds the label {max(seen)}, and labels are counted from 0: more than {MOST:,}; "
+                "name them in task.labels, or give another column (task.label)",
+                named(source),
+            )
         return known if len(known) >= count else [f"LABEL_{i}" for i in range(count)]
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
     return known if set(known) >= seen else sorted(seen)
+
+
+def categories_of(source: Any) -> list[str] | None:
+    """The categories that annotation files of COCO name, in the order of their ids; None where a source is
+    something else. DataError."""
+    found: dict[str, None] = {}
+    for one in sources_of(source):
+        if (names := categories(one)) is None:
+            return None
+        found |= dict.fromkeys(names)
+    return list(found) or None
+
+
+def ordered(names: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """Labels that somebody has named, in the order that a checkpoint has them in where it knows them all."""
+    known = known_labels(config)
+    return known if set(known) >= {*names} else list(names)
 
 
 def labels_in(source: Any, column: str, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 Rows as `datasets` has COCO: {image, objects: {bbox: [[x, y, width, height], ...], category: [...]}}, the
 boxes in pixels of the picture; a list of such objects is the same. Names of columns are keys of the task, and
-`objects: null` is for boxes and categories that are columns themselves. A picture may have no box.
+`objects: null` is for boxes and categories that are columns themselves. A picture may have no box. COCO's own
+annotation file is read as such rows (data/coco.py). A region of many things (`iscrowd`) is not learned, and
+what is found there is neither right nor wrong, as COCO measures.
 
 The model is one of transformers' AutoModelForObjectDetection (RT-DETR, D-FINE, DETR, YOLOS), and the loss is
 its own: its queries are matched to the boxes, and class, distance and overlap are summed behind each layer,
@@ -27,19 +29,25 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data.errors import BadRow, DataError, kind
+from ..data.errors import told as told_of
+from ..data.mix import named
 from ..data.synthesis.labeller import Labeller
 from ..evaluate.perplexity import EvalRow
 from ..model.hub import locate
 from ..model.images import made_size, picture_of, pixels, problem_of, size_of
 from ..model.purpose import Purpose
+from ..signals.divergence import Divergence
+from ..train.goal import IMAGES, Goal, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
-from .detection_labels import BoxLabeller
+from .detection_labels import BoxLabeller, own_count
 from .image_classification import BESIDE, file_of
 from .labelled import Answers, Labelled
-from .labels import found_labels, known_labels, label_id, label_values
+from .labels import Distinct, categories_of, found_labels, known_labels, label_id, label_values, ordered
+from .queries import followed, kept, queries_apart
 from .rows import Encoded, Encoder, of_column
+from .states import States
 
 Side = Annotated[int, Field(ge=1)]
 USUAL_SIZE = (640, 640)  # of the image processors of RT-DETR and D-FINE
@@ -55,6 +63,7 @@ class ObjectDetection(Labelled):
     unit: ClassVar[str] = "images"
 
     layered: ClassVar[bool] = False
+    states: ClassVar[bool] = True
     measured: ClassVar[int | None] = 16
     walked: ClassVar[bool] = False
     dtype: ClassVar[str | None] = "float32"  # boxes in 16 bits are pixels off
@@ -66,11 +75,15 @@ class ObjectDetection(Labelled):
     )
     boxes: str = Field(default="bbox", description="the key of the boxes, in pixels")
     label: str = Field(default="category", description="the key of their categories, by name or number")
+    crowd: str = Field(
+        default="iscrowd",
+        description="the key that is 1 of a region of many things, which is not learned; it may be missing",
+    )
     box_format: Literal["xywh", "xyxy"] = Field(
         default="xywh",
         description="xywh: left, top, width, height (COCO); xyxy: left, top, right, bottom",
     )
-    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    labels: Annotated[Distinct, Field(min_length=1)] | None = Field(
         default=None, description="the categories by name, in their order; null: those that the rows have"
     )
     image_size: tuple[Side, Side] | None = Field(
@@ -87,10 +100,23 @@ class ObjectDetection(Labelled):
             )
         found: dict[str, Any] = {"image_size": self.image_size or made}
         if self.labels is None and r.data.train is not None:
-            found["labels"] = tuple(found_labels(r.data.train, self.label, config, self.objects))
+            listed = categories_of(r.data.train)
+            found["labels"] = tuple(
+                found_labels(r.data.train, self.label, config, self.objects)
+                if listed is None
+                else ordered(listed, config)
+            )
         elif self.labels is None and (known := known_labels(config)):  # rows are made for them
             found["labels"] = tuple(known)
         return self.model_copy(update=found)
+
+    @property
+    def goal(self) -> Goal:
+        return States(self)
+
+    @property
+    def pace(self) -> Pace:
+        return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
@@ -103,31 +129,54 @@ class ObjectDetection(Labelled):
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         names = list(self.labels or ())
+        if self.box_format != "xywh" and categories_of(source) is not None:
+            raise DataError(
+                f"task.box_format: got {self.box_format!r} with an annotation file of COCO, whose boxes are "
+                "left, top, width, height; set xywh",
+                named(source),
+            )
 
         def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
             data = file_of(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             width, height = size_of(data)
-            boxes, given = self._given(row)
+            for side, there in (("width", width), ("height", height)):
+                if row.get(side, there) not in (there, None):
+                    raise BadRow(
+                        f"{side} is {told_of(row[side])}, and its picture is {width} x {height}: its boxes "
+                        "are of another picture, or of this one before it was turned or made smaller"
+                    )
+            boxes, given, crowds = self._given(row)
             corners = [checked(box, self.boxes, self.box_format, width, height) for box in boxes]
-            labels = {
-                "class_labels": [label_id(one, self.label, names) for one in given],
-                "boxes": [shares(one, width, height) for one in corners],
-            }
-            return [{"image": data, "labels": labels, "size": [width, height]}]
+            classes = [label_id(one, self.label, names) for one in given]
+            placed = [shares(one, width, height) for one in corners]
+            found = [
+                {
+                    "class_labels": [one for one, many in zip(classes, crowds, strict=True) if many == which],
+                    "boxes": [one for one, many in zip(placed, crowds, strict=True) if many == which],
+                }
+                for which in (False, True)
+            ]
+            made: Encoded = {"image": data, "labels": found[0], "size": [width, height]}
+            if any(crowds):
+                made |= {"crowds": found[1], "apart": {f"regions of many things ({self.crowd})": sum(crowds)}}
+            return [made]
 
-        columns = [self.image, *([self.boxes, self.label] if self.objects is None else [self.objects])]
+        keys = [self.boxes, self.label, self.crowd] if self.objects is None else [self.objects]
         told = lambda made: [names[i] for i in made["labels"]["class_labels"]]  # noqa: E731
-        return Encoder(encode, told, frozenset(columns) | BESIDE)
+        return Encoder(encode, told, frozenset([self.image, "width", "height", *keys]) | BESIDE)
 
-    def _given(self, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-        """The boxes and the categories of a row, as they are there. BadRow."""
+    def _given(self, row: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[bool]]:
+        """The boxes and the categories of a row, as they are there, and which are regions of many. BadRow."""
         found = row if self.objects is None else of_column(row, self.objects)
         if isinstance(found, list):  # of objects, one by one
             if not all(isinstance(one, dict) for one in found):
                 raise BadRow(f"{self.objects!r} must hold objects with {self.boxes!r} and {self.label!r}")
-            found = {key: [of_column(one, key) for one in found] for key in (self.boxes, self.label)}
+            found = {
+                **{key: [of_column(one, key) for one in found] for key in (self.boxes, self.label)},
+                self.crowd: [one.get(self.crowd, 0) for one in found],
+            }
         if not isinstance(found, Mapping):
             raise BadRow(
                 f"{self.objects!r} must be {{{self.boxes!r}: [...], {self.label!r}: [...]}}, or a list of "
@@ -140,7 +189,12 @@ class ObjectDetection(Labelled):
                 f"{self.boxes!r} and {self.label!r} must be two lists of one length; got {counts[0]} and "
                 f"{counts[1]}"
             )
-        return boxes, given
+        crowds = found.get(self.crowd, [0] * len(boxes))
+        if not isinstance(crowds, list) or len(crowds) != len(boxes) or any(c not in (0, 1) for c in crowds):
+            raise BadRow(
+                f"{self.crowd!r} must be a list of 0 and 1, one for each box; got {str(crowds)[:60]}"
+            )
+        return boxes, given, [bool(one) for one in crowds]
 
     def shown(self, tokenizer: Any, model: Any) -> Shown:
         """tokenizer: the image processor."""
@@ -160,7 +214,32 @@ class ObjectDetection(Labelled):
         return torch.stack([value.float().sum() for value in every]).sum()
 
     def outputs(self, model: Callable[..., Any], inputs: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
-        return model(**inputs, labels=labels["labels"])
+        with own_count():
+            return model(**inputs, labels=labels["labels"])
+
+    def reply(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        return model(**inputs)
+
+    def between(
+        self,
+        ours: Any,
+        theirs: Any,
+        labels: dict[str, Any],
+        temperature: float = 1.0,
+        kind: Divergence = "forward",
+    ) -> Tensor:
+        """Of classes and boxes, query by query (queries.py)."""
+        softmax = theirs.logits.shape[-1] > len(self.labels or ())  # one class more: no object
+        return queries_apart(ours, theirs, softmax, temperature, kind)
+
+    def beside(self, first: Callable[[], Any], *others: Callable[[], Any]) -> list[Any]:
+        choices: list[Tensor] = []
+        with kept(choices):
+            said = [first()]
+        for other in others:
+            with followed(choices):
+                said.append(other())
+        return said
 
     def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor:
         return outputs.loss * self.count(labels).to(outputs.loss.device)
@@ -192,7 +271,7 @@ class Detections(Answers):
     def said(self, outputs: Any, labels: dict[str, Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         made = detected(self.processor, outputs, [row["size"] for row in rows])
         self.seen += made[: max(0, SHOWN - len(self.seen))]
-        return [right(row) for row in rows], made
+        return [judged(row) for row in rows], made
 
     def loss(self, outputs: Any, labels: dict[str, Any]) -> Tensor | None:
         """A graph has logits and boxes, and no loss."""
@@ -245,6 +324,17 @@ def right(row: Mapping[str, Any]) -> Found:
     return Found(boxes, made["class_labels"], torch.ones(len(boxes)))
 
 
+def judged(row: Mapping[str, Any]) -> Found:
+    """The boxes of a row, and its regions of many things behind them."""
+    one, many = right(row), right({**row, "labels": row.get("crowds", {"class_labels": [], "boxes": []})})
+    return Found(
+        torch.cat([one.boxes, many.boxes]),
+        torch.cat([one.classes, many.classes]),
+        torch.cat([one.scores, many.scores]),
+        torch.arange(len(one.boxes) + len(many.boxes)) >= len(one.boxes),
+    )
+
+
 def detected(
     processor: Any, outputs: Any, sizes: Sequence[tuple[int, int]], confidence: float = 0.0
 ) -> list[Found]:
@@ -255,9 +345,3 @@ def detected(
     return [
         Found(one["boxes"].float().cpu(), one["labels"].cpu(), one["scores"].float().cpu()) for one in made
     ]
-
-
-def loss_of(model: Any, images: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
-    """The model's own loss of images [B, 3, H, W] (as its image processor makes them) and what is in them
-    ({class_labels [n], boxes [n, 4] as shares}), the mean over the boxes; differentiable in the images."""
-    return model(pixel_values=images, labels=labels).loss

@@ -41,6 +41,7 @@ class RowReport:
     notes: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
+    apart: Counter[str] = field(default_factory=Counter)  # what is in rows and not learned
 
     def __str__(self) -> str:
         lines = [f"{self.used:,} of {self.rows:,} rows used"]
@@ -52,6 +53,7 @@ class RowReport:
             told = [f"{name} {count:,}" for name, count in self.answers.most_common(10)]
             more = f" and {len(self.answers) - 10} more" if len(self.answers) > 10 else ""
             lines.append(f"answers: {', '.join(told)}{more}")
+        lines += [f"not learned: {count:,} {what}" for what, count in self.apart.items()]
         if self.truncated:
             lines.append(f"{self.truncated:,} rows truncated to {self.limit:,} tokens")
         if self.unread:
@@ -97,8 +99,8 @@ class Rows(Sequence[Encoded]):
 
 
 def _named(value: Any) -> str:
-    """Bytes (of an image) by their digest."""
-    return hashlib.sha256(value).hexdigest()
+    """Bytes (of an image) by their digest, and so a file that is kept."""
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else value.digest
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _encoded(
             try:
                 if row.value is None:
                     raise BadRow(row.problem or "not a row")
-                made = encoder.encode(row.value, Path(row.file).parent)
+                made = encoder.encode(row.value, row.beside)
                 if encoder.filled and not all(piece["input_ids"] for piece in made):
                     raise BadRow("its text has no token, so nothing of it can be looked at")
                 beyond = max((max(piece.get("input_ids", ()), default=0) for piece in made), default=0)
@@ -152,6 +154,7 @@ def _encoded(
             for piece in made:
                 report.answers.update(encoder.answers(piece))
                 report.truncated += bool(piece.pop("cut", False))
+                report.apart.update(piece.pop("apart", {}))
                 size = len(piece.get("input_ids", ()))
                 report.pieces, report.tokens = report.pieces + 1, report.tokens + size
                 report.longest = max(report.longest, size)

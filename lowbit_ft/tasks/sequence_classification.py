@@ -23,7 +23,7 @@ from ..model.purpose import Purpose
 from ..signals.divergence import Divergence
 from . import scores
 from .base import Task
-from .labelled import Labelled
+from .labelled import Labelled, yes_or_no
 from .labels import UNKNOWN, Names, label_id, label_values, labels_in
 from .rows import Encoded, Encoder, encoded_text, number_of, of_column, text_of
 
@@ -124,9 +124,8 @@ class SequenceClassification(Labelled):
         """Of a number the squared error; of several labels a divergence for each, of yes from no."""
         if self.regression:
             return F.mse_loss(ours.float(), theirs.float(), reduction="sum")
-        if self.several:  # sigmoid(z) is the softmax of z and 0
-            pairs = [torch.stack([z.flatten(), torch.zeros_like(z.flatten())], -1) for z in (ours, theirs)]
-            return super().apart(pairs[0], pairs[1], labels, temperature, kind)
+        if self.several:
+            return super().apart(yes_or_no(ours), yes_or_no(theirs), labels, temperature, kind)
         return super().apart(ours, theirs, labels, temperature, kind)
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:

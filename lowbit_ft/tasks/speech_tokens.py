@@ -36,6 +36,7 @@ from ..speech.mel import Mel
 from ..speech.names import AUTO, MODEL_TYPE
 from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode, frames_of
 from ..speech.wav import read_wav
+from ..train.goal import Pace
 from ..vector_codes import VectorCode
 from .base import CLOSED, Dense, Feed, Measure, Task
 from .labelled import Answers, Labelled
@@ -98,6 +99,12 @@ class SpeechTokens(Labelled):
             return self
         keys = {name: config.get(name) for name in Frames.model_fields}
         return self.model_copy(update={"frames": Frames.model_validate(keys)})
+
+    @property
+    def pace(self) -> Pace:
+        """Frames are counted, and seconds told."""
+        each = 0.0 if self.frames is None else self.frames.hop_length / self.frames.sample_rate
+        return Pace("sound_seconds", "s of sound", _frames, lambda rows, length: None, each)
 
     def purpose(self, seed: int) -> Purpose:
         return Purpose(self.auto, {}, seed)
@@ -281,6 +288,10 @@ class Utterances(Rows):
         for row in self:
             sha.update(json.dumps({k: v for k, v in row.items() if k != "mel"}, sort_keys=True).encode())
         return sha.hexdigest()
+
+
+def _frames(batch: Mapping[str, Any]) -> int:
+    return int(batch["frame_mask"].sum())
 
 
 class SpeechBatches(Batches):

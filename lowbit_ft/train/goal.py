@@ -8,7 +8,9 @@ and its labels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,16 +26,41 @@ from .losses import Targets, chunked_head, everywhere, loss_forward, measure_of,
 BESIDE = ("labels", *TAUGHT)  # of a batch, what no model is given
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What a task counts to say how fast a run is: `key` in metrics.jsonl (and key_per_s), `word` for people.
+    count(batch): how many a micro-batch has, an integer; each: what one of them is in the unit of the key.
+    planned(rows, length): the count of so many rows of `length` tokens, before there are any; None: nobody
+    knows."""
+
+    key: str
+    word: str
+    count: Callable[[dict[str, Any]], int]
+    planned: Callable[[int, int], int | None]
+    each: float = 1
+
+    def told(self, counted: int, counted_all: int, seconds: float) -> dict[str, float]:
+        """For a line of metrics.jsonl: of all steps so far, and of one that took so many seconds."""
+        return {self.key: counted_all * self.each, f"{self.key}_per_s": counted * self.each / seconds}
+
+
+TOKENS = Pace(
+    "tokens", "tokens", lambda batch: batch["input_ids"].numel(), lambda rows, length: rows * length
+)
+IMAGES = Pace("images", "images", lambda batch: len(next(iter(batch.values()))), lambda rows, length: rows)
+
+
 class Goal:
     """The contract. A batch is what `TrainBatches` gives, on the CPU."""
+
+    @property
+    def pace(self) -> Pace:
+        """What is counted of a batch, for the pace that is told."""
+        return TOKENS
 
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
         """How many answers of a micro-batch each part of the loss counts, int64 [parts], on the CPU."""
         raise AssertionError(f"{type(self).__name__} has no counts")
-
-    def size(self, batch: dict[str, Tensor]) -> int:
-        """The tokens of a micro-batch, for the pace that is told; of images, how many they are."""
-        return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
 
     def asked(
         self, model: nn.Module, lesson: Lesson, batch: dict[str, Tensor], device: torch.device, measured: bool

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..files.atomic import write_text
 from ..files.errors import writing
+from .goal import TOKENS, Pace
 
 _PLAIN_LINES = 20  # about so many lines a run where there is no terminal
 
@@ -27,13 +28,20 @@ class TrainLog:
     """Context manager around a run's reporting; `line` for one step, `note` for anything else.
 
     run_dir: where metrics.jsonl lies; start, total: steps done and steps in all; main: whether this process
-    writes.
+    writes; pace: what its speed is told in.
     """
 
     def __init__(
-        self, run_dir: Path, start: int, evaluated: int, total: int, main: bool, console: Console | None
+        self,
+        run_dir: Path,
+        start: int,
+        evaluated: int,
+        total: int,
+        main: bool,
+        console: Console | None,
+        pace: Pace = TOKENS,
     ) -> None:
-        self.evaluated = evaluated
+        self.evaluated, self.pace = evaluated, pace
         self.file, self.start, self.total, self.main = run_dir / "metrics.jsonl", start, total, main
         self.console = console or Console()
         self.bar = Progress(
@@ -73,7 +81,7 @@ class TrainLog:
         """Show a step: the bar where there is a terminal, now and then a line elsewhere."""
         step = values["step"]
         numbers = (
-            f"loss {values['loss']:.4f}{self.shown(values)}  {values['tokens_per_s']:,.0f} tokens/s  "
+            f"loss {values['loss']:.4f}{self.shown(values)}  {self._speed(values)}  "
             f"{values['memory_gb']:.2f} GB"
             if "loss" in values
             else f"skipped: {values['skipped']}"
@@ -85,6 +93,10 @@ class TrainLog:
                 left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
                 line = f"step {step}/{self.total}  {numbers}  ETA {clock(left)}"
                 self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _speed(self, values: dict[str, Any]) -> str:
+        speed = values[f"{self.pace.key}_per_s"]
+        return f"{speed:,.{1 if speed < 10 and self.pace is not TOKENS else 0}f} {self.pace.word}/s"
 
     @staticmethod
     def shown(values: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _loop(
     now, total, accelerator, lesson = run.now, run.total, run.accelerator, run.lesson
     with (
         StopSignal() as stop,
-        TrainLog(run.run_dir, now.step, now.evaluated, total, run.main, console) as log,
+        TrainLog(run.run_dir, now.step, now.evaluated, total, run.main, console, run.goal.pace) as log,
     ):
         told: bool | None = None  # whether a signal had reached any process when the last step ended
         while True:
@@ -150,7 +150,7 @@ def _loop(
             rates = set_learning_rates(run.raw_optimizer, lr_factor(section, now.step, total))
             micro = [next(batches) for _ in range(section.gradient_accumulation_steps)]
             counts = run.counts(micro)
-            tokens = sum(run.goal.size(batch) for batch in micro)
+            tokens = sum(run.goal.pace.count(batch) for batch in micro)
 
             # 3. Gradients of (sum of losses) / positions, of each part of the loss by its weight.
             window = window_of(run, micro, counts)
@@ -183,8 +183,7 @@ def _loop(
                     **lesson.told(parts),
                     **rates,
                     "grad_norm": norm,
-                    "tokens": now.tokens,
-                    "tokens_per_s": tokens / seconds,
+                    **run.goal.pace.told(tokens, now.tokens, seconds),
                     "memory_gb": peak_gb(accelerator.device),
                     "seconds": now.seconds,
                 }

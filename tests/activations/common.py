@@ -41,18 +41,21 @@ def learning(model: Any, scheme: Scheme = LEARNED, seed: int = 1) -> Any:
 
 
 def schemes() -> list[Scheme]:
-    """Every kind at 4 and 8 bits, symmetric and not, dynamic and static, with and without a clip factor."""
+    """Every kind at 4 and 8 bits, symmetric and not, dynamic and static, with and without a clip factor; at 3
+    bits symmetric and at 6 not, where the kind has zero points."""
     found = []
     for name, bits, symmetric, dynamic, clip in itertools.product(
-        ACTIVATIONS, (8, 4), (True, False), (True, False), (1.0, 0.8)
+        ACTIVATIONS, (8, 4, 3, 6), (True, False), (True, False), (1.0, 0.8)
     ):
         kind = ACTIVATIONS[name]
+        if bits in (3, 6) and (clip < 1 or symmetric == (bits == 6 and kind.can_be_asymmetric)):
+            continue
         if symmetric or kind.can_be_asymmetric:
             if dynamic:
                 group = 32 if name == "group" else -1
                 found.append(Scheme(kind=name, bits=bits, symmetric=symmetric, clip=clip, group_size=group))
             elif kind.static_scales and clip == 1.0:
-                scale = tuple(value * (16 if bits == 4 else 1) for value in ENDS[name])
+                scale = tuple(value * 2 ** (8 - bits) for value in ENDS[name])
                 zero = () if symmetric else (-3,)
                 found.append(
                     Scheme(kind=name, bits=bits, symmetric=symmetric, dynamic=False, scale=scale, zero=zero)
@@ -65,7 +68,7 @@ def segmented() -> list[Scheme]:
     found = []
     for scheme in schemes():
         if ACTIVATIONS[scheme.kind].in_segments and scheme.clip == 1.0:
-            for segments in SEGMENTS:
+            for segments in SEGMENTS if scheme.bits in (4, 8) else SEGMENTS[1:]:
                 factors = range(1, len(segments) + 1)  # a scale of its own for each
                 scale = tuple(value * factor for factor in factors for value in scheme.scale)
                 zero = tuple(value + factor for factor in factors for value in scheme.zero)

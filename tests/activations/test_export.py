@@ -98,7 +98,7 @@ def test_readers_compute_the_training_forward(
 def test_arguments_come_back_and_others_are_refused() -> None:
     for scheme in {scheme for _, _, scheme in SHIPPED}:
         assert scheme_of_arguments(input_arguments(scheme)) == scheme
-    for change in ({"dynamic": False}, {"type": "float"}, {"strategy": "tensor"}, {"num_bits": 6}):
+    for change in ({"dynamic": False}, {"type": "float"}, {"strategy": "tensor"}, {"num_bits": 5}):
         with pytest.raises(ValueError):
             scheme_of_arguments(input_arguments(TOKEN) | change)
 
@@ -111,7 +111,9 @@ REFUSED: list[tuple[str, Scheme, str]] = [
     ("compressed-tensors", Scheme(kind="token", bits=8, symmetric=False), "set symmetric: true"),
     ("compressed-tensors", Scheme(kind="token", bits=8, clip=0.9), "set clip: 1.0"),
     ("compressed-tensors", Scheme(kind="group", bits=8, group_size=96), "does not divide 128 inputs"),
+    ("compressed-tensors", Scheme(kind="token", bits=6), "set activations.bits: 8 or 4"),
     ("int-quantized", Scheme(kind="token", bits=4), "8 bits per token"),
+    ("int-quantized", Scheme(kind="token", bits=6), "8 bits per token"),
 ]
 
 

@@ -42,6 +42,7 @@ SCHEMES = [
     LEARNED,
     replace(LEARNED, bits=4, scale=(0.375,), symmetric=False, zero=(-3,)),
     Scheme(kind="dual", bits=4, dynamic=False, scale=(0.25, 0.5), learn="layer"),
+    replace(LEARNED, bits=3, scale=(0.75,)),
 ]
 
 

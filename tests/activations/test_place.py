@@ -196,7 +196,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
 BAD: dict[str, Any] = {
     "needs a list": lambda c: c | {"activations": {}},
     "kind: got 'rows'; allowed: token": lambda c: _changed(c, kind="rows"),
-    "bits: got 5; allowed: 4, 8": lambda c: _changed(c, bits=5),
+    "bits: got 5; allowed: 3, 4, 6, 8": lambda c: _changed(c, bits=5),
     "clip: got -1": lambda c: _changed(c, clip=-1),
     "needs a list of positive numbers": lambda c: _changed(c, scale=[float("inf")]),
     "kind token is dynamic": lambda c: _changed(c, dynamic=False),

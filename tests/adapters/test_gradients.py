@@ -38,7 +38,7 @@ def configs() -> Iterator[AdapterConfig]:
 
 def cases() -> Iterator[tuple[AdapterConfig, IntGrid]]:
     grids = itertools.product((2, 3, 4, 8), (32, -1), (True, False), (0, 1, 4))
-    for bits, group_size, symmetric, residual_bits in grids:
+    for bits, group_size, symmetric, residual_bits in (*grids, (6, 32, False, 4)):
         grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, residual_bits=residual_bits)
         for config in configs():
             if config.reject(grid) is None:

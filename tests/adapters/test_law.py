@@ -72,6 +72,8 @@ def grids(kind: str) -> Iterator[Grid]:
     else:
         for bits, group_size, symmetric, f in itertools.product((2, 3, 4, 8), GROUPS, (True, False), (4, 0)):
             yield IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, residual_bits=f)
+        for symmetric, f in ((True, 4), (False, 4), (True, 0)):
+            yield IntGrid(bits=6, group_size=64, symmetric=symmetric, residual_bits=f)
 
 
 def configs(method: str) -> Iterator[AdapterConfig]:
@@ -104,6 +106,7 @@ def test_nobody_is_left_out():
             wanted |= set(itertools.product([method], (1, 2, 3, 4), GROUPS, [None]))
         elif config.exact_merge:
             wanted |= set(itertools.product([method], (2, 3, 4, 8), GROUPS, (True, False)))
+            wanted |= {(method, 6, 64, True), (method, 6, 64, False)}
     assert wanted and covered == wanted
     # A residual of 0 may be refused, but only with a reason that names the way out.
     refused = [

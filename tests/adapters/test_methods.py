@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 INT_GRIDS = [
     IntGrid(bits=b, group_size=g, symmetric=s, residual_bits=f)
     for b, g, s, f in itertools.product((2, 3, 4, 8), (32, -1), (True, False), (0, 1, 2, 4))
-]
+] + [IntGrid(bits=6, group_size=32, symmetric=s, residual_bits=f) for s, f in ((True, 0), (False, 4))]
 
 
 def starts() -> list[tuple[AdapterConfig, IntGrid | BinaryGrid]]:

@@ -120,13 +120,13 @@ def test_an_error_begins_with_its_first_problem(calls, tmp_path, capsys):
     bad.write_text(good.replace("  bits: 4", "  bits: 5"))
     assert call("run", str(bad)) == 2
     err = capsys.readouterr().err
-    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4\n"
+    assert err == f"error: {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 6, 8; the nearest is 4\n"
 
     bad.write_text(good.replace("  bits: 4", "  bits: 5").replace("name: quickstart", "name: a/b"))
     assert call("run", str(bad)) == 2
     first, *others = capsys.readouterr().err.splitlines()
     assert first.startswith(f"error: {bad}:11: name: got 'a/b'; allowed: ")
-    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4"]
+    assert others == [f"       {bad}:{line}: quant.bits: got 5; allowed: 2, 3, 4, 6, 8; the nearest is 4"]
     with pytest.raises(RecipeError) as caught:
         load_recipe(bad)
     assert str(caught.value).startswith(f"{bad}:11: name: ") and calls == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,20 @@ def test_batch_norms_compare_moments(seed: int, batch: int, channels: int) -> No
     assert loss() == pytest.approx(0, abs=1e-4), "images that are what it remembers have a loss"
 
 
+def test_batch_norms_of_tokens_have_moments_too() -> None:
+    """LeViT's: [B T, C], or [B, C, T]."""
+    for shape in ((12, 3), (4, 3, 5)):
+        norm = nn.BatchNorm1d(3).eval()
+        norm.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+        x = torch.randn(shape)
+        prior = BatchNorms(norm)
+        with prior.watched(), torch.no_grad():
+            norm(x)
+        flat = x.double().transpose(0, 1).flatten(1)
+        off = (flat.mean(1) - norm.running_mean).norm() + (flat.var(1, correction=0) - 1).norm()
+        assert float(prior.loss()) == pytest.approx(float(off), rel=1e-4)
+
+
 def test_a_model_without_what_a_prior_looks_at_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no batch norm that remembers.*prior: patches"):
         prior_of("batch_norm", nn.Sequential(nn.BatchNorm2d(3)))
@@ -240,6 +255,60 @@ def test_images_are_made_for_labels_and_stored_as_rows(model: Any, processor: An
     assert read_state(tmp_path / "none").reasons == {"the model is not sure": 4}
 
 
+def test_a_few_images_are_in_memory_at_a_time_while_the_model_is_measured(model: Any) -> None:
+    alive, most, answers = [0], [0], [0] * 100
+
+    def images() -> Any:
+        for _ in answers:
+            image = torch.zeros(3, model.config.image_size, model.config.image_size)
+            weakref.finalize(image, lambda: alive.__setitem__(0, alive[0] - 1))
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield image
+            del image
+
+    with torch.no_grad():
+        labeller().score(model, images(), answers)
+    assert 1 < most[0] <= 2 * 32 + 1 and alive[0] == 0
+
+
+def test_a_loss_that_is_no_number_is_told(processor: Any, model: Any, tmp_path: Path) -> None:
+    """Of NaN nothing is less than anything: the noise that was there before the first step would be kept."""
+    made = maker(processor, labels="drawn", weights={"prior": 0, "variation": 1e39, "task": 1.0})
+    with pytest.raises(ValueError, match="the loss of the images is no number.*data.synthesis.weights"):
+        fill(RowsFolder(tmp_path, "key"), made, 4, model, lambda *_: None)
+
+
+def test_labels_are_found_in_smaller_images(model: Any, processor: Any) -> None:
+    """adapt.scale: where labels are found is small, what is stored is not; a model of one size says no."""
+    from transformers import AutoModelForObjectDetection
+
+    folder = ROOT / "recipes" / "assets" / "tiny-rtdetr"
+    detector: Any = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
+    task = TASKS["object_detection"].model_validate({"kind": "object_detection", "labels": SHAPES[:3]})
+    boxes, sizes = read_processor(folder), list[int]()
+    given = Given(boxes, [], None, 12, task.labeller(boxes))
+    keys = {
+        "labels": "adaptive",
+        "steps": 3,
+        "check_every": 3,
+        "adapt": {"begin": 0, "every": 1, "scale": 0.5},
+    }
+    config = SYNTHESIS["task_images"].model_validate({"kind": "task_images", "samples": 2, **keys})
+    with detector.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["pixel_values"].shape[-1]), with_kwargs=True
+    ):
+        shard = config.maker(given).write(range(2), detector, lambda rows, steps: None)
+    assert set(sizes) == {32, 64} and sizes == sorted(sizes), "first the small ones"
+    assert [picture_of(data).size for data in shard.files.values()] == [(64, 64)] * 2
+    small = Frame(processor).scaled(0.5)
+    x = torch.rand(3, small.height, small.width)
+    whole = Frame(processor)(nn.functional.pad(x, (0, 16, 0, 16)))
+    assert torch.equal(small(x), whole[..., :16, :16])
+    with pytest.raises(ValueError, match=r"adapt.scale: got 0.5.*takes no images of 16 x 16.*raise it"):
+        maker(processor, **keys).write(range(2), model, lambda rows, steps: None)
+
+
 def test_an_image_begins_alike_in_any_company(processor: Any) -> None:
     frame = Frame(processor)
     together = noise(3, range(5), frame, 0)
@@ -252,6 +321,11 @@ WRONG = [
     ({"samples": None}, "give a number"),
     ({"weights": {"prior": 0, "task": 1}}, "nothing shapes an image"),
     ({"labels": "adaptive", "steps": 40}, "adapt.begin 60 of 40 steps"),
+    ({"labels": "drawn", "weights": {"task": 0}}, "weights.task: got 0 with labels: drawn"),
+    (
+        {"labels": "adaptive", "steps": 80, "adapt": {"begin": 10, "every": 100}},
+        "the first look at the labels is at step 100",
+    ),
 ]
 
 
@@ -362,6 +436,8 @@ def test_no_real_row_comes_to_it_and_codes_stay(
 
 REFUSED = [
     ("task=image_classification", "model.path=recipes/assets/tiny-vit", "has no head for it yet"),
+    ("task={kind: object_detection, labels: [cat, dog]}", "output=x", "leave labels out"),
+    ("task={kind: object_detection, labels: [square, circle, triangle]}", "output=x", "leave labels out"),
     ("data.synthesis.kind=task_imagse", "output=x", "did you mean 'task_images'?"),
     ("data.synthesis={kind: self_generated}", "output=x", "its rows are images; set kind: task_images"),
 ]

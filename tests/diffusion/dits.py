@@ -84,3 +84,33 @@ def rows(folder: Path, count: int, seed: int = 0) -> Path:
         lines.append(json.dumps({"image": str(folder / f"{number}.png"), "label": label}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "rows.jsonl"
+
+
+def states(path: Path, name: str, seed: int, tokens: int = 6) -> Path:
+    """What a text encoder said, for a model of SIZES."""
+    from safetensors.torch import save_file
+
+    draw, own = torch.Generator().manual_seed(seed), SIZES[name]
+    made = {
+        "encoder_hidden_states": torch.randn(tokens, own["joint_attention_dim"], generator=draw),
+        "pooled_projections": torch.randn(own["pooled_projection_dim"], generator=draw),
+    }
+    save_file(made, path)
+    return path
+
+
+def text_rows(folder: Path, name: str, count: int, seed: int = 0) -> Path:
+    """A jsonl file of {image: path of latents, text: path of states}: the latents' mean is by the text."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, channels = torch.Generator().manual_seed(seed), 4 if name.startswith("SD3") else 1
+    texts = [states(folder / f"text-{i}.safetensors", name, i) for i in range(3)]
+    lines = []
+    for number in range(count):
+        noise = torch.randn(channels, SIZE, SIZE, generator=draw)
+        save_file({"latent": 0.2 * noise + (number % 3 - 1)}, folder / f"{number}.safetensors")
+        row = {"image": f"{number}.safetensors", "text": texts[number % 3].name}
+        lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit_ft.diffusion.paths import PATHS, kept_signal, sampled
 from lowbit_ft.diffusion.pictures import Pictures
+from lowbit_ft.diffusion.traits import TRAITS
 from tests.diffusion import dits
 
 diffusers = pytest.importorskip("diffusers")
@@ -54,7 +55,7 @@ def test_noise() -> None:
 class Says:
     """A model that is easily told apart: what it says depends on the picture, the time and the label."""
 
-    config = SimpleNamespace(classes=3)
+    config = SimpleNamespace(traits=TRAITS["DiTTransformer2DModel"])
 
     def parameters(self) -> Any:
         yield torch.zeros(1)
@@ -67,7 +68,8 @@ class Says:
 @pytest.mark.parametrize(("name", "kind"), [("velocity", "flow"), ("noise", "ddim")])
 def test_the_way_back_is_that_of_the_schedulers_of_diffusers(name: str, kind: str) -> None:
     model, noise, labels, steps, guidance = Says(), some()[1], torch.tensor([0, 1, 2, 0]), 10, 1.5
-    ours = sampled(model, PATHS[name], labels, noise, steps, guidance)
+    shown, without = {"class_labels": labels}, {"class_labels": torch.full((4,), 3)}
+    ours = sampled(model, PATHS[name], shown, without, noise, steps, guidance)
     if kind == "flow":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
@@ -80,7 +82,7 @@ def test_the_way_back_is_that_of_the_schedulers_of_diffusers(name: str, kind: st
         one, none = (model(x, told, each).sample[:, :3] for each in (labels, torch.full((4,), 3)))
         x = scheduler.step(none + guidance * (one - none), time, x).prev_sample
     torch.testing.assert_close(ours, x, atol=2e-5, rtol=1e-4)
-    alone = sampled(model, PATHS[name], labels, noise, steps)
+    alone = sampled(model, PATHS[name], shown, without, noise, steps)
     assert (alone - ours).abs().max() > 1e-3
 
 

@@ -22,7 +22,8 @@ BOTH = {"native": NATIVE, "compressed-tensors": COMPRESSED}  # their readers are
 OTHERS = [name for name in EXPORTERS if name != "native"]
 GRIDS = [
     int_grid(bits=bits, group_size=group, symmetric=symmetric)
-    for bits, group, symmetric in itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False))
+    for widths, groups in (((2, 3, 4, 8), (32, 64, 128, 256, -1)), ((6,), (64, 256)))
+    for bits, group, symmetric in itertools.product(widths, groups, (True, False))
 ]
 WIDE: dict[str, Any] = SIZE | dict(vocab_size=4096, hidden_size=256)
 TINY = WIDE | dict(num_hidden_layers=2)

@@ -80,7 +80,9 @@ def test_the_bit_stream_is_the_librarys(bits: int, rows: int, columns: int, seed
 
 def test_compressed_tensors_refuses_what_it_cannot_hold() -> None:
     assert all(
-        COMPRESSED.reject(int_grid(bits=b, symmetric=s)) is None for b in (2, 3, 4, 8) for s in (True, False)
+        COMPRESSED.reject(int_grid(bits=b, symmetric=s)) is None
+        for b in (2, 3, 4, 6, 8)
+        for s in (True, False)
     )
     assert "sign planes" in str(COMPRESSED.reject(BinaryGrid()))
     assert "float offset" in str(COMPRESSED.reject(int_grid(), offset=True))

@@ -33,6 +33,7 @@ def test_gguf_takes_the_smallest_block_type_that_is_exact() -> None:
     assert {n for (bits, _), n in names.items() if bits == 8} == {"Q8_0"}
     assert {n for (bits, _), n in names.items() if bits == 4} == {"Q4_0"}
     assert names[3, 128] == names[2, 64] == "Q4_0"
+    assert names[6, 64] == "Q8_0" and names[6, 256] == "Q6_K"
     assert names[3, 256] == names[3, -1] == "Q3_K" and names[2, 256] == names[2, -1] == "Q2_K"
     assert block_type(int_grid(bits=3, group_size=-1), 96).name == "Q4_0"  # no whole block of 256
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ LAYERS: dict[str, tuple[IntGrid, Scheme | None, str]] = {
     "transformer.h.0.attn.c_attn": (int_grid(symmetric=False, group_size=32), None, "MatMulNBits"),
     "transformer.h.0.attn.c_proj": (int_grid(bits=3, **ROW), STATIC, "MatMulNBits"),
     "transformer.h.0.mlp.c_fc": (int_grid(bits=8, symmetric=False, **ROW), TOKEN, "MatMulInteger"),
-    "transformer.h.0.mlp.c_proj": (int_grid(bits=8, group_size=32), None, "DequantizeLinear"),
+    "transformer.h.0.mlp.c_proj": (int_grid(bits=6, group_size=32), None, "DequantizeLinear"),
     "lm_head": (int_grid(bits=2, group_size=128), None, "MatMulNBits"),
 }
 
@@ -153,6 +154,8 @@ KINDS = [
     Scheme(kind="dual", bits=8),
     Scheme(kind="tensor", bits=8),
     Scheme(kind="tensor", bits=4, symmetric=False, dynamic=False, scale=(0.2,), zero=(-3,)),
+    Scheme(kind="tensor", bits=3, dynamic=False, scale=(0.5,)),
+    Scheme(kind="token", bits=6, symmetric=False),
 ]
 
 
@@ -203,23 +206,29 @@ def test_a_product_of_integers_keeps_its_bias() -> None:
     chance = torch.Generator().manual_seed(3)
     weight = random_weight((48, 64), int_grid(bits=8, group_size=-1))
     bias = nn.Parameter(10 * torch.randn(48, generator=chance), requires_grad=False)
-    schemes = (TOKEN, Scheme(kind="tensor", bits=8), STATIC)
+    narrow = (
+        replace(TOKEN, bits=3),
+        replace(STATIC, bits=6, scale=(0.05,)),
+    )  # clipped in front of their bytes
+    schemes = (TOKEN, Scheme(kind="tensor", bits=8), STATIC, *narrow)
+    six = random_weight((48, 64), int_grid(bits=6, group_size=-1))  # in bytes, like those of 8 bits
+    cases = [*((weight, scheme) for scheme in schemes), (six, TOKEN)]
 
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            specs = [LayerSpec((48, 64), weight.grid, activation=scheme) for scheme in schemes]
+            specs = [LayerSpec((48, 64), own.grid, activation=scheme) for own, scheme in cases]
             self.layers = nn.ModuleList(OnnxLinear(spec, ONNX.specs(spec), bias) for spec in specs)
-            for layer in self.layers:
-                for name, tensor in ONNX.pack(weight).items():
+            for layer, (own, _) in zip(self.layers, cases, strict=True):
+                for name, tensor in ONNX.pack(own).items():
                     layer.register_buffer(name, tensor)
 
         def forward(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             return tuple(layer(inputs["x"]) for layer in self.layers)
 
     x = torch.randn(2, 5, 64, generator=chance)
-    packed = PackedLinear(weight, bias=bias)
-    for scheme, found in zip(schemes, ran(Layers(), x, len(schemes)), strict=True):
+    for (own, scheme), found in zip(cases, ran(Layers(), x, len(cases)), strict=True):
+        packed = PackedLinear(own, bias=bias)
         place(packed, scheme)
         wanted = packed(x)
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max(), scheme

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 SHAPE = (9, 200)
 INT_GRIDS = [
     IntGrid(bits=b, group_size=g, symmetric=s)
-    for b, g, s in itertools.product((2, 3, 4, 8), (32, 64, 128, 256, -1), (True, False))
+    for bits, groups in (((2, 3, 4, 8), (32, 64, 128, 256, -1)), ((6,), (64, -1)))
+    for b, g, s in itertools.product(bits, groups, (True, False))
 ]
 BINARY_GRIDS = [
     BinaryGrid(bits=b, group_size=g) for b, g in itertools.product((1, 2, 3, 4), (32, 64, 128, 256, -1))
@@ -117,7 +118,7 @@ def test_mse_is_never_worse_than_the_full_range(grid: IntGrid, p: float):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     "grid",
-    [IntGrid(bits=b, symmetric=s, group_size=32) for b in (2, 3, 4, 8) for s in (True, False)],
+    [IntGrid(bits=b, symmetric=s, group_size=32) for b in (2, 3, 4, 6, 8) for s in (True, False)],
     ids=str,
 )
 def test_groups_left_alone_early_have_the_result_of_the_whole_search(
@@ -146,7 +147,7 @@ def test_groups_left_alone_early_have_the_result_of_the_whole_search(
     assert few < (0.95 if grid.bits == 2 else 0.8) * all_
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_a_symmetric_group_takes_the_sign_that_costs_less(bits: int) -> None:
     """Codes go one step further down than up. In float64: the error is the lesser one over ratios of both
     signs; a weight and its negative have scales of opposite sign and the same error; 8 bits stay positive."""

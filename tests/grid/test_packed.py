@@ -21,7 +21,7 @@ def test_json_round_trip(grid):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 5}, "bits: got 5; allowed are 2, 3, 4, 8"),
+        ({"bits": 5}, "bits: got 5; allowed are 2, 3, 4, 6, 8"),
         ({"bits": True}, "bits: got True"),
         ({"group_size": 48}, "group_size: got 48"),
         ({"symmetric": 1}, "symmetric: got 1"),
@@ -103,7 +103,7 @@ def test_estimators():
     assert used.item() == 2.0 and value.grad.item() == 0.25
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_of_a_weight_are_a_weight(bits: int, symmetric: bool) -> None:
     """As an exporter splits gate and up, and an embedding looks rows up: the same codes, scales and dense

@@ -31,6 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("awq", {"group_size": 128}),
     *[("compressed-tensors", {"bits": b, "symmetric": s}) for b in (2, 3, 4, 8) for s in (True, False)],
     ("compressed-tensors", {"group_size": -1}),
+    ("compressed-tensors", {"bits": 6, "symmetric": False}),
     ("compressed-tensors", {"scale_dtype": torch.bfloat16}),
     ("compressed-tensors", {"scale_dtype": torch.float32}),
 ]

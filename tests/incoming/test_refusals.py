@@ -79,6 +79,7 @@ def group(**changes: Any) -> dict[str, Any]:
         ),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format: got 'marlin'; allowed: gptq, gptq_v2"),
         ("gptq", {"bits": 5}, "GPTQ checkpoint: bits: got 5; allowed are 2, 3, 4, 8"),
+        ("gptq", {"bits": 6}, "GPTQ checkpoint: bits: got 6; allowed are 2, 3, 4, 8"),
         ("gptq", {"group_size": 16}, "group_size: got 16; allowed are 32"),
         ("gptq", {"pack_dtype": "int16"}, "pack_dtype: got 'int16'"),
         ("gptq", {"dynamic": {"+:.*down_proj": {"bits": 8}}}, r"dynamic: got the rule '\+:\.\*down_proj'"),

@@ -51,7 +51,7 @@ def test_compressed_tensors_loads_without_our_package_with_equal_logits(tmp_path
     source = tiny_checkpoint(tmp_path / "dense")
     cases: dict[str, Any] = {
         f"W{bits} {'sym' if symmetric else 'asym'}": int_grid(bits=bits, symmetric=symmetric)
-        for bits in (2, 3, 4, 8)
+        for bits in (2, 3, 4, 6, 8)
         for symmetric in (True, False)
     }
     cases["row"] = int_grid(bits=3, group_size=-1)

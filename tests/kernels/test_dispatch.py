@@ -31,7 +31,7 @@ def test_importing_needs_no_triton():
 @pytest.mark.parametrize("arch", [0, 75, 80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("op", dispatch.KERNELS)
 def test_every_op_has_a_configuration_everywhere(op, arch):
-    for bits in (1, 2, 3, 4, 8):
+    for bits in (1, 2, 3, 4, 6, 8):
         for m in (1, 16, 17, 64, 300, 5000):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 got = dispatch.config(op, bits, dtype, m, 4096, 4096, arch)

@@ -135,7 +135,7 @@ def grid_arguments(bits: int, n: int, k: int, g: int, units: str, rank: int = 64
 
 
 @pytest.mark.parametrize("units", ["grid", "weight", "live"])
-@pytest.mark.parametrize(("bits", "g"), [(4, 128), (3, 64), (2, -1)])
+@pytest.mark.parametrize(("bits", "g"), [(4, 128), (3, 64), (2, -1), (6, 128)])
 def test_codes_are_the_reference_s_and_do_not_depend_on_the_call(units, bits, g):
     n, k = 1024, 4096
     args = grid_arguments(bits, n, k, g, units)
@@ -173,7 +173,7 @@ def mask_of(n: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize(("bits", "g"), [(4, 128), (3, 64), (2, -1)])
+@pytest.mark.parametrize(("bits", "g"), [(4, 128), (3, 64), (2, -1), (6, 128)])
 def test_a_dense_part(bits, g, some, masked):
     """Codes bit for bit, gradients as good as the reference's, the same in every run, in a graph too."""
     n, k, m = 1024, 1100, 300
@@ -242,7 +242,7 @@ def test_grid_estimates_and_no_wait_for_the_device(units, low_rank):
 
 
 @pytest.mark.parametrize("residual_bits", [0, 4])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_quantize_and_pack(bits, residual_bits):
     weight = torch.randn(577, 1100, device="cuda").bfloat16()
     scale = torch.rand(lk.group_count(1100, 128), 577, device="cuda") + 0.2

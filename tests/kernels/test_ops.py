@@ -14,6 +14,7 @@ from tests.kernels.common import K, N, binary_args, codes_of, dense, error, inte
 
 pytestmark = pytest.mark.usefixtures("poison")
 GRID_CASES = list(itertools.product((2, 3, 4, 8), (32, 128, -1), UNITS, (False, True)))
+GRID_CASES += [(6, 128, units, zero) for units, zero in zip(UNITS, (True, False, True), strict=True)]
 
 
 def group_sums(dw: Tensor, size: int) -> Tensor:
@@ -189,7 +190,7 @@ def test_unknown_units_are_refused():
         kernels.grid_linear(torch.randn(2, K), **{**args, "units": "step"})
 
 
-@pytest.mark.parametrize(("bits", "group_size"), list(itertools.product((2, 3, 4, 8), (32, 128, -1))))
+@pytest.mark.parametrize(("bits", "group_size"), list(itertools.product((2, 3, 4, 6, 8), (32, 128, -1))))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_matmul_and_dx(bits: int, group_size: int, dtype: torch.dtype):
     a = integer_args(bits, group_size, offset=True)

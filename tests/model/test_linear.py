@@ -122,7 +122,7 @@ def test_optimizer_keeps_its_parameters_over_to_dtype():
 # exception.
 @pytest.mark.parametrize(
     ("bits", "f", "group_size", "symmetric"),
-    list(itertools.product((2, 3, 4, 8), (0, 1, 2, 4), (32, 64, 128, 256, -1), (True, False))),
+    list(itertools.product((2, 3, 4, 6, 8), (0, 1, 2, 4), (32, 64, 128, 256, -1), (True, False))),
 )
 def test_memory_held_per_weight(bits: int, f: int, group_size: int, symmetric: bool):
     grid = IntGrid(bits=bits, group_size=group_size, symmetric=symmetric, residual_bits=f)

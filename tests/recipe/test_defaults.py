@@ -38,15 +38,17 @@ def recipe(tmp_path: Path, quant: dict, adapter: dict, train: dict) -> Recipe:
 
 
 @pytest.mark.parametrize("method", ["lr_qat", "dl_qat", "l4q", "scale", "lora"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_bits_and_method_are_enough(method: str, bits: int, tmp_path: Path):
     got = recipe(tmp_path, {"bits": bits, "group_size": 64}, {"method": method}, {})
-    assert got.quant.calibrate == ("mse" if bits == 8 else "gptq")
-    assert got.train.learning_rate == RATES.get(method, {}).get(bits, OTHERS)
+    assert got.quant.calibrate == ("mse" if bits > 4 else "gptq")
+    four = RATES.get(method, {}).get(4, OTHERS)
+    expected = (four + OTHERS) / 2 if bits == 6 else RATES.get(method, {}).get(bits, OTHERS)
+    assert got.train.learning_rate == expected
     said = taken(got)
     assert len(said) == 2 and f"quant.calibrate: {got.quant.calibrate}" in said[0]
     assert f"train.learning_rate: {got.train.learning_rate:g}" in said[1]
-    if bits < 8:
+    if bits <= 4:
         assert "docstrings" in said[0], "what it looks at"
     # What the run folder keeps: numbers and names, and nothing is auto any more.
     kept = tmp_path / "kept.yaml"

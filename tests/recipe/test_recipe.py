@@ -59,7 +59,7 @@ BAD = [
         "override of a wrong value",
         ("", ""),
         ("quant.bits=7",),
-        "override 'quant.bits=7': quant.bits: got 7; allowed: 2, 3, 4, 8; the nearest is 8",
+        "override 'quant.bits=7': quant.bits: got 7; allowed: 2, 3, 4, 6, 8; the nearest is 6",
     ),
 ]
 

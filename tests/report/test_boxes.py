@@ -72,6 +72,20 @@ def test_the_others_are_shown(tmp_path: Path) -> None:
     assert "surer" in section(tmp_path, 7, picture(size=[0, 3]), picture())
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Matplotlib reads mathematics between dollars: a class of such a name ended the report of its run."""
+    one = facts(picture())
+    for names in (["$a_{$", "_hidden"], ["$5", "b"]):
+        (tmp_path / FILE).write_text(json.dumps(one | {"names": names}))
+        assert "surer" in boxes_section(RunFiles(tmp_path))
+
+
+def test_boxes_without_end_are_cut(tmp_path: Path) -> None:
+    many = [[-1e308, 0, 1e308, 4, category, 1.0] for category in range(3000)]
+    one = picture(boxes={"true": many})
+    assert "the first 100 are drawn" in section(tmp_path, one)
+
+
 def test_what_is_no_box_is_left_out(tmp_path: Path) -> None:
     odd = [7, [1, 2], [1, 2, 3, 4, 0, "sure"], [1, 2, float("inf"), 4, 0, 1], [1, 1, 4, 3, 9, 0.9]]
     one = picture(boxes={"true": odd, "base": "none", "trained": odd})

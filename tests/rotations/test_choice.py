@@ -16,7 +16,8 @@ from lowbit_ft.activations.place import hosts, place_activations
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.load import load_model
 from lowbit_ft.quantize.quantize import quantize
-from lowbit_ft.quantize.rotate import full_range, plan_rotation, smoothing
+from lowbit_ft.quantize.rotate import full_range, plan_rotation
+from lowbit_ft.quantize.smooth import smoothing
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.rotations import ROTATIONS, Asked, FoldedCheckpoint, Rotation, RotationFile, SiteErrors, Turn
 from tests.packed_tools import tiny_checkpoint

@@ -23,7 +23,7 @@ from tests.packed_tools import adapter_config
 N, K = 32, 160
 GRIDS = [
     IntGrid(bits=b, group_size=32, symmetric=s, mask=True)
-    for b, s in itertools.product((2, 3, 4, 8), (True, False))
+    for b, s in (*itertools.product((2, 3, 4, 8), (True, False)), (6, False))
 ]
 MASKS = {"90 %": Asked(0.9), "2:4": Asked(0.5, PATTERNS["2:4"])}
 KEPT = [

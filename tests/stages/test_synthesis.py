@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowbit_ft import pipeline
+from lowbit_ft.data.synthesis.base import Shard
+from lowbit_ft.data.synthesis.folder import RowsFolder
 from lowbit_ft.files.manifest import MANIFEST
 from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.recipe.recipe import load_recipe
-from lowbit_ft.session import resume
+from lowbit_ft.session import resume, start
 from lowbit_ft.stages import synthesis
 from lowbit_ft.stages.synthesis import read_state, train_source, valid_source, writer
 from tests.forks import Forked, run
@@ -143,6 +148,40 @@ def test_rows_of_a_task_are_taught_by_a_teacher(tmp_path: Path, kind: str) -> No
     assert all(first[name] > 0 for name in names if kind == "layers") and first["loss"] > 0
     state = read_state(tmp_path / "run" / "synthesis")
     assert state.count("train") and set(state.answers) <= {"good", "bad"}
+
+
+def test_rows_are_made_anew_for_another_image_processor(tmp_path: Path) -> None:
+    """It is in none of the files of weights, and a picture that was made for one is another for the next."""
+    folder = Path(shutil.copytree(ROOT / "recipes/assets/tiny-rtdetr", tmp_path / "model"))
+    changes = [f"model.path={folder}", f"output={tmp_path / 'run'}"]
+    recipe = load_recipe(ROOT / "recipes/quickstart-image-data-free.yaml", changes)
+
+    def key() -> str:
+        checkpoint = Checkpoint.open(folder, purpose=recipe.task.purpose(0))
+        config = recipe.data.synthesis
+        assert config is not None
+        return synthesis.synthesis_key(SimpleNamespace(recipe=recipe, checkpoint=checkpoint), config)  # pyright: ignore[reportArgumentType]
+
+    before, file = key(), folder / "preprocessor_config.json"
+    (folder / "README.md").write_text("a card")
+    assert key() == before
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_rescale": False}))
+    assert key() != before
+
+
+def test_a_recipe_that_makes_no_rows_leaves_those_there(tmp_path: Path) -> None:
+    """Rows of another recipe go when theirs can be made, and not before."""
+    session = start(recipe(tmp_path / "run", "data.synthesis.starts=100000"))
+    try:
+        shard = Shard(3)
+        shard.lines["train"].append({"row": 0, "input_ids": [1, 2, 3]})
+        RowsFolder(session.run / "synthesis", "of another recipe").put(0, shard)
+        before = files(tmp_path)
+        with pytest.raises(ValueError, match="starts: got 100000"):
+            synthesis.synthesis_stage(session)
+        assert before and files(tmp_path) == before
+    finally:
+        session.run.close()
 
 
 def test_no_row_left_is_an_error(tmp_path: Path) -> None:

@@ -42,6 +42,20 @@ def test_average_precision_by_hand() -> None:
     assert average_precision(true, [found([], [])], 3) == {"map": 0, "map50": 0, "map75": 0}
 
 
+@pytest.mark.parametrize("off", [float("nan"), float("inf")])
+def test_a_box_that_is_no_number_finds_nothing(off: float) -> None:
+    """COCO's evaluation compares `overlap < least`, which of NaN is never true: such a box matches all."""
+    true, sure = [found([[0, 0, 10, 10]], [0])], [found([[off] * 4], [0], [0.9])]
+    assert average_precision(true, sure, 1)["map"] == 0
+    both = [found([[off] * 4, [0, 0, 10, 10]], [0, 0], [0.9, 0.8])]
+    assert average_precision(true, both, 1)["map"] == pytest.approx(0.5), "it is a wrong one, and counts"
+
+
+def test_labels_that_are_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="'cat' more than once"):
+        TASKS["object_detection"].model_validate({"kind": "object_detection", "labels": ["cat", "cat"]})
+
+
 def overlap(a: Tensor, b: Tensor) -> float:
     low, high = torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])
     both = float((high - low).clamp(min=0).prod())
@@ -110,6 +124,7 @@ def test_shares_and_back() -> None:
         ("no", "xywh", "got 'no'"),
         ([1, 2, 3, float("nan")], "xywh", "four finite numbers"),
         ([True, 2, 3, 4], "xywh", "four finite numbers"),
+        ([1, 2, 10**400, 4], "xywh", "four finite numbers"),
         ([1, 2, 0, 4], "xywh", r"\[1, 2, 0, 4\] has no size"),
         ([9, 2, 5, 4], "xyxy", r"has no size \(xyxy; task.box_format\)"),
         ([30, 2, 12, 4], "xywh", "lies outside of its picture of 40 x 20 pixels"),
@@ -189,3 +204,12 @@ def test_the_names_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"objects": [{"category": 2}, {"category": 0}]}))
     source.path = str(tmp_path / "one.jsonl")
     assert found_labels(source, "category", {}, "objects") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_stray_number_makes_no_labels(tmp_path: Path) -> None:
+    """Of 10**9 a name for each number below it was made."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"objects": {"category": [0, 10**9]}}))
+    source = SimpleNamespace(path=str(tmp_path / "one.jsonl"), split="train", name=None, revision=None)
+    source.limit = None
+    with pytest.raises(DataError, match="holds the label 1000000000, and labels are counted from 0"):
+        found_labels(source, "category", {}, "objects")

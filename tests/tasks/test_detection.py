@@ -29,7 +29,7 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.conv import PackedConv2d
 from lowbit_ft.model.images import made_size, picture_of, read_processor, size_of
 from lowbit_ft.model.load import load_model
-from lowbit_ft.model.purpose import Purpose, head_parts
+from lowbit_ft.model.purpose import Purpose, head_parameters, head_parts
 from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.plan.step import WHOLE
 from lowbit_ft.quantize.quantize import quantize
@@ -38,7 +38,7 @@ from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.tasks import TASKS
 from lowbit_ft.tasks.base import Feed
-from lowbit_ft.tasks.object_detection import as_tensors, detected, loss_of
+from lowbit_ft.tasks.object_detection import as_tensors, detected
 from tests import detectors, encoders
 
 pytest.importorskip("pycocotools")
@@ -81,6 +81,9 @@ def test_what_is_trained_is_what_ships(ran: SimpleNamespace) -> None:
     assert ran.rows["merged"]["loss"] == ran.rows["trained"]["loss"] < ran.rows["quantized"]["loss"]
     assert set(ran.rows["merged"]["scores"]) == {"map", "map50", "map75"}
     assert ran.rows["merged"]["scores"] == ran.rows["trained"]["scores"]
+    last = json.loads((ran.run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["images"] == 4 * 8 and last["images_per_s"] > 0 and "tokens" not in last
+    assert "images per second, median" in (ran.run / "report.html").read_text()
     assert "16 of 16 rows used\n" in ran.said and "8 images" in ran.said
     config = json.loads((ran.run / "merged" / "config.json").read_text())
     assert list(config["id2label"].values()) == list(detectors.LABELS)
@@ -179,10 +182,39 @@ def test_the_loss_is_the_models_own(kind: str, tmp_path: Path) -> None:
         ours = task.loss(task.outputs(model, {"pixel_values": batch["pixel_values"]}, labels), labels)
         torch.testing.assert_close(ours / count, model(**batch).loss)
     images = batches[0]["pixel_values"].clone().requires_grad_()
-    loss_of(model, images, batches[0]["labels"]).backward()
+    made = [(one["class_labels"].tolist(), one["boxes"].tolist()) for one in batches[0]["labels"]]
+    whole = task.labeller(processor).loss(model, images, made)
+    torch.testing.assert_close(whole, model(**batches[0]).loss)
+    whole.backward()
     assert images.grad is not None and float(images.grad.abs().max()) > 0
     empty = as_tensors({"class_labels": [], "boxes": []})
     assert empty["boxes"].shape == (0, 4) and empty["class_labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["detr", "yolos"])
+def test_a_process_counts_its_own_boxes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among several processes DETR's loss asks all of them, and one that evaluates alone would wait."""
+    from accelerate import PartialState
+    from transformers.loss import loss_for_object_detection as theirs
+
+    folder = detectors.detector(tmp_path / "model", kind)
+    model = AutoModelForObjectDetection.from_pretrained(folder, attn_implementation="eager").eval()
+    labels = [as_tensors({"class_labels": [0], "boxes": [[0.5, 0.5, 0.4, 0.4]]})]
+    images = torch.zeros(1, 3, *made_size(folder))
+    alone = model(pixel_values=images, labels=labels).loss
+
+    def reduce(*_: Any) -> Any:
+        raise AssertionError("other processes are asked")
+
+    monkeypatch.setattr(PartialState, "_shared_state", {"num_processes": 2})
+    monkeypatch.setattr(theirs, "reduce", reduce)
+    with pytest.raises(AssertionError, match="are asked"):
+        model(pixel_values=images, labels=labels)
+    task: Any = TASKS["object_detection"].model_validate({"kind": "object_detection"})
+    assert torch.equal(task.outputs(model, {"pixel_values": images}, {"labels": labels}).loss, alone)
+    answer = ((0,), ((0.5, 0.5, 0.4, 0.4),))
+    assert torch.equal(task.labeller(None).loss(model, images, [answer]), alone)
+    assert PartialState._shared_state == {"num_processes": 2}
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "detr", "yolos"])
@@ -206,6 +238,29 @@ def test_other_classes_are_a_new_head(kind: str, tmp_path: Path) -> None:
     strict = Purpose("AutoModelForObjectDetection", values, 3)
     with pytest.raises((CheckpointError, ValueError)):
         load_model(Checkpoint.open(folder, dtype="float32", purpose=strict), "eager")
+
+
+@pytest.mark.parametrize("kind", ["LwDetr", "RfDetr", "RTDetrV2", "Deimv2"])
+def test_the_head_is_all_that_goes_by_the_labels(kind: str) -> None:
+    """By the shapes of models of 3 and of 5 labels, without data: what is no part of the head would be
+    packed, and not fit the files where the labels are others."""
+    import transformers
+
+    model, config = (getattr(transformers, f"{kind}{of}") for of in ("ForObjectDetection", "Config"))
+    few, more = (detectors.names(tuple("abcde"[:count])) for count in (3, 5))
+    with torch.device("meta"):
+        built = [model(config(**names)) for names in (few, more)]
+    ours, theirs = (dict(model.named_parameters()) for model in built)
+    other = {name for name, value in ours.items() if value.shape != theirs[name].shape}
+    assert other and other <= head_parameters(built[0]).keys()
+
+
+def test_a_model_without_a_loss_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.PPOCRV5MobileDetConfig()
+    with pytest.raises(CheckpointError, match="PPOCRV5MobileDetForObjectDetection takes no labels"):
+        Purpose("AutoModelForObjectDetection", {}).applied(config, tmp_path)
 
 
 def test_pictures_of_one_size(tmp_path: Path) -> None:

@@ -175,6 +175,16 @@ def test_a_network_that_takes_images_of_every_size(tmp_path: Path) -> None:
         read_processor(folder)
 
 
+def test_a_size_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a picture is made of it."""
+    folder = images.vit(tmp_path / "model")
+    config = folder / "preprocessor_config.json"
+    config.write_text(config.read_text().replace("32", "1000000"))
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("a picture is made"))
+    with pytest.raises(CheckpointError, match="size: height is 1000000; allowed: up to 8,192 pixels"):
+        read_processor(folder)
+
+
 def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
     file = recipe(tmp_path, 6, model={"add_tokens": ["<x>"]})
     with pytest.raises(RecipeError, match="model.add_tokens.*it reads no tokens; set null"):

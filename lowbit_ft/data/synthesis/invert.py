@@ -10,6 +10,7 @@ is the one with the least L of those looked at, every few steps and after the la
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Frame:
                 f"({self.width} x {self.height}), so none can be made for it; set size (and crop_size) in "
                 "preprocessor_config.json to that"
             )
+
+    def scaled(self, scale: float) -> Frame:
+        """The same of images whose sides are this share of the processor's (0 to 1)."""
+        made = copy.copy(self)
+        made.height, made.width = (max(1, round(scale * side)) for side in (self.height, self.width))
+        made.low, made.span = (t[:, : made.height, : made.width] for t in (self.low, self.span))
+        return made
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., 3, H, W] in [0, 1] -> as the model takes it."""
@@ -103,7 +111,7 @@ def invert(
 ) -> tuple[Tensor, list[Any] | None]:
     """x [B, 3, H, W] in [0, 1], on the model's device, changed step by step -> (the best images, uint8; the
     answers, which `revise` may have moved). prior: None where its weight is 0; answers: None where no label
-    is asked for. tell(n): n steps of images more."""
+    is asked for. tell(n): n steps of images more. ValueError where the loss is no number."""
     x = x.clone().requires_grad_(True)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     optimizer = torch.optim.Adam([x], lr=how.rate)
@@ -136,4 +144,9 @@ def invert(
                 if now < least:
                     best, least = stored(x), now
         tell(len(x))
+    if least == math.inf:  # and NaN is not less: `best` is the noise that was given
+        raise ValueError(
+            "data.synthesis: the loss of the images is no number at any step that was looked at; lower "
+            "data.synthesis.weights or learning_rate, or set model.dtype: float32"
+        )
     return best, answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,5 +58,6 @@ class Labeller(ABC):
         """All labels."""
 
     @abstractmethod
-    def score(self, model: Any, images: Sequence[Tensor], answers: Sequence[Any]) -> Mapping[str, float]:
-        """The task's measures of the model on images [C, H, W] with these answers."""
+    def score(self, model: Any, images: Iterable[Tensor], answers: Sequence[Any]) -> Mapping[str, float]:
+        """The task's measures of the model on images [C, H, W] with these answers. images: read once, in
+        order."""

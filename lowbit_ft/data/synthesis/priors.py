@@ -71,8 +71,7 @@ class BatchNorms(Prior):
 
 
 def remembers(module: nn.Module) -> bool:
-    """Whether a module is a batch norm over images with statistics that it was trained to: also a frozen
-    one."""
+    """Whether a module is a batch norm with statistics that it was trained to: also a frozen one."""
     mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return False
@@ -80,9 +79,9 @@ def remembers(module: nn.Module) -> bool:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, C, H, W] -> mean and variance (over all, not one less) of every channel, fp32 [C]."""
-    x = x.float()
-    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    """x [B, C, ...] -> mean and variance (over all, not one less) of every channel, fp32 [C]."""
+    x = x.float().transpose(0, 1).flatten(1)
+    return x.mean(1), x.var(1, correction=0)
 
 
 class Patches(Prior):

@@ -6,8 +6,8 @@
                       that image is thrown away, and another one made for the labels (arXiv 2507.16782)
 
 `own` comes first because it was as good as the others where they were measured. An image is stored as a PNG
-of the size that the image processor makes, and answered as it will be read: from that file. A row of which
-the model is not sure enough is dropped.
+of the size that the image processor makes, and answered as it will be read: from that file. With `own` a row
+of which the model is not sure enough is dropped.
 """
 
 from __future__ import annotations
@@ -55,6 +55,16 @@ class AdaptConfig(BaseModel):
     begin: Annotated[int, Field(ge=0)] = Field(default=60, description="the first step of a look")
     confidence: Share = Field(default=0.2, description="of what the model sees, to become a label")
     overlap: Share = Field(default=0.35, description="IoU from which on two boxes are one")
+    scale: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="sides of the images that labels are found in, by those of the images that are made: for "
+        "models that take images of any size",
+    )
+
+    @property
+    def first(self) -> int:
+        """The first step of a look."""
+        return max(1, -(-self.begin // self.every)) * self.every
 
 
 class TaskImagesConfig(SynthesisConfig):
@@ -88,8 +98,18 @@ class TaskImagesConfig(SynthesisConfig):
             )
         if not (self.weights.prior or (self.weights.task and self.labels != "own")):
             raise ValueError("weights: nothing shapes an image; set prior, or task with labels: drawn")
+        if self.labels != "own" and not self.weights.task:
+            raise ValueError(
+                f"weights.task: got 0 with labels: {self.labels}, and nothing else puts labels into images; "
+                "raise it, or set labels: own"
+            )
         if self.labels == "adaptive" and self.adapt.begin >= self.steps:
             raise ValueError(f"adapt.begin {self.adapt.begin} of {self.steps} steps; lower it")
+        if self.labels == "adaptive" and self.adapt.first > self.steps:
+            raise ValueError(
+                f"adapt: the first look at the labels is at step {self.adapt.first} (a multiple of every, "
+                f"from begin on) of {self.steps}; lower adapt.every"
+            )
         return self
 
     def longest(self, sequence_len: int) -> int:
@@ -143,6 +163,7 @@ class Pictures(Maker):
             chances = [random.Random(f"{config.seed}/{number}") for number in numbers]
             drawn = answers = [labeller.drawn(n, c) for n, c in zip(numbers, chances, strict=True)]
         if config.labels == "adaptive":
+            self._refuse_small(model)
             _, answers = self._make(numbers, 0, model, prior, answers, self._revise(model), tell)
         made, _ = self._make(numbers, 1, model, prior, answers, None, tell)
         files = [_png(image) for image in made]
@@ -183,12 +204,13 @@ class Pictures(Maker):
             weights.variation,
             weights.task,
         )
-        x = noise(config.seed, numbers, self.frame, stage).to(next(model.parameters()).device)
+        frame = self.frame if stage else self.frame.scaled(config.adapt.scale)
+        x = noise(config.seed, numbers, frame, stage).to(next(model.parameters()).device)
         with prior.watched() if prior is not None else nullcontext():
             return invert(
                 model,
                 x,
-                self.frame,
+                frame,
                 how,
                 prior,
                 self.labeller,
@@ -196,6 +218,18 @@ class Pictures(Maker):
                 lambda images: tell(0, images),
                 revise,
             )
+
+    @torch.no_grad()
+    def _refuse_small(self, model: Any) -> None:
+        """ValueError where the model does not take images as small as labels are found in."""
+        frame, like = self.frame.scaled(self.config.adapt.scale), next(model.parameters())
+        try:
+            model(pixel_values=frame.low[None].to(like.device, like.dtype))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"data.synthesis.adapt.scale: got {self.config.adapt.scale:g}, and the model takes no images "
+                f"of {frame.width} x {frame.height} ({error}); raise it, or leave it out"
+            ) from error
 
     def _revise(self, model: Any) -> Revise:
         adapt = self.config.adapt
@@ -232,9 +266,9 @@ class Pictures(Maker):
     ) -> Mapping[str, float]:
         if self.config.labels == "own":
             return {}  # 1 by construction
-        kept = list(rows)
-        names = [str(row[self.labeller.image]).removeprefix("../") for row in kept]
-        images = [pixels(self.processor, picture_of(read(name))) for name in names]
+        kept = list(rows)  # the images come one by one: they need not fit in memory together
+        names = (str(row[self.labeller.image]).removeprefix("../") for row in kept)
+        images = (pixels(self.processor, picture_of(read(name))) for name in names)
         return self.labeller.score(model, images, [self.labeller.answer(row) for row in kept])
 
     def warnings(self) -> list[str]:

@@ -7,6 +7,7 @@ from itertools import product
 from typing import ClassVar
 
 from ...grid import Grid, IntGrid
+from ...grid.integer import BITS, GROUP_SIZES
 from ...kv_cache.config import KVConfig
 from ..base import Exporter
 
@@ -68,7 +69,7 @@ def nearest(grid: Grid, fits: Callable[[Grid], bool]) -> str | None:
 
     made = (
         replace(grid, bits=bits, symmetric=symmetric, group_size=size)
-        for bits, symmetric, size in product((2, 3, 4, 8), (True, False), (32, 64, 128, 256, -1))
+        for bits, symmetric, size in product(BITS, (True, False), GROUP_SIZES)
     )
     best = min((other for other in made if fits(other)), key=distance, default=None)
     if best is None:

@@ -1,10 +1,10 @@
 """vllm, on GPUs. Facts: the source of vLLM 0.32, and its CPU build run (benchmarks/serve.py).
 
-compressed-tensors: 2, 3, 4 and 8 bits, symmetric or with zero points. On CUDA: Marlin, groups of 32, 64, 128
-and rows, zero points at 4 bits only; 8 bits with zero points go to Machete, Conch or Humming, 2 and 3 bits to
-Humming; groups of 256 to Triton (4 bits) or Humming. gptq and gptq_v2: 4 and 8 bits, symmetric, in Marlin's
-groups (else "Unsupported quantization config"). awq: 4 bits, Triton where Marlin has no such group. Layers
-that it runs as one must agree.
+compressed-tensors: 2, 3, 4 and 8 bits, symmetric or with zero points; 6 bits have no kernel. On CUDA: Marlin,
+groups of 32, 64, 128 and rows, zero points at 4 bits only; 8 bits with zero points go to Machete, Conch or
+Humming, 2 and 3 bits to Humming; groups of 256 to Triton (4 bits) or Humming. gptq and gptq_v2: 4 and 8 bits,
+symmetric, in Marlin's groups (else "Unsupported quantization config"). awq: 4 bits, Triton where Marlin has
+no such group. Layers that it runs as one must agree.
 
 On CPUs: 4 bits only ("Quant type ... not supported by CPUWNA16"), no experts; int-quantized by oneDNN.
 """
@@ -24,6 +24,8 @@ class Vllm(Server):
     formats = ("compressed-tensors", "int-quantized", "gptq", "gptq_v2", "awq")
 
     def reject(self, exporter: Exporter, grid: Grid) -> str | None:
+        if isinstance(grid, IntGrid) and grid.bits == 6:
+            return f"vllm has no kernel for 6 bits, and this grid is {grid}"
         if not isinstance(grid, IntGrid) or exporter.quant_method != "gptq":
             return None
         if grid.bits in (4, 8) and grid.symmetric and grid.group_size in MARLIN_GROUPS:

@@ -27,13 +27,14 @@ KINDS = ChainMap({AUTO: None}, _TABLE)  # what is added to the table is known he
 Clip = Annotated[float, Field(gt=0, le=1)]
 Channels = Literal[32, 64, 128, 256]
 Kind = Annotated[str, OneOf(KINDS)]
+Bits = Literal[3, 4, 6, 8]  # activations.base.BITS
 
 
 class ActivationOverride(Section):
     """Another scheme for the inputs of the layers that match."""
 
     match: str = Field(min_length=1, description="glob over layer names, for example '*.down_proj'")
-    bits: Literal[4, 8] | None = Field(default=None, description="bits for these layers")
+    bits: Bits | None = Field(default=None, description="bits for these layers")
     kind: Kind | None = Field(default=None, description="kind for these layers")
     symmetric: bool | None = Field(default=None, description="whether these layers have no zero point")
     group_size: Channels | None = Field(default=None, description="channels that share a scale here")
@@ -50,7 +51,7 @@ class ActivationOverride(Section):
 class ActivationsSection(Section):
     """What the inputs of the packed layers are on while they train, and where they are served."""
 
-    bits: Literal[4, 8] = Field(default=8, description="bits of an input's codes")
+    bits: Bits = Field(default=8, description="bits of an input's codes")
     kind: Kind = Field(
         default="token",
         description="token: a scale per token; group: per token and group of channels; tensor: one scale; "

@@ -44,6 +44,11 @@ class DataSource(Section):
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub data set")
     limit: Count | None = Field(default=None, description="use only the first n rows")
+    media_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of the pictures or sounds that rows name; null: beside the file of the rows",
+    )
 
 
 class WeightedSource(DataSource):
@@ -190,6 +195,13 @@ def check_data(r: Any) -> Problems:
     if hasattr(r, "quant"):
         sources.append((("quant", "calibration"), r.quant.calibration))
     for where, source in sources:
+        media = getattr(source, "media_dir", None)
+        if media is not None and not path_is(Path(media).expanduser(), "dir"):
+            yield Problem(
+                (*where, "media_dir"),
+                f"got {media!r}; there is no such folder{near_names(Path(media))}; give the one of the files "
+                "that rows name",
+            )
         path = source.path if source is not None else None
         if path is None or path_is(Path(path).expanduser(), "any") or path.startswith("hf://"):
             continue

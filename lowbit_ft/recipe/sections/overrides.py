@@ -28,7 +28,7 @@ class OverrideSection(Section):
         description="glob over layer names, for example '*.down_proj', or over the parts of fused ones: "
         "'*.qkv_proj.v', '*.gate_up_proj.up'",
     )
-    bits: Literal[1, 2, 3, 4, 8] | None = Field(default=None, description="bits for these layers")
+    bits: Literal[1, 2, 3, 4, 6, 8] | None = Field(default=None, description="bits for these layers")
     group_size: GroupSize | None = Field(default=None, description="group size for these layers")
     symmetric: bool | None = Field(default=None, description="no zero points in these layers, or some")
 

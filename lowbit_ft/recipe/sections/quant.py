@@ -21,7 +21,8 @@ from ..layers import Layer, Shapes, shapes_here
 from ..values import OneOf
 from ..yaml import KeyPath, Problem
 from .activations import ActivationsSection
-from .base import Count, GroupSize, Positive, Problems, Section, Unit
+from .base import GroupSize, Positive, Problems, Section, Unit
+from .calibration import CalibrationSection
 from .kv_cache import KVCacheSection
 from .overrides import OverrideSection, check_overrides, layers_apart
 from .rotation import RotationSection
@@ -31,39 +32,15 @@ AUTO, FROM_CHECKPOINT = "auto", "from_checkpoint"
 GROUP_SIZES = (32, 64, 128, 256)
 
 
-class CalibrationSection(Section):
-    """Text that data-driven calibrators (gptq, signround) look at."""
-
-    path: str | None = Field(
-        default=None, description="text, jsonl, ... or a hub data set; null: the rows of data.train"
-    )
-    samples: Count = Field(default=128, description="number of windows")
-    sequence_len: Count = Field(default=512, description="tokens per window")
-    damping: Positive = Field(
-        default=0.01, description="gptq: fraction of the mean Hessian diagonal that is added to it"
-    )
-    steps: Count = Field(default=200, description="signround: steps in every decoder layer")
-    batch_tokens: Count = Field(
-        default=4096, description="tokens that pass a layer at a time, in whole windows; of signround, a step"
-    )
-    act_order: bool = Field(
-        default=False,
-        description="gptq: round the inputs with the largest activations first, on static groups; groups "
-        "stay contiguous, so every format holds the result",
-    )
-    static_groups: bool = Field(
-        default=False,
-        description="gptq: scales of the weights as they came, not as they are when their group comes up",
-    )
-
-
 class QuantSection(Section):
     """How the frozen base is packed."""
 
     grid: Annotated[str, OneOf(GRIDS)] = Field(
         default="integer", description="integer codes with a scale, or binary planes (alpha_tuning)"
     )
-    bits: Literal[1, 2, 3, 4, 8] = Field(default=4, description="integer: 2, 3, 4, 8; binary: 1 to 4 planes")
+    bits: Literal[1, 2, 3, 4, 6, 8] = Field(
+        default=4, description="integer: 2, 3, 4, 6, 8; binary: 1 to 4 planes"
+    )
     group_size: GroupSize = Field(default=128, description="inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(default=True, description="no zero points: what every format and server loads")
     residual_bits: Literal[0, 1, 2, 4] = Field(

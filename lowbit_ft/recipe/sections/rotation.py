@@ -12,7 +12,7 @@ from pydantic import Field
 from ...export import EXPORTERS
 from ...grid.calibrate import CALIBRATORS
 from ...model.config import head_width
-from ...rotations import FAMILIES, ROTATIONS, family_problems
+from ...rotations import FAMILIES, ROTATIONS, family_problems, modulated
 from ..layers import Shapes, shapes_here
 from ..values import OneOf
 from ..yaml import Problem
@@ -95,7 +95,7 @@ def check_rotation(r: Any) -> Problems:
         )
         return
     for text in family_problems(
-        str(shapes.config.get("model_type")),
+        modulated(shapes.config) or str(shapes.config.get("model_type")),
         shapes.number("hidden_size", "n_embd", "d_model"),
         head_width(shapes.number, values=True),
         sites.r1,

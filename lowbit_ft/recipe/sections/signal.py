@@ -35,6 +35,7 @@ Weight = Annotated[float, Field(ge=0)]
 class LossesSection(Section):
     """The weights of what layers compares; 0: it is left out (of logits: told and not learned)."""
 
+    labels: Weight = Field(default=0.0, description="the loss of the rows' own answers")
     logits: Weight = Field(default=1.0, description="the distribution of the answers")
     hidden: Weight = Field(default=1.0, description="the output of every layer")
     scores: Weight = Field(
@@ -126,6 +127,11 @@ class SignalSection(Section):
         """Of the parts of layers."""
         return dict(self.losses or LossesSection())
 
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the loss has a part of the rows' own answers."""
+        return "labels" in SIGNALS[self.kind].parts(self)
+
     @model_validator(mode="after")
     def _compares(self) -> SignalSection:
         if not any(self.weights.values()):
@@ -202,7 +208,7 @@ def check_signal(r: Any) -> Problems:
             ("train", "signal", "top_k"),
             f"got {train.signal.top_k}; allowed: at most the {tokens} tokens of the model, or null",
         )
-    if signal.of_layers:
+    if signal.of_layers and not r.task.states:
         yield from _by_layers(r, train)
     if LOSSES[train.loss].fuse is not None:
         yield Problem(

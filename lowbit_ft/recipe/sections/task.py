@@ -6,7 +6,7 @@ no key-value cache. What is said here is refused by name, with the way out, befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def check_formats(r: Any) -> Problems:
     if hasattr(r, "eval"):
         places += [(("eval", "data"), one) for one in sources_of(r.eval.data)]
     for where, source in places:
+        if task.windows and source.media_dir is not None:
+            yield Problem(
+                (*where, "media_dir"),
+                f"got {source.media_dir!r} with task: {task.kind}, whose rows name no files; remove it",
+            )
         if task.windows and source.format is None:
             yield Problem((*where, "format"), f"missing; add `format: ...` ({listed(FORMATS)})")
         if not task.windows and source.format is not None:
@@ -52,9 +57,9 @@ def check_task(r: Any) -> Problems:
     if r.task.language:
         return
     kind = r.task.kind
-    for path, got, why in _strange(r):
-        yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     folder = local_folder(r.model.path, r.model.revision)
+    for path, got, why in _strange(r, _config(folder)):
+        yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     if (why := _unfit(r.task, folder)) is not None:
         yield Problem(("model", "path"), f"got {r.model.path!r}: {why}")
     elif folder is not None and r.task.reads == "images":
@@ -68,15 +73,35 @@ def check_task(r: Any) -> Problems:
             f"got {r.model.path!r}, whose config.json has no pad_token_id, by which a model for task: {kind} "
             "knows where a row of a batch ends; set it there (to the tokenizer's pad token)",
         )
+    if (built := _unattended(r, folder)) is not None:
+        yield Problem(
+            ("model", "attention"),
+            f"got {r.model.attention!r}, and {built} of transformers has no such attention; set eager",
+        )
     if isinstance(r.task, Labelled) and r.task.scored and r.eval.perplexity and (reason := r.task.missing()):
         yield Problem(("task", "kind"), f"got {kind!r}, and {reason}; or set eval.perplexity: false")
 
 
-def _unfit(task: Any, folder: Path | None) -> str | None:
+def _unattended(r: Any, folder: Path | None) -> str | None:
+    """The class of the model that has no attention of the recipe's kind; None: none is known."""
+    purpose = r.task.purpose(0)
     try:
-        return None if folder is None else task.unfit(read_config(folder))
-    except ValueError:
+        return None if folder is None else purpose.without(load_config(folder), r.model.attention)
+    except CheckpointError:
         return None  # check_model tells
+
+
+def _unfit(task: Any, folder: Path | None) -> str | None:
+    config = _config(folder)
+    return task.unfit(config) if config else None
+
+
+def _config(folder: Path | None) -> Mapping[str, Any]:
+    """config.json of a folder; {} where it is not known, or cannot be read: check_model tells."""
+    try:
+        return {} if folder is None else read_config(folder)
+    except ValueError:
+        return {}
 
 
 def _pads(folder: Path) -> Any:
@@ -97,23 +122,33 @@ def _unmade(r: Any) -> str | None:
     folder = local_folder(r.model.path, r.model.revision)
     if folder is None or not (folder / "config.json").is_file():
         return None
-    config = read_config(folder)
-    purpose = purpose_of(load_config(folder))
-    if purpose is None or purpose.auto != r.task.auto or not known_labels(config):
+    try:
+        known, purpose = known_labels(read_config(folder)), purpose_of(load_config(folder))
+    except ValueError:
+        return None  # check_model tells
+    if purpose is None or purpose.auto != r.task.auto or not known:
         return (
             f"{r.model.path} has no head for it yet, so it has no answer to an image; give a checkpoint that "
             "was trained for the task, or rows of your own as data.train"
         )
+    if (given := r.task.labels) is not None and (
+        len(given) != len(known) or (set(given) == set(known) and list(given) != known)
+    ):
+        return (
+            f"{r.model.path} answers {listed(known[:20])}, in this order, and task.labels says "
+            f"{listed(given[:20])}: nothing but rows of your own (data.train) teaches it those; leave labels "
+            "out, or give other names for the same ones"
+        )
     return None
 
 
-def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
+def _strange(r: Any, config: Mapping[str, Any]) -> Iterator[tuple[KeyPath, Any, str]]:
     """(key, its value, what to do) of the keys that only a language model reads."""
     quant, data, train, ev = r.quant, r.data, r.train, r.eval
     language = "it is for language models"
     if quant.rotation.kind != "none":
         yield ("quant", "rotation", "kind"), quant.rotation.kind, "folds are known of decoders; set none"
-    if quant.smooth is not None:
+    if quant.smooth is not None and not r.task.smooths:
         yield ("quant", "smooth"), quant.smooth, "folds are known of decoders; set null"
     if r.task.reads == "images" and r.model.add_tokens is not None:
         yield ("model", "add_tokens"), r.model.add_tokens.every[:4], "it reads no tokens; set null"
@@ -121,8 +156,8 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "chat_template"), "a template", "it reads no text; remove it and its kwargs"
     if r.task.dtype is not None and r.model.dtype != r.task.dtype:
         yield ("model", "dtype"), r.model.dtype, f"its loss needs more digits; set {r.task.dtype}"
-    if quant.reads_text and not r.task.walked:
-        why = "it walks along a chain of layers, which a detector is not; set mse, or absmax"
+    if quant.reads_text and not r.task.walks(config):
+        why = "it walks along a chain of layers, which this model is not; set mse, or absmax"
         yield ("quant", "calibrate"), quant.calibrate, why
     if quant.kv_cache is not None:
         yield ("quant", "kv_cache"), "a cache", "an encoder has none; set null"
@@ -134,18 +169,7 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("data", "streaming"), True, "its rows are held in memory; set false"
     if any(getattr(source, "weight", None) is not None for source in sources_of(data.train)):
         yield ("data", "train"), "weights", "its sources are read one after the other; remove them"
-    signal = SIGNALS[train.signal.kind]
-    if signal.language:
-        yield ("train", "signal", "kind"), train.signal.kind, f"{language}; set labels, mix or layers"
-    elif signal.asks and not r.task.taught:
-        why = "a teacher is compared by one set of logits, and its model has another answer; set labels"
-        yield ("train", "signal", "kind"), train.signal.kind, why
-    elif signal.of_layers and not r.task.layered:
-        why = "its layers are none of tokens; set labels, logits or mix"
-        yield ("train", "signal", "kind"), train.signal.kind, why
-    elif signal.asks and not signal.of_layers and train.teacher == "cached":
-        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
-        yield ("train", "teacher"), train.teacher, why
+    yield from _untaught(r)
     if train.signal.top_k is not None:
         why = "a teacher's answers are compared whole; remove it"
         yield ("train", "signal", "top_k"), train.signal.top_k, why
@@ -173,3 +197,31 @@ def _strange(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
         yield ("eval", "generate"), "prompts", "it writes no text; remove them"
     if (why := EXPORTERS[r.export.format].language_only) is not None:
         yield ("export", "format"), r.export.format, f"{why}; set native, or compressed-tensors"
+
+
+def _untaught(r: Any) -> Iterator[tuple[KeyPath, Any, str]]:
+    """The same of signals, and of what a task has that a teacher's can be compared with."""
+    task, train = r.task, r.train
+    chosen, signal = train.signal, SIGNALS[train.signal.kind]
+    kind, walks = ("train", "signal", "kind"), signal.of_layers and not task.states
+    if signal.language:
+        yield kind, chosen.kind, "it is for language models; set labels, mix or layers"
+    elif signal.asks and not task.taught:
+        yield kind, chosen.kind, "its model has no answer that a teacher's could be compared with; set labels"
+    elif walks and not task.layered:
+        yield kind, chosen.kind, "its layers are none of tokens; set labels, logits or mix"
+    elif signal.asks and not walks and train.teacher == "cached":
+        why = "it keeps what was said of the tokens of windows; set residual, or a model with this head"
+        yield ("train", "teacher"), train.teacher, why
+    elif signal.of_layers and not walks:
+        if several := [name for name in ("scores", "outputs") if chosen.weights[name]]:
+            why = "only its hidden states are compared; set losses: {hidden: 1, scores: 0, outputs: 0}"
+            yield ("train", "signal", "losses"), several, why
+        if chosen.intervention is not None:
+            why = "its layers are no chain that a teacher could be put into; remove it"
+            yield ("train", "signal", "intervention"), chosen.intervention.mode, why
+    if signal.asks and not task.likely:
+        for key, usual in (("temperature", 1.0), ("divergence", "forward")):
+            if (got := getattr(chosen, key)) != usual:
+                why = f"its answers are numbers, of which the squared error is taken; set {usual}"
+                yield ("train", "signal", key), got, why

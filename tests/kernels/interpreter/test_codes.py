@@ -30,7 +30,7 @@ def untied(**kwargs) -> tuple[dict, Tensor]:
 # cases.
 CASES = [
     (bits, f, (32, 128, -1, 64)[i % 4], UNITS[i % 3], bool(i // 2 % 2))
-    for i, (bits, f) in enumerate(itertools.product((2, 3, 4, 8), (0, 1, 2, 4)))
+    for i, (bits, f) in enumerate(itertools.product((2, 3, 4, 8, 6), (0, 1, 2, 4)))
 ] + [(4, 4, g, units, zero) for g, units, zero in itertools.product((32, -1), UNITS, (False, True))]
 
 
@@ -79,7 +79,9 @@ def test_without_a_low_rank_part():
     assert torch.equal(frozen, args["codes"]) and frozen.data_ptr() != args["codes"].data_ptr()
 
 
-@pytest.mark.parametrize(("bits", "f", "k"), [(2, 4, 100), (3, 4, 161), (8, 1, 65), (4, 4, 128), (3, 1, 33)])
+@pytest.mark.parametrize(
+    ("bits", "f", "k"), [(2, 4, 100), (3, 4, 161), (8, 1, 65), (4, 4, 128), (3, 1, 33), (6, 4, 270)]
+)
 def test_ragged_rows_and_superblocks_that_end_apart(bits: int, f: int, k: int):
     """The residual's padding may end before or after the codes'."""
     args = integer_args(bits, 32, f, shape=(5, k))

@@ -32,6 +32,7 @@ def masked(args: dict, k: int) -> dict:
         (2, -1, 1, True, False, True, 200, torch.float32, 1),
         (8, 64, 0, False, False, False, 100, torch.float32, 0),
         (2, 64, 4, False, False, False, 100, torch.float32, 1),
+        (6, 64, 4, True, True, True, 300, torch.float32, 0),
     ],
 )
 def test_codes_and_gradients_of_a_dense_part(bits, group_size, f, zero, some, mask, k, dtype, lowest):

@@ -40,6 +40,7 @@ CASES = [
     (2, 256, 4, "grid", True, True),
     (8, 96, 0, "weight", True, True),
     (3, -1, 1, "live", True, True),
+    (6, 64, 2, "live", True, False),
 ]
 
 

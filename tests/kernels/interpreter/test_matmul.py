@@ -85,7 +85,7 @@ ZEROS = [
 ]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", FORWARD)
 def test_forward_matches_float64(name: str, bits: int) -> None:
     for i in (bits, bits + 1):
@@ -95,7 +95,7 @@ def test_forward_matches_float64(name: str, bits: int) -> None:
         assert error(forward(name, x, args, bits, group), x.double() @ dense.t()) < 2e-6, (n, k, group, m)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("name", INPUT_GRADIENT)
 def test_input_gradient_matches_float64(name: str, bits: int) -> None:
     for i in (bits, bits + 1):
@@ -136,7 +136,7 @@ def test_leading_dimensions_strides_and_empty_inputs() -> None:
     assert gradient("join", torch.randn(0, 24), args, 4, 160, 32).shape == (0, 160)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_pads_of_the_packed_buffer_do_not_matter(bits: int) -> None:
     k = 100
     args, dense = weight(bits, 20, k, 32, "integer", True)
@@ -162,7 +162,7 @@ def test_rows_do_not_leak_into_each_other() -> None:
         assert dx[4].isnan().all() and error(dx[:4], dy[:4].double() @ dense) < 2e-6, name
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_dequantize_has_the_bits_of_the_reference(bits: int) -> None:
     for (n, k, group, _), (zero, offset) in zip(SHAPES, ZEROS, strict=False):
         args, _ = weight(bits, n, k, group, zero, offset)
@@ -309,10 +309,10 @@ def _fields(plane: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_unpack_ptx_is_exact_on_every_half_word(bits: int, bf16: bool) -> None:
     decode = _bf16 if bf16 else _fp16
-    for plane in range(triton_common.fields(bits)):
+    for plane in {triton_common.place_of.fn(bits, plane) for plane in range(triton_common.fields(bits))}:
         low, high = _fields(plane, bits)
         for zero in (0, 1 << (bits - 1)):
             out = run_ptx(triton_common._magic_text.fn(bits, plane, zero, bf16), bf16, PAIRS)

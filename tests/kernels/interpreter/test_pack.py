@@ -14,7 +14,7 @@ SHAPES = (200, 700, 33, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     (bits, f, (32, 128, -1)[i % 3], bool(i % 2), SHAPES[(i + bits) % 4], DTYPES[i // 2 % 3])
-    for i, (bits, f) in enumerate(itertools.product((2, 3, 4, 8), (0, 1, 2, 4)))
+    for i, (bits, f) in enumerate(itertools.product((2, 3, 4, 8, 6), (0, 1, 2, 4)))
 ]
 
 
@@ -41,7 +41,7 @@ def test_ties_and_weights_far_outside():
         assert kernels.unpack(got[0], 4, 8).tolist() == [[0, 0, 8, 8, 10, 14, 15, 15]]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 def test_pack_and_unpack(bits: int):
     for k in (1, 100, kernels.superblock(bits), 600):
         codes = torch.arange(N * k).view(N, k).remainder(1 << bits).to(torch.uint8)

@@ -18,7 +18,7 @@ def row(what: str, section: str, words: str, *overrides: str) -> tuple[str, Any,
 
 
 BAD = [
-    row("bits", "{bits: 6}", "r.yaml:8: quant.activations.bits: got 6; allowed: 4, 8"),
+    row("bits", "{bits: 5}", "r.yaml:8: quant.activations.bits: got 5; allowed: 3, 4, 6, 8"),
     row("kind", "{kind: tokne}", "token, tensor, group, dual, auto; did you mean 'token'?"),
     row("a number", "8", "quant.activations: got 8; allowed: a mapping with the keys bits, kind"),
     row("unknown key", "{bit: 8}", "quant.activations.bit: unknown key; did you mean 'bits'?"),
@@ -93,6 +93,9 @@ BAD = [
         "export.format=int-quantized",
         "quant.bits=8",
         "quant.group_size=-1",
+    ),
+    row(
+        "no server of 3 bits", "{bits: 3}", "take inputs of 8 or 4 bits, not 3; set activations.bits: 8 or 4"
     ),
     row(
         "a format for 8 bits",

@@ -20,13 +20,13 @@ BAD = [
         "bits",
         ("bits: 4", "bits: 5"),
         (),
-        "r.yaml:7: quant.bits: got 5; allowed: 2, 3, 4, 8; the nearest is 4",
+        "r.yaml:7: quant.bits: got 5; allowed: 2, 3, 4, 6, 8; the nearest is 4",
     ),
     (
         "bits of the grid",
         ("bits: 4", "bits: 1"),
         (),
-        "r.yaml:7: quant.bits: got 1; allowed on quant.grid integer: 2, 3, 4, 8",
+        "r.yaml:7: quant.bits: got 1; allowed on quant.grid integer: 2, 3, 4, 6, 8",
     ),
     (
         "group size",

@@ -72,13 +72,19 @@ BAD = [
         "a teacher of two sets of logits",
         CLASSES,
         (FORMAT, "task=question_answering", "train.signal={kind: mix}", "train.teacher=residual"),
-        "compared by one set of logits, and its model has another answer; set labels",
+        "its model has no answer that a teacher's could be compared with; set labels",
     ),
     (
-        "layers of what reads no tokens",
+        "layers of what is no chain of them",
+        CLASSES,
+        (FORMAT, "task=image_generation", "train.signal={kind: layers}", "train.teacher=residual"),
+        "its layers are none of tokens; set labels, logits or mix",
+    ),
+    (
+        "attention of what has hidden states alone",
         CLASSES,
         (FORMAT, "task=image_classification", "train.signal={kind: layers}", "train.teacher=residual"),
-        "its layers are none of tokens; set labels, logits or mix",
+        "train.signal.losses: got ['scores', 'outputs'] with task: image_classification: only its hidden",
     ),
     (
         "pairs",

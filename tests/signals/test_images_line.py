@@ -1,0 +1,203 @@
+"""The whole line of tasks of images that learn from a teacher: detectors, classifiers, diffusion."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lowbit_ft import pipeline
+from lowbit_ft.export.reader import read_weights
+from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.model.images import alike, read_processor
+from lowbit_ft.plan.plan import no_card, plan
+from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.signals.checkpoint import unlike
+from tests import detectors, encoders, images
+from tests.diffusion import dits
+
+LSQ = {"kind": "tensor", "bits": 8, "dynamic": False, "learn": True, "range": "lsq"}
+STATES = {"scores": 0, "outputs": 0}
+
+
+def recipe(folder: Path, model: Path, task: Any, rows: str, teacher: str, /, **changes: Any) -> Path:
+    train = {"teacher": teacher, "max_steps": 2, "micro_batch_size": 4, **changes.pop("train")}
+    changes = {"model": {"attention": "eager"}, **changes}
+    found = encoders.recipe(folder, model, task, rows, train=train, **changes)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(found))
+    return file
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """RT-DETR, frozen codes, W3A8, that learns from itself at 8 bits: answers, states and labels."""
+    pytest.importorskip("pycocotools")
+    folder = tmp_path_factory.mktemp("detector")
+    model = detectors.detector(folder / "model")
+    rows = detectors.write(folder / "rows.jsonl", detectors.rows(12))
+    file = recipe(
+        folder,
+        model,
+        "object_detection",
+        rows,
+        str(model),
+        quant={
+            "bits": 3,
+            "group_size": -1,
+            "residual_bits": 0,
+            "calibrate": "mse",
+            "convolutions": True,
+            "activations": LSQ,
+        },
+        adapter={"method": "scale"},
+        data={"train": {"path": rows}, "valid": {"path": rows, "limit": 8}},
+        train={
+            "signal": {"kind": "layers", "temperature": 2, "losses": {"labels": 0.5, "hidden": 2, **STATES}},
+            "max_steps": 4,
+            "save_every": 2,
+            "learning_rate": 1e-2,
+            "scale_learning_rate": 1e-2,
+        },
+    )
+    pipeline.run(load_recipe(file))
+    return SimpleNamespace(folder=folder, file=file, run=folder / "run", model=model)
+
+
+def test_a_detector_learns_from_answers_states_and_labels(ran: SimpleNamespace) -> None:
+    found = lines(ran.run)
+    for line in found:
+        parts = (line["labels_loss"], line["logits_loss"], line["hidden_loss"])
+        assert line["loss"] == pytest.approx(0.5 * parts[0] + parts[1] + 2 * parts[2], rel=1e-5)
+        assert all(part > 0 for part in parts)
+    assert len(found) == 4
+    measured = json.loads((ran.run / "teacher.json").read_text())
+    assert measured["kl"] < 0.1 * measured["student_kl"] and measured["windows"] == 12
+    rows = {r["stage"]: r for r in json.loads((ran.run / "evaluation.json").read_text())["rows"]}
+    assert rows["merged"]["loss"] == rows["trained"]["loss"] < rows["quantized"]["loss"]
+    assert rows["merged"]["scores"] == rows["trained"]["scores"]
+
+
+def test_its_codes_are_those_of_the_rounding(ran: SimpleNamespace) -> None:
+    before, after = (read_weights(ran.run / name) for name in ("base", "merged"))
+    assert before.keys() == after.keys() and len(before) > 50
+    assert all(torch.equal(before[n].unpack_codes(), after[n].unpack_codes()) for n in before)
+    assert sum(not torch.equal(before[n].scale, after[n].scale) for n in before) > 40
+
+
+def test_resumed_it_is_the_same(ran: SimpleNamespace, tmp_path: Path) -> None:
+    """From the checkpoint of step 2, bit for bit: the noise of RT-DETR's queries too."""
+    again = tmp_path / "run"
+    shutil.copytree(ran.run, again)
+    for name in ("adapter", "merged", "checkpoints/step-00000004"):
+        shutil.rmtree(again / name)
+    pipeline.train(load_recipe(ran.run / "recipe.yaml", [f"output={again}"]))
+    first, second = (read_adapter(folder / "adapter")[1] for folder in (ran.run, again))
+    assert first.keys() == second.keys() and len(first) > 50
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_path: Path) -> None:
+    for changes, words in (
+        (["train.signal={kind: layers}"], r"losses: got \['scores', 'outputs'\].*only its hidden states"),
+        (["train.signal={kind: logits}", "train.teacher=cached"], "set residual, or a model with this head"),
+        (["train.teacher=cached"], "set residual, or a model with this head"),
+        (
+            ["train.signal={kind: layers, losses: {scores: 0, outputs: 0}, intervention: {mode: output}}"],
+            "no chain that a teacher could be put into",
+        ),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_recipe(ran.file, changes)
+    asked = load_recipe(ran.file, ["train.signal={kind: logits}"])
+    alone = load_recipe(ran.file, ["train.signal={kind: labels}", "train.teacher=null"])
+    told, without = (plan(one, card=no_card()) for one in (asked, alone))
+    assert told is not None and without is not None and told.parts["teacher"] > 0
+    assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
+    assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+
+    # a teacher is shown the pictures that the model's processor makes
+    other = shutil.copytree(ran.model, tmp_path / "other")
+    assert unlike(other, ran.model, "images") is None
+    processor = other / "preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"rescale_factor": 0.01}))
+    assert "makes other numbers of a picture" in str(unlike(other, ran.model, "images"))
+    assert not alike(read_processor(other), read_processor(ran.model))
+    with pytest.raises(RecipeError, match="makes other numbers of a picture"):
+        load_recipe(ran.file, [f"train.teacher={other}"])
+
+
+def test_queries_that_are_learned_from_the_base_before_rounding(tmp_path: Path) -> None:
+    """DETR, whose classes are a softmax, by its residual, its convolutions too."""
+    model = detectors.detector(tmp_path / "model", "detr")
+    rows = detectors.write(tmp_path / "rows.jsonl", detectors.rows(8))
+    file = recipe(
+        tmp_path,
+        model,
+        "object_detection",
+        rows,
+        "residual",
+        quant={"bits": 3, "group_size": -1, "residual_bits": 4, "calibrate": "mse", "convolutions": True},
+        train={"signal": {"kind": "mix"}, "max_steps": 1},
+        eval={"perplexity": False},
+    )
+    pipeline.run(load_recipe(file))
+    (first,) = lines(tmp_path / "run")
+    want = (first["labels_loss"] + first["logits_loss"]) / 2
+    assert first["loss"] == pytest.approx(want, rel=1e-5) and first["logits_loss"] > 0
+    measured = json.loads((tmp_path / "run" / "teacher.json").read_text())
+    assert 0 < 4 * measured["kl"] < measured["student_kl"]
+
+
+def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
+    """A ViT, its hidden states too, its layers run again."""
+    model = images.vit(tmp_path / "model", head=True)
+    rows = images.parquet(tmp_path / "rows.parquet", images.rows(12))
+    file = recipe(
+        tmp_path,
+        model,
+        {"kind": "image_classification", "labels": list(images.LABELS)},
+        rows,
+        "residual",
+        quant={"bits": 3, "group_size": 32, "residual_bits": 4, "calibrate": "mse"},
+        train={"signal": {"kind": "layers", "losses": STATES}, "gradient_checkpointing": True},
+    )
+    pipeline.run(load_recipe(file))
+    first = lines(tmp_path / "run")[0]
+    assert first["loss"] == pytest.approx(first["logits_loss"] + first["hidden_loss"], rel=1e-5)
+    assert first["hidden_loss"] > 0 and "labels_loss" not in first
+
+
+def test_a_diffusion_transformer_learns_what_its_teacher_says(tmp_path: Path) -> None:
+    """The velocity, by its squared error, beside that from the rows' own."""
+    pytest.importorskip("diffusers")
+    model = dits.write(tmp_path / "model", num_layers=1)
+    file = recipe(
+        tmp_path,
+        model,
+        {"kind": "image_generation", "samples": 0},
+        str(dits.rows(tmp_path / "rows", 12)),
+        str(model),
+        model={},
+        train={"signal": {"kind": "mix", "label_weight": 0.25}, "micro_batch_size": 12},
+    )
+    pipeline.run(load_recipe(file))
+    first = lines(tmp_path / "run")[0]
+    want = 0.25 * first["labels_loss"] + 0.75 * first["logits_loss"]
+    assert first["loss"] == pytest.approx(want, rel=1e-5) and first["logits_loss"] > 0
+    with pytest.raises(
+        RecipeError, match="temperature: got 2.0.*of which the squared error is taken; set 1.0"
+    ):
+        load_recipe(file, ["train.signal={kind: logits, temperature: 2}"])
