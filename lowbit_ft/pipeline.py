@@ -44,6 +44,7 @@ from .stages.push import push as push_folder
 from .stages.quantize import quantize_stage
 from .stages.speak import encode_rows, speak_text
 from .stages.speech import Making, Voice, decode_codes, encode_wav
+from .stages.student import refuse_other_words
 from .stages.synthesis import synthesis_stage
 from .stages.tasks import asked_tasks, evaluate_folder, measure_tasks
 from .stages.teacher import ready_teacher
@@ -54,6 +55,7 @@ from .vector_codes import vector_code
 def run(recipe: Recipe) -> Path:
     """The whole line. Returns the folder of the model to serve. RunStopped when a signal ended it early."""
     with start(recipe) as session:
+        refuse_other_words(session)
         synthesis_stage(session)
         examples = read_data(session)
         ready_teacher(session, examples)
@@ -86,6 +88,7 @@ def quantize(recipe: Recipe) -> Path:
 def train(recipe: Recipe) -> Path:
     """Quantize (or reuse base/), train (or resume), merge. Returns the merged folder."""
     with start(recipe) as session:
+        refuse_other_words(session)
         synthesis_stage(session)
         examples = read_data(session)
         ready_teacher(session, examples)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .data.codecs import codec_of_rows
 from .export.grown_folder import write_grown
 from .files.jsonfile import read_json
 from .files.opened import LastWords, OpenedFiles
@@ -32,6 +33,7 @@ from .recipe.sections.chat import with_template
 from .recipe.yaml import RecipeError
 from .rotations import FILE, FoldedCheckpoint, Rotation, RotationFile
 from .rundir import RunDir, environment
+from .speech.tokens import AUDIO_CODEC
 from .tasks.base import Feed
 from .train.processes import join, main_process_first, rank, world
 
@@ -220,7 +222,9 @@ def _with_tokenizer(
     rows = checkpoint.shape(key)[0]
     new = add_tokens(tokenizer, wanted.every, wanted.special, wanted.copied, rows, wanted.levels)
     if writes and run.main:
-        write_grown(run / "model", checkpoint, tokenizer, new.rows)
+        codec = None if wanted.audio is None else codec_of_rows(data, recipe.eval.data)
+        says = {} if codec is None else {AUDIO_CODEC: codec}
+        write_grown(run / "model", checkpoint, tokenizer, new.rows, says)
     return GrownCheckpoint(checkpoint, run / "model", new), tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .places import folder_at, refuse_existing
+from .places import LARGEST_SEED, folder_at, refuse_existing
 
 
 def draw(
@@ -26,7 +26,7 @@ def draw(
     count: Annotated[int, typer.Option("--count", help="pictures of each class")] = 4,
     steps: Annotated[int, typer.Option("--steps", help="from noise to a picture")] = 20,
     guidance: Annotated[float, typer.Option("--guidance", help="1: none; more holds to the class")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="of the noise")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="of the noise")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="write over an existing file")] = False,
 ) -> None:

@@ -3,6 +3,8 @@ is, unless the user insists)."""
 
 from pathlib import Path
 
+LARGEST_SEED = (1 << 63) - 1  # what torch's generators take
+
 
 def refuse_existing(output: Path, force: bool, other: str) -> None:
     """ValueError when something is at `output` and not `force`; other: how to name another place."""

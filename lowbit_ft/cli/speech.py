@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .places import folder_at, refuse_existing
+from .places import LARGEST_SEED, folder_at, refuse_existing
 
 Codec = Annotated[Path, typer.Argument(help="speech codec, or run of one", show_default=False)]
 Prompt = Annotated[Path | None, typer.Option("--prompt", help="WAV file whose voice goes on")]
@@ -51,7 +51,9 @@ def decode(
     prompt_text: PromptText = "",
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option("--seed", help="of the noise it begins with")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="of the noise it begins with")
+    ] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -86,7 +88,9 @@ def speak(
     codes: Annotated[Path | None, typer.Option("--codes", help="write the codes too (.json)")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option("--seed", help="of the draws, and of the decoder's noise")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="of the draws, and of the decoder's noise")
+    ] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:

@@ -17,11 +17,14 @@ from .pictures import Pictures
 from .texts import Texts
 from .traits import TRAITS, Traits
 
-SIZES, MOST = ("text_tokens", "picture_size"), 1 << 16  # what training here adds to config.json
+SIZES = ("text_tokens", "picture_size")  # what training here adds to config.json
+# Of a transformer of classes, which diffusers always writes.
+COUNTS = ("sample_size", "in_channels", "patch_size", "num_embeds_ada_norm")
+MOST = 1 << 16  # of any of them: what is beyond cannot be held, and is a mistake in the file
 
 
 class DiffusersConfig(PreTrainedConfig):
-    """class_name: of diffusers, one of TRAITS. ValueError for another."""
+    """class_name: of diffusers, one of TRAITS. ValueError for another, and for a wrong count."""
 
     model_type = MODEL_TYPE
 
@@ -29,8 +32,11 @@ class DiffusersConfig(PreTrainedConfig):
         self.class_name = str(kwargs.pop(KEY, kwargs.pop("class_name", next(iter(TRAITS)))))
         if self.class_name not in TRAITS:
             raise ValueError(f"{KEY}: got {self.class_name!r}; allowed: {listed(TRAITS)}")
-        for name in SIZES:
-            if (size := kwargs.get(name)) is not None and not (type(size) is int and 0 < size <= MOST):
+        # transformers makes one of nothing, too, to compare with
+        needed = COUNTS if kwargs and self.traits.chain else ()
+        for name in (*COUNTS, *SIZES):
+            size = kwargs.get(name)
+            if (size is not None or name in needed) and not (type(size) is int and 0 < size <= MOST):
                 raise ValueError(f"{name}: got {size!r}; allowed: whole numbers of 1 to {MOST}")
         kwargs.pop("architectures", None)
         super().__init__(architectures=[ARCHITECTURE], **kwargs)

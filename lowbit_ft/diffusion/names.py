@@ -21,7 +21,9 @@ def recognised(config: dict[str, Any]) -> dict[str, Any]:
     if KEY not in config:
         return config
     name, norm = config[KEY], config.get("norm_type")
-    former = FORMER.get((name, norm), name) if isinstance(name, str) and isinstance(norm, str) else name
+    if not isinstance(name, str):
+        name = repr(name)  # of no class, which who builds one says
+    former = FORMER.get((name, norm), name) if isinstance(norm, str) else name
     return config | {KEY: former, "model_type": MODEL_TYPE}
 
 

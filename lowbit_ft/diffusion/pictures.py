@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..files.picture import picture_of
 from .texts import Texts
 from .traits import Traits
 
@@ -41,10 +42,10 @@ class Pictures:
 
     def _pixels(self, data: bytes) -> Tensor:
         import numpy as np
-        from PIL import Image, ImageOps  # optional: only images need it
+        from PIL import Image  # optional: only images need it
 
         try:
-            found = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            found = picture_of(data)
         except Exception as error:  # Pillow's readers raise anything for a damaged file
             raise ValueError(f"is no picture that Pillow reads ({type(error).__name__}: {error})") from error
         if found.size != (self.size, self.size):
@@ -65,9 +66,12 @@ class Pictures:
         if len(found) != 1 or list(found[0].shape) != wanted or not found[0].is_floating_point():
             got = [f"{list(one.shape)} {one.dtype}" for one in found[:3]]
             raise ValueError(f"holds {got}; allowed: one floating tensor {wanted}")
-        if not bool(found[0].isfinite().all()):
+        values = found[
+            0
+        ].float()  # before it is looked at: doubles may be beyond, and narrow floats have no test
+        if not bool(values.isfinite().all()):
             raise ValueError("holds numbers that are not finite")
-        return found[0].float()
+        return values
 
     def sheet(self, values: Tensor, columns: int, scale: int = 4) -> bytes:
         """Pictures [B, 3, size, size] in -1 .. 1 -> a PNG file of them side by side. Of latents the first

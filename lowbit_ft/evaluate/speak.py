@@ -16,6 +16,8 @@ from torch import Tensor
 from ..speech.tokens import AudioTokens, asked
 from .generate import encode_prompt
 
+COLDEST = 1e-3  # of temperatures: logits that are divided by less may be no numbers any more
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -39,8 +41,10 @@ class Drawing:
             raise ValueError(f"--top-k: got {self.top_k}; allowed: 1 (the likeliest) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p: got {self.top_p}; allowed: above 0, to 1 (no bound)")
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"--temperature: got {self.temperature}; allowed: 0 (the likeliest) to 100")
+        if self.temperature and not COLDEST <= self.temperature <= 100:
+            raise ValueError(
+                f"--temperature: got {self.temperature}; allowed: 0 (the likeliest), or {COLDEST} to 100"
+            )
 
 
 class OnlyCodes:
@@ -72,7 +76,7 @@ def speak(
     """The codes that the model speaks the text with. before: codes of a prompt, which are given and not in
     the answer. plain: the question as it is, for a model that has learned from plain rows. ValueError for a
     text that does not fit the model's positions."""
-    from transformers import LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList
 
     chat = not plain and bool(getattr(tokenizer, "chat_template", None))
     question = encode_prompt(tokenizer, asked(text) if chat else f"{asked(text)}\n", chat)
@@ -87,21 +91,25 @@ def speak(
     where = next(model.parameters()).device
     ids = torch.tensor([given], device=where)
     sample = how.temperature > 0
-    options: dict[str, Any] = {"temperature": None, "top_k": None, "top_p": None}
-    if sample:
-        options = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p}
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else [], enabled=sample):
-        if sample:
-            torch.manual_seed(how.seed)
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=most,
-            do_sample=sample,
-            eos_token_id=audio.end,
-            pad_token_id=audio.end,
-            logits_processor=LogitsProcessorList([OnlyCodes(audio, len(given), how.least)]),
-            **options,
-        )
+    drawn = {"temperature": how.temperature, "top_k": how.top_k, "top_p": how.top_p} if sample else {}
+    theirs = model.generation_config
+    # `generate` adds to what it is given all else that the folder says: beams, penalties, what is suppressed
+    model.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng(devices=[where] if where.type == "cuda" else [], enabled=sample):
+            if sample:
+                torch.manual_seed(how.seed)
+            made = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=most,
+                do_sample=sample,
+                eos_token_id=audio.end,
+                pad_token_id=audio.end,
+                logits_processor=LogitsProcessorList([OnlyCodes(audio, len(given), how.least)]),
+                **drawn,
+            )
+    finally:
+        model.generation_config = theirs
     code_of = {token: code for code, token in enumerate(audio.codes)}
     return [code_of[token] for token in made[0, len(given) :].tolist() if token != audio.end]

@@ -5,6 +5,7 @@ belongs to the model, but no weights. Every folder that is written later copies 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from .folder import check_target, copied_files, write_json
 TOKENIZER = ("token", "special_tokens", "added_tokens", "vocab", "merges", "tekken", "chat_template")
 
 
-def write_grown(folder: Path, checkpoint: Checkpoint, tokenizer: Any, rows: int) -> None:
-    """Write it, in the place of one of ours that was there. ValueError when something else is there."""
+def write_grown(
+    folder: Path, checkpoint: Checkpoint, tokenizer: Any, rows: int, beside: Mapping[str, Any]
+) -> None:
+    """Write it, in the place of one of ours that was there. rows: of its tables; beside: further keys of
+    config.json. ValueError when something else is there."""
     check_target(folder)
     config = read_config(checkpoint.folder)
     inner = config.get("text_config")
     holder = inner if isinstance(inner, dict) and "vocab_size" in inner else config
     holder["vocab_size"] = rows
+    config |= beside
     with writing(folder), staged_folder(folder) as stage:
         for path in copied_files(checkpoint.folder):
             if not path.name.startswith(TOKENIZER) and path.suffix not in (".model", ".tiktoken"):

@@ -167,3 +167,10 @@ def _generation(folder: Path, config: Any) -> Any:
     if not (folder / GENERATION).is_file():
         return GenerationConfig.from_model_config(config)
     return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+
+
+def outside_torch(folder: str | Path) -> str | None:
+    """The format of a folder whose reader makes no torch model of it; None of any other."""
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
+    found = (e.name for e in EXPORTERS.values() if e.quant_method == method and not e.measurable)
+    return next(found, None)

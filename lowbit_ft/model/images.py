@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.picture import picture_of
 from ..files.tensorfile import CheckpointError
 from .config import load_config
 from .hub import refuse_irregular
@@ -98,20 +99,6 @@ def alike(processor: Any, other: Any) -> bool:
         return processor == other  # of diffusers
     picture = Image.linear_gradient("L").convert("RGB").crop((0, 0, 200, 180))
     return torch.equal(pixels(processor, picture), pixels(other, picture))
-
-
-def picture_of(data: bytes, small: bool = False) -> Any:
-    """The picture in the bytes of a file, the right way up, in RGB. ValueError for one of more than 8 bits a
-    channel, of which RGB would cut off all that is above 255; Pillow's errors for a damaged one. small: a
-    JPEG at an eighth of its size, in less time."""
-    from PIL import Image, ImageOps  # optional: only images need it
-
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"its mode is {picture.mode}, more than 8 bits a channel; convert it to 8 bits")
-        if small:
-            picture.draft(None, (1, 1))
-        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -76,7 +76,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
     (("train", "data"), check_train),
     (("model", "quant", "adapter", "train"), check_reconstruct),
     (("model", "train"), check_signal),
-    (("quant", "adapter", "train", "output"), check_start),
+    (("model", "quant", "adapter", "train", "output"), check_start),
     (("adapter", "data", "train"), check_preference),
     (("adapter", "train"), check_gradient),
     (("eval",), check_tasks),

@@ -9,6 +9,7 @@ The names and the question are those of TaDiCodec's language models (arXiv 2508.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from .names import MODEL_TYPE
 
 START, END = "<|start_of_audio|>", "<|end_of_audio|>"
 ASKED = "Please speak the following text out loud: "
+_TOKEN = re.compile(r"<\|(start_of_audio|end_of_audio|audio_\d+)\|>")
+CODEC = "codec"  # of a row: the encoder that made its codes, as speech/files.py names it
+AUDIO_CODEC = "audio_codec"  # of a model's config.json: the same of all rows that it was trained on
 MOST_TOKENS = 1 << 18  # a row of embedding and head for each
 
 
@@ -38,7 +42,9 @@ def spoken(codes: Iterable[int]) -> str:
 
 
 def asked(text: str) -> str:
-    """What a model is asked that shall speak the text."""
+    """What a model is asked that shall speak the text. ValueError for one with a token of audio in it."""
+    if (found := _TOKEN.search(text)) is not None:
+        raise ValueError(f"the text has {found[0]!r} in it, which the model takes for sound; leave it out")
     return ASKED + text
 
 

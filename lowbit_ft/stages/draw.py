@@ -11,14 +11,13 @@ from ..diffusion.names import KEY, MODEL_TYPE
 from ..diffusion.paths import PATHS, Told, sampled
 from ..diffusion.texts import MOST as MOST_TEXT
 from ..diffusion.texts import Texts
-from ..export.folder import check_if_ours
 from ..export.reader import load_exported
 from ..files.atomic import write_bytes
 from ..files.regular import read_regular
 from ..model.config import read_config
 from ..model.linear import packed_op_only
 from ..names import did_you_mean, listed
-from ..rundir import shipped
+from .runnable import torch_folder
 
 MOST = 256  # pictures
 MOST_STEPS = 1000
@@ -48,8 +47,7 @@ def draw_pictures(
             raise ValueError(f"--{name}: got {got}; allowed are 1 to {most}")
     if not 0 <= guidance <= 100:
         raise ValueError(f"--guidance: got {guidance}; allowed are 0 to 100; 1 is none")
-    folder = shipped(folder)
-    check_if_ours(folder)
+    folder = torch_folder(folder)
     values = read_config(folder)
     if values.get("model_type") != MODEL_TYPE or values.get("prediction") not in PATHS:
         raise ValueError(
@@ -105,8 +103,11 @@ def _states(takes: Texts, place: Path) -> Told:
 
 
 def _numbers(config: Any, labels: Sequence[str]) -> torch.Tensor:
-    """The numbers of labels by name; the first ones where none is named. ValueError for another name."""
+    """The numbers of labels by name; where none is named the first ones, or, of a model without any, what
+    stands for none. ValueError for another name."""
     known = {str(name): int(number) for number, name in config.id2label.items()}
+    if labels and not known:
+        raise ValueError(f"--label: got {labels[0]!r}, and it was trained without labels; leave it out")
     for label in labels:
         if label not in known:
             some = list(known)[:20]
@@ -114,4 +115,5 @@ def _numbers(config: Any, labels: Sequence[str]) -> torch.Tensor:
                 f"--label: got {label!r}; allowed: {listed(some)}{' and more' if len(known) > 20 else ''}"
                 f"{did_you_mean(label, known)}"
             )
-    return torch.tensor([known[label] for label in labels] or sorted(known.values())[:FIRST])
+    first = sorted(known.values())[:FIRST] or [config.classes]
+    return torch.tensor([known[label] for label in labels] or first)

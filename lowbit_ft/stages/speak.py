@@ -13,17 +13,17 @@ from rich.progress import track
 from ..data.errors import BadRow, DataError
 from ..data.read import read_rows
 from ..evaluate.speak import Drawing, speak
-from ..export.folder import check_if_ours
 from ..export.reader import load_exported
 from ..files.atomic import write_text
 from ..model.config import read_config
 from ..model.tokenizer import read_tokenizer
 from ..recipe.sections.data import DataSource
-from ..rundir import shipped
+from ..speech.files import encoder_digest
 from ..speech.sample import encode, frames_of
-from ..speech.tokens import AudioTokens, audio_tokens_of, row_of
+from ..speech.tokens import AUDIO_CODEC, CODEC, AudioTokens, asked, audio_tokens_of, row_of
 from ..speech.wav import write_wav
-from ..tasks.rows import text_of
+from ..tasks.rows import place_of, text_of
+from .runnable import torch_folder
 from .speech import Making, Voice, codec_in, codes_of, refuse_suffix, sound_in, spoken_by
 
 
@@ -38,18 +38,21 @@ def encode_rows(
     if not found:
         raise DataError("no row", str(rows))
     model, _ = codec_in(folder, device)
+    digest = encoder_digest(model)
     lines, sizes = [], []
     console = Console(stderr=True)
     for row in track(found, "encode", console=console, disable=not console.is_terminal, transient=True):
         try:
             if row.value is None:
                 raise BadRow(row.problem or "cannot be read")
-            sound = sound_in(Path(row.file).parent / text_of(row.value, "audio"))
-            text = text_of(row.value, "text")
-        except ValueError as error:
+            sound = sound_in(place_of(text_of(row.value, "audio"), Path(row.file).parent))
+            if not (text := text_of(row.value, "text")).strip():
+                raise BadRow("'text' is blank, and nothing is asked for by it")
+            asked(text)
+        except (ValueError, RuntimeError) as error:
             raise DataError(str(error), row.file, row.number) from None
         codes = encode(model, frames_of(model.config, sound.at(model.config.sample_rate))).tolist()
-        lines.append(json.dumps(row_of(text, codes, plain)) + "\n")
+        lines.append(json.dumps(row_of(text, codes, plain) | {CODEC: digest}) + "\n")
         sizes.append(len(codes))
     write_text(output, "".join(lines))
     return sizes
@@ -74,7 +77,7 @@ def speak_text(
         refuse_suffix(codes, ".json")
     if not text.strip():
         raise ValueError(f"TEXT: got {text!r}; give what is to be said")
-    folder = shipped(folder)
+    folder = torch_folder(folder)
     audio, tokenizer = _audio_of(folder)
     model, letters = codec_in(codec, device)
     size = model.config.vectors.size
@@ -83,9 +86,10 @@ def speak_text(
             f"{folder} has tokens for {len(audio.codes):,} codes, and {codec} makes {size:,} "
             f"({model.config.vectors}); give the codec whose codes it was trained on"
         )
+    _refuse_other_codec(folder, encoder_digest(model), codec)
     front = spoken_by(model, voice)
     before, whole = (
-        ([], text) if voice is None or front is None else (front[0].tolist(), f"{voice.text} {text}")
+        ([], text) if voice is None or front is None else (front[0].tolist(), f"{voice.text} {text}".strip())
     )
     language: Any = load_exported(folder, device=str(model.device))
     said = speak(language.eval(), tokenizer, audio, whole, drawing, plain=plain, before=before)
@@ -97,9 +101,25 @@ def speak_text(
     return len(said), len(sound) / model.config.sample_rate
 
 
+def _refuse_other_codec(folder: Path, found: str, codec: Path) -> None:
+    """ValueError where the model was trained on the codes of another codec; a warning where its rows did not
+    say of which."""
+    wanted = read_config(folder).get(AUDIO_CODEC)
+    if wanted is None:
+        Console(stderr=True, soft_wrap=True).print(
+            f"warning: the rows that {folder} was trained on did not say which codec made their codes; of "
+            "another than this one they are other sounds",
+            markup=False,
+        )
+    elif wanted != found:
+        raise ValueError(
+            f"{folder} was trained on codes of the encoder {str(wanted)[:12]}..., and that of {codec} is "
+            f"{found[:12]}...: its codes are other sounds; give the codec that its rows were encoded with"
+        )
+
+
 def _audio_of(folder: Path) -> tuple[AudioTokens, Any]:
     """Where a language model's tokenizer has the audio tokens, and the tokenizer."""
-    check_if_ours(folder)
     kind = read_config(folder).get("model_type")
     tokenizer = read_tokenizer(folder)
     audio = audio_tokens_of(tokenizer)

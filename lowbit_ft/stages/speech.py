@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..export.folder import check_if_ours
 from ..export.reader import load_exported
 from ..model.config import read_config
 from ..model.tokenizer import read_tokenizer
-from ..rundir import shipped
 from ..speech.files import CodesFile, encoder_digest, read_codes
 from ..speech.names import MODEL_TYPE
 from ..speech.sample import GUIDANCE, STEPS, Spoken, decode, encode, frames_of, sound_of
 from ..speech.wav import Wav, read_wav, write_wav
+from .runnable import torch_folder
 
 MOST_SECONDS = 600.0  # one forward attends over all frames of a file
 MOST_STEPS = 1000
@@ -113,8 +112,7 @@ def spoken_by(model: Any, voice: Voice | None) -> tuple[Tensor, Tensor] | None:
 
 def codec_in(folder: Path, device: str) -> tuple[Any, Any]:
     """The model of a codec folder (or of a run) on a device, and its tokenizer."""
-    folder = shipped(folder)
-    check_if_ours(folder)
+    folder = torch_folder(folder)
     kind = read_config(folder).get("model_type")
     if kind != MODEL_TYPE:
         raise ValueError(

@@ -9,12 +9,10 @@ import torch
 
 from ..evaluate.perplexity import STAGES
 from ..evaluate.tasks import TaskRow, load_tasks, merged_rows, run_tasks, table
-from ..export import EXPORTERS
 from ..export.folder import read_manifest, replace_file
-from ..export.reader import load_exported
+from ..export.reader import load_exported, outside_torch
 from ..files.records import TaskTable
 from ..model.checkpoint import Checkpoint
-from ..model.config import read_config
 from ..model.load import load_tokenizer
 from ..rundir import shipped
 from ..session import Session
@@ -95,9 +93,8 @@ def evaluate_folder(folder: Path, tasks: Sequence[str], limit: int | None) -> No
 
 def refuse_tasks(folder: Path) -> None:
     """ValueError for a folder whose reader is not transformers, which is what lm-eval measures."""
-    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
-    for exporter in [e for e in EXPORTERS.values() if e.quant_method == method and not e.measurable]:
+    if (name := outside_torch(folder)) is not None:
         raise ValueError(
-            f"{folder}: lm-eval cannot measure an {exporter.name} folder; measure merged/ of its run "
+            f"{folder}: lm-eval cannot measure an {name} folder; measure merged/ of its run "
             "(--stage merged), the equal model"
         )

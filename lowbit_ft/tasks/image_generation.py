@@ -23,7 +23,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..data.batches import Batches
@@ -46,7 +46,7 @@ from .generated import Generated
 from .image_classification import file_of
 from .kept import data_of, kept_file
 from .labelled import Labelled
-from .labels import label_id, label_values, labels_in
+from .labels import Distinct, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, Rows, of_column
 
 CLASSES = "num_embeds_ada_norm"  # of config.json
@@ -74,7 +74,7 @@ class ImageGeneration(Labelled):
         ".safetensors file of one tensor",
     )
     label: str | None = Field(default="label", description="the column of the class; null: none has one")
-    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    labels: Annotated[Distinct, Field(min_length=1)] | None = Field(
         default=None, description="the classes by name, in their order; null: those that the rows have"
     )
     text: str = Field(
@@ -119,6 +119,14 @@ class ImageGeneration(Labelled):
     guidance: Annotated[float, Field(ge=0, le=100)] = Field(
         default=1.0, description="of these pictures: 1 is none, more holds to the label, or text"
     )
+
+    @model_validator(mode="after")
+    def _labelled(self) -> ImageGeneration:
+        if self.label is None and self.labels is not None:
+            raise ValueError(
+                f"label: null, so no row has a class, and labels names {len(self.labels)}; remove one of both"
+            )
+        return self
 
     @property
     def pipeline(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -183,7 +191,7 @@ class ImageGeneration(Labelled):
         if seen is not None and seen.texts:
             made = self._of_texts(seen, config)
         elif self.label is not None and self.labels is None and r.data.train is not None:
-            made = self.model_copy(update={"labels": labels_in(r.data.train, self.label, config)})
+            made = self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
         if config and (reason := made.unfit(config)) is not None:
             raise DataError(f"{r.model.path}: {reason}")
         if made.no_text is not None and made.text_tokens is not None:
@@ -209,7 +217,8 @@ class ImageGeneration(Labelled):
             "picture_size": self.size,
             "distilled_guidance": self.distilled_guidance,
         }
-        values = {**label_values(self.labels), "prediction": self.prediction}
+        names = () if self.label is None else self.labels  # none: `draw` asks for none either
+        values = {**label_values(names), "prediction": self.prediction}
         values |= {key: value for key, value in sizes.items() if value is not None}
         return Purpose(self.auto, values, seed)
 

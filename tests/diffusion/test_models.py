@@ -111,6 +111,22 @@ def test_what_older_files_call_it(tmp_path: Path) -> None:
         load_config(folder)
 
 
+@pytest.mark.parametrize("key", ["sample_size", "in_channels", "num_embeds_ada_norm", "patch_size"])
+def test_a_count_that_is_none_is_named(key: str, tmp_path: Path) -> None:
+    folder = dits.write(tmp_path, num_layers=1)
+    values = json.loads((folder / "config.json").read_text())
+    for wrong in (None, True, "8", -1, 0, 3.0, 1 << 40):
+        (folder / "config.json").write_text(json.dumps(values | {key: wrong}))
+        with pytest.raises(CheckpointError, match=f"config.json.*{key}: got .*; allowed: whole num"):
+            load_config(folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != key}))
+    with pytest.raises(CheckpointError, match=f"{key}: got None"):
+        load_config(folder)
+    (folder / "config.json").write_text(json.dumps(values | {"_class_name": ["DiT"]}))
+    with pytest.raises(CheckpointError, match="_class_name: got"):
+        load_config(folder)
+
+
 def test_without_diffusers_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = dits.write(tmp_path)
     monkeypatch.setattr(names.importlib.util, "find_spec", lambda name: None)

@@ -101,12 +101,18 @@ def test_pictures_there_and_back() -> None:
     torch.testing.assert_close(one, values[0], atol=1 / 127, rtol=0)
     with pytest.raises(ValueError, match="is no picture that Pillow reads"):
         pictures.values(b"GIF")
+    deep = io.BytesIO()  # 16 bits, of which 8 would be cut off at white
+    Image.new("I;16", (dits.SIZE, dits.SIZE), 20_000).save(deep, "PNG")
+    with pytest.raises(ValueError, match="more than 8 bits a channel"):
+        pictures.values(deep.getvalue())
     latents = Pictures(4, 8, 3)
     right = torch.randn(4, 8, 8).bfloat16()
     assert torch.equal(latents.values(save({"latent": right})), right.float())
     for wrong, said in (
         (save({"latent": torch.zeros(4, 8, 9)}), r"holds \['\[4, 8, 9\] torch.float32'\]; allowed: one"),
         (save({"latent": torch.full((4, 8, 8), torch.nan)}), "not finite"),
+        (save({"latent": torch.full((4, 8, 8), 1e300, dtype=torch.float64)}), "not finite"),
+        (save({"latent": torch.full((4, 8, 8), torch.nan).to(torch.float8_e4m3fn)}), "not finite"),
         (save({"a": right, "b": right.clone()}), "allowed: one floating tensor"),
         (b"PNG", "must be a .safetensors file of latents"),
     ):

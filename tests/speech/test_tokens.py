@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from lowbit_ft import pipeline
 from lowbit_ft.adapters.attach import load_adapter_state
 from lowbit_ft.cli.main import app
+from lowbit_ft.data.errors import DataError
 from lowbit_ft.evaluate.speak import Drawing, OnlyCodes
+from lowbit_ft.evaluate.speak import speak as codes_of
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.model.rows import NewRows, row_tables, train_rows
 from lowbit_ft.model.tokenizer import read_tokenizer
@@ -180,15 +182,23 @@ def test_rows_are_the_codes_that_encode_writes(ran: Path) -> None:
     rows = [json.loads(line) for line in (ran / "speak.jsonl").read_text().splitlines()]
     for number, (row, text) in enumerate(zip(rows, TEXTS, strict=True)):
         called("encode", ran / "codec", ran / "data" / f"{number}.wav", ran / f"{number}.json")
-        codes = read_codes(ran / f"{number}.json").codes
+        encoded = read_codes(ran / f"{number}.json")
+        codes = encoded.codes
         assert row == {
+            "codec": encoded.encoder,
             "prompt": f"{asked(text)}\n",
             "completion": START + "".join(f"<|audio_{code}|>" for code in codes) + END,
         }
-    with pytest.raises(ValueError, match=r"bad.jsonl:2: .*9.wav"):
-        bad = ran / "data" / "bad.jsonl"
-        bad.write_text('{"audio": "0.wav", "text": "a"}\n{"audio": "9.wav", "text": "a"}\n')
-        pipeline.encode(ran / "codec", bad, ran / "no.jsonl")
+    bad = ran / "data" / "bad.jsonl"
+    for second, said in (
+        ({"audio": "9.wav", "text": "a"}, r"bad.jsonl:2: .*9.wav"),
+        ({"audio": "~nobody-of-that-name/9.wav", "text": "a"}, r"bad.jsonl:2: .*home directory"),
+        ({"audio": "1.wav", "text": " "}, r"bad.jsonl:2: 'text' is blank"),
+        ({"audio": "1.wav", "text": "a <|audio_3|>"}, r"bad.jsonl:2: the text has '<.audio_3.>' in it"),
+    ):
+        bad.write_text('{"audio": "0.wav", "text": "a"}\n' + json.dumps(second) + "\n")
+        with pytest.raises(ValueError, match=said):
+            pipeline.encode(ran / "codec", bad, ran / "no.jsonl")
     assert not (ran / "no.jsonl").exists()
 
 
@@ -230,6 +240,22 @@ def test_a_codec_is_found_beside_the_recipe_as_every_other_path_is(ran: Path) ->
     assert audio.code == BSQ(bits=BITS).to_json()
 
 
+def test_rows_are_handed_over_to_a_run_of_the_same_tokens(ran: Path) -> None:
+    """Sums of vectors go on as rows of their own, and are those that shipped; never as rows of others."""
+    rates = ("learning_rate", "scale_learning_rate", "modules_learning_rate")
+    start = [f"train.start_from={ran / 'out'}", "train.max_steps=1", *(f"train.{r}=1e-30" for r in rates)]
+    with pytest.raises(RecipeError, match="audio.rows: got factorised beside train.start_from"):
+        load_recipe(recipe_of(ran, ran / "no"), start)
+    each = [*start, "model.add_tokens.audio.rows=each"]
+    with pytest.raises(
+        ValueError, match=r"model.add_tokens: .* in .*out \(train.start_from\), <new>, <.start"
+    ):
+        pipeline.train(load_recipe(recipe_of(ran, ran / "no"), [*each, "model.add_tokens.tokens=[<new>]"]))
+    pipeline.train(load_recipe(recipe_of(ran, ran / "each"), each))
+    one, two = (load_file(ran / name / "merged" / "model.safetensors") for name in ("out", "each"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_plan_counts_the_vectors(ran: Path) -> None:
     def planned(*overrides: str) -> Any:
         return skeleton(load_recipe(recipe_of(ran, ran / "no"), list(overrides)), ran / "model")
@@ -244,6 +270,33 @@ def test_plan_counts_the_vectors(ran: Path) -> None:
     assert bits.trained_bytes - none.trained_bytes == 4 * 2 * (2 + 1 + BITS) * 32
     assert bits.held["embeddings"] == each.held["embeddings"] > none.held["embeddings"]
     assert bits.table_bytes == 2 * (2 + 1 + BITS) * 32
+
+
+def test_the_codec_of_the_rows_ships_and_another_is_refused(ran: Path, tmp_path: Path) -> None:
+    """Of the same number of codes, which is all that tokens say. Rows of two are none to learn from."""
+    digest = json.loads((ran / "speak.jsonl").read_text().splitlines()[0])["codec"]
+    assert json.loads((ran / "out/merged/config.json").read_text())["audio_codec"] == digest
+    other = write_codec(tmp_path / "codec", code={"kind": "bsq", "bits": BITS}, seed=1)
+    with pytest.raises(ValueError, match=f"trained on codes of the encoder {digest[:12]}.*give the codec"):
+        pipeline.speak(ran / "out", other, "a", tmp_path / "no.wav")
+    pipeline.encode(other, ran / "data" / "rows.jsonl", tmp_path / "other.jsonl", plain=True)
+    paths = (ran / "speak.jsonl", tmp_path / "other.jsonl")
+    two = [f"data.train=[{', '.join(f'{{path: {path}, format: completion}}' for path in paths)}]"]
+    with pytest.raises(DataError, match=r"other.jsonl:1: 'codec': got .*encode all rows with one codec"):
+        pipeline.train(load_recipe(recipe_of(ran, tmp_path / "two"), two))
+    assert not (tmp_path / "two" / "base").exists()
+
+
+def test_the_folder_of_a_model_does_not_say_how_codes_are_drawn(ran: Path) -> None:
+    """Its generation_config is made for text: what it suppresses, its penalties, its beams."""
+    model, tokenizer = load_exported(ran / "out/merged").eval(), read_tokenizer(ran / "out/merged")
+    audio, how = audio_tokens_of(tokenizer), Drawing(least=4, most=6, temperature=0.0)
+    assert audio is not None
+    plain = codes_of(model, tokenizer, audio, "aei", how, plain=True)
+    model.generation_config.suppress_tokens = [audio.codes[plain[0]]]
+    model.generation_config.num_beams, model.generation_config.repetition_penalty = 2, 50.0
+    assert codes_of(model, tokenizer, audio, "aei", how, plain=True) == plain
+    assert model.generation_config.num_beams == 2, "and has it afterwards"
 
 
 def test_nothing_but_codes_is_drawn(ran: Path) -> None:
@@ -304,7 +357,13 @@ def test_what_cannot_be_is_refused(ran: Path) -> None:
         pipeline.speak(ran / "out", ran / "model", "a", out)
     with pytest.raises(ValueError, match="positions: too few for 12 codes more"):
         pipeline.speak(ran / "out", ran / "codec", "a " * 4000, out)
-    for wrong in ({"least": 5, "most": 4}, {"top_k": 0}, {"top_p": 0.0}, {"temperature": -1.0}):
+    for wrong in (
+        {"least": 5, "most": 4},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"temperature": -1.0},
+        {"temperature": 1e-300},
+    ):
         with pytest.raises(ValueError, match="allowed"):
             Drawing(**wrong)  # pyright: ignore[reportArgumentType]
     assert not out.exists()

@@ -70,6 +70,7 @@ def test_the_second_run_begins_where_the_first_ended(first: Path) -> None:
 def test_a_resumed_run_has_the_same_start(first: Path) -> None:
     given = first / "given" / "adapter"
     shutil.copytree(first / "one" / "adapter", given)
+    shutil.copy(first / "one" / "recipe.yaml", given.parent)
     path = recipe(first, "three", max_steps=1, start_from=str(given.parent))
     pipeline.train(load_recipe(path))
     shutil.rmtree(given)
@@ -87,6 +88,17 @@ def test_what_does_not_fit_is_refused(first: Path) -> None:
         load_recipe(recipe(first, "one", **start))
     with pytest.raises(ValueError, match="trained on the packed base"):
         pipeline.train(load_recipe(recipe(first, "five", **start), ["quant.calibrate=mse"]))
+    swapped = [
+        "task={kind: sequence_classification, labels: [red, blue]}"
+    ]  # the same shapes and the same base, another meaning
+    with pytest.raises(
+        ValueError, match=r"task.labels: blue, red in .*one \(train.start_from\), red, blue here"
+    ):
+        pipeline.train(load_recipe(recipe(first, "swapped", **start), swapped))
+    assert not (first / "swapped" / "base").exists(), "told before anything is packed"
+    shutil.copytree(first / "one" / "adapter", first / "alone" / "adapter")
+    with pytest.raises(ValueError, match="has no recipe.yaml"):
+        pipeline.train(load_recipe(recipe(first, "seven", start_from=str(first / "alone"))))
     with pytest.raises(
         ValueError, match="trained by another adapter.*method 'full_qat' there, 'lr_qat' here"
     ):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -24,12 +25,15 @@ from lowbit_ft.diffusion.pictures import Pictures
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.merge import merged_weights
 from lowbit_ft.model.checkpoint import Checkpoint
+from lowbit_ft.model.config import load_config
 from lowbit_ft.model.linear import packed_op_only
 from lowbit_ft.quantize.quantize import quantize
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
 from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.stages import draw
 from lowbit_ft.stages.draw import draw_pictures
+from lowbit_ft.stages.runnable import torch_folder
 from lowbit_ft.tasks.base import Feed, inputs_of
 from lowbit_ft.tasks.image_generation import ImageGeneration
 from tests.diffusion import dits
@@ -96,7 +100,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(tmp_path: Path) -> No
     other = next(iter(batches(task, path, shuffle=False, seed=1).one_epoch()))
     assert torch.equal(other["timestep"], measured[0]["timestep"])
     assert not torch.equal(other["hidden_states"], measured[0]["hidden_states"])
-    none = batches(task_of(label=None), path, shuffle=False)
+    none = batches(ImageGeneration(label=None), path, shuffle=False)
     assert bool((next(iter(none.one_epoch()))["class_labels"] == 3).all())
 
 
@@ -208,6 +212,8 @@ def test_onnxruntime_says_the_same(ran: SimpleNamespace, tmp_path: Path) -> None
     from lowbit_ft.stages.outside import export_outside
 
     export_outside(ran.run / "merged", "onnx", tmp_path / "graph")
+    with pytest.raises(ValueError, match="an onnx folder is computed outside of torch; give the run"):
+        draw_pictures(tmp_path / "graph", tmp_path / "e.png")
     merged, graph = (load_exported(folder) for folder in (ran.run / "merged", tmp_path / "graph"))
     batch = next(iter(batches(task_of(), ran.folder / "rows" / "rows.jsonl", shuffle=False).one_epoch()))
     given = inputs_of(batch, task_of().answers)
@@ -234,6 +240,43 @@ def test_draw_repeats_itself_and_says_what_there_is(ran: SimpleNamespace, tmp_pa
             draw_pictures(ran.run, tmp_path / "e.png", **options)
     with pytest.raises(ValueError, match="draw takes what task: image_generation trained"):
         draw_pictures(dits.ROOT / "recipes" / "assets" / "tiny-llama", tmp_path / "e.png")
+
+
+def test_a_run_that_was_exported_elsewhere_draws_from_merged(
+    ran: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowbit_ft.stages.runnable.shipped", lambda folder: tmp_path / "exported")
+    (tmp_path / "exported").mkdir()
+    config = json.loads((ran.run / "merged" / "config.json").read_text())
+    said = config | {"quantization_config": {"quant_method": "onnx"}}
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(said))
+    assert torch_folder(ran.run) == ran.run / "merged"
+
+
+def test_a_model_without_labels_is_asked_for_none(tmp_path: Path) -> None:
+    """It learned what stands for no class, and no other."""
+    purpose = ImageGeneration(label=None).purpose(0)
+    checkpoint = Checkpoint.open(dits.write(tmp_path, num_layers=1), dtype="float32", purpose=purpose)
+    checkpoint.config.save_pretrained(tmp_path / "out")
+    config = load_config(tmp_path / "out")
+    assert draw._numbers(config, []).tolist() == [len(dits.LABELS)]
+    with pytest.raises(ValueError, match="--label: got 'red', and it was trained without labels"):
+        draw._numbers(config, ["red"])
+    for wrong, words in (
+        ({"label": None, "labels": ["a"]}, "no row has a class, and labels names 1"),
+        ({"labels": ["a", "a"]}, "'a' more than once"),
+    ):
+        with pytest.raises(ValidationError, match=words):
+            ImageGeneration.model_validate(wrong)
+
+
+def test_one_class_is_enough(tmp_path: Path) -> None:
+    """Nothing is told apart here."""
+    path = dits.rows(tmp_path, 4)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "light" in line))
+    r = SimpleNamespace(data=SimpleNamespace(train=source(path)))
+    made = ImageGeneration().settled(r, {})
+    assert isinstance(made, ImageGeneration) and made.labels == ("light",)
 
 
 INTEGER = sorted(name for name, config in ADAPTERS.items() if config.grid_name == "integer")

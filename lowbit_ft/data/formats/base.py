@@ -20,6 +20,9 @@ from typing import Any, ClassVar
 from ..chat import Span
 from ..errors import BadRow, DataError, MissingKey, kind
 
+# Of the column in which `lowbit-ft encode` says whose codes the tokens of a row are (../codecs.py).
+CODEC_TOLD = "which speech codec made the codes in it: not learned; rows of two are refused"
+
 
 @dataclass(frozen=True)
 class Tokens:

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
+from ...speech.tokens import CODEC
 from ..audit import not_written
 from ..chat import ChatTemplate
 from ..errors import BadRow
 from ..messages import Conversation, read_chat
-from .base import Format, Tokens
+from .base import CODEC_TOLD, Format, Tokens
 
 
 class Chat(Format):
@@ -23,6 +24,7 @@ class Chat(Format):
         "conversations": "the turns, each with `from` and `value` (ShareGPT), where there are no `messages`",
         "system": "becomes the first turn, role system",
         "tools": "what the assistant may call: a list of objects, or JSON text of one; for the chat template",
+        CODEC: CODEC_TOLD,
     }
     told_by = (("messages",), ("conversations",))
     needs_template = True

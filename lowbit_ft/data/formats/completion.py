@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Format, Tokens, string
+from ...speech.tokens import CODEC
+from .base import CODEC_TOLD, Format, Tokens, string
 
 
 class Completion(Format):
@@ -13,6 +14,7 @@ class Completion(Format):
     columns = {
         "prompt": "not learned, unless `train_on: all`",
         "completion": "learned, with the EOS token",
+        CODEC: CODEC_TOLD,
     }
 
     def __call__(self, row: Mapping[str, Any]) -> Tokens:

@@ -23,6 +23,12 @@ def check_start(r: Any) -> Problems:
         )
     elif run.resolve() == Path(r.output).expanduser().resolve():
         yield Problem(here, f"got {given!r}, the output of this recipe; give this run an output of its own")
+    if (new := r.model.add_tokens) is not None and new.levels:
+        yield Problem(
+            ("model", "add_tokens", "audio", "rows"),
+            "got factorised beside train.start_from: a run hands over rows, and not the vectors that they "
+            "were made of; set rows: each, or start_from: null",
+        )
     if r.train.reconstruct is not None:
         yield Problem(
             ("train", "reconstruct"),
