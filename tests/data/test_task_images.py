@@ -253,6 +253,8 @@ def test_images_are_made_for_labels_and_stored_as_rows(model: Any, processor: An
         assert row["label"] == SHAPES[int(said)]
     run(tmp_path / "none", samples=4, confidence=1.0)
     assert read_state(tmp_path / "none").reasons == {"the model is not sure": 4}
+    lines = [json.loads(x) for x in (tmp_path / "none" / "dropped" / "00000.jsonl").open()]
+    assert all(row.keys() == {"row", "dropped"} for row in lines), "it names an image that is not kept"
 
 
 def test_a_few_images_are_in_memory_at_a_time_while_the_model_is_measured(model: Any) -> None:
