@@ -131,7 +131,8 @@ def test_batch_norms_of_tokens_have_moments_too() -> None:
     """LeViT's: [B T, C], or [B, C, T]."""
     for shape in ((12, 3), (4, 3, 5)):
         norm = nn.BatchNorm1d(3).eval()
-        norm.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+        assert norm.running_mean is not None
+        norm.running_mean.normal_()
         x = torch.randn(shape)
         prior = BatchNorms(norm)
         with prior.watched(), torch.no_grad():
