@@ -71,7 +71,7 @@ def _counted(counts: Any, title: str) -> str:
     """A histogram: words, rows, and a bar of their share."""
     if not isinstance(counts, dict) or not counts:
         return ""
-    numbers = {str(k): int(v) for k, v in counts.items() if is_number(v)}
+    numbers = {str(k): int(v) for k, v in counts.items() if is_number(v) and v >= 0}
     total = sum(numbers.values()) or 1
     rows = [[k, f"{v:,}", "#" * round(40 * v / total)] for k, v in numbers.items()]
     return table([title, "rows", ""], rows)

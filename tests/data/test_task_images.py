@@ -131,7 +131,8 @@ def test_batch_norms_of_tokens_have_moments_too() -> None:
     """LeViT's: [B T, C], or [B, C, T]."""
     for shape in ((12, 3), (4, 3, 5)):
         norm = nn.BatchNorm1d(3).eval()
-        norm.running_mean.normal_()  # pyright: ignore[reportOptionalMemberAccess]
+        assert norm.running_mean is not None
+        norm.running_mean.normal_()
         x = torch.randn(shape)
         prior = BatchNorms(norm)
         with prior.watched(), torch.no_grad():
@@ -253,6 +254,8 @@ def test_images_are_made_for_labels_and_stored_as_rows(model: Any, processor: An
         assert row["label"] == SHAPES[int(said)]
     run(tmp_path / "none", samples=4, confidence=1.0)
     assert read_state(tmp_path / "none").reasons == {"the model is not sure": 4}
+    lines = [json.loads(x) for x in (tmp_path / "none" / "dropped" / "00000.jsonl").open()]
+    assert all(row.keys() == {"row", "dropped"} for row in lines), "it names an image that is not kept"
 
 
 def test_a_few_images_are_in_memory_at_a_time_while_the_model_is_measured(model: Any) -> None:

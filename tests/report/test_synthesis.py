@@ -34,6 +34,17 @@ def test_what_lies_elsewhere_is_not_shown(tmp_path: Path) -> None:
     assert "its own" in section(run, rows={"train": 1}, files={**away, "train/0.jsonl": {}})
 
 
+def test_a_bar_is_a_share(tmp_path: Path) -> None:
+    """Of counts below zero the sum is less than a part: a bar of 10**270 signs."""
+    (tmp_path / "synthesis").mkdir()
+    facts = {
+        "shards": {"0": {"rows": {"train": 4}}},
+        "answers": {"yes": 3, "no": 1, "a": 2**900, "b": -(2**900)},
+    }
+    (tmp_path / "synthesis" / "lowbit_ft.json").write_text(json.dumps(facts))
+    assert synthesis_section(RunFiles(tmp_path)).count("#") <= 42
+
+
 @pytest.mark.parametrize("files", [5, ["train/0.jsonl"], None, "train"])
 def test_files_that_are_no_table_cost_only_the_rows(tmp_path: Path, files: Any) -> None:
     assert "1 rows" in section(tmp_path, rows={"train": 1}, files=files)

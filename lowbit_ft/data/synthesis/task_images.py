@@ -173,10 +173,10 @@ class Pictures(Maker):
         shard = Shard(len(files) * self.longest)
         for number, data, answer, first in zip(numbers, files, answers, before, strict=True):
             name = f"{FOLDER}/{number:06}.png"
-            stored: dict[str, Any] = {"row": number, labeller.image: f"../{name}"}
-            if answer is None:
-                shard.lines["dropped"].append({**stored, "dropped": UNSURE})
+            if answer is None:  # its image is not kept
+                shard.lines["dropped"].append({"row": number, "dropped": UNSURE})
                 continue
+            stored: dict[str, Any] = {"row": number, labeller.image: f"../{name}"}
             stored |= labeller.columns(answer, self.frame.width, self.frame.height)
             fate = config.labels if first in (None, answer) else "moved"
             stored["about"] = {"fate": fate, "size": [self.frame.width, self.frame.height]}
