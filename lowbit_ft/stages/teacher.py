@@ -37,7 +37,7 @@ from .synthesis import rows_key, train_source
 
 FILE = "teacher.json"
 WINDOWS, TOKENS = 8, 512  # what is measured on: so many windows, of at most so many tokens
-ROWS = 32  # of a task that has rows, in one batch
+ROWS = 32  # of a task that has rows, in one batch; of one that measures few at a time, as many
 
 
 def ready_teacher(session: Session, examples: Examples) -> None:
@@ -178,10 +178,11 @@ def measure(
 def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: Any) -> dict[str, Any]:
     """The fields of a measure, of a task whose rows have answers: the divergence of its own logits."""
     section = session.recipe.data
+    count = task.measured or ROWS
     rows = task.first(
-        task.examples(train_source(session), section, session.tokenizer, rows=session.rows), ROWS
+        task.examples(train_source(session), section, session.tokenizer, rows=session.rows), count
     )
-    (batch,) = batches(session, model, rows, ROWS, shuffle=False, alone=True).one_epoch()
+    (batch,) = batches(session, model, rows, count, shuffle=False, alone=True).one_epoch()
     moved = {name: upload_each(value, session.device) for name, value in batch.items()}
     inputs, labels = inputs_of(moved, task.answers), {name: moved[name] for name in task.answers}
     dense = load_model(
@@ -198,10 +199,10 @@ def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: 
 
     full, said, taught = task.beside(lambda: task.reply(dense, inputs), student, teacher)
     ours, theirs = (task.between(one, full, labels) for one in (said, taught))
-    count = int(task.count(batch))
+    answers = int(task.count(batch))
     return {
-        "kl": float(theirs) / count,
-        "student_kl": float(ours) / count,
+        "kl": float(theirs) / answers,
+        "student_kl": float(ours) / answers,
         "windows": len(rows),
         "tokens": task.pace.count(batch),
     }

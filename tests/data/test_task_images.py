@@ -282,36 +282,6 @@ def test_a_loss_that_is_no_number_is_told(processor: Any, model: Any, tmp_path: 
         fill(RowsFolder(tmp_path, "key"), made, 4, model, lambda *_: None)
 
 
-def test_labels_are_found_in_smaller_images(model: Any, processor: Any) -> None:
-    """adapt.scale: where labels are found is small, what is stored is not; a model of one size says no."""
-    from transformers import AutoModelForObjectDetection
-
-    folder = ROOT / "recipes" / "assets" / "tiny-rtdetr"
-    detector: Any = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
-    task = TASKS["object_detection"].model_validate({"kind": "object_detection", "labels": SHAPES[:3]})
-    boxes, sizes = read_processor(folder), list[int]()
-    given = Given(boxes, [], None, 12, task.labeller(boxes))
-    keys = {
-        "labels": "adaptive",
-        "steps": 3,
-        "check_every": 3,
-        "adapt": {"begin": 0, "every": 1, "scale": 0.5},
-    }
-    config = SYNTHESIS["task_images"].model_validate({"kind": "task_images", "samples": 2, **keys})
-    with detector.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(kwargs["pixel_values"].shape[-1]), with_kwargs=True
-    ):
-        shard = config.maker(given).write(range(2), detector, lambda rows, steps: None)
-    assert set(sizes) == {32, 64} and sizes == sorted(sizes), "first the small ones"
-    assert [picture_of(data).size for data in shard.files.values()] == [(64, 64)] * 2
-    small = Frame(processor).scaled(0.5)
-    x = torch.rand(3, small.height, small.width)
-    whole = Frame(processor)(nn.functional.pad(x, (0, 16, 0, 16)))
-    assert torch.equal(small(x), whole[..., :16, :16])
-    with pytest.raises(ValueError, match=r"adapt.scale: got 0.5.*takes no images of 16 x 16.*raise it"):
-        maker(processor, **keys).write(range(2), model, lambda rows, steps: None)
-
-
 def test_an_image_begins_alike_in_any_company(processor: Any) -> None:
     frame = Frame(processor)
     together = noise(3, range(5), frame, 0)

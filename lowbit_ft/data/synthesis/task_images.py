@@ -163,7 +163,8 @@ class Pictures(Maker):
             chances = [random.Random(f"{config.seed}/{number}") for number in numbers]
             drawn = answers = [labeller.drawn(n, c) for n, c in zip(numbers, chances, strict=True)]
         if config.labels == "adaptive":
-            self._refuse_small(model)
+            if config.adapt.scale < 1:
+                self._refuse_small(model)
             _, answers = self._make(numbers, 0, model, prior, answers, self._revise(model), tell)
         made, _ = self._make(numbers, 1, model, prior, answers, None, tell)
         files = [_png(image) for image in made]
