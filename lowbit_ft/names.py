@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import shlex
 from collections.abc import Iterable, Sequence
 
 import regex
@@ -136,3 +137,9 @@ def nearest_layers(pattern: str, names: Sequence[str]) -> str:
     ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
     word = regex.sub(r"[^\w]+", " ", pattern).split()
     return f"{did_you_mean(word[-1] if word else pattern, ends)}; the model has {kinds_of(names)}"
+
+
+def python_line(code: str) -> str:
+    """`python -c` with a line of code, for a shell: in double quotes where nothing in it means something to
+    a shell there (to an interactive one too), else as shlex quotes it."""
+    return f"python -c {shlex.quote(code)}" if {*code} & {*'"$`!\\\n'} else f'python -c "{code}"'

@@ -13,7 +13,9 @@ hub data sets do come through `datasets`, which since version 4 runs no code fro
 A .json file that is COCO's own (images, annotations, categories) is joined to rows (coco.py).
 
 Pictures are rows {image: the path, label: the name of the folder it lies in}, where a folder holds nothing
-else that is read; those inside parquet files and data sets stay as they are stored, {bytes, path}.
+else that is read but text; a metadata.csv (.jsonl, .parquet) beside them, as the imagefolder of `datasets`
+has it, has the rows itself, each with the `file_name` of its picture, which is read as `image`. Those
+inside parquet files and data sets stay as they are stored, {bytes, path}.
 
 Text files (.txt, .md) are one document each; from `TEXT_PIECE` characters on they are cut at a line end.
 """
@@ -33,7 +35,7 @@ from ..files.regular import irregular
 from ..model.images import SUFFIXES
 from . import coco
 from .errors import DataError, first_line, kind
-from .splits import find_files, no_such_split, refuse_remote_keys, saved_dataset
+from .splits import find_files, is_metadata, no_such_split, refuse_remote_keys, saved_dataset
 
 TEXT_PIECE = 1 << 20  # characters; keeps one tokenizer call in tens of megabytes
 
@@ -99,7 +101,7 @@ def _read_files(files: list[Path]) -> Iterator[Row]:
         if (what := irregular(file)) is not None:
             raise DataError(f"got {what}; allowed: a regular file", str(file))
         try:
-            yield from reader(file)
+            yield from map(_named_picture, reader(file)) if is_metadata(file) else reader(file)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}", str(file)) from error
 
@@ -208,6 +210,15 @@ def _read_text(file: Path) -> Iterator[Row]:
                 piece, size, first = [], 0, number + 1
     if size:
         yield Row(str(file), first, {"text": "".join(piece)})
+
+
+def _named_picture(row: Row) -> Row:
+    """A row of a metadata file: what names a picture is one."""
+    value = row.value or {}
+    name = value.get("file_name")
+    if "image" in value or not isinstance(name, str) or Path(name).suffix.lower() not in SUFFIXES:
+        return row
+    return replace(row, value={"image": name, **{k: v for k, v in value.items() if k != "file_name"}})
 
 
 def _read_picture(file: Path) -> Iterator[Row]:

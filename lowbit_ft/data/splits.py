@@ -7,7 +7,10 @@ are those of `datasets`; without any such name all files are the split train. RE
 writes beside its data is never a data file of a folder.
 
 A file that is named itself is read whatever its name, as split train; another split must be what its name
-says. What cannot be honoured (a split that is not there, a name without `configs`, a revision of a local
+says. In a folder of pictures whose columns a task names, text (.txt, .md) is no data and is said to be passed
+over; with a metadata.csv, .jsonl or .parquet, as the imagefolder of `datasets` has it, that one has the rows.
+
+What cannot be honoured (a split that is not there, a name without `configs`, a revision of a local
 path) is an error, and a file with a known suffix that belongs to no split is said, not passed over.
 """
 
@@ -22,6 +25,8 @@ from typing import Any
 from ..files.regular import read_card
 from .errors import DataError, first_line
 
+TEXTS = (".txt", ".md")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -101,7 +106,16 @@ def _of_folder(
     source: Any, folder: Path, suffixes: Collection[str], notes: list[str], instead: Collection[str]
 ) -> list[Path]:
     refuse_remote_keys(source, "revision")
-    files = _with_suffix(folder, suffixes) or _with_suffix(folder, instead)
+    files = _with_suffix(folder, suffixes)
+    pictures = _with_suffix(folder, instead)
+    if pictures and getattr(source, "format", None) is None:
+        texts = [name for name, file in files.items() if file.suffix.lower() in TEXTS]
+        if texts:
+            notes.append(f"{source.path}: not read, being text in a folder of pictures: {_few(texts)}")
+        files = {name: file for name, file in files.items() if name not in texts}
+        if files and all(is_metadata(file) for file in files.values()):
+            _refuse_above_splits(source, list(files), list(pictures))
+    files = files or pictures
     if not files:
         raise DataError(
             f"the folder holds no data file; known suffixes: {' '.join([*suffixes, *instead])} (README.md is "
@@ -121,6 +135,22 @@ def _of_folder(
     if outside:
         notes.append(f"{source.path}: not read, being in no split by their names: {_few(outside)}")
     return [files[name] for name in sorted(splits[split])]
+
+
+def is_metadata(file: Path) -> bool:
+    """Whether a file is what the imagefolder of `datasets` takes for the rows of pictures."""
+    return file.name in METADATA
+
+
+def _refuse_above_splits(source: Any, metadata: list[str], pictures: list[str]) -> None:
+    """DataError where pictures are of several splits by their names, and the file that names them is not."""
+    splits = [split for split, names in _by_name(pictures).items() if names]
+    if len(splits) > 1 and set(_by_name(metadata)) == {"train"}:
+        raise DataError(
+            f"{_few(metadata)} has the rows of pictures of several splits ({', '.join(splits)}); write one "
+            "into the folder of each split",
+            source.path,
+        )
 
 
 def _with_suffix(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:

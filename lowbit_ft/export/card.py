@@ -21,7 +21,7 @@ from ..evaluate.perplexity import EvalRow
 from ..evaluate.tasks import TaskRow, by_task
 from ..grid import Grid
 from ..kv_cache import KVConfig
-from ..names import listed
+from ..names import listed, python_line
 from . import EXPORTERS
 from .base import Exporter
 from .servers import SERVERS
@@ -33,12 +33,12 @@ WRITES = "text-generation"  # the pipeline of language models, which servers run
 # Of pipelines, how they are asked where that is not with a text; transformers has none of question-answering.
 ASKED = {
     "image-classification": "from transformers import pipeline; "
-    "print(pipeline('image-classification', 'FOLDER')('IMAGE.png'))",
+    "print(pipeline('image-classification', FOLDER)('IMAGE.png'))",
     "object-detection": "from transformers import pipeline; "
-    "print(pipeline('object-detection', 'FOLDER')('IMAGE.png'))",
+    "print(pipeline('object-detection', FOLDER)('IMAGE.png'))",
     "question-answering": "from transformers import AutoModelForQuestionAnswering as M, AutoTokenizer as T; "
-    "t = T.from_pretrained('FOLDER'); x = t('QUESTION', 'TEXT', return_tensors='pt'); "
-    "y = M.from_pretrained('FOLDER')(**x); "
+    "t = T.from_pretrained(FOLDER); x = t('QUESTION', 'TEXT', return_tensors='pt'); "
+    "y = M.from_pretrained(FOLDER)(**x); "
     "print(t.decode(x['input_ids'][0, y.start_logits.argmax() : y.end_logits.argmax() + 1]))",
 }
 
@@ -79,28 +79,28 @@ def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = 
         vllm, exporter = SERVERS["vllm"], EXPORTERS[format]
         cached = facts.kv_cache is not None
         why = vllm.reject_cpu(exporter, facts.grid, cached) if exporter.name in vllm.formats else None
-        lines = [f"serve it: lowbit-ft serve {here}", f"  {'or' if why is None else 'on a GPU'}: {command}"]
+        ours = f"lowbit-ft serve {shlex.quote(str(here))}"
+        lines = [f"serve it: {ours}", f"  {'or' if why is None else 'on a GPU'}: {command}"]
         lines += [] if why is None else [f"  on a CPU: {why}"]
     return "\n".join([*lines, *(f"  {what}: {text}" for what, text in about.items())])
 
 
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
     """The command line that runs the folder, and what to know about its chats and its cache."""
-    exporter, kv_cache = EXPORTERS[format], facts.kv_cache
+    exporter, kv_cache, quoted = EXPORTERS[format], facts.kv_cache, shlex.quote(folder)
     if facts.command is not None:
-        return facts.command.format(folder=folder), {}
+        return facts.command.format(folder=quoted), {}
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
         ask = ASKED.get(
             facts.pipeline,
-            f"from transformers import pipeline; print(pipeline('{facts.pipeline}', 'FOLDER')('TEXT'))",
-        ).replace("FOLDER", folder)
+            f"from transformers import pipeline; print(pipeline('{facts.pipeline}', FOLDER)('TEXT'))",
+        ).replace("FOLDER", repr(folder))
         if not exporter.transformers_serve:
-            ask = (
-                f"import onnxruntime; print(onnxruntime.InferenceSession('{folder}/model.onnx').get_inputs())"
-            )
-        return f'python -c "{first}{ask}"', {}
-    command, about = exporter.serve(folder), {}
+            graph = repr(f"{folder}/model.onnx")
+            ask = f"import onnxruntime; print(onnxruntime.InferenceSession({graph}).get_inputs())"
+        return python_line(first + ask), {}
+    command, about = exporter.serve(quoted), {}
     if facts.chat:
         values = json.dumps(dict(facts.chat), ensure_ascii=False)
         about["chat template"] = (

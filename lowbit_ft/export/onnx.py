@@ -98,6 +98,12 @@ class Onnx(Exporter):
             )
         return None
 
+    def reject_checkpoint(self, config: Mapping[str, Any], folder: Path | None) -> list[str]:
+        # Tried with transformers 5.23 and torch 2.13: its code reads a number out of a tensor.
+        if config.get("model_type") != "d_fine":
+            return []
+        return ["a graph of D-FINE cannot be traced by torch.export; set export.format: native"]
+
     def reject_width(self, grid: Grid, in_features: int) -> str | None:
         return None
 

@@ -18,6 +18,7 @@ from ..diffusion.names import WEIGHTS
 from ..files.jsonfile import read_json
 from ..files.regular import irregular
 from ..files.tensorfile import DTYPES, CheckpointError, TensorEntry, parse_header
+from ..names import python_line
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 STEMS = ("model", WEIGHTS)  # of the files of tensors: transformers', diffusers'
@@ -81,12 +82,13 @@ def shards_of(folder: Path, problems: list[str]) -> dict[str, list[str]]:
         return shards
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     if pickles:
+        convert = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-safetensors'!r})"
+        )
         problems.append(
             f"{folder}: only pickle weights ({pickles[0]}). Reading a pickle can run code, so it is refused. "
-            'If you trust it, convert it once: python -c "from transformers import '
-            "AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" "
-            "and copy the tokenizer files"
+            f"If you trust it, convert it once: {python_line(convert)} and copy the tokenizer files"
         )
     else:
         others = sorted(p.name for p in folder.glob("*.safetensors"))

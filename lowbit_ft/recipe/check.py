@@ -1,13 +1,14 @@
 """One validator for the combinations: which checks run, in which order, and what is worth a note.
 
 The checks stand beside the fields of their sections (sections/). A check runs when the sections it names here
-are valid in themselves, so one wrong key does not hide what is wrong elsewhere. Everything is found before
-anything is loaded: config.json, safetensors headers and file names are all that is read.
+are valid in themselves, so one wrong key does not hide what is wrong elsewhere; in its own section it does
+not hide a file that is not there (`check_files`). Everything is found before anything is loaded: config.json,
+safetensors headers and file names are all that is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from ..export.compressed_tensors import fused_conflict
 from ..grid.calibrate import CALIBRATORS
 from ..names import PatternError
 from .layers import local_folder, shapes_here
+from .paths import PATHS
 from .sections.activations import check_activation_layers, check_activations
 from .sections.adapter import check_adapter_layers, check_method
 from .sections.base import Problems
@@ -44,7 +46,8 @@ from .sections.tokens import check_add_tokens
 from .sections.train import check_offload, check_train
 from .yaml import Problem
 
-CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], Problems]], ...] = (
+Check = tuple[tuple[str, ...], Callable[[Any], Problems]]  # the sections that it needs, and itself
+CHECKS: tuple[Check, ...] = (
     (("task", "data"), check_formats),
     (("model", "task", "quant", "adapter", "data", "train", "eval", "export"), check_task),
     (("model",), check_model),
@@ -89,9 +92,20 @@ def check(values: dict[str, Any]) -> list[Problem]:
     """Run every check whose sections are in `values` ({section name: section}); returns the problems
     found.
     """
+    return _run(values, CHECKS)
+
+
+def check_files(rest: dict[str, Any]) -> list[Problem]:
+    """Of sections with a wrong key, by what is left without it: the files and folders that are not there.
+    Nothing else is said of them, because a default now stands where something else was meant."""
+    alone = [(needs, run) for needs, run in CHECKS if len(needs) < 2]
+    return [problem for problem in _run(rest, alone) if problem.path[-1] in PATHS] if rest else []
+
+
+def _run(values: dict[str, Any], checks: Sequence[Check]) -> list[Problem]:
     sections = SimpleNamespace(**values)
     problems: list[Problem] = []
-    for needs, run in CHECKS:
+    for needs, run in checks:
         if all(name in values for name in needs):
             try:
                 problems += run(sections)

@@ -9,6 +9,8 @@ yaml.py, wording of errors in errors.py. No key of a recipe enables remote code.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..adapters import AdapterConfig
 from ..names import did_you_mean, without_folders
 from ..tasks import TASKS, USUAL, Task
-from .check import check
+from .check import check, check_files
 from .check import check as cross_check
 from .defaults import resolve
 from .errors import to_problems
@@ -114,6 +116,27 @@ def _validator(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(Annotated[info.annotation, info])  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
 
 
+def _rest(name: str, given: Any, wrong: Sequence[Problem]) -> dict[str, Any]:
+    """{name: the section without the keys that are wrong, or without the whole parts that they are in}; empty
+    where that is no section."""
+    paths = [
+        list(itertools.takewhile(lambda part: isinstance(part, str), problem.path[1:])) for problem in wrong
+    ]
+    for depth in (None, 1):
+        left = copy.deepcopy(given)
+        for inside in [path[:depth] for path in paths if path]:
+            holder = left
+            for part in inside[:-1]:
+                holder = holder.get(part) if isinstance(holder, dict) else None
+            if isinstance(holder, dict):
+                holder.pop(inside[-1], None)
+        try:
+            return {name: _validator(name).validate_python(for_method(left) if name == "adapter" else left)}
+        except ValidationError:
+            continue
+    return {}
+
+
 def load_recipe(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -140,6 +163,7 @@ def load_recipe(
         apply_override(source, override)
     problems: list[Problem] = []
     values: dict[str, Any] = {}
+    rest: dict[str, Any] = {}  # what is right of sections with a wrong key
     known = ", ".join(Recipe.model_fields)
     unknown = [key for key in source.values if key not in Recipe.model_fields]
     for key in unknown[:MOST_PROBLEMS]:
@@ -160,7 +184,9 @@ def load_recipe(
             value = for_method(given) if name == "adapter" else given
             values[name] = _validator(name).validate_python(value)
         except ValidationError as error:
-            problems += to_problems(name, info.annotation, error.errors(include_url=False), given)
+            wrong = to_problems(name, info.annotation, error.errors(include_url=False), given)
+            problems += wrong
+            rest |= _rest(name, given, wrong)
     folders = (Path(), Path(path).parent) if folders is None else folders
     values = {name: located(value, folders) for name, value in values.items()}
     if folders and "model" in values and "quant" in values:
@@ -169,6 +195,7 @@ def load_recipe(
     values = resolve(values)
     if check:
         problems += cross_check(values)
+        problems += check_files({name: located(value, folders) for name, value in rest.items()})
     lines = source.lines(problems)
     if lines:
         raise RecipeError(lines)

@@ -7,6 +7,7 @@ calls them.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -43,8 +44,15 @@ def label_values(names: Sequence[str] | None) -> dict[str, Any]:
 
 
 def label_id(value: Any, column: str, names: Sequence[str]) -> int:
-    """The number of a label that a row says by name or number. BadRow."""
+    """The number of a label that a row says by name or number. BadRow, also for a number that is the name of
+    another label than the one of this number."""
     if isinstance(value, int) and not isinstance(value, bool):
+        if str(value) in names and list(names).index(str(value)) != value:
+            raise BadRow(
+                f"{column!r}: got the number {value}, and {str(value)!r} is the name of label "
+                f"{list(names).index(str(value))} (task.labels): which is meant? Write names as text "
+                f"({json.dumps(str(value))}), or give the labels names that are no numbers"
+            )
         if 0 <= value < len(names):
             return value
         raise BadRow(f"{column!r}: got label {value}; allowed: 0 to {len(names) - 1} (task.labels)")

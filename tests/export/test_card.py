@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,27 @@ def test_ordinary_names_are_as_they_were(tmp_path: Path) -> None:
     assert "| mmlu_pro | acc | 0.5 |" in text
     text = card("meta-llama/Llama-3.1-8B")
     assert "\nbase_model: meta-llama/Llama-3.1-8B\n" in text and "\n`meta-llama/Llama-3.1-8B` fine" in text
+
+
+@pytest.mark.parametrize("folder", ["runs/plain", "my runs/a", "it's", 'say "x"', "a$HOME`ls`", "b!d\\n"])
+def test_a_line_for_a_shell_survives_the_name_of_its_folder(folder: str) -> None:
+    """As one word to a server, as a text to Python, whatever asks."""
+    grid = int_grid()
+    for facts, name in (
+        (CardFacts("x", "b", "lr_qat", True, grid, None), "native"),
+        (CardFacts("x", "b", "lr_qat", True, grid, None, command="lowbit-ft draw {folder} p.png"), "native"),
+    ):
+        line = serve_line(facts, name, Path(folder)).removeprefix("serve it: ")
+        assert folder in shlex.split(line)
+    for kind in ("object-detection", "text-classification", "question-answering"):
+        facts = CardFacts("x", "b", "lr_qat", True, grid, None, pipeline=kind)
+        for name, said in (("native", folder), ("onnx", f"{folder}/model.onnx")):
+            line = serve_line(facts, name, Path(folder)).removeprefix("serve it: ")
+            python, option, code = shlex.split(line)
+            assert (python, option) == ("python", "-c")
+            found = [n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant)]
+            assert said in found, line
+            assert folder != "runs/plain" or line.startswith('python -c "') and line.endswith('"')
 
 
 def test_nothing_in_a_recipe_closes_its_fence() -> None:

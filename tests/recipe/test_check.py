@@ -26,3 +26,25 @@ def test_a_start_that_text_beats_is_noted_at_two_and_three_bits():
 
     assert len(said("quant.bits=3", "quant.calibrate=mse")) == 1
     assert not said("quant.bits=4", "quant.calibrate=mse") and not said("quant.bits=2")
+
+
+def test_a_wrong_key_does_not_hide_a_missing_file_of_its_section():
+    """Whatever is wrong beside it; and of what a default then stands for, nothing is said."""
+    valid = "data.valid={path: nowhere.jsonl, format: chat}"
+    for wrong in (
+        "data.synthesis={kind: task_labels, prompt: x, lables: [a]}",
+        "data.packing=perhaps",
+        "data.trian.path=x",
+    ):
+        problems = refused(GOOD, (wrong, valid))
+        assert any("data.valid.path: got 'nowhere.jsonl'; there is no such file" in p for p in problems), (
+            wrong
+        )
+        assert len(problems) == 2, problems
+    problems = refused(GOOD, ("model.pahts=x", "model.path=./nowhere/a/model", "train.max_stpes=3"))
+    assert [("unknown key" in p, "nowhere/a/model" in p) for p in problems].count((False, True)) == 1
+    assert len(problems) == 3, problems
+    only = refused(
+        GOOD.replace("  train:\n", "  trian:\n"), ("data.valid={path: nowhere.jsonl, format: chat}",)
+    )
+    assert len(only) == 2 and "did you mean 'train'" in only[0], "and not that rows are missing"

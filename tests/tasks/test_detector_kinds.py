@@ -27,7 +27,15 @@ STATIC = {"kind": "tensor", "bits": 8, "dynamic": False, "learn": True}
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "d_fine": (83, "eager", {"quant": {"convolutions": True, "activations": STATIC}}),
     "detr": (26, "eager", {"adapter": {"method": "full_qat"}, "export": {"format": "onnx"}}),
-    "yolos": (13, "sdpa", {"quant": {"convolutions": True}, "adapter": {"method": "l4q", "rank": 4}}),
+    "yolos": (
+        13,
+        "sdpa",
+        {
+            "quant": {"convolutions": True},
+            "adapter": {"method": "l4q", "rank": 4},
+            "export": {"format": "onnx"},
+        },
+    ),
 }
 
 
@@ -85,6 +93,12 @@ def test_the_whole_line(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 graph(pixel_values=batch).pred_boxes, wanted.pred_boxes, rtol=1e-4, atol=1e-5
             )
+
+
+def test_what_cannot_be_traced_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = recipe(tmp_path, "d_fine", "eager", export={"format": "onnx"})
+    with pytest.raises(RecipeError, match="export.format: got 'onnx': a graph of D-FINE cannot be traced"):
+        load_recipe(file)
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "d_fine", "detr"])

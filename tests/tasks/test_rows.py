@@ -101,6 +101,20 @@ def test_labels_of_rows_and_of_the_checkpoint(tmp_path: Path) -> None:
         found_labels(source_of(tmp_path, [{"text": "a"}]), "label", {})
 
 
+def test_a_number_that_is_the_name_of_another_label_is_refused(tmp_path: Path) -> None:
+    """1 is the second label, or the one that is called 1; as text it is the name."""
+    keys = {"labels": ("1", "2")}
+    for value in (1, 2):
+        with pytest.raises(
+            DataError, match=rf"got the number {value}, and '{value}' is the name of label .*\"{value}\""
+        ):
+            read(tmp_path, [{"text": "sea", "label": value}], **keys)
+    assert read(tmp_path, [{"text": "sea", "label": "2"}], **keys)[0]["labels"] == 1
+    assert read(tmp_path, [{"text": "sea", "label": 0}], **keys)[0]["labels"] == 0, "no name is 0"
+    same = read(tmp_path, [{"text": "sea", "label": 1}], labels=("0", "1"))
+    assert same[0]["labels"] == 1, "its number and its name are one label"
+
+
 def test_a_text_without_a_token_is_malformed(tmp_path: Path) -> None:
     """A tokenizer that adds no special tokens makes nothing of it."""
     bare: Any = encoders.tokenizer()
