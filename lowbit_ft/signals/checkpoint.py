@@ -7,7 +7,7 @@ is the same bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def unlike(theirs: Path, ours: Path, reads: str = "text") -> str | None:
     processors."""
     if read_config(theirs).get("quantization_config"):
         return "it is quantized already; give the dense checkpoint that it was made of"
-    return UNLIKE[reads](theirs, ours)
+    return (_other_images if reads == "images" else _other_tokens)(theirs, ours)
 
 
 def _other_tokens(theirs: Path, ours: Path) -> str | None:
@@ -55,9 +55,6 @@ def _other_images(theirs: Path, ours: Path) -> str | None:
         "preprocessor_config.json), and it would be shown those that the model's makes; give a model of the "
         "same family"
     )
-
-
-UNLIKE: dict[str, Callable[[Path, Path], str | None]] = {"text": _other_tokens, "images": _other_images}
 
 
 class OtherModel(Teacher):
