@@ -182,13 +182,13 @@ class _Table:
 
     def rows(self) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
         order = sorted(range(len(self.image)), key=self.image.__getitem__)  # by image, else as in the file
-        self.first: dict[int, int] = {}
+        first: dict[int, int] = {}
         for place, at in enumerate(order):
-            self.first.setdefault(self.image[at], place)
+            first.setdefault(self.image[at], place)
         unnamed = {number: key for key, number in self.kinds.items() if number not in self.names}
         ids = list(self.ids) if unnamed else []
         for one, (name, width, height) in self.images.items():
-            place, boxes, names, crowds = self.first.get(one, len(order)), [], [], []
+            place, boxes, names, crowds = first.get(one, len(order)), [], [], []
             problem = self.bad.get(one)
             while place < len(order) and self.image[at := order[place]] == one:
                 if (number := self.category[at]) in unnamed:
