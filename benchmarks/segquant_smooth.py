@@ -66,7 +66,9 @@ def main() -> None:
     facts = {"model": "recipes/assets/tiny-dit", "samples": SAMPLES, "environment": environment()}
     for grid, bits, dynamic, smooth in product(WEIGHTS, BITS, (False, True), (None, "auto")):
         cases = [case for case in CASES if case.startswith("token") == dynamic]
-        keys = [dict(zip(KEYS, (grid, bits, smooth, case), strict=True)) for case in cases]
+        keys: list[dict[str, Any]] = [
+            dict(zip(KEYS, (grid, bits, smooth, case), strict=True)) for case in cases
+        ]
         if not (todo := [key for key in keys if not any(key.items() <= row.items() for row in kept)]):
             continue
         model, sites = packed(bed, grid, bits, dynamic, smooth)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files.regular import read_regular
+from .traits import shapes
 
 MOST = 1 << 28  # bytes of a file
 
@@ -71,8 +72,6 @@ class Texts:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tokens: int) -> Texts:
-        from .traits import shapes
-
         found = shapes({**config, "text_tokens": tokens})
         return cls(tokens, found["encoder_hidden_states"][-1], found["pooled_projections"][-1])
 

@@ -41,7 +41,7 @@ from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place
 
 # Inputs of a forward -> the names of their dimensions; text models take the first ones, then images, and
 # diffusion transformers the last, of batches of any size.
-NOISY = dict.fromkeys(
+NOISY: Mapping[str, tuple[str, ...]] = dict.fromkeys(
     ("hidden_states", "timestep", "class_labels", "encoder_hidden_states", "pooled_projections"),
     ("batch_size",),
 )

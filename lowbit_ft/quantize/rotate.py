@@ -42,7 +42,7 @@ from ..rotations import (
     SiteErrors,
     Turn,
 )
-from ..rotations.sites import Layer, Norm
+from ..rotations.sites import Layer, Norm, Structure
 from ..segments import segments_in
 from .smooth import Reader, Seen, Smoother, look
 
@@ -152,9 +152,10 @@ class _Sites:
         taps: list[_Tap] = []
         if self.adapts and self.quant.rotation.sites.r3 and layer.values is not None:
             assert self.quant.kv_cache is not None, "refused by the recipe"
-            size = self.stream.structure.head_dim
-            assert size is not None
-            prefix = f"{self.stream.structure.family.layers}.{index}"
+            structure = self.stream.structure
+            assert isinstance(structure, Structure) and structure.head_dim is not None
+            size = structure.head_dim
+            prefix = f"{structure.family.layers}.{index}"
             attends = attention_modules(model.get_submodule(prefix)).values()
             taps += [_Keys(module, self.quant.kv_cache.config().codec(size)) for module in attends]
         for name in self._turned(layer) if self.adapts else ():

@@ -8,7 +8,7 @@ with the least squared error, or no factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ class Seen:
 
 @torch.no_grad()
 def look(
-    model: nn.Module, sites: tuple[Scaled, ...], batches: list[Mapping[str, Any]], device: torch.device
+    model: nn.Module, sites: tuple[Scaled, ...], batches: Sequence[Mapping[str, Any]], device: torch.device
 ) -> dict[str, Seen]:
     """Linear -> what it is given, of the readers of these sites, by the whole dense model; where all readers
     of a site are given the same (behind a norm), of the first."""

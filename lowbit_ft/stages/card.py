@@ -30,10 +30,10 @@ def card_facts(session: Session, recipe: Recipe) -> CardFacts:
         recipe.to_card(),
         None if kv_cache is None else kv_cache.config(turned_keys(session)),
         recipe.data.chat_template_kwargs,
-        pipeline=recipe.task.pipeline,
+        pipeline=recipe.task.shipped[0],
         auto=recipe.task.auto,
         generation=(session.checkpoint.folder / GENERATION).is_file(),
-        command=recipe.task.command,
+        command=recipe.task.shipped[1],
     )
 
 

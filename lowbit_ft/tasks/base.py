@@ -102,6 +102,11 @@ class Task(BaseModel):
         is known against it."""
         return None
 
+    @property
+    def shipped(self) -> tuple[str, str | None]:
+        """(pipeline, command) of what ships of this very task."""
+        return self.pipeline, self.command
+
     def walks(self, config: Mapping[str, Any]) -> bool:
         """`walked`, of a checkpoint of this config.json ({}: not known yet)."""
         return self.walked

@@ -54,6 +54,7 @@ CLASSES = "num_embeds_ada_norm"  # of config.json
 
 class ImageGeneration(Labelled):
     reads: ClassVar[str] = "images"
+    pipeline: ClassVar[str] = "unconditional-image-generation"
     auto: ClassVar[str] = AUTO
     peft: ClassVar[str | None] = None
     inputs: ClassVar[frozenset[str]] = frozenset(
@@ -65,6 +66,7 @@ class ImageGeneration(Labelled):
     layered: ClassVar[bool] = False
     smooths: ClassVar[bool] = True
     segmented: ClassVar[bool] = True
+    command: ClassVar[str | None] = "lowbit-ft draw {folder} pictures.png"
 
     kind: Literal["image_generation"] = "image_generation"
     train_head: Literal[False] = Field(default=False, description="it has no head of its own")
@@ -129,13 +131,10 @@ class ImageGeneration(Labelled):
         return self
 
     @property
-    def pipeline(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "text-to-image" if self.text_tokens else "unconditional-image-generation"
-
-    @property
-    def command(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        told = " --text STATES.safetensors" if self.text_tokens else ""
-        return f"lowbit-ft draw {{folder}} pictures.png{told}"
+    def shipped(self) -> tuple[str, str | None]:
+        if not self.text_tokens:
+            return self.pipeline, self.command
+        return "text-to-image", f"{self.command} --text STATES.safetensors"
 
     @property
     def path(self) -> Path:
@@ -248,7 +247,7 @@ class ImageGeneration(Labelled):
             return [{"image": data, "class_labels": label_id(of_column(row, self.label), self.label, names)}]
 
         def told(made: Encoded) -> list[str]:
-            return [names[made["class_labels"]]] if names and "class_labels" in made else []
+            return [] if texts is not None or self.label is None else [names[made["class_labels"]]]
 
         return Encoder(encode, told, frozenset({self.image} | ({beside} if beside else set())))
 

@@ -3,6 +3,7 @@ what ships, and what is refused."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,8 +196,7 @@ def test_it_learns_and_what_is_trained_is_what_ships(ran: SimpleNamespace) -> No
 
 def test_the_pipeline_of_diffusers_draws_the_same_with_what_ships(ran: SimpleNamespace) -> None:
     """Its own packing, positions, times and guidance; no encoder and no autoencoder beside."""
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     model = load_exported(ran.run / "merged", dtype=torch.float32)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
