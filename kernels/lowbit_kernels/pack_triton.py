@@ -282,14 +282,16 @@ def _case(bits: int, residual_bits: int, asymmetric: bool) -> tuple:
     return name, quantize_pack_kernel, pointers | sizes, constants, launch_options(config) | FP_OPTIONS, None
 
 
-def _plain_case(op: str, kernel: Any, pointers: dict) -> tuple:
-    config = dispatch.packaged(op, 4, torch.float32, 1, 4096, 4096, 80)
-    constants = {"BITS": 4, "BLOCK_N": config["BLOCK_N"]}
-    return f"{op}-4bit", kernel, pointers | _PACK_SIZES, constants, launch_options(config), None
+def _plain_case(op: str, kernel: Any, pointers: dict, bits: int) -> tuple:
+    config = dispatch.packaged(op, bits, torch.float32, 1, 4096, 4096, 80)
+    constants = {"BITS": bits, "BLOCK_N": config["BLOCK_N"]}
+    return f"{op}-{bits}bit", kernel, pointers | _PACK_SIZES, constants, launch_options(config), None
 
 
 def aot_cases() -> list[tuple]:
     """What the AOT gate compiles."""
+    into = {"codes": "*u8", "out": "*i16", "codes_row": "i32", "W": "i32"}
+    back = {"packed": "*i16", "out": "*u8", "packed_row": "i32"}
     return [
         _case(4, 4, False),
         _case(4, 4, True),
@@ -297,6 +299,6 @@ def aot_cases() -> list[tuple]:
         _case(3, 4, False),
         _case(6, 4, False),
         _case(2, 1, True),
-        _plain_case("pack", pack_kernel, {"codes": "*u8", "out": "*i16", "codes_row": "i32", "W": "i32"}),
-        _plain_case("unpack", unpack_kernel, {"packed": "*i16", "out": "*u8", "packed_row": "i32"}),
+        *(_plain_case("pack", pack_kernel, into, bits) for bits in (4, 6)),
+        *(_plain_case("unpack", unpack_kernel, back, bits) for bits in (4, 6)),
     ]

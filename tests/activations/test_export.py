@@ -13,11 +13,13 @@ from compressed_tensors.quantization import QuantizationConfig
 from transformers import AutoModelForCausalLM
 
 from lowbit_ft.activations import Scheme
+from lowbit_ft.activations.base import BITS
 from lowbit_ft.activations.place import activations_off, hosts, place_activations
 from lowbit_ft.export import EXPORTERS, LayerSpec
 from lowbit_ft.export.compressed_tensors import input_arguments, scheme_of_arguments
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
+from lowbit_ft.export.verify_logits import INPUT_TOLERANCE
 from lowbit_ft.export.writer import check_model, write_model
 from lowbit_ft.merge import merged_weights
 from lowbit_ft.model.linear import packed_op_only
@@ -93,6 +95,18 @@ def test_readers_compute_the_training_forward(
         apart = (found - wanted).abs().mean(-1).flatten()
         assert float((apart < 1e-3 * effect).float().mean()) > 0.8, "everything else is equal"
         assert float(apart.max()) < effect
+
+
+@pytest.mark.parametrize("bits", (3, 6))
+def test_widths_that_only_our_own_format_and_onnx_carry(bits: int, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c", hidden_size=128)
+    model = packed_model(source, random_weights(source.empty_model(), int_grid(bits=bits)))
+    place_activations(model, {name: Scheme(kind="token", bits=bits) for name, _ in hosts(model)})
+    weights = merged_weights(model)
+    write_model(tmp_path / "m", source, weights, EXPORTERS["native"])
+    assert verify(tmp_path / "m", weights, model=model, source=source.folder).ok
+    assert torch.equal(logits(load_exported(tmp_path / "m")), logits(model))
+    assert set(INPUT_TOLERANCE) == set(BITS)
 
 
 def test_arguments_come_back_and_others_are_refused() -> None:

@@ -74,7 +74,7 @@ def test_compressed_tensors_loads_without_our_package_with_equal_logits(tmp_path
     in_a_new_process(WITHOUT_US, json.dumps(folders), tmp_path / "logits.safetensors")
     found = load_file(tmp_path / "logits.safetensors")
     assert {key.rpartition(" ")[0] for key in found} == set(expected) and len(found) == 2 * (
-        4 + 4 * 2 + 2 + 1
+        5 + 5 * 2 + 2 + 1
     )
     different = [
         key for key, logits in found.items() if not torch.equal(logits, expected[key.rpartition(" ")[0]])

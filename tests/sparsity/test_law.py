@@ -100,7 +100,8 @@ def test_zeros_stay_from_the_base_to_every_export(grid: IntGrid, asked: Asked) -
         assert left[zeros].all() and int(left.sum()) >= int(zeros.sum()) and count >= int(zeros.sum())
         if config in SHIPPED:
             exported += [name for name, exporter in EXPORTERS.items() if _exported(exporter, merged, zeros)]
-    assert min(map(exported.count, ("native", "compressed-tensors", "gptq_v2"))) == len(SHIPPED)
+    held = ("native", "compressed-tensors", "onnx" if grid.bits == 6 else "gptq_v2")
+    assert min(map(exported.count, held)) == len(SHIPPED)
 
 
 def _exported(exporter: Any, merged: PackedWeight, zeros: Tensor) -> bool:
