@@ -48,7 +48,8 @@ def write(folder: Path, found: Any, name: str = "instances_some.json", **options
 
 
 def test_two_tables_become_rows(tmp_path: Path) -> None:
-    for options in ({}, {"indent": 2}, {"separators": (",", ":")}):
+    every: tuple[dict[str, Any], ...] = ({}, {"indent": 2}, {"separators": (",", ":")})
+    for options in every:
         file = write(tmp_path, small(), **options)
         first, second = read_rows(source(file))
         assert first.value == {

@@ -63,7 +63,7 @@ def test_metadata_has_the_rows_as_in_datasets(suffix: str, tmp_path: Path) -> No
             datasets.Dataset.from_list(rows).to_parquet(str(file))
     table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "c"))
     for split in ("train", "test"):
-        theirs = table[split].cast_column("image", datasets.Image(decode=False))
+        theirs: Any = table[split].cast_column("image", datasets.Image(decode=False))
         ours = list(read_rows(source(tmp_path, split)))
         found = {(str(row.beside / row.value["image"]), row.value["label"]) for row in ours if row.value}
         assert found == {(one["image"]["path"], one["label"]) for one in theirs}
