@@ -153,8 +153,8 @@ class ImageGeneration(Labelled):
     def _strange(self, seen: Traits, config: Mapping[str, Any]) -> str | None:
         """What this class is not told."""
         if not seen.texts:
-            told, classes = {"text_tokens": self.text_tokens, "no_text": self.no_text}, config.get(CLASSES)
-            if (other := next((key for key, value in told.items() if value is not None), None)) is not None:
+            told, classes = ("text_tokens", "no_text", "distilled_guidance"), config.get(CLASSES)
+            if (other := next((key for key in told if getattr(self, key) is not None), None)) is not None:
                 return f"it is told classes and no texts; remove task.{other}"
             if self.labels is not None and isinstance(classes, int) and len(self.labels) > classes:
                 return f"it knows {classes} classes ({CLASSES}), and task.labels names {len(self.labels)}"
@@ -169,10 +169,11 @@ class ImageGeneration(Labelled):
 
     def _unsized(self, seen: Traits, config: Mapping[str, Any]) -> str | None:
         """Why it does not take pictures of task.size."""
-        if self.size is None:
-            return None
-        step, own = config.get("patch_size", 1) * seen.patch, config.get("sample_size")
+        patch, own = config.get("patch_size", 1), config.get("sample_size")
         most = config.get("pos_embed_max_size")
+        if self.size is None or not (type(patch) is int and patch > 0 and type(most) in (int, type(None))):
+            return None  # what is wrong with a config.json, the model says that is built of it
+        step = patch * seen.patch
         if seen.chain and self.size != own:
             return f"its positions are those of {own} x {own} (sample_size); remove task.size"
         if self.size % step or (most is not None and self.size > most * step):
