@@ -38,6 +38,12 @@ def _join(planes, ROWS: tl.constexpr, COUNT: tl.constexpr):
         return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (ROWS, 8 * LANE))
 
 
+@triton.constexpr_function
+def dropped_of(bits):
+    """Bits of a plane in the half-words that a program drops planes of: of 6 bits the high two."""
+    return 2 if int(bits) == 6 else int(bits)
+
+
 @triton.jit
 def _dx_step(
     acc, wp, hp, yp, scale, zero, offset, group_rows, right, rows, n, N, in_m, stride_w,
@@ -117,10 +123,7 @@ def dx_kernel(
     if CHUNKS > 1:
         chunk = piece % CHUNKS
         first_plane += chunk * COUNT
-        if BITS == 6:
-            right = (chunk * (COUNT * 2)).to(tl.int16)
-        else:
-            right = (chunk * (COUNT * BITS)).to(tl.int16)
+        right = (chunk * (COUNT * dropped_of(BITS))).to(tl.int16)
     group_rows = ()
     for run in tl.static_range(COUNT // RUN):
         if GROUP == 0:

@@ -38,9 +38,7 @@ class QuantSection(Section):
     grid: Annotated[str, OneOf(GRIDS)] = Field(
         default="integer", description="integer codes with a scale, or binary planes (alpha_tuning)"
     )
-    bits: Literal[1, 2, 3, 4, 6, 8] = Field(
-        default=4, description="integer: 2, 3, 4, 6, 8; binary: 1 to 4 planes"
-    )
+    bits: Literal[1, 2, 3, 4, 6, 8] = Field(default=4, description="integer: 2, 3, 4, 6, 8; binary: 1 to 4")
     group_size: GroupSize = Field(default=128, description="inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(default=True, description="no zero points: what every format and server loads")
     residual_bits: Literal[0, 1, 2, 4] = Field(
