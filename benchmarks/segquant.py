@@ -164,7 +164,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     bed, kept = Bed(given.model, given.rows), _kept(given.out)
-    asked = [(*pair, case, None, RULE) for pair, case in product(PAIRS, CASES)]
+    asked: list[tuple[str, int, str, float | None, str]]
+    asked = [(grid, bits, case, None, RULE) for (grid, bits), case in product(PAIRS, CASES)]
     if given.beside:
         two = ("base", "all")
         asked += [("W8 rows", 8, case, at, RULE) for case, at in product(two, (0.02, 0.5, 0.98))]

@@ -31,7 +31,7 @@ def main() -> None:
     weight = torch.randn(given.size, given.size) / given.size**0.5
     x = torch.randn(given.tokens, given.size, requires_grad=True)
     model = nn.ModuleDict({str(bits): PackedLinear(_packed(weight, bits)) for bits in given.bits})
-    attach(model, ADAPTERS["lr_qat"]())
+    attach(model, ADAPTERS["lr_qat"](method="lr_qat"))
     model.train()
 
     def product(layer: nn.Module) -> None:
