@@ -325,10 +325,10 @@ def test_every_column_of_the_table_is_read(format):
     }
     pair = {"prompt": chat((Q, "a")), "chosen": chat((A, "b")), "rejected": chat((A, "c")), "tools": [TOOL]}
     full |= {"preference": pair, "chosen": pair}
-    kept = (
+    kept = (  # tests/speech/test_tokens.py has codec
         {"conversations", "learned", "row", "text", "messages", "about"}
         if format == "tokens"
-        else {"conversations"}
+        else {"conversations", "codec"}
     )
     form = format_of(format, "assistant", tokenizer(QWEN3))
     row = full[format]
