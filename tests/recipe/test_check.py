@@ -48,3 +48,9 @@ def test_a_wrong_key_does_not_hide_a_missing_file_of_its_section():
         GOOD.replace("  train:\n", "  trian:\n"), ("data.valid={path: nowhere.jsonl, format: chat}",)
     )
     assert len(only) == 2 and "did you mean 'train'" in only[0], "and not that rows are missing"
+
+
+def test_a_folder_of_files_that_rows_name():
+    problems = refused(GOOD, ("data.train.media_dir=nowhere/pictures",))
+    assert any("media_dir: got 'nowhere/pictures'; there is no such folder" in p for p in problems)
+    assert any("with task: causal_lm, whose rows name no files; remove it" in p for p in problems)
