@@ -6,6 +6,7 @@ from tests.recipe.recipe_text import GOOD, refused, write
 
 
 def test_packages_that_are_not_installed(monkeypatch):
+    load_recipe(write(GOOD))  # imports transformers while there are packages, also where this file runs alone
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     problems = refused(GOOD, ("train.trackers=[wandb]", "eval.tasks=[arc_easy]"))
     assert any(
