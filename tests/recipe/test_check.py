@@ -6,6 +6,7 @@ from tests.recipe.recipe_text import GOOD, refused, write
 
 
 def test_packages_that_are_not_installed(monkeypatch):
+    load_recipe(write(GOOD))  # imports transformers while there are packages, also where this file runs alone
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     problems = refused(GOOD, ("train.trackers=[wandb]", "eval.tasks=[arc_easy]"))
     assert any(
@@ -48,3 +49,9 @@ def test_a_wrong_key_does_not_hide_a_missing_file_of_its_section():
         GOOD.replace("  train:\n", "  trian:\n"), ("data.valid={path: nowhere.jsonl, format: chat}",)
     )
     assert len(only) == 2 and "did you mean 'train'" in only[0], "and not that rows are missing"
+
+
+def test_a_folder_of_files_that_rows_name():
+    problems = refused(GOOD, ("data.train.media_dir=nowhere/pictures",))
+    assert any("media_dir: got 'nowhere/pictures'; there is no such folder" in p for p in problems)
+    assert any("with task: causal_lm, whose rows name no files; remove it" in p for p in problems)
