@@ -54,7 +54,8 @@ from lowbit_ft.tasks.detection_labels import BoxLabeller
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
 SOURCES = ("noise", "random", "own", "adaptive", "adaptive small", "true labels", "real")
-KEY = ("source", "method", "signal", "grid", "seed", "images", "synthesis_steps", "steps", "batch")
+KEY = ("source", "method", "signal", "grid", "range", "seed", "images", "synthesis_steps", "steps", "batch")
+OLDER = {"signal": "labels", "range": "mse"}  # what rows do not say that were kept before it was asked
 APART = {"scores": 0, "outputs": 0}
 SIGNALS: dict[str, dict[str, Any]] = {  # all but labels ask the model itself, at 8 bits
     "labels": {},
@@ -82,6 +83,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--methods", nargs="+", default=["scale"], help="scale: frozen codes; lr_qat")
     p.add_argument("--signals", nargs="+", default=["labels"], choices=SIGNALS, help="of train.signal")
     p.add_argument("--grid", default="3:8", help="bits of weights : of inputs")
+    p.add_argument("--range", default="mse", help="the start of the inputs' scales: mse, lsq, ...")
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--images", type=int, default=64)
     p.add_argument("--synthesis-steps", type=int, default=80)
@@ -202,7 +204,7 @@ class Bench:
                     "bits": inputs,
                     "dynamic": False,
                     "learn": True,
-                    "range": "mse",
+                    "range": o.range,
                 },
                 "calibration": {"samples": 32},
             },
@@ -270,7 +272,7 @@ def main() -> None:
     o.work.mkdir(parents=True, exist_ok=True)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Any] = json.loads(o.out.read_text()) if o.out.exists() else {}
-    rows: list[dict[str, Any]] = [{"signal": "labels", **row} for row in kept.get("rows", [])]
+    rows: list[dict[str, Any]] = [{**OLDER, **row} for row in kept.get("rows", [])]
     kept.setdefault("environment", environment())
     done = {tuple(row[key] for key in KEY) for row in rows}
     bench = Bench(o)
@@ -279,7 +281,7 @@ def main() -> None:
             for method in o.methods:
                 for signal, source in itertools.product(o.signals, o.sources):
                     made = (o.images, o.synthesis_steps, o.steps, o.batch)
-                    values = (source, method, signal, o.grid, seed, *made)
+                    values = (source, method, signal, o.grid, o.range, seed, *made)
                     if values in done:
                         continue
                     found = bench.run(source, method, signal, seed, Path(folder))
