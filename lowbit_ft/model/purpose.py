@@ -107,12 +107,13 @@ class Purpose:
         such attention; None: each has it, or it is not known which they are."""
         import transformers  # slow: seconds
 
-        flag = _ATTENTION.get(attention)
+        if (flag := _ATTENTION.get(attention)) is None:
+            return None
         of = [
             (self.auto_class(), config),
             (transformers.AutoBackbone, getattr(config, "backbone_config", None)),
         ]
-        for auto, one in of if flag is not None else ():
+        for auto, one in of:
             if type(one) in auto._model_mapping:
                 built = _built(auto._model_mapping[type(one)], one)
                 if not getattr(built, flag, True):

@@ -29,7 +29,7 @@ STATES = ("hidden_states", "encoder_hidden_states", "encoder_last_hidden_state",
 
 class States(Answered):
     def counts(self, lesson: Lesson, batch: dict[str, Tensor]) -> Tensor:
-        pictures = torch.tensor(self.size(batch))
+        pictures = torch.tensor(self.pace.count(batch))
         return torch.stack([self.task.count(batch) if n == "labels" else pictures for n in lesson.parts])
 
     def begun(self, lesson: Lesson, model: nn.Module, student: Answering) -> AbstractContextManager[None]:
