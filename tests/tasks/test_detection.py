@@ -286,7 +286,7 @@ def test_pictures_of_one_size(tmp_path: Path) -> None:
     wrong = load_recipe(file, ["task={kind: object_detection, image_size: [64, 64]}"])
     with pytest.raises(DataError, match=r"image_size: got \[64, 64\].*makes \[32, 32\]"):
         wrong.task.settled(wrong, config)
-    with pytest.raises(RecipeError, match="quant.calibrate: got 'gptq'.*a detector is not; set mse"):
+    with pytest.raises(RecipeError, match="quant.calibrate: got 'gptq'.*which this model is not; set mse"):
         load_recipe(file, ["quant.calibrate=gptq"])
     with pytest.raises(RecipeError, match="model.dtype: got 'bfloat16'.*its loss needs more digits"):
         load_recipe(file, ["model.dtype=bfloat16"])
