@@ -54,8 +54,15 @@ from lowbit_ft.tasks.detection_labels import BoxLabeller
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
 SOURCES = ("noise", "random", "own", "adaptive", "adaptive small", "true labels", "real")
-KEY = ("source", "method", "signal", "grid", "range", "seed", "images", "synthesis_steps", "steps", "batch")
-OLDER = {"signal": "labels", "range": "mse"}  # what rows do not say that were kept before it was asked
+KEY = (
+    *("source", "method", "signal", "grid", "range", "zero_points"),
+    *("seed", "images", "synthesis_steps", "steps", "batch"),
+)
+OLDER = {
+    "signal": "labels",
+    "range": "mse",
+    "zero_points": False,
+}  # what rows do not say that were kept before it was asked
 APART = {"scores": 0, "outputs": 0}
 SIGNALS: dict[str, dict[str, Any]] = {  # all but labels ask the model itself, at 8 bits
     "labels": {},
@@ -84,6 +91,9 @@ def options() -> argparse.Namespace:
     p.add_argument("--signals", nargs="+", default=["labels"], choices=SIGNALS, help="of train.signal")
     p.add_argument("--grid", default="3:8", help="bits of weights : of inputs")
     p.add_argument("--range", default="mse", help="the start of the inputs' scales: mse, lsq, ...")
+    p.add_argument(
+        "--zero-points", action="store_true", help="of the inputs; else their scales are symmetric"
+    )
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--images", type=int, default=64)
     p.add_argument("--synthesis-steps", type=int, default=80)
@@ -205,6 +215,7 @@ class Bench:
                     "dynamic": False,
                     "learn": True,
                     "range": o.range,
+                    "symmetric": not o.zero_points,
                 },
                 "calibration": {"samples": 32},
             },
@@ -281,7 +292,7 @@ def main() -> None:
             for method in o.methods:
                 for signal, source in itertools.product(o.signals, o.sources):
                     made = (o.images, o.synthesis_steps, o.steps, o.batch)
-                    values = (source, method, signal, o.grid, o.range, seed, *made)
+                    values = (source, method, signal, o.grid, o.range, o.zero_points, seed, *made)
                     if values in done:
                         continue
                     found = bench.run(source, method, signal, seed, Path(folder))
