@@ -101,6 +101,9 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, 
             ask = f"import onnxruntime; print(onnxruntime.InferenceSession({graph}).get_inputs())"
         return python_line(first + ask), {}
     command, about = exporter.serve(quoted), {}
+    server = SERVERS.get(command.split()[0])
+    if server is not None and (why := server.reject(exporter, facts.grid)) is not None:
+        command, about = f"lowbit-ft serve {quoted}", {server.name: why}
     if facts.chat:
         values = json.dumps(dict(facts.chat), ensure_ascii=False)
         about["chat template"] = (

@@ -100,6 +100,8 @@ def test_on_a_cpu_our_own_server_comes_first_and_vllms_limits_are_said() -> None
     ours = "serve it: lowbit-ft serve RUN\n"
     assert said("compressed-tensors", 4) == ours + "  or: vllm serve RUN/exported"
     assert said("gguf", 3) == ours + "  or: llama-server -m RUN/exported/model.gguf"
+    six = said("compressed-tensors", 6).splitlines()  # of which vllm has none, on a GPU neither
+    assert six[0] == "serve it: lowbit-ft serve RUN/exported" and "no kernel for 6 bits" in six[1]
     narrow = said("compressed-tensors", 3)
     assert narrow.startswith(
         ours + "  on a GPU: vllm serve RUN/exported\n  on a CPU: vllm has a kernel for 4"
