@@ -77,21 +77,34 @@ def most_likely(given: Whole | Sparse, k: int, temperature: float = 1.0) -> Spar
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    z = logits.to(exact)
-    return torch.log_softmax(z if temperature == 1 else z / temperature, -1)
+    return torch.log_softmax(_cooled(logits, temperature), -1)
 
 
-def _outcomes(logits: Tensor, temperature: float, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of some rows: log q of every token [n, V], and log q and log p of every outcome (the last is the rest,
-    of a sparse teacher)."""
-    log_q = _log_softmax(logits, temperature)
+def _outcomes(
+    logits: Tensor, temperature: float, masses: Tensor, given: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Of some rows: log q and log p of every outcome. masses: of a sparse teacher (`_masses`)."""
     if len(given) == 1:
-        return log_q, log_q, _log_softmax(given[0].to(log_q.dtype), temperature)
+        log_q = _log_softmax(logits, temperature)
+        return log_q, _log_softmax(given[0].to(log_q.dtype), temperature)
     ids, top, rest = given
-    others = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    ours = torch.cat([log_q.gather(-1, ids), others], -1)
-    return log_q, ours, torch.cat([top, rest[:, None]], -1).to(log_q.dtype)
+    named = _cooled(logits.gather(-1, ids), temperature)
+    ours = torch.cat([named, masses[:, 1:]], -1) - masses[:, :1]
+    return ours, torch.cat([top, rest[:, None]], -1).to(ours.dtype)
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return z if temperature == 1 else z / temperature
+
+
+def _masses(logits: Tensor, temperature: float, ids: Tensor) -> Tensor:
+    """Of some rows: the logs of what all tokens, and all but those named, sum to before they are divided by
+    it, [n, 2]. The second is no difference of the first, which would be lost in rounding when little is left.
+    """
+    z = _cooled(logits, temperature)
+    others = z.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    return torch.stack([z.gather(-1, ids).logsumexp(-1).logaddexp(others), others], -1)
 
 
 def _reverse(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +119,12 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, logits: Tensor, counted: Tensor, temperature: float, kind: Divergence, *given: Tensor
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        masses = logits.new_empty(len(logits), 2, dtype=torch.promote_types(logits.dtype, torch.float32))
         for rows in row_chunks(logits):
-            _, ours, theirs = _outcomes(logits[rows], temperature, tuple(g[rows] for g in given))
+            mine = tuple(g[rows] for g in given)
+            if len(mine) > 1:
+                masses[rows] = _masses(logits[rows], temperature, mine[0])
+            ours, theirs = _outcomes(logits[rows], temperature, masses[rows], mine)
             value = ours.new_zeros(len(ours))
             if kind != "reverse":
                 gap = theirs.clamp_min(LEAST) - ours.clamp_min(LEAST)
@@ -115,36 +132,32 @@ class _Divergence(torch.autograd.Function):
             if kind != "forward":
                 value = value + _reverse(ours, theirs)[1]
             total += value.masked_fill_(~counted[rows], 0).double().sum()
-        ctx.save_for_backward(logits, counted, *given)
+        ctx.save_for_backward(logits, counted, masses, *given)
         ctx.how = (temperature, kind)
         factor = temperature**2 * (0.5 if kind == "symmetric" else 1.0)
         return (total * factor).to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, counted, *given = ctx.saved_tensors
+        logits, counted, masses, *given = ctx.saved_tensors
         temperature, kind = ctx.how
         factor = temperature * (0.5 if kind == "symmetric" else 1.0)
         out = torch.empty_like(logits)
         for rows in row_chunks(logits):
             mine = tuple(g[rows] for g in given)
-            log_q, ours, theirs = _outcomes(logits[rows], temperature, mine)
+            ours, theirs = _outcomes(logits[rows], temperature, masses[rows], mine)
             slope = torch.zeros_like(ours)  # of every outcome's own logit
             if kind != "reverse":
                 slope += ours.exp() - theirs.exp()
             if kind != "forward":
                 gap, value = _reverse(ours, theirs)
                 slope += ours.exp() * (gap - value[:, None])
-            if len(mine) > 1:  # the slope of the rest, spread over its tokens; then those of the k
-                spread = torch.zeros_like(log_q)
-                if kind != "reverse":
-                    spread += log_q.exp()
-                    spread -= (log_q + (theirs - ours).clamp(LEAST, -LEAST)[:, -1:]).exp()
-                if kind != "forward":
-                    spread += log_q.exp() * (gap[:, -1:] - value[:, None])  # pyright: ignore[reportPossiblyUnbound]
-                slope = spread.scatter_(-1, mine[0], slope[:, :-1])
-            slope.mul_(grad * factor).masked_fill_(~counted[rows, None], 0)
-            out[rows] = slope.to(out.dtype)
+            slope.mul_(grad * factor)
+            if len(mine) > 1:  # the slope of the rest by the share each token has of it
+                rest = masses[rows, 1:].clamp_min(torch.finfo(masses.dtype).min)  # -inf: none is left
+                share = (_cooled(logits[rows], temperature) - rest).exp_()
+                slope = share.mul_(slope[:, -1:]).scatter_(-1, mine[0], slope[:, :-1])
+            out[rows] = slope.masked_fill_(~counted[rows, None], 0).to(out.dtype)
         return (out, None, None, None, *([None] * len(given)))
 
 
