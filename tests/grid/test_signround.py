@@ -1,5 +1,6 @@
 """signround: one step against float64, its law of residuals, and that it is worth having."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from lowbit_ft.grid import IntGrid, PackedWeight
 from lowbit_ft.grid.calibrate import CALIBRATORS, Stats
 from lowbit_ft.grid.calibrate.signround import NARROWEST, Rounding, signround_block
+from lowbit_ft.grid.estimators import round_clip
 from tests import reference
 
 GRIDS = [
@@ -145,3 +147,30 @@ def test_seeds_and_steps_count() -> None:
 def test_without_text_it_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match="signround needs calibration text"):
         CALIBRATORS["signround"].run(torch.randn(4, 64), IntGrid(), Stats())
+
+
+def by_autograd(rounding: Rounding) -> Tensor:
+    """W^ of the docstring's equation, one differentiable operation after another."""
+    scale, zero = (t.unsqueeze(-1) if isinstance(t, Tensor) else t for t in rounding.range())
+    assert isinstance(scale, Tensor)
+    code = round_clip(rounding.groups / scale + rounding.trained["offset"] + zero, 0, rounding.top)
+    return ((code - zero) * scale).reshape(len(code), -1)[:, : rounding.width]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_the_weight_in_chunks_has_autograds_bits(grid: IntGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients, over steps that move offsets and ranges; the last chunk is not full."""
+    monkeypatch.setattr(sys.modules[Rounding.__module__], "CACHED", 3 * 128)
+    weight = problem(grid).weights["w"]
+    ours, theirs = Rounding(weight, grid), Rounding(weight, grid)
+    for _ in range(5):
+        wanted = torch.randn_like(weight)
+        made, slow = ours.weight(), by_autograd(theirs)
+        assert torch.equal(made, slow)
+        torch.autograd.backward([made, slow], [wanted, wanted])
+        for name, tensor in ours.trained.items():
+            other = theirs.trained[name]
+            assert tensor.grad is not None and other.grad is not None and other.grad.any()
+            assert torch.equal(tensor.grad, other.grad), name
+        for rounding in (ours, theirs):
+            rounding.step(0.4)

@@ -18,10 +18,10 @@ training goes on from there.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from lowbit_kernels.layout import grouped, ungrouped
+from lowbit_kernels.layout import CHUNK_ELEMENTS, grouped, ungrouped
 from torch import Tensor
 
 from ..estimators import cast_scale, round_clip
@@ -31,6 +31,7 @@ from .descent import checked, descend
 from .ranges import Stats, search
 
 NARROWEST = 0.25  # of a group's range; the search's best is hardly ever below 0.3 (ranges.RATIOS)
+CACHED = 1 << 16  # weights at a time on a CPU (256 KB of each of a few tensors)
 P = 2.0  # norm of the search for the start: what is minimised after it is a squared error
 
 
@@ -47,6 +48,59 @@ class Block(Protocol):
     def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Error of the block's output on batch `number` when its linears have these weights, a scalar."""
         ...
+
+
+def _chunks(groups: Tensor) -> list[slice]:
+    """Rows at a time: what goes through many small operations stays in the cache of a CPU."""
+    most = CACHED if groups.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, most // groups[0].numel())
+    return [slice(start, start + step) for start in range(0, len(groups), step)]
+
+
+class _Rounded(torch.autograd.Function):
+    """s (clip(round(W / s + V + z), 0, top) - z) of groups [N, G, g] by V [N, G, g], s and z [N, G]; z None
+    is `middle`. Straight-through.
+
+    Autograd would keep two tensors of the weight's size and go through memory some thirty times. Here all is
+    made again, some rows at a time, by the same operations in the same order: the bits are the same.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, groups: Tensor, offset: Tensor, scale: Tensor, zero: Tensor | None, middle: float, top: int
+    ) -> Tensor:
+        ctx.save_for_backward(groups, offset, scale, zero)
+        ctx.static = (middle, top)
+        out = torch.empty_like(groups)
+        for rows in _chunks(groups):
+            s, z = scale[rows, :, None], middle if zero is None else zero[rows, :, None]
+            part = torch.div(groups[rows], s, out=out[rows]).add_(offset[rows]).add_(z)
+            part.round_().clamp_(0, top).sub_(z).mul_(s)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        groups, offset, scale, zero = ctx.saved_tensors
+        middle, top = ctx.static
+        by_offset, by_scale = torch.empty_like(groups), torch.empty_like(scale)
+        by_zero = None if zero is None else torch.empty_like(zero)
+        chunks = _chunks(groups)
+        ratio, code, inside = (torch.empty_like(groups[chunks[0]]) for _ in range(3))
+        for rows in chunks:
+            n = len(groups[rows])
+            s, z = scale[rows, :, None], middle if zero is None else zero[rows, :, None]
+            a = torch.div(groups[rows], s, out=ratio[:n])
+            v = torch.add(a, offset[rows], out=code[:n]).add_(z)
+            free = torch.clamp(v, 0, top, out=inside[:n]).eq_(v)  # 1 where the clip does nothing, else 0
+            q = v.round_().clamp_(0, top).sub_(z)
+            moved = torch.mul(grad[rows], s, out=by_offset[rows])
+            if by_zero is not None:
+                by_zero[rows] = -moved.sum(-1)
+            moved.mul_(free)
+            if by_zero is not None:
+                by_zero[rows] += moved.sum(-1)
+            by_scale[rows] = q.mul_(grad[rows]).sum(-1) - a.div_(s).mul_(moved).sum(-1)
+        return None, by_offset, by_scale, by_zero, None, None
 
 
 class Rounding:
@@ -87,10 +141,9 @@ class Rounding:
     def weight(self) -> Tensor:
         """W^ [N, K]."""
         scale, zero = self.range()
-        scale = scale.unsqueeze(-1)
-        zero = zero.unsqueeze(-1) if isinstance(zero, Tensor) else zero
-        code = round_clip(self.groups / scale + self.trained["offset"] + zero, 0, self.top)
-        return ungrouped((code - zero) * scale, self.width)
+        zero, middle = (zero, 0.0) if isinstance(zero, Tensor) else (None, zero)
+        groups = _Rounded.apply(self.groups, self.trained["offset"], scale, zero, middle, self.top)
+        return ungrouped(groups, self.width)  # pyright: ignore[reportArgumentType]  autograd.Function is untyped
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -112,7 +165,7 @@ class Rounding:
 
 
 @dataclass
-class _Rounded:
+class _BlockText:
     """A block with roundings in it, as descend wants it."""
 
     block: Block
@@ -144,7 +197,7 @@ def signround_block(block: Block, stats: Stats) -> tuple[dict[str, Weight], tupl
         for rounding in roundings.values():
             rounding.step(share / stats.steps)
 
-    text = _Rounded(block, roundings)
+    text = _BlockText(block, roundings)
     before, after, _ = descend(tensors, text, stats.steps, stats.seed, step, "signround")
     return {name: rounding.packed() for name, rounding in roundings.items()}, (before, after)
 
