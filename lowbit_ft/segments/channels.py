@@ -92,15 +92,26 @@ def outputs_of(made: Node, constants: dict[str, Tensor]) -> list[tuple[Segment, 
             if not isinstance(moved, Tensor):  # of split and chunk the getitems follow
                 waiting.append((user, moved))
                 continue
-            found = torch.unique(moved)
+            found = _distinct(moved, n)
             if len(found) == n:
                 waiting.append((user, moved))
             else:
-                parts.setdefault(tuple(found.tolist()), []).append(user)
+                parts.setdefault(found, []).append(user)
     united = _united(parts)
     owners = {min(channels): nodes for channels, nodes in united}
     found = _segments([channels for channels, _ in united], n)
     return [(segment, owners.get(segment.start, [])) for segment in found]
+
+
+def _distinct(ids: Tensor, n: int) -> tuple[int, ...]:
+    """Which of the numbers below n stand in ids, in order. Thousands of tokens of a picture hold the same:
+    what is the same along a dimension is looked at once, and nothing is sorted."""
+    for dim, step in enumerate(ids.stride()):
+        if step == 0 and ids.shape[dim] > 1:
+            ids = ids.narrow(dim, 0, 1)
+    there = torch.zeros(n, dtype=torch.bool)
+    there[ids.reshape(-1)] = True
+    return tuple(there.nonzero()[:, 0].tolist())
 
 
 def inputs_of(given: Node, constants: dict[str, Tensor]) -> tuple[Segment, ...]:
