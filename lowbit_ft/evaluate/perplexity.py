@@ -22,7 +22,7 @@ from ..model.attention import segment_attention, segment_inputs, switch
 from ..model.checkpoint import Checkpoint
 from ..model.linear import packed_op_only
 from ..model.walk import Batch, LayerWalk
-from ..signals.tokens import FLOATS_AT_A_TIME, IGNORE
+from ..signals.tokens import IGNORE, row_chunks
 from ..train.losses import Targets, target_logits
 
 STAGES = ("base", "quantized", "trained", "merged", "exported")
@@ -144,15 +144,14 @@ def _totals(
     for (logits, tokens), (theirs, _) in zip(
         ours, repeat((None, None)) if reference is None else reference, strict=reference is not None
     ):
-        rows = max(1, FLOATS_AT_A_TIME // logits.shape[-1])
-        for i in range(0, len(tokens), rows):
-            target = tokens[i : i + rows]
-            log_p = torch.log_softmax(logits[i : i + rows].float(), dim=-1)
+        for rows in row_chunks(logits):
+            target = tokens[rows]
+            log_p = torch.log_softmax(logits[rows].float(), dim=-1)
             losses = -log_p.gather(-1, target.clamp_min(0)[:, None])[:, 0]
             loss += losses.masked_fill(target == IGNORE, 0).double().sum()
             count += (target != IGNORE).sum()
             if theirs is not None:
-                log_fp = torch.log_softmax(theirs[i : i + rows].to(logits.device).float(), dim=-1)
+                log_fp = torch.log_softmax(theirs[rows].to(logits.device).float(), dim=-1)
                 kl += (log_fp.exp() * (log_fp - log_p)).sum(-1).double().sum()
     return float(loss), float(kl), int(count)
 
