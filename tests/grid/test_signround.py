@@ -174,3 +174,13 @@ def test_the_weight_in_chunks_has_autograds_bits(grid: IntGrid, monkeypatch: pyt
             assert torch.equal(tensor.grad, other.grad), name
         for rounding in (ours, theirs):
             rounding.step(0.4)
+
+
+def test_nothing_of_the_weights_size_is_kept_for_the_backward() -> None:
+    """Calibrator.block_bytes counts on it."""
+    rounding, kept = Rounding(problem(GRIDS[0]).weights["w"], GRIDS[0]), []
+    own = {t.data_ptr() for t in (rounding.groups, *rounding.trained.values())}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rounding.weight()
+    assert any(t.numel() == rounding.groups.numel() for t in kept)
+    assert all(t.data_ptr() in own for t in kept if t.numel() >= rounding.groups.numel())

@@ -69,8 +69,8 @@ CALIBRATORS: dict[str, Calibrator] = {
     "minmax": Calibrator(minmax, "integer", symmetric=False),
     "mse": Calibrator(mse, "integer"),
     "gptq": Calibrator(gptq, "integer", needs_text=True, makes_up=True),
-    # fp32: the weight, V, its gradient, the best V, W^ and what autograd keeps of it (5)
-    "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=40),
+    # fp32: the weight, V, its gradient, the best V, W^ and its gradient; 16 bits: W^ and its gradient
+    "signround": Calibrator(signround, "integer", needs_text=True, block=signround_block, block_bytes=28),
     "recover": Calibrator(recover, "integer", exact=True),
     "greedy": Calibrator(greedy, "binary"),
     "alternating": Calibrator(alternating, "binary"),
