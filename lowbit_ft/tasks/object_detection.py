@@ -42,7 +42,8 @@ from .base import Dense, Feed, Measure, Task
 from .batches import Shown
 from .boxes import Found, average_precision, checked, in_pixels, missing, shares
 from .detection_labels import BoxLabeller, own_count
-from .image_classification import BESIDE, file_of
+from .image_classification import BESIDE
+from .kept import Kept, data_of, read_picture
 from .labelled import Answers, Labelled
 from .labels import Distinct, categories_of, found_labels, known_labels, label_id, label_values, ordered
 from .queries import followed, kept, queries_apart
@@ -137,7 +138,7 @@ class ObjectDetection(Labelled):
             )
 
         def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folder)
+            data, held = read_picture(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             width, height = size_of(data)
@@ -158,7 +159,7 @@ class ObjectDetection(Labelled):
                 }
                 for which in (False, True)
             ]
-            made: Encoded = {"image": data, "labels": found[0], "size": [width, height]}
+            made: Encoded = {"image": held, "labels": found[0], "size": [width, height]}
             if any(crowds):
                 made |= {"crowds": found[1], "apart": {f"regions of many things ({self.crowd})": sum(crowds)}}
             return [made]
@@ -199,7 +200,7 @@ class ObjectDetection(Labelled):
     def shown(self, tokenizer: Any, model: Any) -> Shown:
         """tokenizer: the image processor."""
         return lambda row, key: {
-            "pixel_values": pixels(tokenizer, picture_of(row["image"])),
+            "pixel_values": pixels(tokenizer, picture_of(data_of(row["image"]))),
             "labels": as_tensors(row["labels"]),
         }
 
@@ -295,9 +296,9 @@ class Detections(Answers):
         return {"boxes.json": {"names": self.names, "confidence": SURE, "pictures": pictures}}
 
 
-def _png(data: bytes) -> str:
+def _png(held: Kept | bytes) -> str:
     """A picture for the report, in base64, made smaller where it is large."""
-    image, file = picture_of(data), io.BytesIO()
+    image, file = picture_of(data_of(held)), io.BytesIO()
     image.thumbnail((640, 640))
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
