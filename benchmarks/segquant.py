@@ -41,6 +41,7 @@ from lowbit_ft.rundir import environment
 from lowbit_ft.segments import segments_in
 from lowbit_ft.tasks.base import inputs_of
 from lowbit_ft.tasks.image_generation import ImageGeneration
+from lowbit_ft.tasks.kept import data_of
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "recipes" / "assets"
@@ -123,7 +124,7 @@ class Bed:
             return found
         path, rows = self.task.path, self.task.examples(self.train, self.section, self.pictures)
         draw = torch.Generator().manual_seed(0)
-        x = torch.stack([self.pictures.values(row["image"]) for row in rows[:SAMPLES]])
+        x = torch.stack([self.pictures.values(data_of(row["image"])) for row in rows[:SAMPLES]])
         t, noise = torch.full((SAMPLES,), at), torch.randn(x.shape, generator=draw)
         whole = {
             "hidden_states": path.noisy(x, noise, t),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from ..data.errors import BadRow, DataError
 from ..data.read import read_rows
@@ -23,6 +26,8 @@ from ..speech.sample import encode, frames_of
 from ..speech.tokens import AUDIO_CODEC, CODEC, AudioTokens, asked, audio_tokens_of, row_of
 from ..speech.wav import write_wav
 from ..tasks.rows import place_of, text_of
+from ..vector_codes import vector_code
+from .begun import Begun
 from .runnable import torch_folder
 from .speech import Making, Voice, codec_in, codes_of, refuse_suffix, sound_in, spoken_by
 
@@ -31,8 +36,8 @@ def encode_rows(
     folder: Path, rows: Path, output: Path, plain: bool = False, device: str = "auto"
 ) -> list[int]:
     """Rows {audio, text} to rows that a language model learns to speak from (speech/tokens.py). Writes
-    `output`; returns how many codes each row has. ValueError naming file and row for one that is not what it
-    should be."""
+    `output`; returns how many codes each row has. Codes are kept as they come, and the same call goes on
+    behind them (begun.py). ValueError naming file and row for one that is not what it should be."""
     refuse_suffix(output, ".jsonl")
     found = list(read_rows(DataSource(path=str(rows))))
     if not found:
@@ -41,21 +46,34 @@ def encode_rows(
     digest = encoder_digest(model)
     lines, sizes = [], []
     console = Console(stderr=True)
-    for row in track(found, "encode", console=console, disable=not console.is_terminal, transient=True):
-        try:
-            if row.value is None:
-                raise BadRow(row.problem or "cannot be read")
-            sound = sound_in(place_of(text_of(row.value, "audio"), Path(row.file).parent))
-            if not (text := text_of(row.value, "text")).strip():
-                raise BadRow("'text' is blank, and nothing is asked for by it")
-            asked(text)
-        except (ValueError, RuntimeError) as error:
-            raise DataError(str(error), row.file, row.number) from None
-        codes = encode(model, frames_of(model.config, sound.at(model.config.sample_rate))).tolist()
-        lines.append(json.dumps(row_of(text, codes, plain) | {CODEC: digest}) + "\n")
-        sizes.append(len(codes))
-    write_text(output, "".join(lines))
+    with Begun(output, vector_code(model.config.code).size) as begun:
+        for row in track(found, "encode", console=console, disable=not console.is_terminal, transient=True):
+            try:
+                if row.value is None:
+                    raise BadRow(row.problem or "cannot be read")
+                sound = sound_in(place_of(text_of(row.value, "audio"), Path(row.file).parent))
+                if not (text := text_of(row.value, "text")).strip():
+                    raise BadRow("'text' is blank, and nothing is asked for by it")
+                asked(text)
+            except (ValueError, RuntimeError) as error:
+                raise DataError(str(error), row.file, row.number) from None
+            samples = sound.at(model.config.sample_rate)
+            codes = begun.codes(_named(digest, samples), partial(_codes, model, samples))
+            lines.append(json.dumps(row_of(text, codes, plain) | {CODEC: digest}) + "\n")
+            sizes.append(len(codes))
+        write_text(output, "".join(lines))
     return sizes
+
+
+def _codes(model: Any, samples: Tensor) -> list[int]:
+    return encode(model, frames_of(model.config, samples)).tolist()
+
+
+def _named(codec: str, samples: Tensor) -> str:
+    """A sound and the codec that makes its codes, in one word."""
+    sha = hashlib.sha256(codec.encode())
+    sha.update(samples.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def speak_text(

@@ -19,15 +19,18 @@ from ..evaluate.perplexity import Reference, evaluate
 from ..files.records import TeacherMeasure
 from ..model.attention import why_not
 from ..model.checkpoint import Checkpoint
+from ..model.config import read_config
 from ..model.heads import resting
 from ..model.linear import packed_op_only
 from ..model.load import load_model
 from ..model.upload import upload_each
+from ..names import listed
 from ..session import Session
 from ..signals import REFERENCES, SIGNALS, TEACHERS, Lesson, Making, Teacher, teacher_kind
 from ..signals.checkpoint import unlike
 from ..tasks.base import inputs_of
 from ..tasks.labelled import Labelled
+from ..tasks.labels import known_labels, unnamed
 from ..train.processes import main_process_first
 from .answers import kept_answers, refuse_other_answers
 from .data import batches, first_windows
@@ -42,17 +45,18 @@ ROWS = 32  # of a task that has rows, in one batch; of one that measures few at 
 
 def ready_teacher(session: Session, examples: Examples) -> None:
     """Refuse, before anything is quantized, what can be known of a teacher by then: another checkpoint is
-    fetched and its tokens are compared, and a shared folder of answers is one for these windows.
+    fetched, its tokens and labels are compared, and a shared folder of answers is one for these windows.
     ValueError."""
     section = session.recipe.train
     if not SIGNALS[section.signal.kind].asks:
         return
     assert section.teacher is not None, "refused by the recipe"
     with main_process_first():
+        kept = section.teacher in TEACHERS
+        own = session.checkpoint if kept else other_checkpoint(session, section.teacher)
+        refuse_other_labels(session, section.teacher, own)
         if section.teacher == "cached":
             refuse_other_answers(session, examples)
-        elif section.teacher not in TEACHERS:
-            other_checkpoint(session, section.teacher)
 
 
 def other_checkpoint(session: Session, source: str) -> Checkpoint:
@@ -69,6 +73,30 @@ def other_checkpoint(session: Session, source: str) -> Checkpoint:
     if reason := unlike(checkpoint.folder, session.checkpoint.folder, recipe.task.reads):
         raise ValueError(f"train.teacher: got {source!r}, but {reason}")
     return checkpoint
+
+
+def refuse_other_labels(session: Session, teacher: str, checkpoint: Checkpoint) -> None:
+    """ValueError for a teacher whose files have a label of the task at another number: its head has the same
+    shape, and says another label by the same place. Where they have other names (COCO's categories have two
+    sets of them) nobody knows, so it is said."""
+    ours = list(getattr(session.recipe.task, "labels", None) or ())
+    theirs = known_labels(read_config(checkpoint.folder))
+    pairs = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
+    moved = [name for name, _ in pairs if name in theirs]
+    if len(ours) != len(theirs) or not pairs or unnamed(len(ours)) in (ours, theirs):
+        return  # of another shape it is refused for that; of labels that nobody named nothing is known
+    mine, other = pairs[0]
+    if moved:
+        name = moved[0]
+        raise ValueError(
+            f"train.teacher: got {teacher!r}, for which {name!r} is label {theirs.index(name)}, and here it "
+            f"is {ours.index(name)}: it would teach another label by that name; give task.labels in the "
+            f"order of its config.json ({listed(theirs[:8])}{', ...' if len(theirs) > 8 else ''})"
+        )
+    session.say(
+        f"warning: train.teacher: {teacher} calls {len(pairs)} of {len(ours)} labels otherwise (label "
+        f"{ours.index(mine)} is {other!r} there and {mine!r} here), and is taken to mean the same by them"
+    )
 
 
 def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | None) -> Lesson:

@@ -61,9 +61,7 @@ def checked(value: Any, column: str, form: str, width: int, height: int) -> list
     numbers = value if isinstance(value, list | tuple) else []
     if len(numbers) != 4 or not all(map(finite, numbers)):
         raise BadRow(f"{column!r}: a box is four finite numbers ({form}, in pixels); got {_box(value)}")
-    x0, y0, x1, y1 = map(float, numbers)
-    if form == "xywh":
-        x1, y1 = x0 + x1, y0 + y1
+    x0, y0, x1, y1 = corners_of(numbers, form)
     if x1 <= x0 or y1 <= y0:
         raise BadRow(f"{column!r}: the box {_box(value)} has no size ({form}; task.box_format)")
     if min(x0, y0) < -SLACK or x1 > width + SLACK or y1 > height + SLACK:
@@ -75,6 +73,20 @@ def checked(value: Any, column: str, form: str, width: int, height: int) -> list
     if x1 <= x0 or y1 <= y0:
         raise BadRow(f"{column!r}: nothing of the box {_box(value)} lies in its picture")
     return [x0, y0, x1, y1]
+
+
+def flat(value: Any, form: str) -> bool:
+    """Whether a box is a line or a point, as a few of COCO's own are: a side of it has no length."""
+    if not isinstance(value, list | tuple) or len(value) != 4 or not all(map(finite, value)):
+        return False
+    x0, y0, x1, y1 = value if form == "xyxy" else (0, 0, *value[2:])
+    return min(x1 - x0, y1 - y0) == 0
+
+
+def corners_of(box: Sequence[float], form: str) -> list[float]:
+    """A box of a row -> [x0, y0, x1, y1], wherever that is."""
+    x0, y0, x1, y1 = map(float, box)
+    return [x0, y0, x0 + x1, y0 + y1] if form == "xywh" else [x0, y0, x1, y1]
 
 
 def _box(value: Any) -> str:

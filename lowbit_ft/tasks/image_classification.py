@@ -1,9 +1,9 @@
 """task: image_classification. A label for a picture.
 
 Rows as `datasets` has them: {image, label}, of a parquet file (the bytes of the picture in it), of a folder
-of pictures whose folders are the labels, or of any rows whose `image` is the path of a file. What is held in
-memory is the picture as it is in its file; a batch decodes its own. The checkpoint's image processor does the
-rest.
+of pictures whose folders are the labels, or of any rows whose `image` is the path of a file. A file is read
+when its row is, to be checked, and again by the batch that shows it; of a data set that has the bytes in its
+rows these are held in memory, as they are in the file. The checkpoint's image processor does the rest.
 
 What cuts a picture into patches is a convolution: it stays dense, as it came, and so do positions. Everything
 behind it is linears. Pictures are shown as they are: nothing is cropped or flipped at random.
@@ -22,22 +22,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..data.errors import BadRow, kind
+from ..data.errors import BadRow
 from ..data.synthesis.labeller import Labeller
-from ..files.regular import read_regular
 from ..model.images import picture_of, pixels, problem_of
 from ..model.purpose import Purpose, example_of
 from ..train.goal import IMAGES, Goal, Pace
 from . import scores
 from .base import Task
 from .batches import Shown
+from .kept import data_of, read_picture
 from .labelled import Labelled
 from .labels import Names, known_labels, label_id, label_values, labels_in
-from .rows import Encoded, Encoder, of_column, place_of
+from .rows import Encoded, Encoder, of_column
 from .states import States
 
 BESIDE = frozenset({"row", "about"})  # what a synthesis says of a row of its own
-MOST_BYTES = 1 << 28  # of the file of a picture
 TOGETHER = 32  # pictures that are measured together
 
 
@@ -81,10 +80,10 @@ class ImageClassification(Labelled):
         names = list(self.labels or ())
 
         def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folder)
+            data, held = read_picture(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
-            return [{"image": data, "labels": label_id(of_column(row, self.label), self.label, names)}]
+            return [{"image": held, "labels": label_id(of_column(row, self.label), self.label, names)}]
 
         reads = frozenset([self.image, self.label, *BESIDE])
         return Encoder(encode, lambda made: [names[made["labels"]]], reads)
@@ -92,7 +91,7 @@ class ImageClassification(Labelled):
     def shown(self, tokenizer: Any, model: Any) -> Shown:
         """tokenizer: the image processor."""
         return lambda row, key: {
-            "pixel_values": pixels(tokenizer, picture_of(row["image"])),
+            "pixel_values": pixels(tokenizer, picture_of(data_of(row["image"]))),
             "labels": row["labels"],
         }
 
@@ -166,22 +165,3 @@ class ClassLabeller(Labeller):
             said += model(pixel_values=some).logits.argmax(-1).tolist()
         right = sum(a == b for a, b in zip(said, answers, strict=True))
         return {"accuracy": right / max(1, len(said))}
-
-
-def file_of(value: Any, column: str, folder: Path) -> bytes:
-    """The bytes of the file of a picture, of what `datasets` keeps ({bytes, path}) or a path, as place_of
-    takes it from the folder of its row. BadRow."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str | Path) or not value:
-        raise BadRow(
-            f"{column!r} must be a picture, as datasets keeps it, or the path of one; got {kind(value)}"
-        )
-    try:
-        return read_regular(place_of(value, folder), MOST_BYTES)
-    except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
-        raise BadRow(
-            f"{column!r}: {value} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error

@@ -43,8 +43,7 @@ from ..train.goal import IMAGES, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import RowBatches
 from .generated import Generated
-from .image_classification import file_of
-from .kept import data_of, kept_file
+from .kept import data_of, kept_file, read_picture
 from .labelled import Labelled
 from .labels import Distinct, found_labels, label_id, label_values
 from .rows import Encoded, Encoder, Rows, of_column
@@ -235,17 +234,17 @@ class ImageGeneration(Labelled):
         beside, texts = self.label if pictures.texts is None else self.text, pictures.texts
 
         def encode(row: Mapping[str, Any], folder: pathlib.Path) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folder)
+            data, held = read_picture(of_column(row, self.image), self.image, folder)
             try:
                 pictures.values(data)
             except ValueError as error:
                 raise BadRow(f"{self.image!r} {error}") from None
             if texts is not None:
                 value = of_column(row, self.text)
-                return [{"image": data, "text": kept_file(value, self.text, folder, MOST_TEXT, texts.values)}]
+                return [{"image": held, "text": kept_file(value, self.text, folder, MOST_TEXT, texts.values)}]
             if self.label is None:
-                return [{"image": data, "class_labels": pictures.classes}]
-            return [{"image": data, "class_labels": label_id(of_column(row, self.label), self.label, names)}]
+                return [{"image": held, "class_labels": pictures.classes}]
+            return [{"image": held, "class_labels": label_id(of_column(row, self.label), self.label, names)}]
 
         def told(made: Encoded) -> list[str]:
             return [] if texts is not None or self.label is None else [names[made["class_labels"]]]
@@ -274,7 +273,7 @@ class ImageGeneration(Labelled):
         chance = torch.rand(2, generator=draw, dtype=torch.float64)
         even = (0.5 + int(key.rpartition("/")[2]) * GOLDEN) % 1
         t = torch.tensor([float(TIMES[self.times](chance[0])) if drawn else even])
-        x, seen = pictures.values(row["image"])[None], pictures.traits
+        x, seen = pictures.values(data_of(row["image"]))[None], pictures.traits
         noise = torch.randn(x.shape, generator=draw)
         without = drawn and float(chance[1]) < self.drop_labels
         return {

@@ -1,5 +1,5 @@
-"""Kept: a file that a row names and that is too large to be held for every row: checked when the row is read,
-and read again where a batch shows it."""
+"""Kept: a file that a row names and that is not held in memory: checked when the row is read, and read again
+where a batch shows it. What a row holds itself (the bytes in a parquet file) stays as it is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 from ..data.errors import BadRow, DataError, kind
 from ..files.regular import read_regular
 from .rows import place_of
+
+PICTURE = 1 << 28  # bytes of the file of a picture, at most
 
 
 @dataclass(frozen=True)
@@ -33,30 +35,42 @@ class Kept:
         return found
 
 
-def kept_file(
-    value: Any, column: str, folder: Path, limit: int, check: Callable[[bytes], Any]
-) -> Kept | bytes:
-    """The file that a row names by a path (place_of), or its bytes where the row holds them. check(bytes)
-    raises ValueError for content that is not what it should be. BadRow naming the column."""
+def read_file(
+    value: Any, column: str, folder: Path, limit: int, what: str = "the path of a file, or its bytes"
+) -> tuple[bytes, Kept | bytes]:
+    """The bytes of a file that a row names by a path (place_of) or holds itself, also as `datasets` has it
+    ({bytes, path}), and what of it is held. what: the column must be this. BadRow naming the column."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
-        place, data = None, value
-    elif isinstance(value, str) and value:
-        try:
-            place = place_of(value, folder)
-            data = read_regular(place, limit)
-        except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
-            why = getattr(error, "strerror", None) or error
-            raise BadRow(f"{column!r}: {value} cannot be read: {why}") from error
-    else:
-        raise BadRow(f"{column!r} must be the path of a file, or its bytes; got {kind(value)}")
+        return value, value
+    if not isinstance(value, str | Path) or not value:
+        raise BadRow(f"{column!r} must be {what}; got {kind(value)}")
+    try:
+        place = place_of(value, folder)
+        data = read_regular(place, limit)
+    except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
+        why = getattr(error, "strerror", None) or error
+        raise BadRow(f"{column!r}: {value} cannot be read: {why}") from error
+    return data, Kept(place.resolve(), hashlib.sha256(data).hexdigest())
+
+
+def read_picture(value: Any, column: str, folder: Path) -> tuple[bytes, Kept | bytes]:
+    """read_file of a picture."""
+    return read_file(value, column, folder, PICTURE, "a picture, as datasets keeps it, or the path of one")
+
+
+def kept_file(
+    value: Any, column: str, folder: Path, limit: int, check: Callable[[bytes], Any]
+) -> Kept | bytes:
+    """What is held of a file (read_file) whose content `check` takes; its ValueError is a BadRow."""
+    data, held = read_file(value, column, folder, limit)
     try:
         check(data)
     except ValueError as error:
-        raise BadRow(f"{column!r}{'' if place is None else f': {value}'} {error}") from None
-    return data if place is None else Kept(place.resolve(), hashlib.sha256(data).hexdigest())
+        raise BadRow(f"{column!r}{f': {value}' if isinstance(held, Kept) else ''} {error}") from None
+    return held
 
 
-def data_of(value: Kept | bytes, limit: int) -> bytes:
+def data_of(value: Kept | bytes, limit: int = PICTURE) -> bytes:
     return value if isinstance(value, bytes) else value.data(limit)

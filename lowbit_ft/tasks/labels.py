@@ -90,7 +90,7 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
                 "name them in task.labels, or give another column (task.label)",
                 named(source),
             )
-        return known if len(known) >= count else [f"LABEL_{i}" for i in range(count)]
+        return known if len(known) >= count else unnamed(count)
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
     return known if set(known) >= seen else sorted(seen)
@@ -132,6 +132,11 @@ def known_labels(config: Mapping[str, Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     return found if len({*found}) == len(found) else []
+
+
+def unnamed(count: int) -> list[str]:
+    """What transformers calls so many labels that nobody has named."""
+    return [f"LABEL_{i}" for i in range(count)]
 
 
 def _values(source: Any, column: str, within: str | None) -> Iterator[Any]:

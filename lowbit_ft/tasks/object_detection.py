@@ -4,7 +4,8 @@ Rows as `datasets` has COCO: {image, objects: {bbox: [[x, y, width, height], ...
 boxes in pixels of the picture; a list of such objects is the same. Names of columns are keys of the task, and
 `objects: null` is for boxes and categories that are columns themselves. A picture may have no box. COCO's own
 annotation file is read as such rows (data/coco.py). A region of many things (`iscrowd`) is not learned, and
-what is found there is neither right nor wrong, as COCO measures.
+what is found there is neither right nor wrong, as COCO measures. A box that is a line (a side of 0: COCO's
+own files have a few) is not learned either, and counts as one that nothing finds.
 
 The model is one of transformers' AutoModelForObjectDetection (RT-DETR, D-FINE, DETR, YOLOS), and the loss is
 its own: its queries are matched to the boxes, and class, distance and overlap are summed behind each layer,
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,9 +42,10 @@ from ..signals.divergence import Divergence
 from ..train.goal import IMAGES, Goal, Pace
 from .base import Dense, Feed, Measure, Task
 from .batches import Shown
-from .boxes import Found, average_precision, checked, in_pixels, missing, shares
+from .boxes import Found, average_precision, checked, corners_of, flat, in_pixels, missing, shares
 from .detection_labels import BoxLabeller, own_count
-from .image_classification import BESIDE, file_of
+from .image_classification import BESIDE
+from .kept import Kept, data_of, read_picture
 from .labelled import Answers, Labelled
 from .labels import Distinct, categories_of, found_labels, known_labels, label_id, label_values, ordered
 from .queries import followed, kept, queries_apart
@@ -51,6 +54,8 @@ from .states import States
 
 Side = Annotated[int, Field(ge=1)]
 USUAL_SIZE = (640, 640)  # of the image processors of RT-DETR and D-FINE
+CROWDS, FLAT = "crowds", "flat"  # parts of a row that are measured and not learned
+APART = {CROWDS: "regions of many things", FLAT: "boxes without a size"}
 SHOWN, SURE = 6, 0.5  # pictures that the report draws, and how sure the model is of a box that is drawn
 
 
@@ -137,7 +142,7 @@ class ObjectDetection(Labelled):
             )
 
         def encode(row: Mapping[str, Any], folder: Path) -> list[Encoded]:
-            data = file_of(of_column(row, self.image), self.image, folder)
+            data, held = read_picture(of_column(row, self.image), self.image, folder)
             if (why := problem_of(data)) is not None:
                 raise BadRow(f"{self.image!r} is no picture that Pillow reads ({why})")
             width, height = size_of(data)
@@ -148,20 +153,24 @@ class ObjectDetection(Labelled):
                         "are of another picture, or of this one before it was turned or made smaller"
                     )
             boxes, given, crowds = self._given(row)
-            corners = [checked(box, self.boxes, self.box_format, width, height) for box in boxes]
-            classes = [label_id(one, self.label, names) for one in given]
-            placed = [shares(one, width, height) for one in corners]
-            found = [
-                {
-                    "class_labels": [one for one, many in zip(classes, crowds, strict=True) if many == which],
-                    "boxes": [one for one, many in zip(placed, crowds, strict=True) if many == which],
-                }
-                for which in (False, True)
+            lines = [flat(box, self.box_format) for box in boxes]
+            corners = [
+                corners_of(box, self.box_format)
+                if line
+                else checked(box, self.boxes, self.box_format, width, height)
+                for box, line in zip(boxes, lines, strict=True)
             ]
-            made: Encoded = {"image": data, "labels": found[0], "size": [width, height]}
-            if any(crowds):
-                made |= {"crowds": found[1], "apart": {f"regions of many things ({self.crowd})": sum(crowds)}}
-            return [made]
+            classes = [label_id(one, self.label, names) for one in given]
+            made: Encoded = {"image": held, "labels": {"class_labels": [], "boxes": []}}
+            made["size"], apart = [width, height], Counter[str]()
+            for corner, category, many, line in zip(corners, classes, crowds, lines, strict=True):
+                part = CROWDS if many else FLAT if line else "labels"
+                if part != "labels":
+                    made.setdefault(part, {"class_labels": [], "boxes": []})
+                    apart[f"{APART[part]} ({self.crowd if many else self.boxes})"] += 1
+                made[part]["class_labels"].append(category)
+                made[part]["boxes"].append(shares(corner, width, height))
+            return [{**made, "apart": apart} if apart else made]
 
         keys = [self.boxes, self.label, self.crowd] if self.objects is None else [self.objects]
         told = lambda made: [names[i] for i in made["labels"]["class_labels"]]  # noqa: E731
@@ -199,7 +208,7 @@ class ObjectDetection(Labelled):
     def shown(self, tokenizer: Any, model: Any) -> Shown:
         """tokenizer: the image processor."""
         return lambda row, key: {
-            "pixel_values": pixels(tokenizer, picture_of(row["image"])),
+            "pixel_values": pixels(tokenizer, picture_of(data_of(row["image"]))),
             "labels": as_tensors(row["labels"]),
         }
 
@@ -295,9 +304,9 @@ class Detections(Answers):
         return {"boxes.json": {"names": self.names, "confidence": SURE, "pictures": pictures}}
 
 
-def _png(data: bytes) -> str:
+def _png(held: Kept | bytes) -> str:
     """A picture for the report, in base64, made smaller where it is large."""
-    image, file = picture_of(data), io.BytesIO()
+    image, file = picture_of(data_of(held)), io.BytesIO()
     image.thumbnail((640, 640))
     image.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -325,13 +334,14 @@ def right(row: Mapping[str, Any]) -> Found:
 
 
 def judged(row: Mapping[str, Any]) -> Found:
-    """The boxes of a row, and its regions of many things behind them."""
-    one, many = right(row), right({**row, "labels": row.get("crowds", {"class_labels": [], "boxes": []})})
+    """The boxes of a row, those without a size, and its regions of many things behind them."""
+    parts = [right({**row, "labels": row[name]}) for name in ("labels", FLAT, CROWDS) if name in row]
+    count = sum(len(one.boxes) for one in parts)
     return Found(
-        torch.cat([one.boxes, many.boxes]),
-        torch.cat([one.classes, many.classes]),
-        torch.cat([one.scores, many.scores]),
-        torch.arange(len(one.boxes) + len(many.boxes)) >= len(one.boxes),
+        torch.cat([one.boxes for one in parts]),
+        torch.cat([one.classes for one in parts]),
+        torch.cat([one.scores for one in parts]),
+        torch.arange(count) >= count - len(row.get(CROWDS, {"boxes": []})["boxes"]),
     )
 
 

@@ -15,11 +15,13 @@ import yaml
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.integrations.adapter_files import read_adapter
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.images import alike, read_processor
 from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.signals.checkpoint import unlike
+from lowbit_ft.stages.teacher import refuse_other_labels
 from tests import detectors, encoders, images
 from tests.diffusion import dits
 
@@ -178,6 +180,45 @@ def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
     first = lines(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(first["logits_loss"] + first["hidden_loss"], rel=1e-5)
     assert first["hidden_loss"] > 0 and "labels_loss" not in first
+
+
+def test_a_teacher_of_other_labels_is_refused(tmp_path: Path) -> None:
+    """Its head has the same shape: before the base is packed, or it would teach one label by another's name.
+    Names that are others are said."""
+    rows = images.parquet(tmp_path / "rows.parquet", images.rows(4))
+    task = {"kind": "image_classification", "labels": list(images.LABELS)}
+    for teacher, label in ((str(tmp_path / "model"), "model"), ("residual", "residual")):
+        model = images.vit(tmp_path / "model", head=True)
+        config = json.loads((model / "config.json").read_text())
+        said = list[str]()
+        for names, told in (
+            (images.LABELS, []),
+            (("flat", "tall"), ["label 0 is 'flat' there and 'across' here"]),
+        ):
+            config["id2label"] = dict(enumerate(names))
+            (model / "config.json").write_text(json.dumps(config))
+            checkpoint = Checkpoint.open(model, None, "float32")
+            session: Any = SimpleNamespace(
+                recipe=SimpleNamespace(task=SimpleNamespace(labels=images.LABELS)), say=said.append
+            )
+            refuse_other_labels(session, teacher, checkpoint)
+            assert len(said) == len(told) and all(a in b for a, b in zip(told, said, strict=True))
+        config["id2label"] = dict(enumerate(reversed(images.LABELS)))
+        (model / "config.json").write_text(json.dumps(config))
+        file = recipe(
+            tmp_path,
+            model,
+            task,
+            rows,
+            teacher,
+            quant={"bits": 3, "group_size": 32, "residual_bits": 4, "calibrate": "mse"},
+            train={"signal": {"kind": "logits"}},
+        )
+        with pytest.raises(
+            ValueError, match=f"got '.*{label}', for which 'across' is label 1, and here it is 0"
+        ):
+            pipeline.train(load_recipe(file))
+        assert not (tmp_path / "run" / "base").exists()
 
 
 def test_a_diffusion_transformer_learns_what_its_teacher_says(tmp_path: Path) -> None:

@@ -65,6 +65,40 @@ def test_rows_of_coco_are_those_of_datasets(tmp_path: Path) -> None:
         examples(Path(detectors.write(tmp_path / "other.jsonl", rows)))
 
 
+def test_a_box_that_is_a_line_is_counted_and_not_learned(tmp_path: Path) -> None:
+    """COCO's own train2017 has a few, and is read as it is. COCO measures them: nothing finds them."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    found = detectors.rows(3)
+    file = detectors.coco(tmp_path, found, "some")
+    before = examples(file)
+    content = json.loads(file.read_text())
+    line = {"image_id": content["images"][0]["id"], "category_id": 7, "iscrowd": 0, "area": 0.0}
+    content["annotations"].insert(1, {**line, "id": 999, "bbox": [9.65, 8.33, 1.03, 0]})
+    file.write_text(json.dumps(content))
+    made = examples(file)
+    assert made[0]["labels"] == before[0]["labels"] and made[1] == before[1]
+    assert "not learned: 1 boxes without a size (bbox)" in str(made.report)
+    said = [right(row) for row in made]
+    ours = average_precision([judged(row) for row in made], said, 3)
+    rows = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+        for a in content["annotations"]
+        if a["id"] != 999
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        read: Any = COCO(str(file))
+        measured = COCOeval(read, read.loadRes(rows), "bbox")
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+    assert list(ours.values()) == pytest.approx(measured.stats[:3].tolist(), abs=1e-6) and ours["map"] < 1
+    corners = [{**found[0], "objects": {"bbox": [[3, 4, 3, 9], [3, 4, 9, 9]], "category": ["red", "red"]}}]
+    plain = examples(Path(detectors.write(tmp_path / "rows.jsonl", corners)), box_format="xyxy")
+    assert len(plain[0]["labels"]["boxes"]) == 1 and plain.report.apart.total() == 1
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     file = detectors.coco(tmp_path, detectors.rows(3), "some")
     with pytest.raises(DataError, match="box_format: got 'xyxy' with an annotation file of COCO.*set xywh"):
