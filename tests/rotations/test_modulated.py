@@ -154,6 +154,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
         {site: torch.ones(31)},
         {"transformer_blocks.7.norm1.mlp": torch.ones(32)},
         {site: -torch.ones(32)},
+        {site: torch.full((32,), torch.inf)},
     ):
         with pytest.raises(ValueError, match="are none of this DiTTransformer2DModel"):
             FoldedCheckpoint(checkpoint, Rotation(smooth=smooth))
