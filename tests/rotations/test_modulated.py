@@ -22,6 +22,7 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.config import read_config
 from lowbit_ft.model.load import load_model
 from lowbit_ft.model.purpose import Purpose
+from lowbit_ft.quantize.smooth import Reader, Smoother
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.rotations import MODULATED, FoldedCheckpoint, Rotation
@@ -145,6 +146,16 @@ def test_the_scale_keeps_its_digits_in_16_bits(tmp_path: Path) -> None:
             model = load_model(folded, "sdpa", dtype=torch.bfloat16).eval()
             off[key] = float((model(**given).sample.float() - exact).norm() / exact.norm())
     assert off["capped"] < 1.5 * off["none"] < off["wide"], off
+
+
+def test_a_channel_that_nothing_reads_leaves_the_others_in_reach_of_fp16() -> None:
+    """Its factor is the largest by far; 1 / s of the others would else be no number of 16 bits any more."""
+    x, weight = torch.ones(8, 4), torch.ones(16, 4)
+    weight[:, 0] = 1e-12
+    smoother = Smoother(0.5, lambda name: None, lambda name, value: value, capped=True)
+    found = smoother.chosen(x.amax(0), [Reader(weight, x, "read")])
+    assert found is not None and found[0][0] == 1.0
+    assert bool((1 / found[0] < 5000).all()) and len(set(found[0][1:].tolist())) == 1
 
 
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
