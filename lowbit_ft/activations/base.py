@@ -127,6 +127,7 @@ class Activation(InputGrid):
     can_be_asymmetric: ClassVar[bool] = True
     learned: Any = None  # a LearnedScale or a LearnedClip
     given: Callable[[torch.device], Tensor] | None = None  # of a segment: where it has its clip from
+    numbers: Callable[[str], Tensor] | None = None  # in a graph: its static "scale" and "zero"
     products: ClassVar[int] = 1  # that a server makes with the weight's codes; 3: one per group or segment
     by_rows: ClassVar[bool] = True  # scales that are not static are made of the last dimension alone
     in_segments: ClassVar[bool] = True  # segments of an input may have scales of their own
@@ -170,8 +171,18 @@ class Activation(InputGrid):
         """The static scale, fp32 [static_scales]."""
         if self.learned is not None:
             return self.learned()
+        if self.numbers is not None:
+            return self.numbers("scale")
         assert len(self._scheme.scale) == self.static_scales, "a static scale that no calibration gave"
         return torch.cat([torch.full((1,), value, device=device) for value in self._scheme.scale])
+
+    def static_zero(self, device: torch.device) -> Tensor | None:
+        """The static zero point, fp32 [1]; None: there is none."""
+        if not self._scheme.zero:
+            return None
+        if self.numbers is not None:
+            return self.numbers("zero")
+        return torch.full((1,), float(self._scheme.zero[0]), device=device)
 
     def clip(self, device: torch.device) -> Tensor | float:
         """The factor on a dynamic range, without gradient: a number, or fp64 that multiplies the ranges."""

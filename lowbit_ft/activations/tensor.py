@@ -3,7 +3,6 @@ the tensor that is there."""
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .base import Activation
@@ -20,5 +19,4 @@ class PerTensor(Activation):
         if scheme.dynamic:
             low, high = x.flatten().aminmax(dim=0)  # with dim: ONNX has no other
             return self.cover(low[None], high[None])
-        zero = torch.full((1,), float(scheme.zero[0]), device=x.device) if scheme.zero else None
-        return self.static(x.device), zero
+        return self.static(x.device), self.static_zero(x.device)

@@ -59,16 +59,22 @@ class Texts:
                     f"holds {name} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}; allowed: "
                     f"floating numbers {shape}{hint}"
                 )
+            value = value.float()  # before it is looked at: doubles may be beyond it, float8 has no test
             if not bool(value.isfinite().all()):
                 raise ValueError(f"holds numbers in {name} that are not finite")
-            made[name] = value.float()
+            made[name] = value
         return made
 
     def without(self, place: str | None) -> dict[str, Tensor]:
         """What stands for no text: the states in a file, or zeros. ValueError naming the file."""
         if place is None:
             return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
-        return _read(self, str(place))
+        try:
+            path = Path(place).expanduser()
+            found = path.stat()
+            return _read(self, path, (found.st_mtime_ns, found.st_size))
+        except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody, a path with a zero byte
+            raise ValueError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tokens: int) -> Texts:
@@ -77,8 +83,6 @@ class Texts:
 
 
 @lru_cache(maxsize=4)
-def _read(texts: Texts, place: str) -> dict[str, Tensor]:
-    try:
-        return texts.values(read_regular(Path(place).expanduser(), MOST))
-    except (OSError, ValueError, RuntimeError) as error:  # "~who" of nobody
-        raise ValueError(f"{place}: {getattr(error, 'strerror', None) or error}") from error
+def _read(texts: Texts, path: Path, changed: tuple[int, int]) -> dict[str, Tensor]:
+    """changed: when it was, and how long it is, so that another file in its place is read anew."""
+    return texts.values(read_regular(path, MOST))

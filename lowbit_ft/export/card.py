@@ -26,7 +26,7 @@ from . import EXPORTERS
 from .base import Exporter
 from .servers import SERVERS
 
-HEADS = {"chat template": "Chat template", "kv cache": "Key-value cache"}
+HEADS = {"server": "Server", "chat template": "Chat template", "kv cache": "Key-value cache"}
 WRITES = "text-generation"  # the pipeline of language models, which servers run
 
 
@@ -101,21 +101,23 @@ def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, 
             ask = f"import onnxruntime; print(onnxruntime.InferenceSession({graph}).get_inputs())"
         return python_line(first + ask), {}
     command, about = exporter.serve(quoted), {}
+    chat_flag, kv_server = exporter.chat_flag, exporter.kv_server
     server = SERVERS.get(command.split()[0])
     if server is not None and (why := server.reject(exporter, facts.grid)) is not None:
-        command, about = f"lowbit-ft serve {quoted}", {server.name: why}
+        command, about = f"lowbit-ft serve {quoted}", {"server": why}
+        chat_flag = kv_server = None  # those flags are the other server's
     if facts.chat:
         values = json.dumps(dict(facts.chat), ensure_ascii=False)
         about["chat template"] = (
             f"{listed(facts.chat)} as in training where a request says nothing (data.chat_template_kwargs)"
         )
-        if exporter.chat_flag is not None:
-            command += f" {exporter.chat_flag} {shlex.quote(values)}"
+        if chat_flag is not None:
+            command += f" {chat_flag} {shlex.quote(values)}"
             about["chat template"] += "; the flag says so to a server with defaults of its own"
     if kv_cache is not None and exporter.carries_kv_cache:
         about["kv cache"] = f"{kv_cache}; the folder says so, and its reader does it"
     elif kv_cache is not None:
-        command, about["kv cache"] = kv_cache.served(exporter.kv_server, command)
+        command, about["kv cache"] = kv_cache.served(kv_server, command)
     return command, about
 
 

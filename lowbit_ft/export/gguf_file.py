@@ -115,6 +115,8 @@ class GgufFile:
 class GgufTensors(Mapping[str, list[dict[str, Tensor]]]):
     """Layer -> [{"weight": its blocks}], read by the gguf package."""
 
+    inputs = None
+
     def __init__(self, folder: Path, prefixes: Mapping[str, str]):
         from gguf import GGUFReader
         from transformers import AutoConfig

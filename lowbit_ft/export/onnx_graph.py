@@ -9,7 +9,8 @@ caches (sliding windows, states) are traced without one: who generates with thos
 each time.
 
 Weights must be unknown while the graph is simplified (a folder of constants would compute with the zeros), so
-they are taken out of it before, and put back as places in the file of tensors.
+they are taken out of it before, and put back as places in the file of tensors. So are the scales and zero
+points of static inputs, which are to stay numbers of their own: they are put back as they are.
 """
 
 # The writer is an optional package.
@@ -37,7 +38,7 @@ from ..model.meta import uncached
 from ..model.purpose import SAYS, example_of, purpose_of
 from .base import Exporter, LayerSpec
 from .layout import Layout
-from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, onnx_in_place_of
+from .onnx_layers import OPSET, OnnxEmbedding, OnnxLinear, hollow, input_constants, onnx_in_place_of
 
 # Inputs of a forward -> the names of their dimensions; text models take the first ones, then images, and
 # diffusion transformers the last, of batches of any size.
@@ -95,17 +96,28 @@ def trace(layout: Layout, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
             "or native"
         ) from error
     packed = {slot.key for slot in layout.slots if slot.layer is not None}
-    weights = {}
+    inputs_on = {
+        f"{layer}.{local}"
+        for layer, spec in layout.layers.items()
+        for local in input_constants(spec.activation)
+    }
+    weights, numbers = {}, {}
     for name, value in list(made.graph.initializers.items()):
         own = name.removeprefix(_PREFIX)
         own = tied.get(own, own)
-        if own in packed or own in dense:
+        if own in packed or own in dense or own in inputs_on:
             del made.graph.initializers[name]
+            if own in inputs_on:
+                numbers[own] = value.const_value
+            else:
+                weights[own] = value
             value.name, value.const_value = own, None
             made.graph.initializers[own] = value
-            weights[own] = value
     _simplify(made)
     _name_dimensions(made, names)
+    for name, value in made.graph.initializers.items():
+        if name in numbers:
+            value.const_value = numbers[name]
     weights = {name: value for name, value in weights.items() if name in made.graph.initializers}
     if missing := sorted(packed - weights.keys()):
         raise ValueError(

@@ -7,18 +7,22 @@ by the scale where training multiplies with 1 / scale, and DynamicQuantizeLinear
 tensor, of uint8, which no kind of ours is. Only in front of MatMulInteger there is a QuantizeLinear, of
 x / scale by a scale of 1: rounding, clipping and the step to uint8 in one.
 
+A static scale and its zero point are tensors of the graph, <layer>.input_scale and .input_zero, and not
+folded into what is computed with them: verify reads them there.
+
 MatMulInteger takes uint8 on both sides: int8 weights are faster (182 microseconds to 330), but processors
 without VNNI saturate their sums at 16 bits.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation, activation_of
+from ..activations import Activation, Scheme, activation_of
 from ..grid import IntGrid
 from ..model.conv import Patches
 from ..model.linear import embedding_factor
@@ -26,12 +30,21 @@ from .base import LayerSpec, TensorSpecs
 from .onnx import block_of, stored_bits
 
 OPSET = 21  # the first whose DequantizeLinear has blocks
+INPUT = "input_"  # before "scale" and "zero" of what an input is on
 
 
 def hollow(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take the memory of one number. Each is a storage of its own, by which the tracer knows tied
     tensors."""
     return torch.zeros(1, dtype=dtype).expand(shape)
+
+
+def input_constants(scheme: Scheme | None) -> dict[str, Tensor]:
+    """By local name what a static scheme is made of, fp32, of segments one behind the other; {} of others."""
+    if scheme is None or scheme.dynamic:
+        return {}
+    found = {"scale": scheme.scale, "zero": scheme.zero}
+    return {f"{INPUT}{name}": torch.tensor(v, dtype=torch.float32) for name, v in found.items() if v}
 
 
 class OnnxLinear(nn.Module):
@@ -49,12 +62,23 @@ class OnnxLinear(nn.Module):
             self.register_buffer(name, hollow(shape, dtype))
         self.bias = bias
         self.activation = None if spec.activation is None else activation_of(spec.activation)
+        constants = input_constants(spec.activation)
+        for name, values in constants.items():
+            self.register_buffer(name, values)
+        parts: Any = getattr(self.activation, "parts", (self.activation,)) if constants else ()
+        for number, part in enumerate(parts):
+            part.numbers = partial(self._numbers, number, len(parts))
         self.integer = (
             stored_bits(self.grid) == 8
             and (self.grid.group_size == -1 or self.grid.group_size >= self.k)
             and isinstance(self.activation, Activation)
             and self.activation.one_scale
         )
+
+    def _numbers(self, number: int, parts: int, what: str) -> Tensor:
+        """Of the input's scales or zero points those of a segment."""
+        found = self.get_buffer(f"{INPUT}{what}")
+        return found if parts == 1 else found.view(parts, -1)[number]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.integer and self.activation is not None:

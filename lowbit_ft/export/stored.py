@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .gguf_file import GgufTensors
-from .onnx import DATA
+from .onnx import DATA, FILE
+from .onnx_layers import INPUT
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -17,7 +19,11 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 class StoredTensors:
-    """Layer -> the tensors of each of its parts by local name, through the safetensors library."""
+    """Layer -> the tensors of each of its parts by local name, through the safetensors library. inputs: layer
+    -> what its static input is on, where the files hold that as numbers; None: what is in the folder's
+    configuration is what its reader computes with."""
+
+    inputs: Mapping[str, Mapping[str, Tensor]] | None = None
 
     def __init__(self, folder: Path, prefixes: Mapping[str, str]):
         self.prefixes = prefixes
@@ -39,8 +45,31 @@ class StoredTensors:
         return {local: tensor for local, tensor in tensors.items() if local != "bias"}
 
 
+class OnnxTensors(StoredTensors):
+    """The same, with the inputs of the graph."""
+
+    def __init__(self, folder: Path, prefixes: Mapping[str, str]):
+        super().__init__(folder, prefixes)
+        self.inputs = _graph_inputs(folder / FILE)
+
+
+def _graph_inputs(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Layer -> its initializers input_scale and input_zero that some node takes, through the onnx library."""
+    import onnx  # optional
+    from onnx import numpy_helper  # optional
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    taken = {name for node in graph.node for name in node.input}
+    found: dict[str, dict[str, Tensor]] = {}
+    for tensor in graph.initializer:
+        layer, _, local = tensor.name.rpartition(".")
+        if local.startswith(INPUT) and tensor.name in taken and not tensor.external_data:
+            found.setdefault(layer, {})[local] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+    return found
+
+
 STORED = {
     "safetensors": StoredTensors,
     "gguf": GgufTensors,
-    "onnx": StoredTensors,
+    "onnx": OnnxTensors,
 }  # by Exporter.container: layer -> its tensors

@@ -1,7 +1,8 @@
 """verify: reload an exported folder through the reader its users have, and compare everything exactly.
 
     files     every sha256 of the manifest
-    codes     integers, scales and zero points of each layer, unpacked by the format's own library
+    codes     integers, scales and zero points of each layer, unpacked by the format's own library; and those
+              of its static input, where the files hold them
     weights   the dense weight each layer has in the loaded model, against scale * (code - zero) in the same
               dtype; and the dense tensors that were trained
     logits    of the loaded model, against the packed model's on the same tokens
@@ -24,7 +25,7 @@ does not stop at the first tie.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from . import EXPORTERS
 from .answers import Answers, compare_tokens, own_tokenizer, prompt_ids
 from .base import Exporter, LayerSpec, ReadBack, Weights
 from .folder import check_files
+from .onnx_layers import input_constants
 from .planes import as_integers
 from .reader import load_exported
 from .stored import STORED, tensor_files
@@ -58,7 +60,7 @@ class LayerCheck:
 
     layer: str
     codes: int
-    scales: int  # zero points and offsets too
+    scales: int  # zero points and offsets too, and those of the input
     weights: int | None  # None: the reader has no dense weight
 
     @property
@@ -195,7 +197,12 @@ def verify(
     for name, weight in weights.items():
         read = _read_back(exporter, stored[name], LayerSpec.of(weight))
         in_model = exporter.dense(loaded, name, matrices.get(name), kind)
-        rows.append(_check_layer(name, weight, read, in_model, kind))
+        row = _check_layer(name, weight, read, in_model, kind)
+        if stored.inputs is not None:
+            wanted = input_constants(weights.specs[name].activation)
+            off = _differing(stored.inputs.get(name, {}), wanted)
+            row = replace(row, scales=row.scales + off)
+        rows.append(row)
     rows += (beside := _check_dense(dense or {}, loaded, folder, manifest, kind))
     difference, bound, answers = None, 0.0, None
     if expected is not None:
@@ -290,6 +297,11 @@ def _differences(a: Tensor | None, b: Tensor | None) -> int:
     if a.shape != b.shape:
         return max(a.numel(), b.numel(), 1)
     return int((a.cpu() != b.cpu()).sum())
+
+
+def _differing(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> int:
+    """How many numbers differ of tensors by name."""
+    return sum(_differences(found.get(name), wanted.get(name)) for name in {*found, *wanted})
 
 
 def _read_back(exporter: Exporter, parts: list[dict[str, Tensor]], spec: LayerSpec) -> ReadBack:

@@ -19,6 +19,7 @@ from ..activations import Activation
 from ..rotations import Scaled
 
 ALPHAS = (0.25, 0.5, 0.75, 0.0)  # of smooth: auto, and none at all
+LEAST = 2.0**-12  # of capped factors: what is divided by one stays far from the ends of fp16
 SAMPLE = 256  # rows of x per site on which smooth: auto compares outputs
 
 
@@ -65,7 +66,7 @@ class Smoother:
 
     def _factors(self, largest: Tensor, across: Tensor, alpha: float) -> Tensor:
         found = smoothing(largest, across, alpha)
-        return digits(found / found.max()) if self.capped else found
+        return digits((found / found.max()).clamp(min=LEAST)) if self.capped else found
 
     def _loss(self, readers: list[Reader], factors: Tensor | None) -> float:
         """Squared error of what the packed readers make of x, relative to it."""

@@ -70,7 +70,8 @@ class ModulatedStructure:
         plus: dict[str, Tensor] = {}
         for name, factors in rotation.smooth.items():
             site = sites.get(name)
-            if site is None or len(factors) != site.width or not bool((factors > 0).all()):
+            sound = bool(((factors > 0) & factors.isfinite()).all())
+            if site is None or len(factors) != site.width or not sound:
                 raise ValueError(
                     f"quant.smooth: {len(factors)} factors of {name!r} are none of this {self.name}; remove "
                     "the folder with this rotation.json"

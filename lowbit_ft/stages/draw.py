@@ -59,7 +59,8 @@ def draw_pictures(
     told, without = _asked(model.config, labels, texts, no_text)
     rows = len(next(iter(told.values())))
     if count * rows > MOST:
-        raise ValueError(f"--count: got {count} of {rows} labels; allowed are {MOST} pictures")
+        each = "labels" if model.config.texts is None else "texts"
+        raise ValueError(f"--count: got {count} of {rows} {each}; allowed are {MOST} pictures")
     told, without = (
         {name: value.repeat_interleave(count, 0) for name, value in one.items()} for one in (told, without)
     )
@@ -81,7 +82,8 @@ def _asked(
     takes = config.texts
     if takes is None:
         if texts or no_text is not None:
-            raise ValueError(f"--text: got {[*map(str, texts)]}, and this model is told classes; use --label")
+            given = ("--text", [*map(str, texts)]) if texts else ("--no-text", str(no_text))
+            raise ValueError(f"{given[0]}: got {given[1]}, and this model is told classes; use --label")
         numbers = _numbers(config, labels)
         return {"class_labels": numbers}, {"class_labels": torch.full_like(numbers, config.classes)}
     if labels or not texts:

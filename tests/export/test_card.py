@@ -12,6 +12,8 @@ import pytest
 
 from lowbit_ft.evaluate.tasks import TaskRow
 from lowbit_ft.export.card import CardFacts, model_card, serve_line
+from lowbit_ft.grid import IntGrid
+from lowbit_ft.kv_cache import KVConfig
 from tests.packed_tools import int_grid
 
 NAMES = [
@@ -106,3 +108,24 @@ def test_on_a_cpu_our_own_server_comes_first_and_vllms_limits_are_said() -> None
     assert narrow.startswith(
         ours + "  on a GPU: vllm serve RUN/exported\n  on a CPU: vllm has a kernel for 4"
     )
+
+
+@pytest.mark.parametrize(
+    ("format", "grid"),
+    [
+        ("compressed-tensors", int_grid(bits=6)),
+        ("gptq", int_grid(bits=3)),
+        ("gptq_v2", int_grid(symmetric=False)),
+    ],
+)
+def test_a_card_of_a_grid_that_the_formats_server_refuses_names_ours(format: str, grid: IntGrid) -> None:
+    """With no flag of the other one: ours has none of these."""
+    cache = KVConfig.of(8, "token_head")
+    facts = CardFacts("x", "base", "lr_qat", True, grid, None, cache, {"enable_thinking": False})
+    text = model_card(facts, format, [])
+    (block,) = [part for part in text.split("```") if part.strip().startswith("lowbit-ft")]
+    assert block.strip() == "lowbit-ft serve PATH"
+    assert "\nServer: vllm " in text and f"this grid is {grid}." in text
+    assert "the flag says so" not in text and "has no flag for" in text
+    line = serve_line(facts, format, Path("OUT")).splitlines()
+    assert line[0] == "serve it: lowbit-ft serve OUT" and line[1].startswith("  server: vllm ")

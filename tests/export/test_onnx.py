@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -15,12 +17,14 @@ from lowbit_ft.activations import Scheme
 from lowbit_ft.activations.place import place
 from lowbit_ft.export import EXPORTERS, LayerSpec, base, onnx_graph
 from lowbit_ft.export.base import Weights
+from lowbit_ft.export.folder import read_manifest
 from lowbit_ft.export.onnx_graph import trace
 from lowbit_ft.export.onnx_layers import OnnxLinear
 from lowbit_ft.export.reader import load_exported
 from lowbit_ft.export.verify import verify
 from lowbit_ft.export.verify_logits import NUDGES, Expected, compare_logits, logits_of, moves_of
 from lowbit_ft.export.writer import check_writable, write_model
+from lowbit_ft.files.manifest import MANIFEST, file_entry, sealed
 from lowbit_ft.grid import BinaryGrid, IntGrid
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.linear import PackedLinear
@@ -31,6 +35,7 @@ from tests.packed_tools import int_grid, random_weight
 ONNX = EXPORTERS["onnx"]
 TOKEN = Scheme(kind="token", bits=8)
 STATIC = Scheme(kind="tensor", bits=8, dynamic=False, scale=(0.03125,))
+OFF_ZERO = Scheme(kind="tensor", bits=8, symmetric=False, dynamic=False, scale=(0.046875,), zero=(-9,))
 ROW = {"group_size": -1}
 # One layer of a GPT-2, whose linears are Conv1Ds: (grid, what its input is on, the operator).
 LAYERS: dict[str, tuple[IntGrid, Scheme | None, str]] = {
@@ -38,7 +43,7 @@ LAYERS: dict[str, tuple[IntGrid, Scheme | None, str]] = {
     "transformer.h.0.attn.c_attn": (int_grid(symmetric=False, group_size=32), None, "MatMulNBits"),
     "transformer.h.0.attn.c_proj": (int_grid(bits=3, **ROW), STATIC, "MatMulNBits"),
     "transformer.h.0.mlp.c_fc": (int_grid(bits=8, symmetric=False, **ROW), TOKEN, "MatMulInteger"),
-    "transformer.h.0.mlp.c_proj": (int_grid(bits=6, group_size=32), None, "DequantizeLinear"),
+    "transformer.h.0.mlp.c_proj": (int_grid(bits=6, group_size=32), OFF_ZERO, "DequantizeLinear"),
     "lm_head": (int_grid(bits=2, group_size=128), None, "MatMulNBits"),
 }
 
@@ -126,6 +131,47 @@ def test_the_graph_has_the_operators_and_names_that_others_look_for(written: Any
     assert shapes["logits"] == ["batch_size", "sequence_length", 4096]
 
 
+PROJ, C_PROJ = "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        (f"{C_PROJ}.input_zero", lambda v: v + 1),
+        (f"{PROJ}.input_scale", lambda v: v * 1.01),
+        (f"{PROJ}.input_scale", lambda v: numpy.nextafter(v, v + 1)),
+        (f"{C_PROJ}.input_zero", None),
+    ],
+)
+def test_an_input_of_the_graph_is_that_of_training_bit_for_bit(
+    written: Any, tmp_path: Path, name: str, changed: Any
+) -> None:
+    """However little the logits move: what the reader computes with is another quantizer. Where the number
+    is none of the graph's own (folded into its nodes), nobody can see which it is."""
+    import onnx
+    from onnx import numpy_helper
+
+    _, weights, folder = written
+    shutil.copytree(folder, tmp_path / "m")
+    file = tmp_path / "m" / "model.onnx"
+    model = onnx.load(file, load_external_data=False)
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    if changed is None:
+        tensor.name = "val_7"
+        for node in model.graph.node:
+            node.input[:] = ["val_7" if one == name else one for one in node.input]
+    else:
+        values = changed(numpy_helper.to_array(tensor)).astype("float32")
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+    file.write_bytes(model.SerializeToString())
+    manifest = read_manifest(tmp_path / "m")
+    manifest["files"]["model.onnx"] = file_entry(file)
+    (tmp_path / "m" / MANIFEST).write_bytes(sealed(manifest))
+    words = rf"1 of 6 layers differ:\n +{name.rpartition('.')[0]}: 0 codes, 1 scales"
+    with pytest.raises(ValueError, match=words):
+        verify(tmp_path / "m", weights)
+
+
 def test_a_text_in_pieces_and_padding_on_the_left_give_the_same_logits(written: Any) -> None:
     session = load_exported(written[2]).session
 
@@ -156,6 +202,9 @@ KINDS = [
     Scheme(kind="tensor", bits=4, symmetric=False, dynamic=False, scale=(0.2,), zero=(-3,)),
     Scheme(kind="tensor", bits=3, dynamic=False, scale=(0.5,)),
     Scheme(kind="token", bits=6, symmetric=False),
+    Scheme(kind="dual", bits=8, dynamic=False, scale=(0.02, 0.03)),
+    replace(OFF_ZERO, scale=(0.1, 0.02), zero=(3, -40), segments=(24, 40)),
+    Scheme(kind="dual", bits=6, dynamic=False, scale=(0.1, 0.2, 0.3, 0.05), segments=(32, 32)),
 ]
 
 

@@ -22,6 +22,7 @@ from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.config import read_config
 from lowbit_ft.model.load import load_model
 from lowbit_ft.model.purpose import Purpose
+from lowbit_ft.quantize.smooth import Reader, Smoother
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.rotations import MODULATED, FoldedCheckpoint, Rotation
@@ -147,6 +148,16 @@ def test_the_scale_keeps_its_digits_in_16_bits(tmp_path: Path) -> None:
     assert off["capped"] < 1.5 * off["none"] < off["wide"], off
 
 
+def test_a_channel_that_nothing_reads_leaves_the_others_in_reach_of_fp16() -> None:
+    """Its factor is the largest by far; 1 / s of the others would else be no number of 16 bits any more."""
+    x, weight = torch.ones(8, 4), torch.ones(16, 4)
+    weight[:, 0] = 1e-12
+    smoother = Smoother(0.5, lambda name: None, lambda name, value: value, capped=True)
+    found = smoother.chosen(x.amax(0), [Reader(weight, x, "read")])
+    assert found is not None and found[0][0] == 1.0
+    assert bool((1 / found[0] < 5000).all()) and len(set(found[0][1:].tolist())) == 1
+
+
 def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, DIT)
     site = "transformer_blocks.0.norm1.mlp"
@@ -154,6 +165,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
         {site: torch.ones(31)},
         {"transformer_blocks.7.norm1.mlp": torch.ones(32)},
         {site: -torch.ones(32)},
+        {site: torch.full((32,), torch.inf)},
     ):
         with pytest.raises(ValueError, match="are none of this DiTTransformer2DModel"):
             FoldedCheckpoint(checkpoint, Rotation(smooth=smooth))

@@ -235,6 +235,7 @@ def test_draw_repeats_itself_and_says_what_there_is(ran: SimpleNamespace, tmp_pa
         ({"steps": 0}, "--steps: got 0; allowed are 1 to 1000"),
         ({"count": 100}, "--count: got 100 of 3 labels; allowed are 256 pictures"),
         ({"guidance": -1.0}, "--guidance"),
+        ({"no_text": Path("x")}, "--no-text: got x, and this model is told classes"),
     ):
         with pytest.raises(ValueError, match=said):
             draw_pictures(ran.run, tmp_path / "e.png", **options)

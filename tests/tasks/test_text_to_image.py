@@ -115,6 +115,9 @@ def test_dropped_texts_are_zeros_or_the_file_that_stands_for_none(tmp_path: Path
             [b["pooled_projections"] for b in batches(task, SD3, path, shuffle=False).one_epoch()]
         )
         assert not bool((measured == none).all(1).any())
+    dits.states(empty, SD3, 98)  # another file in its place is read anew
+    told = task_of(no_text=str(empty)).told(task_of().seen(pictures(SD3)), None)
+    assert torch.equal(told["pooled_projections"], load_file(empty)["pooled_projections"])
     middle, even = (
         torch.cat([next(s)["timestep"] for _ in range(40)])
         for s in (batches(task_of(times=t), SD3, path, shuffle=True) for t in ("middle", "even"))
@@ -135,6 +138,8 @@ def wrong_states(folder: Path) -> Iterator[tuple[Any, str]]:
             ),
             (good | {pooled: torch.zeros(64, dtype=torch.int64)}, f"holds {pooled} \\[64\\] int64"),
             (good | {hidden: good[hidden] / 0}, f"numbers in {hidden} that are not finite"),
+            (good | {pooled: torch.full((64,), 1e300, dtype=torch.float64)}, f"in {pooled} that are not"),
+            (good | {pooled: torch.full((64,), torch.nan).to(torch.float8_e4m3fn)}, f"in {pooled} that are"),
         )
     ):
         save_file(values, folder / f"{number}.st")
@@ -254,6 +259,7 @@ def test_draw_takes_texts(ran: SimpleNamespace, tmp_path: Path) -> None:
         ([], "this model is told texts; give --text FILE"),
         (["--label", "red", "--text", text], "got ['red'], and this model is told texts"),
         (["--text", str(ran.run / "metrics.jsonl")], "metrics.jsonl: must be a .safetensors file"),
+        (["--text", text, "--count", "256", "--text", text], "--count: got 256 of 2 texts; allowed are 256"),
     ):
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code and said in str(done.exception or "") + done.output

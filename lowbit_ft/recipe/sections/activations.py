@@ -308,6 +308,12 @@ def _check_options(section: ActivationsSection) -> Problems:
         yield Problem(
             (*root, "range"), "got 'lsq' with symmetric: false; it knows no zero point: set range: mse"
         )
+    if section.range == "lsq" and any(kind == AUTO for _, kind, _ in given):
+        yield Problem(
+            (*root, "range"),
+            "got 'lsq' with kind: auto, which tries zero points, and lsq knows none: set kind: tensor or "
+            "dual, or range: mse",
+        )
     if section.range == "lsq" and not section.learn:
         yield Problem(
             (*root, "range"),

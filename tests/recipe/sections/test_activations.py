@@ -43,6 +43,12 @@ BAD = [
         "{kind: tensor, dynamic: false, learn: true, range: lsq, symmetric: false}",
         "got 'lsq' with symmetric: false; it knows no zero point",
     ),
+    row(
+        "lsq of auto",
+        "{kind: auto, dynamic: false, learn: true, range: lsq}",
+        "got 'lsq' with kind: auto, which tries zero points, and lsq knows none",
+        "export.format=native",
+    ),
     row("segments", "{segments: heads}", "activations.segments: got 'heads'; allowed: auto, none"),
     row("group segments", "{kind: group, segments: auto}", "got 'auto' with kind: group, whose groups have"),
     row("static", "{kind: tensor, dynamic: false}", "raise on static inputs; set dynamic: true, or export"),
