@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForObjectDetection
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import read_weights
@@ -22,6 +23,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.signals.checkpoint import unlike
 from lowbit_ft.stages.teacher import refuse_other_labels
+from lowbit_ft.tasks.states import states_of
 from tests import detectors, encoders, images
 from tests.diffusion import dits
 
@@ -129,6 +131,13 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     assert told is not None and without is not None and told.parts["teacher"] > 0
     assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
     assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+    layers = plan(load_recipe(ran.file), card=no_card())
+    assert layers is not None
+    model = AutoModelForObjectDetection.from_pretrained(ran.model).eval()
+    with torch.no_grad():
+        made = states_of(model(pixel_values=torch.zeros(4, 3, 32, 32), output_hidden_states=True))
+    wait = layers.parts["teacher"] - told.parts["teacher"]
+    assert wait == 8 * sum(state.numel() for state in made) > 0, "its states, and how far the model's are"
 
     # a teacher is shown the pictures that the model's processor makes
     other = shutil.copytree(ran.model, tmp_path / "other")
