@@ -26,8 +26,9 @@ import csv
 import glob
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +226,22 @@ def _read_picture(file: Path) -> Iterator[Row]:
     yield Row(str(file), 1, {"image": str(file), "label": file.parent.name})
 
 
-def _stored(table: Any) -> Any:
-    """A table of `datasets` whose pictures stay as they are stored."""
+class Stored(dict[str, Any]):
+    """{bytes, path} of a picture in a table that lies on the disk. again(): the same, read once more."""
+
+    def __init__(self, value: dict[str, Any], again: Callable[[], Any]) -> None:
+        super().__init__(value)
+        self.again = again
+
+
+def _stored(table: Any) -> tuple[Any, list[str]]:
+    """A table of `datasets` whose pictures stay as they are stored, and the columns of these."""
     import datasets  # as below
 
     pictures = [name for name, kind in (table.features or {}).items() if isinstance(kind, datasets.Image)]
     for name in pictures:
         table = table.cast_column(name, datasets.Image(decode=False))
-    return table
+    return table, pictures
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
@@ -243,7 +252,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
         table = datasets.load_dataset(
             "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
         )
-        table = _stored(table)
+        table, _ = _stored(table)
         for number, value in enumerate(table, 1):
             yield _as_row(str(file), number, _given(value, table.features))
     except OSError:
@@ -290,7 +299,10 @@ def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
 
 def _numbered(table: Any, place: str) -> Iterator[Row]:
     """The rows of a table of `datasets`."""
-    table = _stored(table)
+    import datasets  # as above
+
+    table, pictures = _stored(table)
+    pictures = pictures if isinstance(table, datasets.Dataset) else []  # a stream is not read twice
     rows = iter(table)
     number = 0
     while True:
@@ -303,7 +315,15 @@ def _numbered(table: Any, place: str) -> Iterator[Row]:
             raise DataError(
                 f"cannot be read: {type(error).__name__}: {first_line(error)}", place, number
             ) from error
-        yield _as_row(place, number, _given(value, table.features))
+        given = _given(value, table.features)
+        for name in pictures:
+            if isinstance(given, dict) and isinstance(given.get(name), dict):
+                given[name] = Stored(given[name], partial(_cell, table, number - 1, name))
+        yield _as_row(place, number, given)
+
+
+def _cell(table: Any, index: int, name: str) -> Any:
+    return table[index][name]
 
 
 def _given(row: Any, features: Any) -> Any:

@@ -30,6 +30,8 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "even": lambda chance: chance,
     "middle": lambda chance: torch.special.ndtri(chance).sigmoid(),
 }
+# Of the pictures that are made at a time, height x width of what the model sees: 4 of 1024 x 1024 in latents.
+PLACES = 1 << 16
 GOLDEN = 0.6180339887498949  # multiples of it fill 0 .. 1 evenly, however many there are
 
 
@@ -127,7 +129,19 @@ def sampled(
     model: Any, path: Path, told: Told, without: Told, noise: Tensor, steps: int, guidance: float = 1.0
 ) -> Tensor:
     """Pictures [B, C, H, W] of what is told of them from this noise, on the CPU. without: what stands for
-    nothing told, of as many."""
+    nothing told, of as many. They are made some at a time, so that memory does not grow with B."""
+    size = max(1, PLACES // (noise.shape[2] * noise.shape[3]))
+    made = []
+    for at in range(0, len(noise), size):
+        some, none = ({n: v[at : at + size] for n, v in one.items()} for one in (told, without))
+        made.append(_sampled(model, path, some, none, noise[at : at + size], steps, guidance))
+    return torch.cat(made)
+
+
+def _sampled(
+    model: Any, path: Path, told: Told, without: Told, noise: Tensor, steps: int, guidance: float
+) -> Tensor:
+    """The same of so many together."""
     device, channels, seen = next(model.parameters()).device, noise.shape[1], model.config.traits
     told, without = ({name: value.to(device) for name, value in one.items()} for one in (told, without))
 

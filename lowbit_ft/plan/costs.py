@@ -12,9 +12,15 @@ def attends(recipe: Recipe) -> str:
     return "eager" if SIGNALS[signal.kind].reads_maps(signal) else recipe.model.attention
 
 
+def by_states(recipe: Recipe) -> bool:
+    """Whether the hidden states of a model and its teacher are compared whole (tasks/states.py)."""
+    return recipe.task.states and SIGNALS[recipe.train.signal.kind].of_layers
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a step's memory depends on beside the model. arch: of the GPU (10 x capability), 0: a CPU."""
+    """What a step's memory depends on beside the model. arch: of the GPU (10 x capability), 0: a CPU.
+    states: its hidden states are compared whole (tasks/states.py)."""
 
     windows: int
     length: int
@@ -26,6 +32,7 @@ class Setting:
     attention: str
     arch: int
     mlp_chunk: int | None = None
+    states: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Cost:
 @dataclass(frozen=True)
 class Step:
     """context, the input of a layer, the costs by layer and of the tail (norm, head, loss); frame: what the
-    model's own forward holds beside the context while its layers run (embeddings that a variable keeps)."""
+    model's own forward holds beside the context while its layers run (embeddings that a variable keeps);
+    states: numbers in the hidden states of a batch, where it is asked for them."""
 
     context: int
     hidden: int
@@ -55,3 +63,4 @@ class Step:
     layers: tuple[Cost, ...]
     tail: Cost
     notes: tuple[str, ...] = ()
+    states: int = 0

@@ -27,7 +27,7 @@ from ..model.attention import without_masks
 from ..recipe.layers import local_folder
 from ..recipe.recipe import Recipe
 from ..train.memory import free_ram
-from .costs import Setting, Step, attends
+from .costs import Setting, Step, attends, by_states
 from .gradient import MASTERS, gradient_notes, kept_bytes, own_moments
 from .model import PARTS, PlanRow, Skeleton, cache_line, skeleton
 from .pruned import choice_moments
@@ -232,6 +232,7 @@ def _step(recipe: Recipe, made: Skeleton, folder: str, arch: int, masked: bool) 
         attends(recipe),
         arch,
         train.mlp_chunk,
+        by_states(recipe),
     )
     whole = f"{folder} {model.add_tokens} {recipe.task}"
     key = (whole, recipe.quant.model_dump_json(), recipe.adapter.model_dump_json(), setting)
@@ -295,7 +296,7 @@ def _training(
     if average := kept_bytes(recipe, made):
         parts["average of gradients"] = average
     if teacher.asked:
-        parts["teacher"] = teacher.held + beside + layer_bytes(recipe, made)
+        parts["teacher"] = teacher.held + beside + layer_bytes(recipe, made, step.states)
     parts["saved layer inputs"] = at_peak["saved layer inputs"]
     parts |= {
         "one layer": at_peak.get("one layer", 0),

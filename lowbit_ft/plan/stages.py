@@ -22,7 +22,7 @@ from ..rotations import modulated
 from ..signals.tokens import FLOATS_AT_A_TIME
 from ..stages.answers import windows_per_forward
 from ..train.optimizers import OPTIMIZERS
-from .costs import Cost, Step
+from .costs import Cost, Step, by_states
 from .exported import exported_bytes
 from .model import Skeleton
 from .teacher import teacher_costs
@@ -158,7 +158,8 @@ def rough_step(recipe: Recipe, made: Skeleton) -> Step:
     count = max(1, made.layers)
     gradients = made.trained_bytes // count
     layer = Cost(one, kept, 2 * one + gradients, gradients, one)
-    return Step(0, inputs, inputs, (layer,) * count, tail)
+    states = (count + 1) * tokens * hidden if by_states(recipe) else 0
+    return Step(0, inputs, inputs, (layer,) * count, tail, states=states)
 
 
 def needs(recipe: Recipe, made: Skeleton, step: Step, arch: int, processes: int) -> Needs:

@@ -30,6 +30,7 @@ from ..model.experts import Experts
 from ..model.meta import uncached
 from ..model.mlp_chunks import cuttable, run_in_chunks
 from ..tasks import Task
+from ..tasks.states import states_of
 from .around import Around
 from .costs import Cost, Setting, Step
 from .counting import Counter
@@ -53,7 +54,9 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
     with FakeTensorMode(allow_non_fake_inputs=True), quiet(), uncached():
         rest, blocks = fake(rest), [fake(module) for module in modules]
         if not blocks:
-            return Step(0, 0, 0, (_whole(rest, made.task, s, rules),), Cost(0, 0, 0, 0, 0), (WHOLE,))
+            whole = _whole(rest, made.task, s, rules)
+            states = _states(rest, made.task, s) if s.states else 0
+            return Step(0, 0, 0, (whole,), Cost(0, 0, 0, 0, 0), (WHOLE,), states)
         kind = {index: number for number, block in enumerate(made.blocks) for index in block.indices}
         shape_of = Around(rest, made.layers, made.task)
         calls, context, hidden, frame = shape_of.record(s, blocks[kind[0]], rules)
@@ -77,7 +80,8 @@ def step_costs(made: Skeleton, s: Setting, tails: dict[Any, Cost] | None = None)
         if any(isinstance(m, Experts) for b in blocks for m in b.modules())
         else ""
     )
-    return Step(context, hidden, frame, ordered, tail, (even,) if even else ())
+    states = (made.layers + 1) * hidden // getattr(torch, s.dtype).itemsize if s.states else 0
+    return Step(context, hidden, frame, ordered, tail, (even,) if even else (), states)
 
 
 def _layer(
@@ -156,6 +160,13 @@ def _whole(model: Any, task: Task, s: Setting, rules: Any) -> Cost:
         count.inside.get("forward", 0),
         count.inside.get("backward", 0),
     )
+
+
+def _states(model: Any, task: Task, s: Setting) -> int:
+    """Numbers in the hidden states of a batch. The model is asked for them from here on."""
+    model.config.output_hidden_states = True
+    with torch.no_grad(), autocast(s):
+        return sum(state.numel() for state in states_of(task.rehearsed(model, s.windows, s.length, False)))
 
 
 def _input(s: Setting, hidden: int, per_token: int) -> tuple[int, ...]:

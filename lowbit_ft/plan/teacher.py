@@ -23,15 +23,17 @@ def teacher_costs(recipe: Recipe, made: Skeleton) -> Costs:
     return teacher_kind(train.teacher).costs(recipe, train.teacher, weights, beside, vocabulary)
 
 
-def layer_bytes(recipe: Recipe, made: Skeleton) -> int:
+def layer_bytes(recipe: Recipe, made: Skeleton, states: int) -> int:
     """Of a signal of layers, beside what eager attention holds (costs.attends): the errors of every layer, in
-    fp32, for the backward, and the teacher's layer at work: its stream and taps."""
+    fp32, for the backward, and the teacher's layer at work: its stream and taps. Of a task whose states are
+    compared whole (`states` numbers): the teacher's, and their errors."""
     train = recipe.train
-    if not SIGNALS[train.signal.kind].of_layers or recipe.task.states:
+    if not SIGNALS[train.signal.kind].of_layers:
         return 0
-    config, weights = made.model.config.get_text_config(), train.signal.weights
-    tokens = train.micro_batch_size * recipe.data.sequence_len
-    size = getattr(torch, recipe.model.dtype).itemsize
+    weights, size = train.signal.weights, getattr(torch, recipe.model.dtype).itemsize
+    if recipe.task.states:
+        return states * (size + 4) if weights["hidden"] else 0
+    config, tokens = made.model.config.get_text_config(), train.micro_batch_size * recipe.data.sequence_len
     wide = tokens * config.hidden_size
     maps = tokens * recipe.data.sequence_len * config.num_attention_heads
     errors = wide * (bool(weights["hidden"]) + bool(weights["outputs"])) + maps * bool(weights["scores"])
@@ -52,7 +54,4 @@ def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:
     train = recipe.train
     refers = SIGNALS[train.signal.kind].refers
     asked = f"reference {train.signal.reference}" if refers else f"teacher {train.teacher}"
-    notes = [f"signal {train.signal.kind}, {asked}: {costs.note}{share}"]
-    if SIGNALS[train.signal.kind].of_layers and recipe.task.states:
-        notes.append("the hidden states of the teacher, which wait for the loss, are not counted")
-    return notes
+    return [f"signal {train.signal.kind}, {asked}: {costs.note}{share}"]

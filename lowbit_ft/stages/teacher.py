@@ -60,7 +60,8 @@ def ready_teacher(session: Session, examples: Examples) -> None:
 
 
 def other_checkpoint(session: Session, source: str) -> Checkpoint:
-    """The checkpoint that teaches. ValueError where there is none, or its tokens are others."""
+    """The checkpoint that teaches. ValueError where there is none, its tokens are others, or it says
+    something else than the task learns."""
     recipe = session.recipe
     purpose = recipe.task.purpose(recipe.train.seed)
     try:
@@ -72,6 +73,8 @@ def other_checkpoint(session: Session, source: str) -> Checkpoint:
         ) from error
     if reason := unlike(checkpoint.folder, session.checkpoint.folder, recipe.task.reads):
         raise ValueError(f"train.teacher: got {source!r}, but {reason}")
+    if reason := recipe.task.unfit(read_config(checkpoint.folder)):
+        raise ValueError(f"train.teacher: got {source!r}, but {reason}; or give another teacher")
     return checkpoint
 
 

@@ -2,8 +2,8 @@
 
 Rows as `datasets` has them: {image, label}, of a parquet file (the bytes of the picture in it), of a folder
 of pictures whose folders are the labels, or of any rows whose `image` is the path of a file. A file is read
-when its row is, to be checked, and again by the batch that shows it; of a data set that has the bytes in its
-rows these are held in memory, as they are in the file. The checkpoint's image processor does the rest.
+when its row is, to be checked, and again by the batch that shows it, as from the table of a data set; the
+bytes in a parquet file are held in memory. The checkpoint's image processor does the rest.
 
 What cuts a picture into patches is a convolution: it stays dense, as it came, and so do positions. Everything
 behind it is linears. Pictures are shown as they are: nothing is cropped or flipped at random.

@@ -217,6 +217,44 @@ def test_a_stopped_folder_goes_on_to_the_same_bytes(model: Any, tokenizer: Any, 
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("space", [None, ["yes", "no"]])
+def test_an_end_of_several_tokens_leaves_none_of_them(space: Any, tokenizer: Any) -> None:
+    """Of a text that ends an input, or an answer, only the last token was left out."""
+    keys = {
+        **FREE,
+        "chat": False,
+        "prompt": "Q {verb}{input} A {answer}",
+        "until": ["#STOP\n"],
+        "answers": space,
+    }
+    rows = pages(tokenizer, keys).rows
+    row = rows[0]
+    asked, end = rows.asked(0, keys["prompt"]), [i for part in "#STOP\n" for i in rows.voice.encode(part)]
+    said, answer = rows.voice.encode("one two"), rows.voice.encode("three")
+    assert len(end) > 3
+    given = iter([*asked.head[len(row.ids) :], *said, *end])
+
+    def take(count: int, of: Any) -> bool:
+        goes = True
+        for _ in range(count):
+            assert goes
+            token = next(of)
+            goes = row.take(token, token)
+        return goes
+
+    goes = take(len(asked.head) - len(row.ids) + len(said) + len(end), given)
+    assert row.wrote() == [said] if space else goes
+    if space is None:
+        # the token that ended the input has become the first one between
+        assert not take(
+            len(asked.between) - 1 + len(answer) + len(end), iter([*asked.between[1:], *answer, *end])
+        )
+        assert row.wrote() == [answer, said] and row.ids[-1] == rows.schema.end
+        ((ids, _),) = row.candidates()
+        assert ids == [*asked.head, *said, *asked.between, *answer, rows.schema.end]
+    assert rows.before([*said, *rows.voice.encode("#STOP\n")]) == len(said)
+
+
 def test_collapsed_labels_are_told(tokenizer: Any) -> None:
     maker = pages(tokenizer, SPACE)
     row = {"input_ids": [5, 6, 7], "about": {"input": [0, 3], "answer": "yes", "fate": "sure"}}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit_ft.diffusion import paths
 from lowbit_ft.diffusion.paths import PATHS, kept_signal, sampled
 from lowbit_ft.diffusion.pictures import Pictures
 from lowbit_ft.diffusion.traits import TRAITS
@@ -84,6 +85,21 @@ def test_the_way_back_is_that_of_the_schedulers_of_diffusers(name: str, kind: st
     torch.testing.assert_close(ours, x, atol=2e-5, rtol=1e-4)
     alone = sampled(model, PATHS[name], shown, without, noise, steps)
     assert (alone - ours).abs().max() > 1e-3
+
+
+def test_pictures_are_made_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as memory is for, however many are asked for; they are the same."""
+    noise, labels = some()[1], torch.tensor([0, 1, 2, 0])
+    told, without = {"class_labels": labels}, {"class_labels": torch.full((4,), 3)}
+    model = Says()
+    whole = sampled(model, PATHS["velocity"], told, without, noise, 3, 1.5)
+    monkeypatch.setattr(paths, "PLACES", 3 * noise.shape[2] * noise.shape[3])
+    sizes, plain = list[int](), Says.__call__
+    monkeypatch.setattr(
+        Says, "__call__", lambda self, x, *a, **k: sizes.append(len(x)) or plain(self, x, *a, **k)
+    )
+    assert torch.equal(sampled(model, PATHS["velocity"], told, without, noise, 3, 1.5), whole)
+    assert sizes == [3] * 6 + [1] * 6
 
 
 def test_pictures_there_and_back() -> None:

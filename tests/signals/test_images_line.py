@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForObjectDetection
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import read_weights
@@ -21,7 +22,8 @@ from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.signals.checkpoint import unlike
-from lowbit_ft.stages.teacher import refuse_other_labels
+from lowbit_ft.stages.teacher import other_checkpoint, refuse_other_labels
+from lowbit_ft.tasks.states import states_of
 from tests import detectors, encoders, images
 from tests.diffusion import dits
 
@@ -129,6 +131,13 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     assert told is not None and without is not None and told.parts["teacher"] > 0
     assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
     assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+    layers = plan(load_recipe(ran.file), card=no_card())
+    assert layers is not None
+    model = AutoModelForObjectDetection.from_pretrained(ran.model).eval()
+    with torch.no_grad():
+        made = states_of(model(pixel_values=torch.zeros(4, 3, 32, 32), output_hidden_states=True))
+    wait = layers.parts["teacher"] - told.parts["teacher"]
+    assert wait == 8 * sum(state.numel() for state in made) > 0, "its states, and how far the model's are"
 
     # a teacher is shown the pictures that the model's processor makes
     other = shutil.copytree(ran.model, tmp_path / "other")
@@ -242,3 +251,27 @@ def test_a_diffusion_transformer_learns_what_its_teacher_says(tmp_path: Path) ->
         RecipeError, match="temperature: got 2.0.*of which the squared error is taken; set 1.0"
     ):
         load_recipe(file, ["train.signal={kind: logits, temperature: 2}"])
+
+
+def test_a_diffusion_transformer_that_says_something_else_is_no_teacher(tmp_path: Path) -> None:
+    """Of the same shapes: noise would be taken for the velocity."""
+    pytest.importorskip("diffusers")
+    model, other = (dits.write(tmp_path / name, num_layers=1) for name in ("model", "other"))
+    config = json.loads((other / "config.json").read_text())
+    file = recipe(
+        tmp_path,
+        model,
+        {"kind": "image_generation", "samples": 0},
+        str(dits.rows(tmp_path / "rows", 4)),
+        str(other),
+        model={},
+        train={"signal": {"kind": "logits"}},
+    )
+    made = load_recipe(file)
+    session: Any = SimpleNamespace(recipe=made, checkpoint=Checkpoint.open(model, None, "float32"))
+    assert other_checkpoint(session, str(other)).folder == other
+    (other / "config.json").write_text(json.dumps(config | {"prediction": "noise"}))
+    with pytest.raises(
+        ValueError, match="train.teacher: got .*trained to say 'noise'.*or give another teacher"
+    ):
+        other_checkpoint(session, str(other))

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -249,14 +250,20 @@ def test_pictures_that_are_files_are_read_when_a_batch_shows_them(tmp_path: Path
         r=SimpleNamespace(train=SimpleNamespace(seed=0)), tokenizer=processor, rank=0, world=1
     )
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
-    paths = [str(tmp_path / "folder"), images.parquet(tmp_path / "rows.parquet", given)]
-    files, held = (task.examples(DataSource(path=path), section, processor) for path in paths)
-    assert files.digest == held.digest and len(files) == 9
-    assert not any(isinstance(value, bytes) for row in files for value in row.values())
-    one, other = (task.batches(feed, model, rows, 4, shuffle=True) for rows in (files, held))
+    paths = [
+        str(tmp_path / "folder"),
+        images.parquet(tmp_path / "rows.parquet", given),
+        str(tmp_path / "saved"),
+    ]
+    datasets.Dataset.from_parquet(paths[1], cache_dir=str(tmp_path / "cache")).save_to_disk(paths[2])
+    files, held, table = (task.examples(DataSource(path=path), section, processor) for path in paths)
+    assert files.digest == held.digest == table.digest and len(files) == 9
+    assert not any(isinstance(value, bytes) for row in (*files, *table) for value in row.values())
+    one, other, third = (task.batches(feed, model, rows, 4, shuffle=True) for rows in (files, held, table))
     for _ in range(3):
-        a, b = next(one), next(other)
-        assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["pixel_values"], b["pixel_values"])
+        a, *more = next(one), next(other), next(third)
+        for b in more:
+            assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["pixel_values"], b["pixel_values"])
     for file in (tmp_path / "folder").rglob("*.png"):
         file.write_bytes(given[0]["image"])
     with pytest.raises(DataError, match=r"\.png: was changed while the run reads it"):

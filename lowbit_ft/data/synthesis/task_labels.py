@@ -166,6 +166,15 @@ class TaskRows(Rows):
         tail = ids[-1 - 4 * max(map(len, until), default=0) :]  # a token has a byte, a character up to four
         return bool(until) and any(text in self.voice.text(tail) for text in until)
 
+    def before(self, ids: Sequence[int]) -> int:
+        """How many tokens lie whole before the text that ends `ids`, which the last one completes: that may
+        be several tokens, or the end of one."""
+        text, count = self.voice.text(ids), len(ids) - 1
+        found = [at for at in map(text.find, self.config.until) if at >= 0]
+        while found and count and len(self.voice.text(ids[:count])) > min(found):
+            count -= 1
+        return count
+
     def judge(self, model: Any, rows: Sequence[Row]) -> list[str | None]:
         written = [row for row in rows if isinstance(row, TaskRow) and row.ended]
         per_row = [row.candidates() for row in written]
@@ -204,8 +213,8 @@ def _input_of(row: Mapping[str, Any]) -> list[int]:
 
 
 class TaskRow(Row):
-    """start, end: of the input, by tokens; end is 0 while it is written. answered: where a written answer
-    begins."""
+    """start, end: of the input, by tokens; end is 0 while it is written. cut: tokens at its end that are of
+    the text that ended it, which an answer was written behind. answered: where a written answer begins."""
 
     def __init__(self, rows: TaskRows, number: int):
         config = rows.config
@@ -215,7 +224,7 @@ class TaskRow(Row):
         prefixes = config.deterministic_prefix
         self.start, self.end = len(self.asked.head), 0
         self.greedy = self.start + prefixes[number % len(prefixes)]
-        self.answered, self.ended = 0, False
+        self.answered, self.ended, self.cut = 0, False, 0
         self.about: dict[str, Any] = {}
 
     def take(self, likeliest: int, drawn: int) -> bool:
@@ -225,12 +234,13 @@ class TaskRow(Row):
             ids.append(self.asked.head[at])
         elif not self.end:
             token = likeliest if at < self.greedy else drawn
-            if token not in rows.ends | {between[0]} & rows.voice.special and not rows.completes(
-                [*ids[self.start :], token]
-            ):
+            written = [*ids[self.start :], token]
+            done = rows.completes(written)
+            if token not in rows.ends | {between[0]} & rows.voice.special and not done:
                 ids.append(token)
                 return len(ids) - self.start < rows.config.input_tokens
             self.end, self.answered = at, at + len(between)
+            self.cut = at - self.start - rows.before(written) if done else 0
             if not free:
                 self.ended = True
                 return False
@@ -239,15 +249,18 @@ class TaskRow(Row):
             ids.append(between[at - self.end])
         else:
             token = likeliest if rows.config.relabel else drawn
-            cut = not rows.config.chat and rows.completes([*ids[self.answered :], token])
-            ids.append(rows.schema.end if cut else token)
+            written = [*ids[self.answered :], token]
+            if not rows.config.chat and rows.completes(written):
+                del ids[self.answered + rows.before(written) :]
+                token = rows.schema.end
+            ids.append(token)
             self.ended = ids[-1] in rows.ends
             return not self.ended and len(ids) - self.answered < rows.config.answer_tokens
         return True
 
     @property
     def input(self) -> list[int]:
-        return self.ids[self.start : self.end or len(self.ids)]
+        return self.ids[self.start : self.end - self.cut if self.end else len(self.ids)]
 
     def wrote(self) -> list[list[int]]:
         """The input last: the filter asks of it to be long enough, of an answer only to be there."""
@@ -276,7 +289,7 @@ class TaskRow(Row):
         head, count = len(asked.head), len(self.input)
         heard = math.exp(-mean_log_p(said[0][2], head, head + count))
         self.ids, start, _ = said[at]
-        self.start, self.end, self.answered = head, head + count, start
+        self.start, self.end, self.answered, self.cut = head, head + count, start, 0
         answer = self.rows.voice.text(self.ids[start:-1]) if space is None else space[at]
         self.about = {
             "input": [self.start, self.end],
