@@ -41,6 +41,13 @@ ASKED = {
     "y = M.from_pretrained(FOLDER)(**x); "
     "print(t.decode(x['input_ids'][0, y.start_logits.argmax() : y.end_logits.argmax() + 1]))",
 }
+# Of pipelines, which auto class makes what a model is given, where that is no tokenizer; None: none does.
+MAKER: dict[str, str | None] = {
+    "image-classification": "AutoImageProcessor",
+    "object-detection": "AutoImageProcessor",
+    "unconditional-image-generation": None,
+    "text-to-image": None,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def serve_line(facts: CardFacts, format: str, folder: Path, here: Path | None = 
 def _served(facts: CardFacts, format: str, folder: str) -> tuple[str, dict[str, str]]:
     """The command line that runs the folder, and what to know about its chats and its cache."""
     exporter, kv_cache, quoted = EXPORTERS[format], facts.kv_cache, shlex.quote(folder)
-    if facts.command is not None:
+    if facts.command is not None and exporter.measurable:  # it computes with torch
         return facts.command.format(folder=quoted), {}
     if facts.pipeline != WRITES:
         first = "import lowbit_ft; " if format == "native" else ""
@@ -203,8 +210,12 @@ def model_card(facts: CardFacts, format: str, rows: list[EvalRow], tasks: list[T
 def _use(facts: CardFacts, exporter: Exporter) -> str:
     """Markdown: how Python loads the folder, with its stop tokens."""
     code = exporter.use("PATH").replace("AutoModelForCausalLM", facts.auto)
-    if facts.pipeline == "image-classification":
-        return code.replace("AutoTokenizer", "AutoImageProcessor").replace("tokenizer =", "processor =")
+    maker = MAKER.get(facts.pipeline, "AutoTokenizer")
+    if maker is None:
+        made = '\ntokenizer = AutoTokenizer.from_pretrained("PATH")'
+        return code.replace(", AutoTokenizer", "").replace(made, "")
+    if maker != "AutoTokenizer":
+        return code.replace("AutoTokenizer", maker).replace("tokenizer =", "processor =")
     if not (exporter.drops_generation and facts.generation):
         return code
     line = 'model.generation_config = GenerationConfig.from_pretrained("PATH")  # its stop tokens'

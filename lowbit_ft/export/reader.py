@@ -171,7 +171,6 @@ def _generation(folder: Path, config: Any) -> Any:
 
 def outside_torch(folder: str | Path) -> str | None:
     """The format of a folder whose reader makes no torch model of it; None of any other."""
-    entry = read_config(folder).get("quantization_config")
-    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
     found = (e.name for e in EXPORTERS.values() if e.quant_method == method and not e.measurable)
     return next(found, None)

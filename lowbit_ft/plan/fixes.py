@@ -204,7 +204,7 @@ def candidates(recipe: Recipe, on_gpu: bool, processes: int = 1) -> Iterator[tup
     if length >= 1024:
         yield {"data.sequence_len": length // 4}, "windows of a quarter of the length", True
     if not quant.from_checkpoint:
-        for bits in (b for b in (3, 2) if b < quant.bits and b in GRIDS[quant.grid].widths):
+        for bits in (b for b in (6, 4, 3, 2) if b < quant.bits and b in GRIDS[quant.grid].widths):
             yield {"quant.bits": bits}, f"the shipped model has {bits} bits", True
     for count in (2, 4, 8):
         if count > processes:

@@ -14,6 +14,7 @@ from lowbit_ft.evaluate.tasks import TaskRow
 from lowbit_ft.export.card import CardFacts, model_card, serve_line
 from lowbit_ft.grid import IntGrid
 from lowbit_ft.kv_cache import KVConfig
+from lowbit_ft.tasks import TASKS
 from tests.packed_tools import int_grid
 
 NAMES = [
@@ -129,3 +130,20 @@ def test_a_card_of_a_grid_that_the_formats_server_refuses_names_ours(format: str
     assert "the flag says so" not in text and "has no flag for" in text
     line = serve_line(facts, format, Path("OUT")).splitlines()
     assert line[0] == "serve it: lowbit-ft serve OUT" and line[1].startswith("  server: vllm ")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_card_makes_inputs_with_what_the_folder_has(name: str) -> None:
+    """No tokenizer for images; and no command of ours for a folder that torch does not compute."""
+    task = TASKS[name]
+    facts = CardFacts(
+        "x", "b", "lr_qat", True, int_grid(), None,
+        pipeline=task.pipeline, auto=task.auto, command=task.command,
+    )  # fmt: skip
+    text, images = model_card(facts, "native", []), task.reads == "images"
+    assert ("AutoTokenizer" in text) != images
+    assert ("AutoImageProcessor" in text) == (images and task.command is None)
+    (code,) = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(code)
+    line = serve_line(facts, "onnx", Path("OUT"))
+    assert ("InferenceSession('OUT/model.onnx')" in line) == (task.pipeline != "text-generation")

@@ -15,7 +15,16 @@ from lowbit_ft.cli import refusal as cli_refusal
 from lowbit_ft.cli.main import main
 from lowbit_ft.model.config import read_config
 from lowbit_ft.plan import fixes as plan_fixes
-from lowbit_ft.plan.fixes import Planner, changed, combination, fit, fixes, largest_batch, largest_length
+from lowbit_ft.plan.fixes import (
+    Planner,
+    candidates,
+    changed,
+    combination,
+    fit,
+    fixes,
+    largest_batch,
+    largest_length,
+)
 from lowbit_ft.plan.plan import Card, find_card, no_card, plan
 from lowbit_ft.recipe.recipe import Recipe, load_recipe
 
@@ -104,6 +113,14 @@ def test_every_fix_saves_what_it_says(recipe: Recipe) -> None:
         assert made is not None and fix.most > 0, fix
         for stage, saved in fix.saves.items():
             assert now.stages[stage] - made.stages[stage] == saved, (str(fix), stage)
+
+
+@pytest.mark.parametrize(("bits", "narrower"), [(8, [6, 4, 3, 2]), (6, [4, 3, 2]), (4, [3, 2]), (2, [])])
+def test_every_narrower_width_is_tried(recipe: Recipe, bits: int, narrower: list[int]) -> None:
+    """Of 8 bits 6 and 4 come before the widths that cost more."""
+    wide = recipe.model_copy(update={"quant": recipe.quant.model_copy(update={"bits": bits})})
+    found = [changes["quant.bits"] for changes, _, _ in candidates(wide, True) if "quant.bits" in changes]
+    assert found == narrower
 
 
 def test_the_combination_fits_and_one_fix_less_does_not(recipe: Recipe) -> None:
