@@ -6,6 +6,7 @@ from typing import Any
 from ..adapters.attach import adapters_off
 from ..evaluate.generate import generate
 from ..evaluate.perplexity import EvalRow, table
+from ..export import EXPORTERS
 from ..export.folder import read_manifest, replace_file
 from ..model.linear import packed_op_only
 from ..session import Session
@@ -59,7 +60,7 @@ def measure_trained(session: Session, model: Any) -> Measured:
 
 def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     """Rows merged and exported, each read back from its folder; the table, into evaluation.json and the model
-    cards.
+    cards. An export whose reader is not here (export.verify: false) has no row.
     """
     recipe, run_dir = session.recipe, session.run
     if done.measure is None:
@@ -68,7 +69,10 @@ def measure_shipped(session: Session, done: Measured) -> list[EvalRow]:
     if (run_dir / "exported").is_dir() and recipe.export.format != "native":
         folders["exported"] = read_manifest(run_dir / "exported")["format"]
     with run_dir.stage("evaluate", session.device, resumable=True):
-        for stage in folders:
+        for stage, format in folders.items():
+            if reason := EXPORTERS[format].missing(EXPORTERS[format].reads_with):
+                session.say(f"not evaluated: {stage}; reading {format} {reason}")
+                continue
             model = stage_model(session, stage)
             done.add(session, done.measure.row(model, stage))
             del model

@@ -68,6 +68,9 @@ def test_a_recipe_learns_of_a_format_before_anything_is_loaded(
     monkeypatch.setattr(base, "find_spec", lambda name: None)
     refused("export.verify: got true, and reading gptq needs gptqmodel, optimum", "export.format=gptq")
     accepted("export.format=gptq", "export.verify=false")
+    tasks = ("eval.tasks=[recipes/assets/tasks/docstring_choice.yaml]", "export.verify=false")
+    problems = problems_of(f"output={tmp_path / 'run'}", "export.format=gptq", *tasks)
+    assert any("export.format gptq, whose reader needs gptqmodel, optimum" in text for text in problems)
     refused(
         "export.format: got 'gguf', which needs gguf, not installed here; run pip install 'lowbit-ft[gguf]'",
         "export.format=gguf",

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit_ft.export import EXPORTERS
+from lowbit_ft.evaluate.perplexity import EvalRow
+from lowbit_ft.export import EXPORTERS, base
 from lowbit_ft.export.card import model_card, serve_line
 from lowbit_ft.export.writer import write_model
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.rotations import FoldedCheckpoint, Rotation
 from lowbit_ft.rundir import RunDir
+from lowbit_ft.stages import evaluate
 from lowbit_ft.stages import export as stage
 from lowbit_ft.stages.card import card_facts
 from tests.line_tools import ROOT, recipe
@@ -63,6 +65,30 @@ def test_an_export_that_fails_verification_does_not_stay(
     with pytest.raises(ValueError, match="1 of 14 layers differ$"):
         stage.export_stage(session, "native")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_an_export_that_nothing_here_reads_has_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With export.verify: false a run may end in such a format; its table was the step that refused it."""
+    monkeypatch.setattr(base, "find_spec", lambda name: None if name == "gptqmodel" else True)
+    (tmp_path / "exported").mkdir()
+    monkeypatch.setattr(evaluate, "read_manifest", lambda folder: {"format": "gptq"})
+    monkeypatch.setattr(evaluate, "stage_model", lambda session, stage: stage)
+    written, said = [], []
+    monkeypatch.setattr(evaluate, "replace_file", lambda folder, name, text: written.append(folder.name))
+    monkeypatch.setattr(evaluate, "card", lambda session, format: {"README.md": format})
+    session: Any = SimpleNamespace(
+        run=RunDir(tmp_path), device=torch.device("cpu"), say=said.append, recipe=recipe(tmp_path / "no")
+    )
+    measure: Any = SimpleNamespace(
+        row=lambda model, stage: EvalRow(stage, 1.0, None, None, 4), count=1, files=dict
+    )
+    rows = evaluate.measure_shipped(session, evaluate.Measured(measure=measure))
+    assert [row.stage for row in rows] == ["merged"] and written == ["merged", "exported"]
+    assert any(
+        "not evaluated: exported; reading gptq needs gptqmodel, not installed" in line for line in said
+    )
 
 
 def test_the_serve_line_and_the_card_say_which_keys_are_turned(tmp_path: Path) -> None:

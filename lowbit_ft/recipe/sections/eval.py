@@ -43,12 +43,15 @@ def check_tasks(r: Any) -> Problems:
 
 
 def check_tasks_reader(r: Any) -> Problems:
-    """lm-eval measures models of transformers; some formats are read by another library."""
-    name = r.export.format
-    if r.eval.tasks and not EXPORTERS[name].measurable:
+    """lm-eval measures models of transformers; some formats are read by another library, or by one that is
+    not here."""
+    exporter = EXPORTERS[name := r.export.format]
+    reason = exporter.missing(exporter.reads_with)
+    if r.eval.tasks and (reason is not None or not exporter.measurable):
+        because = f", whose reader {reason}" if exporter.measurable else ""
         yield Problem(
             ("eval", "tasks"),
-            f"lm-eval cannot measure an export.format {name}; set export.format: native, which measures "
-            "merged/, the equal model, "
+            f"lm-eval cannot measure an export.format {name}{because}; set export.format: native, which "
+            "measures merged/, the equal model, "
             f"and write {name} afterwards with `lowbit-ft export RUN --format {name}`; or remove the tasks",
         )
