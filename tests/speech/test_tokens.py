@@ -33,6 +33,7 @@ from lowbit_ft.session import resume
 from lowbit_ft.speech.files import read_codes
 from lowbit_ft.speech.tokens import END, START, AudioTokens, asked, audio_tokens, audio_tokens_of
 from lowbit_ft.speech.wav import read_wav
+from lowbit_ft.stages.begun import Begun
 from lowbit_ft.stages.models import adapter_of
 from lowbit_ft.vector_codes import BSQ, FSQ, VectorCode
 from tests.export.common import checkpoint
@@ -228,6 +229,8 @@ def test_an_encode_that_was_killed_goes_on(
     pipeline.encode(ran / "codec", data, output, plain=True)
     assert len(asked_for) == 2 + len(TEXTS) - 1 and not begun.exists()
     assert output.read_bytes() == (ran / "speak.jsonl").read_bytes()
+    with Begun(output, 16), pytest.raises(ValueError, match="another process writes it"):
+        pipeline.encode(ran / "codec", data, output, plain=True)
     other = json.loads(first) | {"of": "0" * 64}
     begun.write_text(json.dumps(other) + "\n")
     pipeline.encode(ran / "codec", data, output, plain=True)
