@@ -27,6 +27,7 @@ import glob
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,11 +67,15 @@ def read_rows(source: Any, *, streaming: bool = False, notes: list[str] | None =
     the network as needed instead of downloading first. `notes` gets a line for each thing that is there and
     not read. Raises DataError.
     """
+    split = getattr(source, "split", None) or "train"
     if saved_dataset(source.path):
-        rows = _read_saved(source)
+        rows = _numbered(_saved_table(source), f"{source.path}[{split}]")
     else:
         files = find_files(source, READERS, notes if notes is not None else [], SUFFIXES)
-        rows = _read_hub(source, streaming) if files is None else _read_files(files)
+        if files is None:
+            rows = _numbered(_hub_table(source, streaming), f"hub:{source.path}[{split}]")
+        else:
+            rows = _read_files(files)
     if (media := getattr(source, "media_dir", None)) is not None:
         rows = (replace(row, folder=Path(media).expanduser()) for row in rows)
     limit = getattr(source, "limit", None)
@@ -244,25 +249,51 @@ def _stored(table: Any) -> tuple[Any, list[str]]:
     return table, pictures
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
-    import datasets  # slow to import, and only this reader, saved folders and the hub need it
+def features_of(source: Any) -> list[Any]:
+    """The types that `datasets` has for the columns of a source, for each of its files; none of what is no
+    table of `datasets`. DataError."""
+    if saved_dataset(source.path):
+        return [_saved_table(source).features]
+    files = find_files(source, READERS, [], SUFFIXES)
+    if files is None:
+        return [_hub_table(source, False).features]
+    if any(file.suffix.lower() != ".parquet" or irregular(file) is not None for file in files):
+        return []
+    found = []
+    for file in files:
+        with _readable_parquet(file):
+            found.append(_parquet_table(file).features)
+    return found
 
+
+@contextmanager
+def _readable_parquet(file: Path) -> Iterator[None]:
     try:
-        # streaming reads batch by batch; without it `datasets` first writes a copy of the file to its cache
-        table = datasets.load_dataset(
-            "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
-        )
-        table, _ = _stored(table)
-        for number, value in enumerate(table, 1):
-            yield _as_row(str(file), number, _given(value, table.features))
+        yield
     except OSError:
         raise
     except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
         raise DataError(f"not a readable parquet file: {first_line(error)}", str(file)) from error
 
 
-def _read_saved(source: Any) -> Iterator[Row]:
-    """A folder that save_to_disk of `datasets` wrote: one data set, or one per split."""
+def _parquet_table(file: Path) -> Any:
+    import datasets  # slow to import, and only parquet files, saved folders and the hub need it
+
+    # streaming reads batch by batch; without it `datasets` first writes a copy of the file to its cache
+    return datasets.load_dataset(
+        "parquet", data_files=glob.escape(str(file.resolve())), split="train", streaming=True
+    )
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    with _readable_parquet(file):
+        table, _ = _stored(_parquet_table(file))
+        for number, value in enumerate(table, 1):
+            yield _as_row(str(file), number, _given(value, table.features))
+
+
+def _saved_table(source: Any) -> Any:
+    """Of a folder that save_to_disk of `datasets` wrote: one data set, or one per split."""
     import datasets  # as above
 
     refuse_remote_keys(source, "name", "revision")
@@ -277,16 +308,16 @@ def _read_saved(source: Any) -> Iterator[Row]:
         table = table[split]
     elif split != "train" and split != str(table.split):
         raise no_such_split(source, split, [str(table.split or "train")])
-    yield from _numbered(table, f"{source.path}[{split}]")
+    return table
 
 
-def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
+def _hub_table(source: Any, streaming: bool) -> Any:
     import datasets  # as above
 
     name, revision = getattr(source, "name", None), getattr(source, "revision", None)
     split = getattr(source, "split", None) or "train"
     try:
-        table = datasets.load_dataset(source.path, name, split=split, revision=revision, streaming=streaming)
+        return datasets.load_dataset(source.path, name, split=split, revision=revision, streaming=streaming)
     except (
         Exception
     ) as error:  # not found, gated, offline, wrong split or config: each library has its own kind
@@ -294,7 +325,6 @@ def _read_hub(source: Any, streaming: bool) -> Iterator[Row]:
             f"no local file or folder, and the hub answered {type(error).__name__}: {first_line(error)}",
             source.path,
         ) from error
-    yield from _numbered(table, f"hub:{source.path}[{split}]")
 
 
 def _numbered(table: Any, place: str) -> Iterator[Row]:

@@ -43,7 +43,7 @@ from .stages import (
     synthesis_bytes,
 )
 from .step import step_costs
-from .teacher import layer_bytes, teacher_costs, teacher_notes
+from .teacher import layer_bytes, measuring_bytes, teacher_costs, teacher_notes
 
 CARD_GB = 24.0  # planned for when no GPU can be asked and none is named
 # What a process on a GPU holds beside its tensors: the CUDA context, cuBLAS and its workspace. Seen as 0.3 to
@@ -198,6 +198,8 @@ def plan(
         stages["evaluation at the end"] = held + evaluation_bytes(recipe, made, per_token) + context
     if teacher_costs(recipe, made).walks:
         stages["asking the teacher"] = held + asking_bytes(recipe, made, per_token) + context
+    if recipe.train.max_steps != 0 and (more := measuring_bytes(recipe, made, layer)):
+        stages["measuring the teacher"] = held + more + context
     wanted = needs(recipe, made, step, card.arch, count)
     if card.arch == 0:
         wanted = replace(wanted, ram=max(stages.values()))

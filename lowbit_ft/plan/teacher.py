@@ -6,6 +6,8 @@ import torch
 
 from ..recipe.recipe import Recipe
 from ..signals import REFERENCES, SIGNALS, Costs, teacher_kind
+from ..stages.teacher import ROWS
+from ..tasks.labelled import Labelled
 from .model import Skeleton
 
 
@@ -39,6 +41,17 @@ def layer_bytes(recipe: Recipe, made: Skeleton, states: int) -> int:
     errors = wide * (bool(weights["hidden"]) + bool(weights["outputs"])) + maps * bool(weights["scores"])
     taps = 4 * wide + 2 * maps * SIGNALS[train.signal.kind].reads_maps(train.signal)
     return made.layers * errors * 4 + taps * size
+
+
+def measuring_bytes(recipe: Recipe, made: Skeleton, layer: int) -> int:
+    """What is held beside the student while a teacher of a task with rows is measured before training
+    (stages/teacher.py): the teacher, the dense model, and a batch through one of the three; 0 where none is.
+    layer: the peak of a forward of a micro-batch."""
+    costs, task = teacher_costs(recipe, made), recipe.task
+    if not costs.live or not isinstance(task, Labelled):
+        return 0
+    batch = layer * (task.measured or ROWS) // recipe.train.micro_batch_size
+    return costs.held + made.dense_bytes + batch
 
 
 def teacher_notes(recipe: Recipe, made: Skeleton) -> list[str]:

@@ -47,12 +47,13 @@ class Begun:
             self.out = self.file.open("ab+")
         try:
             fcntl.flock(self.out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
         except OSError:
             self.out.close()
             raise ValueError(
                 f"{self.file}: another process writes it; wait for it, or name another output"
             ) from None
+        try:
+            self._read()
         except BaseException:
             self.out.close()
             raise

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from ..data.classes import class_names
 from ..data.errors import BadRow, DataError, told
 from ..data.mix import named, sources_of
 from ..data.read import categories, read_rows
@@ -68,8 +69,8 @@ def label_id(value: Any, column: str, names: Sequence[str]) -> int:
 
 def found_labels(source: Any, column: str, config: Mapping[str, Any], within: str | None = None) -> list[str]:
     """The labels in a column of the rows (or, within a column of objects, in a key of these): numbers by the
-    names that the checkpoint has for them, names in the checkpoint's order where it has the same ones, else
-    sorted. DataError for a column of neither."""
+    names that the data set has for them, else by the checkpoint's; names in the checkpoint's order where it
+    has the same ones, else sorted. DataError for a column of neither."""
     seen: set[Any] = set()
     for value in _values(source, column, within):
         seen.add(value)
@@ -90,6 +91,9 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
                 "name them in task.labels, or give another column (task.label)",
                 named(source),
             )
+        said = class_names(source, column, within)
+        if said is not None and len(said) >= count:
+            return said
         return known if len(known) >= count else unnamed(count)
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))

@@ -227,7 +227,7 @@ def test_an_end_of_several_tokens_leaves_none_of_them(space: Any, tokenizer: Any
         "until": ["#STOP\n"],
         "answers": space,
     }
-    rows = pages(tokenizer, keys).rows
+    rows: Any = pages(tokenizer, keys).rows
     row = rows[0]
     asked, end = rows.asked(0, keys["prompt"]), [i for part in "#STOP\n" for i in rows.voice.encode(part)]
     said, answer = rows.voice.encode("one two"), rows.voice.encode("three")

@@ -40,6 +40,10 @@ def recipe(folder: Path, model: Path, task: Any, rows: str, teacher: str, /, **c
     return file
 
 
+def dense_of(folder: Path) -> Any:
+    return AutoModelForObjectDetection.from_pretrained(folder).eval()
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if "loss" in line]
@@ -131,11 +135,14 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     assert told is not None and without is not None and told.parts["teacher"] > 0
     assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
     assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+    beside = told.stages["measuring the teacher"] - sum(p.nbytes for p in dense_of(ran.model).parameters())
+    assert beside > told.parts["teacher"] and "measuring the teacher" not in without.stages
     layers = plan(load_recipe(ran.file), card=no_card())
     assert layers is not None
-    model = AutoModelForObjectDetection.from_pretrained(ran.model).eval()
     with torch.no_grad():
-        made = states_of(model(pixel_values=torch.zeros(4, 3, 32, 32), output_hidden_states=True))
+        made = states_of(
+            dense_of(ran.model)(pixel_values=torch.zeros(4, 3, 32, 32), output_hidden_states=True)
+        )
     wait = layers.parts["teacher"] - told.parts["teacher"]
     assert wait == 8 * sum(state.numel() for state in made) > 0, "its states, and how far the model's are"
 

@@ -202,45 +202,6 @@ def test_rows_are_the_codes_that_encode_writes(ran: Path) -> None:
     assert not (ran / "no.jsonl").exists()
 
 
-def test_an_encode_that_was_killed_goes_on(
-    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Behind the rows that are done, in the middle of a line perhaps; with the same bytes. What another codec
-    or another sound would make is made anew."""
-    from lowbit_ft.stages import speak as stage
-
-    data, output = ran / "data" / "rows.jsonl", tmp_path / "rows.jsonl"
-    begun, plain, asked_for = tmp_path / "rows.jsonl.begun", stage.encode, list[int]()
-
-    def killed(model: Any, frames: Tensor) -> Any:
-        if len(asked_for) == 2:
-            raise KeyboardInterrupt
-        asked_for.append(len(frames))
-        return plain(model, frames)
-
-    monkeypatch.setattr(stage, "encode", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.encode(ran / "codec", data, output, plain=True)
-    assert not output.exists() and len(begun.read_bytes().splitlines()) == 2
-    first, second = begun.read_bytes().splitlines(keepends=True)
-    begun.write_bytes(first + second[:-9])
-    monkeypatch.setattr(stage, "encode", lambda model, frames: asked_for.append(0) or plain(model, frames))
-    pipeline.encode(ran / "codec", data, output, plain=True)
-    assert len(asked_for) == 2 + len(TEXTS) - 1 and not begun.exists()
-    assert output.read_bytes() == (ran / "speak.jsonl").read_bytes()
-    other = json.loads(first) | {"of": "0" * 64}
-    begun.write_text(json.dumps(other) + "\n")
-    pipeline.encode(ran / "codec", data, output, plain=True)
-    assert output.read_bytes() == (ran / "speak.jsonl").read_bytes()
-    for wrong in ("no line of it\n", json.dumps(other | {"codes": [1 << 20]}) + "\n"):
-        begun.write_text(wrong)
-        with pytest.raises(
-            ValueError, match="rows.jsonl.begun:1: is no line that encode wrote.*move the file"
-        ):
-            pipeline.encode(ran / "codec", data, output, plain=True)
-        assert begun.read_text() == wrong
-
-
 def test_the_rows_of_the_asset_are_those_of_its_codec(tmp_path: Path) -> None:
     assets = ROOT / "recipes" / "assets"
     pipeline.encode(assets / "speech-codec", assets / "speech" / "valid.jsonl", tmp_path / "a.jsonl")

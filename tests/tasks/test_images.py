@@ -29,6 +29,7 @@ from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.stages.outside import export_outside
 from lowbit_ft.tasks import TASKS
 from lowbit_ft.tasks.kept import data_of
+from lowbit_ft.tasks.labels import found_labels
 from tests import encoders, images
 
 PROJECTION = "vit.embeddings.patch_embeddings.projection.weight"
@@ -269,3 +270,35 @@ def test_pictures_that_are_files_are_read_when_a_batch_shows_them(tmp_path: Path
     with pytest.raises(DataError, match=r"\.png: was changed while the run reads it"):
         for _ in range(3):
             next(one)
+
+
+def test_numbers_have_the_names_that_the_data_set_says(tmp_path: Path) -> None:
+    """ClassLabel of `datasets`, also inside of objects: of a checkpoint that knows more labels, the first of
+    those would be shipped as the names of others."""
+    kind = datasets.ClassLabel(names=["rust", "healthy"])
+    columns = {
+        "label": kind,
+        "objects": {"category": datasets.List(kind)},
+        "several": datasets.List({"category": kind}),
+        "plain": datasets.Value("int64"),
+    }
+    values = {
+        "label": [0, 1],
+        "objects": [{"category": [1]}, {"category": []}],
+        "several": [[{"category": 0}], []],
+        "plain": [1, 0],
+    }
+    table = datasets.Dataset.from_dict(values, datasets.Features(columns))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    config = {"id2label": {"0": "person", "1": "bicycle", "2": "car"}}
+    for name in ("rows.parquet", "saved"):
+        source = DataSource(path=str(tmp_path / name))
+        for column, within in (("label", None), ("category", "objects"), ("category", "several")):
+            assert found_labels(source, column, config, within) == ["rust", "healthy"], (name, within)
+        assert found_labels(source, "plain", config) == ["person", "bicycle", "car"]
+    other = datasets.Features({"label": datasets.ClassLabel(names=["healthy", "rust"])})
+    datasets.Dataset.from_dict({"label": [0]}, other).to_parquet(str(tmp_path / "other.parquet"))
+    both = [DataSource(path=str(tmp_path / name)) for name in ("rows.parquet", "other.parquet")]
+    with pytest.raises(DataError, match="numbers stand for healthy, rust here and for rust, healthy"):
+        found_labels(both, "label", config)
