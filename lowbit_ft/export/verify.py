@@ -193,16 +193,7 @@ def verify(
         folder, {name: str(entry.get("stored_as")) for name, entry in manifest["layers"].items()}
     )
     matrices = find_matrices(loaded)  # those that their reader made dense
-    rows = []
-    for name, weight in weights.items():
-        read = _read_back(exporter, stored[name], LayerSpec.of(weight))
-        in_model = exporter.dense(loaded, name, matrices.get(name), kind)
-        row = _check_layer(name, weight, read, in_model, kind)
-        if stored.inputs is not None:
-            wanted = input_constants(weights.specs[name].activation)
-            off = _differing(stored.inputs.get(name, {}), wanted)
-            row = replace(row, scales=row.scales + off)
-        rows.append(row)
+    rows = _check_layers(exporter, stored, weights, loaded, matrices, kind)
     rows += (beside := _check_dense(dense or {}, loaded, folder, manifest, kind))
     difference, bound, answers = None, 0.0, None
     if expected is not None:
@@ -230,6 +221,28 @@ def verify(
 def _example(folder: Path, config: Mapping[str, Any], purpose: Purpose | None) -> dict[str, Tensor]:
     """What the models are asked with: of images, of the size that the folder's image processor makes."""
     return example_of(config, purpose, made_size(folder))
+
+
+def _check_layers(
+    exporter: Exporter,
+    stored: Any,
+    weights: Weights,
+    loaded: Any,
+    matrices: Mapping[str, Matrix],
+    kind: torch.dtype,
+) -> list[LayerCheck]:
+    """All layers, one at a time. stored: of STORED. matrices: those that the reader made dense."""
+    rows = []
+    for name, weight in weights.items():
+        read = _read_back(exporter, stored[name], LayerSpec.of(weight))
+        in_model = exporter.dense(loaded, name, matrices.get(name), kind)
+        row = _check_layer(name, weight, read, in_model, kind)
+        if stored.inputs is not None:
+            wanted = input_constants(weights.specs[name].activation)
+            off = _differing(stored.inputs.get(name, {}), wanted)
+            row = replace(row, scales=row.scales + off)
+        rows.append(row)
+    return rows
 
 
 def _check_layer(
