@@ -24,6 +24,7 @@ from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.signals.checkpoint import unlike
 from lowbit_ft.stages.teacher import other_checkpoint, pack_other, refuse_other_labels
+from lowbit_ft.tasks import labelled
 from lowbit_ft.tasks.states import states_of
 from tests import detectors, encoders, images
 from tests.diffusion import dits
@@ -136,6 +137,8 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     assert told is not None and without is not None and told.parts["teacher"] > 0
     assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
     assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+    convs = [m.weight.nbytes for m in dense_of(ran.model).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert told.parts["teacher"] > sum(convs), "which another model keeps dense"
     beside = told.stages["measuring the teacher"] - sum(p.nbytes for p in dense_of(ran.model).parameters())
     assert beside > told.parts["teacher"] and "measuring the teacher" not in without.stages
     layers = plan(load_recipe(ran.file), card=no_card())
@@ -180,8 +183,10 @@ def test_queries_that_are_learned_from_the_base_before_rounding(tmp_path: Path) 
     assert 0 < 4 * measured["kl"] < measured["student_kl"]
 
 
-def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
-    """A ViT, its hidden states too, its layers run again."""
+def test_a_classifier_learns_from_its_own_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT, its hidden states too, its layers run again; the teacher is measured on rows that were read."""
+    reads, read = list[Any](), labelled.read_encoded
+    monkeypatch.setattr(labelled, "read_encoded", lambda *given: reads.append(given) or read(*given))
     model = images.vit(tmp_path / "model", head=True)
     rows = images.parquet(tmp_path / "rows.parquet", images.rows(12))
     file = recipe(
@@ -197,6 +202,7 @@ def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
     first = lines(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(first["logits_loss"] + first["hidden_loss"], rel=1e-5)
     assert first["hidden_loss"] > 0 and "labels_loss" not in first
+    assert len(reads) == 2, "to train, and for the table"
 
 
 def test_a_teacher_of_other_labels_is_refused(tmp_path: Path) -> None:
