@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..model.conv import PackedConv2d
 from ..recipe.recipe import Recipe
 from ..signals import REFERENCES, SIGNALS, Costs, teacher_kind
 from ..stages.teacher import ROWS
@@ -19,8 +20,13 @@ def teacher_costs(recipe: Recipe, made: Skeleton) -> Costs:
         return REFERENCES[name].costs(recipe, name, 0, 0, 0)
     if not signal.asks or train.teacher is None:
         return Costs(asked=False)
-    weights = sum(row.out_features * row.in_features for row in made.rows)
+    sizes = {row.layer: row.out_features * row.in_features for row in made.rows}
+    weights = sum(sizes.values())
     beside = sum(made.held[part] for part in ("embeddings", "head", "norms and other"))
+    named = made.model.named_modules()
+    dense = sum(sizes.get(name, 0) for name, module in named if isinstance(module, PackedConv2d))
+    if dense < weights:  # another model keeps its convolutions dense, beside linears (stages/models.py)
+        weights, beside = weights - dense, beside + dense * getattr(torch, recipe.model.dtype).itemsize
     vocabulary = getattr(made.model.config.get_text_config(), "vocab_size", 0)
     return teacher_kind(train.teacher).costs(recipe, train.teacher, weights, beside, vocabulary)
 

@@ -117,6 +117,12 @@ def plan_layers(
     return targets, skipped
 
 
+def packs_linears(model: nn.Module, quant: QuantSection) -> bool:
+    """Whether a model has linears that are packed; one that has none is a network of convolutions."""
+    linears = {name: matrix for name, matrix in find_matrices(model).items() if not matrix.conv}
+    return bool(_choose(model, linears, quant, text_tower(model))[0])
+
+
 def _kind_of(matrices: dict[str, Matrix], conv: bool) -> list[str]:
     """The names of the linears, or of the convolutions."""
     return [name for name, matrix in matrices.items() if not matrix.embedding and matrix.conv == conv]

@@ -20,6 +20,7 @@ from ..model.grown import GrownCheckpoint
 from ..model.load import load_model
 from ..model.purpose import head_parameters
 from ..quantize.quantize import quantize
+from ..quantize.table import packs_linears
 from ..recipe.sections.quant import QuantSection
 from ..segments import segments_in
 from ..session import Session
@@ -60,10 +61,13 @@ def kv_cache_of(folder: Path) -> KVConfig | None:
 def in_8_bits(session: Session, checkpoint: Checkpoint, group_size: int, **layers: Any) -> Any:
     """A full-precision model that computes beside the student or before it: its linears packed to 8 bits by
     their absmax, on the session's device, without calibration text or residual; never written, because made
-    again it is the same bit for bit. layers: quant.targets and quant.exclude."""
+    again it is the same bit for bit. Convolutions are packed where there is nothing else. layers:
+    quant.targets and quant.exclude."""
     quant = QuantSection.model_validate(
         {"bits": 8, "group_size": group_size, "residual_bits": 0, "calibrate": "absmax", **layers}
     )
+    if not packs_linears(checkpoint.empty_model(session.recipe.model.attention), quant):
+        quant = quant.model_copy(update={"convolutions": True})
     return quantized(session, checkpoint, quant)
 
 

@@ -124,7 +124,7 @@ def lesson_of(session: Session, model: Any, examples: Examples, fitted: str | No
         refuse_drawn(section.teacher, session.checkpoint)
     teacher = teacher_kind(section.teacher).make(making, section.teacher)
     with main_process_first():
-        measured = measure(session, model, teacher, fitted)
+        measured = measure(session, model, teacher, examples, fitted)
     if measured is not None:
         _judge(session, teacher, measured)
     return Lesson(signal, section.signal, teacher)
@@ -151,10 +151,10 @@ def refuse_drawn(teacher: str, checkpoint: Checkpoint) -> None:
 
 
 def measure(
-    session: Session, model: Any, teacher: Teacher, fitted: str | None = None
+    session: Session, model: Any, teacher: Teacher, examples: Examples, fitted: str | None = None
 ) -> TeacherMeasure | None:
     """KL to full precision of a live teacher and of the student as it starts; by the main process, once per
-    run. None for a teacher that is full precision by what it is made of."""
+    run. examples: what is trained on. None for a teacher that is full precision by what it is made of."""
     found = teacher.model()
     if found is None:
         return None
@@ -179,7 +179,7 @@ def measure(
         return stored
     assert session.run.main, "the main process has measured it"
     if isinstance(recipe.task, Labelled):
-        measured = TeacherMeasure(of=key, **_of_rows(session, recipe.task, model, other, at_work))
+        measured = TeacherMeasure(of=key, **_of_rows(session, recipe.task, examples, model, other, at_work))
         session.run.write_json(FILE, measured.model_dump(mode="json"))
         return measured
     length = min(TOKENS, recipe.data.sequence_len)
@@ -206,13 +206,12 @@ def measure(
 
 
 @torch.no_grad()
-def _of_rows(session: Session, task: Labelled, model: Any, other: Any, at_work: Any) -> dict[str, Any]:
+def _of_rows(
+    session: Session, task: Labelled, examples: Examples, model: Any, other: Any, at_work: Any
+) -> dict[str, Any]:
     """The fields of a measure, of a task whose rows have answers: the divergence of its own logits."""
-    section = session.recipe.data
     count = task.measured or ROWS
-    rows = task.first(
-        task.examples(train_source(session), section, session.tokenizer, rows=session.rows), count
-    )
+    rows = task.first(examples, count)
     (batch,) = batches(session, model, rows, count, shuffle=False, alone=True).one_epoch()
     moved = {name: upload_each(value, session.device) for name, value in batch.items()}
     inputs, labels = inputs_of(moved, task.answers), {name: moved[name] for name in task.answers}

@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForImageClassification, AutoModelForObjectDetection
 
 from lowbit_ft import pipeline
 from lowbit_ft.export.reader import read_weights
 from lowbit_ft.integrations.adapter_files import read_adapter
 from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.images import alike, read_processor
+from lowbit_ft.model.linear import PackedLinear, packed_op_only
 from lowbit_ft.plan.plan import no_card, plan
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
 from lowbit_ft.signals.checkpoint import unlike
-from lowbit_ft.stages.teacher import other_checkpoint, refuse_other_labels
+from lowbit_ft.stages.teacher import other_checkpoint, pack_other, refuse_other_labels
+from lowbit_ft.tasks import labelled
 from lowbit_ft.tasks.states import states_of
 from tests import detectors, encoders, images
 from tests.diffusion import dits
@@ -135,6 +137,8 @@ def test_what_makes_no_sense_of_a_detector_is_refused(ran: SimpleNamespace, tmp_
     assert told is not None and without is not None and told.parts["teacher"] > 0
     assert 0 < told.trainable < without.trainable, "what only labels reach is left alone"
     assert "teacher" not in without.parts and any("8 bits" in note for note in told.notes)
+    convs = [m.weight.nbytes for m in dense_of(ran.model).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert told.parts["teacher"] > sum(convs), "which another model keeps dense"
     beside = told.stages["measuring the teacher"] - sum(p.nbytes for p in dense_of(ran.model).parameters())
     assert beside > told.parts["teacher"] and "measuring the teacher" not in without.stages
     layers = plan(load_recipe(ran.file), card=no_card())
@@ -179,8 +183,10 @@ def test_queries_that_are_learned_from_the_base_before_rounding(tmp_path: Path) 
     assert 0 < 4 * measured["kl"] < measured["student_kl"]
 
 
-def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
-    """A ViT, its hidden states too, its layers run again."""
+def test_a_classifier_learns_from_its_own_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT, its hidden states too, its layers run again; the teacher is measured on rows that were read."""
+    reads, read = list[Any](), labelled.read_encoded
+    monkeypatch.setattr(labelled, "read_encoded", lambda *given: reads.append(given) or read(*given))
     model = images.vit(tmp_path / "model", head=True)
     rows = images.parquet(tmp_path / "rows.parquet", images.rows(12))
     file = recipe(
@@ -196,6 +202,7 @@ def test_a_classifier_learns_from_its_own_residual(tmp_path: Path) -> None:
     first = lines(tmp_path / "run")[0]
     assert first["loss"] == pytest.approx(first["logits_loss"] + first["hidden_loss"], rel=1e-5)
     assert first["hidden_loss"] > 0 and "labels_loss" not in first
+    assert len(reads) == 2, "to train, and for the table"
 
 
 def test_a_teacher_of_other_labels_is_refused(tmp_path: Path) -> None:
@@ -235,6 +242,38 @@ def test_a_teacher_of_other_labels_is_refused(tmp_path: Path) -> None:
         ):
             pipeline.train(load_recipe(file))
         assert not (tmp_path / "run" / "base").exists()
+
+
+def test_a_network_of_convolutions_teaches_in_8_bits(tmp_path: Path) -> None:
+    """It has no linear but its head: it was refused, for want of a layer, when the base was packed."""
+    model = images.checkpoint(tmp_path / "model", "resnet", head=True)
+    rows = images.parquet(tmp_path / "rows.parquet", images.rows(4))
+    file = recipe(
+        tmp_path,
+        model,
+        {"kind": "image_classification", "labels": list(images.LABELS)},
+        rows,
+        str(model),
+        quant={"bits": 4, "group_size": -1, "residual_bits": 0, "calibrate": "mse", "convolutions": True},
+        adapter={"method": "scale"},
+        train={"signal": {"kind": "logits"}},
+    )
+    made = load_recipe(file)
+    session: Any = SimpleNamespace(
+        recipe=made,
+        checkpoint=Checkpoint.open(model, None, "float32", purpose=made.task.purpose(0)),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        say=lambda text: None,
+    )
+    teacher, _ = pack_other(session, str(model))
+    packed = [layer for layer in teacher.modules() if isinstance(layer, PackedLinear)]
+    assert len(packed) > 3 and all(layer.grid.bits == 8 for layer in packed)
+    shown = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    with torch.no_grad(), packed_op_only(teacher):
+        said = teacher(pixel_values=shown).logits
+        wanted = AutoModelForImageClassification.from_pretrained(model).eval()(pixel_values=shown).logits
+    torch.testing.assert_close(said, wanted, rtol=0.05, atol=0.05)
 
 
 def test_a_diffusion_transformer_learns_what_its_teacher_says(tmp_path: Path) -> None:
