@@ -36,6 +36,7 @@ NO_FAMILY = {
     "diffusion.traits.TRAITS": "what diffusers calls its models: config.json chooses",
     "diffusion.paths.TIMES": "two densities of a line each, for one key of one member",
     "diffusion.paths.PATHS": "two ways to noise, for one key of one member",
+    "export.card.MAKER": "what the hub's pipelines take, not members",
     "model.purpose.EXAMPLES": "what models are called with, by their auto class",
     "activations.calibrate.RANGES": "five rules of a few lines each for the static scale of a kind",
     "gradients.directions.DISTRIBUTIONS": "densities of a line each, for two keys of two members",

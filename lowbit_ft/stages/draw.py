@@ -38,8 +38,8 @@ def draw_pictures(
 ) -> int:
     """Writes `output`, a PNG file with a row of `count` pictures for each label (none: the first ones), or
     for each of the texts, and returns how many. texts, no_text: files as rows name them (diffusion/texts.py);
-    the second stands for no text (None: zeros). ValueError for files or values that are not what they should
-    be."""
+    the second stands for no text (None: zeros, where the model learned it from those). ValueError for files
+    or values that are not what they should be."""
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise ValueError(f"got {output}; what is written is a .png file in a folder that is there")
     for name, got, most in (("count", count, MOST), ("steps", steps, MOST_STEPS)):
@@ -56,7 +56,7 @@ def draw_pictures(
         )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = load_exported(folder, dtype=torch.float32, device=device)
-    told, without = _asked(model.config, labels, texts, no_text)
+    told, without = _asked(model.config, labels, texts, no_text, guidance)
     rows = len(next(iter(told.values())))
     if count * rows > MOST:
         each = "labels" if model.config.texts is None else "texts"
@@ -76,7 +76,7 @@ def draw_pictures(
 
 
 def _asked(
-    config: Any, labels: Sequence[str], texts: Sequence[Path], no_text: Path | None
+    config: Any, labels: Sequence[str], texts: Sequence[Path], no_text: Path | None, guidance: float
 ) -> tuple[Told, Told]:
     """What is told of a picture of each row, and what stands for nothing, of as many."""
     takes = config.texts
@@ -90,6 +90,11 @@ def _asked(
         raise ValueError(
             f"--label: got {list(labels)}, and this model is told texts; give --text FILE, a .safetensors "
             f"file of {takes.shapes}, as the rows that it was trained on name them"
+        )
+    if no_text is None and guidance != 1 and getattr(config, "no_text", False):
+        raise ValueError(
+            f"--guidance: got {guidance:g}, and it learned what no text is from a file (task.no_text), not "
+            "from zeros; give that one as --no-text FILE, or --guidance 1"
         )
     read = [_states(takes, place) for place in texts]
     none = takes.without(None if no_text is None else str(no_text))

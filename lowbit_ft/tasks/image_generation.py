@@ -219,6 +219,8 @@ class ImageGeneration(Labelled):
         names = () if self.label is None else self.labels  # none: `draw` asks for none either
         values = {**label_values(names), "prediction": self.prediction}
         values |= {key: value for key, value in sizes.items() if value is not None}
+        if self.text_tokens is not None:
+            values["no_text"] = self.no_text is not None  # whether `draw` needs a file, too, for guidance
         return Purpose(self.auto, values, seed)
 
     def seen(self, pictures: Pictures) -> Pictures:

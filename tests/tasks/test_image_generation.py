@@ -230,13 +230,14 @@ def test_draw_repeats_itself_and_says_what_there_is(ran: SimpleNamespace, tmp_pa
         assert done.exit_code == 0 and done.stdout == f"{command[2]}: {2 if name == 'd' else 6} pictures\n"
         sheets.append((tmp_path / f"{name}.png").read_bytes())
     assert sheets[0] == sheets[1] and len(set(sheets)) == 3
-    for options, said in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"labels": ["rad"]}, "--label: got 'rad'; allowed: dark, light, red; did you mean 'red'"),
         ({"steps": 0}, "--steps: got 0; allowed are 1 to 1000"),
         ({"count": 100}, "--count: got 100 of 3 labels; allowed are 256 pictures"),
         ({"guidance": -1.0}, "--guidance"),
         ({"no_text": Path("x")}, "--no-text: got x, and this model is told classes"),
-    ):
+    ]
+    for options, said in wrong:
         with pytest.raises(ValueError, match=said):
             draw_pictures(ran.run, tmp_path / "e.png", **options)
     with pytest.raises(ValueError, match="draw takes what task: image_generation trained"):

@@ -29,6 +29,7 @@ from lowbit_ft.model.config import load_config
 from lowbit_ft.model.linear import packed_op_only
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.yaml import RecipeError
+from lowbit_ft.stages.draw import _asked
 from lowbit_ft.tasks.base import Feed, inputs_of
 from lowbit_ft.tasks.image_generation import ImageGeneration
 from tests.diffusion import dits
@@ -263,6 +264,24 @@ def test_draw_takes_texts(ran: SimpleNamespace, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(app, [*command, *options])
         assert done.exit_code and said in str(done.exception or "") + done.output
+
+
+def test_guidance_is_against_the_no_text_that_was_learned(tmp_path: Path) -> None:
+    """Zeros in its place are a text that the model has never seen, and draw other pictures in silence."""
+    file = dits.states(tmp_path / "none.safetensors", SD3, 7)
+    folder = dits.write(tmp_path / "model", SD3)
+    values = json.loads((folder / "config.json").read_text())
+    for no_text in (str(file), None):
+        said = task_of(no_text=no_text).purpose(0).values
+        (folder / "config.json").write_text(json.dumps(values | dict(said)))
+        config = load_config(folder)
+        assert config.no_text == (no_text is not None)
+        for given, guidance in ((None, 1.0), (file, 2.0), *(((None, 2.0),) if no_text is None else ())):
+            _, without = _asked(config, (), [file], given, guidance)
+            assert bool(without["pooled_projections"].any()) == (given is not None)
+        if no_text is not None:
+            with pytest.raises(ValueError, match=r"--guidance: got 2, .*--no-text FILE, or --guidance 1"):
+                _asked(config, (), [file], None, 2.0)
 
 
 def test_sizes_of_a_config_are_not_trusted(tmp_path: Path) -> None:
