@@ -154,6 +154,13 @@ def apply_override(source: Source, text: str) -> None:
         source.problems.append(f"{place}: nested too deep; a recipe has at most {MAX_DEPTH} levels")
         return
     source.problems += inner.problems
+    rest = value_text if node is None else value_text[node.end_mark.index :]
+    if rest.lstrip().startswith("#"):  # on a command line nobody comments, and folders have such names
+        source.problems.append(
+            f"{place}: got {rest.strip()!r}, which is a comment in YAML and would be left out; put the value "
+            "in quotes that the shell leaves: 'key=\"value\"'"
+        )
+        return
 
     path: list[str | int] = []
     target: Any = source.values

@@ -44,6 +44,13 @@ BAD = [
         "override 'train.betas=[': got '[', which is not YAML",
     ),
     (
+        "override with a comment",  # a folder called so would be another one
+        ("", ""),
+        ("output=runs/try #2",),
+        "override 'output=runs/try #2': got '#2', which is a comment in YAML",
+    ),
+    ("override of a comment", ("", ""), ("name=#2",), "override 'name=#2': got '#2', which is a comment"),
+    (
         "override through a value",
         ("", ""),
         ("name.x=3",),
