@@ -52,10 +52,11 @@ KINDS: dict[str, Any] = {
 CONVOLUTIONAL = ("convnext", "resnet")
 
 
-def checkpoint(folder: Path, kind: str, head: bool = False) -> Path:
-    """A body as a checkpoint; head: with one of two labels."""
+def checkpoint(folder: Path, kind: str, head: bool = False, labels: int = 2) -> Path:
+    """A body as a checkpoint; head: with one of so many labels."""
     torch.manual_seed(0)
     config = KINDS[kind]()
+    config.num_labels = labels
     config.architectures = []  # transformers looks through it where it has several classes (DeiT)
     model = (AutoModelForImageClassification if head else AutoModel).from_config(config)
     for name, parameter in model.named_parameters():

@@ -52,13 +52,14 @@ class Checkpoint(TensorFiles):
     online_layers: linears that need a transform before them (rotations/checkpoint.py folds values and has
     such). chat_template: what its tokenizer writes chats with, here and where it ships; None: its own.
     purpose: what its model is built for (None: to write text); drawn: parameters of its head that the files
-    have not, by name.
+    have not, by name; relabelled: those that they have for other labels.
     """
 
     untied: bool = False
     chat_template: Template | None = None
     online_layers: tuple[str, ...] = ()
     drawn: Mapping[str, Tensor] = {}
+    relabelled: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -131,7 +132,9 @@ class Checkpoint(TensorFiles):
         used = {key for source in plan.values() for key, _ in source.keys}
         self.entries = {key: e for key, e in self.entries.items() if key in used or not left(key)}
         if self.purpose.relabels and (other := for_other_labels(model, plan, self.entries)):
-            self.entries = {key: entry for key, entry in self.entries.items() if key not in other}
+            self.relabelled = tuple(other)
+            gone = set(other.values())
+            self.entries = {key: entry for key, entry in self.entries.items() if key not in gone}
             plan = weight_sources(model, self.entries, self.folder, left)
         refuse_other_body(model, plan, self.config, self.folder)
         refuse_other_labels(model, plan, self.entries, self.folder)

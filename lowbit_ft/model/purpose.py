@@ -4,8 +4,8 @@
 
 The body is what transformers calls the base model, without its pooler. Everything else that holds parameters
 is the head: it stays dense, and trains whole where the recipe says so. Tensors of another head in the files
-are left out. What the files have not of this one is drawn from a seed by the model's own rule, so that every
-stage of a run, whenever it reads the checkpoint, has the same.
+are left out. What the files have not of this one, or have for other labels, is drawn from a seed by the
+model's own rule, so that every stage of a run, whenever it reads the checkpoint, has the same.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ OWN_LOSS = ("AutoModelForObjectDetection",)  # whose models make their loss them
 @dataclass(frozen=True)
 class Purpose:
     """auto: the auto class of transformers; values: keys of config.json that it gives other values (labels by
-    name); seed: of what is drawn. relabels: what the files have for other labels is drawn anew."""
+    name); seed: of what is drawn. relabels: what the files have for other labels is drawn anew; whole: by the
+    rule of the whole model (a detector's classes begin rare), not of its module."""
 
     auto: str
     values: Mapping[str, Any]
     seed: int = 0
     relabels: bool = False
+    whole: bool = False
 
     def auto_class(self) -> Any:
         import transformers  # slow: seconds
@@ -270,15 +272,17 @@ def refuse_other_labels(
             )
 
 
-def for_other_labels(model: Any, plan: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> list[str]:
-    """The tensors of the files that are the head's, and of another shape: made for other labels."""
-    return [
-        plan[name].keys[0][0]
+def for_other_labels(
+    model: Any, plan: Mapping[str, Any], entries: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """What of the head the files have in another shape, for other labels: name -> tensor of the files."""
+    return {
+        name: plan[name].keys[0][0]
         for name, parameter in head_parameters(model).items()
         if name in plan
         and plan[name].converter is None
         and list(entries[plan[name].keys[0][0]].shape) != list(parameter.shape)
-    ]
+    }
 
 
 def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -286,7 +290,7 @@ def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dty
     seed of its own name. model: on meta."""
     head = head_parameters(model)
     missing = [name for name in head if name not in there]
-    if purpose.relabels and missing:
+    if purpose.whole and missing:
         return _drawn_whole(model, missing, purpose, dtype)
     found: dict[str, Tensor] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in missing):
@@ -303,8 +307,7 @@ def drawn(model: Any, there: Collection[str], purpose: Purpose, dtype: torch.dty
 
 
 def _drawn_whole(model: Any, names: list[str], purpose: Purpose, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same where the model's rule for its head is that of the whole model (a detector's classes begin
-    rare): it is built once, and these are kept of it."""
+    """The same by the rule of the whole model: it is built once, and these are kept of it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(purpose.seed)
         values = dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))

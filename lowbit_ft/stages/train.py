@@ -159,9 +159,10 @@ def attach_adapters(session: Session, model: Any) -> None:
         head = head_parameters(model, recipe.train.signal.learns_labels)
         rows = replace(rows, rows=[*rows.rows, *train_head(model, head)])
     if drawn := session.checkpoint.drawn:
+        other = " for these labels" if session.checkpoint.relabelled else ""
         session.say(
-            f"head: drawn by train.seed, for the checkpoint has none of it ({', '.join(drawn)}); so it is "
-            "measured in the table before training"
+            f"head: drawn by train.seed, for the checkpoint has none of it{other} ({', '.join(drawn)}); "
+            "so it is measured in the table before training"
         )
     run_dir.write_json("trainable.json", rows.to_json())
     session.say(rows)

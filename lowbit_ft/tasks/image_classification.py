@@ -74,7 +74,7 @@ class ImageClassification(Labelled):
         return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed)
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         names = list(self.labels or ())

@@ -124,7 +124,7 @@ class ObjectDetection(Labelled):
         return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=True, whole=True)
 
     def labeller(self, processor: Any) -> Labeller:
         return BoxLabeller(self, lambda outputs, sizes, sure: detected(processor, outputs, sizes, sure))

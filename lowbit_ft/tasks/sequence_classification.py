@@ -73,7 +73,8 @@ class SequenceClassification(Labelled):
 
     def purpose(self, seed: int) -> Purpose:
         names = ("LABEL_0",) if self.regression else self.labels
-        return Purpose(self.auto, {**label_values(names), "problem_type": self.problem_type}, seed)
+        values = {**label_values(names), "problem_type": self.problem_type}
+        return Purpose(self.auto, values, seed, relabels=True)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         columns = self.text or _columns(source)

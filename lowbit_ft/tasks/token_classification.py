@@ -46,7 +46,7 @@ class TokenClassification(Labelled):
         return self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed)
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         if not getattr(tokenizer, "is_fast", False):

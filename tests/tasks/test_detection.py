@@ -234,7 +234,7 @@ def test_other_classes_are_a_new_head(kind: str, tmp_path: Path) -> None:
     """What says classes is drawn as transformers draws it, the same from the same seed; all else stays."""
     folder = detectors.detector(tmp_path / "model", kind)
     values = detectors.names(("cat", "dog"))
-    purpose = Purpose("AutoModelForObjectDetection", values, 3, relabels=True)
+    purpose = Purpose("AutoModelForObjectDetection", values, 3, relabels=True, whole=True)
     made, again = (
         load_model(Checkpoint.open(folder, dtype="float32", purpose=purpose), "eager") for _ in range(2)
     )

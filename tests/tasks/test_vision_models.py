@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from transformers import AutoModelForImageClassification, ImageGPTConfig, PvtCon
 from lowbit_ft import pipeline as line
 from lowbit_ft.export.reader import load_exported, read_weights
 from lowbit_ft.files.tensorfile import CheckpointError
+from lowbit_ft.model.checkpoint import Checkpoint
 from lowbit_ft.model.images import picture_of, pixels, read_processor
+from lowbit_ft.model.load import load_model
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.stages.teacher import refuse_drawn
 from lowbit_ft.tasks import TASKS
 from tests import encoders, images
 
@@ -37,7 +41,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 def recipe(folder: Path, kind: str, **changes: Any) -> Path:
     rows = str(images.folder_of(folder / "pictures", images.rows(16), "train"))
-    model = images.checkpoint(folder / "model", kind, head=kind == "deit")
+    # a Swin comes with a head for other labels
+    model = images.checkpoint(
+        folder / "model", kind, head=kind in ("deit", "swin"), labels=5 if kind == "swin" else 2
+    )
     found = encoders.recipe(folder, model, TASK.model_dump(), rows, data={"sequence_len": 17}, **changes)
     found["quant"]["group_size"] = -1
     if kind in images.CONVOLUTIONAL:
@@ -45,6 +52,24 @@ def recipe(folder: Path, kind: str, **changes: Any) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(found))
     return file
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_head_for_other_labels_is_drawn_anew(labels: int, tmp_path: Path) -> None:
+    """An ImageNet classifier learns two labels, as by transformers' ignore_mismatched_sizes."""
+    folder = images.checkpoint(tmp_path / "model", "vit", head=True, labels=labels)
+    came = AutoModelForImageClassification.from_pretrained(folder).state_dict()
+    opened = Checkpoint.open(folder, dtype="float32", purpose=TASK.purpose(3))
+    made = load_model(opened, "eager").state_dict()
+    other = {"classifier.weight", "classifier.bias"} if labels == 5 else set()
+    assert set(opened.relabelled) == set(opened.drawn) == other
+    assert made["classifier.weight"].shape == (2, 32) and made["classifier.weight"].any()
+    for name, value in made.items():
+        assert name in other or torch.equal(value, came[name]), name
+    again = load_model(Checkpoint.open(folder, dtype="float32", purpose=TASK.purpose(3)), "eager")
+    assert torch.equal(again.state_dict()["classifier.weight"], made["classifier.weight"])
+    with pytest.raises(ValueError, match="drawn at random") if other else nullcontext():
+        refuse_drawn(str(folder), opened)
 
 
 @pytest.mark.parametrize("kind", list(CASES))
