@@ -139,6 +139,10 @@ def write_recipe(
             f"model path: got {model_path!r}; there is no such folder; give a checkpoint folder or a hub "
             "id owner/name"
         )
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model path: got {model_path!r}, which has no config.json; give a checkpoint folder"
+        )
     if config is not None and memory_gb is None:
         raise ValueError("--config: what its config.json is for is --memory GB; give both")
     shapes_from = folder if folder is not None and any(folder.glob("*.safetensors")) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +32,22 @@ class CausalLM(Task):
     @property
     def goal(self) -> Goal:
         return NEXT_TOKENS
+
+    def unfit(self, config: Mapping[str, Any]) -> str | None:
+        """An encoder sees the token that it is to predict: its loss falls to nothing, and it writes nothing.
+        transformers builds one as a language model with no more than a line in the log."""
+        from transformers.models.auto import modeling_auto as auto  # slow, and a recipe may name no model
+
+        name = str(config.get("model_type"))  # of a file, whatever it holds
+        both = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+        decodes = any(config.get(key) for key in ("is_encoder_decoder", "is_decoder", "causal"))
+        if decodes or not all(name in names for names in both):
+            return None
+        return (
+            f"its config.json says {name!r} and not is_decoder: an encoder, which sees the tokens that it "
+            "would learn to predict; set task: masked_lm or another of docs/tasks.md, or is_decoder: true "
+            "there if it was trained as a decoder"
+        )
 
     def examples(
         self, source: Any, section: Any, tokenizer: Any, *, seed: int = 0, rows: int | None = None

@@ -35,7 +35,10 @@ def test_init_writes_a_recipe_that_loads():
     assert load_recipe("new.yaml", [f"data.train.path={CHAT}"]).model.path == "some-org/3-B"
     with pytest.raises(ValueError, match="no such folder"):
         write_recipe("./nothing", Path("other.yaml"))
-    assert sorted(p.name for p in Path().iterdir()) == ["new.yaml"]
+    Path("run").mkdir()  # of a run: "not on this disk" was said of it
+    with pytest.raises(ValueError, match="'run', which has no config.json; give a checkpoint folder"):
+        write_recipe("run", Path("other.yaml"))
+    assert sorted(p.name for p in Path().iterdir()) == ["new.yaml", "run"]
 
 
 def test_init_of_an_odd_path_stays_yaml(tmp_path):

@@ -53,11 +53,13 @@ def check_formats(r: Any) -> Problems:
 
 
 def check_task(r: Any) -> Problems:
-    """What a task that is no language model does not go with."""
-    if r.task.language:
-        return
+    """A checkpoint that is none for the task, and what a task that is no language model does not go with."""
     kind = r.task.kind
     folder = local_folder(r.model.path, r.model.revision)
+    if r.task.language:
+        if (why := _unfit(r.task, folder)) is not None:
+            yield Problem(("model", "path"), f"got {r.model.path!r} with task: {kind}: {why}")
+        return
     for path, got, why in _strange(r, _config(folder)):
         yield Problem(path, f"got {got!r} with task: {kind}: {why}")
     if (why := _unfit(r.task, folder)) is not None:

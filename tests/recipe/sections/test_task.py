@@ -1,9 +1,11 @@
 """A task and what it goes with: columns and formats, and keys that only a language model reads."""
 
+import json
 from pathlib import Path
 
 from lowbit_ft.plan.plan import plan
 from lowbit_ft.recipe.recipe import load_recipe
+from lowbit_ft.tasks.causal_lm import CausalLM
 from tests import encoders, images
 from tests.recipe.recipe_text import GOOD, bad_recipes, refused, refused_with, write
 
@@ -169,3 +171,14 @@ def test_the_plan_runs_questions_and_images_without_data(tmp_path: Path) -> None
         assert found is not None and not found.notes and found.trainable > 0, found
     long = refused(GOOD.replace(*CLASSES), (*changes, "data.sequence_len=18"))
     assert any("at most the 17 positions" in problem for problem in long), long
+
+
+def test_an_encoder_is_no_language_model_unless_it_was_trained_as_one(tmp_path: Path) -> None:
+    """transformers builds BertLMHeadModel, whose attention sees the token that comes next."""
+    folder = Path(__file__).resolve().parents[3] / "recipes" / "assets" / "tiny-bert"
+    problems = refused(GOOD, (f"model.path={folder}", "quant.group_size=-1"))
+    assert any("with task: causal_lm: its config.json says 'bert' and not" in text for text in problems)
+    config = json.loads((folder / "config.json").read_text())
+    assert CausalLM().unfit(config | {"is_decoder": True}) is None
+    for name in ("llama", "bart", "gpt_neox", "t5", None, ["bert"]):
+        assert CausalLM().unfit({"model_type": name, "is_encoder_decoder": name == "bart"}) is None
