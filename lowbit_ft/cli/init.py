@@ -15,6 +15,8 @@ from ..adapters.rates import rate_for
 from ..names import HUB_ID
 from ..recipe.layers import Shapes, has_chat_template, local_folder, read_shapes
 from ..recipe.sections.quant import QuantSection
+from ..recipe.sections.task import writes_no_text
+from ..tasks import TASKS, USUAL
 from .init_fit import config_folder, fitted
 from .places import refuse_existing
 
@@ -142,6 +144,11 @@ def write_recipe(
     if folder is not None and not (folder / "config.json").is_file():
         raise ValueError(
             f"model path: got {model_path!r}, which has no config.json; give a checkpoint folder"
+        )
+    if (why := writes_no_text(TASKS[USUAL](), folder)) is not None:
+        raise ValueError(
+            f"model path: got {model_path!r}: {why}, in a copy of one of its recipes; init writes those of "
+            "language models"
         )
     if config is not None and memory_gb is None:
         raise ValueError("--config: what its config.json is for is --memory GB; give both")

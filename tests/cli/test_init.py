@@ -41,6 +41,24 @@ def test_init_writes_a_recipe_that_loads():
     assert sorted(p.name for p in Path().iterdir()) == ["new.yaml", "run"]
 
 
+@pytest.mark.parametrize(
+    ("asset", "task"),
+    [
+        ("tiny-rtdetr", "object_detection"),
+        ("tiny-dit", "image_generation"),
+        ("tiny-bert", "masked_lm"),
+        ("speech-codec", "speech_tokens"),
+    ],
+)
+def test_init_of_what_writes_no_text_names_its_task(asset: str, task: str) -> None:
+    with pytest.raises(ValueError, match=f"set task: {task}"):
+        write_recipe(str(TINY.parent / asset), Path("new.yaml"))
+    assert not Path("new.yaml").exists()
+    write_recipe(str(TINY), Path("plain.yaml"))
+    with pytest.raises(ValueError, match=f"set task: {task}"):
+        load_recipe("plain.yaml", [f"model.path={TINY.parent / asset}", f"data.train.path={CHAT}"])
+
+
 def test_init_of_an_odd_path_stays_yaml(tmp_path):
     folder = tmp_path / "my: model #1"
     shutil.copytree(TINY, folder)

@@ -20,6 +20,7 @@ from ...model.images import read_processor
 from ...model.purpose import purpose_of
 from ...names import listed
 from ...signals import SIGNALS
+from ...tasks import TASKS
 from ...tasks.labelled import Labelled
 from ...tasks.labels import known_labels
 from ..layers import local_folder
@@ -57,7 +58,7 @@ def check_task(r: Any) -> Problems:
     kind = r.task.kind
     folder = local_folder(r.model.path, r.model.revision)
     if r.task.language:
-        if (why := _unfit(r.task, folder)) is not None:
+        if (why := writes_no_text(r.task, folder)) is not None:
             yield Problem(("model", "path"), f"got {r.model.path!r} with task: {kind}: {why}")
         return
     for path, got, why in _strange(r, _config(folder)):
@@ -91,6 +92,24 @@ def _unattended(r: Any, folder: Path | None) -> str | None:
         return None if folder is None else purpose.without(load_config(folder), r.model.attention)
     except CheckpointError:
         return None  # check_model tells
+
+
+def writes_no_text(task: Any, folder: Path | None) -> str | None:
+    """Why the model of a folder is none that writes text, with the task to set; None where it is one, or
+    nothing is known. task: the one that writes text."""
+    if folder is None or (why := _unfit(task, folder)) is not None:
+        return None if folder is None else why
+    import transformers  # slow: seconds
+
+    try:
+        config = load_config(folder)
+        made = purpose_of(config)
+    except CheckpointError:
+        return None  # check_model tells
+    if made is None or type(config) in getattr(transformers, task.auto)._model_mapping:
+        return None
+    kinds = [kind for kind, other in TASKS.items() if other.auto == made.auto]
+    return f"a {config.architectures[0]} writes no text; set task: {listed(kinds)} (docs/tasks.md)"
 
 
 def _unfit(task: Any, folder: Path | None) -> str | None:
