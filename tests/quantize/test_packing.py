@@ -31,6 +31,7 @@ from lowbit_ft.quantize.quantize import Packing, quantize
 from lowbit_ft.recipe.layers import read_shapes
 from lowbit_ft.recipe.recipe import load_recipe
 from lowbit_ft.recipe.sections.quant import QuantSection
+from lowbit_ft.signals import tokens as token_sums
 from lowbit_ft.stages import quantize as quantize_stage
 from tests.forks import run
 from tests.live_bytes import LiveBytes
@@ -272,7 +273,7 @@ def test_evaluation_a_few_tokens_at_a_time_is_the_same(
     batches = [b | {"labels": torch.where(torch.rand(2, 24) < 0.3, -100, b["input_ids"])} for b in tokens(2)]
     reference = evaluate.Reference(checkpoint, batches, attention="sdpa", device=CPU, dtype=torch.float32)
     rows = [evaluate.evaluate(model, batches, "quantized", reference)]
-    monkeypatch.setattr(evaluate, "FLOATS_AT_A_TIME", 5 * 128)
+    monkeypatch.setattr(token_sums, "FLOATS_AT_A_TIME", 5 * 128)
     with LiveBytes() as counted:
         rows.append(evaluate.evaluate(model, batches, "quantized"))
     assert rows[1].loss == pytest.approx(rows[0].loss, rel=1e-12) and rows[1].tokens == rows[0].tokens
