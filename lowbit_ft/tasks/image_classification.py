@@ -74,7 +74,7 @@ class ImageClassification(Labelled):
         return IMAGES
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=self.trains_head)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         names = list(self.labels or ())

@@ -93,11 +93,27 @@ def found_labels(source: Any, column: str, config: Mapping[str, Any], within: st
             )
         said = class_names(source, column, within)
         if said is not None and len(said) >= count:
-            return said
+            return _in_order(said, known, column, source)
         return known if len(known) >= count else unnamed(count)
     if not all(isinstance(value, str) for value in seen):
         raise DataError(f"{column!r} holds names and numbers; name the labels in task.labels", named(source))
     return known if set(known) >= seen else sorted(seen)
+
+
+def _in_order(said: list[str], known: list[str], column: str, source: Any) -> list[str]:
+    """The names of a data set for its numbers, in the checkpoint's letters where these are its labels.
+    DataError where the checkpoint has them in another order: its head fits, and would answer by others."""
+    ours, theirs = ([name.lower() for name in names] for names in (said, known))
+    if ours == theirs:
+        return known
+    if sorted(ours) == sorted(theirs):
+        raise DataError(
+            f"the numbers in {column!r} stand for {listed(said[:8])}, and config.json of the checkpoint has "
+            f"these labels as {listed(known[:8])}: its head would answer by others. Write names into the "
+            "rows in place of numbers",
+            named(source),
+        )
+    return said
 
 
 def categories_of(source: Any) -> list[str] | None:

@@ -74,7 +74,7 @@ class SequenceClassification(Labelled):
     def purpose(self, seed: int) -> Purpose:
         names = ("LABEL_0",) if self.regression else self.labels
         values = {**label_values(names), "problem_type": self.problem_type}
-        return Purpose(self.auto, values, seed, relabels=True)
+        return Purpose(self.auto, values, seed, relabels=self.trains_head)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         columns = self.text or _columns(source)

@@ -46,7 +46,7 @@ class TokenClassification(Labelled):
         return self.model_copy(update={"labels": tuple(found_labels(r.data.train, self.label, config))})
 
     def purpose(self, seed: int) -> Purpose:
-        return Purpose(self.auto, label_values(self.labels), seed, relabels=True)
+        return Purpose(self.auto, label_values(self.labels), seed, relabels=self.trains_head)
 
     def encoder(self, source: Any, section: Any, tokenizer: Any) -> Encoder:
         if not getattr(tokenizer, "is_fast", False):

@@ -297,6 +297,13 @@ def test_numbers_have_the_names_that_the_data_set_says(tmp_path: Path) -> None:
         for column, within in (("label", None), ("category", "objects"), ("category", "several")):
             assert found_labels(source, column, config, within) == ["rust", "healthy"], (name, within)
         assert found_labels(source, "plain", config) == ["person", "bicycle", "car"]
+        same, turned = (
+            {"id2label": {"0": "RUST", "1": "Healthy"}},
+            {"id2label": {"0": "healthy", "1": "rust"}},
+        )
+        assert found_labels(source, "label", same) == ["RUST", "Healthy"]
+        with pytest.raises(DataError, match="stand for rust, healthy, and config.json .* as healthy, rust"):
+            found_labels(source, "label", turned)
     other = datasets.Features({"label": datasets.ClassLabel(names=["healthy", "rust"])})
     datasets.Dataset.from_dict({"label": [0]}, other).to_parquet(str(tmp_path / "other.parquet"))
     both = [DataSource(path=str(tmp_path / name)) for name in ("rows.parquet", "other.parquet")]

@@ -70,6 +70,9 @@ def test_a_head_for_other_labels_is_drawn_anew(labels: int, tmp_path: Path) -> N
     assert torch.equal(again.state_dict()["classifier.weight"], made["classifier.weight"])
     with pytest.raises(ValueError, match="drawn at random") if other else nullcontext():
         refuse_drawn(str(folder), opened)
+    alone = TASK.model_copy(update={"train_head": False}).purpose(3)  # nothing would learn to answer
+    with pytest.raises(CheckpointError, match="other labels") if other else nullcontext():
+        load_model(Checkpoint.open(folder, dtype="float32", purpose=alone), "eager")
 
 
 @pytest.mark.parametrize("kind", list(CASES))
