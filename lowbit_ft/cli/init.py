@@ -145,7 +145,7 @@ def write_recipe(
         raise ValueError(
             f"model path: got {model_path!r}, which has no config.json; give a checkpoint folder"
         )
-    if (why := writes_no_text(TASKS[USUAL](), folder)) is not None:
+    if (why := writes_no_text(TASKS[USUAL].model_validate({"kind": USUAL}), folder)) is not None:
         raise ValueError(
             f"model path: got {model_path!r}: {why}, in a copy of one of its recipes; init writes those of "
             "language models"
