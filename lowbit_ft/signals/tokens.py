@@ -18,7 +18,8 @@ CACHED_FLOATS = 1 << 20  # on a CPU, whose cache should hold them from one pass 
 
 def row_chunks(logits: Tensor) -> list[slice]:
     """Slices over the rows of logits [T, V] of at most FLOATS_AT_A_TIME numbers (a CPU: CACHED_FLOATS)."""
-    most = min(FLOATS_AT_A_TIME, CACHED_FLOATS) if logits.device.type == "cpu" else FLOATS_AT_A_TIME
+    real = type(logits) is Tensor  # plan counts by others, for a step on any device
+    most = min(FLOATS_AT_A_TIME, CACHED_FLOATS) if real and logits.is_cpu else FLOATS_AT_A_TIME
     step = max(1, most // logits.shape[-1])
     return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Kept:
 
     digest: str
     place: str
-    read: Callable[[int], bytes]
+    read: Callable[[int], bytes] = field(compare=False)
 
     def data(self, limit: int) -> bytes:
         """DataError where it is no longer what it was."""

@@ -106,10 +106,10 @@ def test_another_head_is_left_out_and_ours_is_read(tmp_path: Path) -> None:
     assert not load_model(again).training and not again.drawn
 
 
-def test_a_head_of_other_labels_is_named(tmp_path: Path) -> None:
+def test_a_head_of_other_labels_that_does_not_train_is_named(tmp_path: Path) -> None:
     folder = encoders.encoder(tmp_path / "three", "bert", AutoModelForSequenceClassification, num_labels=3)
     task = TASKS["sequence_classification"].model_validate(
-        {"kind": "sequence_classification", "labels": ("a", "b")}
+        {"kind": "sequence_classification", "labels": ("a", "b"), "train_head": False}
     )
     with pytest.raises(CheckpointError, match=r"classifier.weight.*\[3, 32\].*\[2, 32\].*task.labels"):
         Checkpoint.open(folder, purpose=task.purpose(0)).refuse_strangers()
